@@ -101,11 +101,8 @@ def table(
 ) -> dict[str, Any]:
     """Put the measured losses and the bytes of all plans into one record."""
     first = {plan: each["losses"] for (plan, seed), each in found.items() if seed == 0}
-    apart = [
-        each["losses"][str(context.config.search.steps)] - first[plan][str(context.config.search.steps)]
-        for (plan, seed), each in found.items()
-        if seed
-    ]
+    last = str(context.config.search.steps)
+    apart = [each["losses"][last] - first[plan][last] for (plan, seed), each in found.items() if seed and plan in first]
     names, levels, sizes = list(of), sorted({level for plan in first for level in plan[1:]}), dict[str, Any]()
     for cut in context.cuts:
         layout = context.layout_of(cut)
@@ -113,22 +110,32 @@ def table(
         for level in levels:
             packed = {group.name: group.packed_bytes(level, layout.element_bytes) for group in layout.groups}
             sizes[cut]["group_bytes"][level] = [sum(packed[name] for name in each) for each in of.values()]
-    blocks = [name for each in of.values() for name in each]
-    rises = {method: shared(context, method, blocks, levels) for method in context.record(SensitivityRecord).methods}
-    at = {name: position for position, name in enumerate(blocks)}
+    made, noise = context.record(PruneRecord).cuts, statistics.stdev(apart) / 2**0.5 if len(apart) > 1 else 0.0
+    methods = context.record(SensitivityRecord).methods
+    error = of_groups(context, of, None, levels)
     return {
         "groups": names,
         "cuts": sizes,
-        "after_cut": {cut: made.loss for cut, made in context.record(PruneRecord).cuts.items()},
+        "multiply_adds": {cut: made[cut].multiply_adds for cut in context.cuts},
+        "after_cut": {cut: round(made[cut].loss, 6) for cut in context.cuts},
         "plans": list(first),
-        "rungs": {step: [losses[step] for losses in first.values()] for step in next(iter(first.values()))},
-        "loss_noise": statistics.stdev(apart) / 2**0.5 if len(apart) > 1 else None,
-        "sensitivities": {
-            method: {level: [sum(values[level][at[name]] for name in each) for each in of.values()] for level in levels}
-            for method, values in rises.items()
+        "rungs": {step: [round(losses[step], 6) for losses in first.values()] for step in next(iter(first.values()))},
+        "loss_noise": float(f"{noise:.4g}"),
+        "sensitivities": {method: of_groups(context, of, method, levels) for method in methods},
+        "damage": {
+            level: [each / len(of[name]) for name, each in zip(of, error[level], strict=True)] for level in levels
         },
-        "seconds": statistics.fmean(each["seconds"] for each in found.values()),
+        "seconds": round(statistics.fmean(each["seconds"] for each in found.values()), 1),
     }
+
+
+def of_groups(
+    context: Context, of: dict[str, tuple[str, ...]], method: str | None, levels: list[str]
+) -> dict[str, list[float]]:
+    """Sum a sensitivity, or without a `method` the error of weights, over each group: level -> values by group."""
+    values = shared(context, method, [name for each in of.values() for name in each], levels)
+    counts = np.cumsum([len(each) for each in of.values()])[:-1]
+    return {level: [float(f"{part.sum():.6g}") for part in np.split(values[level], counts)] for level in levels}
 
 
 def main() -> None:
@@ -156,7 +163,7 @@ def main() -> None:
         parts = [todo[start :: asked.processes] for start in range(asked.processes)]
         for done in [pool.submit(measure, config, asked.groups, part, str(lines)) for part in parts if part]:
             done.result()
-    asked.out.write_text(json.dumps(table(context, of, read_lines(lines))))
+    asked.out.write_text(json.dumps(table(context, of, read_lines(lines)), separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def measure(config: RunConfig, steps: int, turns: int) -> dict[str, Any]:
         list(random_order(len(train), settings.micro_batch_size)),
     )
     model_config = load_model_config(config.model)
-    model = small_model(config, model_config, int(model_config.num_hidden_layers), is_largest=False)
+    model = small_model(config, model_config, int(model_config.num_hidden_layers))
     each = settings.batch_size // settings.micro_batch_size
     work: dict[str, Callable[[], float]] = {}
     for number in range(steps):

@@ -1,9 +1,8 @@
-"""Run the stages from scripts and notebooks: `run`, and a function for each stage, as the verbs with their names do."""
+"""Run the stages from scripts and notebooks, and read runs."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,24 +40,6 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     with logging_to(run_root(loaded.output)), Terminal(quiet=False) as terminal:
         run_flow(loaded, terminal.emit, address, until, command)
     return read_run(loaded.output)
-
-
-def __getattr__(name: str) -> Callable[..., Snapshot]:
-    """Return the function that runs all stages up to the stage with this name."""
-    stage = None
-    if not name.startswith("__"):  # `from qpruner.api import run` asks for `__path__`
-        from qpruner.pipeline.flow import STAGES
-
-        stage = next((stage for stage in STAGES if stage.name == name and stage.record and stage.help), None)
-    if stage is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def run_up_to(config: str | Path, *overrides: str, address: str | None = None) -> Snapshot:
-        return run(config, *overrides, until=name, address=address)
-
-    run_up_to.__name__ = run_up_to.__qualname__ = name
-    run_up_to.__doc__ = f"{stage.help} `results.{name}` of the returned snapshot is the stage's record."
-    return run_up_to
 
 
 def read_run(folder: str | Path) -> Snapshot:

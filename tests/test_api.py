@@ -1,4 +1,4 @@
-"""qpruner from Python: stages as functions, the log of a run, and unexpected errors."""
+"""qpruner from Python: a run up to a stage, the log of a run, and unexpected errors."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ def test_a_run_continues_after_a_stage_and_logs(
     """The stages up to the sensitivities need no Ray; recorded stages do not run again."""
     config = write_yaml(with_key(tiny_raw, "sensitivity.methods", ["fisher"]))
     before = (logging.getLogger().handlers[:], logging.getLogger().level, warnings.showwarning)
-    pruned = qpruner.api.prune(config, "prune.rate=0.3")
+    pruned = qpruner.run(config, "prune.rate=0.3", until="prune")
     assert pruned.results.prune and pruned.results.bank is None
     assert pruned.results.prune.cuts["cut-30"].achieved_rate > 0.2
     further = qpruner.run(config, "prune.rate=0.3", until="sensitivity")
@@ -59,7 +59,7 @@ def test_an_unexpected_error_has_a_remedy(
     assert state and told in str(state.error)
     assert told in log.read_text() and "a library's word" in log.read_text()
     with pytest.raises(ZeroDivisionError) as caught:
-        qpruner.api.prepare(config, "seed=1")
+        qpruner.run(config, "seed=1", until="prepare")
     state = RunDir(tmp_path / "run").read_state(RunState)
     assert state and state.command == f"qpruner prepare {config} --set seed=1", "the command of a call from Python"
     assert [str(log) in note for note in caught.value.__notes__] == [True]
@@ -75,4 +75,4 @@ def test_an_unexpected_error_without_a_run_has_a_remedy(monkeypatch: pytest.Monk
 def test_an_output_without_write_access_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
     """In /proc not even root can create folders."""
     with pytest.raises(UserError, match=r"`output`: /proc/1/run cannot be written .*; name another folder"):
-        qpruner.api.prepare(write_yaml(with_key(tiny_raw, "output", "/proc/1/run")))
+        qpruner.run(write_yaml(with_key(tiny_raw, "output", "/proc/1/run")), until="prepare")

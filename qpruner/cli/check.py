@@ -20,7 +20,6 @@ from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, budget_text, cut_title
 from qpruner.quantization.formats import by_size
-from qpruner.report.card import other_base_remark
 from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
 from qpruner.wording import counted
@@ -39,9 +38,9 @@ def check(
     gpus = resources.get("gpu") or (1.0 if for_gpus else None)
     is_here = address is None and not for_gpus and config.model.device_map == "single" and (gpus or 0) <= 1
     free, disk = free_bytes() if is_here else None, dict(zip(("disk_needed", "disk_free"), found.disk, strict=True))
-    estimated = estimate.facts(config, inspection, rates, found.slots, found.done, gpus)
+    estimated = estimate.facts(config, inspection, rates, found.slots, gpus)
     facts = _facts(config, inspection, found.slots) | {"memory_free": free} | disk | estimated
-    driver, remark = driver_text(RunDir(config.output, create=False)), other_base_remark(config)
+    driver = driver_text(RunDir(config.output, create=False))
     warnings = facts["warnings"] = [*config.warnings, *inspection.warnings]
     if driver:
         warnings.insert(0, f"{driver}: `qpruner run` is refused until it ends")
@@ -50,8 +49,6 @@ def check(
             f"{estimated['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
             "free here: lower `evaluate.batch_size`, another batch size or `search.max_concurrent`"
         )
-    if remark:
-        warnings.append(remark)
     if show_config:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if not quiet:
@@ -68,7 +65,6 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
     levels = by_size(tuple({*config.quantize.levels, *config.quantize.embedding_levels}))
     return {
         "num_groups": len(layout.groups),
-        "num_choices": sum(len(group.formats) - 1 for group in layout.groups),
         "parameters_base": base.num_parameters,
         "cuts": {
             name: {
@@ -124,11 +120,7 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
 
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     search, size = config.search, facts["bytes_plan"]
-    if search.plan_method:
-        return [f"your plan:   the seed plan of {search.plan_method}, inside the budget (`search.plan`)"]
-    if not config.has_choice:
-        return ["your plan:   every group in the only format that it may have"]
-    if search.plan is None:
+    if search.plan is None or search.plan_method:
         return []
     parts = [] if size is None else [f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}"]
     parts += ["its bytes are compared with the budget once the model is pruned"] * facts["is_estimate"]
@@ -180,9 +172,6 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     about = " (estimate: the exact widths are known once the model is pruned)" if facts["is_estimate"] else ""
     sizes = [f"all {name} {facts[f'bytes_all_{name}'] / 1e6:.1f} MB" for name in config.quantize.levels]
     trials = f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
-    unknowns = facts["num_choices"]
-    if config.is_searched and config.measured_methods and unknowns > config.search.max_trials:
-        trials += f"; fewer than the {unknowns} values to estimate, so the sensitivities guide the search"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
         f"formats:     {'; '.join(starmap(_format_text, facts['formats'].items()))}",
@@ -194,5 +183,4 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
         *estimate.time_text(facts, has_gpu),
         f"plan bytes:  {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
         *_given_plan(config, facts),
-        *([f"serve:       {', '.join(config.serve.to)}{config.serve.how}"] if config.serve.to else []),
     ]

@@ -1,4 +1,4 @@
-"""The verbs that run stages: all stages up to a given one."""
+"""The verbs that run stages, all up to a given one."""
 
 import shlex
 from pathlib import Path
@@ -9,13 +9,13 @@ from qpruner.config.schema import RunConfig
 from qpruner.pipeline import run as pipeline
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
-from qpruner.plans.plan import UNPRUNED, cut_title
+from qpruner.plans.plan import cut_title
 from qpruner.report.claim import claim, how_to_compare
 from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
 from qpruner.report.served import commands as served_commands
 from qpruner.report.served import served, served_text
-from qpruner.report.tables import cuts, final_tables, fresh_scores, kept_of_blocks
+from qpruner.report.tables import cuts, final_tables, fresh_scores
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord
 from qpruner.runs.storage import export_command, run_root, storage_at
@@ -30,7 +30,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             results = pipeline.run(config, terminal.emit, address, until)
         if until == Prune.name:
             assert results.prune
-            _print_layers(results.prune, terminal)
+            _print_cuts(results.prune, terminal)
         if until == Report.name:
             assert results.search
             shown = [fresh_scores(results.search), *final_tables(results), served(results)]
@@ -57,12 +57,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
     return figures
 
 
-def _print_layers(record: PruneRecord, terminal: Terminal) -> None:
-    for name, cut in record.cuts.items():
-        if name != UNPRUNED or len(record.cuts) == 1:
-            table = kept_of_blocks(cut)
-            terminal.say(f"{cut_title(name)}:")
-            terminal.table(table.headings, table.rows)
+def _print_cuts(record: PruneRecord, terminal: Terminal) -> None:
     table = cuts(record)
     terminal.say(f"{table.caption}:")
     terminal.table(table.headings, table.rows)

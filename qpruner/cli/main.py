@@ -184,9 +184,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 _verb(_run_folder, _json)(run_verbs.status)
 _verb(
     _run_folder,
-    click.option("--sort", default="trial", metavar="KEY", help="Column to sort by, or `score`."),
-    click.option("--descending", is_flag=True, help="Largest first."),
-    click.option("--csv", "as_csv", is_flag=True, help="Print every column as CSV, also the format of each group."),
+    click.option("--sort", default="trial", metavar="KEY", help="Column to sort by."),
     _json,
 )(run_verbs.trials)
 _verb(

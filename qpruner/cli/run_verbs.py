@@ -3,9 +3,6 @@
 Every docstring but that of `report` is the help of its verb. The figures come from `report.run_views`.
 """
 
-import csv
-import operator
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -61,8 +58,7 @@ def _headline(facts: dict[str, Any]) -> str:
     if facts["outcome"] == "failed":
         return f"{text}: {facts['error']}"
     if facts["outcome"] == RUNNING:
-        begun = "" if facts["has_begun"] else "; no stage has started yet; below is the previous command"
-        return f"{text} {process}, last sign of life {quiet} ago{begun}"
+        return f"{text} {process}, last sign of life {quiet} ago"
     if facts["outcome"] == GONE:
         text = f"{facts['run']}: no sign of life for {quiet} {process}: {GONE}"
     return f"{text}; repeat the command to go on, in {facts['folder']}: {facts['command']}"
@@ -72,7 +68,7 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
     state, search = run.state.search, facts["search"]
     if state is None:
         return []
-    is_running = facts["outcome"] == RUNNING and facts["has_begun"]
+    is_running = facts["outcome"] == RUNNING
     lines = [
         f"{line} [{plan_of(best)}]" if best else line
         for line, best in search_lines(state, search_progress(state, run.trials), is_running)
@@ -95,25 +91,18 @@ def _failed(trial: dict[str, Any]) -> str:
     return f"{text}\n  remedy: {REMEDIES[trial['failure']]}" if trial["failure"] else text
 
 
-def trials(run: str, sort: str, descending: bool, as_csv: bool, as_json: bool) -> dict[str, Any]:
+def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
     """List the trials of a run and mark the winner."""
     snapshot = read_snapshot(RunDir(run, create=False))
     rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
     columns = list(rows[0] if rows else SHOWN)
-    search = snapshot.state.search
-    key = search.metric if search and sort == "score" else sort
-    if key not in columns:
+    if sort not in columns:
         rest = [name for name in columns if not name.startswith("format ")]
-        raise UserError(f"no column `{key}`; {nearest(key, rest, 'there are')}")
-    known = [row for row in rows if row[key] is not None]
+        raise UserError(f"no column `{sort}`; {nearest(sort, rest, 'there are')}")
     # Trials without a value in the column come last.
-    rows = sorted(known, key=operator.itemgetter(key), reverse=descending) + [row for row in rows if row[key] is None]
+    rows.sort(key=lambda row: (row[sort] is None, row[sort] or 0))
     if as_json:
         pass
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     elif not rows:
         click.echo("there are no trials yet")
     else:

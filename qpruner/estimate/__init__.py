@@ -5,21 +5,16 @@ from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.estimate import memory as memory_of
-from qpruner.estimate.hours import CHOICES, Rates, num_compared, stage_times
+from qpruner.estimate.hours import CHOICES, Rates, stage_times
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
 from qpruner.wording import counted, duration
 
 
 def facts(
-    config: RunConfig,
-    inspection: Inspection,
-    rates: Rates | None,
-    slots: int,
-    done: Mapping[str, float],
-    gpus: float | None,
+    config: RunConfig, inspection: Inspection, rates: Rates | None, slots: int, gpus: float | None
 ) -> dict[str, Any]:
-    """Return all estimates; hours only with `rates`, for `slots` trials at once. `done`: recorded share by stage."""
+    """Return all estimates, for `slots` trials at once that hold `gpus` each; hours only with `rates`."""
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")
@@ -28,28 +23,21 @@ def facts(
         "memory": {name: {"at": each.about, "parts": each.parts, "total": each.total} for name, each in memory.items()},
         "memory_at_once": max(at_once.values()),
         "trials_sharing_memory": sharing,
-        "hours": None if rates is None else _hours(config, inspection, rates, slots, done, gpus),
-        "share_done": dict(done),
-        "num_compared": num_compared(config),
+        "hours": None if rates is None else _hours(config, inspection, rates, slots, gpus),
     }
 
 
-def _hours(
-    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, done: Mapping[str, float], gpus: float | None
-) -> dict[str, Any]:
+def _hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int, gpus: float | None) -> dict[str, Any]:
     """Return hours elapsed (`wall`) and hours of use: of GPUs or, without GPUs, of slots (the room for one trial)."""
     held = 1.0 if gpus is None else gpus
-    rates = rates.on(held)
-    times = stage_times(config, inspection, rates, slots, has_gpus=gpus is not None)
-    left = {name: (1 - done.get(name, 0.0)) * each.hours for name, each in times.items()}
+    times = stage_times(config, inspection, rates, slots)
+    # Half a GPU is half as fast; several GPUs make a trial no faster than one.
+    hours = {name: each.hours / min(1.0, held) for name, each in times.items()}
     return {
         "rates": rates.origin,
-        "stages": {name: held * each.hours for name, each in times.items()},
-        "shared": {name: each.slots for name, each in times.items()},
-        "total": held * sum(each.hours for each in times.values()),
-        "left": held * sum(left.values()),
-        "wall": sum(each.hours / each.slots for each in times.values()),
-        "wall_left": sum(left[name] / each.slots for name, each in times.items()),
+        "stages": {name: held * each for name, each in hours.items()},
+        "total": held * sum(hours.values()),
+        "wall": sum(hours[name] / each.slots for name, each in times.items()),
         "slots": slots,
     }
 
@@ -81,25 +69,18 @@ def memory_text(found: Mapping[str, Any]) -> list[str]:
 
 
 def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
-    """Format the hours as lines: the totals, each stage, and the timed steps."""
-    time, done = found["hours"], {name: share for name, share in found["share_done"].items() if share}
-    recorded = [f"done:        {', '.join(f'{name} {share:.0%}' for name, share in done.items())}"] if done else []
+    """Format the hours as lines: the totals with each stage, and the timed steps."""
+    time = found["hours"]
     if time is None:
-        return [*recorded, "time:        not estimated; `--measure` times a few steps of these shapes on this machine"]
+        return ["time:        not estimated; `--measure` times a few steps of these shapes on this machine"]
     wall, total, kind = _taken(time["wall"]), _taken(time["total"]), "GPU" if has_gpu else "slot"
-    left, stages = "", []
-    if time["left"] < time["total"]:
-        left = f"; left: {_taken(time['wall_left'])}, {_taken(time['left'])} of {kind} time"
-    for slots in sorted(set(time["shared"].values())):
-        taken = [f"{name} {_taken(each)}" for name, each in time["stages"].items() if time["shared"][name] == slots]
-        stages.append(f"    {'on 1 slot' if slots == 1 else f'shared by {slots} slots'}: {', '.join(taken)}")
     return [
-        *recorded,
-        f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time{left}",
-        *stages,
+        f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time: "
+        + ", ".join(f"{name} {_taken(each)}" for name, each in time["stages"].items()),
         f"    {time['rates']}",
         f"    assumed: {CHARACTERS_A_TOKEN} characters per token, {CHOICES} answers per question; not included are "
-        "starts of processes, loading, packing and saving, which may double the time of a model as small as the demo's",
+        "sensitivities, files for servers, starts of processes, loading, packing and saving, which may double the time "
+        "of a model as small as the demo's",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Estimate the hours of each stage: the tokens that it processes times the seconds of a token in timed steps."""
+"""Estimate the hours of the longest stages: their tokens times the seconds of a token in timed steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, RunConfig
+from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
 from qpruner.estimate.step_times import measure
 from qpruner.pipeline.comparison import Comparison
@@ -18,9 +18,6 @@ from qpruner.pipeline.preflight import Inspection, most_controls
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.search import Search
-from qpruner.pipeline.sensitivity import Sensitivity
-from qpruner.pipeline.serve import Serve
-from qpruner.quantization.formats import format_of
 
 CHOICES = 4  # assumed number of answers to choose from in each question of a task
 PADDING = 1.2
@@ -36,20 +33,12 @@ class Rates:
     scoring: float
     origin: str
 
-    def on(self, gpus: float) -> Rates:
-        """Return the rates of a slot that has this share of a GPU; several GPUs make a trial no faster than one."""
-        if gpus >= 1:
-            return self
-        return Rates(self.training / gpus, self.scoring / gpus, f"{self.origin}, a slot has {gpus:g} of a GPU")
-
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, machine: str) -> Rates:
-    """Time a micro-batch on this machine, in formats that fill the configured budget."""
-    layout, examples = inspection.reference, inspection.examples["train"]
-    low, high = (layout.plan_bytes(plan) for plan in (layout.smallest(), layout.largest()))
-    share_high = min(1.0, (inspection.budget_bytes - low) / (high - low)) if high > low else 0.0
+    """Time a micro-batch on this machine, with every block in its smallest format."""
+    examples = inspection.examples["train"]
     labelled = sum(about_labelled(row, config.data) for row in examples) / sum(_lengths(config, examples))
-    training, scoring = measure(config, inspection.expected, share_high, min(1.0, labelled), threads)
+    training, scoring = measure(config, inspection.expected, min(1.0, labelled), threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     took = f"{training:.3g} s forward and backward, {scoring:.3g} s forward"
     origin = f"measured on {machine}: {rows} rows x {length} tokens take {took}"
@@ -67,10 +56,8 @@ class StageTime(NamedTuple):
     slots: int
 
 
-def stage_times(
-    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, has_gpus: bool = False
-) -> dict[str, StageTime]:
-    """Estimate the time of each stage that runs, in order of the flow, without starts, loading, packing and saving."""
+def stage_times(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -> dict[str, StageTime]:
+    """Estimate the time of the stages that take longest, without starts, loading, packing and saving."""
     count, workers, compared = _Tokens(config, inspection), config.finetune.num_workers, num_compared(config)
     judged = count.split("confirmation") / 2
     finetune = count.training(count.finetune_steps()) * rates.training
@@ -78,16 +65,12 @@ def stage_times(
     evaluation = count.evaluation() * rates.scoring
     steps = expected_steps(config)[0] + num_confirmed_again(config) * config.search.steps
     search = count.training(steps) * rates.training + count.search_scores() * rates.scoring
-    # The base model in transformers and in three files, and every form; speeds take as long as losses.
-    served = 2 * (4 + len(config.serve.to)) * judged * rates.scoring
     times: dict[Any, tuple[float, int]] = {
         Prune: (count.prune() * rates.scoring, 1),
-        Sensitivity: (count.sensitivity() * rates.scoring, 1),
         Search: (search, min(slots, config.num_trials)),
         Finetune: (finetune, workers),
         Evaluate: ((1 + UNTUNED) * evaluation, min(slots, 1 + UNTUNED)),
         Comparison: (compared * (finetune + evaluation), max(1, min(slots // workers, compared)) * workers),
-        Serve: (served, 1),
     }
     wanted = [stage for stage in STAGES if stage in times and stage.is_wanted(config)]
     return {stage.name: StageTime(times[stage][0] / 3600, times[stage][1]) for stage in wanted}
@@ -165,17 +148,6 @@ class _Tokens:
             passes += each * settings.num_steps - bool(number) * importance if settings.width_units else 0
             passes += 5 if settings.drops_blocks else 0
         return passes * self._config.calibration.num_samples * self._config.calibration.max_length
-
-    def sensitivity(self) -> float:
-        settings, methods = self._config.sensitivity, set(self._config.measured_methods)
-        rows = self._lengths["train"][: self._config.calibration.num_sensitivity_samples]
-        passes = 1.0 * bool(methods & set(INFORMATION)) + 3 * bool(methods & set(EXPANSION))
-        if methods & set(MEASUREMENT):
-            # Half a forward pass for each group and format: outputs of the blocks before the group are kept.
-            measured = min(1.0, settings.num_measured_samples / max(1, len(rows)))
-            packed = [name for group in self._inspection.reference.groups for name in group.formats]
-            passes += measured * sum(format_of(name).is_packed for name in packed) / 2
-        return passes * sum(rows)
 
     def _questions(self, section: str) -> float:
         """Count the tokens of questions; every answer is a separate row."""

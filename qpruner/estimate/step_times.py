@@ -19,25 +19,19 @@ from qpruner.models.families import family_of
 from qpruner.models.loading import device
 from qpruner.models.memory import release
 from qpruner.pipeline.preflight import layout_for
-from qpruner.plans.plan import UNPRUNED
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED
 from qpruner.quantization.assembly import attach_adapters
-from qpruner.quantization.formats import Format, format_of
+from qpruner.quantization.formats import format_of
 from qpruner.quantization.mixed import packed_layer
 
 Batch = dict[str, torch.Tensor]
 FEW, MORE = 1, 5
 """Numbers of blocks of the two timed models."""
 REPEATS = 3
-TABLE_ROWS = 1024  # rows of a packed table, which are repeated
 
 
-def measure(
-    config: RunConfig, model_config: Any, share_high: float, share_labelled: float, threads: int
-) -> tuple[float, float]:
-    """Return the seconds of training and of scoring on a micro-batch of full rows.
-
-    `share_high` of the weights have their largest format, the others their smallest; `share_labelled` tokens a label.
-    """
+def measure(config: RunConfig, model_config: Any, share_labelled: float, threads: int) -> tuple[float, float]:
+    """Return the seconds of training and of scoring on a micro-batch of full rows, with labels at a share of tokens."""
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
@@ -45,18 +39,11 @@ def measure(
     labels = ids.clone()
     labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    low, high = (_extrapolate(config, model_config, batch, is_largest) for is_largest in (False, True))
-    training, scoring = ((1 - share_high) * less + share_high * more for less, more in zip(low, high, strict=True))
-    return training, scoring
-
-
-def _extrapolate(config: RunConfig, model_config: Any, batch: Batch, is_largest: bool) -> tuple[float, float]:
-    """Estimate the seconds of training and of scoring with the largest or smallest formats from two small models."""
     blocks = int(model_config.num_hidden_layers)
     few, more = min(FEW, blocks), min(MORE, blocks)
     timed = {}
     for count in {few, more}:
-        timed[count] = _timed(small_model(config, model_config, count, is_largest), batch)
+        timed[count] = _timed(small_model(config, model_config, count), batch)
         release()
     each = [max(0.0, most - less) / max(1, more - few) for less, most in zip(timed[few], timed[more], strict=True)]
     training, scoring = (most + (blocks - more) * block for most, block in zip(timed[more], each, strict=True))
@@ -93,8 +80,8 @@ def _least(work: Callable[[], object]) -> float:
     return min(taken[1:])  # the first warms up
 
 
-def small_model(config: RunConfig, model_config: Any, num_blocks: int, is_largest: bool) -> Any:
-    """Build a small model of middle blocks, as outer ones may be wider, in the largest or smallest formats."""
+def small_model(config: RunConfig, model_config: Any, num_blocks: int) -> Any:
+    """Build a small model of middle blocks, as outer ones may be wider, with its blocks in their smallest formats."""
     from transformers import AutoModelForCausalLM
 
     ragged.install(family_of(model_config))
@@ -106,27 +93,14 @@ def small_model(config: RunConfig, model_config: Any, num_blocks: int, is_larges
     with torch.device(device()):
         model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype)
     layout = layout_for(config, small, torch.cuda.is_available(), UNPRUNED)
-    plan = layout.largest() if is_largest else layout.smallest()
-    for group, name in zip(layout.groups, plan.formats, strict=True):
-        if format_of(name).is_packed:
+    for group, name in zip(layout.groups, layout.smallest().formats, strict=True):
+        if format_of(name).is_packed and group.name not in (EMBEDDINGS, HEAD):
             for linear in group.linears:
-                _pack(model, linear.name, format_of(name), dtype)
+                layer = model.get_submodule(linear.name)
+                tensors = format_of(name).pack(layer.weight.data)
+                model.set_submodule(linear.name, packed_layer(layer, name, tensors, dtype))
     adapted: Any = attach_adapters(model, {}, config.lora, config.quantize.group, config.seed)
     if config.training.gradient_checkpointing:
         adapted.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return adapted.train()
-
-
-def _pack(model: Any, path: str, packing: Format, dtype: torch.dtype) -> None:
-    """Pack a layer and, of embeddings, a head that is tied to them. A table repeats rows, to be packed fast."""
-    layer = model.get_submodule(path)
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if layer not in ends:
-        model.set_submodule(path, packed_layer(layer, packing.name, packing.pack(layer.weight.data), dtype))
-        return
-    rows = torch.arange(len(layer.weight), device=layer.weight.device) % TABLE_ROWS
-    tensors = {"weight": packing.pack(layer.weight.data[:TABLE_ROWS])["weight"][rows]}
-    for end, replace in zip(ends, (model.set_input_embeddings, model.set_output_embeddings), strict=True):
-        if end.weight is layer.weight:
-            replace(packed_layer(end, packing.name, tensors, dtype))

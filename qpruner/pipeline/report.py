@@ -1,7 +1,6 @@
 """The report stage: write `report.html`, `report.md` and `results.json` from the records."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ class Report(Stage[Record]):
 
     name = "report"
     help = "Write the report of a run folder again, finished or not; with a configuration, run the whole flow."
-
-    def warnings(self) -> Iterator[str]:
-        from qpruner.report.card import other_base_remark
-
-        if remark := other_base_remark(self.config):
-            yield remark
 
     def detail(self) -> str:
         return WRITTEN

@@ -52,7 +52,6 @@ class Checked:
     inspection: preflight.Inspection  # describes the recorded pruned model, if there is one
     slots: int  # trials or fine-tunes that run at once
     resources: dict[str, float]  # of one trial
-    done: dict[str, float]  # recorded share of each stage, from 0 to 1
     disk: tuple[int, int]  # needed bytes at most, and free bytes
 
 
@@ -72,7 +71,8 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         warnings = (*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
         if address:
             look_at_nodes(context)
-        inspection, done, known = context.inspection, recorded(context), dict[str, Any]()
+        recorded(context)  # adds the records to the context
+        inspection, known = context.inspection, dict[str, Any]()
         if pruned := context.records.prune:
             cuts = {cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts}
             layouts = {cut: context.layout_of(cut) for cut in context.cuts}
@@ -81,7 +81,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         inspection = replace(inspection, warnings=warnings, **known)
         resources = context.trial_resources
         slots = context.known_slots.concurrent(resources, config.search.max_concurrent)
-        return Checked(inspection, slots, resources, done, disk)
+        return Checked(inspection, slots, resources, disk)
 
 
 def run(

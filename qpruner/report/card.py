@@ -7,7 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from qpruner.config.schema import RunConfig
 from qpruner.data.sources import BUILDERS
 from qpruner.export.card import front_matter, loading_section
 from qpruner.plans.plan import cut_title
@@ -76,17 +75,6 @@ def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
             metric_name=score.metric,
             metric_value=round(score.value, 4),
         )
-
-
-def other_base_remark(config: RunConfig) -> str | None:
-    """Return a warning if `card.base_model` and `model.source` name different hub models, else None."""
-    stated, base = config.card.base_model, config.model.source
-    if stated in (None, base) or not _is_hub_id(base, Path()):
-        return None
-    return (
-        f"`card.base_model` is {stated}, but `model.source` is {base}: if the section `card` was copied from another "
-        "model's configuration, remove it, or set it to this model's base model, licence and data sets"
-    )
 
 
 def _is_hub_id(source: str, folder: Path) -> bool:

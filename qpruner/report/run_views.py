@@ -40,18 +40,15 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
         recorded = run.results.search.total_seconds if name == "search" and run.results.search else state.seconds
         seconds = end - state.started if is_running else recorded
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
-    successor = run.liveness.successor
-    worker = successor or run.state
     return {
         "run": run.run_dir.storage.address,
-        "outcome": RUNNING if successor else run.liveness.outcome,
+        "outcome": run.liveness.outcome,
         "error": run.state.error,
-        "host": worker.host,
-        "pid": worker.pid,
+        "host": run.liveness.process.host,
+        "pid": run.liveness.process.pid,
         "started": run.state.started,
         "command": run.state.command,
         "folder": run.state.folder,
-        "has_begun": successor is None,
         "seconds_since_sign_of_life": max(0.0, now - run.liveness.last_sign),
         "stages": stages,
         "left_out": run.results.prune.left_out if run.results.prune else {},
@@ -142,7 +139,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
     control = search_progress(search, run.trials).best_control if search else None
     facts: dict[str, Any] = {
         "run": run.run_dir.storage.address,
-        "outcome": RUNNING if run.liveness.successor else run.liveness.outcome,
+        "outcome": run.liveness.outcome,
         "model": config["model"]["source"],
         "searcher": record.searcher if record else config["search"]["searcher"],
         "metric": config["search"]["metric"],

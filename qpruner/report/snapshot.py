@@ -5,7 +5,6 @@ The run's state file and its lock show whether the latest command is still runni
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -16,8 +15,8 @@ from qpruner.report.claim import how_to_compare
 from qpruner.report.search_progress import best_of, fits
 from qpruner.runs.lock import Driver, Holder, driver_of
 from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
-from qpruner.runs.run_dir import LOG, STATE, RunDir
-from qpruner.runs.storage import children, exists, for_each
+from qpruner.runs.run_dir import STATE, RunDir
+from qpruner.runs.storage import children
 from qpruner.search.trial_records import read_trials
 from qpruner.wording import counted
 
@@ -29,7 +28,6 @@ RUNNING = "running"
 CUT_OFF = "cut off"  # outcome of a command whose process ended without recording its outcome
 GONE = "most likely gone"  # outcome of a command on another machine whose heartbeat has stopped
 LACKING = {"comparison": "its comparison is", "serve": "the files to serve it are"}
-MOMENT_SECONDS = 0.3  # longest expected time between a driver's change of the run's state and its change of the lock
 
 
 @dataclass(frozen=True)
@@ -40,30 +38,22 @@ class Liveness:
     driver: Driver | None
 
     @property
-    def outcome(self) -> str:
-        """The recorded outcome; else `RUNNING`, `CUT_OFF` (process died), or `GONE` (no heartbeat from its machine)."""
-        if self.state.outcome != RUNNING:
-            return self.state.outcome
-        if self.driver is None or not self._is_of_driver:
-            return CUT_OFF
-        return {"alive": RUNNING, "dead": CUT_OFF, "silent": GONE}[self.driver.state]
+    def process(self) -> Holder | RunState:
+        """The living process that holds the lock, whose command may be newer than `state`; else that of `state`."""
+        return self.driver.holder if self.driver and self.driver.state == "alive" else self.state
 
     @property
-    def successor(self) -> Holder | None:
-        """The process that holds the lock, if its command is newer than `state` and has not begun a stage."""
-        if self.driver and self.driver.state == "alive" and not self._is_of_driver:
-            return self.driver.holder
-        return None
+    def outcome(self) -> str:
+        """The recorded outcome; else `RUNNING`, `CUT_OFF` (process died), or `GONE` (no heartbeat from its machine)."""
+        is_newer = (self.process.host, self.process.pid) != (self.state.host, self.state.pid)
+        if self.state.outcome != RUNNING and not is_newer:
+            return self.state.outcome
+        return {"alive": RUNNING, "silent": GONE}.get(self.driver.state, CUT_OFF) if self.driver else CUT_OFF
 
     @property
     def last_sign(self) -> float:
         """Time of the driver's last heartbeat or, without a lock, of the last state update, in Unix seconds."""
         return self.driver.beat if self.driver else self.state.updated
-
-    @property
-    def _is_of_driver(self) -> bool:
-        process = (self.state.host, self.state.pid)
-        return self.driver is not None and process == (self.driver.holder.host, self.driver.holder.pid)
 
 
 @dataclass(frozen=True)
@@ -161,10 +151,12 @@ class Snapshot:
         return self.state.search.metric if self.state.search else "loss"
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return one row per trial, with the columns of `TrialRecord.to_dataframe`."""
+        """Return one row per trial, with the columns of `qpruner trials --json`."""
         import pandas
 
-        return pandas.DataFrame([row for trial in self.trials for row in trial.table_rows()])
+        from qpruner.report.run_views import trial_row
+
+        return pandas.DataFrame([trial_row(self, trial) for trial in self.trials])
 
     def _repr_html_(self) -> str:
         from qpruner.report.html import notebook_view
@@ -195,8 +187,9 @@ class Snapshot:
             case "done":
                 return f"Ended after stage {self.state.until}, as asked."
             case "running":
-                process = f"it was running on {self.state.host} (process {self.state.pid}) when this was written"
-                return f"Unfinished{stage}: {process}; `qpruner status` shows whether it still is."
+                process = self.liveness.process
+                was = f"it was running on {process.host} (process {process.pid}) when this was written"
+                return f"Unfinished{stage}: {was}; `qpruner status` shows whether it still is."
         return f"Unfinished{stage}: its process is {self.liveness.outcome}; repeat the command to resume."
 
     @property
@@ -227,27 +220,18 @@ def _no_run(run: RunDir) -> str:
     if driver and driver.state == "alive":
         process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
         return f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again soon"
-    names = children(run.root)
-    are_runs = for_each(lambda name: exists(run.root / name / STATE), names)
-    if runs := [name for name, is_run in zip(names, are_runs, strict=True) if is_run]:
-        listed = f"{', '.join(runs[:10])}{', ...' if len(runs) > 10 else ''}"
-        return f"{run.place} is not a run folder, but contains the runs {listed}: name one of them"
-    what = f"is not a run folder, because it has no {STATE}" if names else "does not exist or is empty"
-    log = f"; {LOG} there shows how the last command ended" if LOG in names else ""
-    return f"{run.place} {what}{log}: name the folder that a configuration of `qpruner run` calls `output`"
+    what = f"is not a run folder, because it has no {STATE}" if children(run.root) else "does not exist or is empty"
+    return f"{run.place} {what}: name the folder that a configuration of `qpruner run` calls `output`"
 
 
 def read_liveness(run: RunDir) -> Liveness | None:
-    """Read a run's state and lock without writing anything; None before the first command.
+    """Read a run's lock and state without writing anything; None before the first command.
 
-    The state is read before the lock, so a command that ends between the two reads looks cut off. If a command looks
-    cut off, both are therefore read again. Raise `CorruptFile` if the state cannot be read.
+    The lock is read first, because a command writes its last state before it releases the lock. Raise `CorruptFile` if
+    the state cannot be read.
     """
-    found = _read(run)
-    if found and found.outcome == CUT_OFF:
-        time.sleep(MOMENT_SECONDS)
-        found = _read(run)
-    return found
+    driver, state = driver_of(run.root), run.read_state(RunState)
+    return Liveness(state, driver) if state else None
 
 
 def driver_text(run: RunDir) -> str | None:
@@ -262,8 +246,3 @@ def warning_of_driver(run: RunDir) -> str | None:
     """Return a warning that a running command may replace the run's models; None if no command is running."""
     driver = driver_text(run)
     return driver and f"warning: {driver} and may replace its models meanwhile"
-
-
-def _read(run: RunDir) -> Liveness | None:
-    state = run.read_state(RunState)
-    return Liveness(state, driver_of(run.root)) if state else None

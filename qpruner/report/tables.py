@@ -1,6 +1,5 @@
 """Builds the tables of a run's figures, which the terminal, `report.md` and `report.html` show."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -17,8 +16,6 @@ from qpruner.report.served import tile
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import (
     Confirmation,
-    CutRecord,
-    LayerWidths,
     PruneRecord,
     Results,
     RowScores,
@@ -197,34 +194,6 @@ def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
         answer_loss = f"{statistics.fmean(measures.over_tasks(tasks).mean for tasks in losses):.4f}"
     texts = [math.exp(row.text_loss) for row in found if row.text_loss is not None]
     return answer_loss, f"{statistics.fmean(texts):.2f}" if texts else "-"
-
-
-def kept_of_blocks(record: CutRecord) -> Table:
-    """Build the table of what pruning kept of each block; if blocks were removed, it has the new block numbers, too."""
-    body, numbers = [], itertools.count()
-    for layer in record.layers:
-        is_numbered = record.dropped_blocks and layer.layer not in record.dropped_blocks
-        index, *kept = block_cells(layer)
-        body.append((index, f"{next(numbers)}" if is_numbered else "-", *kept))
-    headings = ("block", "in the pruned model", "query heads", "key/value heads", "MLP channels", "kept parameters")
-    return Table("Kept of each block", headings, body, "Every block").without_empty_columns()
-
-
-def block_cells(layer: LayerWidths) -> tuple[str, ...]:
-    """Return a table row: a block and its kept query heads, key/value heads, MLP channels and share of parameters."""
-    groups, heads = len(layer.kept_kv_groups), layer.heads_per_group
-    channels, base = len(layer.kept_mlp_channels), layer.base_mlp_channels
-    mlp = f"{channels} of {base}"
-    if layer.base_experts:
-        kept = len(layer.kept_experts or ())
-        mlp = f"{kept} x {channels // max(kept, 1)} of {layer.base_experts} x {base // layer.base_experts}"
-    return (
-        str(layer.layer),
-        f"{groups * heads} of {layer.base_kv_groups * heads}",
-        f"{groups} of {layer.base_kv_groups}",
-        mlp,
-        f"{layer.kept_parameters / layer.base_parameters:.1%}",
-    )
 
 
 def cuts(record: PruneRecord) -> Table:

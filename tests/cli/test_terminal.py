@@ -43,7 +43,7 @@ from qpruner.cli import run_verbs
 from qpruner.cli.terminal import Terminal
 from qpruner.report import tables
 run = sys.argv[3]
-run_verbs.trials(run, "trial", False, False, False)
+run_verbs.trials(run, "trial", False)
 for table in tables.final_tables(read_run(run).results):
     Terminal(quiet=False).table(table.headings, table.rows)
 """

@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import raw_config, with_key
 from hub_server import Repository, serving
 from huggingface_hub import ModelCard
 from made_run import MadeRun, results_of, searched_row, snapshot
 from plain_transformers import run_python
 from safetensors.numpy import save
 
-from qpruner.config.load import validate_config
-from qpruner.report.card import model_card, other_base_remark
+from qpruner.report.card import model_card
 from qpruner.report.files import write_report
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.records import GIVEN
@@ -78,16 +76,6 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
     assert found.license_link == "https://huggingface.co/me/with/blob/main/LICENSE"
     found = card_on("me/without", folders[1], tmp_path / "two")
     assert (found.base_model, found.license) == ("me/without", None)
-
-
-def test_a_card_copied_from_another_model_is_warned_about(tmp_path: Path, tiny_model: Path) -> None:
-    """A local folder may hold any base model, so the user's statement stands."""
-    raw = raw_config(tiny_model, tmp_path / "run") | {"card": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
-    assert other_base_remark(validate_config(raw)) is None
-    remark = other_base_remark(validate_config(with_key(raw, "model.source", "me/base")))
-    assert remark and remark.startswith(
-        "`card.base_model` is HuggingFaceTB/SmolLM2-135M-Instruct, but `model.source` is me/base"
-    )
 
 
 @pytest.mark.parametrize(

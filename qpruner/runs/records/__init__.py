@@ -4,7 +4,7 @@ The record of a stage is written last, so its presence shows that the files of t
 identifies all inputs of the stage: while they stay the same, the stage is skipped.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from qpruner.runs.records.base import RUN_ID as RUN_ID
 from qpruner.runs.records.base import Record as Record
@@ -62,7 +62,6 @@ class LayerWidths(Recorded):
 class CutRecord(Record):
     """A cut of the base model and how it was made."""
 
-    listed: ClassVar[str] = "layers"
     importance: str
     selection: str
     compensation: str
@@ -100,10 +99,6 @@ class PruneRecord(Record):
     left_out: dict[str, str] = {}
     """Name of a cut that could not be made -> the reason."""
 
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row per cut and block."""
-        return [{"cut": name} | row for name, cut in self.cuts.items() for row in cut.table_rows()]
-
 
 class MethodScores(Recorded):
     """The sensitivities of all groups, as found by one method (see `SensitivityRecord`)."""
@@ -116,25 +111,12 @@ class MethodScores(Recorded):
     """
     seconds: float
 
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row per group, in the order of `SensitivityRecord.groups`."""
-        names = [f"in {name}" for name in self.values]
-        return [dict(zip(names, of_group, strict=True)) for of_group in zip(*self.values.values(), strict=True)]
-
 
 class SensitivityRecord(Record):
     """How much each group of layers damages the model in each format, by every requested method."""
 
     groups: tuple[str, ...]
     methods: dict[str, MethodScores]
-
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row per group, with the scores of every method."""
-        rows: list[dict[str, Any]] = [{"group": group} for group in self.groups]
-        for name, method in self.methods.items():
-            for row, scores in zip(rows, method.table_rows(), strict=True):
-                row |= {f"{name} {column}": value for column, value in scores.items()}
-        return rows
 
 
 class BankRecord(Record):
@@ -151,15 +133,6 @@ class BankRecord(Record):
     """Format -> group -> squared norm of W - Q - BA (as above), divided by that of W."""
     group_bytes: dict[str, dict[str, int]] = {}
     """Format -> group -> bytes of the packed weights, for all formats of the search."""
-
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row per group."""
-        rows: dict[str, dict[str, Any]] = {}
-        for field in ("group_bytes", "residual_ratio", "error"):
-            for name, by_group in getattr(self, field).items():
-                for group, value in by_group.items():
-                    rows.setdefault(group, {"group": group})[f"{field} in {name}"] = value
-        return list(rows.values())
 
 
 class CandidateRecord(Record):
@@ -192,7 +165,6 @@ class CandidateRecord(Record):
 class FinetuneRecord(Record):
     """The fine-tune of the winner, whose adapter is part of the final model."""
 
-    listed: ClassVar[str] = "candidates"
     winner: str
     candidates: tuple[CandidateRecord, ...]
 
@@ -220,11 +192,6 @@ class TaskScore(Recorded):
     """All metrics of the task by the names of lm-eval, which are `METRIC,FILTER` if the task filters answers."""
     answer_loss: tuple[float, ...] = ()
     """Negative log-likelihood of the right choice for each question, in nats; empty if the task has no choices."""
-
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row per question."""
-        columns = {"correct": self.correct} | ({"answer_loss": self.answer_loss} if self.answer_loss else {})
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 class Inference(Recorded):
@@ -257,21 +224,10 @@ class RowScores(Recorded):
     inference: Inference | None = None
     gpu_seconds: float = 0.0
 
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row, with all metrics of each task and their standard errors."""
-        [row] = super().table_rows()
-        del row["scores"]
-        for score in self.scores:
-            main = {score.metric: MetricScore(value=score.value, stderr=score.stderr)}
-            for name, metric in (main | score.metrics).items():
-                row |= {f"{score.task} {name}": metric.value, f"{score.task} {name}_stderr": metric.stderr}
-        return [row]
-
 
 class EvalRecord(Record):
     """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune, and of the winner."""
 
-    listed: ClassVar[str] = "rows"
     rows: tuple[RowScores, ...]
     text: str | None = None
     """Description of the held-out text behind `RowScores.text_loss`."""
@@ -292,11 +248,6 @@ class ComparisonRecord(Record):
     rows: tuple[RowScores, ...]
     """Scores of `candidates`, in the same order."""
     inference: InferenceSetting
-
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row per fine-tune, with its scores."""
-        pairs = zip(self.candidates, self.rows, strict=True)
-        return [scores.table_rows()[0] | candidate.table_rows()[0] for candidate, scores in pairs]
 
 
 class StageState(Recorded):
@@ -432,8 +383,3 @@ class Results(Recorded):
         """GPU seconds that each recorded stage used."""
         seconds = {name: record.gpu_seconds for name, record in self if record}
         return seconds | ({"search": self.search.total_gpu_seconds} if self.search else {})
-
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row per recorded stage, with its seconds and GPU seconds."""
-        used = self.gpu_seconds
-        return [{"stage": name, "seconds": spent, "gpu_seconds": used[name]} for name, spent in self.seconds.items()]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
-
-if TYPE_CHECKING:
-    import pandas
 
 RUN_ID = "run.id"
 """File with the id of the run; if it is missing, the storage cannot be reached or the run is new."""
@@ -22,26 +19,6 @@ class Recorded(BaseModel):
     """Base class of all recorded data: immutable, made of plain values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Return the `table_rows` as a pandas table."""
-        import pandas
-
-        return pandas.DataFrame(self.table_rows())
-
-    def _repr_html_(self) -> str:
-        return str(self.to_dataframe()._repr_html_())
-
-    listed: ClassVar[str] = ""
-    """Name of the field whose items are the rows of the table; if empty, the record is the only row."""
-
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return rows of column -> value; a mapping has a column `FIELD.KEY` for each key, a plan `format of GROUP`."""
-        if self.listed:
-            return [row for item in getattr(self, self.listed) for row in item.table_rows()]
-        fields = self.model_dump()
-        plan = fields.pop("plan", {})
-        return [flat(fields) | {f"format of {group}": name for group, name in plan.items()}]
 
 
 class Record(Recorded):

@@ -1,6 +1,6 @@
 """Records of the search: trials, finalists and the outcome."""
 
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from qpruner.runs.records.base import Record, Recorded, StandardError
 
@@ -94,18 +94,6 @@ class TrialRecord(Recorded):
     times: tuple[float, ...] = ()
     """Unix seconds of the start, of each rung and of the end."""
     begun: tuple[Begun, ...] = ()
-
-    def table_rows(self) -> list[dict[str, Any]]:
-        """Return one row, with `loss at STEP` and perhaps `accuracy at STEP` for each rung."""
-        shown = self.model_copy(update={"checkpoint": {}, "earlier_gpu_seconds": {}})
-        [row] = super(TrialRecord, shown).table_rows()
-        for name in ("digest", "model", "rungs", "saved_between", "times", "begun"):
-            del row[name]
-        for rung in self.rungs:
-            row[f"loss at {rung.step}"] = rung.loss
-            if rung.accuracy is not None:
-                row[f"accuracy at {rung.step}"] = rung.accuracy
-        return [row]
 
     def gpu_seconds_of(self, search: str) -> float:
         """Return the GPU seconds that one search used for this trial."""
@@ -235,7 +223,6 @@ class RungAgreement(Recorded):
 class SearchRecord(Record):
     """The outcome of the search; the records of its trials are in `trials/<trials_digest>/`."""
 
-    listed: ClassVar[str] = "confirmations"
     trials_digest: str
     searcher: str
     metric: Literal["loss", "accuracy"]

@@ -1,6 +1,6 @@
 """The record of stage serve: the files for other servers, their size, loss and speed."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from qpruner.runs.records.base import Record, Recorded
 
@@ -53,6 +53,5 @@ class ServeSetting(Recorded):
 class ServeRecord(Record):
     """The final model as files for other servers, and the base model beside it, measured in turns in one process."""
 
-    listed: ClassVar[str] = "rows"
     rows: tuple[ServedRow, ...]
     setting: ServeSetting
