@@ -151,7 +151,7 @@ class Bank(Stage[BankRecord]):
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
         return f"{size}; relative error of the weights with adapters: {left}" if left else size
 
-    def disk_used(self, share: float) -> int:
+    def disk_used(self) -> int:
         # After a search the entries are there that its plans need, not all that could be needed.
         return self.disk_bytes() if self.context.records.search else disk_bytes_in(self.context.run_dir.root / "banks")
 

@@ -81,12 +81,9 @@ def run_stage(stage: Stage[Any]) -> None:
     context.emit(StageFinished(stage.name, seconds, stage.summary(record)))
 
 
-def recorded(context: Context) -> dict[str, float]:
-    """Add to the context the records that `run` would reuse; return the finished share of each stage, from 0 to 1.
-
-    The files of the stages are not checked.
-    """
-    context.records, shares = Results(), dict.fromkeys(Results.model_fields, 0.0)
+def recorded(context: Context) -> None:
+    """Add to the context the records that `run` would reuse; the files of the stages are not checked."""
+    context.records = Results()
     for kind in STAGES:
         if kind.record is None or not kind.is_wanted(context.config):
             continue
@@ -95,11 +92,8 @@ def recorded(context: Context) -> dict[str, float]:
             if exists(context.run_dir.record_path(stage.name)):  # computing the digest of the inputs takes time
                 record = stage.matching_record(stage.digest)
         if record is None:
-            shares[kind.name] = stage.share_done()
-            break
+            return
         context.add_record(kind.name, record)
-        shares[kind.name] = 1.0
-    return shares
 
 
 @contextmanager

@@ -140,9 +140,8 @@ class Prune(Stage[PruneRecord]):
         are_intact = [super(Prune, self).is_complete(each) for each in cuts]  # each damaged one is set aside
         return all(are_intact)
 
-    def share_done(self) -> float:
-        wanted = self._wanted().values()
-        return sum(made_cut(each) is not None for each in wanted) / len(wanted)
+    def unfinished(self) -> Iterable[Path]:
+        return [*super().unfinished(), *map(self.context.run_dir.cut, self.context.inspection.cuts)]
 
     def disk_bytes(self) -> int:
         layouts = self.context.inspection.layouts.values()

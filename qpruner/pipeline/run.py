@@ -71,7 +71,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         warnings = (*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
         if address:
             look_at_nodes(context)
-        recorded(context)  # adds the records to the context
+        recorded(context)
         inspection, known = context.inspection, dict[str, Any]()
         if pruned := context.records.prune:
             cuts = {cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts}
@@ -133,13 +133,11 @@ def _check_room(context: Context) -> tuple[int, int]:
     """Raise an error if the disk is too small for the run; return the bytes needed at most, and the free bytes."""
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
-    wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
-    sizes = {stage.name: stage(context).disk_bytes() for stage in wanted}
-    free, needed = shutil.disk_usage(existing).free, SMALL_FILES + sum(sizes.values())
+    wanted = [stage(context) for stage in STAGES if stage.record and stage.is_wanted(context.config)]
+    free, needed = shutil.disk_usage(existing).free, SMALL_FILES + sum(stage.disk_bytes() for stage in wanted)
     if free < needed:  # subtract existing files, which takes time to find
-        shares = recorded(context)
-        left = {stage.name: sizes[stage.name] - stage(context).disk_used(shares[stage.name]) for stage in wanted}
-        needed = SMALL_FILES + sum(max(0, size) for size in left.values())
+        recorded(context)
+        needed = SMALL_FILES + sum(max(0, stage.disk_bytes() - stage.disk_used()) for stage in wanted)
     if free < needed:
         other = "" if run.storage.fills_this_disk else f" by {CACHE}"
         raise UserError(

@@ -280,10 +280,8 @@ class Search(Stage[SearchRecord]):
             f"({record.best_origin})"
         )
 
-    def share_done(self) -> float:
-        trials = read_trials(self.folder, skip_damaged=True)
-        over = sum(trial.is_over and trial.search == self.search_digest for trial in trials)
-        return min(1.0, over / self.config.num_trials)
+    def unfinished(self) -> Iterable[Path]:
+        return [*super().unfinished(), self.context.run_dir.trials]
 
     def disk_bytes(self) -> int:
         are_here = self.context.run_dir.storage.fills_this_disk

@@ -80,17 +80,18 @@ class Stage(ABC, Generic[RecordType]):
     def summary(self, record: RecordType) -> str:
         """Describe the record in one line."""
 
-    def share_done(self) -> float:
-        """Estimate the finished share of a stage that has no record yet, from 0 to 1."""
-        return 0.0
-
     def disk_bytes(self) -> int:
         """Estimate how many bytes the stage leaves on this machine."""
         return 0
 
-    def disk_used(self, share: float) -> int:
-        """Estimate how many of the `disk_bytes` are taken, if this share of the stage is done."""
-        return round(self.disk_bytes() * share) + disk_bytes_in(self.context.run_dir.scratch_path(self.name))
+    def unfinished(self) -> Iterable[Path]:
+        """List the folders that may have files of a stage without a record."""
+        return [self.context.run_dir.scratch_path(self.name)]
+
+    def disk_used(self) -> int:
+        """Count how many of the `disk_bytes` are taken, all of them by a recorded stage."""
+        is_recorded = getattr(self.context.records, self.name) is not None
+        return self.disk_bytes() if is_recorded else sum(map(disk_bytes_in, self.unfinished()))
 
     def matching_record(self, digest: str) -> RecordType | None:
         """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""

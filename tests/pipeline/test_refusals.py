@@ -318,8 +318,6 @@ def warned(inspected: Any) -> Callable[[str | dict[str, Any], str], list[str]]:
     [
         ("", "tokens of 16 rows", "`data.validation` ... tokens of 16 rows ... least 500 tokens"),
         ("", "tokens of 8 rows", "half of `data.confirmation` chooses the winner ... least 500 tokens"),
-        (f"{BY_ACCURACY}16", "`search.tasks`", "16 questions ... up to 0.12 ... at least 40 ... `search.limit`"),
-        ("evaluate.limit=4", "`evaluate.tasks`", "4 questions ... up to 0.25 ... `evaluate.limit`"),
         (
             "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=3",
             "`search.max_trials`",
@@ -333,7 +331,7 @@ def test_too_little_to_tell_plans_apart_is_a_warning(change: str, words: str, me
 
 
 def test_enough_to_tell_plans_apart_is_no_warning(warned: Any) -> None:
-    assert warned(f"{BY_ACCURACY}8", "tokens of") == warned("evaluate.limit=40", "`evaluate.tasks`") == []
+    assert warned(f"{BY_ACCURACY}8", "tokens of") == []
     enough = "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=7"
     assert warned(enough, "`search.max_trials`") == []
 
@@ -355,4 +353,3 @@ def test_a_repeated_confirmation_row_is_skipped(inspected: Any, tmp_path: Path) 
     (tmp_path / "rows.jsonl").write_text(jsonl(*({"text": text} for text in texts)))
     found = inspected({"data.confirmation": [{"source": str(tmp_path / "rows.jsonl"), "format": "text"}]})
     assert [row.response for row in found.examples["confirmation"]] == ["one and one", "two and two", "three and three"]
-    assert said("3 rows of `data.confirmation` skipped as repeated ... 'one and one'", found.warnings[0])
