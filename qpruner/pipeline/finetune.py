@@ -159,13 +159,8 @@ def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
-        if isinstance(_recorded(row), CandidateRecord):  # the other machine may not see the storage
-            state = "the driver finds the file intact"
-            remedy = "make `output` visible to all machines, then repeat the command"
-        else:
-            state = f"set aside in {storage.quarantine(row, run.candidates)}"
-            remedy = "repeat the command: only that row is fine-tuned again"
-        raise StageError(stage, f"{error}; {state}", remedy) from error
+        cause = f"{error}; set aside in {storage.quarantine(row, run.candidates)}"
+        raise StageError(stage, cause, "repeat the command: only that row is fine-tuned again") from error
 
 
 def write_final(winner: Candidate, folder: Path, emit: Emit) -> None:

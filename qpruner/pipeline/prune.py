@@ -155,12 +155,6 @@ def read_cut(folder: Path) -> CutRecord | None:
     return None
 
 
-def made_cut(wanted: Wanted) -> CutRecord | None:
-    """Read the record of a saved cut; None if it was not made, or under other inputs."""
-    record = read_cut(wanted.folder)
-    return record if record and record.digest == wanted.digest else None
-
-
 def make_cuts(
     config: RunConfig, base: Path, data: Path, wanted: Mapping[str, Wanted], saved: Sequence[Path], emit: Emit
 ) -> Made:
@@ -168,7 +162,8 @@ def make_cuts(
     made, left_out = dict[str, CutRecord](), dict[str, str]()
     cutter, model = Cutter(config, base, data, saved, emit), None
     for name, each in wanted.items():
-        if record := made_cut(each):  # by a process that has died
+        record = read_cut(each.folder)
+        if record and record.digest == each.digest:  # made by a process that has died
             made[name] = record
             continue
         model = model or cutter.load()
@@ -250,7 +245,6 @@ class Cutter:
             selection=settings.selection,
             compensation=settings.compensates_by,
             target=target_text(settings),
-            target_rate=settings.rate,
             achieved_rate=(pruned.parameters_before - pruned.parameters_after) / pruned.parameters_before,
             parameters_before=pruned.parameters_before,
             parameters_after=pruned.parameters_after,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
-from qpruner.search.plan_model import Data, PlanModel, informative, settled
+from qpruner.search.plan_model import Data, PlanModel, informative
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation, Prior, Proposal
 
@@ -56,7 +56,7 @@ class GaussianProcessProposer:
     def __init__(self, space: SearchSpace, seed: int, priors: Mapping[str, Prior]) -> None:
         self._seed = seed
         self._model, self._plans = PlanModel(space, priors), Plans(space)
-        self._fit: tuple[tuple[set[int], tuple[Observation, ...]], Posterior] | None = None
+        self._fit: tuple[tuple[Observation, ...], Posterior] | None = None
 
     @_one_thread()
     def propose(self, index: int, history: History) -> Proposal:
@@ -81,11 +81,9 @@ class GaussianProcessProposer:
 
     def _posterior(self, history: History, pending: Tensor) -> Posterior:
         steps = {item.step for item in history.observations}
-        fitted_to = settled(history)
         data = Data.of(self._plans.space, informative(history.observations), steps)
-        if self._fit is None or self._fit[0] != (steps, fitted_to):
-            fitted = Posterior(self._model, Data.of(self._plans.space, informative(fitted_to), steps), pending[:0])
-            self._fit = (steps, fitted_to), fitted
+        if self._fit is None or self._fit[0] != history.observations:
+            self._fit = history.observations, Posterior(self._model, data, pending[:0])
         return Posterior(self._model, data, pending, self._fit[1])
 
     def _candidates(

@@ -12,7 +12,7 @@ from made_searches import blocks, masked_space, plans_in, space_of
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans
-from qpruner.search.plan_model import Data, PlanModel, settled
+from qpruner.search.plan_model import Data, PlanModel
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Ledger, Observation
 
@@ -172,22 +172,6 @@ def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Obser
         for index, plan in enumerate(plans)
         for step, above in ((4, 0.3), (8, 0.1), (16, 0.0))[: 2 + (index + 1) % 2]
     )
-
-
-def test_a_fit_is_kept_until_a_tenth_more_trials_are_over() -> None:
-    space, effects = space_of(blocks(12)), effects_of(12)
-    observations, plans = rungs_of(random_plans(space, 130), effects), random_plans(space, 130)
-
-    def history(over: int, *running: int) -> History:
-        known = [item for item in observations if item.index < over]
-        return History(tuple(known), tuple(plans[index] for index in running))
-
-    assert settled(history(100)) == history(100).observations
-    fits = [settled(history(over)) for over in (111, 120, 121)]
-    assert [len({item.index for item in fit}) for fit in fits] == [110, 110, 121]
-    assert fits[0] == fits[1]
-    with_a_straggler = settled(history(115, 7))
-    assert {item.index for item in with_a_straggler} == set(range(111)) - {7}
 
 
 def test_a_proposal_does_not_depend_on_earlier_ones() -> None:

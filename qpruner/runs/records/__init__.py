@@ -66,8 +66,7 @@ class CutRecord(Record):
     selection: str
     compensation: str
     target: str
-    target_rate: float | None
-    """Requested share of all parameters to remove; None if shares were requested per block."""
+    """The requested share, such as `target 20.00% of all parameters`."""
     achieved_rate: float
     parameters_before: int
     parameters_after: int
