@@ -13,8 +13,7 @@ from qpruner.quantization.formats import DENSE, GridFormat, formats
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
 """Keys of `prune` that apply to units inside blocks only."""
-ENDS = ("max_trials", "max_hours", "max_gpu_hours", "patience")
-OF_SEARCHING = ("searcher", *ENDS, "confirm", "confirm_seeds")
+OF_SEARCHING = ("searcher", "max_trials", "max_hours", "max_gpu_hours", "confirm", "confirm_seeds")
 """Keys of `search` that apply only if several plans are tried."""
 
 
@@ -220,10 +219,7 @@ def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, .
 
 
 def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
-    return (
-        (search.searcher != "gp", f"`search.searcher` is {search.searcher}", ("patience",)),
-        (not search.tasks, "`search.tasks` is empty", ("limit",)),
-    )
+    return ((not search.tasks, "`search.tasks` is empty", ("limit",)),)
 
 
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:

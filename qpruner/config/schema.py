@@ -205,9 +205,6 @@ class SearchConfig(Section):
     """The search ends after this many hours, interrupted sessions included; running trials finish."""
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """The search ends after its trials have held GPUs for this many hours; running trials finish."""
-    patience: Positive | None = None
-    """The search ends after this many proposals in a row whose expected improvement is below the noise of a score.
-    Needs `searcher: gp`."""
     plan: Named | None = None
     """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or a method of
     `sensitivity.methods` for its seed plan. `--plan` sets it too."""

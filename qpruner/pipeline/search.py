@@ -129,7 +129,7 @@ class Search(Stage[SearchRecord]):
 
     def inputs(self) -> tuple[Any, ...]:
         settings = self.config.search
-        ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience)
+        ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours)
         return (self.trials_digest, self.search_digest, *ends, settings.confirm, settings.confirm_seeds)
 
     def warnings(self) -> Iterable[str]:

@@ -27,7 +27,7 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
 from qpruner.search.plan_model import Data, PlanModel, informative
 from qpruner.search.posterior import Posterior
-from qpruner.search.searchers import History, Observation, Prior, Proposal
+from qpruner.search.searchers import History, Observation, Prior
 
 MAX_ENUMERATED = 4096  # spaces of at most so many plans, over budget or not, are enumerated
 NUM_SAMPLES = 12  # samples of the effects; the knapsack of each is a candidate
@@ -59,25 +59,21 @@ class GaussianProcessProposer:
         self._fit: tuple[tuple[Observation, ...], Posterior] | None = None
 
     @_one_thread()
-    def propose(self, index: int, history: History) -> Proposal:
+    def propose(self, index: int, history: History) -> PrecisionPlan:
         """Return a feasible plan that is not in `history`; if there is none, the smallest plan."""
         generator = np.random.default_rng([self._seed, index])
         pending = self._plans.tensor(history.pending)
         known = torch.cat([self._plans.tensor(item.plan for item in history.observations), pending])
         seen = {row.tobytes() for row in torch.cat([known, self._plans.tensor(history.failed)]).numpy()}
         if not len(known):
-            return Proposal(self._plans.space.plan_of(self._plans.random(generator)))
+            return self._plans.space.plan_of(self._plans.random(generator))
         posterior = self._posterior(history, pending)
         inside = torch.cat([known[self._plans.sizes(known) <= self._plans.capacity], self._plans.smallest])
         best = inside[posterior.mean(inside).argsort()[:NUM_CENTERS]]
         candidates, values = self._candidates(posterior, best, seen, generator)
         if not len(candidates):
-            return Proposal(self._plans.space.plan_of(self._plans.smallest[0]))
-        at = int(values.argmax())
-        plan = self._plans.space.plan_of(candidates[at])
-        if len(history.observations) < 2:  # without a scale of the scores an improvement has no unit
-            return Proposal(plan)
-        return Proposal(plan, math.exp(float(values[at])), posterior.noise)
+            return self._plans.space.plan_of(self._plans.smallest[0])
+        return self._plans.space.plan_of(candidates[int(values.argmax())])
 
     def _posterior(self, history: History, pending: Tensor) -> Posterior:
         steps = {item.step for item in history.observations}

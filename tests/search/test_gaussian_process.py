@@ -14,7 +14,7 @@ from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans
 from qpruner.search.plan_model import Data, PlanModel
 from qpruner.search.posterior import Posterior
-from qpruner.search.searchers import History, Ledger, Observation
+from qpruner.search.searchers import History, Observation
 
 
 def random_plans(space: PlanSpace, number: int, seed: int = 0) -> list[PrecisionPlan]:
@@ -125,7 +125,7 @@ def search(space: PlanSpace, effects: np.ndarray, trials: int, **options: object
     proposer = gp_of(space, **options)
     ran: list[PrecisionPlan] = []
     for index in range(trials):
-        ran.append(proposer.propose(index, History(tuple(scored(ran, effects)))).plan)
+        ran.append(proposer.propose(index, History(tuple(scored(ran, effects)))))
     return ran
 
 
@@ -148,20 +148,6 @@ def test_large_spaces_too_get_only_new_plans_inside_the_budget() -> None:
     assert all(space.is_feasible(plan) for plan in ran)
     losses = [loss_of(plan, effects) for plan in ran]
     assert min(losses[7:]) < min(losses[:7])
-
-
-def test_no_expected_improvement_without_scores() -> None:
-    """With many trials at once the first proposals precede any score; `search.patience` must not count them."""
-    space, effects = space_of(blocks(7)), effects_of(7)
-    ledger = Ledger(SearchSpace((space,)), gp_of(space), [], max_trials=40, patience=3)
-    started = [ledger.next() for _ in range(16)]
-    assert all(suggestion is not None and suggestion.expected_improvement is None for suggestion in started)
-    for suggestion in started:
-        assert suggestion is not None
-        ledger.observe(Observation(suggestion.index, suggestion.plan, 8, loss_of(suggestion.plan, effects)))
-        ledger.close(suggestion)
-    following = ledger.next()
-    assert following is not None and following.expected_improvement is not None
 
 
 def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Observation, ...]:
@@ -228,7 +214,7 @@ def test_measured_damage_steers_a_search_without_scores() -> None:
     ]
     assert effects[1].argmax() == 4 and effects[1][4] > 3 * effects[1].median()
     assert effects[1][4] / effects[1].sum() > 3 * effects[0][4] / effects[0].sum()
-    first = gp_of(uneven).propose(2, History(tuple(observations))).plan
+    first = gp_of(uneven).propose(2, History(tuple(observations)))
     assert first.formats[4] == "int8"
 
 

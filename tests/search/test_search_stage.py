@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from made_searches import ANOTHER, MINE, SEED_PLAN, job_of, plan_of, trial
 from ray.exceptions import RaySystemError
 from ray.tune.experiment import Trial
 
-from qpruner.cluster.tune import SearchJob, make_proposer
+from qpruner.cluster.tune import SearchJob
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, HangWatch
 from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
@@ -29,11 +29,10 @@ from qpruner.pipeline.confirm_seeds import FINALISTS
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import best_of, choose_finalists
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Event, Message, Progress, TrialWithdrawn
-from qpruner.runs.records import RungResult, SearchRecord, TrialPulse, TrialRecord
+from qpruner.runs.records import SearchRecord, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
-from qpruner.search.searchers import History, Proposal, Proposer, RandomProposer
+from qpruner.search.searchers import Proposer, RandomProposer
 from qpruner.search.trial_records import (
     begin_session,
     read_clock,
@@ -112,50 +111,6 @@ def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
     Searching(replace(job, search=ANOTHER))  # the first search takes its trial back
     taken = read_trial(job.trials, 0)
     assert (taken.gpu_seconds_of(ANOTHER), taken.gpu_seconds_of(MINE)) == (3500.0, 3601.0)
-
-
-@dataclass(frozen=True)
-class Hopeless:
-    """A searcher whose expected improvement is below the noise from its second proposal on."""
-
-    space: SearchSpace
-    name: str = "gp"
-
-    def propose(self, index: int, history: History) -> Proposal:
-        plan = self.space.spaces[0].uniform("int8")
-        return Proposal(plan, expected_improvement=0.1 if index < 3 else 0.001, noise=0.01)
-
-
-def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
-    """A search killed after every trial ends after as many trials as an undisturbed one: 2 controls and 3 more."""
-    job = job_of(tmp_path, searcher="gp", patience=3, max_trials=9)
-    for index in (0, 1, 2, 3, 4, "FINISHED"):
-        search = Searching(job, proposer=Hopeless(job.space))
-        assert search.suggest("a") == index
-        write_trial(job.trials, read_trials(job.trials)[-1].model_copy(update={"status": "finished"}))
-    assert search.ledger.ended is not None
-    assert "below the noise (0.01) for 3 proposals in a row" in search.ledger.ended
-
-
-def test_the_error_over_questions_does_not_steer_the_search(tmp_path: Path) -> None:
-    """All plans answer the same questions, so this error is no noise that lets patience end before the best plan."""
-    keys = {"metric": "accuracy", "tasks": ["qpruner_everyday_validation"], "limit": 8, "max_trials": 20}
-    proposed = []
-    for stderr in (0.05, None):
-        job = job_of(tmp_path / str(stderr), searcher="gp", patience=3, **keys)
-        search = Searching(job, proposer=make_proposer("gp", job.space, 0, {}))
-        while isinstance(index := search.suggest("a"), int):
-            record = read_trial(job.trials, index)
-            gains = zip((2, 6, 1, 5, 3, 4), record.plan.values(), strict=True)
-            accuracy = 0.5 + sum(gain for gain, name in gains if name == "int8") / 100
-            rungs = (RungResult(step=4, loss=1.0, accuracy=accuracy, accuracy_stderr=stderr),)
-            write_trial(job.trials, record.model_copy(update={"rungs": rungs, "status": "finished"}))
-            search.searcher.on_trial_complete("a")
-        assert search.ledger.ended is not None and "`search.patience`" in search.ledger.ended
-        trials = read_trials(job.trials)
-        assert max(each.rungs[-1].accuracy or 0.0 for each in trials) == 0.65
-        proposed.append([(each.plan, each.expected_improvement, each.noise) for each in trials])
-    assert proposed[0] == proposed[1]
 
 
 # ---- trials of another budget

@@ -144,7 +144,7 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
     ]
     proposer = maker(name)(space, 0)
     history, number = History(tuple(results)), 5 if name == "bayesopt" else 20
-    proposed = np.array([proposer.propose(index, history).plan.formats for index in range(30, 30 + number)]) == "int8"
+    proposed = np.array([proposer.propose(index, history).formats for index in range(30, 30 + number)]) == "int8"
     assert proposed[:, :3].mean() > 0.65
     assert proposed[:, 5:].mean() < 0.35
 
@@ -204,11 +204,11 @@ def test_no_searcher_proposes_what_a_group_is_not_offered(name: str) -> None:
     space, number = masked_space(0.6), 6 if name == "bayesopt" else 20
     whole = SearchSpace((space,))
     ledger = Ledger(whole, make_proposer(name, whole, 0, {}), [], number)
-    proposed = [ledger.proposer.propose(index, History()).plan for index in range(100, 103)]
+    proposed = [ledger.proposer.propose(index, History()) for index in range(100, 103)]
     suggestions = run(ledger)
     assert len({item.plan for item in suggestions}) == number
     assert all(space.is_feasible(item.plan) for item in suggestions)
-    proposed += [ledger.proposer.propose(index, ledger.history()).plan for index in range(100, 103)]
+    proposed += [ledger.proposer.propose(index, ledger.history()) for index in range(100, 103)]
     assert all(plan in space for plan in proposed)
 
 

@@ -101,8 +101,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             digest=job.digest,
             search=job.search,
             origin=suggestion.origin,
-            expected_improvement=suggestion.expected_improvement,
-            noise=suggestion.noise,
             cut=suggestion.plan.cut,
             model=job.materials.model_of(suggestion.plan.cut),
             plan=suggestion.plan.as_dict(),

@@ -52,10 +52,6 @@ class TrialRecord(Recorded):
     """Digest of the search that proposed the plan: its sensitivities, budget, searcher and other settings."""
     origin: str
     """Name of the searcher, or of a control (see `is_control`): `unpruned-uniform`, `cut-10-knapsack`, ..."""
-    expected_improvement: float | None = None
-    """Expected improvement of the score over the best plan known at the time, if the searcher has a model."""
-    noise: float | None = None
-    """Standard deviation of a repeated score, as estimated by the model of the searcher."""
     cut: str = "base"
     """Name of the cut that the plan quantizes; `base` is the model before pruning."""
     model: str = ""
