@@ -26,12 +26,10 @@ def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> C
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
 
 
-def made_layer(index: int, groups: int, channels: int, experts: int | None = None) -> LayerWidths:
-    """Make a block of 4 groups, 200 channels and perhaps 8 experts that keeps the first ones of each."""
+def made_layer(index: int, groups: int, channels: int) -> LayerWidths:
+    """Make a block of 4 groups and 200 channels that keeps the first ones of each."""
     base = {"base_kv_groups": 4, "base_mlp_channels": 200, "heads_per_group": 2, "base_parameters": 1000}
     kept = {"kept_kv_groups": tuple(range(groups)), "kept_mlp_channels": tuple(range(channels))}
-    if experts is not None:
-        base["base_experts"], kept["kept_experts"] = 8, tuple(range(experts))
     return LayerWidths(layer=index, kept_parameters=5 * channels, **base, **kept)
 
 

@@ -79,7 +79,7 @@ def _cut_name(rate: float) -> str:
 
 
 class PruneConfig(Section):
-    """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels, experts."""
+    """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels."""
 
     rates: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = (0.0, 0.1, 0.2)
     """Shares of *all* parameters to remove, ascending: each is a cut that the search may choose; 0 is no cut."""
@@ -88,12 +88,11 @@ class PruneConfig(Section):
     layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Instead of `rates`: the share of its units that each block loses (LLM-Pruner's ratio). It changes the defaults to
     `selection: per_layer`, `round_to: 1` and `query_heads: modulo`, which keep the same units as LLM-Pruner."""
-    units: Annotated[tuple[Literal["block", "attention", "mlp", "expert"], ...], Field(min_length=1)] = (
+    units: Annotated[tuple[Literal["block", "attention", "mlp"], ...], Field(min_length=1)] = (
         "attention",
         "mlp",
     )
-    """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP channels (of every
-    expert, if there are experts), whole experts."""
+    """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP channels."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Part of `rate` to cut as whole blocks beside other units; null: half of it, at most a tenth of all parameters."""
     depth_importance: Literal["block_influence", "taylor"] = "block_influence"
@@ -116,8 +115,8 @@ class PruneConfig(Section):
     change the default to `per_layer`."""
     compensation: Literal["none", "bias", "least_squares"] | None = None
     """How the output projections (o, down) compensate for the cut: not at all, by a bias (FLAP), or by weights solved
-    for on the calibration samples. Null: `least_squares`, or `none` for stacked experts, and for whole blocks alone in
-    a family with experts or a norm after the MLP."""
+    for on the calibration samples. Null: `least_squares`, or `none` for whole blocks alone in a family with a norm
+    after the MLP."""
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: strength of the pull to the original weights, relative to the inputs' mean square."""
     steps: Positive | None = None

@@ -36,8 +36,6 @@ def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
         yield f"`rates` must be different shares in ascending order, got {list(prune.rates)}"
     if len(set(units)) < len(units):
         yield f"`units` names a kind twice: {list(units)}; name each once"
-    if {"expert", "mlp"} <= set(units):
-        yield "`units` may name `expert` or `mlp`, not both: cut whole experts, or channels of every expert"
     if by_rate and prune.drops_blocks:
         yield "`layer_rate` applies to units inside blocks only: take `block` out of `units`"
     for key, needs in (("layer_rate", by_rate), ("uniform", prune.uniform)):

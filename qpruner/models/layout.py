@@ -95,18 +95,11 @@ def layout_of(
 
 
 def multiply_adds(model: PreTrainedModel) -> int:
-    """Count the multiply-adds per token: one for each weight of the blocks' matrices and of the head.
-
-    Of experts stacked ``(experts, rows, columns)`` those count that a token visits.
-    """
-    config, family = model.config, family_of(model.config)
+    """Count the multiply-adds per token: one for each weight of the blocks' matrices and of the head."""
     head: Any = model.get_output_embeddings()
-    total = int(head.weight.numel())
-    for name, parameter in model.named_parameters():
-        if name.startswith(f"{family.blocks}.") and parameter.ndim > 1:
-            share = min(1.0, config.num_experts_per_tok / parameter.shape[0]) if parameter.ndim == 3 else 1.0
-            total += round(share * parameter.numel())
-    return total
+    blocks: Any = model.get_submodule(family_of(model.config).blocks)
+    matrices = [head.weight, *(each for each in blocks.parameters() if each.ndim > 1)]
+    return sum(int(each.numel()) for each in matrices)
 
 
 def refusals(level: str, linears: Iterable[LinearShape], on_gpu: bool) -> list[str]:

@@ -15,7 +15,7 @@ from qpruner.models.families import Family, families, family_of
 OUTPUT_BIASES = "qpruner_output_biases"
 """Config key that lists the linear layers of a block to which compensation added a bias."""
 _FOLLOWED = "qpruner_model_config"
-_IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
+_ATTENTION = "_attn_implementation_internal"
 
 
 # transformers warns that a global width was read, which is harmless: blocks are built from their own configs.
@@ -46,7 +46,7 @@ def _ragged(family: Family, original: Any) -> Any:
 
 
 def _following(layer_config: Any, config: Any) -> Any:
-    """Make a layer config read the attention and expert implementations from the model config at every access."""
+    """Make a layer config read the attention implementation from the model config at every access."""
     if layer_config is not config:
         config_class: Any = type(config)
         layer_config.__class__ = _following_class(config_class)
@@ -56,10 +56,8 @@ def _following(layer_config: Any, config: Any) -> Any:
 
 @functools.cache
 def _following_class(config_class: type) -> type:
-    def of_model(name: str) -> property:
-        return property(lambda self: getattr(self.__dict__[_FOLLOWED], name))
-
-    return type(config_class.__name__, (config_class,), {name: of_model(name) for name in _IMPLEMENTATIONS})
+    followed = property(lambda self: getattr(self.__dict__[_FOLLOWED], _ATTENTION))
+    return type(config_class.__name__, (config_class,), {_ATTENTION: followed})
 
 
 def add_output_biases(block: Any, linears: Sequence[str]) -> None:
@@ -75,15 +73,14 @@ def add_output_biases(block: Any, linears: Sequence[str]) -> None:
 def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
     """Write the widths of cut blocks into a config: as global keys if all blocks are equal, else per block.
 
-    `num_units`: block index -> kind of unit -> number of units kept (for stacked experts, channels per expert).
+    `num_units`: block index -> kind of unit -> number of units kept.
     """
     family = family_of(config)
     widths = {}
     for index in range(config.num_hidden_layers):
         layer_config = config.per_layer_config[index]
-        kinds = family.unit_kinds(layer_config, index)
-        present = {kind.name: kind.units_per_partition for kind in kinds}
-        widths[index] = family.widths(layer_config, index, present | dict(num_units.get(index, {})))
+        present = {kind.name: kind.num_units for kind in family.unit_kinds(layer_config)}
+        widths[index] = family.widths(layer_config, present | dict(num_units.get(index, {})))
     # Without an explicit head size transformers derives it from the (now per-layer) number of heads.
     config.head_dim = family.head_dim(config.per_layer_config[0])
     config.per_layer_config = None
@@ -100,10 +97,10 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
 
 def keep_blocks(config: Any, kept: Sequence[int]) -> None:
     """Remove all blocks from a config except `kept`, which lists their indices in ascending order."""
-    family = family_of(config)
     overrides: Mapping[int, Any] = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
     config.per_layer_config = None
-    family.keep_blocks(config, list(kept))
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[index] for index in kept]
     config.num_hidden_layers = len(kept)
     if overrides:
         config.per_layer_config = {new: overrides.get(old, {}) for new, old in enumerate(kept)}

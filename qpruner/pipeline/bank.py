@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.pipeline.preflight import Inspection, check_offers, check_quantizable
+from qpruner.pipeline.preflight import Inspection, check_offers
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage, disk_bytes_in
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout
@@ -70,9 +70,6 @@ class Bank(Stage[BankRecord]):
     @property
     def _levels(self) -> tuple[str, ...]:
         return tuple(level for level in self._layout.levels if format_of(level).is_packed)
-
-    def check(self) -> None:
-        check_quantizable(self.context.inspection.model_config)
 
     def is_complete(self, folder: Path) -> bool:
         """Return True if the Gram matrices for GPTQ are intact; whoever reads a damaged entry makes it again."""

@@ -209,17 +209,6 @@ def _planned(settings: PruneConfig, model_config: Any, key: str) -> Cut:
         raise UserError(f"{error} (`prune.{key}`: {rate:g})") from error
 
 
-def check_quantizable(model_config: Any) -> None:
-    """Raise an error if the weights of the model cannot be packed."""
-    family = family_of(model_config)
-    if family.unquantizable:
-        raise UserError(
-            f"`quantize`: the experts of a {family.model_type} model are stacked in one parameter "
-            f"({family.unquantizable[0]}), which packed layers cannot hold: such a model can be pruned "
-            "(`qpruner prune`), not quantized"
-        )
-
-
 def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
     """Return the budget of the cuts in bytes; raise an error if no plan fits.
 

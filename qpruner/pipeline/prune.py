@@ -15,7 +15,7 @@ from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile, UserError
 from qpruner.models.checkpoint import save_checkpoint
-from qpruner.models.families import ATTENTION, EXPERT, MLP, family_of
+from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import multiply_adds
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.models.memory import PeakMemory, copy_weights, release
@@ -291,22 +291,17 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWid
     layers = []
     for index, parameters in enumerate(before):
         layer_config = base.per_layer_config[index]
-        kinds = {kind.name: kind for kind in family.unit_kinds(layer_config, index)}
+        kinds = {kind.name: kind for kind in family.unit_kinds(layer_config)}
         is_dropped = index in pruned.dropped_blocks
         kept = {name: () if is_dropped else tuple(range(kind.num_units)) for name, kind in kinds.items()}
         kept |= {} if is_dropped else pruned.kept.get(index, {})
-        if EXPERT in kinds:
-            experts, size = set(kept[EXPERT]), kinds[MLP].units_per_partition
-            kept[MLP] = tuple(channel for channel in kept[MLP] if channel // size in experts)
         layers.append(
             LayerWidths(
                 layer=index,
                 kept_kv_groups=kept[ATTENTION],
                 kept_mlp_channels=kept[MLP],
-                kept_experts=kept.get(EXPERT),
                 base_kv_groups=kinds[ATTENTION].num_units,
                 base_mlp_channels=kinds[MLP].num_units,
-                base_experts=kinds[EXPERT].num_units if EXPERT in kinds else None,
                 heads_per_group=layer_config.num_attention_heads // kinds[ATTENTION].num_units,
                 base_parameters=parameters,
                 kept_parameters=0 if is_dropped else after[position[index]],

@@ -35,7 +35,7 @@ from qpruner.data.calibration import (
 )
 from qpruner.data.losses import hooked, predicting
 from qpruner.errors import TrainingDiverged
-from qpruner.models.families import EXPERT, MLP, UnitKind, family_of
+from qpruner.models.families import UnitKind, family_of
 from qpruner.pruning.units import unit_kinds_of
 
 Scores = dict[int, dict[str, torch.Tensor]]  # block index -> kind of unit -> scores ``(units,)``, float64 on the CPU
@@ -170,12 +170,10 @@ class UnitScores:
                     self._owners.setdefault(name, []).append((index, kind, position))
 
     def add(self, name: str, entries: torch.Tensor) -> None:
-        """Add the entries of a matrix, ``(rows, columns)`` or ``(experts, rows, columns)``, to units that own them."""
+        """Add the entries of a matrix ``(rows, columns)`` to the units that own them."""
         for index, kind, position in self._owners[name]:
             item = kind.slices[position]
-            kept = (0, item.dim) if kind.partitions > 1 else (item.dim,)
-            along = entries.sum(dim=[dim for dim in range(entries.dim()) if dim not in kept]).view(kind.partitions, -1)
-            owned = along[:, item.offset : item.offset + kind.units_per_partition * item.width]
+            owned = entries.sum(dim=1 - item.dim)[item.offset : item.offset + kind.num_units * item.width]
             by_head = owned.double().reshape(-1, item.width // item.heads).sum(dim=1).cpu()
             check_finite(by_head, f"the importance of {name}")
             scores = self._scores[index, kind]
@@ -219,12 +217,7 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str,
     if method == "block_influence":
         scores = _block_influence(model, layers, samples)
     else:
-        # Each matrix counts once: in whole experts with the router, not in channels again.
-        kinds = {}
-        for index, some in unit_kinds_of(model.config, layers).items():
-            has_experts = any(kind.name == EXPERT for kind in some)
-            kinds[index] = tuple(kind for kind in some if not (has_experts and kind.name == MLP))
-        by_unit = _by_element(model, kinds, samples, "first").reduce("sum")
+        by_unit = _by_element(model, unit_kinds_of(model.config, layers), samples, "first").reduce("sum")
         scores = {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in by_unit.items()}
     for index, value in scores.items():
         check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")

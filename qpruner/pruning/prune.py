@@ -228,8 +228,7 @@ def _cut_widths(
     """Cut units in `settings.num_steps` steps, and score the remaining units before each step."""
     sizes = unit_sizes(model, layers, settings.width_units)
     alive: Kept = {
-        index: {name: tuple(range(size.count * size.partitions)) for name, size in kinds.items()}
-        for index, kinds in sizes.items()
+        index: {name: tuple(range(size.count)) for name, size in kinds.items()} for index, kinds in sizes.items()
     }
     rate, round_to, uniform, num_steps = settings.layer_rate, settings.round_to, settings.uniform, settings.num_steps
     first: Scores = {}
@@ -241,8 +240,7 @@ def _cut_widths(
         for index, kinds in sizes.items():
             for name, size in kinds.items():
                 known = dict(zip(alive[index][name], scores[index][name].tolist(), strict=True))
-                every = range(size.count * size.partitions)
-                values[index][name] = [known.get(unit, float("-inf")) for unit in every]
+                values[index][name] = [known.get(unit, float("-inf")) for unit in range(size.count)]
         progress = step / num_steps
         if rate is None:
             kept = select(values, sizes, target, settings.selection, round_to, uniform, progress)

@@ -1,6 +1,6 @@
 """Select the units to keep: the least important are removed until the requested share of parameters is met.
 
-It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value group or expert.
+It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value group.
 """
 
 import itertools
@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from qpruner.errors import UserError
-from qpruner.models.families import MLP
-from qpruner.pruning.allocation import COARSE, counts_per_layer
+from qpruner.models.families import ATTENTION, MLP
+from qpruner.pruning.allocation import counts_per_layer
 from qpruner.pruning.units import Kept, KindSize, RateTooHigh, Sizes, Values, most_removable, smallest_step
 
 Place = tuple[int, str]  # block index and kind of unit
@@ -53,8 +53,7 @@ def select_rate(
         for name, size in kinds.items():
             removed[index][name] = count = units_at_rate(size, layer_rate, round_to if name == MLP else 1)
             if count > size.most:
-                left = f"{size.count - count} of the {size.count} {name} units of block {index}"
-                raise UserError(f"`prune.layer_rate` {layer_rate:g} leaves {left}, at least {size.least} must stay")
+                raise UserError(f"`prune.layer_rate` {layer_rate:g} leaves no {name} unit in block {index}: lower it")
             if uniform and size.plain and size.count - count not in size.plain:
                 left = f"{size.count - count} key/value groups in a block, not {' or '.join(map(str, size.plain))}"
                 why = f"`layer_rate` {layer_rate:g} leaves {left}, with which the model loads without qpruner"
@@ -106,13 +105,10 @@ def _kept_units(bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mappi
 
 
 def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[int]]:
-    """Group units into bundles of `width` (from each expert), least important first; the first takes the remainder."""
-    orders = [
-        sorted(range(part * size.count, (part + 1) * size.count), key=lambda unit: (scores[unit], unit))
-        for part in range(size.partitions)
-    ]
+    """Group units into bundles of `width`, least important first; the first takes the remainder."""
+    order = sorted(range(size.count), key=lambda unit: (scores[unit], unit))
     starts = [0, *range(size.count % width or width, size.count, width)]
-    return [[unit for order in orders for unit in order[a:b]] for a, b in itertools.pairwise([*starts, size.count])]
+    return [order[a:b] for a, b in itertools.pairwise([*starts, size.count])]
 
 
 # ---- global selection
@@ -121,7 +117,7 @@ def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[i
 class _Ranking:
     """Rank the bundles of all blocks, least important per parameter first.
 
-    A bundle is a key/value group, an expert, or `round_to` channels of adjacent scores in one block. `num_cut` counts
+    A bundle is a key/value group, or `round_to` channels of adjacent scores in one block. `num_cut` counts
     those that earlier steps removed from a place; `order` lists the others by place and position in `bundles[place]`.
     """
 
@@ -135,11 +131,10 @@ class _Ranking:
                 size = sizes[index][name]
                 bundles = self.bundles[index, name] = _bundles(scores, size, round_to if name == MLP else 1)
                 num_cut = self.num_cut[index, name] = sum(scores[bundle[0]] == float("-inf") for bundle in bundles)
-                weight = size.parameters / size.partitions
                 for position, bundle in enumerate(bundles):
-                    self.parameters[(index, name), position] = size.parameters * len(bundle) // size.partitions
-                    if num_cut <= position < len(bundles) - size.least:
-                        score = sum(scores[unit] for unit in bundle) / (weight * len(bundle))
+                    self.parameters[(index, name), position] = size.parameters * len(bundle)
+                    if num_cut <= position < len(bundles) - 1:
+                        score = sum(scores[unit] for unit in bundle) / (size.parameters * len(bundle))
                         ranked.append((score, index, name, position))
         self.order = [((index, name), position) for _, index, name, position in sorted(ranked)]
 
@@ -163,7 +158,7 @@ def _correct_with_coarse_units(
     ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, tolerance: int
 ) -> None:
     """Remove coarse units until at most `tolerance` parameters are left to remove, then restore surplus fine units."""
-    finest = max((name for _, name in num_cut), key=(*COARSE, MLP).index)
+    finest = MLP if any(name == MLP for _, name in num_cut) else ATTENTION
     for place, position in ranking.order:
         if target - removed <= tolerance:
             break

@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import PruneConfig
 from qpruner.errors import UserError
-from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of
+from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import skeleton
 from qpruner.pruning.units import plain_counts, unit_kinds_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-GROUPED_MATMUL_MULTIPLE = 8
-"""The channels of a stacked expert are a multiple of this, because `torch._grouped_mm` (2.13) needs strides in
-multiples of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +30,8 @@ def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
         return settings
-    if settings.width_units:
-        has_obstacle = bool(_stacked(model_config, settings))
-    else:
-        has_obstacle = family_of(model_config).residual_factor(model_config) is None
-    return settings.model_copy(update={"compensation": "none" if has_obstacle else "least_squares"})
+    cannot = not settings.width_units and family_of(model_config).residual_factor(model_config) is None
+    return settings.model_copy(update={"compensation": "none" if cannot else "least_squares"})
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
@@ -67,25 +60,12 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:
     """Raise `UserError`, which names key and remedy, for settings that the model does not support."""
-    family = family_of(model_config)
-    name, layers, stacked = family.model_type, cuttable_layers(model_config, settings), _stacked(model_config, settings)
-    importance, aggregation, compensation = settings.importance, settings.aggregation, settings.compensates_by
-    if stacked and (settings.looks_at_linears or aggregation == "vector" or compensation != "none"):
+    family, layers = family_of(model_config), cuttable_layers(model_config, settings)
+    solves_blocks = settings.compensates_by == "least_squares" and not settings.width_units
+    if solves_blocks and family.residual_factor(model_config) is None:
         raise UserError(
-            f"`prune`: the experts of a {name} model are stacked in one parameter ({stacked[0].slices[0].parameter}), "
-            f"not in linear layers: use `importance` fisher, taylor, magnitude or random (got {importance}), "
-            f"`aggregation` element (got {aggregation}) and `compensation` none (got {compensation}), or cut no "
-            "experts (`units` [attention])"
-        )
-    if any(kind.name == MLP for kind in stacked) and settings.round_to % GROUPED_MATMUL_MULTIPLE:
-        raise UserError(
-            f"`prune.round_to` must be a multiple of {GROUPED_MATMUL_MULTIPLE} for the experts of a {name} model, got "
-            f"{settings.round_to}: torch multiplies grouped matrices only if their rows have a multiple of 16 bytes"
-        )
-    if compensation == "least_squares" and not settings.width_units and family.residual_factor(model_config) is None:
-        raise UserError(
-            f"`prune.compensation`: least_squares cannot make up for removed blocks of a {name} model, which has "
-            "experts or a norm after the MLP: remove the key, or add attention to `prune.units`"
+            f"`prune.compensation`: least_squares cannot make up for removed blocks of a {family.model_type} model, "
+            "which has a norm after the MLP: remove the key, or add attention to `prune.units`"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)
@@ -97,7 +77,7 @@ def new_biases(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[i
         return []
     block = model.get_submodule(family_of(model.config).block_path(layers[0]))
     (kinds,) = unit_kinds_of(model.config, layers[:1], settings.width_units).values()
-    linears = [kind.output_linear for kind in kinds if kind.output_linear]
+    linears = (kind.output_linear for kind in kinds)
     return sorted(linear for linear in linears if block.get_submodule(linear).bias is None)
 
 
@@ -105,12 +85,6 @@ def are_alike(model_config: Any) -> bool:
     """Return True if all blocks of a model have units of the same kinds, numbers and shapes."""
     first, *others = unit_kinds_of(model_config, range(model_config.num_hidden_layers)).values()
     return all(kinds == first for kinds in others)
-
-
-def _stacked(model_config: Any, settings: PruneConfig) -> list[UnitKind]:
-    """List the unit kinds of all blocks that `prune.units` names and whose weights are stacked experts."""
-    by_block = unit_kinds_of(model_config, range(model_config.num_hidden_layers), settings.width_units)
-    return [kind for kinds in by_block.values() for kind in kinds if kind.partitions > 1 or kind.name == EXPERT]
 
 
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +25,16 @@ def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda don
     """
     family, config = family_of(model.config), model.config
     ragged.install(family)
-    num_units: dict[int, dict[str, int]] = {}
     for done, (index, by_kind) in enumerate(kept.items(), 1):
         block = model.get_submodule(family.block_path(index))
-        kinds = family.unit_kinds(config.per_layer_config[index], index)
-        num_units[index] = {kind.name: kind.units_per_partition for kind in kinds}
-        # Whole experts come first, so that channels are cut in the kept experts only.
-        for kind in kinds:
+        for kind in family.unit_kinds(config.per_layer_config[index]):
             if kind.name in by_kind:
-                num_units[index][kind.name] = _cut_kind(block, kind, by_kind[kind.name])
+                _cut_kind(block, kind, by_kind[kind.name])
         on_progress(done, len(kept))
+    num_units = {index: {name: len(units) for name, units in by_kind.items()} for index, by_kind in kept.items()}
     ragged.set_widths(config, num_units)
     for index in kept:
         _rebuild_block(model, index)
-    family.after_cut(model)
     return model
 
 
@@ -77,25 +72,17 @@ def unit_indices(item: UnitSlice, units: Sequence[int]) -> torch.Tensor:
     return (starts + torch.arange(item.width)).flatten()
 
 
-def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) -> int:
-    """Cut the units of one kind out of a block, and return how many are kept (channels: per expert)."""
-    size = kind.units_per_partition
-    groups = itertools.groupby(sorted(units), key=lambda unit: unit // size)
-    by_partition = [[unit % size for unit in group] for _, group in groups]
+def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) -> None:
+    """Cut all other units of one kind out of a block."""
     slices: dict[str, list[UnitSlice]] = {}
     for item, _ in owned_parameters(block, kind):
         slices.setdefault(item.parameter, []).append(item)
     for path, items in slices.items():
         parameter, dim = block.get_parameter(path), items[0].dim
-        stays = [_stays(parameter.shape[dim], items, size, part).to(parameter.device) for part in by_partition]
-        if kind.partitions == 1:
-            data = parameter.data.index_select(dim, stays[0])
-        else:
-            experts = zip(parameter.data, stays, strict=True)
-            data = torch.stack([expert.index_select(dim - 1, part) for expert, part in experts])
+        stays = _stays(parameter.shape[dim], items, kind.num_units, units).to(parameter.device)
+        data = parameter.data.index_select(dim, stays)
         owner, _, name = path.rpartition(".")
         setattr(block.get_submodule(owner), name, torch.nn.Parameter(data, requires_grad=parameter.requires_grad))
-    return len(by_partition[0])
 
 
 def _stays(length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.families import ATTENTION, EXPERT, MLP, UnitKind, family_of, owned_parameters
+from qpruner.models.families import ATTENTION, MLP, UnitKind, family_of, owned_parameters
 
 Kept = dict[int, dict[str, tuple[int, ...]]]  # block index -> kind of unit -> indices of the units that stay, ascending
 
@@ -14,19 +14,17 @@ Values = Mapping[int, Mapping[str, Sequence[float]]]  # block index -> kind of u
 
 @dataclass(frozen=True)
 class KindSize:
-    """How many units of one kind a block has, how many parameters each of them has, and how many must stay."""
+    """How many units of one kind a block has, and how many parameters each of them has; one unit must stay."""
 
-    parameters: int  # of one unit, biases included; for stacked experts, of one channel of every expert
-    count: int  # units; for stacked experts, channels of one expert
-    least: int = 1  # units that must stay
-    partitions: int = 1  # stacked experts; each keeps its own channels
-    rows: int = 1  # rows of the key projection per unit (the head size); 1 for channels and experts
-    plain: tuple[int, ...] = ()  # numbers with which a block loads without qpruner; empty for channels and experts
+    parameters: int  # of one unit, biases included
+    count: int  # units
+    rows: int = 1  # rows of the key projection per unit (the head size); 1 for channels
+    plain: tuple[int, ...] = ()  # numbers with which a block loads without qpruner; empty for channels
 
     @property
     def most(self) -> int:
         """Number of units that can be removed."""
-        return self.count - self.least
+        return self.count - 1
 
 
 Sizes = Mapping[int, Mapping[str, KindSize]]  # block index -> kind of unit -> number and size of these units
@@ -45,18 +43,15 @@ class RateTooHigh(UserError):
 
 
 def unit_kinds_of(
-    config: Any, layers: Iterable[int], units: Collection[str] = (ATTENTION, EXPERT, MLP)
+    config: Any, layers: Iterable[int], units: Collection[str] = (ATTENTION, MLP)
 ) -> dict[int, tuple[UnitKind, ...]]:
     """List the unit kinds named in `units` for each block in `layers`."""
     family, configs = family_of(config), config.per_layer_config
-    return {
-        index: tuple(kind for kind in family.unit_kinds(configs[index], index) if kind.name in units)
-        for index in layers
-    }
+    return {index: tuple(kind for kind in family.unit_kinds(configs[index]) if kind.name in units) for index in layers}
 
 
 def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[int, dict[str, KindSize]]:
-    """Count the units of every kind in `units`, and the parameters of each; refuse a kind that no block has."""
+    """Count the units of every kind in `units`, and the parameters of each."""
     family = family_of(model.config)
     sizes: dict[int, dict[str, KindSize]] = {index: {} for index in layers}
     for index, kinds in unit_kinds_of(model.config, layers, units).items():
@@ -65,17 +60,9 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
             is_attention, owned = kind.name == ATTENTION, owned_parameters(block, kind)
             sizes[index][kind.name] = KindSize(
                 sum(parameter.numel() // parameter.shape[item.dim] * item.width for item, parameter in owned),
-                kind.units_per_partition,
-                least=kind.least,
-                partitions=kind.partitions,
+                kind.num_units,
                 rows=family.head_dim(layer_config) if is_attention else 1,
                 plain=plain_counts(model.config, index) if is_attention else (),
-            )
-    for name in units:
-        if not any(name in of_block for of_block in sizes.values()):
-            raise UserError(
-                f"`prune.units` names {name}, but no block of this {family.model_type} model has such units: remove it "
-                "from `prune.units`"
             )
     return sizes
 
@@ -83,11 +70,11 @@ def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[
 def plain_counts(config: Any, index: int) -> tuple[int, ...]:
     """List the numbers of key/value groups with which block `index` loads without qpruner (in a plain checkpoint)."""
     family, layer_config = family_of(config), config.per_layer_config[index]
-    kinds = {kind.name: kind.units_per_partition for kind in family.unit_kinds(layer_config, index)}
+    kinds = {kind.name: kind.num_units for kind in family.unit_kinds(layer_config)}
     return tuple(
         count
         for count in range(1, kinds[ATTENTION] + 1)
-        if family.is_plain(config, family.widths(layer_config, index, kinds | {ATTENTION: count}))
+        if family.is_plain(config, family.widths(layer_config, kinds | {ATTENTION: count}))
     )
 
 
@@ -106,7 +93,7 @@ def most_removable(sizes: Sizes, round_to: int) -> int:
 
 
 def smallest_step(sizes: Sizes, round_to: int) -> int:
-    """Count the parameters of the smallest removable part: an attention unit, an expert or `round_to` channels."""
+    """Count the parameters of the smallest removable part: an attention unit or `round_to` channels."""
     return min(
         size.parameters * (round_to if name == MLP else 1) for kinds in sizes.values() for name, size in kinds.items()
     )

@@ -37,7 +37,7 @@ RULES = [
     ("output=''", "`output` ... at least 1 character, got ''"),
     ("data.train=[]", "`data.train`: must have at least 1 item, got []"),
     # choices
-    ("prune.units=[heads]", "`prune.units.0` ... 'attention', 'mlp' or 'expert', got 'heads'"),
+    ("prune.units=[heads]", "`prune.units.0` ... 'attention' or 'mlp', got 'heads'"),
     ("quantize.bits=[3, 8]", "`quantize.bits.0` ... 4, 8 or 16, got 3"),
     # bounds
     ("prune.rate=20", "`prune.rate` ... less than or equal to 0.9, got 20; it is a share: 20 % is 0.2"),
@@ -58,7 +58,6 @@ RULES = [
     ("prune={uniform: true, selection: global}", "`uniform` needs `selection: per_layer` ... got global: take"),
     ("prune.reduction=product", "`reduction: product` needs `selection: per_layer` ... such as sum"),
     ("prune.units=[mlp, mlp]", "`units` names a kind twice: ['mlp', 'mlp']; name each once"),
-    ("prune.units=[expert, mlp]", "`units` may name `expert` or `mlp`, not both"),
     ("quantize.formats=[nf4]", "give `formats` or `bits`, not both: take one out"),
     ("quantize.bits=; quantize.formats=[nf5]", "`formats`: there is no format `nf5`; name some of ... nf4 ... int8"),
     ("quantize.bits=; quantize.formats=[nf4, nf4]", "`formats` names a format twice, got nf4, nf4: name each once"),

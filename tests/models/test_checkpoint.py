@@ -12,19 +12,14 @@ import torch
 from hub_server import Repository, serving
 from plain_transformers import plain_transformers_answers, run_python
 from tiny_families import (
-    DENSE,
-    EXPERTS,
     FAMILY_NAMES,
     HEADWISE,
     LAYERS,
-    MIXTURES,
     MODEL_NAMES,
     family_model,
-    kept_experts,
     kept_of,
     logits_of,
     prompt,
-    stacked_channels,
     with_output_biases,
 )
 from transformers import PreTrainedModel
@@ -40,20 +35,15 @@ from qpruner.pruning.units import Kept
 
 
 def alike(name: str) -> Kept:
-    """Keep the same units in every block, except heads or channels that have to differ in a plain checkpoint."""
-    channels = {"mixtral": stacked_channels(3, range(EXPERTS), 16), "qwen3_moe": None}.get(name, tuple(range(3, 27)))
-    units = {"attention": None if name in HEADWISE else (0, 2), "mlp": channels}
-    return {index: {kind: kept for kind, kept in units.items() if kept is not None} for index in range(LAYERS)}
-
-
-ALIKE = {"qwen3_moe": {"mlp_only_layers": []}}
-"""Config keys that make all blocks of a tiny model alike."""
+    """Keep the same units in every block, except heads that have to differ in a plain checkpoint."""
+    heads = {} if name in HEADWISE else {"attention": (0, 2)}
+    return {index: heads | {"mlp": tuple(range(3, 27))} for index in range(LAYERS)}
 
 
 def pruned(name: str, **options: Any) -> PreTrainedModel:
     settings = PruneConfig.model_validate({"rate": 0.25, "importance": "magnitude", "round_to": 8} | options)
     samples = Samples([{"input_ids": row, "labels": row} for row in prompt().tolist()], 0, 2)
-    return prune(family_model(name, **ALIKE.get(name, {})), settings, samples).model
+    return prune(family_model(name), settings, samples).model
 
 
 GROUPED = tuple(name for name in FAMILY_NAMES if name not in HEADWISE)
@@ -64,8 +54,7 @@ HEADS_FIXED = (*HEADWISE, "phi-3, 128k")
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "ragged/widths": (MODEL_NAMES, lambda name: cut(family_model(name), kept_of(name))),
     "ragged/depth": (FAMILY_NAMES, lambda name: keep_blocks(cut(family_model(name), kept_of(name)), (1, 2))),
-    "ragged/biases": (DENSE, lambda name: cut(with_output_biases(name), kept_of(name))),
-    "ragged/experts": (MIXTURES, lambda name: cut(family_model(name), kept_experts(name))),
+    "ragged/biases": (FAMILY_NAMES, lambda name: cut(with_output_biases(name), kept_of(name))),
     "ragged/compensated": (("llama",), lambda name: pruned(name, compensation="bias")),
     "ragged/alike": (("phi-3, 128k",), lambda name: cut(family_model(name), alike(name))),
     "plain/depth": (FAMILY_NAMES, lambda name: keep_blocks(family_model(name), (1, 2))),
@@ -73,7 +62,6 @@ KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "plain/uniform": (GROUPED, lambda name: pruned(name, uniform=True)),
     "plain/channels": (HEADS_FIXED, lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True)),
     "plain/bias": (HEADWISE, lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True, compensation="bias")),
-    "plain/experts": (MIXTURES, lambda name: pruned(name, units=["attention", "expert"], uniform=True)),
 }
 """Kinds of pruned models by folder: `ragged` needs `import qpruner.hf` to load, `plain` must load without it."""
 CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)
@@ -134,7 +122,6 @@ def test_heads_that_do_not_divide_the_hidden_size_load(name: str, tmp_path: Path
     [
         ("llama", {"num_key_value_heads": 2, "num_attention_heads": 4, "intermediate_size": 18}),
         ("opt", {"num_attention_heads": 4, "ffn_dim": 18}),
-        ("qwen3_moe", {"num_key_value_heads": 2, "num_attention_heads": 4, "moe_intermediate_size": 16}),
     ],
 )
 def test_the_widths_stand_under_the_standard_key(name: str, expected: dict[str, int], root: Path) -> None:

@@ -6,13 +6,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from mixed_models import GROUP, bank_source, groups_of, mixed_plan
-from tiny_families import FAMILY_NAMES, MIXTURES, family_model, kept_of, logits_of, prompt, with_output_biases
+from tiny_families import FAMILY_NAMES, family_model, kept_of, logits_of, prompt, with_output_biases
 from transformers import AutoModelForCausalLM
 
 from qpruner.config.schema import LoraConfig, QuantizeConfig
-from qpruner.errors import UserError
 from qpruner.models.layout import group_linears, layout_of, table_paths
-from qpruner.pipeline.preflight import check_quantizable
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
 from qpruner.pruning.surgery import cut
 from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
@@ -111,15 +109,3 @@ def test_embeddings_and_head_are_packed(name: str, tied: bool, tmp_path: Path) -
         assert (head.weight is table.weight) is tied
         assert distance(logits_of(each), expected) < 1e-5
     assert torch.equal(logits_of(assembler.model(whole, seed=0).eval()), logits_of(dense))
-
-
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_stacked_experts_alone_are_refused_by_name(name: str) -> None:
-    """The first blocks of Qwen3-MoE may be dense."""
-    model = family_model(name, **({"mlp_only_layers": [0]} if name == "qwen3_moe" else {}))
-    if name not in MIXTURES:
-        check_quantizable(model.config)
-        return
-    with pytest.raises(UserError, match=rf"the experts of a {name} model .*\(mlp\.experts\.gate_up_proj\)"):
-        check_quantizable(model.config)
-    assert model.get_parameter("model.layers.1.mlp.experts.gate_up_proj").dim() == 3

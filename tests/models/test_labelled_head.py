@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import FAMILY_NAMES, MIXTURES, blocks_of, family_model, family_name
+from tiny_families import FAMILY_NAMES, blocks_of, family_model
 from transformers import Trainer
 
 from qpruner.config.schema import LoraConfig, TrainingConfig
@@ -24,7 +24,7 @@ from qpruner.quantization.assembly import attach_adapters
 from qpruner.training.finetune import Schedule, Share, _arguments, _Trainer, finetune
 
 PAD, BLANK = 0, {"input_ids": [0], "labels": [-100]}
-ARCHETYPES = ("llama", "gpt_neox", "mixtral")
+ARCHETYPES = ("llama", "gpt_neox")
 LABELLED = (4, 7, 1, 5)
 """Number of labelled tokens in each row; the rows have 9, 12, 6 and 8 tokens."""
 
@@ -111,10 +111,10 @@ def test_the_head_runs_at_labelled_tokens_only(name: str, tmp_path: Path) -> Non
         assert len(seen) == 2 and sum(seen) == sum(LABELLED), title
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", *MIXTURES])
+@pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_training_step_has_the_models_own_loss(name: str, tmp_path: Path) -> None:
-    """The loss is divided by the labelled tokens of the optimizer batch, and includes the router loss of a mixture."""
-    model = family_model(name, **({"output_router_logits": True} if family_name(name) in MIXTURES else {}))
+    """The loss is divided by the labelled tokens of the optimizer batch."""
+    model = family_model(name)
     adapted: Any = attach_adapters(model, {}, LoraConfig(rank=2), "block", seed=0)
     adapted.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -133,6 +133,5 @@ def test_a_training_step_has_the_models_own_loss(name: str, tmp_path: Path) -> N
     assert expected > 0.1
     assert_same_gradients(adapted, own, expected, 1e-5, 1e-7)
     blank = trainer.compute_loss(adapted, dict(collate([BLANK], PAD)), num_items_in_batch=tokens)
-    if family_name(name) not in MIXTURES:  # a router has a loss of its own on any row
-        assert blank == 0
-        assert all(not gradient.any() for gradient in gradients(adapted, blank).values())
+    assert blank == 0
+    assert all(not gradient.any() for gradient in gradients(adapted, blank).values())

@@ -1,33 +1,26 @@
 """The weights that a unit owns in every family. With wrong ones, pruning would cut wrong rows without an error."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_families import (
     BLOCKS,
-    EXPERTS,
-    EXPERTS_PER_TOKEN,
     FAMILY_NAMES,
     HEADWISE,
     KEY_VALUE_HEADS,
     LAYERS,
-    MIXTURES,
     MODEL_NAMES,
     QUERY_HEADS,
     blocks_of,
     family_model,
-    family_name,
     generated_scores,
-    kept_experts,
     kept_of,
     logits_of,
     prompt,
     silenced,
     skip_blocks,
-    stacked_channels,
 )
 from transformers import AutoConfig
 
@@ -36,15 +29,15 @@ from qpruner.errors import UserError
 from qpruner.models.families import families, family_of
 from qpruner.models.layout import group_linears, layout_of, output_modules
 from qpruner.pruning.surgery import cut, keep_blocks
-from qpruner.pruning.units import Kept, unit_sizes
+from qpruner.pruning.units import unit_sizes
 
-ARCHETYPES = ("llama", "gpt_neox", "mixtral")
-"""Grouped heads, fused heads, experts; for tests that need no other families."""
-MIXTURE_MODELS = tuple(name for name in MODEL_NAMES if family_name(name) in MIXTURES)
+ARCHETYPES = ("llama", "gpt_neox")
+"""Grouped heads, fused heads; for tests that need no other families."""
 
 
-def assert_cut_equals_silenced(name: str, kept: Kept) -> None:
-    model = family_model(name)
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_cutting_units_is_the_same_as_silencing_them(name: str) -> None:
+    model, kept = family_model(name), kept_of(name)
     expected = logits_of(silenced(copy.deepcopy(model), name, kept))
     whole = logits_of(model)
     found = logits_of(cut(model, kept))
@@ -61,19 +54,6 @@ def test_the_tiny_models_are_of_every_supported_family() -> None:
 
 
 # ---- cut == masked
-
-
-@pytest.mark.parametrize("name", MODEL_NAMES)
-def test_cutting_units_is_the_same_as_silencing_them(name: str) -> None:
-    assert_cut_equals_silenced(name, kept_of(name))
-
-
-@pytest.mark.parametrize("name", MIXTURE_MODELS)
-def test_cutting_experts_is_the_same_as_never_routing_to_them(name: str) -> None:
-    """Channels keep their numbers when experts are removed in the same cut."""
-    assert_cut_equals_silenced(name, kept_experts(name))
-    experts = (1, 2, 3)
-    assert_cut_equals_silenced(name, {1: {"expert": experts, "mlp": stacked_channels(7, experts, 8)}})
 
 
 @pytest.mark.parametrize("name", ARCHETYPES)
@@ -95,7 +75,7 @@ def test_a_cut_in_two_steps_is_the_cut_in_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_dropping_blocks_is_the_same_as_passing_them_by(name: str) -> None:
-    """Windows, experts and cache positions belong to a block, not to its old position."""
+    """Windows and cache positions belong to a block, not to its old position."""
     whole = logits_of(family_model(name))
     for stay, gone in (((0, 2), 1), ((1, 2), 0)):
         model = keep_blocks(family_model(name), stay)
@@ -123,16 +103,14 @@ def test_cut_blocks_can_be_dropped_and_dropped_models_cut(name: str) -> None:
 # ---- sizes
 
 
-@pytest.mark.parametrize("cut_of", [kept_of, kept_experts])
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_sizes_are_known_before_the_cut(name: str, cut_of: Callable[[str], Kept]) -> None:
+def test_sizes_are_known_before_the_cut(name: str) -> None:
     """`qpruner check` computes sizes from the config alone; the cut model must have these sizes."""
-    model, kept, promised = family_model(name), cut_of(name), 0
+    model, kept, promised = family_model(name), kept_of(name), 0
     for index, units in kept.items():
         sizes = unit_sizes(model, [index], tuple(units))[index]
         for kind, stays in units.items():
-            assert sizes[kind].least == (EXPERTS_PER_TOKEN if kind == "expert" else 1)
-            promised += (sizes[kind].count - len(stays) // sizes[kind].partitions) * sizes[kind].parameters
+            promised += (sizes[kind].count - len(stays)) * sizes[kind].parameters
     before = model.num_parameters()
     assert before - cut(model, kept).num_parameters() == promised > 0
     layout = layout_of(model.config, QuantizeConfig(group="projection", bits=(16,)), 4, lora_rank=2, on_gpu=False)
@@ -149,19 +127,16 @@ def test_sizes_are_known_before_the_cut(name: str, cut_of: Callable[[str], Kept]
 @pytest.mark.parametrize("group", ["block", "sublayer", "projection"])
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_linear_layer_of_a_block_is_in_one_group(name: str, group: str) -> None:
-    """Layers outside all groups would silently stay at 16 bits. Models with experts group their attention only."""
-    model, is_mixture = family_model(name), family_name(name) in MIXTURES
+    """Layers outside all groups would silently stay at 16 bits."""
+    model = family_model(name)
     groups = group_linears(model.config, group)
     paths = [path for linears in groups.values() for path in linears]
     blocks = {id(module) for block in blocks_of(model) for module in block.modules()}
     linears = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) in blocks and not (is_mixture and ".mlp." in path)
+        path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and id(module) in blocks
     ]
     assert sorted(paths) == sorted(linears)
-    of_block = {"block": 1, "sublayer": 1 if is_mixture else 2, "projection": 2 if is_mixture else 4}
-    assert len(groups) == LAYERS * of_block[group]
+    assert len(groups) == LAYERS * {"block": 1, "sublayer": 2, "projection": 4}[group]
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -173,7 +148,7 @@ def test_a_group_is_measured_where_its_output_leaves(name: str) -> None:
     assert output_modules(config, "block")["layers.1"] == (block,)
     by_sublayer = output_modules(config, "sublayer")
     assert by_sublayer["layers.1.attention"] == (attention,)
-    assert by_sublayer.get("layers.1.mlp") == (None if name in MIXTURES else (mlp,))
+    assert by_sublayer["layers.1.mlp"] == (mlp,)
     assert output_modules(config, "projection") == group_linears(config, "projection")
 
 
@@ -188,19 +163,6 @@ def test_another_attention_is_set_for_every_block(name: str) -> None:
     per_unit = 1 if name in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS
     heads = {index: len(units["attention"]) * per_unit for index, units in kept_of(name).items()}
     assert [each.shape[1] for each in weights] == [heads.get(index, QUERY_HEADS) for index in range(LAYERS)]
-
-
-@pytest.mark.parametrize("name", MIXTURE_MODELS)
-def test_experts_are_balanced_where_some_blocks_have_fewer(name: str) -> None:
-    model = cut(family_model(name), kept_experts(name))
-    output = model(input_ids=prompt(), labels=prompt(), output_router_logits=True)
-    assert {logits.shape[-1] for logits in output.router_logits} == {EXPERTS}
-    shares = torch.cat([logits.softmax(dim=-1) for logits in output.router_logits])
-    chosen = torch.nn.functional.one_hot(shares.topk(EXPERTS_PER_TOKEN).indices, EXPERTS).sum(dim=1).float()
-    torch.testing.assert_close(output.aux_loss, EXPERTS * (chosen.mean(dim=0) * shares.mean(dim=0)).sum())
-    output.aux_loss.backward()
-    routers = [block.mlp.gate for block in blocks_of(model) if hasattr(block.mlp, "gate")]
-    assert all(router.weight.grad.isfinite().all() and router.weight.grad.any() for router in routers)
 
 
 def test_an_unsupported_architecture_is_refused() -> None:

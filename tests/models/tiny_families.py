@@ -15,16 +15,13 @@ from qpruner.pruning.units import Kept
 
 HIDDEN, HEAD_DIM, DERIVED_HEAD_DIM, CHANNELS, LAYERS = 60, 14, 10, 40, 3
 QUERY_HEADS, KEY_VALUE_HEADS = 6, 3
-EXPERTS, EXPERT_CHANNELS, EXPERTS_PER_TOKEN = 4, 24, 2
 WINDOW = 6
 """Shorter than the prompt."""
 
-_NAMES = "gemma2 gemma3_text gpt_neox granite llama mistral mixtral olmo2 opt phi3 qwen2 qwen3 qwen3_moe"
+_NAMES = "gemma2 gemma3_text gpt_neox granite llama mistral olmo2 opt phi3 qwen2 qwen3"
 FAMILY_NAMES = tuple(_NAMES.split())
 HEADWISE = ("gpt_neox", "opt")
 """Families without grouped heads, where an attention unit is one head."""
-MIXTURES = ("mixtral", "qwen3_moe")
-DENSE = tuple(name for name in FAMILY_NAMES if name not in MIXTURES)
 
 BLOCKS = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
 LLAMA_OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
@@ -33,7 +30,6 @@ OUTPUTS = {"gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), "opt": ("self_a
 
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": LAYER_TYPES}
-EXPERTS_OF = {"head_dim": HEAD_DIM, "num_experts_per_tok": EXPERTS_PER_TOKEN}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
@@ -47,14 +43,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "llama": {"head_dim": HEAD_DIM, "tie_word_embeddings": True},
     "mistral": {"head_dim": HEAD_DIM, "sliding_window": WINDOW},
-    "mixtral": EXPERTS_OF | {"intermediate_size": EXPERT_CHANNELS, "num_local_experts": EXPERTS},
     "olmo2": {},
     "opt": {"ffn_dim": CHANNELS, "word_embed_proj_dim": HIDDEN},
     "phi3": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": {"head_dim": HEAD_DIM, "tie_word_embeddings": True},
-    "qwen3_moe": EXPERTS_OF
-    | {"moe_intermediate_size": EXPERT_CHANNELS, "num_experts": EXPERTS, "mlp_only_layers": [2]},
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -76,8 +69,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "qwen3_moe, every second block": ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
-    "qwen3_moe, weights sum to one": ("qwen3_moe", {"norm_topk_prob": True}),
 }
 """Variants of families in which a unit owns other weights or is used in another way: name -> family, config keys."""
 MODEL_NAMES = (*FAMILY_NAMES, *VARIANTS)
@@ -109,7 +100,7 @@ def family_model(name: str, seed: int | None = None, **others: Any) -> PreTraine
                 parameter.copy_(torch.randn_like(parameter) * 0.3 + (0.0 if key.endswith("bias") else 1.0))
             else:
                 # Larger than transformers' 0.02, so that every part of a block shows in the logits.
-                parameter.mul_(6.0 if parameter.dim() == 2 else 12.0)
+                parameter.mul_(6.0)
     return model.eval()
 
 
@@ -131,33 +122,7 @@ def kept_of(name: str) -> Kept:
     """Return a cut of attention units and channels: blocks 0 and 2 get different widths, block 1 is uncut."""
     heads = {0: (0, 2, 3, 5), 2: (1, 4)} if family_name(name) in HEADWISE else {0: (0, 2), 2: (1,)}
     channels = {0: (*range(3, 20), 38), 2: tuple(range(0, CHANNELS, 3))}
-    for index in (0, 2):
-        if has_experts(name, index):
-            channels[index] = stacked_channels(index, range(EXPERTS), 16 if index == 0 else 8)
     return {index: {"attention": heads[index], "mlp": channels[index]} for index in (0, 2)}
-
-
-def kept_experts(name: str) -> Kept:
-    """Return a cut of whole experts and attention units; block 0 keeps 3 experts, block 1 keeps 2, the minimum."""
-    kept: Kept = {0: {"attention": (0, 2)}, 2: {"attention": (1, 2)}}
-    for index, experts in ((0, (0, 2, 3)), (1, (1, 3))):
-        if has_experts(name, index):
-            kept.setdefault(index, {})["expert"] = experts
-    return kept
-
-
-def stacked_channels(seed: int, experts: Sequence[int], count: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        expert * EXPERT_CHANNELS + channel
-        for expert in experts
-        for channel in sorted(torch.randperm(EXPERT_CHANNELS, generator=generator)[:count].tolist())
-    )
-
-
-def has_experts(name: str, index: int) -> bool:
-    dense = {"qwen3_moe": (2,), "qwen3_moe, every second block": (0, 2), "qwen3_moe, weights sum to one": (2,)}
-    return family_name(name) in MIXTURES and index not in dense.get(name, ())
 
 
 # ---- what a cut must do
@@ -168,17 +133,17 @@ def blocks_of(model: PreTrainedModel) -> Any:
 
 
 def output_projections(block: torch.nn.Module, family: str) -> tuple[Any, Any]:
-    """Return the output projections of attention and MLP; the second is None if the block has experts."""
+    """Return the output projections of attention and MLP."""
     attention, mlp = OUTPUTS.get(family, LLAMA_OUTPUTS)
-    return block.get_submodule(attention), dict(block.named_modules()).get(mlp)
+    return block.get_submodule(attention), block.get_submodule(mlp)
 
 
 @torch.no_grad()
 def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
     """Switch off all units of an uncut model that are not kept, in place.
 
-    The columns of removed heads and channels in the output projection become zero. The router gives removed experts
-    minus infinity. In OLMo 2 the query and key norms leave removed heads out of their mean.
+    The columns of removed heads and channels in the output projection become zero. In OLMo 2 the query and key norms
+    leave removed heads out of their mean.
     """
     family = family_name(name)
     for index, units in kept.items():
@@ -192,14 +157,8 @@ def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
             if family == "olmo2":
                 for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
                     leave_out_of_mean(norm, gone, attention_out.in_features // width)
-        if "expert" in units:
-            _never_route_to(block.mlp.gate, _removed(units["expert"], EXPERTS))
-        if "mlp" in units and mlp_out is not None:
+        if "mlp" in units:
             mlp_out.weight[:, _removed(units["mlp"], CHANNELS)] = 0
-        elif "mlp" in units:
-            down = block.mlp.experts.down_proj
-            for unit in _removed(units["mlp"], EXPERTS * EXPERT_CHANNELS):
-                down[unit // EXPERT_CHANNELS, :, unit % EXPERT_CHANNELS] = 0
     return model
 
 
@@ -223,19 +182,6 @@ def leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
         return norm.weight * hidden * torch.rsqrt(mean_square + norm.variance_epsilon)
 
     norm.forward = forward
-
-
-def _never_route_to(router: Any, gone: Sequence[int]) -> None:
-    """Make a router never choose removed experts; the rest is as in Mixtral and Qwen3."""
-    keeps_sum = getattr(router, "norm_topk_prob", True)
-
-    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = hidden.reshape(-1, HIDDEN) @ router.weight.T
-        logits[:, list(gone)] = -torch.inf
-        values, indices = torch.softmax(logits, dim=-1).topk(EXPERTS_PER_TOKEN, dim=-1)
-        return logits, values / values.sum(dim=-1, keepdim=True) if keeps_sum else values, indices
-
-    router.forward = forward
 
 
 # ---- looking at models

@@ -72,7 +72,6 @@ MODEL = [
     ("prune.rate=0.6; prune.first_layer=1", "`prune.rate` ... 0.6 ... at least one unit ... lower the rate, allow"),
     ("prune.last_layer=7", "`prune.last_layer` 7 ... within the model's 2 blocks ... 0 to 1"),
     ("prune={layer_rate: 0.2, round_to: 320}", "`prune.round_to` ... got 320 ... `prune.layer_rate`: 0.2"),
-    ("prune.units=[attention, expert]", "`prune.units` ... no block of this llama model has such ... remove it from"),
     ("quantize.budget={bytes: 1000}", "`quantize.budget.bytes` is below ... smallest format, nf4 ... GiB), got 1000"),
     ("quantize.budget={mean_bits: 9}", "`quantize.budget.mean_bits` must be between the bits of ... 4 and 8, got 9"),
     ("output=TMP/empty.jsonl", "`output` ... empty.jsonl ... is a file ... name"),
@@ -129,10 +128,6 @@ def _gpt2(folder: Path) -> None:
     GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=300, bos_token_id=0, eos_token_id=1).save_pretrained(folder)
 
 
-def _mixtral(folder: Path) -> None:
-    _config_keys(folder, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
-
-
 SPOILT: list[tuple[Callable[[Path], object], str, str]] = [
     (lambda folder: (folder / "config.json").unlink(), "", "no config.json ... name a model folder"),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "", "not a valid JSON file"),
@@ -144,7 +139,6 @@ SPOILT: list[tuple[Callable[[Path], object], str, str]] = [
     (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "", "tokenizer"),
     (lambda folder: _config_keys(folder, quantization_config={"bits": 4}), "", "already quantized ... full-precision"),
     (_gpt2, "", f"`gpt2` ... not supported ... supported: {', '.join(families())}"),
-    (_mixtral, "prune.importance=fluctuation", "mlp.experts.gate_up_proj ... stacked in one ... taylor, magnitude"),
 ]
 
 

@@ -14,9 +14,7 @@ from qpruner.config.schema import ModelConfig, PruneConfig
 from qpruner.errors import UserError
 from qpruner.models.layout import skeleton
 from qpruner.models.loading import check_reachable, load_dense
-from qpruner.pipeline.prune import layer_widths
-from qpruner.pruning.prune import Pruned, block_sizes, num_parameters, planned_cut, prune
-from qpruner.pruning.units import unit_sizes
+from qpruner.pruning.prune import Pruned, num_parameters, planned_cut, prune
 
 CHANNEL = 3 * 32
 """Parameters of one channel of the tiny Llama."""
@@ -228,40 +226,6 @@ def test_a_model_that_was_left_on_disk_in_part_is_refused(tiny_model: Path, tmp_
     check_reachable(load_dense(str(tiny_model), "bfloat16", ModelConfig(source=str(tiny_model), device_map="auto")))
 
 
-# ---- experts
-
-
-@pytest.mark.parametrize("units", [["attention", "expert"], ["attention", "mlp"], ["expert"]])
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_experts_are_cut_whole_or_channel_by_channel(units: list[str], selection: str) -> None:
-    """The default is no compensation, which only linear layers can have."""
-    model = tiny("mixtral", num_local_experts=6)
-    before, base = num_parameters(model), copy.deepcopy(model)
-    sizes = unit_sizes(model, range(3), units)[0]
-    finest = min(size.parameters * (8 if kind == "mlp" else 1) for kind, size in sizes.items())
-    settings = settings_of(rate=0.25, units=units, selection=selection, round_to=8, compensation=None)
-    assert planned_cut(model.config, settings).settings.compensates_by == "none"
-    pruned = prune(model, settings, samples_of())
-    assert abs(before - pruned.parameters_after - 0.25 * before) <= finest
-    assert all(block.mlp.gate.weight.shape[0] >= 2 for block in model.model.layers), "a token is sent to two"
-    assert torch.isfinite(logits_of(model)).all()
-    if units == ["expert"]:
-        for layer in layer_widths(base.config, pruned, block_sizes(base, range(3))):
-            experts = pruned.kept[layer.layer]["expert"]
-            assert layer.kept_experts == experts
-            assert layer.kept_mlp_channels == tuple(unit for unit in range(6 * 24) if unit // 24 in experts)
-
-
-@pytest.mark.parametrize("options", [{"rate": 0.3}, {"rate": 0.3, "uniform": True}, {"layer_rate": 0.4}], ids=str)
-def test_experts_can_be_measured_between_two_steps(options: dict[str, Any]) -> None:
-    """The grouped product of torch needs rows of whole 16 bytes in bfloat16, so every step must keep such widths."""
-    model = tiny("mixtral", intermediate_size=64).to(torch.bfloat16)
-    pruned = prune(model, settings_of(units=["mlp"], round_to=8, steps=4, **options), samples_of())
-    assert {kinds["mlp"] % (4 * 8) for kinds in widths(pruned).values()} == {0}
-    once = prune(tiny("mixtral", intermediate_size=64), settings_of(units=["mlp"], round_to=8, **options), samples_of())
-    assert widths(pruned) == widths(once)
-
-
 # ---- refused settings
 
 
@@ -300,19 +264,6 @@ def test_shared_weights_are_refused(other: str) -> None:
         ("llama", {"protected_layers": [-9]}, ["there is no block -9; the model has blocks 0 to 2"]),
         ("opt", {"uniform": True}, ["cannot have fewer heads", "`prune.units: [mlp]`, or `uniform: false`"]),
         ("phi3", {"uniform": True, "units": ["mlp"], "compensation": "bias"}, ["cannot have output biases"]),
-        (
-            "mixtral",
-            {"importance": "fluctuation"},
-            ["`importance` fisher, taylor, magnitude or random (got fluctuation)"],
-        ),
-        (
-            "mixtral",
-            {"importance": "fisher", "aggregation": "vector", "compensation": "least_squares"},
-            ["element (got vector)", "`compensation` none (got least_squares)"],
-        ),
-        ("mixtral", {"compensation": "bias"}, ["`compensation` none (got bias)", "`units` [attention]"]),
-        ("mixtral", {"compensation": "least_squares", "units": ["expert"]}, ["mlp.experts.gate_up_proj"]),
-        ("mixtral", {"round_to": 4}, ["must be a multiple of 8 for the experts of a mixtral model, got 4"]),
     ],
     ids=str,
 )
@@ -320,7 +271,7 @@ def test_what_a_model_cannot_meet_is_refused(name: str, options: dict[str, Any],
     """The refused model is unchanged."""
     model = tiny(name, **({"num_key_value_heads": 4} if name == "llama" else {}))
     by_rate = {} if "layer_rate" in options else {"rate": 0.2}
-    settings = settings_of(**by_rate | ({"round_to": 8} if name == "mixtral" else {}) | options)
+    settings = settings_of(**by_rate | options)
     before = logits_of(model)
     for attempt in (lambda: planned_cut(model.config, settings), lambda: prune(model, settings, samples_of())):
         with pytest.raises(UserError) as caught:

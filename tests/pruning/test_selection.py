@@ -25,7 +25,7 @@ def random_scores(generator: np.random.Generator, sizes: Sizes, weight_of_heads:
     return {
         index: {
             kind: (
-                generator.gamma(2.0, 1.0, size.count * size.partitions)
+                generator.gamma(2.0, 1.0, size.count)
                 * (weight_of_heads * size.parameters / kinds["mlp"].parameters if kind == "attention" else 1.0)
             ).tolist()
             for kind, size in kinds.items()
@@ -40,7 +40,7 @@ def parameters_of(counts: dict[int, dict[str, int]], sizes: Sizes) -> int:
 
 def removed_by(kept: Kept, sizes: Sizes) -> int:
     return sum(
-        (size.count * size.partitions - len(kept[index][kind])) * size.parameters // size.partitions
+        (size.count - len(kept[index][kind])) * size.parameters
         for index, kinds in sizes.items()
         for kind, size in kinds.items()
     )
@@ -154,19 +154,18 @@ def test_no_unit_returns_after_a_step_beyond_its_target(seed: int, selection: st
 # ---- uniform widths
 
 
-@pytest.mark.parametrize("kinds", [("attention", "mlp"), ("expert", "attention"), ("attention",)], ids=str)
+@pytest.mark.parametrize("kinds", [("attention", "mlp"), ("attention",)], ids=str)
 @pytest.mark.parametrize("seed", range(7))
 def test_no_uniform_widths_are_nearer(seed: int, kinds: tuple[str, ...]) -> None:
     """Compared with every combination; within half a unit per block, a more even one may win."""
     generator = np.random.default_rng(seed)
     plain = tuple(sorted({int(count) for count in generator.integers(1, 12, 4)} | {12}))
     every = {
-        "expert": KindSize(int(generator.integers(5000, 90000)), 8, least=2),
         "attention": KindSize(int(generator.integers(1000, 30000)), 12, plain=plain),
         "mlp": KindSize(int(generator.integers(5, 100)), 64 * 10),
     }
     sizes = sizes_of(5, **{kind: every[kind] for kind in kinds})
-    stays = {"expert": range(2, 9), "attention": plain, "mlp": range(64, 64 * 10 + 1, 64)}
+    stays = {"attention": plain, "mlp": range(64, 64 * 10 + 1, 64)}
     possible = [
         5 * sum((every[kind].count - count) * every[kind].parameters for kind, count in zip(kinds, counts, strict=True))
         for counts in itertools.product(*(stays[kind] for kind in kinds))
@@ -210,45 +209,6 @@ def test_nearest_heads_where_channels_cannot_shrink(target: int, uniform: bool) 
     step = 9000 if uniform else 3000
     assert removed % step == 0
     assert abs(removed - target) <= step / 2 + (0 if uniform else 180 * 40 / 2)
-
-
-# ---- experts
-
-
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_every_expert_keeps_its_own_channels_of_one_number(selection: str) -> None:
-    """Stacked experts have one shape, so each keeps as many channels, but other ones."""
-    sizes = sizes_of(3, attention=KindSize(900, 3), mlp=KindSize(40, 32, partitions=4))
-    scores = random_scores(np.random.default_rng(0), sizes)
-    target = int(0.3 * available(sizes))
-    kept = select(scores, sizes, target, selection, round_to=8)
-    assert abs(target - removed_by(kept, sizes)) <= 40 * 8
-    for index, kinds in kept.items():
-        by_expert = [[unit for unit in kinds["mlp"] if unit // 32 == expert] for expert in range(4)]
-        assert {len(channels) for channels in by_expert} == {len(by_expert[0])} <= {8, 16, 24, 32}
-        if len(by_expert[0]) < 32:
-            assert len({tuple(unit % 32 for unit in channels) for channels in by_expert}) > 1
-        for expert, channels in enumerate(by_expert):
-            values = {unit: scores[index]["mlp"][unit] for unit in range(expert * 32, expert * 32 + 32)}
-            least_first = sorted(values, key=lambda unit: values[unit])
-            assert sorted(least_first[32 - len(channels) :]) == channels
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.2, 0.3, 0.5])
-def test_experts_and_attention_meet_the_rate_and_share_it(rate: float) -> None:
-    """In Mixtral-8x7B an expert is 34 times as large as a key/value group."""
-    group = 4096 * 128 * 10
-    sizes = sizes_of(32, attention=KindSize(group, 8), expert=KindSize(3 * 4096 * 14336 + 4096, 8, least=2))
-    target = int(rate * available(sizes))
-    counts = counts_per_layer(sizes, target)
-    assert abs(target - parameters_of(counts, sizes)) <= group
-    assert spread(counts, "expert") <= 1
-    assert all(kinds["attention"] <= 8 * rate + 3 for kinds in counts.values()), "attention must not replace experts"
-
-
-def test_an_expert_goes_where_heads_cannot_fill_the_rest() -> None:
-    sizes = sizes_of(3, attention=KindSize(10, 3), expert=KindSize(1000, 4, least=2))
-    assert [parameters_of(counts_per_layer(sizes, target), sizes) for target in (1400, 1600)] == [1060, 2000]
 
 
 # ---- the same share of every block

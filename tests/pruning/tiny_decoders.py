@@ -14,7 +14,6 @@ from qpruner.data.calibration import Samples
 VOCABULARY, PAD = 60, 0
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "tie_word_embeddings": True, "layer_types": None}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-EXPERTS = GROUPED | {"head_dim": 8, "intermediate_size": 24, "num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GROUPED | {"head_dim": 8},
     # A window shorter than the samples, in every second block.
@@ -26,8 +25,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32},
     # Attention and MLP side by side.
     "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 48},
-    "mixtral": EXPERTS | {"num_local_experts": 4},
-    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "mlp_only_layers": []},
 }
 
 

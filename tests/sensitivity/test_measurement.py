@@ -56,7 +56,7 @@ def check_rises(subject: Banked) -> None:
         assert level == "int8" or kl[index] > 10 * 2e-6, "the rises must be larger than the tolerance"
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_rises_match_a_model_with_replaced_weights(tmp_path: Path, name: str) -> None:
     """Padding, skipped blocks and the head at labelled positions only do not change the results."""
     check_rises(banked(tmp_path, name, "sublayer" if name == "llama" else "block"))

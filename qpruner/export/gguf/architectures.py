@@ -98,9 +98,8 @@ def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | No
     """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see `architecture_of`)."""
     family = families().get(config.model_type)
     if family is None or not family.gguf:
-        kind = "models with experts" if family and family.unquantizable else f"`{config.model_type}` models"
         written = "Llama, Mistral, Qwen2, Qwen3 and Gemma"
-        return f"{kind} are not written as GGUF files, only {written} are; {ELSEWHERE}"
+        return f"`{config.model_type}` models are not written as GGUF files, only {written} are; {ELSEWHERE}"
     architecture = architecture_of(config, ragged, biases)
     if not architecture:
         return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"

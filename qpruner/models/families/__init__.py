@@ -6,9 +6,9 @@ import pkgutil
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.families.family import ATTENTION, EXPERT, MLP, Family, UnitKind, UnitSlice, owned_parameters
+from qpruner.models.families.family import ATTENTION, MLP, Family, UnitKind, UnitSlice, owned_parameters
 
-__all__ = ["ATTENTION", "EXPERT", "MLP", "Family", "UnitKind", "UnitSlice", "families", "family_of", "owned_parameters"]
+__all__ = ["ATTENTION", "MLP", "Family", "UnitKind", "UnitSlice", "families", "family_of", "owned_parameters"]
 
 
 @functools.cache

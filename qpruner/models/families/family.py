@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-ATTENTION, MLP, EXPERT = "attention", "mlp", "expert"
-"""Kinds of unit: a key/value head with its query heads, an MLP channel, an expert with its router row."""
+ATTENTION, MLP = "attention", "mlp"
+"""Kinds of unit: a key/value head with its query heads, and an MLP channel."""
 Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 """Name of a group (layers that share a format) -> paths of its linear layers, and of the modules at its end."""
 
@@ -32,26 +32,17 @@ class UnitSlice:
 
 @dataclass(frozen=True)
 class UnitKind:
-    """One kind of pruning unit in a block: `attention`, `mlp` or `expert`."""
+    """One kind of pruning unit in a block: `attention` or `mlp`."""
 
     name: str
     num_units: int
     slices: tuple[UnitSlice, ...]
-    partitions: int = 1
-    """Number of experts if their channels are stacked in one parameter ``(experts, rows, columns)``, otherwise 1. Units
-    are numbered ``expert * channels + channel``. Experts keep equally many channels, but not the same channels."""
-    least: int = 1  # units that must stay
 
     @property
-    def units_per_partition(self) -> int:
-        """`num_units`; for the channels of stacked experts (see `partitions`), their number in each expert."""
-        return self.num_units // self.partitions
-
-    @property
-    def output_linear(self) -> str | None:
-        """Path of the linear layer whose columns the units own (o, down); None if experts are stacked."""
-        outputs = [item for item in self.slices if item.dim == 1 and item.parameter.endswith(".weight")]
-        return outputs[-1].parameter.removesuffix(".weight") if outputs and self.partitions == 1 else None
+    def output_linear(self) -> str:
+        """Path of the linear layer whose columns the units own (o, down)."""
+        *_, output = (item.parameter for item in self.slices if item.dim == 1)
+        return output.removesuffix(".weight")
 
 
 def owned_parameters(block: torch.nn.Module, kind: UnitKind) -> Iterator[tuple[UnitSlice, torch.nn.Parameter]]:
@@ -76,10 +67,9 @@ class Family:
     attention: str = "self_attn"  # path of the attention module in a block
     mlp: str = "mlp"  # path of the MLP in a block; '' if its layers are children of the block
     channels_key: str = "intermediate_size"  # config key of the MLP's width
-    down_adds_to_residual: bool = True  # False if a norm follows the MLP, or stacked experts replace it
+    down_adds_to_residual: bool = True  # False if a norm follows the MLP
     gguf: str = ""  # llama.cpp's architecture of such models; '' if we do not write GGUF files of them
     gguf_ragged: str = ""  # llama.cpp's architecture that takes their blocks at different widths; '' if there is none
-    unquantizable: tuple[str, ...] = ()  # weights of stacked experts, which no group can hold
 
     @property
     def module(self) -> str:
@@ -115,15 +105,12 @@ class Family:
         mlp = tuple(path for paths in projections.values() for path in paths)
         if grouping == "block":
             return {"": (attention + mlp, ("",))}
-        sublayers: Groups = {"attention": (attention, (self.attention,))}
-        if mlp:
-            sublayers["mlp"] = (mlp, (self.mlp,) if self.mlp else mlp[-1:])
-        return sublayers
+        return {"attention": (attention, (self.attention,)), "mlp": (mlp, (self.mlp,) if self.mlp else mlp[-1:])}
 
     # ---- pruning units
 
-    def unit_kinds(self, layer_config: Any, index: int) -> tuple[UnitKind, ...]:
-        """List the unit kinds of block `index` from its layer config; whole experts come before channels."""
+    def unit_kinds(self, layer_config: Any) -> tuple[UnitKind, ...]:
+        """List the unit kinds of a block from its layer config."""
         return (self.attention_kind(layer_config), self.mlp_kind(layer_config))
 
     def key_value_heads(self, config: Any) -> int:
@@ -150,7 +137,7 @@ class Family:
         return UnitKind(MLP, getattr(layer_config, self.channels_key), slices)
 
     def residual_factor(self, config: Any) -> float | None:
-        """Return the factor of `down` in the residual stream; None if a norm follows `down` or experts replace it."""
+        """Return the factor of `down` in the residual stream; None if a norm follows `down`."""
         return float(getattr(config, "residual_multiplier", 1.0)) if self.down_adds_to_residual else None
 
     def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:
@@ -159,8 +146,8 @@ class Family:
 
     # ---- config keys
 
-    def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
-        """Return the config keys and values for `num_units` of each kind in block `index` (channels: per expert)."""
+    def widths(self, layer_config: Any, num_units: dict[str, int]) -> dict[str, int]:
+        """Return the config keys and values for `num_units` of each kind in a block."""
         heads = num_units[ATTENTION] * (layer_config.num_attention_heads // layer_config.num_key_value_heads)
         attention = {"num_key_value_heads": num_units[ATTENTION], "num_attention_heads": heads}
         return attention | {self.channels_key: num_units[MLP]}
@@ -173,11 +160,6 @@ class Family:
         """Return the head size."""
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
-    def keep_blocks(self, config: Any, kept: list[int]) -> None:
-        """Shorten the per-block lists of a config to the kept blocks; the caller sets `num_hidden_layers`."""
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = [config.layer_types[index] for index in kept]
-
     # ---- building blocks of other widths
 
     def build_config(self, config: Any, index: int) -> Any:
@@ -187,9 +169,6 @@ class Family:
     def after_build(self, block: Any, config: Any, index: int) -> None:
         """Resize the layers that transformers cannot build in the right size from `build_config`."""
 
-    def after_cut(self, model: Any) -> None:
-        """Update the values that a model copied from its config when it was built."""
-
 
 @dataclass(frozen=True)
 class DerivedHeadFamily(Family):
@@ -198,7 +177,7 @@ class DerivedHeadFamily(Family):
     def key_value_heads(self, config: Any) -> int:
         return int(config.num_attention_heads)
 
-    def widths(self, layer_config: Any, index: int, num_units: dict[str, int]) -> dict[str, int]:
+    def widths(self, layer_config: Any, num_units: dict[str, int]) -> dict[str, int]:
         return {"num_attention_heads": num_units[ATTENTION], self.channels_key: num_units[MLP]}
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:

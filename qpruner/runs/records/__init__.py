@@ -44,16 +44,13 @@ class PrepareRecord(Record):
 
 
 class LayerWidths(Recorded):
-    """The kv groups, MLP channels and experts that a block keeps, by index in the base model; none if it is removed."""
+    """The kv groups and MLP channels that a block keeps, by index in the base model; none if it is removed."""
 
     layer: int
     kept_kv_groups: tuple[int, ...]
     kept_mlp_channels: tuple[int, ...]
-    """For stacked experts, the index is expert * channels + channel."""
-    kept_experts: tuple[int, ...] | None = None
     base_kv_groups: int
     base_mlp_channels: int
-    base_experts: int | None = None
     heads_per_group: int
     base_parameters: int
     kept_parameters: int

@@ -19,11 +19,6 @@ def test_a_family_without_a_writer_is_refused(name: str) -> None:
     assert ELSEWHERE in reason
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_experts_are_refused(name: str) -> None:
-    assert str(refusal(family_model(name).config)).startswith("models with experts")
-
-
 @pytest.mark.parametrize(
     ("kind", "name", "tied", "why"),
     [
