@@ -22,7 +22,6 @@ class Prepare(Stage[PrepareRecord]):
     name = "prepare"
     help = "Provide the base model in a folder and encode the data."
     record = PrepareRecord
-    repairs_files = True
     starts_ray = False
 
     def inputs(self) -> tuple[Any, ...]:

@@ -70,7 +70,6 @@ class Prune(Stage[PruneRecord]):
     help = "Run up to the pruned checkpoints."
     record = PruneRecord
     keeps_files = False
-    repairs_files = True
     starts_ray = False
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 

@@ -120,7 +120,7 @@ def run(
         except BaseException as error:
             # A report would wait again for a storage that does not answer.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
-            if progress.is_written and not is_away and holds_run():  # else keep the report of an earlier command
+            if progress.has_begun and not is_away and holds_run():  # else keep the report of an earlier command
                 report_unfinished(run_dir)
             raise
         # If no stage ran, an earlier report may be more complete.
@@ -163,8 +163,8 @@ def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> Non
 class RunProgress:
     """Writes the state of the latest command to `run.json`, for `status` in other shells and on other machines.
 
-    Steps inside a stage are written at intervals. `has_begun` is True once a stage has started. `is_written` is True
-    once the file describes this command; a command that starts no stage keeps the file of an earlier command.
+    Steps inside a stage are written at intervals. `has_begun` is True once a stage has started; a
+    command that starts no stage keeps the file of an earlier command.
     """
 
     def __init__(
@@ -174,8 +174,7 @@ class RunProgress:
         with contextlib.suppress(CorruptFile):
             before = run.read_state(RunState)
         self._run, self._holds_run, self._written = run, holds_run, 0.0
-        self._earlier_stages = before.stages.keys() if before else set()
-        self.is_written = self.has_begun = False
+        self.has_begun = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
             until=until,
@@ -194,7 +193,7 @@ class RunProgress:
         """Update the state by an event, and write the file."""
         match event:
             case events.StageStarted(stage, detail):
-                self.is_written = self.has_begun = True
+                self.has_begun = True
                 self._set(stage, StageState(state="running", started=time.time(), text=detail))
             case events.StageFinished(stage, seconds, figures):
                 self._update(stage, {"state": "done", "seconds": seconds, "text": figures})
@@ -209,7 +208,7 @@ class RunProgress:
                 self._update(stage, {"done": done, "total": total} | ({"text": detail} if detail else {}))
         is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen)
         begins_steps = isinstance(event, events.Progress) and event.done == 0
-        if self.is_written and (
+        if self.has_begun and (
             not is_small or begins_steps or time.monotonic() - self._written >= progress_seconds(self._run.root)
         ):
             self._write()
@@ -217,22 +216,19 @@ class RunProgress:
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
         """Write to `run.json` how the command in the `with` block ended."""
-        outcome, text, is_refused = "interrupted", None, False  # by Ctrl-C, for example
+        outcome, text = "interrupted", None  # by Ctrl-C, for example
         try:
             yield
             outcome = "done"
         except QprunerError as error:
-            outcome, text, is_refused = "failed", str(error), isinstance(error, UserError)
+            outcome, text = "failed", str(error)
             raise
         except Exception as error:
             note = note_defect(error, f"{self._run.place.rstrip('/')}/{LOG}, which has the whole traceback")
             outcome, text = "failed", f"{type(error).__name__}: {error}\n{note}"
             raise
         finally:
-            # The file of an earlier command may describe stages that this command did not reach.
-            has_all = self._earlier_stages <= self._state.stages.keys()
-            self.is_written = self.has_begun or (has_all and not is_refused)
-            if self.is_written:
+            if self.has_begun:
                 self._state = self._state.model_copy(update={"outcome": outcome, "error": text})
                 self._write()
 

@@ -30,8 +30,6 @@ class Stage(ABC, Generic[RecordType]):
     record: type[RecordType] | None = None  # class of the record; None for a stage that always runs
     keeps_files: ClassVar[bool] = True  # whether the stage leaves a folder of its name
     keeps_scratch: ClassVar[bool] = False  # whether the stage reuses the scratch folder of a killed command
-    repairs_files: ClassVar[bool] = False
-    """Whether the stage verifies the checksums of its files at the start of a command and rebuilds damaged files."""
     starts_ray: ClassVar[bool] = True  # whether the stage may start Ray on this machine
     trains: ClassVar[bool] = False
     """Whether the stage trains; only then may training settings be the cause of a loss that is NaN or infinite."""

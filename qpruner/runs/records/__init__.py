@@ -165,27 +165,17 @@ class FinetuneRecord(Record):
     candidates: tuple[CandidateRecord, ...]
 
 
-class MetricScore(Recorded):
-    """The value of one metric of an lm-eval task."""
-
-    value: float
-    stderr: StandardError
-    """Standard error of the mean over questions; null if the metric is not such a mean."""
-
-
 class TaskScore(Recorded):
     """The accuracy on an lm-eval task, with the values of all questions to compare two models question by question."""
 
     task: str
     metric: str
-    """The metric in the report: the first of `acc_norm`, `acc` and `exact_match` that the task reports."""
+    """The first of `acc_norm`, `acc` and `exact_match` that the task reports; `METRIC,FILTER` if it filters answers."""
     value: float
     stderr: StandardError
     num_questions: int
     correct: tuple[float, ...]
     """1 or 0 for each question by `metric`, in the order of the task."""
-    metrics: dict[str, MetricScore] = {}
-    """All metrics of the task by the names of lm-eval, which are `METRIC,FILTER` if the task filters answers."""
     answer_loss: tuple[float, ...] = ()
     """Negative log-likelihood of the right choice for each question, in nats; empty if the task has no choices."""
 
