@@ -70,7 +70,7 @@ def run_stage(stage: Stage[Any]) -> None:
             stage.run(run.root)
         else:
             context.check_lock(stage.name)
-            scratch = run.begin(stage.name, stage.keeps_scratch)
+            scratch = run.begin(stage.name)
             fields = stage.run(scratch)
             fields = {"gpu_seconds": context.gpu_time.seconds - held} | fields
             record = stage.record(digest=digest, seconds=time.monotonic() - started, **fields)
@@ -129,7 +129,7 @@ def _damage_remedy(path: Path | None, root: Path | None) -> str:
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts
-    if parts[0] in ("trials", "cuts", "banks", Prepare.name):
+    if parts[0] in ("trials", "cuts", "banks", "sensitivities", Prepare.name):
         return "repeat the command: the damaged file is set aside, and only that file is made again"
     doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])  # each candidate has its own folder
     if parts[0] in Results.model_fields:  # without its record the stage runs again

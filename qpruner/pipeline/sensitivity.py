@@ -17,13 +17,15 @@ from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, SensitivityRecord, digest_of
-from qpruner.runs.storage import children, fetch, read_json, remove, write_json
+from qpruner.runs.storage import children, fetch, remove, write_json
 
 Result = TypeVar("Result")
 if TYPE_CHECKING:
     from qpruner.sensitivity.methods import Subject
 
     Score = Callable[[Any, Subject], Result]
+
+FOLDER = "sensitivities"  # of the run, with a file for each method, named by a digest of what its scores depend on
 
 
 class Sensitivity(Stage[SensitivityRecord]):
@@ -32,7 +34,7 @@ class Sensitivity(Stage[SensitivityRecord]):
     name = "sensitivity"
     help = "Run up to the sensitivities."
     record = SensitivityRecord
-    keeps_scratch = True
+    keeps_files = False
     memory_keys = "`sensitivity.batch_size` or `data.max_length`"
 
     def inputs(self) -> tuple[Any, ...]:
@@ -56,30 +58,20 @@ class Sensitivity(Stage[SensitivityRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, ending, methods = self.context, f"-{self._scores_digest()}.json", self.config.measured_methods
-        known = self._reuse_scores(scratch, ending)
-        for method, scores in _scored(context, set(methods) - known.keys(), known):
-            write_json(scratch / f"{method}{ending}", scores)
+        folder, found = context.run_dir.root / FOLDER, dict[str, MethodScores]()
+        for name in children(folder):
+            if not name.endswith(ending):
+                remove(folder / name)
+            elif scores := self.read_intact(
+                folder / name, MethodScores, folder.parent, "its scores are computed again"
+            ):
+                found[name.removesuffix(ending)] = scores
+        for method, scores in _scored(context, set(methods) - found.keys(), dict(found)):
+            write_json(folder / f"{method}{ending}", scores)
+            found[method] = scores
             self.notify(f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s")
         groups = tuple(group.name for group in context.layout_of(context.reference).groups)
-        found = {method: read_json(scratch / f"{method}{ending}", MethodScores) for method in methods}
-        return {"groups": groups, "methods": found}
-
-    def _reuse_scores(self, scratch: Path, ending: str) -> dict[str, MethodScores]:
-        """Copy intact score files with this ending, a digest of inputs, to `scratch`; remove all others there.
-
-        Return the scores by method.
-        """
-        root, stage = self.context.run_dir.root, self.context.run_dir.stage(self.name)
-        for name in children(scratch):
-            if scratch != stage and not name.endswith(ending):  # a run at a URI has no separate scratch folder
-                remove(scratch / name)
-        files = {name: folder / name for folder in (stage, scratch) for name in children(folder)}
-        found = {}
-        for name in (name for name in files if name.endswith(ending)):
-            if scores := self.read_intact(files[name], MethodScores, root, "its scores are computed again"):
-                found[name.removesuffix(ending)] = scores
-                write_json(scratch / name, scores)
-        return found
+        return {"groups": groups, "methods": {method: found[method] for method in methods}}
 
     def summary(self, record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())

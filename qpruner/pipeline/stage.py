@@ -29,7 +29,6 @@ class Stage(ABC, Generic[RecordType]):
     help: ClassVar[str] = ""  # help text of the subcommand; empty if the stage has none
     record: type[RecordType] | None = None  # class of the record; None for a stage that always runs
     keeps_files: ClassVar[bool] = True  # whether the stage leaves a folder of its name
-    keeps_scratch: ClassVar[bool] = False  # whether the stage reuses the scratch folder of a killed command
     starts_ray: ClassVar[bool] = True  # whether the stage may start Ray on this machine
     trains: ClassVar[bool] = False
     """Whether the stage trains; only then may training settings be the cause of a loss that is NaN or infinite."""

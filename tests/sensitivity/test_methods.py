@@ -105,7 +105,7 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
     assert record_of(raw, f"{three}; quantize.budget={{fraction: 0.9}}", events) == second
     assert "sensitivity" in [event.stage for event in events if isinstance(event, StageSkipped)]
     # The damage is found when the configured methods change, because the scores are read again then.
-    (file,) = (Path(raw["output"]) / "sensitivity").glob("kl-*.json")
+    (file,) = (Path(raw["output"]) / "sensitivities").glob("kl-*.json")
     os.truncate(file, 100)
     third = record_of(raw, "sensitivity.methods=[kl, fisher]", events)
     assert measured(events) == {"kl", "loss"}
