@@ -1,4 +1,4 @@
-"""A real search on three raylets whose driver, workers and raylets are killed at random.
+"""A real search over two cuts on three raylets whose driver, workers and raylets are killed at random.
 
 `pytest -m cluster tests/cluster/test_soak.py -s` prints the numbers of kills and the time.
 """
@@ -66,7 +66,8 @@ def disturb(process: Driver, cluster: Raylets, generator: random.Random, killed:
 def test_random_kills_lose_no_trial_and_repeat_no_plan(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, run = search_config(tiny_model, tmp_path, **{"search.max_concurrent": NUM_NODES}), tmp_path / "run"
+    keys = {"search.max_concurrent": NUM_NODES, "prune": {"rates": [0, 0.2]}, "quantize.budget": {"bytes": 200_000}}
+    config, run = search_config(tiny_model, tmp_path, **keys), tmp_path / "run"
     ended(config, "sensitivity")
     started, number, num_drivers, generator = time.monotonic(), TRIALS_A_ROUND, 0, random.Random(SEED)
     finished: dict[int, dict[str, Any]] = {}
@@ -87,7 +88,8 @@ def test_random_kills_lose_no_trial_and_repeat_no_plan(
             assert num_drivers < 3 * NUM_KILLS
     record, rungs = search_record(run), load_config(config).search.rungs
     assert sorted(trials) == list(range(number)) and record["num_trials"] == number
-    assert len({tuple(trial["plan"].values()) for trial in trials.values()}) == number
+    assert len({(trial["cut"], *trial["plan"].values()) for trial in trials.values()}) == number
+    assert {trial["cut"] for trial in trials.values()} == {"base", "cut-20"}
     # A trial may fail only because its worker died three times in a row without a rung between.
     assert set(record["failures"]) <= {"lost"}, record["failures"]
     for index, trial in trials.items():

@@ -10,6 +10,7 @@ from conftest import flip_a_byte, ignore, raw_config, with_key, with_keys
 from mixed_models import bank_of_run
 
 from qpruner.config.load import validate_config
+from qpruner.errors import CorruptFile
 from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
@@ -183,7 +184,7 @@ GPTQ = {"quantize.rounding": "gptq", "calibration.num_samples": 4, "quantize.for
 
 
 def test_gram_matrices_are_kept_for_first_use(tiny_raw: Raw) -> None:
-    """Those of every cut; a damaged one is gathered again, and no entry is made for it."""
+    """Those of every cut; a damaged one is found when it is read, and gathered again by the next command."""
     del tiny_raw["quantize"]["bits"]
     raw = with_keys(tiny_raw, **GPTQ)
     _, events = filled(raw)
@@ -194,9 +195,12 @@ def test_gram_matrices_are_kept_for_first_use(tiny_raw: Raw) -> None:
     bank.file(DOWN, "q4_0").unlink()
     read_plan(bank, {DOWN: "q4_0"})
     assert folder_digests(root) == before, "made again by the same matrices"
-    flip_a_byte(root / "base" / "grams" / "model.layers.1.safetensors")
+    flip_a_byte(root / "cut-20" / "grams" / "model.layers.1.safetensors")
+    bank.file(DOWN, "q4_0").unlink()
+    with pytest.raises(CorruptFile, match=r"grams/model\.layers\.1\.safetensors, .* is missing or damaged"):
+        read_plan(bank, {DOWN: "q4_0"})
     _, events = filled(raw)
-    assert not is_skipped(events) and not any("layers." in each for each in built(events))
+    assert not is_skipped(events) and [each for each in built(events) if "layers." in each] == [DOWN]
     assert folder_digests(root) == before
 
 

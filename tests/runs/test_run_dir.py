@@ -221,7 +221,8 @@ def test_files_are_flushed_before_they_get_their_name(tmp_path: Path) -> None:
     """Otherwise a power failure may leave the name without the contents; this includes the list of a folder."""
     with watched(tmp_path) as calls:
         write_json(tmp_path / "records" / "bank.json", bank_record())
-    assert calls == [f"fsync records/.bank.json.{os.getpid()}", "rename", "fsync records"]
+    written, *others = calls
+    assert written.startswith("fsync records/.bank.json.") and others == ["rename", "fsync records"]
     with writing_folder(tmp_path / "scratch") as folder:
         (folder / "4bit").mkdir(parents=True)
         (folder / "4bit" / "layers.0").write_text("codes")

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -215,7 +216,8 @@ class Storage:
 
     def write(self, data: bytes, durable: bool = True) -> None:
         """Write the file; a reader sees the old or the new contents, never a part; if `durable`, also after a crash."""
-        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        # At random: processes of two machines that share this storage may have the same process id.
+        new = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         if durable:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
