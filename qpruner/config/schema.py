@@ -109,7 +109,7 @@ class QuantizeConfig(Section):
     def levels(self) -> tuple[str, ...]:
         """The formats to choose from for groups of decoder layers, smallest first."""
         doubled = (format_of(name).doubled or name for name in self.named)
-        return by_size(tuple(doubled) if self.double_quant else self.named)
+        return by_size(tuple(dict.fromkeys(doubled)) if self.double_quant else self.named)
 
     @property
     def embedding_levels(self) -> tuple[str, ...]:

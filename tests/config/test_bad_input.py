@@ -57,14 +57,9 @@ RULES = [
     ("prune={layer_rate: 0.2, selection: global}", "`layer_rate` needs `selection: per_layer` ... got global"),
     ("prune={uniform: true, selection: global}", "`uniform` needs `selection: per_layer` ... got global: take"),
     ("prune.reduction=product", "`reduction: product` needs `selection: per_layer` ... such as sum"),
-    ("prune.units=[mlp, mlp]", "`units` names a kind twice: ['mlp', 'mlp']; name each once"),
     ("quantize.formats=[nf4]", "give `formats` or `bits`, not both: take one out"),
     ("quantize.bits=; quantize.formats=[nf5]", "`formats`: there is no format `nf5`; name some of ... nf4 ... int8"),
-    ("quantize.bits=; quantize.formats=[nf4, nf4]", "`formats` names a format twice, got nf4, nf4: name each once"),
-    (
-        "quantize.bits=; quantize={formats: [nf4, nf4_double], double_quant: true}",
-        "`formats` names a format twice with `double_quant`, got nf4_double, nf4_double: name each once",
-    ),
+    ("quantize.bits=; quantize.formats=[nf4, nf4]", "`quantize.formats`: must name each once, got nf4, nf4"),
     ("quantize.embeddings=[nf4]", "`embeddings`: nf4 cannot hold embeddings; name some of ... int8 ... bf16"),
     (
         "quantize.embeddings=[int8]",
@@ -77,7 +72,6 @@ RULES = [
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
     ("quantize.budget={}", "`quantize.budget`: give exactly one of fraction, mean_bits, gib, bytes; got none"),
     ("quantize.budget={fraction: 0.5, mean_bits: 5}", "give exactly one of ... got fraction, mean_bits: take one out"),
-    ("sensitivity.methods=[kl, kl]", "`methods` names a method twice, got kl, kl: name each once"),
     ("training.batch_size=6", "`batch_size` must be a multiple of `micro_batch_size`, got 6 and 4: take another"),
     ("search.first_rung=9", "`first_rung` must be at most `steps` (4), got 9"),
     ("search.metric=accuracy", "`metric: accuracy` needs at least one task under `tasks`"),
