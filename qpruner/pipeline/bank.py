@@ -80,7 +80,7 @@ class Bank(Stage[BankRecord]):
         return f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}, {self.config.lora.init} start"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, layout = self.context, self._layout
+        context = self.context
         for cut in context.cuts:
             check_offers(self.config, context.layout_of(cut), context.on_gpu)
         for bank in self._banks:
@@ -101,14 +101,6 @@ class Bank(Stage[BankRecord]):
                 level: {name: each.residual_ratio for name, each in of.items()} for level, of in by_level.items()
             },
             "error": {level: {name: each.error for name, each in of.items()} for level, of in by_level.items()},
-            "group_bytes": {
-                level: {
-                    group.name: size
-                    for group, size in zip(layout.groups, layout.group_bytes(level), strict=True)
-                    if size is not None
-                }
-                for level in layout.levels
-            },
         }
 
     def _fill(self) -> Made:

@@ -44,7 +44,6 @@ class Prepare(Stage[PrepareRecord]):
             # Relative to the run folder, whose path differs between machines.
             "model_path": "prepare/model" if base.converted else str(base.path),
             "converted": base.converted,
-            "source_bytes": base.source_bytes,
             "num_rows": counts,
         }
 

@@ -58,11 +58,6 @@ def fits(trial: TrialRecord, search: SearchState) -> bool:
     return trial.plan_bytes <= search.budget_bytes and trial.cut in (search.may_win or (trial.cut,))
 
 
-def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return a search's trials."""
-    return [trial for trial in records if trial.search == search.search]
-
-
 def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     """Return the trial with the best score at its last rung; of equal scores, the first trial."""
     return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)

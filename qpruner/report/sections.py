@@ -159,13 +159,8 @@ def _pruning(run: Snapshot) -> Iterator[Part]:
 
 
 def _repeat(run: Snapshot) -> Iterator[Part]:
-    search = run.results.search
-    is_given = search is not None and search.best_origin == GIVEN
-    plan = ", let `search.plan` name a file with the plan below" if is_given else ""
     yield Paragraph(f"The last command, in `{run.state.folder}`:")
     yield Code(run.state.command)
-    yield Paragraph(f"Or save the configuration below as `repeat.yaml`, name another `output`{plan}, and run:")
-    yield Code("qpruner run repeat.yaml")
     facts = [("seed", f"{run.state.config['seed']}"), *run.state.environment.items()]
     if run.results.inference:  # the device of a worker, maybe on another machine
         facts.append(("rows measured on", run.results.inference.device))
@@ -173,5 +168,3 @@ def _repeat(run: Snapshot) -> Iterator[Part]:
         facts.append(("llama.cpp", run.results.serve.setting.build))
     yield Table("Seed, versions and hardware", ("what", "which"), facts)
     yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml", "The configuration")
-    if search and is_given:  # the plan's file may have been deleted or changed
-        yield Code(yaml.safe_dump(search.best_plan, sort_keys=False), "yaml", "The plan")

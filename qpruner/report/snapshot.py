@@ -23,11 +23,10 @@ from qpruner.wording import counted
 if TYPE_CHECKING:
     import pandas
 
-STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
+STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "begun"}
 RUNNING = "running"
 CUT_OFF = "cut off"  # outcome of a command whose process ended without recording its outcome
 GONE = "most likely gone"  # outcome of a command on another machine whose heartbeat has stopped
-LACKING = {"comparison": "its comparison is", "serve": "the files to serve it are"}
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,6 @@ class Snapshot:
         return self.results.evaluate is not None
 
     @property
-    def lacking(self) -> list[str]:
-        """The stages after the evaluation that the configuration asks for, and that have no record yet."""
-        return [name for name, asked in self.state.extras.items() if asked and getattr(self.results, name) is None]
-
-    @property
     def how_to_compare(self) -> str | None:
         """How to compare the winner with other plans; None if `finetune.compare` is set, or the run is not finished."""
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
@@ -135,11 +129,6 @@ class Snapshot:
         return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
 
     @property
-    def statuses(self) -> dict[str, str]:
-        """Trial status -> its word in reports; without a running command, the word for `running` is `begun`."""
-        return STATUSES if self.liveness.outcome == RUNNING else {**STATUSES, "running": "begun"}
-
-    @property
     def sensitivity(self) -> SensitivityRecord | None:
         """The sensitivities; None if none was measured."""
         record = self.results.sensitivity
@@ -158,24 +147,12 @@ class Snapshot:
 
         return pandas.DataFrame([trial_row(self, trial) for trial in self.trials])
 
-    def _repr_html_(self) -> str:
-        from qpruner.report.html import notebook_view
-
-        return notebook_view(self)
-
     @property
     def standing(self) -> str:
         """How far the run has come, in one or two sentences."""
-        if not self.is_complete:
-            return self._unfinished
-        if self.lacking:
-            return f"The winner is finished, {LACKING[self.lacking[0]]} not. {self._unfinished}"
-        resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
-        return f"Finished{resumed if self.state.resumed else ''}."
-
-    @property
-    def _unfinished(self) -> str:
-        """How the latest command ended, or which stage it is in."""
+        if self.missing is None:
+            resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
+            return f"Finished{resumed if self.state.resumed else ''}."
         at_work = next((name for name, stage in self.state.stages.items() if stage.state == "running"), None)
         stage = f" in stage {at_work}" if at_work else ""
         match self.liveness.outcome:

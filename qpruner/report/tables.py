@@ -13,7 +13,7 @@ from qpruner.report.finalists import Finalist, finalists, formats_text
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import score, score_title
 from qpruner.report.served import tile
-from qpruner.report.snapshot import Snapshot
+from qpruner.report.snapshot import STATUSES, Snapshot
 from qpruner.runs.records import (
     Confirmation,
     PruneRecord,
@@ -230,7 +230,7 @@ def trials(run: Snapshot) -> Table:
             (
                 f"{trial.index}",
                 trial.origin if trial in run.own_trials else f"{trial.origin}, another search",
-                run.statuses[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
+                STATUSES[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
                 f"{trial.plan_bytes / 1e6:.2f}",
                 cut_title(trial.cut),
                 f"{trial.mean_bits:.2f}",

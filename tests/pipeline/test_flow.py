@@ -46,7 +46,7 @@ def test_records_are_in_the_order_of_the_flow() -> None:
 
 def test_verbs_are_the_stages() -> None:
     names = [stage.name for stage in STAGES if stage.record and stage.help]
-    assert list(VERBS) == ["run", *names, "report"]
+    assert list(VERBS) == ["run", *names]
 
 
 def test_each_stage_is_in_the_module_of_its_name() -> None:

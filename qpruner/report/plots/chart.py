@@ -40,13 +40,12 @@ HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", 
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot: a Vega-Lite specification without the shared settings; `mouse_help` says what the mouse does on it."""
+    """A plot: a Vega-Lite specification without the shared settings."""
 
     name: str
     title: str
     caption: str
     spec: Spec
-    mouse_help: str = ""
 
     @property
     def complete(self) -> Spec:
@@ -54,7 +53,7 @@ class Chart:
         one_panel = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
         panels = {"autosize": {"type": "pad", "resize": True}}  # another choice may have a longer title
         return {
-            "description": f"{self.title}. {self.caption} {self.mouse_help}".rstrip(),
+            "description": f"{self.title}. {self.caption}",
             "config": CONFIG,
             **(panels if "vconcat" in self.spec else one_panel),
             **self.spec,

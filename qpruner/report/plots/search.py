@@ -52,7 +52,6 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
         "cross is a trial that was stopped early: its score is after fewer steps. Scores far worse than the rest are "
         f"drawn at the edge.{fresh if run.results.search else ''}",
         {"height": 340, "data": {"values": points}, "layer": layers},
-        "Point at a trial to see its plan; click in the legend to single out a cut.",
     )
 
 

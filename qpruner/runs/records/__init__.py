@@ -38,8 +38,6 @@ class PrepareRecord(Record):
 
     model_path: str
     converted: bool
-    source_bytes: int | None = None
-    """Size of the .gguf file that the weights of the base model were converted from."""
     num_rows: dict[str, int]
 
 
@@ -127,8 +125,6 @@ class BankRecord(Record):
     """Format -> group -> norm of W - Q - BA (under GPTQ, of the outputs it makes), divided by that of W - Q."""
     error: dict[str, dict[str, float]] = {}
     """Format -> group -> squared norm of W - Q - BA (as above), divided by that of W."""
-    group_bytes: dict[str, dict[str, int]] = {}
-    """Format -> group -> bytes of the packed weights, for all formats of the search."""
 
 
 class CandidateRecord(Record):
