@@ -166,10 +166,9 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
     return (
         (prune.is_off, f"`prune.{'rates' if prune.rates else 'rate'}` is 0", tuple(others)),
         (blocks_only, only, OF_UNITS),
-        (blocks_only and prune.compensation == "bias", only, ("compensation",)),
         (blocks_only and prune.steps != 1, only, ("steps",)),
         (blocks_only and not prune.uniform, only, ("selection",)),
-        (not prune.drops_blocks, "`prune.units` does not name block", ("depth_share", "depth_importance")),
+        (not prune.drops_blocks, "`prune.units` does not name block", ("depth_share",)),
         (prune.compensates_by != "least_squares", f"`prune.compensation` is {prune.compensation}", ("ridge",)),
         (prune.importance != "taylor", importance, ("order",)),
         (prune.importance not in ("fisher", "taylor"), importance, ("aggregation",)),

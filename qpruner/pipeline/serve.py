@@ -64,8 +64,7 @@ class Serve(Stage[ServeRecord]):
         reasons = [refusal(form, inspection.model_config)]
         for settings, expected in ((cut.settings, cut.expected) for cut in inspection.cuts.values()):
             is_free = settings.selection == "global" and not settings.uniform and bool(settings.width_units)
-            has_biases = not settings.is_off and settings.compensates_by == "bias"
-            reasons.append(refusal(form, expected, is_free and not settings.is_off, has_biases))
+            reasons.append(refusal(form, expected, is_free and not settings.is_off))
         return next(filter(None, reasons), None)
 
     def _check_tokenizer(self) -> None:

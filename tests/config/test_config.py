@@ -21,11 +21,9 @@ IDLE = [
     ("prune.norm=l1", "prune.norm", "`prune.importance` is fisher"),
     ("prune.importance=random; prune.reduction=max", "prune.reduction", "`prune.importance` is random"),
     ("prune.importance=fluctuation; prune.query_heads=modulo", "prune.query_heads", "is fluctuation"),
-    ("prune.ridge=0.1; prune.compensation=bias", "prune.ridge", "`prune.compensation` is bias"),
+    ("prune.ridge=0.1; prune.compensation=none", "prune.ridge", "`prune.compensation` is none"),
     ("prune.depth_share=0.4; prune.units=[mlp]", "prune.depth_share", "`prune.units` does not name block"),
-    ("prune={layer_rate: 0.2, depth_importance: taylor}", "prune.depth_importance", "does not name block"),
     (BLOCKS + "prune.depth_share=0.4", "prune.depth_share", "`prune.units` names whole blocks only"),
-    (BLOCKS + "prune.compensation=bias", "prune.compensation", "`prune.units` names whole blocks only"),
     (BLOCKS + "prune.steps=2", "prune.steps", "`prune.units` names whole blocks only"),
     (BLOCKS + "prune.selection=per_layer", "prune.selection", "`prune.units` names whole blocks only"),
     (BLOCKS + "prune.round_to=32", "prune.round_to", "`prune.units` names whole blocks only"),
@@ -46,7 +44,6 @@ IDLE = [
     ("finetune={steps: 4, seeds: 2}", "finetune.seeds", "`finetune.compare` is false"),
 ]
 EFFECTIVE = [
-    "prune.units=[block, mlp]; prune.depth_importance=taylor; prune.order=first",
     "prune={layer_rate: 0.2, importance: random}",
     "prune={layer_rate: 0.2, importance: taylor, order: mixed, query_heads: served}",
     "prune.uniform=true; prune.ridge=0.1",
