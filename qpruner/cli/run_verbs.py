@@ -110,9 +110,6 @@ def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
         plans = {trial.index: plan_of(trial) for trial in snapshot.trials}
         body = [[plans[row["trial"]] if name == "plan" else _cell(name, row) for name in shown] for row in rows]
         terminal.table(shown, body)
-        for row in rows:
-            if row["failure"]:
-                terminal.say(_failed(row))
     return {"status": "ok", "trials": rows}
 
 

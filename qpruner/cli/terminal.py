@@ -99,8 +99,6 @@ class Terminal:
                 self._trials[trial.index] = trial
             case events.StepsSeen(steps):
                 self._steps = steps
-            case events.TrialWithdrawn(index):
-                self._trials.pop(index, None)
         line = event_line(event, self._search.steps if self._search else 0)
         # The live view already shows the rungs of a running trial.
         is_in_view = self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over

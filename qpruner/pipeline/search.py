@@ -165,7 +165,7 @@ class Search(Stage[SearchRecord]):
             max_trials=self.config.num_trials,
             steps=settings.steps,
         )
-        context.emit(SearchPlanned(state, tuple(trials), context.record(SensitivityRecord)))
+        context.emit(SearchPlanned(state, tuple(trials)))
 
     @property
     def _metric(self) -> Literal["loss", "accuracy"]:

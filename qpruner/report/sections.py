@@ -88,7 +88,7 @@ def _plans(run: Snapshot) -> Iterator[Part]:
         found = (("best so far", now.best), ("best control", now.best_control))
         shown = {f"{trial.index}: {title}": plan_of(trial) for title, trial in found if trial}
     if shown:
-        measured, bank = run.sensitivity, run.results.bank
+        measured, bank = run.results.sensitivity, run.results.bank
         if measured and bank:
             measured = measured.model_copy(update={"groups": _in_base(run, bank.cut, measured.groups)})
         named = {name: replace(plan, groups=_in_base(run, plan.cut, plan.groups)) for name, plan in shown.items()}
@@ -142,7 +142,7 @@ def search_text(search: SearchRecord) -> list[str]:
 
 def _unfinished_search(run: Snapshot) -> list[str]:
     assert run.state.search
-    is_running = run.liveness.outcome == RUNNING
+    is_running = run.outcome == RUNNING
     now = search_progress(run.state.search, run.trials)
     lines = [f"{line}." for line, _ in search_lines(run.state.search, now, is_running)]
     remark = "The best so far were chosen by the rows that score them, so this is optimistic."

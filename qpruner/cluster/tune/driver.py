@@ -29,7 +29,7 @@ from qpruner.cluster.tune.job import (
 )
 from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.models.memory import kernel_kills
-from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
+from qpruner.runs.events import Emit, Message, Progress, TrialChanged
 from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import TrialRecord
 from qpruner.runs.storage import display_name, exists, remove
@@ -143,7 +143,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             remove(trial_records.trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
-            self._emit(TrialWithdrawn(suggestion.index))
             return
         if record.status == "running":
             # An error of the trial itself is in its record: here the process was killed, or never started.

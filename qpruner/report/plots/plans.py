@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, cut_title
-from qpruner.quantization.formats import by_size
-from qpruner.report.plots.chart import Chart, Spec, Values, by_format, quantity, tooltip
+from qpruner.quantization.formats import by_size, format_of
+from qpruner.report.plots.chart import Chart, Spec, Values, by_word, quantity, tooltip
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import CutRecord, MethodScores, SensitivityRecord
 
@@ -25,7 +25,9 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
     ]
     longest = sorted(plans.values(), key=lambda plan: -len(plan.groups))  # in which no block is lacking
     groups = list(dict.fromkeys(group for plan in longest for group in plan.groups))
-    color = {"color": by_format(bar["format"] for bar in bars), "tooltip": tooltip(group="group", format="format")}
+    used = by_size(tuple({bar["format"] for bar in bars}))
+    colours = by_word("format", {name: format_of(name).colour for name in used})
+    color = {"color": colours, "tooltip": tooltip(group="group", format="format")}
     rows = {"field": "plan", "type": "ordinal", "sort": None, "axis": NO_TITLE}
     mark = {"type": "rect", "stroke": "var(--page)", "strokeWidth": 0.5}
     drawn = _panel(bars, {"step": ROW_HEIGHT}, mark, {"x": _along(groups), "y": rows} | color)
