@@ -89,7 +89,7 @@ class Serve(Stage[ServeRecord]):
         return f"{', '.join(self.config.serve.to)}{self.config.serve.how}"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, executor = self.context, self.context.executor
+        context = self.context
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
         [winner] = context.record(FinetuneRecord).candidates
         job = ServeJob(
@@ -102,10 +102,7 @@ class Serve(Stage[ServeRecord]):
             layout=context.layout_of(winner.cut),
             winner=winner,
         )
-        executor.close()  # frees the memory of a model that an earlier stage has kept
-        measured = executor.run(partial(serve, job), context.emit)
-        executor.close()
-        return measured
+        return context.executor.run(partial(serve, job), context.emit)
 
     def summary(self, record: ServeRecord) -> str:
         found = [row for row in record.rows if row.name == SEARCHED]

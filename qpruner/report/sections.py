@@ -134,10 +134,7 @@ def search_text(search: SearchRecord) -> list[str]:
         failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
         text += f" Failed: {', '.join(failed)}."
     if search.best_origin == GIVEN:
-        controls = len(search.confirmations) - 1
-        beside = f"scored on fresh rows beside {counted(controls, 'control')} that a search had tried"
-        given = f"Trial {search.best_index} is the plan that was given, "
-        return [text, f"{given}{beside if controls else 'the only one scored on fresh rows'}."]
+        return [text, f"Trial {search.best_index} is the plan that was given, the only one scored on fresh rows."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
     return [text, f"{best} {best_control_text(search)}".strip()]

@@ -254,7 +254,7 @@ def fresh_scores(search: SearchRecord) -> Table:
 
     Most of a loss's own standard error comes from the choice of rows; pairing the losses by row removes this part.
     """
-    scores, front = {each.index: each for each in search.confirmations}, {each.index for each in search.front}
+    scores = {each.index: each for each in search.confirmations}
     body = [
         (
             f"{each.title}{', reused' if scores[each.trial].reused else ''}",
@@ -267,7 +267,6 @@ def fresh_scores(search: SearchRecord) -> Table:
             _accuracy_with_error(scores[each.trial]),
             "-" if each.more_loss is None else f"{each.more_loss:+.4f} ({each.interval})",
             each.verdict or "-",
-            "yes" if each.trial in front else "-",
         )
         for each in finalists(search)
     ]
@@ -279,7 +278,7 @@ def fresh_scores(search: SearchRecord) -> Table:
     accuracy = f"selection {measures.accuracy_name(search.metrics)}"
     headings = (
         *("row", "trial", "cut", "formats", "bytes", "selection loss", "seeds", accuracy),
-        *("loss minus the winner's", "verdict", "on the front"),
+        *("loss minus the winner's", "verdict"),
     )
     return Table(caption, headings, body).without_empty_columns()
 

@@ -38,11 +38,8 @@ IDLE = [
         "`sensitivity.methods` lacks kl and loss",
     ),
     (ONE_LEVEL + "search={max_trials: 5}", "search.max_trials", "nf4 is the only format"),
-    (ONE_LEVEL + "search={pareto: true}", "search.pareto", "nf4 is the only format"),
     (ONE_LEVEL + "search={}; sensitivity.methods=[kl]", "sensitivity.methods", "nf4 is the only format"),
     ("lora.init=plain; lora.loftq_iterations=2", "lora.loftq_iterations", "`lora.init` is plain"),
-    ("search.patience=3; search.searcher=random", "search.patience", "`search.searcher` is random"),
-    ("search.patience=3; search.pareto=true", "search.patience", "`search.pareto` is true"),
     ("search.limit=8", "search.limit", "`search.tasks` is empty"),
     ("finetune={steps: 4, seeds: 2}", "finetune.seeds", "`finetune.compare` is false"),
 ]
@@ -51,8 +48,8 @@ EFFECTIVE = [
     "prune={layer_rate: 0.2, importance: taylor, order: mixed, query_heads: served}",
     "prune.uniform=true; prune.ridge=0.1",
     BLOCKS + "prune.uniform=true; prune.ridge=0.1",
-    "search.patience=3; finetune.seeds=2",
-    "search.plan=plan.yaml; search.patience=3; search.confirm=4",  # the file may have been written for a search
+    "finetune.seeds=2",
+    "search.plan=plan.yaml; search.confirm=4",  # the file may have been written for a search
     "prune={rate: 0}",
     ONE_LEVEL + "search={steps: 4, first_rung: 1, max_concurrent: 2}",
 ]

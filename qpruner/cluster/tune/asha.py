@@ -1,4 +1,4 @@
-"""ASHA of Ray Tune, resumed from recorded trials; for a Pareto front, a plan competes with none of more bytes."""
+"""ASHA of Ray Tune, resumed from recorded trials."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -45,22 +45,16 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         )
         self._space, self._controls = space, frozenset(controls)
         self._is_cancelled, self._on_error = is_cancelled, on_error
-        bracket = _RungsBySize(settings.first_rung, settings.steps, settings.reduction_factor, settings.pareto)
+        bracket = _RungsByNumber(settings.first_rung, settings.steps, settings.reduction_factor, s=0)
         self._brackets = [bracket]
         self._rungs = Rungs(space.cuts, settings.steps)
         for record in recorded:
             if not space.is_feasible(plan_of(record)):
                 continue
-            bracket.sizes[record.index] = record.plan_bytes
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
                 self._rungs.add(record.index, record.cut, rung.step, objective(rung, config))
                 bracket.on_result(SimpleNamespace(config={"trial": record.index}), rung.step, -objective(rung, config))
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Store how many bytes the trial's plan takes."""
-        super().on_trial_add(tune_controller, trial)
-        self._brackets[0].sizes[trial.config["trial"]] = trial.config["plan_bytes"]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stop cancelled trials that have not started, then choose the next; Tune can stop them in no other hook."""
@@ -92,27 +86,11 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         self._trial_info.pop(trial.trial_id, None)
 
 
-class _RungsBySize(AshaBracket):  # type: ignore[misc]
-    """Rungs of ASHA that identify trials by number, because a resumed trial gets a new id from Ray.
-
-    For a Pareto front, a trial is compared only with trials whose plans have as many bytes or fewer.
-    """
-
-    def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
-        super().__init__(first_rung, steps, factor, s=0)
-        self.sizes: dict[int, int] = {}
-        self._for_front = for_front
-        self._entering = 0
+class _RungsByNumber(AshaBracket):  # type: ignore[misc]
+    """Rungs of ASHA that identify trials by number, because a resumed trial gets a new id from Ray."""
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
-        self._entering = trial.config["trial"]
         # The rungs read nothing but the id.
-        action: str = super().on_result(SimpleNamespace(trial_id=self._entering), cur_iter, cur_rew)
+        numbered = SimpleNamespace(trial_id=trial.config["trial"])
+        action: str = super().on_result(numbered, cur_iter, cur_rew)
         return action
-
-    def cutoff(self, recorded: dict[int, float]) -> float | None:
-        if self._for_front:
-            largest = self.sizes[self._entering]
-            recorded = {index: reward for index, reward in recorded.items() if self.sizes[index] <= largest}
-        limit: float | None = super().cutoff(recorded)
-        return limit

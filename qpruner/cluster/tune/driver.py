@@ -101,8 +101,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             digest=job.digest,
             search=job.search,
             origin=suggestion.origin,
-            expected_improvement=suggestion.expected_improvement,
-            noise=suggestion.noise,
             cut=suggestion.plan.cut,
             model=job.materials.model_of(suggestion.plan.cut),
             plan=suggestion.plan.as_dict(),
@@ -115,7 +113,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         if exists(path):  # neither read at the start nor written by this process
             self._halt.end(lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True)
             return None
-        trial_records.begin_trial(job.trials, record)
+        trial_records.write_trial(job.trials, record)
         self._recorded.add(record.index)
         return record
 
