@@ -46,8 +46,8 @@ class LocalExecutor:
         try:
             return work(emit)
         finally:
-            release()
             self._gpu_time.add(self._gpus * (time.monotonic() - started))
+            release()
 
 
 class ClusterExecutor:

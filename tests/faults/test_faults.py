@@ -130,7 +130,7 @@ SET_ASIDE = "repeat the command: the damaged file is set aside, and "
         ("final/config.json", "delete {run}/final, then repeat the command"),
         # Deleting these would lose a plan, the intact entries of a bank, or a model that was only unreachable.
         ("banks/cut-20/grams/model.layers.0.safetensors", SET_ASIDE),
-        ("prune/model.safetensors", SET_ASIDE),
+        ("cuts/cut-20/model.safetensors", SET_ASIDE),
         ("trials/0123abcd/0003/trial.json", SET_ASIDE),
         ("trials/0123abcd/search-0123abcd.json", SET_ASIDE),
         ("../models/trials/record.json", "fetch or write that file again"),
@@ -275,7 +275,7 @@ def test_a_disk_full_between_cuts_keeps_the_finished_ones(disk: Path, tiny_raw: 
     raw["quantize"]["budget"] = {"bytes": 200_000}
 
     def fill_after_one(event: Event) -> None:
-        if isinstance(event, Message) and event.text.startswith("20 % pruned:"):
+        if isinstance(event, Message) and event.text.startswith("10 % pruned:"):
             fill(disk, 100_000)
 
     error = failing(raw, "prune", fill_after_one)
@@ -283,7 +283,7 @@ def test_a_disk_full_between_cuts_keeps_the_finished_ones(disk: Path, tiny_raw: 
     (disk / "filler").unlink()
     results, events = go(raw, "prune")
     made = [event.text.partition(":")[0] for event in events if isinstance(event, Message) and " loss " in event.text]
-    assert made == ["10 % pruned"] and results.prune and list(results.prune.cuts) == ["base", "cut-10", "cut-20"]
+    assert made == ["20 % pruned"] and results.prune and list(results.prune.cuts) == ["base", "cut-10", "cut-20"]
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("prune", StageStarted), ("bank", Progress)])
