@@ -1,4 +1,4 @@
-"""ASHA of Ray Tune, resumed from recorded trials; for a Pareto front, a plan competes with none of more bytes."""
+"""ASHA of Ray Tune among trials of several cuts, resumed from recorded trials."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -51,16 +51,16 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         for record in recorded:
             if not space.is_feasible(plan_of(record)):
                 continue
-            bracket.sizes[record.index] = record.plan_bytes
+            bracket.about[record.index] = record.cut, record.plan_bytes
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
                 self._rungs.add(record.index, record.cut, rung.step, objective(rung, config))
                 bracket.on_result(SimpleNamespace(config={"trial": record.index}), rung.step, -objective(rung, config))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Store how many bytes the trial's plan takes."""
+        """Store the cut and the bytes of the trial's plan."""
         super().on_trial_add(tune_controller, trial)
-        self._brackets[0].sizes[trial.config["trial"]] = trial.config["plan_bytes"]
+        self._brackets[0].about[trial.config["trial"]] = trial.config["cut"], trial.config["plan_bytes"]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stop cancelled trials that have not started, then choose the next; Tune can stop them in no other hook."""
@@ -95,12 +95,14 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
 class _RungsBySize(AshaBracket):  # type: ignore[misc]
     """Rungs of ASHA that identify trials by number, because a resumed trial gets a new id from Ray.
 
-    For a Pareto front, a trial is compared only with trials whose plans have as many bytes or fewer.
+    A trial continues among the best of all and among the best of its cut: with the controls of a poor cut in a rung,
+    the first alone stopped 16 to 52 % of the trials of SmolLM2's joint table, both 44 to 56 % (2026-11). For a Pareto
+    front, a trial is compared only with trials whose plans have as many bytes or fewer.
     """
 
     def __init__(self, first_rung: int, steps: int, factor: int, for_front: bool) -> None:
         super().__init__(first_rung, steps, factor, s=0)
-        self.sizes: dict[int, int] = {}
+        self.about: dict[int, tuple[str, int]] = {}  # the cut and the bytes of each trial
         self._for_front = for_front
         self._entering = 0
 
@@ -111,8 +113,9 @@ class _RungsBySize(AshaBracket):  # type: ignore[misc]
         return action
 
     def cutoff(self, recorded: dict[int, float]) -> float | None:
+        cut, largest = self.about[self._entering]
         if self._for_front:
-            largest = self.sizes[self._entering]
-            recorded = {index: reward for index, reward in recorded.items() if self.sizes[index] <= largest}
-        limit: float | None = super().cutoff(recorded)
-        return limit
+            recorded = {index: reward for index, reward in recorded.items() if self.about[index][1] <= largest}
+        of_cut = {index: reward for index, reward in recorded.items() if self.about[index][0] == cut}
+        limits = [super(_RungsBySize, self).cutoff(rivals) for rivals in (recorded, of_cut)]
+        return max((limit for limit in limits if limit is not None), default=None)
