@@ -30,7 +30,7 @@ from qpruner.pipeline.run import run
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.pruning.grams import gather
-from qpruner.quantization.assembly import PlanAssembler, cast_adapters
+from qpruner.quantization.assembly import cast_adapters, plan_model
 from qpruner.quantization.bank import BankSource, make_entries, write_grams
 from qpruner.quantization.formats import format_of, formats
 from qpruner.runs.run_dir import RunDir
@@ -100,7 +100,7 @@ class Rows:
         rounding = "gptq" if row.endswith(":gptq") else "nearest"
         bank = self.bank(rounding, {group: (level,) for group, level in plan.as_dict().items()})
         started = time.monotonic()
-        model = PlanAssembler(bank).model(plan.as_dict(), config.seed)
+        model = plan_model(bank, plan.as_dict(), config.seed)
         start_seconds = time.monotonic() - started
         pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
         train, validation = (load_encoded(self.data / name) for name in ("train", "validation"))

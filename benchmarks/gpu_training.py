@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 import qpruner.hf  # noqa: F401  (plain transformers then loads blocks of different widths)
 from qpruner.data.encoding import collate
 from qpruner.models.memory import PeakMemory, release
-from qpruner.quantization.assembly import PlanAssembler
+from qpruner.quantization.assembly import plan_model
 from qpruner.runs.storage import working_folder
 from qpruner.training.finetune import Schedule, finetune
 
@@ -35,7 +35,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 def our_model(setup: Setup, *formats: str) -> Any:
     """The pruned model as a trial gets it."""
-    return PlanAssembler(setup.source).model(setup.plan(*formats), setup.config.seed)
+    return plan_model(setup.source, setup.plan(*formats), setup.config.seed)
 
 
 def train_ours(setup: Setup, model: Any, rows: Rows) -> float:

@@ -359,7 +359,7 @@ def ends_kept(texts: Sequence[str]) -> list[Task]:
         Task("ends", criterion, recipe(criterion, f"{selection}{MIDDLE}", method), text)
         for criterion in ("fluctuation", "fisher", "taylor first", "activation norm")
         for selection in ("per_layer", "global")
-        for method in ("none", "least_squares", *(("bias",) if criterion == "fluctuation" else ()))  # FLAP's
+        for method in ("none", "least_squares")
         for text in texts
     ]
 
@@ -369,9 +369,7 @@ def compensated(
 ) -> list[Task]:
     """Criteria and selections with every compensation; the default; and fisher with whole blocks beside, in steps."""
     recipes = [
-        (criterion, selection, method)
-        for criterion, selection in chosen
-        for method in ("least_squares", "bias", "none")
+        (criterion, selection, method) for criterion, selection in chosen for method in ("least_squares", "none")
     ] + [(criterion, "global", "least_squares") for criterion in (DEFAULT[0], *with_blocks, *IN_STEPS)]
     return [
         Task("compensation", criterion, recipe(criterion, selection, method, rate), text)

@@ -31,7 +31,7 @@ from qpruner.quantization.formats import by_size
 from qpruner.runs.records import RungAgreement
 from qpruner.search import choice
 from qpruner.search.rungs import agreements
-from qpruner.search.searchers import History, Ledger, Observation, Proposal, Proposer, Suggestion
+from qpruner.search.searchers import History, Ledger, Observation, Proposer, Suggestion
 
 SETTINGS = SearchConfig()
 JITTER = 0.25  # standard deviation of the logarithm of a trial's duration, if several are in flight
@@ -241,10 +241,9 @@ class _Witness:
     def name(self) -> str:
         return self.inner.name
 
-    def propose(self, index: int, history: History) -> Proposal:
-        proposal = self.inner.propose(index, history)
-        self.plans.append(proposal.plan)
-        return proposal
+    def propose(self, index: int, history: History) -> PrecisionPlan:
+        self.plans.append(self.inner.propose(index, history))
+        return self.plans[-1]
 
 
 def replay(task: Task) -> Replay:

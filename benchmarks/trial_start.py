@@ -1,4 +1,4 @@
-"""How long a trial takes to start: from scratch, from the bank, and from the bank in a worker that has run a trial.
+"""How long a trial takes to start: from scratch and from the bank.
 
     .venv/bin/python benchmarks/trial_start.py RUN --config CONFIG      # after qpruner bank CONFIG
     .venv/bin/python benchmarks/trial_start.py --rows 48760             # only the training rows, as many as Alpaca's
@@ -37,7 +37,7 @@ from qpruner.data.encoding import collate, load_encoded, save_encoded
 from qpruner.models.layout import group_linears, table_paths
 from qpruner.models.loading import checkpoint_config, load_dense
 from qpruner.models.memory import freeze_libraries
-from qpruner.quantization.assembly import PlanAssembler, attach_adapters
+from qpruner.quantization.assembly import attach_adapters, plan_model
 from qpruner.quantization.bank import BankSource, build_entry, read_plan
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import packed_layer
@@ -67,22 +67,17 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
-    """What this process, which has built no model yet, takes for a trial's start; from the bank for two in a row."""
+    """What this process, which has built no model yet, takes for a trial's start."""
     checkpoint, offered = run / "cuts" / next(iter(config.prune.cuts)), banked_formats(config, run)
     bank = BankSource(run / "starts", checkpoint, config.quantize.group, config.model.dtype, config.lora, config.seed)
     freeze_libraries()
     generator = random.Random(turn)
     offered |= {name: [DENSE] for name in table_paths(checkpoint_config(checkpoint))}
-    first, second = ({name: generator.choice(levels) for name, levels in offered.items()} for _ in range(2))
+    plan = {name: generator.choice(levels) for name, levels in offered.items()}
     if not banked:
-        return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, first))}
-    for plan in (first, second):
-        read_plan(bank, plan)  # makes its entries
-    bench = PlanAssembler(bank)
-    return {
-        kind: seconds(lambda plan=plan: bench.model(plan, config.seed))  # type: ignore[misc]
-        for kind, plan in (("bank, first trial", first), ("bank, worker reused", second))
-    }
+        return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, plan))}
+    read_plan(bank, plan)  # makes its entries
+    return {"bank": seconds(lambda: plan_model(bank, plan, config.seed))}
 
 
 def make_rows(count: int, folder: Path) -> None:

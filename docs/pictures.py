@@ -97,7 +97,7 @@ def events_of_trials(run: Snapshot, until: float) -> Iterator[TimedEvent]:
     search = run.state.search
     assert search, "the run has searched"
     begun = [trial for trial in run.own_trials if trial.times[0] <= until]
-    planned = events.SearchPlanned(search.model_copy(update={"slots": None}), (), run.results.sensitivity)
+    planned = events.SearchPlanned(search.model_copy(update={"slots": None}), ())
     yield min(trial.times[0] for trial in begun), planned
     if search.slots:
         yield min(trial.times[0] for trial in begun), events.SlotsFound(search.slots)

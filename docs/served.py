@@ -62,8 +62,7 @@ def page(tokenizer: Path) -> str:
             HEAD,
             f"## Formats, in a Llama\n\n{_table(('formats', *FORMS.values()), _rows(cells, names))}\n",
             f"## Families, in {' and '.join(TRIED.values())}\n\n"
-            "Blocks are alike, or ragged: of different widths, with biases (`compensation: bias`) if the server takes "
-            "them.\n\n"
+            "Blocks are alike, or ragged: of different widths.\n\n"
             f"{_table(('families', *headings), _rows(cells, FAMILIES))}\n",
         ]
     )
@@ -71,18 +70,10 @@ def page(tokenizer: Path) -> str:
 
 def tried(family: str, is_ragged: bool, name: str, form: Form, tokenizer: Path) -> str:
     """Export a model of a family in one format, and say what came of it."""
-    with_biases = _tried(family, is_ragged, is_ragged, name, form, tokenizer)
-    if is_ragged and with_biases == "no":
-        without = _tried(family, True, False, name, form, tokenizer)
-        return without if without == "no" else f"{without}, without biases"
-    return with_biases
-
-
-def _tried(family: str, is_ragged: bool, has_biases: bool, name: str, form: Form, tokenizer: Path) -> str:
     sizes = (WIDE if name.endswith("_k") else {}) | (GEMMA_2 if family == "gemma2" else {})
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
-        run_of(pruned_model(family, tokenizer, Path(folder) / "pruned", is_ragged, has_biases, **sizes), root, (name,))
+        run_of(pruned_model(family, tokenizer, Path(folder) / "pruned", is_ragged, **sizes), root, (name,))
         try:
             done = export(RunDir(root), form, root / "out")
         except UserError:

@@ -15,7 +15,7 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     fields |= {"best_control": 2, "control_won": False}
     finalists = (made_confirmation(2, "unpruned-knapsack", 2.125), made_confirmation(7, "gp", 2.0625))
     ended = "all 9 trials were spent (`search.max_trials`)"
-    return SearchRecord(**fields | {"ended": ended, "confirmations": finalists, "front": ()} | changes)
+    return SearchRecord(**fields | {"ended": ended, "confirmations": finalists} | changes)
 
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
@@ -37,7 +37,7 @@ def made_cut(*layers: LayerWidths, **changes: Any) -> CutRecord:
     """Make a record of a cut from 150 to 120.24 million parameters."""
     fields: dict[str, Any] = {"digest": "0" * 16, "seconds": 1.5, "dropped_blocks": (), "layers": layers}
     fields |= {"importance": "taylor", "selection": "global", "compensation": "none"}
-    fields |= {"target": "target 20.00% of all parameters", "target_rate": 0.2, "achieved_rate": 0.1984}
+    fields |= {"target": "target 20.00% of all parameters", "achieved_rate": 0.1984}
     fields |= {"parameters_before": 150_000_000, "parameters_after": 120_240_000}
     fields |= {"bytes_before": 300_000_000, "bytes_after": 240_480_000}
     memory = {"peak_memory_bytes": 0, "memory_counter": "rise of resident memory"}
@@ -50,9 +50,7 @@ def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
     cut = made_cut(*layers, **changes)
     kept = {name: getattr(cut, name) for name in ("parameters_before", "bytes_before")}
     whole = {name.replace("before", "after"): size for name, size in kept.items()}
-    base = cut.model_copy(
-        update={**whole, "target": "no cut", "target_rate": 0.0, "achieved_rate": 0.0, "dropped_blocks": ()}
-    )
+    base = cut.model_copy(update={**whole, "target": "no cut", "achieved_rate": 0.0, "dropped_blocks": ()})
     return PruneRecord(
         digest=cut.digest, seconds=cut.seconds, gpu_seconds=cut.gpu_seconds, cuts={"base": base, "cut-20": cut}
     )

@@ -10,16 +10,17 @@ from qpruner.pipeline import run as pipeline
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.plans.plan import cut_title
-from qpruner.report.claim import claim, how_to_compare
+from qpruner.report.claim import claim
 from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
 from qpruner.report.served import commands as served_commands
 from qpruner.report.served import served, served_text
+from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tables import cuts, final_tables, fresh_scores
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord
+from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import export_command, run_root, storage_at
-from qpruner.wording import as_called
 
 
 def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict[str, Any]:
@@ -40,8 +41,8 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             for text in served_text(results):
                 terminal.say(text, is_prose=True)
             terminal.say(claim(results), is_prose=True)
-            if results.comparison is None:
-                terminal.say(how_to_compare(as_called()))
+            if how := read_snapshot(RunDir(config.output, create=False)).how_to_compare:
+                terminal.say(how)
             terminal.say(where_next(root))
             for command in served_commands(results.serve, storage_at(root).address):
                 terminal.say(f"Talk to it: `{command}`")

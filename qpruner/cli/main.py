@@ -18,7 +18,7 @@ import click
 
 from qpruner.cli import run_verbs
 from qpruner.config.load import config_schema, load_config
-from qpruner.errors import CorruptFile, QprunerError, UserError, note_defect
+from qpruner.errors import CorruptFile, QprunerError, note_defect
 from qpruner.pipeline.flow import STAGES, stages_until
 from qpruner.pipeline.report import Report
 from qpruner.pipeline.search import Search
@@ -104,14 +104,14 @@ def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]
 _json_last = click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 
 
-def _config_options(about_address: str, metavar: str = "CONFIG") -> tuple[Any, ...]:
+def _config_options(about_address: str) -> tuple[Any, ...]:
     about_set = "Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` restores the default."
     return (
         click.option("--quiet", is_flag=True, help="Print the result only."),
         _json_last,
         click.option("--address", help=about_address),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=about_set),
-        click.argument("config", metavar=metavar, type=click.Path()),
+        click.argument("config", type=click.Path()),
     )
 
 
@@ -136,18 +136,12 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
         quiet: bool,
         plan_file: Path | None = None,
     ) -> dict[str, Any]:
-        if name == Report.name and not (Path(config).is_file() or Path(config).suffix in (".yaml", ".yml")):
-            if overrides or plan_file or address:
-                rule = "`--set`, `--plan` and `--address` need a configuration file"
-                raise UserError(f"{rule}, but {config} is a run folder: leave these options out")
-            return run_verbs.report(config)
         loaded = _load(config, overrides, plan_file)
         from qpruner.cli import flow_verbs
 
         return flow_verbs.run(loaded, address, last.name, quiet)
 
-    metavar = "RUN_OR_CONFIG" if name == Report.name else "CONFIG"
-    options = [*_config_options(LOCAL_RAY if last.starts_ray else NO_RAY, metavar)]
+    options = [*_config_options(LOCAL_RAY if last.starts_ray else NO_RAY)]
     if Search in stages_until(last.name):
         options.append(_plan_option("Use this plan instead of searching for one"))
     _verb(*options, name=name, help=text)(verb)
@@ -192,6 +186,7 @@ _verb(
     click.option("--trial", "index", type=int, metavar="NUMBER", help="Print this trial's plan, not the winner's."),
     _json,
 )(run_verbs.plan)
+_verb(_run_folder, _json_last)(run_verbs.report)
 _verb(click.argument("runs", nargs=-1, required=True, type=click.Path()), _json)(run_verbs.compare)
 
 
@@ -234,7 +229,6 @@ _verb(
 @_verb(
     click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
     click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt to answer; may be repeated."),
-    click.option("--file", type=click.Path(path_type=Path), help="Text file with more prompts, one per line."),
     click.option("--which", metavar="NAMES", help="Models of a run, such as base,cut-20,final; default: all."),
     click.option("--max-tokens", type=click.IntRange(min=1), default=128, help="Maximum tokens of an answer."),
     click.option(

@@ -13,38 +13,32 @@ import click
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.export import forms
-from qpruner.export.generate import Sampling, Source, models_of, sources
+from qpruner.export.generate import Sampling, Source, sources
 from qpruner.models.memory import release
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.report.snapshot import warning_of_driver
-from qpruner.runs.records import RunState
 from qpruner.runs.run_dir import STATE, RunDir
 
 MERGEABLE = ("gguf", "vllm")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def generate(
-    place: str, which: str | None, prompts: Sequence[str], file: Path | None, as_json: bool, **sampling: Any
-) -> dict[str, Any]:
+def generate(place: str, which: str | None, prompts: Sequence[str], as_json: bool, **sampling: Any) -> dict[str, Any]:
     """Print the answer of every model of a run or folder to every prompt; `sampling` has the fields of `Sampling`."""
-    asked = [*prompts, *(_lines(file) if file else ())]
-    if not asked:
-        raise UserError("there is no prompt: give `--prompt TEXT`, or `--file FILE` with one prompt per line")
-    if not all(prompt.strip() for prompt in asked):
-        raise UserError("`--prompt` is empty: give every prompt some text")
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError("`--prompt TEXT` is missing or empty: give at least one, each with some text")
     models = _sources(place, which)
-    answers = [answer for source in models for answer in _answers(source, asked, Sampling(**sampling))]
+    answers = [answer for source in models for answer in _answers(source, prompts, Sampling(**sampling))]
     if not as_json:
-        for number, prompt in enumerate(asked):
-            if len(asked) > 1:
+        for number, prompt in enumerate(prompts):
+            if len(prompts) > 1:
                 click.echo(f"> {printable(prompt)}")
             for answer in answers:
                 if answer["prompt"] == number:
                     heading = f"[{answer['model']}]\n" if len(models) > 1 else ""
                     click.echo(f"{heading}{printable(answer['text'])}")
     described = [{"name": each.name, "folder": str(each.folder), "bytes": each.weight_bytes} for each in models]
-    return {"status": "ok", "models": described, "prompts": asked, "answers": answers}
+    return {"status": "ok", "models": described, "prompts": list(prompts), "answers": answers}
 
 
 def _answers(source: Source, prompts: Sequence[str], sampling: Sampling) -> list[dict[str, Any]]:
@@ -68,26 +62,12 @@ def printable(text: str) -> str:
 
 
 def _sources(place: str, which: str | None) -> list[Source]:
-    """Return the models to load; for a run, warn if models are not written yet or a command still works on the run."""
+    """Return the models to load; for a run, warn if a command still works on it."""
     root = Path(place).expanduser()
     names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
-    is_run = (root / STATE).is_file()
-    if is_run and (warning := warning_of_driver(RunDir(root, create=False))):
+    if (root / STATE).is_file() and (warning := warning_of_driver(RunDir(root, create=False))):
         click.echo(warning, err=True)
-    found = sources(place, names)
-    if is_run and which is None and (state := RunDir(root, create=False).read_state(RunState)):
-        missing = [name for name in models_of(state) if name not in {source.name for source in found}]
-        if missing:
-            click.echo(f"{', '.join(missing)}: not written yet; `qpruner run` writes them", err=True)
-    return found
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`--file`: {file} cannot be read: {error}; name a text file in UTF-8") from error
-    return [line for line in lines if line.strip()]
+    return sources(place, names)
 
 
 def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The verbs that read a run folder and load no model.
 
-Every docstring but that of `report` is the help of its verb. The figures come from `report.run_views`.
+Every docstring is the help of its verb. The figures come from `report.run_views`.
 """
 
 import time
@@ -18,7 +18,6 @@ from qpruner.report import run_views
 from qpruner.report.search_progress import score_title, score_with_step, search_lines, search_progress
 from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
 from qpruner.runs.logs import quiet_libraries
-from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
 from qpruner.search.trial_records import REMEDIES
@@ -111,9 +110,6 @@ def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
         plans = {trial.index: plan_of(trial) for trial in snapshot.trials}
         body = [[plans[row["trial"]] if name == "plan" else _cell(name, row) for name in shown] for row in rows]
         terminal.table(shown, body)
-        for row in rows:
-            if row["failure"]:
-                terminal.say(_failed(row))
     return {"status": "ok", "trials": rows}
 
 
@@ -127,21 +123,13 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
     snapshot = read_snapshot(RunDir(run, create=False))
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
     budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
-    banked = snapshot.run_dir.read_record("bank", BankRecord)
-    sizes = banked.group_bytes if banked and trial.cut == banked.cut else {}
     if not as_json:
         size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {snapshot.run_dir.place}: {size}")
-        if sizes:
-            grouped = sum(sizes[name][group] for group, name in trial.plan.items())
-            others = f"{(trial.plan_bytes - grouped) / 1e6:.1f} MB in the rest, such as norms and adapter"
-            click.echo(f"# {grouped / 1e6:.1f} MB in these groups; {others}")
         if budget is not None:
             click.echo(f"# {budget_text(trial.plan_bytes, budget)}")
         click.echo(f"cut: {trial.cut}  # {cut_title(trial.cut)}")
-        for group, name in trial.plan.items():
-            each = [f"{of[group] / 1e6:.2f} MB in {level}" for level, of in sizes.items() if group in of]
-            click.echo(yaml.safe_dump({group: name}).strip() + (f"  # {', '.join(each)}" if each else ""))
+        click.echo(yaml.safe_dump(trial.plan, sort_keys=False).rstrip())
     return {
         "status": "ok",
         "trial": trial.index,
@@ -151,7 +139,6 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
         "budget_bytes": budget,
         "cut": trial.cut,
         "plan": trial.plan,
-        "group_bytes": sizes,
     }
 
 
@@ -200,8 +187,8 @@ def _figure(name: str, value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def report(run: str) -> dict[str, Any]:
-    """Write the report of a run again."""
+def report(run: str, as_json: bool) -> dict[str, Any]:
+    """Write the report of a run folder again, finished or not."""
     from qpruner.report.files import write_report  # draws pictures
 
     folder = RunDir(run, create=False)

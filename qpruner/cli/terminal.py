@@ -5,8 +5,6 @@ The live view shows the stages, the progress within a stage, and the search. The
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +26,7 @@ from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.wording import duration
 
-SILENCE_SECONDS = 30.0  # without a live view, a progress line is printed after this many seconds without output
+SILENCE_SECONDS = 30.0  # without a live view, a count is printed after this many seconds without output
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
 """The time left is estimated from the steps of the last 10 minutes: one step of a large model may take a minute."""
@@ -47,9 +45,7 @@ class Terminal:
         self._quiet = quiet
         self._bars: dict[str, progress.TaskID] = {}
         self._stages: dict[str, float | str] = {}
-        self._counts: dict[str, str] = {}
         self._last_line = time.monotonic()
-        self._lock, self._closed = threading.RLock(), threading.Event()
         self._search: SearchState | None = None
         self._trials: dict[int, TrialRecord] = {}
         self._steps: Mapping[int, int] = {}
@@ -69,13 +65,9 @@ class Terminal:
     def __enter__(self) -> Terminal:
         if self._live:
             self._live.start()
-        elif not self._quiet:
-            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._lock:  # no progress line is printed after this
-            self._closed.set()
         if self._live:
             self._live.stop()
 
@@ -84,9 +76,7 @@ class Terminal:
         if isinstance(event, events.Message) and event.stage == events.COMMAND:
             click.echo(event_line(event, 0), err=True)
             return
-        if self._quiet:
-            return
-        with self._lock:
+        if not self._quiet:
             self._show(event)
 
     def _show(self, event: events.Event) -> None:
@@ -109,8 +99,6 @@ class Terminal:
                 self._trials[trial.index] = trial
             case events.StepsSeen(steps):
                 self._steps = steps
-            case events.TrialWithdrawn(index):
-                self._trials.pop(index, None)
         line = event_line(event, self._search.steps if self._search else 0)
         # The live view already shows the rungs of a running trial.
         is_in_view = self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
@@ -145,27 +133,11 @@ class Terminal:
             if before is None:
                 self._bars[stage] = self._progress.add_task(stage, total=total)
             self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
-        self._counts[stage] = f"{detail or 'done'}: {done} of {total}"
-        if done >= total:
-            del self._counts[stage]
-
-    def _break_silence(self) -> None:
-        """Print a progress line for each running stage after `SILENCE_SECONDS` without output."""
-        while not self._closed.wait(max(SILENCE_SECONDS / 30, 0.05)):
-            with self._lock:
-                if self._closed.is_set() or (now := time.monotonic()) - self._last_line < SILENCE_SECONDS:
-                    continue
-                try:
-                    for stage in {**self._stages, **self._counts}:  # `export` and `generate` start without an event
-                        began, count = self._stages.get(stage), self._counts.get(stage, "running")
-                        if not isinstance(began, str):
-                            self.say(f"[{stage}] {count}" + (f", {duration(now - began)}" if began else ""))
-                except SystemExit:  # rich raises it when the pipe is closed
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it
+        if not self._live and time.monotonic() - self._last_line >= SILENCE_SECONDS:
+            self.say(f"[{stage}] {detail or 'done'}: {done} of {total}")
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome
-        self._counts.pop(stage, None)
         if stage in self._bars:
             self._progress.remove_task(self._bars.pop(stage))
         if stage == "search":

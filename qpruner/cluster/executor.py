@@ -1,7 +1,6 @@
 """Runs functions on one model: in this process, or on a node of the cluster.
 
-The function is a module-level one with plain data bound to it (`functools.partial`). In this process a `ModelCache`
-keeps one model from one function to the next, so that it need not be loaded again.
+The function is a module-level one with plain data bound to it (`functools.partial`).
 """
 
 from __future__ import annotations
@@ -12,16 +11,10 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from qpruner.models.loading import OnWork, ignore_progress, load_dense
 from qpruner.models.memory import release
 from qpruner.runs.events import Emit, Event
-from qpruner.runs.storage import fetch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
 
@@ -37,50 +30,24 @@ class GpuTime:
         self.seconds += seconds
 
 
-class ModelCache:
-    """Keeps one model in the memory of this process: the base model or a cut of it."""
-
-    _model: PreTrainedModel | None = None
-    _folder: Path | None = None
-
-    def keep(self, folder: Path, model: PreTrainedModel) -> None:
-        """Keep a model that was saved in this folder for the next function."""
-        self._folder, self._model = folder, model
-
-    def clear(self) -> None:
-        """Drop the model and free its memory."""
-        self._folder = self._model = None
-        release()
-
-    def model(self, folder: Path, dtype: str, on_progress: OnWork = ignore_progress) -> PreTrainedModel:
-        """Return the model that was saved in this folder: the kept one, or loaded to the device of this process."""
-        if self._model is None or self._folder != folder:
-            self.clear()
-            self.keep(folder, load_dense(str(fetch(folder)), dtype, on_progress=on_progress))
-        return self._model
-
-
-Work = Callable[[ModelCache, Emit], Result]
-"""A function to run: it takes the cache of its process, and a function that receives events."""
+Work = Callable[[Emit], Result]
+"""A function to run; it takes a function that receives events."""
 
 
 class LocalExecutor:
     """Runs work in this process, which holds `gpus` GPUs."""
 
     def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
-        self._gpus, self._gpu_time, self._cache = gpus, gpu_time, ModelCache()
+        self._gpus, self._gpu_time = gpus, gpu_time
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
-        """Run the work in this process and return its result."""
+        """Run the work in this process, return its result and free its memory."""
         started = time.monotonic()
         try:
-            return work(self._cache, emit)
+            return work(emit)
         finally:
+            release()
             self._gpu_time.add(self._gpus * (time.monotonic() - started))
-
-    def close(self) -> None:
-        """Free the memory of the model."""
-        self._cache.clear()
 
 
 class ClusterExecutor:
@@ -99,9 +66,6 @@ class ClusterExecutor:
         ((_, result),) = run_tasks(stream, jobs, self._resources, 1, True, check, on_held=held, on_event=emit)
         return result
 
-    def close(self) -> None:
-        """Do nothing: a process ends with its work."""
-
 
 ModelExecutor = LocalExecutor | ClusterExecutor  # runs work on one model, and passes on its events and errors unchanged
 
@@ -110,7 +74,7 @@ def _stream(work: Work[Result], torch_threads: int) -> Generator[Event, None, Re
     """Run the work in another thread; yield each event at once, and return the result."""
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(torch_threads,)) as thread:
-        outcome = thread.submit(work, ModelCache(), events.put)
+        outcome = thread.submit(work, events.put)
         outcome.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:
             yield event

@@ -20,7 +20,7 @@ class DataSource(Section):
     """Rows from a data set or file."""
 
     source: Named
-    """Hub id, a local .jsonl / .json / .parquet / .csv / .tsv / .txt file, or `package:NAME/FILE`."""
+    """Hub id, a local .jsonl / .json / .parquet / .txt file, or `package:NAME/FILE`."""
     format: Literal["instruction", "multiple_choice", "text"] = "instruction"
     """How a row is turned into a prompt and a response."""
     columns: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
@@ -95,8 +95,6 @@ class PruneConfig(Section):
     """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP channels."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Part of `rate` to cut as whole blocks beside other units; null: half of it, at most a tenth of all parameters."""
-    depth_importance: Literal["block_influence", "taylor"] = "block_influence"
-    """How blocks are ranked: by how little they change their hidden states (ShortGPT), or by first-order Taylor."""
     importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
     """How units are ranked, see [pruning](pruning.md#how-units-are-ranked)."""
     order: Literal["first", "second", "mixed"] = "first"
@@ -113,9 +111,9 @@ class PruneConfig(Section):
     selection: Literal["per_layer", "global"] = "global"
     """Cut the same share of every block, or the least important units of the whole model. `layer_rate` and `uniform`
     change the default to `per_layer`."""
-    compensation: Literal["none", "bias", "least_squares"] | None = None
-    """How the output projections (o, down) compensate for the cut: not at all, by a bias (FLAP), or by weights solved
-    for on the calibration samples. Null: `least_squares`, or `none` for whole blocks alone in a family with a norm
+    compensation: Literal["none", "least_squares"] | None = None
+    """How the output projections (o, down) compensate for the cut: not at all, or by weights solved for on the
+    calibration samples. Null: `least_squares`, or `none` for whole blocks alone in a family with a norm
     after the MLP."""
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
     """Least squares only: strength of the pull to the original weights, relative to the inputs' mean square."""
@@ -130,8 +128,6 @@ class PruneConfig(Section):
     """First block that may be cut, counted from 0."""
     last_layer: int = -1
     """Last block that may be cut (inclusive); negative counts from the end."""
-    protected_layers: tuple[int, ...] = ()
-    """Blocks inside the range that are not cut; negative counts from the end."""
 
     @property
     def cuts(self) -> dict[str, PruneConfig]:
@@ -158,11 +154,11 @@ class PruneConfig(Section):
 
     @property
     def criterion(self) -> str:
-        """The kind of importance that ranks units; `depth_importance` if only whole blocks are cut."""
-        return self.importance if self.width_units else self.depth_importance
+        """The kind of importance that ranks units; `block_influence` if only whole blocks are cut."""
+        return self.importance if self.width_units else "block_influence"
 
     @property
-    def compensates_by(self) -> Literal["none", "bias", "least_squares"]:
+    def compensates_by(self) -> Literal["none", "least_squares"]:
         """The key `compensation` or, if it is null, its default `least_squares`."""
         return self.compensation or "least_squares"
 

@@ -13,8 +13,7 @@ from qpruner.quantization.formats import DENSE, GridFormat, formats
 
 OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
 """Keys of `prune` that apply to units inside blocks only."""
-ENDS = ("max_trials", "max_hours", "max_gpu_hours", "patience")
-OF_SEARCHING = ("searcher", *ENDS, "pareto", "confirm", "confirm_seeds")
+OF_SEARCHING = ("searcher", "max_trials", "max_hours", "max_gpu_hours", "confirm", "confirm_seeds")
 """Keys of `search` that apply only if several plans are tried."""
 
 
@@ -28,15 +27,13 @@ def take_out(*keys: str) -> str:
 
 
 def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
-    by_rate, units = prune.layer_rate is not None, prune.units
+    by_rate = prune.layer_rate is not None
     given = [key for key in RATES if getattr(prune, key) is not None]
     if len(given) != 1:
         got = f"several: {take_out(*(f'prune.{key}' for key in given))}" if given else "none"
         yield f"give one of `rates`, `rate` and `layer_rate`, got {got}"
     if prune.rates and list(prune.rates) != sorted(set(prune.rates)):
         yield f"`rates` must be different shares in ascending order, got {list(prune.rates)}"
-    if len(set(units)) < len(units):
-        yield f"`units` names a kind twice: {list(units)}; name each once"
     if by_rate and prune.drops_blocks:
         yield "`layer_rate` applies to units inside blocks only: take `block` out of `units`"
     for key, needs in (("layer_rate", by_rate), ("uniform", prune.uniform)):
@@ -73,13 +70,6 @@ def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
                 yield f"`{key}`: {name} cannot hold embeddings; name some of {', '.join(holds)}"
             elif problem := known[name].missing():
                 yield f"`{key}`: {name} cannot be packed: {problem}, or name other formats"
-    if any(name not in known for names in named.values() for name in names):
-        return
-    taken = {"formats": quantize.levels if quantize.formats else (), "embeddings": quantize.embeddings}
-    for key, names in taken.items():
-        if len(set(names)) < len(names):
-            by = " with `double_quant`" if len(set(named[key])) == len(names) else ""
-            yield f"`{key}` names a format twice{by}, got {', '.join(names)}: name each once"
 
 
 def _training_rules(training: schema.TrainingConfig) -> Iterator[str]:
@@ -88,11 +78,6 @@ def _training_rules(training: schema.TrainingConfig) -> Iterator[str]:
             f"`batch_size` must be a multiple of `micro_batch_size`, got {training.batch_size} and "
             f"{training.micro_batch_size}: take another batch size or a smaller micro-batch"
         )
-
-
-def _sensitivity_rules(sensitivity: schema.SensitivityConfig) -> Iterator[str]:
-    if len(set(sensitivity.methods)) < len(sensitivity.methods):
-        yield f"`methods` names a method twice, got {', '.join(sensitivity.methods)}: name each once"
 
 
 def _resources_rules(resources: schema.ResourcesConfig) -> Iterator[str]:
@@ -121,11 +106,6 @@ def _finetune_rules(finetune: schema.FinetuneConfig) -> Iterator[str]:
 def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
     if other := [source.format for source in evaluate.text or () if source.format != "text"]:
         yield f"`text` is running text: give its sources `format: text`, got {', '.join(other)}"
-
-
-def _serve_rules(serve: schema.ServeConfig) -> Iterator[str]:
-    if len(set(serve.to)) < len(serve.to):
-        yield f"`to` names a form twice, got {', '.join(serve.to)}: name each once"
 
 
 def _run_rules(run: schema.RunConfig) -> Iterator[str]:
@@ -186,10 +166,9 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
     return (
         (prune.is_off, f"`prune.{'rates' if prune.rates else 'rate'}` is 0", tuple(others)),
         (blocks_only, only, OF_UNITS),
-        (blocks_only and prune.compensation == "bias", only, ("compensation",)),
         (blocks_only and prune.steps != 1, only, ("steps",)),
         (blocks_only and not prune.uniform, only, ("selection",)),
-        (not prune.drops_blocks, "`prune.units` does not name block", ("depth_share", "depth_importance")),
+        (not prune.drops_blocks, "`prune.units` does not name block", ("depth_share",)),
         (prune.compensates_by != "least_squares", f"`prune.compensation` is {prune.compensation}", ("ridge",)),
         (prune.importance != "taylor", importance, ("order",)),
         (prune.importance not in ("fisher", "taylor"), importance, ("aggregation",)),
@@ -218,12 +197,7 @@ def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, .
 
 
 def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
-    return (
-        (search.searcher != "gp", f"`search.searcher` is {search.searcher}", ("patience",)),
-        (search.pareto, "`search.pareto` is true", ("patience",)),
-        (search.pareto and search.confirm_seeds > 0, "`search.pareto` is true", ("confirm_seeds",)),
-        (not search.tasks, "`search.tasks` is empty", ("limit",)),
-    )
+    return ((not search.tasks, "`search.tasks` is empty", ("limit",)),)
 
 
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
@@ -247,7 +221,7 @@ schema.QuantizeConfig.rules = _quantize_rules
 schema.QuantizeConfig.idle_keys = _idle_in_quantize
 schema.LoraConfig.idle_keys = lambda own: ((own.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
 schema.TrainingConfig.rules = _training_rules
-schema.SensitivityConfig.rules, schema.SensitivityConfig.idle_keys = _sensitivity_rules, _idle_in_sensitivity
+schema.SensitivityConfig.idle_keys = _idle_in_sensitivity
 schema.ResourcesConfig.rules = _resources_rules
 schema.SearchConfig.rules, schema.SearchConfig.idle_keys = _search_rules, _idle_in_search
 schema.FinetuneConfig.rules = _finetune_rules
@@ -255,6 +229,5 @@ schema.FinetuneConfig.idle_keys = lambda own: (
     (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans")),
 )
 schema.EvaluateConfig.rules = _evaluate_rules
-schema.ServeConfig.rules = _serve_rules
 schema.ServeConfig.idle_keys = lambda own: ((not own.to, "`serve.to` is empty", ("threads",)),)
 schema.RunConfig.rules, schema.RunConfig.idle_keys = _run_rules, _idle_in_run

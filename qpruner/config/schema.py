@@ -109,7 +109,7 @@ class QuantizeConfig(Section):
     def levels(self) -> tuple[str, ...]:
         """The formats to choose from for groups of decoder layers, smallest first."""
         doubled = (format_of(name).doubled or name for name in self.named)
-        return by_size(tuple(doubled) if self.double_quant else self.named)
+        return by_size(tuple(dict.fromkeys(doubled)) if self.double_quant else self.named)
 
     @property
     def embedding_levels(self) -> tuple[str, ...]:
@@ -205,16 +205,9 @@ class SearchConfig(Section):
     """The search ends after this many hours, interrupted sessions included; running trials finish."""
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """The search ends after its trials have held GPUs for this many hours; running trials finish."""
-    patience: Positive | None = None
-    """The search ends after this many proposals in a row whose expected improvement is below the noise of a score.
-    Needs `searcher: gp` and no `pareto`."""
     plan: Named | None = None
     """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or a method of
     `sensitivity.methods` for its seed plan. `--plan` sets it too."""
-    pareto: bool = False
-    """Search for the Pareto front of `metric` and bytes instead of one best plan inside the budget."""
-    reuse_trials: bool = True
-    """Start from the trials of an earlier search in this run folder, with another budget or searcher."""
     max_concurrent: Positive | None = None
     """Maximum trials at once; null: as many as fit on the cluster, including machines an autoscaler may start."""
     steps: Positive = 16
@@ -231,7 +224,7 @@ class SearchConfig(Section):
     limit: Positive | None = None
     """Maximum questions per task. Needed unless `metric` is loss: as many further questions choose the winner."""
     confirm: Positive = 3
-    """Number of best trials to score on fresh rows, beside the controls; with `pareto` the front too."""
+    """Number of best trials to score on fresh rows, beside the controls."""
     confirm_seeds: Annotated[int, Field(ge=0)] = 1
     """Further training seeds for the finalists that cannot be told apart from the best on fresh rows: each is trained
     again, and the lowest mean over all its seeds wins."""

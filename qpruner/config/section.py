@@ -44,6 +44,14 @@ class Section(BaseModel):
             raise ValueError(f"{rule}: give a number, or quote a word such as 'no'")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _name_each_once(cls, value: Any) -> Any:
+        names = [each for each in value if isinstance(each, str)] if isinstance(value, tuple) else []
+        if len(set(names)) < len(names):
+            raise ValueError(f"must name each once, got {', '.join(names)}")
+        return value
+
     @model_validator(mode="after")
     def _obey_rules(self) -> Self:
         if problems := list(type(self).rules(self)):

@@ -1,10 +1,8 @@
 """Read rows from data files and from the hub, and map their columns to those of a row format (`COLUMNS`)."""
 
-import csv
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +18,9 @@ COLUMNS = {
     "multiple_choice": ("question", "choices", "answer"),
     "text": ("text",),
 }
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 """Suffixes of supported data files, and the builders of `datasets` that read them."""
-OTHER_SUFFIXES = {".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
+OTHER_SUFFIXES = {".csv", ".tsv", ".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
 """Suffixes of unsupported files; a relative path with such a suffix is refused instead of looked up on the hub."""
 SPLIT_REFUSALS = ("Unknown split", "corresponds to no data", "Unrecognized instruction", "Percent slice", "Split name")
 """Parts of the messages with which datasets (5.2) refuses a split."""
@@ -107,43 +105,7 @@ def _read_file(path: Path, split: str, key: str) -> Any:
         raise UserError(f"`{key}.source`: file {path} does not exist; name a data file or a hub id")
     if not path.stat().st_size:
         raise UserError(f"`{key}.source`: file {path} is empty; name another file")
-    suffix = path.suffix.lower()
-    options: dict[str, Any] = {}
-    if BUILDERS[suffix] == "csv":
-        # Read all cells as text: pandas would turn 007 and 1.50 into numbers and "None" and "NA" into missing values,
-        # and fail at a word after 10,000 numbers. It names a column without a header "Unnamed".
-        separator = "\t" if suffix == ".tsv" else ","
-        names = [name or f"Unnamed: {at}" for at, name in enumerate(_check_table(path, separator))]
-        features = datasets.Features({name: datasets.Value("string") for name in names})
-        options = {"sep": separator, "features": features, "keep_default_na": False}
-    return datasets.load_dataset(BUILDERS[suffix], data_files=str(path), split=split, **options)
-
-
-def _check_table(path: Path, separator: str) -> list[str]:
-    """Return the header of a table; raise `ValueError` for defects that pandas would silently read as other rows."""
-    csv.field_size_limit(2**30)  # a long text exceeds Python's default limit of 131,072 characters in a cell
-    header: list[str] = []
-    num_rows, row_start = 0, 1
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.reader(file, delimiter=separator, strict=True)
-        try:
-            for row in filter(None, table):
-                if header and len(row) != len(header):
-                    cells = f"line {table.line_num} has {counted(len(row), 'cell')}, but the header has {len(header)}"
-                    raise ValueError(f"{cells}: put cells with {separator!r} in double quotes")
-                num_rows += bool(header)
-                header, row_start = header or row, table.line_num + 1
-        except csv.Error as error:
-            raise ValueError(f"line {row_start}: {error}: double quotes inside a quoted cell must be doubled") from None
-        except UnicodeDecodeError:
-            raise ValueError("the file is not UTF-8: save it as UTF-8") from None
-    if separator == "," and len(header) == 1 and ";" in header[0]:
-        raise ValueError("the header is a single cell with semicolons: in a .csv file cells are separated by commas")
-    if duplicates := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
-        raise ValueError(f"two columns are called {duplicates[0]!r}")
-    if not num_rows:
-        raise ValueError("the file has no row under its header")
-    return header
+    return datasets.load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split=split)
 
 
 def _line_without_row(path: Path) -> str | None:

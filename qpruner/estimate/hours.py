@@ -93,7 +93,7 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
 def num_confirmed_again(config: RunConfig) -> int:
     """Count the trainings of finalists under further seeds, if none of them can be told apart from the best."""
     search = config.search
-    finalists = min(search.max_trials, search.confirm + 1) if config.is_searched and not search.pareto else 0
+    finalists = min(search.max_trials, search.confirm + 1) if config.is_searched else 0
     return finalists * search.confirm_seeds
 
 

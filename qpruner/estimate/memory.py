@@ -125,8 +125,7 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
     """Estimate importance: gradients if needed; a float32 per weight for `order: mixed` with `aggregation: element`."""
     calibration, base = config.calibration, inspection.base
     parts = _weights(base)
-    by_gradient = bool(settings.width_units) and settings.importance in ("fisher", "taylor")
-    if not by_gradient and not (settings.drops_blocks and settings.depth_importance == "taylor"):
+    if not settings.width_units or settings.importance not in ("fisher", "taylor"):
         return Memory(f"the base model, importance by {settings.criterion}", parts)
     if settings.order == "mixed" and settings.aggregation == "element":
         layers = cuttable_layers(inspection.model_config, settings)

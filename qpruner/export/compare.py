@@ -1,12 +1,8 @@
-"""Compare an export with the final model, as transformers loads both, or as the program that serves it computes it.
-
-The outputs of each layer with an adapter are compared, because they change by more than the rounding error if the
-adapter is lost. Predictions are compared to check all other weights.
-"""
+"""Compare an export with the final model, as transformers loads it, or as the program that serves it computes it."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +13,10 @@ import transformers
 from qpruner.errors import StageError
 from qpruner.hf import load
 from qpruner.models.loading import OnWork, device, ignore_progress
+from qpruner.quantization.formats.layers import PackedEmbedding
 
 Rows = Sequence[Sequence[int]]  # token ids
 PEFT_PREFIX = "base_model.model."  # prefix that peft adds to the names of layers
-NUM_PROBES = 64
-MOST_ERROR = 0.05
-"""Largest allowed relative error of a layer's outputs. Rounding causes 0.003 (the demo's 210 layers in nf4,
-2026-11). Wrongly decoded weights cause 0.09 or more."""
-LEAST_ADAPTER = 2.0**-9  # smallest effect of an adapter that is checked, as a share of the outputs; bfloat16's rounding
-MOST_DIVERGENCE = 0.05
-"""Largest allowed KL divergence in nats per token: three times the rounding error (0.016 for the demo's merged model),
-and a quarter of the divergence without all adapters (0.20). One lost adapter of the demo gave 0.016 to 0.027."""
 MOST_PERPLEXITY, MOST_LOST = 0.01, 0.25
 """Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in the demo in
 llama.cpp, 2026-11-29); both beyond three standard errors."""
@@ -56,32 +45,33 @@ class Predictions(NamedTuple):
 
 
 def compare(final: Path, exported: Path, samples: Rows, on_progress: OnWork = ignore_progress) -> Compared:
-    """Compare outputs of layers and predictions of the final model and an export; raise `StageError` if they differ."""
-    from peft.tuners.lora import LoraLayer
+    """Compare predictions of an export in transformers with those of the final model; see `compare_served`."""
+    model, found = load(exported, on_progress).eval(), []
+    for sample in samples:
+        values = log_probabilities(model, [sample])[:-1]
+        likeliest, ids = values.topk(TOP)
+        actual = values.gather(1, torch.tensor(sample[1:])[:, None])[:, 0]
+        found.append(Predictions(ids.numpy(), likeliest.numpy(), actual.numpy()))
+    del model
+    return compare_served(final, samples, found, f"transformers {transformers.__version__}", in_its_type, on_progress)
 
-    model = load(final, on_progress).eval()
-    dtype = model.dtype
-    adapter_outputs, outputs = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
-    for path, layer in _layers(model).items():
-        if isinstance(layer, LoraLayer):
-            (adapter,) = layer.active_adapters
-            adapter_outputs[path] = _probes(layer) @ layer.get_delta_weight(adapter).detach().float().cpu().T
-            outputs[path] = _outputs(layer.base_layer, dtype) + adapter_outputs[path]
-    expected = log_probabilities(model, samples, on_progress)
-    del model, layer
-    model = load(exported, on_progress).eval()
-    layers = _layers(model)
-    for path, output in outputs.items():
-        if damage := _damage(output, adapter_outputs[path], _outputs(layers[path], dtype)):
-            raise export_error(f"layer `{path}` {damage}")
-    found = log_probabilities(model, samples, on_progress)
-    divergence = _divergence(expected, found)
-    if not divergence <= MOST_DIVERGENCE:
-        raise export_error(f"predictions diverge by {divergence:.2g} nats per token, more than {MOST_DIVERGENCE:g}")
-    agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
-    losses = loss_of(expected, samples), loss_of(found, samples)
-    by = f"transformers {transformers.__version__}"
-    return Compared(divergence, float(agreement), len(expected), *losses, by)
+
+@contextmanager
+def in_its_type(model: Any) -> Iterator[None]:
+    """Let a model compute in its own type, and not in float32."""
+    exact = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
+    tables = [layer for layer in model.modules() if isinstance(layer, PackedEmbedding)]
+    for parameter, data in exact.items():
+        parameter.data = data.to(model.config.dtype)
+    for table in tables:
+        table.compute_dtype = model.config.dtype
+    try:
+        yield
+    finally:
+        for parameter, data in exact.items():
+            parameter.data = data
+        for table in tables:
+            table.compute_dtype = torch.float32
 
 
 def compare_served(
@@ -163,43 +153,11 @@ def export_error(difference: str) -> StageError:
     return StageError("export", f"the exported model differs from the final model: {difference}", remedy)
 
 
-def _layers(model: Any) -> dict[str, Any]:
-    return {path.removeprefix(PEFT_PREFIX): layer for path, layer in model.named_modules()}
-
-
-def _probes(layer: Any) -> torch.Tensor:
-    return torch.randn(NUM_PROBES, layer.in_features, generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
-def _outputs(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    output: torch.Tensor = layer(_probes(layer).to(device(), dtype))
-    return output.float().cpu()
-
-
-def _damage(expected: torch.Tensor, added: torch.Tensor, found: torch.Tensor) -> str | None:
-    """Describe how a layer's outputs differ from the expected outputs; None if they are close enough.
-
-    `added` is the adapter's part of the expected outputs. The error's projection on `added` is 0 if the export has the
-    adapter, -1 if not. Rounding errors hardly change it, because they are independent of the adapter.
-    """
-    error = found - expected
-    relative_error = float(error.norm() / expected.norm())
-    if not relative_error <= MOST_ERROR:
-        return f"has outputs with an error of {relative_error:.0%}"
-    if added.norm() > LEAST_ADAPTER * expected.norm():
-        share = 1 + float((error * added).sum() / added.square().sum())
-        if abs(share - 1) > 0.5:
-            return f"has {share:.0%} of its adapter"
-    return None
-
-
-@torch.no_grad()
-def log_probabilities(model: Any, samples: Rows, on_progress: OnWork = ignore_progress) -> torch.Tensor:
+def log_probabilities(model: Any, samples: Rows) -> torch.Tensor:
     """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
     found = []
     for sample in samples:
         logits = model(torch.tensor([sample], device=device())).logits[0]
         found.append(logits.float().log_softmax(-1).cpu())
-        on_progress("comparing predictions", len(found), len(samples))
     return torch.cat(found)

@@ -67,10 +67,10 @@ class Exported(Compared):
     plan_bytes: int  # of weights and adapter of the final model
 
 
-def refusal(form: Form, config: Any, ragged: bool = False, biases: bool = False) -> str | None:
+def refusal(form: Form, config: Any, ragged: bool = False) -> str | None:
     """Say why a model cannot be exported in a form, and what would work; None if it can (see `architecture_of`)."""
     if form.startswith("gguf"):
-        if reason := architectures.refusal(config, ragged, biases):
+        if reason := architectures.refusal(config, ragged):
             return reason
         if importlib.util.find_spec("gguf") is None:
             return 'the package gguf is missing: run `pip install "qpruner[gguf]"`'
@@ -189,12 +189,11 @@ def _merged(work: _Work) -> Exported:
     """Write a dense model; if its blocks differ, with the file that builds them in plain transformers."""
     recode(work.final, work.folder, dense, True, work.on_progress)
     config = checkpoint_config(work.folder)
-    found: Compared = compare(work.final, work.folder, work.samples, work.on_progress)
-    if for_vllm.needs_modeling(config):
-        described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
-        retry_storage(lambda: for_vllm.write_config(described, config, work.folder), work.folder)
-        in_vllm.check(work.folder, work.folder, work.samples, work.on_progress, "transformers")
-    return work.exported(found)
+    if not for_vllm.needs_modeling(config):
+        return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
+    described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
+    retry_storage(lambda: for_vllm.write_config(described, config, work.folder), work.folder)
+    return work.exported(in_vllm.check(work.final, work.folder, work.samples, work.on_progress, "transformers"))
 
 
 def _peft(work: _Work) -> Exported:

@@ -39,7 +39,6 @@ class Base:
 
     path: str
     converted: bool
-    source_bytes: int | None = None  # of the .gguf file that was expanded into the folder
 
 
 def prepare_base(
@@ -56,7 +55,7 @@ def prepare_base(
     if source.endswith(".gguf"):
         loaded = load_dense(source, model.dtype, on_progress=on_progress)
         save_checkpoint(loaded, load_tokenizer(source), folder, on_progress)
-        return Base(str(folder), converted=True, source_bytes=Path(source).stat().st_size)
+        return Base(str(folder), converted=True)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

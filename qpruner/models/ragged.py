@@ -12,8 +12,6 @@ from typing import Any
 
 from qpruner.models.families import Family, families, family_of
 
-OUTPUT_BIASES = "qpruner_output_biases"
-"""Config key that lists the linear layers of a block to which compensation added a bias."""
 _FOLLOWED = "qpruner_model_config"
 _ATTENTION = "_attn_implementation_internal"
 
@@ -39,7 +37,6 @@ def _ragged(family: Family, original: Any) -> Any:
     def build(self: Any, config: Any, layer_idx: int) -> None:
         original(self, _following(family.build_config(config, layer_idx), config), layer_idx)
         family.after_build(self, config, layer_idx)
-        add_output_biases(self, getattr(config, OUTPUT_BIASES, ()))
 
     build.reads_per_layer_config = True  # type: ignore[attr-defined]
     return build
@@ -60,16 +57,6 @@ def _following_class(config_class: type) -> type:
     return type(config_class.__name__, (config_class,), {_ATTENTION: followed})
 
 
-def add_output_biases(block: Any, linears: Sequence[str]) -> None:
-    """Add a zero bias to every layer in `linears` that has no bias."""
-    import torch
-
-    for path in linears:
-        linear = block.get_submodule(path)
-        if linear.bias is None:
-            linear.bias = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features))
-
-
 def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
     """Write the widths of cut blocks into a config: as global keys if all blocks are equal, else per block.
 
@@ -86,8 +73,7 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
     config.per_layer_config = None
     config.allow_global_per_layer_attribute_access = True
     first = widths[0]
-    is_plain = family.is_plain(config, first) and not getattr(config, OUTPUT_BIASES, ())
-    if is_plain and all(other == first for other in widths.values()):
+    if family.is_plain(config, first) and all(other == first for other in widths.values()):
         for key, value in first.items():
             setattr(config, key, value)
         config.__dict__.pop("allow_global_per_layer_attribute_access")

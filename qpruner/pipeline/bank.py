@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
-from qpruner.models.loading import load_tokenizer
+from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.preflight import Inspection, check_offers
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage, disk_bytes_in
@@ -24,7 +23,7 @@ from qpruner.quantization.formats import PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord
-from qpruner.runs.storage import files_in, for_each, remove
+from qpruner.runs.storage import fetch, files_in, for_each, remove
 
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankSource, EntryRecord
@@ -81,7 +80,7 @@ class Bank(Stage[BankRecord]):
         return f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}, {self.config.lora.init} start"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, layout = self.context, self._layout
+        context = self.context
         for cut in context.cuts:
             check_offers(self.config, context.layout_of(cut), context.on_gpu)
         for bank in self._banks:
@@ -102,14 +101,6 @@ class Bank(Stage[BankRecord]):
                 level: {name: each.residual_ratio for name, each in of.items()} for level, of in by_level.items()
             },
             "error": {level: {name: each.error for name, each in of.items()} for level, of in by_level.items()},
-            "group_bytes": {
-                level: {
-                    group.name: size
-                    for group, size in zip(layout.groups, layout.group_bytes(level), strict=True)
-                    if size is not None
-                }
-                for level in layout.levels
-            },
         }
 
     def _fill(self) -> Made:
@@ -139,9 +130,6 @@ class Bank(Stage[BankRecord]):
             for job in jobs:
                 yield job, context.executor.run(partial(fill, job), context.emit)
             return
-        if context.address:
-            # Free the machine of the executor for a worker; the sensitivity stage loads the model again.
-            context.executor.close()
         jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
         for position, made in context.run_tasks(fill, jobs, resources, concurrent, on_held=context.gpu_time.add):
             yield jobs[position], made
@@ -152,7 +140,7 @@ class Bank(Stage[BankRecord]):
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
         return f"{size}; relative error of the weights with adapters: {left}" if left else size
 
-    def disk_used(self, share: float) -> int:
+    def disk_used(self) -> int:
         # After a search the entries are there that its plans need, not all that could be needed.
         return self.disk_bytes() if self.context.records.search else disk_bytes_in(self.context.run_dir.root / "banks")
 
@@ -195,8 +183,8 @@ class FillJob:
     threads: int | None = None
 
 
-def fill(job: FillJob, *_: ModelCache | Emit) -> list[EntryRecord]:
-    """Make the entries of a job, and return their records; an executor's cache and events are not needed."""
+def fill(job: FillJob, *_: Emit) -> list[EntryRecord]:
+    """Make the entries of a job, and return their records; an executor's events are not needed."""
     import torch
 
     from qpruner.quantization.bank import make_entries
@@ -206,14 +194,14 @@ def fill(job: FillJob, *_: ModelCache | Emit) -> list[EntryRecord]:
     return [entry for entry, _ in make_entries(job.bank, job.group, job.levels)]
 
 
-def _gather_grams(bank: BankSource, config: RunConfig, data: Path, cache: ModelCache, emit: Emit) -> None:
+def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -> None:
     """Write the Gram matrices of the inputs of all layers in the blocks of a cut's model."""
     from qpruner.data.calibration import Samples
     from qpruner.pruning.grams import gather
     from qpruner.quantization.bank import write_grams
 
     on_progress = loading_progress(emit, "bank")
-    model = cache.model(bank.checkpoint, bank.dtype, on_progress)
+    model = load_dense(str(fetch(bank.checkpoint)), bank.dtype, on_progress=on_progress)
     pad_id = int(load_tokenizer(str(bank.checkpoint)).pad_token_id)
     samples = Samples(list(load_encoded(data / "importance")), pad_id, config.calibration.batch_size)
     samples = replace(samples, on_progress=partial(on_progress, "inputs of the layers"))

@@ -286,8 +286,6 @@ class Context:
         self.run_dir.forget(stage)
 
     def close(self) -> None:
-        """Free the memory of the model, and disconnect from the cluster unless the caller had connected before."""
-        if "executor" in self.__dict__:
-            self.executor.close()
+        """Disconnect from the cluster, unless the caller had connected before."""
         if "cluster" in self.__dict__ and not self.cluster.was_joined:
             disconnect()

@@ -7,7 +7,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.cluster.slots import worker_resources
 from qpruner.errors import CorruptFile, StageError, UserError
 from qpruner.models.checkpoint import save_checkpoint
@@ -22,7 +21,7 @@ from qpruner.runs import storage
 from qpruner.runs.events import Emit
 from qpruner.runs.records import CandidateRecord, FinetuneRecord, SearchRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS
 from qpruner.training.table_rows import Candidate, finetune_candidate
 from qpruner.wording import counted
 
@@ -75,7 +74,6 @@ class Finetune(Stage[FinetuneRecord]):
         write = partial(write_final, winner, context.run_dir.root / "final")
         with setting_aside_damaged_adapter(context.run_dir, self.name):
             context.executor.run(write, context.emit)
-        context.executor.close()
         # An earlier command may have run the fine-tune.
         held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
         return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
@@ -107,10 +105,6 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
             stage.notify(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned again")
     # A killed driver may have left checkpoints of recorded fine-tunes.
     storage.for_each(storage.remove, [job.checkpoints for job in models if job.folder in found])
-    for job in (job for job in models if job.folder not in found):
-        for checkpoint in filter(is_damaged, storage.published_folders(job.checkpoints)):
-            where = storage.quarantine(checkpoint, job.folder.parent)
-            stage.notify(f"warning: {checkpoint} is damaged; set aside in {where}, {job.label} does not resume from it")
     num_workers = context.config.finetune.num_workers
     tuned = run_jobs(stage, finetune_candidate, models, found, "steps", num_workers, own_process=True)
     for job, (measured, tracker_errors) in tuned:
@@ -165,16 +159,11 @@ def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
-        if isinstance(_recorded(row), CandidateRecord):  # the other machine may not see the storage
-            state = "the driver finds the file intact"
-            remedy = "make `output` visible to all machines, then repeat the command"
-        else:
-            state = f"set aside in {storage.quarantine(row, run.candidates)}"
-            remedy = "repeat the command: only that row is fine-tuned again"
-        raise StageError(stage, f"{error}; {state}", remedy) from error
+        cause = f"{error}; set aside in {storage.quarantine(row, run.candidates)}"
+        raise StageError(stage, cause, "repeat the command: only that row is fine-tuned again") from error
 
 
-def write_final(winner: Candidate, folder: Path, cache: ModelCache, emit: Emit) -> None:
+def write_final(winner: Candidate, folder: Path, emit: Emit) -> None:
     """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 

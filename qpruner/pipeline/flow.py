@@ -70,7 +70,7 @@ def run_stage(stage: Stage[Any]) -> None:
             stage.run(run.root)
         else:
             context.check_lock(stage.name)
-            scratch = run.begin(stage.name, stage.keeps_scratch)
+            scratch = run.begin(stage.name)
             fields = stage.run(scratch)
             fields = {"gpu_seconds": context.gpu_time.seconds - held} | fields
             record = stage.record(digest=digest, seconds=time.monotonic() - started, **fields)
@@ -81,12 +81,9 @@ def run_stage(stage: Stage[Any]) -> None:
     context.emit(StageFinished(stage.name, seconds, stage.summary(record)))
 
 
-def recorded(context: Context) -> dict[str, float]:
-    """Add to the context the records that `run` would reuse; return the finished share of each stage, from 0 to 1.
-
-    The files of the stages are not checked.
-    """
-    context.records, shares = Results(), dict.fromkeys(Results.model_fields, 0.0)
+def recorded(context: Context) -> None:
+    """Add to the context the records that `run` would reuse; the files of the stages are not checked."""
+    context.records = Results()
     for kind in STAGES:
         if kind.record is None or not kind.is_wanted(context.config):
             continue
@@ -95,11 +92,8 @@ def recorded(context: Context) -> dict[str, float]:
             if exists(context.run_dir.record_path(stage.name)):  # computing the digest of the inputs takes time
                 record = stage.matching_record(stage.digest)
         if record is None:
-            shares[kind.name] = stage.share_done()
-            break
+            return
         context.add_record(kind.name, record)
-        shares[kind.name] = 1.0
-    return shares
 
 
 @contextmanager
@@ -135,7 +129,7 @@ def _damage_remedy(path: Path | None, root: Path | None) -> str:
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts
-    if parts[0] in ("trials", "cuts", "banks", *(stage.name for stage in STAGES if stage.repairs_files)):
+    if parts[0] in ("trials", "cuts", "banks", "sensitivities", Prepare.name):
         return "repeat the command: the damaged file is set aside, and only that file is made again"
     doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])  # each candidate has its own folder
     if parts[0] in Results.model_fields:  # without its record the stage runs again

@@ -6,16 +6,14 @@ Nodes that join later are checked when work starts on them (`cluster.node_check.
 import contextlib
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from qpruner.cluster.node_check import NodeReport, look_at_all
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.preflight import amount, check_cut, check_device, check_gpu, left_out_text, makeable
-from qpruner.runs.events import COMMAND, Message, TableMade
+from qpruner.pipeline.preflight import amount, check_device, check_gpu
+from qpruner.runs.events import TableMade
 from qpruner.runs.storage import read_progress, remove, storage_at, write_text
 from qpruner.wording import counted
 
@@ -38,14 +36,6 @@ def look_at_nodes(context: Context) -> None:
     declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
         check_device(None, config, inspection.packs)
-        if inspection.packs:
-            check = partial(check_cut, False, config, inspection.model_config)
-            cuts, refused = makeable(inspection.cuts, check)
-            layouts = {name: inspection.layouts[name] for name in cuts}
-            for each in refused.items():
-                context.emit(Message(COMMAND, f"warning: {left_out_text(*each)}"))
-            left_out = {**inspection.left_out, **refused}
-            context.inspection = replace(inspection, cuts=cuts, layouts=layouts, left_out=left_out)
 
 
 @contextlib.contextmanager

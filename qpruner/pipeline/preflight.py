@@ -13,13 +13,13 @@ import numpy as np
 from qpruner.config.pruning import RATES
 from qpruner.config.schema import BudgetConfig, PruneConfig, RunConfig
 from qpruner.errors import PlanRefused, UserError, together
-from qpruner.models.families import ATTENTION, MLP, family_of
+from qpruner.models.families import family_of
 from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, LinearShape, PrecisionPlan, cut_title, read_plan
-from qpruner.pruning.settings import Cut, are_alike, cuttable_layers
-from qpruner.quantization.formats import Capability, format_of, formats
+from qpruner.pruning.settings import Cut, are_alike
+from qpruner.quantization.formats import Capability, by_size, format_of, formats
 from qpruner.runs.storage import run_root
 
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
@@ -71,26 +71,9 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _, shapes, rows = together(
         lambda: run_root(config.output), lambda: shapes_of(config, works_here, packs), lambda: check_rows(config)
     )
-    _check_positions(config, shapes)
     check_encoding(config, rows.examples)
     parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_few_trials(config))}
     return Inspection(**parts)
-
-
-def _check_positions(config: RunConfig, shapes: Shapes) -> None:
-    """Raise an error if rows or samples are longer than the learned position table of the model."""
-    model_config = shapes.model_config
-    if not family_of(model_config).has_learned_positions:
-        return
-    lengths = {"data.max_length": config.data.max_length}
-    if not all(cut.settings.is_off for cut in shapes.cuts.values()):
-        lengths["calibration.max_length"] = config.calibration.max_length
-    for name, length in lengths.items():
-        if length > (most := int(model_config.max_position_embeddings)):
-            raise UserError(
-                f"`{name}`: {length} tokens are more than the {most} positions that this {model_config.model_type} "
-                f"model has learned: use at most {most}"
-            )
 
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
@@ -109,7 +92,7 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
     def checked(settings: PruneConfig) -> Cut:
         cut = _planned(settings, model_config, key)
-        return check_cut(on_gpu, config, model_config, cut) if packs else cut
+        return check_cut(on_gpu, config, cut) if packs else cut
 
     asked = {UNPRUNED: uncut(config.prune)} if is_pruned(model_config) else config.prune.cuts
     cuts, left_out = makeable(asked, checked)
@@ -227,43 +210,20 @@ def _planned(settings: PruneConfig, model_config: Any, key: str) -> Cut:
 
 
 def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
-    """Return the budget of the cuts in bytes; raise an error if no plan fits, or if it leaves no choice between plans.
+    """Return the budget of the cuts in bytes; raise an error if no plan fits.
 
     `fraction` and `mean_bits` are those of the only cut.
     """
-    budget, [first, *_] = config.quantize.budget, layouts.values()
-    size = _asked_bytes(budget, first)
-    name, value = budget.size
-    most_pruned = min(layouts.values(), key=lambda each: each.plan_bytes(each.smallest()))
-    smallest, largest = most_pruned.smallest(), first.largest()
-    lowest, highest = most_pruned.plan_bytes(smallest), first.plan_bytes(largest)
-    of_groups = list(zip(*map(first.group_bytes, first.levels), strict=True))
-    sizes = [sorted(each for each in of_group if each is not None) for of_group in of_groups]
-    choice = lowest
-    if len(layouts) == 1:
-        choice += min((more - less for less, more, *_ in (each for each in sizes if len(each) > 1)), default=0)
-    has_equal = any(len(set(each)) < len(each) for each in sizes)  # then there is a choice at any size
-    key = f"`quantize.budget.{name}`"
-    least = f"the smallest budget that works is {choice} bytes ({-(-choice * 10**4 // GIB) / 10**4} GiB)"
-    if size < choice:
-        state = "is below" if size < lowest else "leaves no choice but"
+    size = _asked_bytes(config.quantize.budget, next(iter(layouts.values())))
+    least, formats = min((each.plan_bytes(plan := each.smallest()), plan.formats) for each in layouts.values())
+    if size < least:
+        name, value = config.quantize.budget.size
         raise UserError(
-            f"{key} {state} the most pruned model with every group in its smallest format, "
-            f"{', '.join(used(smallest))} ({lowest} bytes): {least}, got {value}; raise it, or prune more"
-        )
-    if size >= highest and config.has_choice and not config.search.pareto and not has_equal:
-        most = f"the largest {highest - 1} bytes ({(highest - 1) * 10**4 // GIB / 10**4} GiB)"
-        raise UserError(
-            f"{key} leaves nothing to choose, because every group of the least pruned model fits in its largest "
-            f"format, {', '.join(used(largest))}: {least}, {most}, got {value}; lower it, or let `search.pareto` find "
-            "the best plan of every size"
+            f"`quantize.budget.{name}` is below the most pruned model with every group in its smallest format, "
+            f"{', '.join(by_size(tuple(set(formats))))}: {least} bytes ({-(-least * 10**4 // GIB) / 10**4} GiB), got "
+            f"{value}; raise it, or prune more"
         )
     return size
-
-
-def used(plan: PrecisionPlan) -> list[str]:
-    """List the formats of a plan, smallest first."""
-    return [name for name in formats() if name in plan.formats]
 
 
 def _asked_bytes(budget: BudgetConfig, layout: Layout) -> int:
@@ -306,13 +266,10 @@ def check_device(capability: Capability | None, config: RunConfig, packs: bool) 
         check_gpu(config, capability)
 
 
-def check_cut(on_gpu: bool, config: RunConfig, model_config: Any, cut: Cut) -> Cut:
-    """Return the cut; raise an error if it leaves widths that the formats cannot hold on a GPU or CPU."""
+def check_cut(on_gpu: bool, config: RunConfig, cut: Cut) -> Cut:
+    """Return the cut; raise an error if the formats cannot hold the widths that it is expected to leave."""
     try:
         check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
-        if cut.settings.selection == "global" and not cut.settings.is_off:
-            for index in cuttable_layers(model_config, cut.settings):
-                _check_any_width(config, model_config, index, on_gpu)
     except UserError as error:
         if cut.settings.is_off:
             raise
@@ -342,25 +299,3 @@ def _refused(levels: Sequence[str], linears: Sequence[LinearShape], on_gpu: bool
         "or, if pruning made this width, set `prune.round_to: 64` for a layer that reads MLP channels, "
         "`prune.units: [mlp]` for one that reads attention heads"
     )
-
-
-def _check_any_width(config: RunConfig, model_config: Any, index: int, on_gpu: bool) -> None:
-    """Raise an error if global selection may leave a block with a width that no format can hold."""
-    family, prune, levels = family_of(model_config), config.prune, config.quantize.levels
-    for kind in family.unit_kinds(model_config.per_layer_config[index]):
-        if kind.name not in prune.width_units:
-            continue
-        columns = next(item.width for item in kind.slices if item.parameter == f"{kind.output_linear}.weight")
-        multiple = prune.round_to if kind.name == MLP else 1
-        path = f"{family.block_path(index)}.{kind.output_linear}"
-        for units in (*range(multiple, kind.num_units, multiple), kind.num_units):
-            linear = LinearShape(path, 1, units * columns)
-            if all(refusals(level, [linear], on_gpu) for level in levels):
-                remedy = "make `prune.round_to` a multiple of 64, or " if kind.name == MLP else ""
-                raise UserError(
-                    f"`prune.selection: global` may leave a width that none of {', '.join(levels)} takes "
-                    f"({refusals(levels[0], [linear], on_gpu)[0]}): {remedy}set "
-                    f"`prune.units: [{ATTENTION if kind.name == MLP else MLP}]`, name a further format in "
-                    "`quantize.formats`, such as int8, or use `prune.selection: per_layer`, which fixes these numbers "
-                    "of columns before the cut"
-                )

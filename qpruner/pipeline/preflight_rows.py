@@ -1,7 +1,5 @@
 """Check the rows and questions of a run: they exist, do not overlap between uses, and can be encoded."""
 
-import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +18,8 @@ ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
 """Number of tokens that the template adds to an instruction, and to a question."""
 TEMPLATE_END = 8  # maximum number of tokens that a template appends to a response
 SPLITS = ("train", "validation", "confirmation")
-MOST_LOST = 0.05
-"""Maximum share of rows that may lose their whole response without a warning. Losing a part is common: at 256 tokens,
-as published, 9 of 102 rows of cleaned Alpaca do; `check` counts such rows."""
 FEW_TOKENS = 500
 """A mean loss over fewer tokens is too noisy: on 143 tokens 8 bits were worse than 4 bits (LOG.md, 2026-11-27)."""
-FEW_QUESTIONS = 40
-"""Over fewer questions the standard error of an accuracy may exceed 0.079, more than most plans differ by."""
 LONGEST_HEADING = 5
 """Rows of `evaluate.text` with at most this many words, such as headings, may also occur in the data."""
 
@@ -44,10 +37,9 @@ class Rows:
 
 def check_rows(config: RunConfig) -> Rows:
     """Load all rows and questions of the run, with warnings; raise an error if two uses of the data overlap."""
-    loaded: tuple[dict[str, list[Example]], list[str]]
+    examples: dict[str, list[Example]]
     tasks: dict[str, dict[str, TaskQuestions]]
-    loaded, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
-    examples, skipped = loaded
+    examples, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
     limit = config.search.limit
     asked = {
         "search": {name: task.texts[:limit] for name, task in tasks["search"].items()},
@@ -59,12 +51,11 @@ def check_rows(config: RunConfig) -> Rows:
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
-    doubtful = (*_doubtful_questions(questions), *_doubtful_rows(config, examples), *_few_tokens(config, examples))
-    return Rows(examples, questions, numbers, metrics, (*skipped, *doubtful))
+    return Rows(examples, questions, numbers, metrics, (*_doubtful_rows(examples), *_few_tokens(config, examples)))
 
 
-def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]]:
-    """Load the rows; return them by split, and warnings about skipped rows."""
+def _load_splits(config: RunConfig) -> dict[str, list[Example]]:
+    """Load the rows; return them by split."""
     sources = {name: (getattr(config.data, name), f"data.{name}") for name in SPLITS}
     sources["calibration"] = (config.calibration.data, "calibration.data")
     sources["text"] = (config.evaluate.text, "evaluate.text")
@@ -72,32 +63,21 @@ def _load_splits(config: RunConfig) -> tuple[dict[str, list[Example]], list[str]
     loaded = together(*(partial(load_examples, *each) for each in given.values()))
     examples: dict[str, list[Example]] = dict(zip(given, loaded, strict=True))
     examples.setdefault("calibration", examples["train"])
-    examples["confirmation"], skipped = _without_repeats(examples["confirmation"])
+    # Without repeated rows, because half of the rows choose the winner and half judge it.
+    different: dict[str | int, Example] = {}
+    for position, row in enumerate(examples["confirmation"]):
+        different.setdefault(row.identity or position, row)
+    examples["confirmation"] = list(different.values())
     if len(examples["confirmation"]) < 2:
         raise UserError(
             "`data.confirmation` must have at least 2 different rows, one to choose the winner and one to judge it, "
             "got 1: name a source with more rows, or raise its `limit`"
         )
-    return examples, skipped
+    return examples
 
 
-def _without_repeats(rows: list[Example]) -> tuple[list[Example], list[str]]:
-    """Remove repeated confirmation rows, because half of the rows choose the winner and half judge it."""
-    different: dict[str | int, Example] = {}
-    for position, row in enumerate(rows):
-        different.setdefault(row.identity or position, row)
-    if len(different) == len(rows):
-        return rows, []
-    [(again, _)] = Counter(row.identity for row in rows if row.identity).most_common(1)
-    return list(different.values()), [
-        f"{counted(len(rows) - len(different), 'row')} of `data.confirmation` skipped as repeated, such as "
-        f"{again[:90]!r}: no row may both choose the winner and judge it"
-    ]
-
-
-def _doubtful_rows(config: RunConfig, examples: dict[str, list[Example]]) -> Iterator[str]:
-    """Warn about rows without a response, and about prompts that leave no room for a response."""
-    longest = config.data.max_length
+def _doubtful_rows(examples: dict[str, list[Example]]) -> Iterator[str]:
+    """Warn about rows without a response."""
     for split in SPLITS:
         rows = examples[split]
         empty = [row for row in rows if row.format != "text" and not row.response.strip()]
@@ -105,12 +85,6 @@ def _doubtful_rows(config: RunConfig, examples: dict[str, list[Example]]) -> Ite
             yield (
                 f"{counted(len(empty), 'row')} of `data.{split}` of {len(rows)} have no response, such as "
                 f"{empty[0].prompt[:90]!r}: they train the model to say nothing; add responses or remove the rows"
-            )
-        lost = sum(about_tokens(row)[0] >= longest for row in rows)
-        if lost > MOST_LOST * len(rows):
-            yield (
-                f"about {lost} of {counted(len(rows), 'row')} of `data.{split}` lose their whole response: their "
-                f"prompts have {longest} tokens (`data.max_length`) or more; raise that limit"
             )
 
 
@@ -152,23 +126,6 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterat
             yield (
                 f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; use at "
                 f"least {FEW_TOKENS} tokens, with more rows or longer responses"
-            )
-
-
-def _doubtful_questions(questions: dict[str, list[str]]) -> Iterator[str]:
-    """Warn if questions both score and choose plans, or are too few for accuracies to tell models apart."""
-    if repeated := set(questions["search"]) & set(questions["fresh"]):
-        yield (
-            f"`search.tasks`: {counted(len(repeated), 'question')}, such as {min(repeated)[:90]!r}, would both score "
-            "trials and choose the winner; another `search.limit` may separate them"
-        )
-    uses = {"search": "`search.tasks` score the trials", "evaluate": "`evaluate.tasks` test the models"}
-    for section, use in uses.items():
-        asked = len(questions[section])
-        if 0 < asked < FEW_QUESTIONS:
-            yield (
-                f"{use} on {counted(asked, 'question')}: an accuracy over so few questions has a standard error up to "
-                f"{0.5 / math.sqrt(asked):.2f}; ask at least {FEW_QUESTIONS}, with a higher `{section}.limit`"
             )
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import DataSource, ModelConfig, RunConfig
 from qpruner.data.encoding import encode, importance_samples, pack, save_encoded, sensitivity_samples
 from qpruner.models.checkpoint import Base, prepare_base
@@ -23,7 +22,6 @@ class Prepare(Stage[PrepareRecord]):
     name = "prepare"
     help = "Provide the base model in a folder and encode the data."
     record = PrepareRecord
-    repairs_files = True
     starts_ray = False
 
     def inputs(self) -> tuple[Any, ...]:
@@ -46,7 +44,6 @@ class Prepare(Stage[PrepareRecord]):
             # Relative to the run folder, whose path differs between machines.
             "model_path": "prepare/model" if base.converted else str(base.path),
             "converted": base.converted,
-            "source_bytes": base.source_bytes,
             "num_rows": counts,
         }
 
@@ -58,7 +55,7 @@ class Prepare(Stage[PrepareRecord]):
         return base.num_parameters * base.element_bytes
 
 
-def _provide_base(model: ModelConfig, target: Path, is_shared: bool, cache: ModelCache, emit: Emit) -> Base:
+def _provide_base(model: ModelConfig, target: Path, is_shared: bool, emit: Emit) -> Base:
     """Load the base model; write to `target` what was converted from .gguf, or a hub model if nodes share the run."""
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))

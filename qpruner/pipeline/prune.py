@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import CorruptFile, UserError
@@ -19,7 +18,7 @@ from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import multiply_adds
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.models.memory import PeakMemory, copy_weights
+from qpruner.models.memory import PeakMemory, copy_weights, release
 from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned, left_out_text, uncut
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
@@ -43,7 +42,6 @@ from qpruner.wording import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qpruner.data.losses import Rows
     from qpruner.pruning.prune import Pruned
 
 CUT_FILE = "cut.json"  # name of the record in the folder of a cut, which is written last
@@ -51,11 +49,11 @@ CUT_FILE = "cut.json"  # name of the record in the folder of a cut, which is wri
 
 @dataclass(frozen=True)
 class Wanted:
-    """A cut to make: its settings, its digest, and its folder, None if it is not to be saved."""
+    """A cut to make: its settings, its digest and its folder, which has the record alone if nothing is cut."""
 
     settings: PruneConfig
     digest: str
-    folder: Path | None
+    folder: Path
 
 
 Made = tuple[dict[str, CutRecord], dict[str, str]]
@@ -72,7 +70,6 @@ class Prune(Stage[PruneRecord]):
     help = "Run up to the pruned checkpoints."
     record = PruneRecord
     keeps_files = False
-    repairs_files = True
     starts_ray = False
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
@@ -82,22 +79,13 @@ class Prune(Stage[PruneRecord]):
     def inputs(self) -> tuple[Any, ...]:
         return ({name: each.digest for name, each in self._wanted().items()},)
 
-    def _asked(self) -> dict[str, PruneConfig]:
-        """Return the settings of the cuts, the one that removes least first; the base model is always among them."""
-        of_cuts = {name: cut.settings for name, cut in self.context.inspection.cuts.items()}
-        return {UNPRUNED: uncut(self.config.prune)} | of_cuts
-
     def _wanted(self) -> dict[str, Wanted]:
-        context, model_config = self.context, self.context.inspection.model_config
+        """Describe the cuts, the one that removes least first; the base model is always among them."""
+        context, found = self.context, self.context.inspection
+        asked = {UNPRUNED: uncut(self.config.prune)} | {name: cut.settings for name, cut in found.cuts.items()}
         prepared = context.record(PrepareRecord).digest
-        return {
-            name: Wanted(
-                settings,
-                digest_of("cut", prepared, settled(model_config, settings)),
-                None if name == UNPRUNED else context.run_dir.cut(name),
-            )
-            for name, settings in self._asked().items()
-        }
+        digests = {name: digest_of("cut", prepared, settled(found.model_config, each)) for name, each in asked.items()}
+        return {name: Wanted(each, digests[name], context.run_dir.cut(name)) for name, each in asked.items()}
 
     def detail(self) -> str:
         names = list(self.context.inspection.cuts)
@@ -106,39 +94,31 @@ class Prune(Stage[PruneRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, wanted = self.context, self._wanted()
-        self._report_earlier_cut()
-        made = self._made_earlier(wanted)
-        missing = {name: each for name, each in wanted.items() if name not in made}
-        left_out = dict[str, str]()
-        if missing:
-            saved = [context.run_dir.cut(name) for name in made if name != UNPRUNED]
-            work = partial(make_and_save, self.config, context.model_folder(UNPRUNED), context.data, missing, saved)
+        if is_pruned(context.inspection.model_config):
+            self.notify(f"the model was {PRUNED_EARLIER}")
+        made, left_out = self._made_earlier(wanted), dict[str, str]()
+        if missing := {name: each for name, each in wanted.items() if name not in made}:
+            saved = [wanted[name].folder for name in made if name != UNPRUNED]
+            work = partial(make_cuts, self.config, context.model_folder(UNPRUNED), context.data, missing, saved)
             new, left_out = context.executor.run(work, context.emit)
-            for name in new.keys() - {UNPRUNED}:
-                require_arrived(context.run_dir.cut(name))
+            for name in new:
+                require_arrived(wanted[name].folder)
             made |= new
-        return self._fields(made, left_out)
-
-    def _fields(self, made: Mapping[str, CutRecord], left_out: Mapping[str, str]) -> dict[str, Any]:
-        """Return the fields of the record; raise an error if no cut that the search may choose could be made."""
-        if not made.keys() & self.context.inspection.cuts.keys():
+        if not made.keys() & context.inspection.cuts.keys():
             raise UserError(next(iter(left_out.values())))
         for name, reason in left_out.items():
             self.notify(f"warning: {left_out_text(name, reason)}")
-        cuts = {name: made[name] for name in self._asked() if name in made}
-        return {"cuts": cuts, "left_out": {**self.context.inspection.left_out, **left_out}}
+        cuts = {name: made[name] for name in wanted if name in made}
+        return {"cuts": cuts, "left_out": {**context.inspection.left_out, **left_out}}
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
         """Return the records of the cuts that earlier commands made with equal inputs and whose files are intact."""
-        run, found, earlier = self.context.run_dir, dict[str, CutRecord](), None
-        with suppress(CorruptFile):
-            earlier = run.read_record(self.name, PruneRecord)
+        root, found = self.context.run_dir.root, dict[str, CutRecord]()
         for name, each in wanted.items():
-            record = None if each.folder or not earlier else earlier.cuts.get(name)
-            if each.folder and super().is_complete(each.folder) and storage_at(each.folder).read_list():
-                record = self.read_intact(each.folder / CUT_FILE, CutRecord, run.root, "the cut is made again")
-            if record and record.digest == each.digest:
-                found[name] = record
+            if super().is_complete(each.folder) and storage_at(each.folder).read_list():
+                record = self.read_intact(each.folder / CUT_FILE, CutRecord, root, "the cut is made again")
+                if record and record.digest == each.digest:
+                    found[name] = record
         return found
 
     def summary(self, record: PruneRecord) -> str:
@@ -150,27 +130,21 @@ class Prune(Stage[PruneRecord]):
         return f"{before / 1e6:.1f}M -> {sizes} parameters ({shown[0].target}, {shown[0].achieved})"
 
     def matching_record(self, digest: str) -> PruneRecord | None:
-        record = super().matching_record(digest)
-        cuts = {name: cut for name, cut in record.cuts.items() if name != UNPRUNED} if record else {}
+        record, cut = super().matching_record(digest), self.context.run_dir.cut
         # A killed command may have made other cuts since.
-        return record if all(read_cut(self.context.run_dir.cut(name)) == cut for name, cut in cuts.items()) else None
+        return record if record and all(read_cut(cut(name)) == each for name, each in record.cuts.items()) else None
 
     def is_complete(self, folder: Path) -> bool:
-        cuts = [self.context.run_dir.cut(name) for name in self.context.inspection.cuts if name != UNPRUNED]
+        cuts = [self.context.run_dir.cut(name) for name in self.context.inspection.cuts]
         are_intact = [super(Prune, self).is_complete(each) for each in cuts]  # each damaged one is set aside
         return all(are_intact)
 
-    def share_done(self) -> float:
-        wanted = [each for each in self._wanted().values() if each.folder]
-        return sum(made_cut(each) is not None for each in wanted) / max(len(wanted), 1)
+    def unfinished(self) -> Iterable[Path]:
+        return [*super().unfinished(), *map(self.context.run_dir.cut, self.context.inspection.cuts)]
 
     def disk_bytes(self) -> int:
         layouts = self.context.inspection.layouts.values()
         return sum(each.num_parameters * each.element_bytes for each in layouts if each.cut != UNPRUNED)
-
-    def _report_earlier_cut(self) -> None:
-        if is_pruned(self.context.inspection.model_config):
-            self.notify(f"the model was {PRUNED_EARLIER}")
 
 
 def read_cut(folder: Path) -> CutRecord | None:
@@ -180,99 +154,75 @@ def read_cut(folder: Path) -> CutRecord | None:
     return None
 
 
-def made_cut(wanted: Wanted) -> CutRecord | None:
-    """Read the record of a saved cut; None if it was not made, or under other inputs."""
-    record = read_cut(wanted.folder) if wanted.folder else None
-    return record if record and record.digest == wanted.digest else None
-
-
-def make_and_save(
-    config: RunConfig,
-    base: Path,
-    data: Path,
-    wanted: Mapping[str, Wanted],
-    saved: Sequence[Path],
-    cache: ModelCache,
-    emit: Emit,
+def make_cuts(
+    config: RunConfig, base: Path, data: Path, wanted: Mapping[str, Wanted], saved: Sequence[Path], emit: Emit
 ) -> Made:
     """Make the cuts of the base model, each in its folder; the importances in the folders `saved` are used again."""
-    source = str(fetch(base))
-    # Lists, because a stored exception would keep a mapped file open.
-    samples, rows = (list(load_encoded(data / name)) for name in ("importance", "sensitivity"))
-    return Cutter(config, source, samples, rows, cache, emit, saved).make(wanted)
+    made, left_out = dict[str, CutRecord](), dict[str, str]()
+    cutter, model = Cutter(config, base, data, saved, emit), None
+    for name, each in wanted.items():
+        record = read_cut(each.folder)
+        if record and record.digest == each.digest:  # made by a process that has died
+            made[name] = record
+            continue
+        model = model or cutter.load()
+        try:
+            made[name] = cutter.make(name, model, each)
+        except UserError as error:
+            left_out[name] = str(error)
+        if name != UNPRUNED:
+            model = None
+    return made, left_out
 
 
 class Cutter:
     """Makes cuts of a base model, one after the other; one model is in memory."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        source: str,
-        samples: Rows,
-        rows: Rows,
-        cache: ModelCache,
-        emit: Emit,
-        saved: Sequence[Path],
-    ) -> None:
+    def __init__(self, config: RunConfig, base: Path, data: Path, saved: Sequence[Path], emit: Emit) -> None:
         from qpruner.data.calibration import Samples
         from qpruner.pruning.prune import FirstScores, load_importance
 
-        self._config, self._source, self._rows, self._cache, self._emit = config, source, rows, cache, emit
-        self._tokenizer, self._on_work = load_tokenizer(source), loading_progress(emit, "prune")
+        self._config, self._source, self._emit = config, str(fetch(base)), emit
+        self._tokenizer, self._on_work = load_tokenizer(self._source), loading_progress(emit, "prune")
         self._pad_id = int(self._tokenizer.pad_token_id)
+        # Lists, because a stored exception would keep a mapped file open.
+        samples, self._rows = (list(load_encoded(data / name)) for name in ("importance", "sensitivity"))
         self._samples = Samples(samples, self._pad_id, config.calibration.batch_size)
-        self._made, self._left_out = dict[str, CutRecord](), dict[str, str]()
         self._first = FirstScores()
         for folder in saved:
             if record := read_cut(folder):
                 self._first.add(load_importance(fetch(folder)), record.dropped_blocks)
 
-    def make(self, wanted: Mapping[str, Wanted]) -> Made:
-        """Make the cuts that can be made, the one that removes least last, so that its model stays in the cache."""
-        for name in reversed(list(wanted)):  # the base comes last, if no cut has measured it
-            if name not in self._made:
-                self._make(name, wanted)
-        return self._made, self._left_out
-
-    def _make(self, name: str, wanted: Mapping[str, Wanted]) -> None:
-        """Load the base model, measure its loss if that is wanted, and make one cut."""
-        config, folder = self._config, wanted[name].folder
-        if made := made_cut(wanted[name]):  # by a process that has died
-            self._made[name] = made
-            return
-        self._cache.clear()
-        model = load_dense(self._source, config.model.dtype, config.model, self._on_work)
+    def load(self) -> PreTrainedModel:
+        """Load the base model, into memory of its own."""
+        release()  # the cut before
+        model = load_dense(self._source, self._config.model.dtype, self._config.model, self._on_work)
         copy_weights(model)
-        if UNPRUNED in wanted and UNPRUNED not in self._made:
-            self._made[UNPRUNED] = self._cut(model, wanted[UNPRUNED])[1]
-        if name == UNPRUNED:
-            return
-        try:
-            pruned, record = self._cut(model, wanted[name])
-        except UserError as error:
-            self._left_out[name] = str(error)
-            return
-        if folder:
-            record = record.model_copy(update={"weights": self._save(pruned, folder)})
-            self._cache.keep(folder, pruned.model)
-            write_json(folder / CUT_FILE, record)
-        self._made[name] = record
-        after = f"{pruned.parameters_after / 1e6:.1f}M parameters, loss {record.loss:.4f}"
-        self._emit(Message("prune", f"{cut_title(name)}: {after}"))
+        return model
 
-    def _save(self, pruned: Pruned, folder: Path) -> str:
-        """Save model, tokenizer and importances; return the digest of the weight files."""
+    def make(self, name: str, model: PreTrainedModel, wanted: Wanted) -> CutRecord:
+        """Cut the base model in place, save it unless it is the base itself, and return the record."""
+        pruned, record = self._cut(model, wanted)
+        remove(wanted.folder)
+        with writing_folder(wanted.folder) as here:
+            here.mkdir(parents=True, exist_ok=True)
+            if name != UNPRUNED:
+                self._save(pruned, here)
+        if name != UNPRUNED:
+            listed = Storage(wanted.folder).read_list()
+            assert listed, "writing_folder wrote the list"
+            weights = {file: sha256 for file, sha256 in listed.sha256.items() if file.endswith(".safetensors")}
+            record = record.model_copy(update={"weights": digest_of(weights)})
+            after = f"{pruned.parameters_after / 1e6:.1f}M parameters, loss {record.loss:.4f}"
+            self._emit(Message("prune", f"{cut_title(name)}: {after}"))
+        write_json(wanted.folder / CUT_FILE, record)
+        return record
+
+    def _save(self, pruned: Pruned, folder: Path) -> None:
         from qpruner.pruning.prune import save_importance
 
-        remove(folder)
-        with writing_folder(folder) as here:
-            here.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(pruned.model, self._tokenizer, here, self._on_work)
-            retry_storage(lambda: save_importance(here, pruned.scores, pruned.block_scores), here)
-        listed = Storage(folder).read_list()
-        assert listed, "writing_folder wrote the list"
-        return digest_of({name: sha256 for name, sha256 in listed.sha256.items() if name.endswith(".safetensors")})
+        save_checkpoint(pruned.model, self._tokenizer, folder, self._on_work)
+        retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
 
     def _cut(self, model: PreTrainedModel, wanted: Wanted) -> tuple[Pruned, CutRecord]:
         """Cut a model in place; return the result of `prune` and the record."""
@@ -285,9 +235,6 @@ class Cutter:
         memory = PeakMemory()
         pruned = prune(model, settings, self._samples, config.seed, self._on_work, self._first)
         peak_bytes = memory.bytes()
-        if pruned.parameters_after == pruned.parameters_before and not settings.is_off:
-            why = f"{target_text(settings)} is under half of the smallest cut; raise it"
-            self._emit(Message("prune", f"warning: nothing was cut: {why}"))
         loss = mean_loss(pruned.model, self._rows, self._pad_id, config.calibration.batch_size).mean
         element_bytes = DTYPE_BYTES[config.model.dtype]
         return pruned, CutRecord(
@@ -297,7 +244,6 @@ class Cutter:
             selection=settings.selection,
             compensation=settings.compensates_by,
             target=target_text(settings),
-            target_rate=settings.rate,
             achieved_rate=(pruned.parameters_before - pruned.parameters_after) / pruned.parameters_before,
             parameters_before=pruned.parameters_before,
             parameters_after=pruned.parameters_after,

@@ -16,7 +16,6 @@ class Report(Stage[Record]):
     """Write every file of the report. This stage keeps no record and is never skipped, because writing is fast."""
 
     name = "report"
-    help = "Write the report of a run folder again, finished or not; with a configuration, run the whole flow."
 
     def detail(self) -> str:
         return WRITTEN

@@ -71,7 +71,7 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         warnings = (*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
         if address:
             look_at_nodes(context)
-        recorded(context)  # adds the records to the context
+        recorded(context)
         inspection, known = context.inspection, dict[str, Any]()
         if pruned := context.records.prune:
             cuts = {cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts}
@@ -120,7 +120,7 @@ def run(
         except BaseException as error:
             # A report would wait again for a storage that does not answer.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
-            if progress.is_written and not is_away and holds_run():  # else keep the report of an earlier command
+            if progress.has_begun and not is_away and holds_run():  # else keep the report of an earlier command
                 report_unfinished(run_dir)
             raise
         # If no stage ran, an earlier report may be more complete.
@@ -133,13 +133,11 @@ def _check_room(context: Context) -> tuple[int, int]:
     """Raise an error if the disk is too small for the run; return the bytes needed at most, and the free bytes."""
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
-    wanted = [stage for stage in STAGES if stage.record and stage.is_wanted(context.config)]
-    sizes = {stage.name: stage(context).disk_bytes() for stage in wanted}
-    free, needed = shutil.disk_usage(existing).free, SMALL_FILES + sum(sizes.values())
+    wanted = [stage(context) for stage in STAGES if stage.record and stage.is_wanted(context.config)]
+    free, needed = shutil.disk_usage(existing).free, SMALL_FILES + sum(stage.disk_bytes() for stage in wanted)
     if free < needed:  # subtract existing files, which takes time to find
-        shares = recorded(context)
-        left = {stage.name: sizes[stage.name] - stage(context).disk_used(shares[stage.name]) for stage in wanted}
-        needed = SMALL_FILES + sum(max(0, size) for size in left.values())
+        recorded(context)
+        needed = SMALL_FILES + sum(max(0, stage.disk_bytes() - stage.disk_used()) for stage in wanted)
     if free < needed:
         other = "" if run.storage.fills_this_disk else f" by {CACHE}"
         raise UserError(
@@ -165,8 +163,8 @@ def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> Non
 class RunProgress:
     """Writes the state of the latest command to `run.json`, for `status` in other shells and on other machines.
 
-    Steps inside a stage are written at intervals. `has_begun` is True once a stage has started. `is_written` is True
-    once the file describes this command; a command that starts no stage keeps the file of an earlier command.
+    Steps inside a stage are written at intervals. `has_begun` is True once a stage has started; a
+    command that starts no stage keeps the file of an earlier command.
     """
 
     def __init__(
@@ -176,8 +174,7 @@ class RunProgress:
         with contextlib.suppress(CorruptFile):
             before = run.read_state(RunState)
         self._run, self._holds_run, self._written = run, holds_run, 0.0
-        self._earlier_stages = before.stages.keys() if before else set()
-        self.is_written = self.has_begun = False
+        self.has_begun = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
             until=until,
@@ -196,7 +193,7 @@ class RunProgress:
         """Update the state by an event, and write the file."""
         match event:
             case events.StageStarted(stage, detail):
-                self.is_written = self.has_begun = True
+                self.has_begun = True
                 self._set(stage, StageState(state="running", started=time.time(), text=detail))
             case events.StageFinished(stage, seconds, figures):
                 self._update(stage, {"state": "done", "seconds": seconds, "text": figures})
@@ -211,7 +208,7 @@ class RunProgress:
                 self._update(stage, {"done": done, "total": total} | ({"text": detail} if detail else {}))
         is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen)
         begins_steps = isinstance(event, events.Progress) and event.done == 0
-        if self.is_written and (
+        if self.has_begun and (
             not is_small or begins_steps or time.monotonic() - self._written >= progress_seconds(self._run.root)
         ):
             self._write()
@@ -219,22 +216,19 @@ class RunProgress:
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
         """Write to `run.json` how the command in the `with` block ended."""
-        outcome, text, is_refused = "interrupted", None, False  # by Ctrl-C, for example
+        outcome, text = "interrupted", None  # by Ctrl-C, for example
         try:
             yield
             outcome = "done"
         except QprunerError as error:
-            outcome, text, is_refused = "failed", str(error), isinstance(error, UserError)
+            outcome, text = "failed", str(error)
             raise
         except Exception as error:
             note = note_defect(error, f"{self._run.place.rstrip('/')}/{LOG}, which has the whole traceback")
             outcome, text = "failed", f"{type(error).__name__}: {error}\n{note}"
             raise
         finally:
-            # The file of an earlier command may describe stages that this command did not reach.
-            has_all = self._earlier_stages <= self._state.stages.keys()
-            self.is_written = self.has_begun or (has_all and not is_refused)
-            if self.is_written:
+            if self.has_begun:
                 self._state = self._state.model_copy(update={"outcome": outcome, "error": text})
                 self._write()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +27,6 @@ from qpruner.runs.records import (
     GIVEN,
     BankRecord,
     Confirmation,
-    FrontPoint,
     SearchRecord,
     SearchState,
     SensitivityRecord,
@@ -86,10 +84,7 @@ class Search(Stage[SearchRecord]):
     @cached_property
     def search_digest(self) -> str:
         """Digest of everything that the proposed plans depend on, including a given plan."""
-        return self._digest_of_search(self.given)
-
-    def _digest_of_search(self, given: PrecisionPlan | None) -> str:
-        settings = self.config.search
+        settings, given = self.config.search, self.given
         return digest_of(
             self.context.record(SensitivityRecord).digest,
             [self.context.bank_of(cut).inputs for cut in self.context.cuts],
@@ -97,7 +92,6 @@ class Search(Stage[SearchRecord]):
             self.context.budget_bytes,
             settings.searcher,
             settings.metric,
-            settings.pareto,
             self.config.seed,
             *([given.cut, given.as_dict()] if given else []),
         )
@@ -106,7 +100,7 @@ class Search(Stage[SearchRecord]):
     def trials_digest(self) -> str:
         """Digest of everything that a trial's result depends on, but its plan and `TrialRecord.model`.
 
-        So a further cut starts from the trials of the others. It includes `search_digest` if `reuse_trials` is off.
+        So a further cut starts from the trials of the others.
         """
         context, config, settings = self.context, self.config, self.config.search
         scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
@@ -121,7 +115,6 @@ class Search(Stage[SearchRecord]):
             config.seed,
             scored,
             (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
-            "" if settings.reuse_trials else self.search_digest,
         )
 
     @property
@@ -136,7 +129,7 @@ class Search(Stage[SearchRecord]):
 
     def inputs(self) -> tuple[Any, ...]:
         settings = self.config.search
-        ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours, settings.patience)
+        ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours)
         return (self.trials_digest, self.search_digest, *ends, settings.confirm, settings.confirm_seeds)
 
     def warnings(self) -> Iterable[str]:
@@ -155,8 +148,6 @@ class Search(Stage[SearchRecord]):
     def begin(self) -> None:
         """Emit the recorded trials; delete the record of the search if one of its trials was damaged."""
         context, settings = self.context, self.config.search
-        # The trials need the memory of the executor.
-        context.executor.close()
         set_aside_damaged(self.folder, self.search_digest, self.notify)
         set_aside_others(self.folder, {cut: context.bank_of(cut).inputs for cut in self._cuts}, self.notify)
         trials = read_trials(self.folder)
@@ -167,16 +158,14 @@ class Search(Stage[SearchRecord]):
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,
-            beside=self._digest_of_search(None) if self.given else None,
             metric=self._metric,
             metrics=context.inspection.metrics["search"],
-            pareto=settings.pareto,
             budget_bytes=context.budget_bytes,
             may_win=tuple(filter(context.may_win, self._cuts)),
             max_trials=self.config.num_trials,
             steps=settings.steps,
         )
-        context.emit(SearchPlanned(state, tuple(trials), context.record(SensitivityRecord)))
+        context.emit(SearchPlanned(state, tuple(trials)))
 
     @property
     def _metric(self) -> Literal["loss", "accuracy"]:
@@ -190,29 +179,26 @@ class Search(Stage[SearchRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         job = self._job()
-        # With a given plan the controls do not run, but controls of an earlier search are recognized.
-        job_with_controls = replace(job, controls=[*self.controls, *job.controls]) if self.given else job
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
             self.notify(f"resuming with {counted(resumed, 'recorded trial')}")
         if others := own.count(False):
             self.notify(f"starting with {counted(others, 'trial')} of earlier searches")
-        outcome, finalists = self._finalists(job, job_with_controls)
-        confirmations, gpu_seconds = confirm(self, finalists, job_with_controls)
+        outcome, finalists = self._finalists(job)
+        confirmations, gpu_seconds = confirm(self, finalists, job)
         by_index = {trial.index: trial for trial in finalists}
-        if self.given is None and not self.config.search.pareto:
+        if self.given is None:
             confirmations, more_gpu_seconds = with_further_seeds(self, confirmations, by_index, job)
             gpu_seconds += more_gpu_seconds
         fitting = [each for each in confirmations if each.fits]
-        best = best_of([each for each in fitting if self.given in (None, plan_of(each))], job)
+        best = best_of(fitting, job)
         best_control = best_of([each for each in fitting if each.control], job)
         if best is None:
             raise StageError(
                 "search", "no trial that fits into the budget finished", "see the trials' reasons in the log"
             )
         write_json(scratch / "best.json", by_index[best.index])
-        front = front_of(fitting, job) if self.config.search.pareto else ()
         statuses, all_trials = [trial.status for trial in outcome.trials], (*outcome.trials, *outcome.reused)
         scores = ((each.cut, {rung.step: objective(rung, self.config) for rung in each.rungs}) for each in all_trials)
         return {
@@ -236,12 +222,11 @@ class Search(Stage[SearchRecord]):
             "confirmations": confirmations,
             "rungs": agreements(scores, self.config.search.steps),
             "best_index": best.index,
-            "best_origin": GIVEN if self.given else best.origin,
+            "best_origin": best.origin,
             "best_plan": best.plan,
             "best_cut": best.cut,
             "best_control": best_control.index if best_control else None,
-            "control_won": best.control and not self.given,
-            "front": front,
+            "control_won": best.control,
             "resumed": resumed,
         }
 
@@ -273,8 +258,8 @@ class Search(Stage[SearchRecord]):
             check_node=context.check_node,
         )
 
-    def _finalists(self, job: SearchJob, job_with_controls: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
-        """Run the trials, then choose finalists, also controls of `job_with_controls`; repeat if a file is damaged."""
+    def _finalists(self, job: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
+        """Run the trials, then choose finalists; repeat if a file is damaged."""
         from qpruner.cluster import tune
         from qpruner.cluster.slots import Room
 
@@ -283,29 +268,20 @@ class Search(Stage[SearchRecord]):
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
             self.notify(f"ended: {outcome.ended}")
-            earlier = [trial for trial in outcome.reused if job_with_controls.may_run(plan_of(trial))]
-            usable = [*outcome.trials, *earlier]
-            if self.given:
-                finalists = finalists_with_given(usable, self.given, job_with_controls)
-            else:
-                # A plan that replaced an earlier search may not win.
-                eligible = [trial for trial in usable if not trial.is_given or job.control_of(plan_of(trial))]
-                finalists = choose_finalists(eligible, job)
+            usable = [each for each in (*outcome.trials, *outcome.reused) if job.may_run(plan_of(each))]
+            finalists = choose_finalists([each for each in usable if self.given in (None, plan_of(each))], job)
             if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.notify)]:
                 return outcome, finalists
 
     def summary(self, record: SearchRecord) -> str:
-        front = f"a front of {counted(len(record.front), 'plan')}, " if record.front else ""
         return (
-            f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; {front}"
+            f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; "
             f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan, record.best_cut)}] "
             f"({record.best_origin})"
         )
 
-    def share_done(self) -> float:
-        trials = read_trials(self.folder, skip_damaged=True)
-        over = sum(trial.is_over and trial.search == self.search_digest for trial in trials)
-        return min(1.0, over / self.config.num_trials)
+    def unfinished(self) -> Iterable[Path]:
+        return [*super().unfinished(), self.context.run_dir.trials]
 
     def disk_bytes(self) -> int:
         are_here = self.context.run_dir.storage.fills_this_disk
@@ -313,7 +289,7 @@ class Search(Stage[SearchRecord]):
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
-    """Choose the best finished trials, all controls (plans that need no search) and, for `search.pareto`, the front."""
+    """Choose the best finished trials, all controls (plans that need no search)."""
     if not trials:
         cause, remedy = "`search.max_hours` passed before any trial could start", "find out why with `ray status`"
         raise StageError("search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command")
@@ -331,16 +307,7 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
     fit = [job.fits(trial.cut, trial.plan_bytes) for trial in finished]
     chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)
-    able = [position for position, fits in enumerate(fit) if fits and job.config.search.pareto]
-    front = choice.non_dominated([(finished[position].plan_bytes, scores[position]) for position in able])
-    return [finished[position] for position in sorted({*chosen, *(able[at] for at in front)})]
-
-
-def finalists_with_given(trials: Sequence[TrialRecord], given: PrecisionPlan, job: SearchJob) -> list[TrialRecord]:
-    """Choose the trial of the given plan (see `Search.given`) and all finished trials of controls (see the module)."""
-    tried = choose_finalists([trial for trial in trials if plan_of(trial) == given], job)
-    controls = [trial for trial in trials if trial.status == "finished" and job.control_of(plan_of(trial))]
-    return sorted({trial.index: trial for trial in (*tried, *controls)}.values(), key=lambda trial: trial.index)
+    return [finished[position] for position in chosen]
 
 
 def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
@@ -381,10 +348,3 @@ def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmati
     num_seeds = [len(each.seed_losses) for each in confirmations]
     position = choice.winner_position(scores, [each.control for each in confirmations], num_seeds)
     return None if position is None else confirmations[position]
-
-
-def front_of(confirmations: Sequence[Confirmation], job: SearchJob) -> tuple[FrontPoint, ...]:
-    """List the finalists that are non-dominated in bytes and score, by rising bytes."""
-    points = [(each.plan_bytes, objective(each, job.config)) for each in confirmations]
-    front = [confirmations[position] for position in choice.non_dominated(points)]
-    return tuple(FrontPoint(**each.model_dump(include=set(FrontPoint.model_fields))) for each in front)

@@ -9,23 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT
 from qpruner.data.encoding import load_encoded
-from qpruner.models.loading import load_tokenizer
+from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import BankRecord, MethodScores, PruneRecord, SensitivityRecord, digest_of
-from qpruner.runs.storage import children, read_json, remove, write_json
+from qpruner.runs.storage import children, fetch, remove, write_json
 
 Result = TypeVar("Result")
 if TYPE_CHECKING:
-    from qpruner.sensitivity.measurement import Measurement
     from qpruner.sensitivity.methods import Subject
 
     Score = Callable[[Any, Subject], Result]
+
+FOLDER = "sensitivities"  # of the run, with a file for each method, named by a digest of what its scores depend on
 
 
 class Sensitivity(Stage[SensitivityRecord]):
@@ -34,7 +34,7 @@ class Sensitivity(Stage[SensitivityRecord]):
     name = "sensitivity"
     help = "Run up to the sensitivities."
     record = SensitivityRecord
-    keeps_scratch = True
+    keeps_files = False
     memory_keys = "`sensitivity.batch_size` or `data.max_length`"
 
     def inputs(self) -> tuple[Any, ...]:
@@ -58,30 +58,20 @@ class Sensitivity(Stage[SensitivityRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, ending, methods = self.context, f"-{self._scores_digest()}.json", self.config.measured_methods
-        known = self._reuse_scores(scratch, ending)
-        for method, scores in _scored(context, set(methods) - known.keys(), known):
-            write_json(scratch / f"{method}{ending}", scores)
+        folder, found = context.run_dir.root / FOLDER, dict[str, MethodScores]()
+        for name in children(folder):
+            if not name.endswith(ending):
+                remove(folder / name)
+            elif scores := self.read_intact(
+                folder / name, MethodScores, folder.parent, "its scores are computed again"
+            ):
+                found[name.removesuffix(ending)] = scores
+        for method, scores in _scored(context, set(methods) - found.keys(), dict(found)):
+            write_json(folder / f"{method}{ending}", scores)
+            found[method] = scores
             self.notify(f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s")
         groups = tuple(group.name for group in context.layout_of(context.reference).groups)
-        found = {method: read_json(scratch / f"{method}{ending}", MethodScores) for method in methods}
-        return {"groups": groups, "methods": found}
-
-    def _reuse_scores(self, scratch: Path, ending: str) -> dict[str, MethodScores]:
-        """Copy intact score files with this ending, a digest of inputs, to `scratch`; remove all others there.
-
-        Return the scores by method.
-        """
-        root, stage = self.context.run_dir.root, self.context.run_dir.stage(self.name)
-        for name in children(scratch):
-            if scratch != stage and not name.endswith(ending):  # a run at a URI has no separate scratch folder
-                remove(scratch / name)
-        files = {name: folder / name for folder in (stage, scratch) for name in children(folder)}
-        found = {}
-        for name in (name for name in files if name.endswith(ending)):
-            if scores := self.read_intact(files[name], MethodScores, root, "its scores are computed again"):
-                found[name.removesuffix(ending)] = scores
-                write_json(scratch / name, scores)
-        return found
+        return {"groups": groups, "methods": {method: found[method] for method in methods}}
 
     def summary(self, record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
@@ -124,7 +114,7 @@ def _scored(
         yield from _on_model(context, subject, INFORMATION, by_information).items()
     if missing.intersection(MEASUREMENT):
         started = time.monotonic()
-        found = _measured(context, measured)
+        found = _on_model(context, measured, MEASUREMENT, scoring.measure_subject)
         known = scoring.by_measurement(found, measured.groups, time.monotonic() - started)
         yield from known.items()
     if missing.intersection(EXPANSION):
@@ -145,11 +135,9 @@ def _on_model(context: Context, subject: Subject, methods: Sequence[str], score:
     return context.executor.run(work, context.emit)
 
 
-def _score(
-    checkpoint: Path, dtype: str, subject: Subject, names: str, score: Score[Result], cache: ModelCache, emit: Emit
-) -> Result:
-    """Load the pruned model from the cache and score its groups; `names` is the text of the progress."""
-    model = cache.model(checkpoint, dtype, loading_progress(emit, "sensitivity"))
+def _score(checkpoint: Path, dtype: str, subject: Subject, names: str, score: Score[Result], emit: Emit) -> Result:
+    """Load the pruned model and score its groups; `names` is the text of the progress."""
+    model = load_dense(str(fetch(checkpoint)), dtype, on_progress=loading_progress(emit, "sensitivity"))
     samples = replace(subject.samples, on_progress=_progress(emit, names))
     return score(model, replace(subject, samples=samples, on_group=_progress(emit, f"{names} by group")))
 
@@ -157,27 +145,3 @@ def _score(
 def _progress(emit: Emit, work: str) -> Callable[[int, int], None]:
     """Return a callback that emits the progress of `work`, which is the text to show."""
     return lambda done, total: emit(Progress("sensitivity", done, total, work))
-
-
-def _measured(context: Context, subject: Subject) -> Measurement:
-    """Measure KL divergence and loss for every group of layers; each worker measures a share of the samples."""
-    from qpruner.sensitivity.measurement import Measurement
-    from qpruner.sensitivity.methods import measure_share, measure_subject
-
-    config, slots, samples = context.config, context.known_slots, subject.samples
-    num_slots = slots.fits(context.trial_resources) if context.address else int(slots.gpus)
-    if num_slots <= 1:
-        return _on_model(context, subject, MEASUREMENT, measure_subject)
-    # Every slot loads the model, so free the memory of this copy.
-    context.executor.close()
-    resources, num_shares = context.task_resources(min(num_slots, len(samples.rows)))
-    rows = [samples.rows[share::num_shares] for share in range(num_shares)]
-    shares = [replace(subject, samples=replace(samples, rows=each)) for each in rows]
-    work = partial(
-        measure_share, context.checkpoint_of(context.reference), config.model.dtype, int(resources.get("cpu", 1))
-    )
-    on_progress, parts = _progress(context.emit, ", ".join(MEASUREMENT)), dict[int, Measurement]()
-    for position, part in context.run_tasks(work, shares, resources, num_shares, on_held=context.gpu_time.add):
-        parts[position] = part
-        on_progress(len(parts), num_shares)
-    return Measurement.joined([parts[position] for position in sorted(parts)])

@@ -64,8 +64,7 @@ class Serve(Stage[ServeRecord]):
         reasons = [refusal(form, inspection.model_config)]
         for settings, expected in ((cut.settings, cut.expected) for cut in inspection.cuts.values()):
             is_free = settings.selection == "global" and not settings.uniform and bool(settings.width_units)
-            has_biases = not settings.is_off and settings.compensates_by == "bias"
-            reasons.append(refusal(form, expected, is_free and not settings.is_off, has_biases))
+            reasons.append(refusal(form, expected, is_free and not settings.is_off))
         return next(filter(None, reasons), None)
 
     def _check_tokenizer(self) -> None:
@@ -90,7 +89,7 @@ class Serve(Stage[ServeRecord]):
         return f"{', '.join(self.config.serve.to)}{self.config.serve.how}"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, executor = self.context, self.context.executor
+        context = self.context
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
         [winner] = context.record(FinetuneRecord).candidates
         job = ServeJob(
@@ -103,10 +102,7 @@ class Serve(Stage[ServeRecord]):
             layout=context.layout_of(winner.cut),
             winner=winner,
         )
-        executor.close()  # frees the memory of a model that an earlier stage has kept
-        measured = executor.run(partial(serve, job), context.emit)
-        executor.close()
-        return measured
+        return context.executor.run(partial(serve, job), context.emit)
 
     def summary(self, record: ServeRecord) -> str:
         found = [row for row in record.rows if row.name == SEARCHED]

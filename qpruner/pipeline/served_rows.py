@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpruner.cluster.executor import ModelCache
 from qpruner.config.schema import RunConfig
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import OnWork, checkpoint_config, load_dense, load_tokenizer
@@ -56,7 +55,7 @@ class ServeJob:
     winner: CandidateRecord
 
 
-def serve(job: ServeJob, cache: ModelCache, emit: Emit) -> dict[str, Any]:
+def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
     """Write every form and the base model, then measure them; return fields of `ServeRecord`."""
     from qpruner.export.gguf.isolation import isolated
 

@@ -29,9 +29,6 @@ class Stage(ABC, Generic[RecordType]):
     help: ClassVar[str] = ""  # help text of the subcommand; empty if the stage has none
     record: type[RecordType] | None = None  # class of the record; None for a stage that always runs
     keeps_files: ClassVar[bool] = True  # whether the stage leaves a folder of its name
-    keeps_scratch: ClassVar[bool] = False  # whether the stage reuses the scratch folder of a killed command
-    repairs_files: ClassVar[bool] = False
-    """Whether the stage verifies the checksums of its files at the start of a command and rebuilds damaged files."""
     starts_ray: ClassVar[bool] = True  # whether the stage may start Ray on this machine
     trains: ClassVar[bool] = False
     """Whether the stage trains; only then may training settings be the cause of a loss that is NaN or infinite."""
@@ -80,17 +77,18 @@ class Stage(ABC, Generic[RecordType]):
     def summary(self, record: RecordType) -> str:
         """Describe the record in one line."""
 
-    def share_done(self) -> float:
-        """Estimate the finished share of a stage that has no record yet, from 0 to 1."""
-        return 0.0
-
     def disk_bytes(self) -> int:
         """Estimate how many bytes the stage leaves on this machine."""
         return 0
 
-    def disk_used(self, share: float) -> int:
-        """Estimate how many of the `disk_bytes` are taken, if this share of the stage is done."""
-        return round(self.disk_bytes() * share) + disk_bytes_in(self.context.run_dir.scratch_path(self.name))
+    def unfinished(self) -> Iterable[Path]:
+        """List the folders that may have files of a stage without a record."""
+        return [self.context.run_dir.scratch_path(self.name)]
+
+    def disk_used(self) -> int:
+        """Count how many of the `disk_bytes` are taken, all of them by a recorded stage."""
+        is_recorded = getattr(self.context.records, self.name) is not None
+        return self.disk_bytes() if is_recorded else sum(map(disk_bytes_in, self.unfinished()))
 
     def matching_record(self, digest: str) -> RecordType | None:
         """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""

@@ -1,8 +1,8 @@
-"""Compensate for removed units by a bias or by new weights in the output projections.
+"""Compensate for removed units by new weights in the output projections.
 
 Before the cut the columns of removed units in an output projection (o, down) are set to zero, and their contribution
-moves to the bias (FLAP, arXiv 2312.11983, section 3.3) or to the kept columns (least squares, as in SliceGPT, ZipLM and
-SoBP); that of dropped blocks moves to the output projection before them. The cut itself then changes no output.
+moves to the kept columns (least squares, as in SliceGPT, ZipLM and SoBP); that of dropped blocks moves to the output
+projection before them. The cut itself then changes no output.
 """
 
 import itertools
@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qpruner.data.calibration import InputMoments, Samples, at_tokens, block_inputs
+from qpruner.data.calibration import Samples, at_tokens, block_inputs
 from qpruner.data.losses import batches, hooked
 from qpruner.errors import TrainingDiverged
-from qpruner.models import ragged
 from qpruner.models.families import family_of
 from qpruner.pruning.surgery import unit_indices
 from qpruner.pruning.units import Kept, unit_kinds_of
@@ -145,11 +144,10 @@ def compensate_blocks(
         samples.on_progress(count, count)
 
 
-def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, samples: Samples) -> None:
-    """Zero the columns of removed units and compensate by `bias` or `least_squares`, on inputs of the pruned model."""
+def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Samples) -> None:
+    """Zero the columns of removed units and compensate by least squares, on inputs of the pruned model."""
     family = family_of(model.config)
     stream = BlockStream(model, samples)
-    biased: set[str] = set()
     for index in range(model.config.num_hidden_layers):
         kinds = unit_kinds_of(model.config, [index], kept.get(index, ()))[index]
         block = model.get_submodule(family.block_path(index))
@@ -158,8 +156,6 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
             for kind in kinds:
                 units, linear = kept[index][kind.name], kind.output_linear
                 module = block.get_submodule(linear)
-                if method == "bias" and module.bias is None:
-                    biased.add(linear)
                 if len(units) == kind.num_units:
                     continue
                 as_cut.enter_context(family.as_cut(block, kind, units))
@@ -168,20 +164,11 @@ def compensate(model: PreTrainedModel, kept: Kept, method: str, ridge: float, sa
                 is_removed = torch.ones(module.in_features, dtype=torch.bool)
                 is_removed[stays] = False
                 removed = is_removed.nonzero().flatten()
-                if method == "bias":
-                    # The bias gains the mean contribution of the removed columns: ``b += W_R mean(x_R)`` (FLAP, eq. 5).
-                    moments = InputMoments()
-                    stream.visit(index, linear, moments.add)
-                    ragged.add_output_biases(block, [linear])
-                    given = weight[:, removed].float() @ moments.mean[removed].float().to(weight.device)
-                    module.bias.data.add_(given.to(module.bias.dtype))
-                else:
-                    grams = _Grams()
-                    stream.visit(index, linear, grams.add)
-                    _solve(weight, stays, removed, grams[0], ridge, f"{family.block_path(index)}.{linear}")
+                grams = _Grams()
+                stream.visit(index, linear, grams.add)
+                _solve(weight, stays, removed, grams[0], ridge, f"{family.block_path(index)}.{linear}")
                 weight[:, removed] = 0
             stream.advance(index)
-    declare_biases(model, sorted(biased))
 
 
 def _solve(
@@ -209,14 +196,3 @@ def _ridge_solution(gram: torch.Tensor, given: torch.Tensor, ridge: float, name:
             f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or use more calibration text"
         )
     return change
-
-
-def declare_biases(model: PreTrainedModel, linears: Sequence[str]) -> None:
-    """Add a bias to the layers in `linears` of every block, and list them in the config for later loading."""
-    if not linears:
-        return
-    family = family_of(model.config)
-    for index in range(model.config.num_hidden_layers):
-        ragged.add_output_biases(model.get_submodule(family.block_path(index)), linears)
-    known = set(getattr(model.config, ragged.OUTPUT_BIASES, ()))
-    setattr(model.config, ragged.OUTPUT_BIASES, sorted(known | set(linears)))

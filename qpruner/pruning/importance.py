@@ -212,21 +212,9 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 # ---- whole blocks
 
 
-def block_importance(model: PreTrainedModel, layers: Sequence[int], method: str, samples: Samples) -> dict[int, float]:
-    """Score the blocks in `layers` by `block_influence`, or by `taylor` summed over their weights."""
-    if method == "block_influence":
-        scores = _block_influence(model, layers, samples)
-    else:
-        by_unit = _by_element(model, unit_kinds_of(model.config, layers), samples, "first").reduce("sum")
-        scores = {index: sum(float(score.sum()) for score in by_kind.values()) for index, by_kind in by_unit.items()}
-    for index, value in scores.items():
-        check_finite(torch.tensor(value), f"the importance of {family_of(model.config).block_path(index)}")
-    return scores
-
-
 @torch.no_grad()
-def _block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
-    """Compute one minus the mean cosine between block input and output (ShortGPT, arXiv 2403.03853, eq. 1)."""
+def block_importance(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
+    """Score blocks by one minus the mean cosine between input and output (ShortGPT, arXiv 2403.03853, eq. 1)."""
     family = family_of(model.config)
     sums = dict.fromkeys(layers, 0.0)
     tokens = torch.empty(0, dtype=torch.bool)
@@ -251,4 +239,7 @@ def _block_influence(model: PreTrainedModel, layers: Sequence[int], samples: Sam
             tokens = batch["attention_mask"].bool()
             count += int(tokens.sum())
             model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return {index: 1.0 - total / count for index, total in sums.items()}
+    scores = {index: 1.0 - total / count for index, total in sums.items()}
+    for index, value in scores.items():
+        check_finite(torch.tensor(value), f"the importance of {family.block_path(index)}")
+    return scores

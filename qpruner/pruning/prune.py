@@ -21,10 +21,10 @@ from qpruner.errors import TrainingDiverged, UserError
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton
 from qpruner.models.loading import OnWork, ignore_progress
-from qpruner.pruning.compensation import compensate, compensate_blocks, declare_biases
+from qpruner.pruning.compensation import compensate, compensate_blocks
 from qpruner.pruning.importance import Scores, block_importance, check_finite, score
 from qpruner.pruning.selection import select, select_rate
-from qpruner.pruning.settings import Cut, check_settings, cuttable_layers, new_biases, settled
+from qpruner.pruning.settings import Cut, check_settings, cuttable_layers, settled
 from qpruner.pruning.surgery import check_not_shared, cut, keep_blocks
 from qpruner.pruning.units import Kept, RateTooHigh, unit_kinds_of, unit_sizes
 
@@ -89,11 +89,11 @@ class Criteria:
         self._step, self._first, self._dropped = 0, first or FirstScores(), tuple[int, ...]()
 
     def score_blocks(self, model: PreTrainedModel, layers: Sequence[int]) -> dict[int, float]:
-        """Score the blocks in `layers` by `prune.depth_importance`."""
+        """Score the blocks in `layers`."""
         if (samples := self._samples_for("importance of blocks")) is None:
             return {index: -float(index) for index in layers}
         if not self._first.blocks:
-            self._first.blocks = block_importance(model, layers, self._settings.depth_importance, samples)
+            self._first.blocks = block_importance(model, layers, samples)
         return self._first.blocks
 
     def compensate_blocks(self, model: PreTrainedModel, dropped: Collection[int], layers: Sequence[int]) -> None:
@@ -117,11 +117,9 @@ class Criteria:
 
     def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
         """Compensate for all units missing from `kept`, before they are cut, by the method `prune.compensation`."""
-        method = self._settings.compensates_by
-        if (samples := self._samples_for("compensation")) is None:
-            declare_biases(model, new_biases(model, self._settings, list(kept)))
-        elif method != "none":
-            compensate(model, kept, method, self._settings.ridge, samples)
+        samples = self._samples_for("compensation")
+        if samples is not None and self._settings.compensates_by == "least_squares":
+            compensate(model, kept, self._settings.ridge, samples)
 
     def progress_of(self, work: str) -> OnProgress:
         """Return a callback that reports the progress of `work` with the number of the current step."""
@@ -201,7 +199,8 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
     kept: Kept = {}
     scores: Scores = {}
     if settings.width_units:
-        target = _width_target(model, settings, layers, before)
+        # What dropped blocks leave of the rate.
+        target = max(round((settings.rate or 0.0) * before) - (before - num_parameters(model)), 0)
         try:
             kept, scores = _cut_widths(criteria, model, settings, layers, target)
         except RateTooHigh as error:
@@ -257,18 +256,6 @@ def _cut_widths(
     return alive, first
 
 
-def _width_target(model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], base_parameters: int) -> int:
-    """Count the parameters to remove as units: what dropped blocks leave of the rate, plus biases to be added."""
-    path, count = family_of(model.config).block_path, model.config.num_hidden_layers
-    hidden = [
-        model.get_submodule(f"{path(index)}.{linear}").out_features
-        for linear in new_biases(model, settings, layers)
-        for index in range(count)
-    ]
-    asked: int = round((settings.rate or 0.0) * base_parameters)
-    return int(max(asked - (base_parameters - num_parameters(model)) + sum(hidden), 0))
-
-
 def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[int]) -> int:
     """Count the blocks to drop, at least one but not all; `order` lists those that may go, least important first."""
     sizes, total, share = block_sizes(model, order), num_parameters(model), settings.block_rate
@@ -280,7 +267,7 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
     if len(sizes) < 2:
         raise UserError(
             "`prune.units` names `block`, but only one block may be dropped, and one of those that may must stay: "
-            "allow more (`prune.first_layer`, `prune.last_layer`, `prune.protected_layers`), or remove `block`"
+            "allow more (`prune.first_layer`, `prune.last_layer`), or remove `block`"
         )
     if count < 1:
         beside = " or `prune.depth_share`" if settings.width_units else ""

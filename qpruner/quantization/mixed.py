@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qpruner.errors import UserError
 from qpruner.quantization.formats import Format, format_of, formats
-from qpruner.quantization.formats.layers import PackedEmbedding, PackedLinear, ScaledEmbedding
+from qpruner.quantization.formats.layers import PackedEmbedding, PackedLinear
 
 METHOD = "qpruner"
 
@@ -39,24 +39,6 @@ def packed_layer(
     with torch.device("meta"):
         layer = found.empty_layer(module, dtype)
     found.fill(layer, {name: tensor.to(device) for name, tensor in tensors.items()})
-    return _like(module, layer)
-
-
-def dense_layer(module: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:
-    """Build a layer with an unpacked weight ``(rows, columns)``, and with the bias and the device of `module`."""
-    rows, columns = weight.shape
-    layer: torch.nn.Linear | ScaledEmbedding
-    with torch.device("meta"):
-        if isinstance(module, torch.nn.Embedding):
-            layer = ScaledEmbedding(rows, columns)
-            layer.scalar_embed_scale = getattr(module, "scalar_embed_scale", None)
-        else:
-            layer = torch.nn.Linear(columns, rows, bias=False)
-    layer.weight = torch.nn.Parameter(weight.to(module.get_parameter("weight").device), requires_grad=False)
-    return _like(module, layer)
-
-
-def _like(module: torch.nn.Module, layer: torch.nn.Module) -> torch.nn.Module:
     if isinstance(module, torch.nn.Linear):
         layer.bias = module.bias
     return layer.requires_grad_(False).train(module.training)
@@ -76,12 +58,7 @@ class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
     A head that is tied to a packed embedding is not listed.
     """
 
-    def __init__(self, formats: Mapping[str, str] | None = None, quant_method: str = METHOD, **others: Any) -> None:
-        if formats is None:
-            raise UserError(
-                "this model's `quantization_config` lists no `formats`: an earlier version of qpruner wrote it (it "
-                f"lists {', '.join(others)}); use that version, or repeat the run"
-            )
+    def __init__(self, formats: Mapping[str, str], quant_method: str = METHOD, **_: Any) -> None:
         self.quant_method = quant_method
         self.formats = {path: name for path, name in formats.items() if _known(name, path).is_packed}
 

@@ -40,10 +40,6 @@ def model_card(run: Snapshot) -> str:
         eval_results=list(_task_scores(run)),
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
-    expanded = ""
-    if run.results.prepare.source_bytes is not None:  # the base model came from a .gguf file
-        size = f"{run.results.prepare.source_bytes / 1e6:.1f} MB"
-        expanded = f" The base model's weights were expanded from {code(Path(base).name)}, a file of {size}."
     chosen = (
         f"the plan {control_title(search.best_origin)}, which no searched plan beat,"
         if search.control_won
@@ -55,7 +51,7 @@ def model_card(run: Snapshot) -> str:
     about = (
         f"{code(base)}, {cut}, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
         f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. It "
-        f"was fine-tuned with training seed {winner.seeds[0]}; the table below has every seed.{expanded}"
+        f"was fine-tuned with training seed {winner.seeds[0]}; the table below has every seed."
     )
     head = f"---\n{data.to_yaml()}\n---"
     title, parts = f"# {prose(run.name)}", markdown(measured(run.results))

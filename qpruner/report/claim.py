@@ -78,14 +78,6 @@ def claim(results: Results) -> str:
     return "\n- ".join([lead, *items])
 
 
-def how_to_compare(command: str) -> str:
-    """State how to compare a finished run's winner with other plans; `command` is the command line of that run."""
-    return (
-        "To compare the winner with the base, the controls and random plans after the same fine-tune, run "
-        f"`{command} --set finetune.compare=true`; the winner's own fine-tune is kept."
-    )
-
-
 def _winner(results: Results) -> str:
     assert results.search
     record, _ = fine_tunes(results)[SEARCHED][0]

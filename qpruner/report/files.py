@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -63,11 +63,7 @@ class Summary(BaseModel):
     trials: tuple[TrialRecord, ...]
     """All trials in the search's folder, in the order in which they were suggested."""
     state: RunState
-    """The state of the run's latest command."""
-    config: dict[str, Any]
-    """The configuration with every key."""
-    environment: dict[str, str]
-    """The software versions and the hardware of the run."""
+    """The state of the run's latest command, with its configuration, software versions and hardware."""
 
 
 def summary_text(run: Snapshot) -> str:
@@ -82,8 +78,6 @@ def summary_text(run: Snapshot) -> str:
         records=results,
         trials=run.trials,
         state=run.state,
-        config=run.state.config,
-        environment=run.state.environment,
     )
     return json.dumps(without_nan(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
 

@@ -8,7 +8,7 @@ from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.plans.plan import plan_of
 from qpruner.report.results import SEARCHED, fine_tunes, rows
-from qpruner.report.search_progress import best_so_far, in_order_of_end, score, score_title, search_progress
+from qpruner.report.search_progress import score, score_title, search_progress
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
     Difference,
@@ -34,7 +34,7 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
             continue
         is_running = state.state == "running"
         # A stage that was running when its command ended is no longer running.
-        shown = run.liveness.outcome if is_running else state.state
+        shown = run.outcome if is_running else state.state
         end = now if shown == RUNNING else run.state.updated
         steps = f"{state.done}/{state.total}" if state.total and is_running else None
         recorded = run.results.search.total_seconds if name == "search" and run.results.search else state.seconds
@@ -42,14 +42,14 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
     return {
         "run": run.run_dir.storage.address,
-        "outcome": run.liveness.outcome,
+        "outcome": run.outcome,
         "error": run.state.error,
-        "host": run.liveness.process.host,
-        "pid": run.liveness.process.pid,
+        "host": run.process.host,
+        "pid": run.process.pid,
         "started": run.state.started,
         "command": run.state.command,
         "folder": run.state.folder,
-        "seconds_since_sign_of_life": max(0.0, now - run.liveness.last_sign),
+        "seconds_since_sign_of_life": max(0.0, now - run.last_sign),
         "stages": stages,
         "left_out": run.results.prune.left_out if run.results.prune else {},
         "search": _search_status(run),
@@ -74,7 +74,6 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
         "seconds_left": now.seconds_left,
         "best": trial_row(run, now.best) if now.best else None,
         "best_control": trial_row(run, now.best_control) if now.best_control else None,
-        "best_so_far": best_so_far(in_order_of_end(now.trials), search.metric),
         "winner": record.best_index if record else None,
         "control_won": record.control_won if record else None,
         "confirmations": [each.model_dump(exclude={"losses", "plan"}) for each in fresh],
@@ -114,11 +113,10 @@ def winner(run: Snapshot) -> TrialRecord:
     """Return the winner's trial, or that of a given plan (`--plan`); raise `UserError` before the search is over."""
     if run.results.search:
         return trial(run, run.results.search.best_index)
-    given = run.state.config["search"].get("plan")
-    why = f"the search of {run.run_dir.place} is not over, so there is no winner yet"
-    if given is not None:
-        why = f"the plan that was given to {run.run_dir.place} ({given}) is not scored yet, so there is no winner yet"
-    raise UserError(f"{why}: `qpruner status` shows the progress, and `qpruner plan --trial NUMBER` prints any plan")
+    raise UserError(
+        f"the search of {run.run_dir.place} is not over, so there is no winner yet: `qpruner status` shows the "
+        "progress, and `qpruner plan --trial NUMBER` prints any plan"
+    )
 
 
 def trial(run: Snapshot, index: int) -> TrialRecord:
@@ -139,7 +137,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
     control = search_progress(search, run.trials).best_control if search else None
     facts: dict[str, Any] = {
         "run": run.run_dir.storage.address,
-        "outcome": run.liveness.outcome,
+        "outcome": run.outcome,
         "model": config["model"]["source"],
         "searcher": record.searcher if record else config["search"]["searcher"],
         "metric": config["search"]["metric"],
@@ -174,7 +172,6 @@ def _final(results: Results) -> dict[str, float | str | None]:
     if not results.evaluate:
         return {}
     row = next(each for each in rows(results) if each.name == SEARCHED)
-    speeds = {name: getattr(row, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
     return {
         "final_validation_loss": row.validation_loss,
         "final_confirmation_loss": row.confirmation_loss,
@@ -184,8 +181,6 @@ def _final(results: Results) -> dict[str, float | str | None]:
         "test_accuracy_stderr": row.accuracy_stderr,
         "test_answer_loss": row.answer_loss,
         "perplexity": row.perplexity,
-        "inference_memory_bytes": row.inference_memory_bytes,
-        **{name: turns[0] if turns else None for name, turns in speeds.items()},
     }
 
 
@@ -222,14 +217,13 @@ def against(run: Results, other: Results) -> Against:
     if run.finetune is None or other.finetune is None or run.evaluate is None or other.evaluate is None:
         return Against((), None, "one of the runs has no final table yet")
     pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
-    if not pairs:
-        return Against((), None, "the runs have no training seed in common")
     prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
-    differences = over_questions(pairs) if run.evaluate.tested == other.evaluate.tested else []
-    if prepared[0] == prepared[1]:
+    differences = over_questions(pairs) if pairs and run.evaluate.tested == other.evaluate.tested else []
+    if pairs and prepared[0] == prepared[1]:
         differences.append(over_confirmation_rows(pairs))
-    no_figures = None if differences else "the runs share neither test questions nor confirmation rows"
-    return Against(seeds_of(pairs), more_bytes(pairs), no_figures, tuple(differences))
+    if not differences:
+        return Against((), None, "the runs share no training seed, or neither test questions nor confirmation rows")
+    return Against(seeds_of(pairs), more_bytes(pairs), None, tuple(differences))
 
 
 def against_text(found: Against) -> str:

@@ -58,12 +58,6 @@ def fits(trial: TrialRecord, search: SearchState) -> bool:
     return trial.plan_bytes <= search.budget_bytes and trial.cut in (search.may_win or (trial.cut,))
 
 
-def shown_together(search: SearchState, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return a search's trials; for `--plan`, also those of other given plans and of the same search without one."""
-    beside = (search.search, search.beside)
-    return [trial for trial in records if trial.search in beside or (search.beside and trial.is_given)]
-
-
 def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     """Return the trial with the best score at its last rung; of equal scores, the first trial."""
     return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)

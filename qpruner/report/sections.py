@@ -88,7 +88,7 @@ def _plans(run: Snapshot) -> Iterator[Part]:
         found = (("best so far", now.best), ("best control", now.best_control))
         shown = {f"{trial.index}: {title}": plan_of(trial) for title, trial in found if trial}
     if shown:
-        measured, bank = run.sensitivity, run.results.bank
+        measured, bank = run.results.sensitivity, run.results.bank
         if measured and bank:
             measured = measured.model_copy(update={"groups": _in_base(run, bank.cut, measured.groups)})
         named = {name: replace(plan, groups=_in_base(run, plan.cut, plan.groups)) for name, plan in shown.items()}
@@ -134,10 +134,7 @@ def search_text(search: SearchRecord) -> list[str]:
         failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
         text += f" Failed: {', '.join(failed)}."
     if search.best_origin == GIVEN:
-        controls = len(search.confirmations) - 1
-        beside = f"scored on fresh rows beside {counted(controls, 'control')} that a search had tried"
-        given = f"Trial {search.best_index} is the plan that was given, "
-        return [text, f"{given}{beside if controls else 'the only one scored on fresh rows'}."]
+        return [text, f"Trial {search.best_index} is the plan that was given, the only one scored on fresh rows."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
     best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
     return [text, f"{best} {best_control_text(search)}".strip()]
@@ -145,7 +142,7 @@ def search_text(search: SearchRecord) -> list[str]:
 
 def _unfinished_search(run: Snapshot) -> list[str]:
     assert run.state.search
-    is_running = run.liveness.outcome == RUNNING
+    is_running = run.outcome == RUNNING
     now = search_progress(run.state.search, run.trials)
     lines = [f"{line}." for line, _ in search_lines(run.state.search, now, is_running)]
     remark = "The best so far were chosen by the rows that score them, so this is optimistic."
@@ -162,13 +159,8 @@ def _pruning(run: Snapshot) -> Iterator[Part]:
 
 
 def _repeat(run: Snapshot) -> Iterator[Part]:
-    search = run.results.search
-    is_given = search is not None and search.best_origin == GIVEN
-    plan = ", let `search.plan` name a file with the plan below" if is_given else ""
     yield Paragraph(f"The last command, in `{run.state.folder}`:")
     yield Code(run.state.command)
-    yield Paragraph(f"Or save the configuration below as `repeat.yaml`, name another `output`{plan}, and run:")
-    yield Code("qpruner run repeat.yaml")
     facts = [("seed", f"{run.state.config['seed']}"), *run.state.environment.items()]
     if run.results.inference:  # the device of a worker, maybe on another machine
         facts.append(("rows measured on", run.results.inference.device))
@@ -176,5 +168,3 @@ def _repeat(run: Snapshot) -> Iterator[Part]:
         facts.append(("llama.cpp", run.results.serve.setting.build))
     yield Table("Seed, versions and hardware", ("what", "which"), facts)
     yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml", "The configuration")
-    if search and is_given:  # the plan's file may have been deleted or changed
-        yield Code(yaml.safe_dump(search.best_plan, sort_keys=False), "yaml", "The plan")

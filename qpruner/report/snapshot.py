@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, get_args
 
 from qpruner.errors import UserError
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
-from qpruner.report.claim import how_to_compare
 from qpruner.report.search_progress import best_of, fits
 from qpruner.runs.lock import Driver, Holder, driver_of
-from qpruner.runs.records import GIVEN, Results, RunState, SensitivityRecord, TrialRecord
+from qpruner.runs.records import GIVEN, Results, RunState, TrialRecord
 from qpruner.runs.run_dir import STATE, RunDir
 from qpruner.runs.storage import children
 from qpruner.search.trial_records import read_trials
@@ -23,19 +22,33 @@ from qpruner.wording import counted
 if TYPE_CHECKING:
     import pandas
 
-STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "running"}
+STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "begun"}
 RUNNING = "running"
 CUT_OFF = "cut off"  # outcome of a command whose process ended without recording its outcome
 GONE = "most likely gone"  # outcome of a command on another machine whose heartbeat has stopped
-LACKING = {"comparison": "its comparison is", "serve": "the files to serve it are"}
 
 
 @dataclass(frozen=True)
-class Liveness:
-    """The state of a run's latest command and, if the run is locked, its driver: the process that holds the lock."""
+class Snapshot:
+    """A run at one moment: its latest command's state and records, its driver, and all trials in its search's folder.
 
+    The driver is the process that holds the lock of the run, if any.
+    """
+
+    run_dir: RunDir
     state: RunState
     driver: Driver | None
+    results: Results
+    trials: tuple[TrialRecord, ...]
+
+    def __repr__(self) -> str:
+        recorded = ", ".join(name for name, record in self.results if record is not None)
+        return f"<{type(self).__name__} of the run {self.name!r}: {counted(len(self.trials), 'trial')}; {recorded}>"
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return Path(self.run_dir.place).name
 
     @property
     def process(self) -> Holder | RunState:
@@ -55,45 +68,20 @@ class Liveness:
         """Time of the driver's last heartbeat or, without a lock, of the last state update, in Unix seconds."""
         return self.driver.beat if self.driver else self.state.updated
 
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A run at one moment: the records of its latest command, and all trials in its search's folder."""
-
-    run_dir: RunDir
-    liveness: Liveness
-    results: Results
-    trials: tuple[TrialRecord, ...]
-
-    def __repr__(self) -> str:
-        recorded = ", ".join(name for name, record in self.results if record is not None)
-        return f"<{type(self).__name__} of the run {self.name!r}: {counted(len(self.trials), 'trial')}; {recorded}>"
-
-    @property
-    def name(self) -> str:
-        """The name of the run's folder."""
-        return Path(self.run_dir.place).name
-
-    @property
-    def state(self) -> RunState:
-        """The state of the run's latest command."""
-        return self.liveness.state
-
     @property
     def is_complete(self) -> bool:
         """Whether the winner is fine-tuned and evaluated; other plans to compare it with may still be missing."""
         return self.results.evaluate is not None
 
     @property
-    def lacking(self) -> list[str]:
-        """The stages after the evaluation that the configuration asks for, and that have no record yet."""
-        return [name for name, asked in self.state.extras.items() if asked and getattr(self.results, name) is None]
-
-    @property
     def how_to_compare(self) -> str | None:
         """How to compare the winner with other plans; None if `finetune.compare` is set, or the run is not finished."""
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
-        return how_to_compare(self.state.command) if is_finished else None
+        how = (
+            "To compare the winner with the base, the controls and random plans after the same fine-tune, run "
+            f"`{self.state.command} --set finetune.compare=true`; the winner's own fine-tune is kept."
+        )
+        return how if is_finished else None
 
     @property
     def plan(self) -> PrecisionPlan | None:
@@ -135,17 +123,6 @@ class Snapshot:
         return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
 
     @property
-    def statuses(self) -> dict[str, str]:
-        """Trial status -> its word in reports; without a running command, the word for `running` is `begun`."""
-        return STATUSES if self.liveness.outcome == RUNNING else {**STATUSES, "running": "begun"}
-
-    @property
-    def sensitivity(self) -> SensitivityRecord | None:
-        """The sensitivities; None if none was measured."""
-        record = self.results.sensitivity
-        return record if record and record.methods else None
-
-    @property
     def metric(self) -> str:
         """The measure by which the search scores trials: `loss` or `accuracy`."""
         return self.state.search.metric if self.state.search else "loss"
@@ -158,27 +135,15 @@ class Snapshot:
 
         return pandas.DataFrame([trial_row(self, trial) for trial in self.trials])
 
-    def _repr_html_(self) -> str:
-        from qpruner.report.html import notebook_view
-
-        return notebook_view(self)
-
     @property
     def standing(self) -> str:
         """How far the run has come, in one or two sentences."""
-        if not self.is_complete:
-            return self._unfinished
-        if self.lacking:
-            return f"The winner is finished, {LACKING[self.lacking[0]]} not. {self._unfinished}"
-        resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
-        return f"Finished{resumed if self.state.resumed else ''}."
-
-    @property
-    def _unfinished(self) -> str:
-        """How the latest command ended, or which stage it is in."""
+        if self.missing is None:
+            resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
+            return f"Finished{resumed if self.state.resumed else ''}."
         at_work = next((name for name, stage in self.state.stages.items() if stage.state == "running"), None)
         stage = f" in stage {at_work}" if at_work else ""
-        match self.liveness.outcome:
+        match self.outcome:
             case "failed":
                 cause = (self.state.error or "").removeprefix(f"stage `{at_work}` failed: ")
                 return f"Failed{stage}: {cause}"
@@ -187,10 +152,10 @@ class Snapshot:
             case "done":
                 return f"Ended after stage {self.state.until}, as asked."
             case "running":
-                process = self.liveness.process
+                process = self.process
                 was = f"it was running on {process.host} (process {process.pid}) when this was written"
                 return f"Unfinished{stage}: {was}; `qpruner status` shows whether it still is."
-        return f"Unfinished{stage}: its process is {self.liveness.outcome}; repeat the command to resume."
+        return f"Unfinished{stage}: its process is {self.outcome}; repeat the command to resume."
 
     @property
     def missing(self) -> str | None:
@@ -202,16 +167,16 @@ class Snapshot:
 
 def read_snapshot(run: RunDir) -> Snapshot:
     """Read a run's folder; raise `UserError` if it holds no run, and `CorruptFile` if a record cannot be read."""
-    liveness = read_liveness(run)
-    if liveness is None:
+    # The lock is read first, because a command writes its last state before it releases the lock.
+    driver, state = driver_of(run.root), run.read_state(RunState)
+    if state is None:
         raise UserError(_no_run(run))
-    state, search = liveness.state, liveness.state.search
     # Records of other stages belong to an older configuration.
     ended = [name for name in Results.model_fields if name in state.stages and state.stages[name].state != "running"]
     kinds = {name: get_args(Results.model_fields[name].annotation)[0] for name in ended}
     results = Results.model_validate({name: run.read_record(name, kind) for name, kind in kinds.items()})
-    trials = read_trials(run.trials / search.trials_digest) if search else []
-    return Snapshot(run, liveness, results, tuple(trials))
+    trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
+    return Snapshot(run, state, driver, results, tuple(trials))
 
 
 def _no_run(run: RunDir) -> str:
@@ -222,16 +187,6 @@ def _no_run(run: RunDir) -> str:
         return f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again soon"
     what = f"is not a run folder, because it has no {STATE}" if children(run.root) else "does not exist or is empty"
     return f"{run.place} {what}: name the folder that a configuration of `qpruner run` calls `output`"
-
-
-def read_liveness(run: RunDir) -> Liveness | None:
-    """Read a run's lock and state without writing anything; None before the first command.
-
-    The lock is read first, because a command writes its last state before it releases the lock. Raise `CorruptFile` if
-    the state cannot be read.
-    """
-    driver, state = driver_of(run.root), run.read_state(RunState)
-    return Liveness(state, driver) if state else None
 
 
 def driver_text(run: RunDir) -> str | None:

@@ -13,7 +13,7 @@ from qpruner.report.finalists import Finalist, finalists, formats_text
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import score, score_title
 from qpruner.report.served import tile
-from qpruner.report.snapshot import Snapshot
+from qpruner.report.snapshot import STATUSES, Snapshot
 from qpruner.runs.records import (
     Confirmation,
     PruneRecord,
@@ -230,7 +230,7 @@ def trials(run: Snapshot) -> Table:
             (
                 f"{trial.index}",
                 trial.origin if trial in run.own_trials else f"{trial.origin}, another search",
-                run.statuses[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
+                STATUSES[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
                 f"{trial.plan_bytes / 1e6:.2f}",
                 cut_title(trial.cut),
                 f"{trial.mean_bits:.2f}",
@@ -254,7 +254,7 @@ def fresh_scores(search: SearchRecord) -> Table:
 
     Most of a loss's own standard error comes from the choice of rows; pairing the losses by row removes this part.
     """
-    scores, front = {each.index: each for each in search.confirmations}, {each.index for each in search.front}
+    scores = {each.index: each for each in search.confirmations}
     body = [
         (
             f"{each.title}{', reused' if scores[each.trial].reused else ''}",
@@ -267,7 +267,6 @@ def fresh_scores(search: SearchRecord) -> Table:
             _accuracy_with_error(scores[each.trial]),
             "-" if each.more_loss is None else f"{each.more_loss:+.4f} ({each.interval})",
             each.verdict or "-",
-            "yes" if each.trial in front else "-",
         )
         for each in finalists(search)
     ]
@@ -279,7 +278,7 @@ def fresh_scores(search: SearchRecord) -> Table:
     accuracy = f"selection {measures.accuracy_name(search.metrics)}"
     headings = (
         *("row", "trial", "cut", "formats", "bytes", "selection loss", "seeds", accuracy),
-        *("loss minus the winner's", "verdict", "on the front"),
+        *("loss minus the winner's", "verdict"),
     )
     return Table(caption, headings, body).without_empty_columns()
 

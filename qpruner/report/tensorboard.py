@@ -9,7 +9,6 @@ tensorboardX's `SummaryWriter` sets its own times and file names and only append
 """
 
 import logging
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from tensorboardX.summary import text as text_summary
 from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
 from qpruner.plans.plan import plan_of
-from qpruner.report.search_progress import best_so_far, in_order_of_end, score_name, shown_together
+from qpruner.report.search_progress import best_so_far, in_order_of_end, score_name
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 
@@ -39,7 +38,6 @@ TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
 RUNGS = "validation by rung"
 """Tag group of the HParams table's metrics; in Scalars its name sorts after the groups of the curves."""
 BEST = "search/best so far"
-MOST_POINTS = 1000  # maximum number of training losses in a trial's file, which keeps the file below 200 kB
 
 
 class Board:
@@ -80,7 +78,7 @@ class Board:
     def _write_curves(self, search: SearchState) -> None:
         """Write the curve of the best score, the HParams columns and `config`."""
         config, trials = self._config, in_order_of_end(self._trials.values())
-        over = shown_together(search, trials)
+        over = [trial for trial in trials if trial.search == search.search]
         told = f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```"
         found: list[Any] = [Event(wall_time=0.0, summary=text_summary("config", told))]
         if trials:  # all trials have the same columns; without trials there is no table
@@ -97,14 +95,12 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
         return
     started, *moments = trial.times or (0.0,)
     moments += [started] * (len(trial.rungs) + 1 - len(moments))
-    every = math.ceil(search.steps / MOST_POINTS)
     found: list[Any] = []
     step = 0
     for rung, moment in zip(trial.rungs, moments, strict=False):
         for loss in rung.train_losses:
             step += 1
-            if step % every == 0:
-                found.append(_scalar("train/loss", loss, step, moment))
+            found.append(_scalar("train/loss", loss, step, moment))
         for name, value in (("loss", rung.loss), (accuracy_name(search.metrics), rung.accuracy)):
             if value is not None:
                 found.append(_scalar(f"validation/{name}", value, rung.step, moment))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from qpruner.runs.records import SearchState, SensitivityRecord, TrialRecord
+from qpruner.runs.records import SearchState, TrialRecord
 
 
 class Event:
@@ -71,7 +71,6 @@ class SearchPlanned(Event):
 
     search: SearchState
     trials: tuple[TrialRecord, ...]
-    measured: SensitivityRecord
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,6 @@ class StepsSeen(Event):
     """The latest step that each running trial reported, by trial index."""
 
     steps: Mapping[int, int]
-
-
-@dataclass(frozen=True)
-class TrialWithdrawn(Event):
-    """A trial is dropped without a record: it still waited for a machine when the time of the search ran out."""
-
-    index: int
 
 
 Emit = Callable[[Event], None]

@@ -85,16 +85,12 @@ class RunDir:
         """Make an empty folder at the `scratch_path` of a folder of the run."""
         return storage.empty_folder(self.scratch_path(name))
 
-    def begin(self, name: str, resume: bool = False) -> Path:
-        """Make the folder for a stage to write to; with `resume`, keep the files that a killed command left there."""
+    def begin(self, name: str) -> Path:
+        """Make the folder for a stage to write to."""
         if not self.storage.fills_this_disk:  # files are uploaded one by one; they count once the record is there
             self.forget(name)
             return self.stage(name)
-        if not resume:
-            return self.scratch(name)
-        folder = self.scratch_path(name)
-        folder.mkdir(exist_ok=True)
-        return folder
+        return self.scratch(name)
 
     def commit(self, name: str, written: Path, record: BaseModel, keeps_files: bool = True) -> None:
         """Publish the files that a stage wrote, unless it keeps none, then write its record."""

@@ -3,8 +3,7 @@
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al., arXiv 2310.20708)
 under the model in `plan_model`. In a small space every plan is a candidate. In a large one the candidates are the best
 plans of every cut for sampled effects (an effect is what a level of a group adds to the score), plans improved from
-those, and neighbours of the best plans, also with other cuts. For a Pareto front the improvement is that of the
-hypervolume, summed over ranges of bytes. Each range has its own plan to beat.
+those, and neighbours of the best plans, also with other cuts.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -27,9 +25,9 @@ from torch import Tensor
 
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
-from qpruner.search.plan_model import Data, PlanModel, informative, settled
+from qpruner.search.plan_model import Data, PlanModel, informative
 from qpruner.search.posterior import Posterior
-from qpruner.search.searchers import History, Observation, Prior, Proposal
+from qpruner.search.searchers import History, Observation, Prior
 
 MAX_ENUMERATED = 4096  # spaces of at most so many plans, over budget or not, are enumerated
 NUM_SAMPLES = 12  # samples of the effects; the knapsack of each is a candidate
@@ -51,61 +49,56 @@ def _one_thread() -> Iterator[None]:
 
 
 class GaussianProcessProposer:
-    """Proposes the plan with the largest log expected improvement over the best scored or running plan.
-
-    With `pareto` the improvement is that of the front, averaged over the sizes from the smallest plan to the budget.
-    """
+    """Proposes the plan with the largest log expected improvement over the best scored or running plan."""
 
     name = "gp"
 
-    def __init__(self, space: SearchSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False) -> None:
-        self._seed, self._pareto = seed, pareto
+    def __init__(self, space: SearchSpace, seed: int, priors: Mapping[str, Prior]) -> None:
+        self._seed = seed
         self._model, self._plans = PlanModel(space, priors), Plans(space)
-        self._fit: tuple[tuple[set[int], tuple[Observation, ...]], Posterior] | None = None
+        self._fit: tuple[tuple[Observation, ...], Posterior] | None = None
 
     @_one_thread()
-    def propose(self, index: int, history: History) -> Proposal:
+    def propose(self, index: int, history: History) -> PrecisionPlan:
         """Return a feasible plan that is not in `history`; if there is none, the smallest plan."""
         generator = np.random.default_rng([self._seed, index])
         pending = self._plans.tensor(history.pending)
         known = torch.cat([self._plans.tensor(item.plan for item in history.observations), pending])
         seen = {row.tobytes() for row in torch.cat([known, self._plans.tensor(history.failed)]).numpy()}
         if not len(known):
-            return Proposal(self._plans.space.plan_of(self._plans.random(generator)))
+            return self._plans.space.plan_of(self._plans.random(generator))
         posterior = self._posterior(history, pending)
-        goal = _goal(posterior, self._plans, known, self._pareto)
-        candidates, values = self._candidates(posterior, goal, seen, generator)
+        inside = torch.cat([known[self._plans.sizes(known) <= self._plans.capacity], self._plans.smallest])
+        best = inside[posterior.mean(inside).argsort()[:NUM_CENTERS]]
+        candidates, values = self._candidates(posterior, best, seen, generator)
         if not len(candidates):
-            return Proposal(self._plans.space.plan_of(self._plans.smallest[0]))
-        best = int(values.argmax())
-        plan = self._plans.space.plan_of(candidates[best])
-        if len(history.observations) < 2:  # without a scale of the scores an improvement has no unit
-            return Proposal(plan)
-        return Proposal(plan, math.exp(float(values[best])), posterior.noise)
+            return self._plans.space.plan_of(self._plans.smallest[0])
+        return self._plans.space.plan_of(candidates[int(values.argmax())])
 
     def _posterior(self, history: History, pending: Tensor) -> Posterior:
         steps = {item.step for item in history.observations}
-        fitted_to = settled(history)
         data = Data.of(self._plans.space, informative(history.observations), steps)
-        if self._fit is None or self._fit[0] != (steps, fitted_to):
-            fitted = Posterior(self._model, Data.of(self._plans.space, informative(fitted_to), steps), pending[:0])
-            self._fit = (steps, fitted_to), fitted
+        if self._fit is None or self._fit[0] != history.observations:
+            self._fit = history.observations, Posterior(self._model, data, pending[:0])
         return Posterior(self._model, data, pending, self._fit[1])
 
     def _candidates(
-        self, posterior: Posterior, goal: Goal, seen: set[bytes], generator: np.random.Generator
+        self, posterior: Posterior, best: Tensor, seen: set[bytes], generator: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return new plans ``(n, groups + 1)`` and the log expected improvement ``(n,)`` of each."""
+        """Return new plans ``(n, groups + 1)`` and the log expected improvement ``(n,)`` of each.
+
+        The improvement is over the first of the plans `best`; the neighbours of all of these are candidates.
+        """
         if self._plans.all is not None:
             candidates = self._plans.new(self._plans.all, seen)
-            return candidates, goal.log_improvement(posterior, candidates)
-        tried = self._ascents(posterior, goal, generator)
+            return candidates, _log_improvement(posterior, candidates, best[:1])
+        tried = self._ascents(posterior, best[:1], generator)
         effects = posterior.effects(torch.zeros(0, self._model.num_effects, dtype=torch.float64))[0]
-        centers, candidates, values = goal.centers, tried[:0], torch.zeros(0, dtype=torch.float64)
+        centers, candidates, values = best, tried[:0], torch.zeros(0, dtype=torch.float64)
         for _ in range(1 + NUM_CLIMBS):
             around = [self._plans.neighbours(row, effects) for row in centers]
             more = self._plans.new(torch.cat([tried, *around, self._plans.moved(centers, effects)]), seen)
-            gained = goal.log_improvement(posterior, more)
+            gained = _log_improvement(posterior, more, best[:1])
             stuck = len(values) and not (len(gained) and gained.max() > values.max())
             candidates, values = torch.cat([candidates, more]), torch.cat([values, gained])
             if stuck:
@@ -113,51 +106,27 @@ class GaussianProcessProposer:
             centers, tried = candidates[values.argsort(descending=True)[:NUM_CENTERS]], tried[:0]
         return candidates, values
 
-    def _ascents(self, posterior: Posterior, goal: Goal, generator: np.random.Generator) -> Tensor:
+    def _ascents(self, posterior: Posterior, reference: Tensor, generator: np.random.Generator) -> Tensor:
         """Find the best plan by each posterior sample of effects, and plans a few steps up the expected improvement."""
         effects = posterior.effects(torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects))))
-        capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
-        if self._pareto:
-            lowest = self._plans.sizes(self._plans.smallest).min()
-            capacities = lowest + (capacities - lowest) * torch.tensor(generator.uniform(size=len(effects)))
         num_cuts = len(self._plans.bytes)
         cuts = torch.arange(num_cuts).repeat_interleave(len(effects))
-        effects, capacities = effects.repeat(num_cuts, 1, 1), capacities.repeat(num_cuts)
-        references = goal.rivals(capacities)
+        effects = effects.repeat(num_cuts, 1, 1)
+        capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
         plans = [self._plans.knapsacks(effects, capacities, cuts)]
         for _ in range(NUM_ASCENTS):
-            plans.append(self._plans.knapsacks(posterior.slopes(plans[-1], references), capacities, cuts))
+            plans.append(self._plans.knapsacks(posterior.slopes(plans[-1], reference), capacities, cuts))
         return torch.cat(plans)
 
 
-@dataclass(frozen=True)
-class Goal:
-    """The plans that a new plan has to beat, each in a range of bytes."""
-
-    plans: Plans
-    references: Tensor  # (r, groups + 1): the plan to beat in each range
-    edges: Tensor | None  # (r + 1,): bytes where each range starts and the last ends; None: one range of all bytes
-    centers: Tensor  # (c, groups + 1): plans whose neighbours become candidates
-
-    def rivals(self, capacities: Tensor) -> Tensor:
-        """Return the reference plan ``(n, groups + 1)`` to beat at each size in bytes ``(n,)``."""
-        if self.edges is None:
-            return self.references.expand(len(capacities), -1)
-        return self.references[torch.searchsorted(self.edges[1:-1].to(capacities.dtype), capacities, right=True)]
-
-    def log_improvement(self, posterior: Posterior, candidates: Tensor) -> Tensor:
-        """Compute the logarithm ``(n,)`` of the expected improvement in score of plans ``(n, groups + 1)``."""
-        mean, variance = posterior.gap(candidates, self.references)
-        # BoTorch replaces variances below 1e-12: scale the scores so that theirs are larger.
-        scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
-        improvement = LogExpectedImprovement(_Marginals(), best_f=0.0, maximize=False)
-        values: Tensor = improvement(scaled.reshape(-1, 1, 2)).reshape(mean.shape) + posterior.unit.log()
-        if self.edges is None:
-            return values[0]
-        starts = torch.maximum(self.edges[:-1, None], self.plans.sizes(candidates))
-        shares = (self.edges[1:, None] - starts).clamp_min(0) / (self.edges[-1] - self.edges[0])
-        total: Tensor = torch.logsumexp(values + shares.log(), dim=0)
-        return total
+def _log_improvement(posterior: Posterior, candidates: Tensor, reference: Tensor) -> Tensor:
+    """Compute the logarithm ``(n,)`` of the expected improvement of plans over `reference` ``(1, groups + 1)``."""
+    mean, variance = posterior.gap(candidates, reference)
+    # BoTorch replaces variances below 1e-12: scale the scores so that theirs are larger.
+    scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
+    improvement = LogExpectedImprovement(_Marginals(), best_f=0.0, maximize=False)
+    values: Tensor = improvement(scaled.reshape(-1, 1, 2)) + posterior.unit.log()
+    return values
 
 
 class _Marginals(Model):  # type: ignore[misc]
@@ -172,24 +141,6 @@ class _Marginals(Model):  # type: ignore[misc]
 
     def posterior(self, X: Tensor, **options: object) -> GPyTorchPosterior:  # noqa: N803
         return GPyTorchPosterior(MultivariateNormal(X[..., 0], DiagLinearOperator(X[..., 1])))
-
-
-def _goal(posterior: Posterior, plans: Plans, known: Tensor, pareto: bool = False) -> Goal:
-    """Return the goal: to beat the best of the plans `known` or, with `pareto`, to add to their hypervolume."""
-    inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest])
-    means = posterior.mean(inside)
-    if not pareto:
-        order = means.argsort()
-        return Goal(plans, inside[order[:1]], None, inside[order[:NUM_CENTERS]])
-    order = torch.tensor(np.lexsort((means.numpy(), plans.sizes(inside).numpy())))
-    lowest = means[order].cummin(0).values
-    leads = torch.cat([torch.ones(1, dtype=torch.bool), lowest[1:] < lowest[:-1]])
-    front = inside[order[leads]]
-    # The worst score bounds the hypervolume: it is the one to beat at sizes below those of the front.
-    references = torch.cat([inside[means.argmax()][None], front])
-    lightest, heaviest = plans.sizes(plans.smallest).min(), torch.tensor(plans.capacity)
-    edge = heaviest + 0.01 * (heaviest - lightest)
-    return Goal(plans, references, torch.cat([lightest[None], plans.sizes(front), edge[None]]), front)
 
 
 class Plans:

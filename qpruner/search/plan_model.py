@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from qpruner.plans.space import SearchSpace
 from qpruner.quantization.formats import format_of
-from qpruner.search.searchers import History, Observation, Prior
+from qpruner.search.searchers import Observation, Prior
 
 NUM_FITTED = 100  # observations that the hyperparameters are fitted to; more cost time and change little
 NUM_RUNG_PAIRS = 24  # trials of which all rungs are kept, not the latest alone
@@ -232,18 +232,3 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
     latest = {item.index: item.step for item in observations}
     kept = set(sorted({item.index for item in observations if item.step < latest[item.index]})[-NUM_RUNG_PAIRS:])
     return [item for item in observations if item.step == latest[item.index] or item.index in kept]
-
-
-def settled(history: History) -> tuple[Observation, ...]:
-    """Select the observations to fit the hyperparameters to: all of them, up to `NUM_FITTED` trials.
-
-    Later only the first 100 count until 110 are over, then 110 until 121 are, and so on: one fit serves many proposals.
-    """
-    over = [item.index for item in history.last()]
-    if len(over) <= NUM_FITTED:
-        return history.observations
-    number = NUM_FITTED
-    while number + number // 10 <= len(over):
-        number += number // 10
-    kept = set(over[:number])
-    return tuple(item for item in history.observations if item.index in kept)

@@ -74,11 +74,6 @@ class Posterior:
         self.hyper = self._fit()
         self._parts = self._stretched()
 
-    @property
-    def noise(self) -> float:
-        """Return the standard deviation of a repeated score."""
-        return float(self._value("noise").sqrt() * self.unit)
-
     def mean(self, plans: Tensor) -> Tensor:
         """Return the expected scores ``(n,)`` of plans ``(n, groups + 1)``."""
         return self.marginals(plans)[0]

@@ -7,7 +7,7 @@ import importlib.metadata
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -50,18 +50,10 @@ class History:
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """A proposed plan, feasible or not."""
-
-    plan: PrecisionPlan
-    expected_improvement: float | None = None  # over the best so far, in the score's unit; None without a model
-    noise: float | None = None  # standard deviation of a repeated score, by the searcher's model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suggestion(Proposal):
+class Suggestion:
     """A plan to run, with its number from 0 and its origin: a control or a searcher."""
 
+    plan: PrecisionPlan
     index: int
     origin: str
 
@@ -73,8 +65,8 @@ class Proposer(Protocol):
     def name(self) -> str:
         """Return the name of the searcher in the records."""
 
-    def propose(self, index: int, history: History) -> Proposal:
-        """Propose a plan for suggestion `index`; equal arguments give equal plans."""
+    def propose(self, index: int, history: History) -> PrecisionPlan:
+        """Propose a plan for suggestion `index`, feasible or not; equal arguments give equal plans."""
 
 
 def check_searcher(name: str) -> None:
@@ -99,42 +91,13 @@ class RandomProposer:
     seed: int
     name: str = "random"
 
-    def propose(self, index: int, history: History) -> Proposal:
+    def propose(self, index: int, history: History) -> PrecisionPlan:
         """Draw a plan."""
         generator = np.random.default_rng([self.seed, index])
         cut = int(generator.integers(len(self.space.cuts)))
         offered = self.space.aligned[cut].offered
         drawn = generator.integers([len(levels) for levels in offered])
-        return Proposal(self.space.plan_of((*(levels[at] for levels, at in zip(offered, drawn, strict=True)), cut)))
-
-
-@dataclass(frozen=True)
-class ScalarizedProposer:
-    """Searches the Pareto front of score and bytes with a single-objective searcher, as ParEGO does (Knowles 2006).
-
-    Each suggestion draws a weight of score against bytes. The searcher learns from augmented Chebyshev distances.
-    """
-
-    inner: Proposer
-    space: SearchSpace
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Return the inner searcher's name."""
-        return self.inner.name
-
-    def propose(self, index: int, history: History) -> Proposal:
-        """Propose a plan with the weight drawn for this suggestion."""
-        seen = history.observations
-        if seen:
-            weight = float(np.random.default_rng([self.seed, index, 1]).uniform())
-            both = np.array([[item.score, self.space.plan_bytes(item.plan)] for item in seen])
-            width = np.ptp(both, axis=0)
-            weighted = (both - both.min(axis=0)) / np.where(width > 0, width, 1.0) * np.array([weight, 1 - weight])
-            distances = weighted.max(axis=1) + 0.05 * (weighted[:, 0] + weighted[:, 1])
-            seen = tuple(replace(item, score=float(at)) for item, at in zip(seen, distances, strict=True))
-        return replace(self.inner.propose(index, replace(history, observations=seen)), expected_improvement=None)
+        return self.space.plan_of((*(levels[at] for levels, at in zip(offered, drawn, strict=True)), cut))
 
 
 @dataclass
@@ -150,7 +113,6 @@ class Ledger:
     proposer: Proposer
     controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan), handed out first; of any cut, any size
     max_trials: int  # suggestions in all, without trials of another search
-    patience: int | None = None  # the search ends after so many proposals in a row below the noise
     proposes: bool = True  # False if only the controls are run
     ended: str | None = None  # why there are no more suggestions; None before that
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
@@ -159,7 +121,6 @@ class Ledger:
     _unfinished: list[Suggestion] = field(default_factory=list)
     _observations: dict[tuple[int, int], Observation] = field(default_factory=dict)
     _untrainable: dict[int, PrecisionPlan] = field(default_factory=dict)
-    _unpromising: int = 0
 
     def recall(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True) -> None:
         """Add a recorded trial, before `close` or `hand_out_again`; without `counts` it is not one of `max_trials`."""
@@ -168,7 +129,6 @@ class Ledger:
             self.observe(rung)
         if counts:
             self._counted.add(suggestion.index)
-            self._count_unpromising(suggestion)
 
     def next(self) -> Suggestion | None:
         """Return the next suggestion, or None when the search is over; `ended` then says why."""
@@ -239,7 +199,7 @@ class Ledger:
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
         control = next((control for control in self.controls if control[1] not in self._known), None)
-        suggestion = Suggestion(control[1], index=index, origin=control[0]) if control else self._proposal(index)
+        suggestion = Suggestion(control[1], index, control[0]) if control else self._proposal(index)
         if suggestion:
             self._known[suggestion.plan] = index
             self._counted.add(index)
@@ -249,21 +209,8 @@ class Ledger:
         if not self.proposes:
             self.end("only one plan was to be tried (`search.plan`, or a single one is possible)")
             return None
-        proposal = self.proposer.propose(index, self.history())
-        plan = self.space.nearest_feasible(proposal.plan, avoid=self._known)
+        plan = self.space.nearest_feasible(self.proposer.propose(index, self.history()), avoid=self._known)
         if plan is None:
             self.end("every plan inside the budget was tried")
             return None
-        self._count_unpromising(proposal)
-        if self.patience is not None and self._unpromising >= self.patience:
-            self.end(
-                f"the expected improvement ({proposal.expected_improvement:.2g}) was below the noise "
-                f"({proposal.noise:.2g}) for {self.patience} proposals in a row (`search.patience`)"
-            )
-            return None
-        return Suggestion(**vars(replace(proposal, plan=plan)), index=index, origin=self.proposer.name)
-
-    def _count_unpromising(self, proposal: Proposal) -> None:
-        """Count, for `patience`, the proposals in a row (over all sessions) that expect to gain less than the noise."""
-        if proposal.expected_improvement is not None and proposal.noise is not None:
-            self._unpromising = self._unpromising + 1 if proposal.expected_improvement < proposal.noise else 0
+        return Suggestion(plan, index, self.proposer.name)

@@ -12,7 +12,7 @@ from qpruner.data.losses import Rows, mean_loss
 from qpruner.data.measures import over_tasks
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
-from qpruner.quantization.assembly import plan_assembler
+from qpruner.quantization.assembly import plan_model
 from qpruner.runs.records import RungResult
 from qpruner.runs.storage import fetch, working_folder
 from qpruner.search.trial_records import Progress, Report, TrialJob
@@ -32,7 +32,7 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
     start = fetch(start) if start else None
     bank = materials.banks[job.cut]
     # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
-    peft_model = plan_assembler(bank).model(job.plan, config.seed, on_read)
+    peft_model = plan_model(bank, job.plan, config.seed, on_read)
     progress(0)
     tokenizer = load_tokenizer(str(bank.checkpoint))
     pad_id = int(tokenizer.pad_token_id)

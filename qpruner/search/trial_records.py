@@ -39,7 +39,6 @@ REMEDIES = SETTING_REMEDIES | {
     "run's `records/search.json`, then repeat the command",
 }
 """What to do about each kind of failure."""
-SUGGESTED = "suggested.json"  # the name of the file with a copy of a trial's first record
 
 Report = Callable[[RungResult | None, Path], None]
 """Callback that gets a checkpoint and the result of its rung, None between rungs; may raise to stop the trial."""
@@ -86,17 +85,13 @@ def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
 def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) -> None:
     """Move damaged records of trials, and damaged checkpoints of unfinished trials, into `damaged/`.
 
-    Those trials are run again from their start, with the same plans. If the clock of `search` is damaged, its time
-    counts from zero again. `notify` gets one line about each damaged file.
+    The number of a damaged record gets another plan; the other trials restart. If the clock of `search` is damaged, its
+    time counts from zero again. `notify` gets one line about each damaged file.
     """
     for path, record in _records(folder).items():
         if isinstance(record, CorruptFile):
-            suggested = _record_or_error(path.with_name(SUGGESTED))
-            where, then = storage.quarantine(path.parent, folder), "its number gets another plan"
-            if isinstance(suggested, TrialRecord):
-                begin_trial(folder, suggested)
-                then = "that trial is run again"
-            notify(f"{record}; set aside in {where}, and {then}")
+            where = storage.quarantine(path.parent, folder)
+            notify(f"{record}; set aside in {where}, and its number gets another plan")
         elif record and not record.is_over:
             restart_if_damaged(folder, record, notify)
     try:
@@ -150,12 +145,6 @@ def _record_or_error(path: Path) -> TrialRecord | CorruptFile | None:
 def read_trial(folder: Path, index: int) -> TrialRecord:
     """Read the record of a trial, which must exist."""
     return storage.read_existing(trial_path(folder, index), TrialRecord)
-
-
-def begin_trial(folder: Path, record: TrialRecord) -> None:
-    """Write the first record of a trial, and a copy that has the plan if the record is damaged later."""
-    storage.write_json(trial_folder(folder, record.index) / SUGGESTED, record)
-    write_trial(folder, record)
 
 
 def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | None = None) -> None:

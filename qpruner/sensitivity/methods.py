@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpruner.config.schema import MEASUREMENT, SensitivityConfig
@@ -14,7 +13,6 @@ from qpruner.plans.plan import EMBEDDINGS, HEAD, Group
 from qpruner.quantization.bank import BankSource, Starts
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.runs.records import MethodScores
-from qpruner.runs.storage import fetch
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import Measurement, Pair, measure
@@ -108,16 +106,6 @@ def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> 
 def measure_subject(model: PreTrainedModel, subject: Subject) -> Measurement:
     """Measure KL divergence and change of the loss for every (group, format) on the samples of `subject`."""
     return measure(model, subject.samples, subject.starts)
-
-
-def measure_share(checkpoint: Path, dtype: str, threads: int, subject: Subject) -> Measurement:
-    """Load the pruned model in a worker process, and measure the samples of `subject`, a part of all samples."""
-    import torch
-
-    from qpruner.models.loading import load_dense
-
-    torch.set_num_threads(threads)
-    return measure_subject(load_dense(str(fetch(checkpoint)), dtype), subject)
 
 
 def _scores(

@@ -6,17 +6,16 @@ import difflib
 import functools
 import itertools
 import logging
-import math
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from qpruner.config.schema import AccuracyMetric, EvaluateConfig
 from qpruner.data import measures
 from qpruner.errors import UserError, first_line
-from qpruner.runs.records import MetricScore, TaskScore
+from qpruner.runs.records import TaskScore
 
 if TYPE_CHECKING:
     from qpruner.data.calibration import OnProgress
@@ -69,7 +68,7 @@ def score_tasks(
         log_samples=True,
     )
     model.train(was_training)
-    return tuple(_score(task, logged, results["results"][task], metric) for task, logged in results["samples"].items())
+    return tuple(_score(task, logged, metric) for task, logged in results["samples"].items())
 
 
 def _counting_model(on_progress: OnProgress) -> Any:
@@ -130,9 +129,7 @@ def task_questions(
     used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
     questions = {name: TaskQuestions([], metric) for name, metric in used.items()}
     for name, task in loaded.items():
-        for number, doc in enumerate(itertools.islice(task.eval_docs, limit), 1):
-            _check_answer(task, doc, f"`{key}`: question {number} of task `{name}`")
-            questions[name].texts.append(_question(task, doc))
+        questions[name].texts.extend(_question(task, doc) for doc in itertools.islice(task.eval_docs, limit))
     return questions
 
 
@@ -146,21 +143,6 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
         rule = f"must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports"
         raise UserError(f"`search.metric` {rule} {', '.join(accuracies)}: set one that all report, or `accuracy`")
     return wanted or accuracies[0]
-
-
-def _check_answer(task: Any, doc: dict[str, Any], place: str) -> None:
-    """Refuse a question whose right answer is not among its choices: lm-eval would count every answer as wrong."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return
-    if task.multiple_input:  # the choices are contexts of one ending, and `doc_to_text` gives the right one
-        count, right, choices = int(task.multiple_input), task.doc_to_text(doc), []
-    else:
-        choices = task.doc_to_choice(doc)
-        count, right = len(choices), task.doc_to_target(doc)
-    for answer in right if isinstance(right, list) else [right]:
-        if not (0 <= answer < count if isinstance(answer, int) else answer in choices):
-            remedy = f"give a choice, or its position from 0 to {count - 1}, in the rows or in `doc_to_target`"
-            raise UserError(f"{place} has the answer {answer!r}, which is not among its {count} choices: {remedy}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -186,46 +168,25 @@ def _question(task: Any, doc: dict[str, Any]) -> str:
     return str(task.doc_to_text(doc))
 
 
-def _score(task: str, samples: list[dict[str, Any]], aggregated: Mapping[str, Any], wanted: str | None) -> TaskScore:
+def _score(task: str, samples: list[dict[str, Any]], wanted: str | None) -> TaskScore:
     """Compute a task's score from lm-eval's log, which has an entry for each question and each answer filter."""
     by_filter: dict[str, list[dict[str, Any]]] = {}
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
         by_filter.setdefault(sample["filter"], []).append(sample)
     keys = [(metric, name) for name, found in by_filter.items() for metric in found[0]["metrics"]]
-    metrics = {
-        _full_name(metric, name): _metric_score(
-            aggregated[f"{metric},{name}"], [sample[metric] for sample in by_filter[name]]
-        )
-        for metric, name in keys
-    }
     metric = _used_metric(task, dict(keys), wanted, "tasks")
     name = next(name for reported, name in keys if reported == metric)
     correct = tuple(float(sample[metric]) for sample in by_filter[name])
     value, stderr = measures.over_questions(correct)
     return TaskScore(
         task=task,
-        metric=_full_name(metric, name),
+        metric=metric if name == "none" else f"{metric},{name}",
         value=value,
         stderr=stderr,
         num_questions=len(correct),
         correct=correct,
         answer_loss=_answer_losses(by_filter[name]),
-        metrics=metrics,
     )
-
-
-def _full_name(metric: str, name: str) -> str:
-    """Return lm-eval's name of a metric with the answer filter `name`."""
-    return metric if name == "none" else f"{metric},{name}"
-
-
-def _metric_score(value: float, values: list[Any]) -> MetricScore:
-    """Return lm-eval's value and its standard error, which is NaN unless the value is the mean over questions."""
-    if all(isinstance(each, int | float) for each in values):
-        mean, stderr = measures.over_questions(values)
-        if math.isclose(mean, value):
-            return MetricScore(value=value, stderr=stderr)
-    return MetricScore(value=value, stderr=math.nan)
 
 
 def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -48,9 +48,8 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     progress.write(0, num_turns)
     for turn in range(num_turns):
         position = turn % len(turns)
-        model = build(job.candidates[position])
-        load_adapter(model, job.candidates[position].adapter)
-        turns[position].append(take_turn(model, prompt, NEW_TOKENS))  # type: ignore[arg-type]
+        release()  # the model of the turn before
+        turns[position].append(take_turn(_fine_tuned(job.candidates[position]), prompt, NEW_TOKENS))
         progress.write(turn + 1, num_turns)
     setting = InferenceSetting(
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else counted(job.threads, "CPU core"),
@@ -67,6 +66,12 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
             )
         )
     return setting, found
+
+
+def _fine_tuned(candidate: Candidate) -> Any:
+    model = build(candidate)
+    load_adapter(model, candidate.adapter)
+    return model
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]

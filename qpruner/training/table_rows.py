@@ -238,9 +238,9 @@ def _fresh_score(job: CandidateJob, model: PeftModel) -> FinalistScore:
 
 def build(candidate: Candidate) -> PeftModel:
     """Build the row's model with its initial adapters."""
-    from qpruner.quantization.assembly import plan_assembler
+    from qpruner.quantization.assembly import plan_model
 
-    return plan_assembler(candidate.bank).model(candidate.plan, candidate.bank.seed)
+    return plan_model(candidate.bank, candidate.plan, candidate.bank.seed)
 
 
 class ProgressFile:

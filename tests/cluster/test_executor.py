@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ignore, raw_config, with_key
@@ -19,7 +18,7 @@ from raylets import raylets
 from transformers import PreTrainedModel
 
 from qpruner.cluster.connect import connect, disconnect
-from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelCache, ModelExecutor
+from qpruner.cluster.executor import ClusterExecutor, GpuTime, LocalExecutor, ModelExecutor
 from qpruner.cluster.node_check import packed_check
 from qpruner.cluster.tasks import MAX_DEATHS, run_tasks
 from qpruner.config.load import validate_config
@@ -50,14 +49,13 @@ def joined(one_gpu: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", params=["here", "cluster"])
-def executor(request: pytest.FixtureRequest) -> Iterator[ModelExecutor]:
+def executor(request: pytest.FixtureRequest) -> ModelExecutor:
     """An executor of each kind."""
     made: ModelExecutor = LocalExecutor(0.0, GpuTime())
     if request.param == "cluster":
         request.getfixturevalue("joined")
         made = ClusterExecutor(GPU, GpuTime(), CHECK)
-    yield made
-    made.close()
+    return made
 
 
 # Workers cannot import this file; nested functions are pickled with their code.
@@ -66,7 +64,7 @@ def executor(request: pytest.FixtureRequest) -> Iterator[ModelExecutor]:
 def test_events_arrive_during_the_work(executor: ModelExecutor, tmp_path: Path) -> None:
     heard = tmp_path / "heard"
 
-    def work(job: int, cache: ModelCache, emit: Emit) -> int:
+    def work(job: int, emit: Emit) -> int:
         emit(Progress("prune", 1, 2))
         while not heard.exists():
             time.sleep(0.01)
@@ -77,7 +75,7 @@ def test_events_arrive_during_the_work(executor: ModelExecutor, tmp_path: Path) 
 
 
 def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
-    def work(job: Exception, cache: ModelCache, emit: Emit) -> None:
+    def work(job: Exception, emit: Emit) -> None:
         raise job
 
     for error in (
@@ -93,16 +91,6 @@ def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
             assert getattr(caught.value, attribute, None) == getattr(error, attribute, None)
 
 
-def test_the_cache_keeps_the_model_for_the_next_work() -> None:
-    place, here = LocalExecutor(0.0, GpuTime()), Path("nothing is loaded from here")
-    place.run(lambda cache, emit: cache.keep(here, "a model"), ignore)  # type: ignore[arg-type]
-    look: Any = lambda cache, emit: cache.model(here, "bfloat16")  # noqa: E731
-    assert place.run(look, ignore) == "a model"
-    place.close()
-    with pytest.raises(Exception, match="nothing is loaded from here"):
-        place.run(look, ignore)
-
-
 def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> None:
     """After progress between two deaths, as between checkpoints of a fine-tune, deaths are counted anew."""
     marks, events = tmp_path / "killed", list[Event]()
@@ -115,7 +103,7 @@ def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> 
             os.kill(os.getpid(), signal.SIGKILL)
         return made
 
-    def work(deaths: int, cache: ModelCache, emit: Emit) -> int:
+    def work(deaths: int, emit: Emit) -> int:
         return task(deaths)
 
     place = ClusterExecutor(GPU, GpuTime(), CHECK)
@@ -133,7 +121,7 @@ def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> 
 def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
     """Waiting for a GPU and the time between two pieces of work do not count."""
 
-    def work(seconds: float, cache: ModelCache, emit: Emit) -> None:
+    def work(seconds: float, emit: Emit) -> None:
         time.sleep(seconds)
 
     held = GpuTime()

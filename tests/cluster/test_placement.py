@@ -191,4 +191,4 @@ def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: 
     assert json.loads((tmp_path / "left").read_text()) == [[], "another", True]
     assert [trial.status for trial in outcome.trials] == ["finished"]
     left = sorted(path.name for path in folder.iterdir())
-    assert left == ["checkpoint-4", "pulse.json", "suggested.json", "trial.json"], "unpublished copies are deleted"
+    assert left == ["checkpoint-4", "pulse.json", "trial.json"], "unpublished copies are deleted"

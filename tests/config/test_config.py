@@ -21,11 +21,9 @@ IDLE = [
     ("prune.norm=l1", "prune.norm", "`prune.importance` is fisher"),
     ("prune.importance=random; prune.reduction=max", "prune.reduction", "`prune.importance` is random"),
     ("prune.importance=fluctuation; prune.query_heads=modulo", "prune.query_heads", "is fluctuation"),
-    ("prune.ridge=0.1; prune.compensation=bias", "prune.ridge", "`prune.compensation` is bias"),
+    ("prune.ridge=0.1; prune.compensation=none", "prune.ridge", "`prune.compensation` is none"),
     ("prune.depth_share=0.4; prune.units=[mlp]", "prune.depth_share", "`prune.units` does not name block"),
-    ("prune={layer_rate: 0.2, depth_importance: taylor}", "prune.depth_importance", "does not name block"),
     (BLOCKS + "prune.depth_share=0.4", "prune.depth_share", "`prune.units` names whole blocks only"),
-    (BLOCKS + "prune.compensation=bias", "prune.compensation", "`prune.units` names whole blocks only"),
     (BLOCKS + "prune.steps=2", "prune.steps", "`prune.units` names whole blocks only"),
     (BLOCKS + "prune.selection=per_layer", "prune.selection", "`prune.units` names whole blocks only"),
     (BLOCKS + "prune.round_to=32", "prune.round_to", "`prune.units` names whole blocks only"),
@@ -40,22 +38,18 @@ IDLE = [
         "`sensitivity.methods` lacks kl and loss",
     ),
     (ONE_LEVEL + "search={max_trials: 5}", "search.max_trials", "nf4 is the only format"),
-    (ONE_LEVEL + "search={pareto: true}", "search.pareto", "nf4 is the only format"),
     (ONE_LEVEL + "search={}; sensitivity.methods=[kl]", "sensitivity.methods", "nf4 is the only format"),
     ("lora.init=plain; lora.loftq_iterations=2", "lora.loftq_iterations", "`lora.init` is plain"),
-    ("search.patience=3; search.searcher=random", "search.patience", "`search.searcher` is random"),
-    ("search.patience=3; search.pareto=true", "search.patience", "`search.pareto` is true"),
     ("search.limit=8", "search.limit", "`search.tasks` is empty"),
     ("finetune={steps: 4, seeds: 2}", "finetune.seeds", "`finetune.compare` is false"),
 ]
 EFFECTIVE = [
-    "prune.units=[block, mlp]; prune.depth_importance=taylor; prune.order=first",
     "prune={layer_rate: 0.2, importance: random}",
     "prune={layer_rate: 0.2, importance: taylor, order: mixed, query_heads: served}",
     "prune.uniform=true; prune.ridge=0.1",
     BLOCKS + "prune.uniform=true; prune.ridge=0.1",
-    "search.patience=3; finetune.seeds=2",
-    "search.plan=plan.yaml; search.patience=3; search.confirm=4",  # the file may have been written for a search
+    "finetune.seeds=2",
+    "search.plan=plan.yaml; search.confirm=4",  # the file may have been written for a search
     "prune={rate: 0}",
     ONE_LEVEL + "search={steps: 4, first_rung: 1, max_concurrent: 2}",
 ]

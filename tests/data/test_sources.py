@@ -1,6 +1,5 @@
 """Rows have the right columns, defects of files are named, and training rows are not used for scoring."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -68,28 +67,12 @@ def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(3)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    for name, separator in (("rows.csv", ","), ("rows.tsv", "\t")):
-        lines = [separator.join(("instruction", "output")), *(separator.join(row.values()) for row in rows)]
-        (tmp_path / name).write_text("\n".join(lines))
     expected = examples_of(tmp_path, rows)
-    for name in ("rows.parquet", "rows.json", "rows.csv", "rows.tsv"):
+    for name in ("rows.parquet", "rows.json"):
         assert examples_in(tmp_path / name) == expected
     (tmp_path / "plain.txt").write_text("The first line.\nThe second.\n")
     found = examples_in(tmp_path / "plain.txt", format="text")
     assert [each.response for each in found] == ["The first line.", "The second."]
-
-
-def test_table_cells_stay_text(tmp_path: Path) -> None:
-    """Numbers, "NA" and empty cells stay text, and a word may follow ten thousand numbers."""
-    cells = ["007", "1.50", "None", "NA", "", "two\nlines", 'a "word", quoted', *["1"] * 11_000, "nine"]
-    with (tmp_path / "rows.csv").open("w", encoding="utf-8-sig", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["prompt", "answer"])
-        table.writerows((f"Say {position}.", cell) for position, cell in enumerate(cells))
-    found = examples_in(tmp_path / "rows.csv", columns={"instruction": "prompt", "output": "answer"})
-    assert [example.response for example in found] == cells
-    (tmp_path / "nameless.CSV").write_text(",instruction,output\n0,Say it.,it\n\n1,Say no.,no\n")
-    assert [example.response for example in examples_in(tmp_path / "nameless.CSV")] == ["it", "no"]
 
 
 def test_limit_and_split_select_rows(tmp_path: Path) -> None:
@@ -106,20 +89,8 @@ def test_limit_and_split_select_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("torn.csv", "instruction,output\na,b\na,b,c\n", "line 3 has 3 cells, but the header has 2"),
-        ("short.csv", "instruction,input,output\na,b\n", "line 2 has 2 cells, but the header has 3"),
-        ("latin.csv", b"instruction,output\na,b\ncaf\xe9,b\n", "the file is not UTF-8: save it as UTF-8"),
-        ("open.tsv", 'instruction\toutput\na\t"b\nc\td\n', "line 2: unexpected end of data"),
-        (
-            "merged.tsv",
-            'instruction\toutput\na\t"b\nc\td\ne\tf" g\n',
-            "double quotes inside a quoted cell must be doubled",
-        ),
-        ("twice.csv", "instruction,output,output\na,b,c\n", "two columns are called 'output'"),
-        ("semicolons.csv", "instruction;output\na;b\n", "in a .csv file cells are separated by commas"),
-        ("empty.csv", "\n\n", "no row under its header"),
-        ("header.csv", "instruction,output\n", "no row under its header"),
-        ("rows.csv", "Say it.,it\nSay that.,that\n", "the data have no column instruction, only Say it., it; name"),
+        ("rows.csv", "instruction,output\na,b\n", "is not a data file; give a .jsonl, .json, .parquet, .txt file"),
+        ("other.jsonl", '{"prompt": "a"}\n', "the data have no column instruction, only prompt; name"),
         ("broken.jsonl", '{"instruction": "a"}\n\n{"output": }\n', "line 3 is not JSON: Expecting value"),
         ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is not a JSON object"),
         ("broken.parquet", "not parquet", "no rows can be read"),

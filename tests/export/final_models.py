@@ -8,7 +8,6 @@ from mixed_models import GROUP, LORA, bank_source, groups_of, mixed_plan
 from tiny_families import family_model
 
 from qpruner.data.encoding import save_encoded
-from qpruner.models import ragged
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_tokenizer
 from qpruner.plans.plan import EMBEDDINGS
@@ -19,24 +18,15 @@ SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "head_d
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": None}
 KEPT = {0: {"attention": (1,), "mlp": tuple(range(64))}, 2: {"mlp": tuple(range(32, 160))}}
 """Units that blocks of different widths keep."""
-OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
 SEED = torch.Generator().manual_seed(1)
 
 
-def pruned_model(
-    family: str, tokenizer: Path, folder: Path, is_ragged: bool, has_biases: bool = True, **others: Any
-) -> Path:
-    """Write a tiny model as pruning leaves it; blocks of different widths may have biases on o and down."""
+def pruned_model(family: str, tokenizer: Path, folder: Path, is_ragged: bool, **others: Any) -> Path:
+    """Write a tiny model as pruning leaves it."""
     layers = {"layer_types": ["full_attention"] * 3, "sliding_window": 512} if family.startswith("gemma") else {}
     model = family_model(family, **SIZES | layers | others)
     if is_ragged:
         cut(model, KEPT)
-    if is_ragged and has_biases:
-        for block in model.model.layers:
-            ragged.add_output_biases(block, OUTPUTS)
-            for path in OUTPUTS:
-                torch.nn.init.normal_(block.get_submodule(path).bias, std=0.3, generator=SEED)
-        setattr(model.config, ragged.OUTPUT_BIASES, OUTPUTS)
     save_checkpoint(model.to(torch.bfloat16), load_tokenizer(str(tokenizer)), folder)
     return folder
 

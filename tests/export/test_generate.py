@@ -92,10 +92,10 @@ def test_every_model_of_a_run_answers_as_in_transformers(run: Path, lively: Path
     assert answers(tmp_path / "peft") == {"peft": expected(tmp_path / "peft")}
 
 
-def test_prompts_of_a_file_are_answered_in_turn(run: Path, lively: Path, tmp_path: Path) -> None:
+def test_prompts_are_answered_in_turn(run: Path, lively: Path) -> None:
     """Loading is reported on stderr; stdout has the answers only."""
-    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\nAnswer: the\n")
-    asked = ("generate", run, "--which", "base,final", "--file", tmp_path / "prompts.txt", "--max-tokens", 12)
+    given = ("--prompt", PROMPT, "--prompt", "Answer: the")
+    asked = ("generate", run, "--which", "base,final", *given, "--max-tokens", 12)
     done = command(*asked)
     lines = []
     for prompt in (PROMPT, "Answer: the"):
@@ -146,9 +146,7 @@ def test_an_answer_ends_at_every_end_token_of_the_model(lively: Path, tmp_path: 
     ("arguments", "message"),
     [
         (["--prompt", "x", "--which", "finl"], "did you mean `final`?"),
-        (["--prompt", " "], "`--prompt` is empty"),
-        ([], "give `--prompt TEXT`, or `--file FILE`"),
-        (["--file", "/nowhere/prompts"], "name a text file in UTF-8"),
+        (["--prompt", " "], "`--prompt TEXT` is missing or empty"),
         (["--prompt", "word " * 300], "the model's context 256: shorten the prompt"),
     ],
 )
@@ -162,9 +160,6 @@ def test_missing_or_damaged_models_are_refused(run: Path, lively: Path, tmp_path
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     adapted = Path(shutil.move(copy / "final", tmp_path / "final"))
     assert [source.name for source in sources(copy, ())] == ["base", "cut-20"]
-    asked = ("--prompt", PROMPT, "--max-tokens", 2)
-    assert "final: not written yet; `qpruner run` writes them" in command("generate", copy, *asked).stderr
-    assert "not there yet" not in command("generate", copy, *asked, "--which", "base").stderr
     (adapted / "adapter_model.safetensors").rename(adapted / "adapter_model.bin")
     weights = copy / "cuts" / "cut-20" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])

@@ -22,7 +22,6 @@ from qpruner.errors import StageError
 from qpruner.export.forms import export
 from qpruner.export.vllm import checking
 from qpruner.export.vllm.writing import write_config
-from qpruner.models import ragged
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pruning.surgery import cut
@@ -110,10 +109,6 @@ def test_smollm2_continues_by_the_same_tokens(is_ragged: bool, tmp_path: Path) -
     if is_ragged:
         channels = model.config.intermediate_size
         cut(model, {i: {"attention": (0, 2), "mlp": tuple(range(0, channels - 64 * i))} for i in range(1, 6)})
-        for block in model.model.layers:
-            ragged.add_output_biases(block, ("mlp.down_proj",))
-            torch.nn.init.normal_(block.mlp.down_proj.bias, std=0.01)
-        setattr(model.config, ragged.OUTPUT_BIASES, ("mlp.down_proj",))
     tokenizer, folder = load_tokenizer(str(source)), tmp_path / "smollm2"
     save_checkpoint(model, tokenizer, folder)
     write_config(json.loads((folder / "config.json").read_text()), AutoConfig.from_pretrained(folder), folder)

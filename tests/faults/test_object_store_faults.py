@@ -139,7 +139,7 @@ def test_a_server_away_is_waited_for_then_reported(
     comes_back: bool, store: Store, taken_up: TakenUp, undisturbed: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = f"away-{comes_back}/run"
-    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "sensitivity", "records", "run.json"))
+    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "sensitivities", "records", "run.json"))
     for name in ("search", "finetune", "evaluate"):
         store.delete(f"{run}/records/{name}.json")
     config, gate = config_at(store.uri(run), tmp_path / "a", tiny_model), Gate(store.port)

@@ -20,7 +20,6 @@ from tiny_families import (
     kept_of,
     logits_of,
     prompt,
-    with_output_biases,
 )
 from transformers import PreTrainedModel
 
@@ -54,14 +53,11 @@ HEADS_FIXED = (*HEADWISE, "phi-3, 128k")
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "ragged/widths": (MODEL_NAMES, lambda name: cut(family_model(name), kept_of(name))),
     "ragged/depth": (FAMILY_NAMES, lambda name: keep_blocks(cut(family_model(name), kept_of(name)), (1, 2))),
-    "ragged/biases": (FAMILY_NAMES, lambda name: cut(with_output_biases(name), kept_of(name))),
-    "ragged/compensated": (("llama",), lambda name: pruned(name, compensation="bias")),
     "ragged/alike": (("phi-3, 128k",), lambda name: cut(family_model(name), alike(name))),
     "plain/depth": (FAMILY_NAMES, lambda name: keep_blocks(family_model(name), (1, 2))),
     "plain/alike": (FAMILY_NAMES, lambda name: cut(family_model(name), alike(name))),
     "plain/uniform": (GROUPED, lambda name: pruned(name, uniform=True)),
     "plain/channels": (HEADS_FIXED, lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True)),
-    "plain/bias": (HEADWISE, lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True, compensation="bias")),
 }
 """Kinds of pruned models by folder: `ragged` needs `import qpruner.hf` to load, `plain` must load without it."""
 CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)

@@ -6,14 +6,14 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from mixed_models import GROUP, bank_source, groups_of, mixed_plan
-from tiny_families import FAMILY_NAMES, family_model, kept_of, logits_of, prompt, with_output_biases
+from tiny_families import FAMILY_NAMES, family_model, kept_of, logits_of, prompt
 from transformers import AutoModelForCausalLM
 
 from qpruner.config.schema import LoraConfig, QuantizeConfig
 from qpruner.models.layout import group_linears, layout_of, table_paths
 from qpruner.plans.plan import EMBEDDINGS, HEAD, PrecisionPlan
 from qpruner.pruning.surgery import cut
-from qpruner.quantization.assembly import PlanAssembler, assemble, attach_adapters, measured_bytes
+from qpruner.quantization.assembly import assemble, attach_adapters, measured_bytes, plan_model
 from qpruner.quantization.bank import BankSource, read_plan
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.formats.layers import PackedEmbedding, PackedLinear
@@ -23,8 +23,7 @@ DTYPE, LORA = "float32", LoraConfig(rank=12, alpha=24)
 LAYERS = {"nf4": bnb.nn.Linear4bit, "int8": PackedLinear, "bf16": torch.nn.Linear}
 PATTERN = ("nf4", "int8", "bf16", "int8", "nf4")
 """Five formats over four projections per block, so that each projection gets other formats in each block."""
-OUTPUT_BIASES = ", output biases"
-NAMES = ("llama", "gpt_neox", "opt", "phi3", f"llama{OUTPUT_BIASES}")
+NAMES = ("llama", "gpt_neox", "opt", "phi3", "llama, biases")
 """Separate and fused projections, biases, norms; the linear layers of other families are like these."""
 
 
@@ -44,8 +43,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cut_family_has_the_layers_of_its_plan(name: str, tmp_path: Path) -> None:
     """A bias, norm or embedding left at its initial value would cost accuracy without an error."""
-    family = name.removesuffix(OUTPUT_BIASES)
-    dense = cut(family_model(family) if name == family else with_output_biases(family), kept_of(family))
+    dense = cut(family_model(name), kept_of(name))
     dense.save_pretrained(tmp_path / "model")
     bank = bank_source(tmp_path / "model", tmp_path / "bank", LORA, DTYPE)
     tables = table_paths(dense.config)
@@ -98,14 +96,11 @@ def test_embeddings_and_head_are_packed(name: str, tied: bool, tmp_path: Path) -
     whole = dict.fromkeys(groups_of(bank), DENSE)
     plan = whole | dict.fromkeys(tables, "int8")
     expected = logits_of(with_unpacked(bank, plan, dict.fromkeys(tables.values(), "int8")))
-    assembler = PlanAssembler(bank)
-    assert torch.equal(logits_of(assembler.model(whole, seed=0).eval()), logits_of(dense))
-    exchanged = assembler.model(plan, seed=0).get_base_model().eval()
+    assert torch.equal(logits_of(plan_model(bank, whole, seed=0).eval()), logits_of(dense))
     model = assemble(bank, plan)[0].eval()
     model.save_pretrained(tmp_path / "saved")
-    for each in (model, exchanged, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+    for each in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
         head, table = each.get_output_embeddings(), each.get_input_embeddings()
         assert isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding)
         assert (head.weight is table.weight) is tied
         assert distance(logits_of(each), expected) < 1e-5
-    assert torch.equal(logits_of(assembler.model(whole, seed=0).eval()), logits_of(dense))

@@ -104,17 +104,6 @@ def family_model(name: str, seed: int | None = None, **others: Any) -> PreTraine
     return model.eval()
 
 
-def with_output_biases(name: str, **others: Any) -> PreTrainedModel:
-    """Build a model with biases on o and down, as `compensation: bias` adds them, listed in its config."""
-    model, linears = family_model(name, **others), OUTPUTS.get(family_name(name), LLAMA_OUTPUTS)
-    for block in blocks_of(model):
-        ragged.add_output_biases(block, linears)
-        for path in linears:
-            torch.nn.init.normal_(block.get_submodule(path).bias, std=0.3)
-    setattr(model.config, ragged.OUTPUT_BIASES, linears)
-    return model
-
-
 # ---- cuts
 
 

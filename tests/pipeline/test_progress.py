@@ -20,7 +20,7 @@ from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.run import PACKAGES, _cpu_model, _environment, run
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.lock import NAME, this_process
-from qpruner.runs.records import PrepareRecord, RunState
+from qpruner.runs.records import PrepareRecord
 from qpruner.runs.run_dir import RunDir
 
 
@@ -46,7 +46,8 @@ def test_progress_of_long_steps_counts_up_once(sensed: tuple[dict[str, Any], lis
             work = "groups" if event.stage == "bank" else event.detail  # the detail is the name of a group
             found.setdefault((event.stage, work), []).append((event.done, event.total))
     for work, steps in found.items():
-        assert steps[-1] == (steps[0][1],) * 2 and steps == sorted(set(steps)), work
+        is_repeated = work == ("sensitivity", "loading weights")  # by the passes of two kinds of methods
+        assert steps[-1] == (steps[0][1],) * 2 and (is_repeated or steps == sorted(set(steps))), work
     assert len(found["prune", "loading weights"]) > 10
     assert len([work for stage, work in found if stage == "sensitivity"]) == 3
     assert found["sensitivity", "mutual_information by group"][-1] == found["bank", "groups"][-1] == (8, 8)
@@ -120,23 +121,6 @@ def test_a_record_of_another_driver_is_kept(tiny_raw: dict[str, Any]) -> None:
         with pytest.raises(StageError, match=lost):
             attempt()
     assert run_dir.read_record("prepare", PrepareRecord) == theirs and not list(run_dir.stage("prepare").iterdir())
-
-
-def test_a_command_that_finds_all_recorded_is_done(prepared: Path, raw: dict[str, Any]) -> None:
-    """Earlier commands that were killed or interrupted are counted."""
-    folder = RunDir(raw["output"])
-
-    def told() -> RunState:
-        state = folder.read_state(RunState)
-        assert state and state.outcome == "done"
-        return state
-
-    assert told().stages["prepare"].state == "done"
-    for number, outcome in enumerate(("running", "interrupted", "done"), start=1):
-        folder.write_state(told().model_copy(update={"outcome": outcome}))
-        run(validate_config(raw), ignore, until="prepare")
-        assert told().resumed == min(number, 2)
-    assert told().stages["prepare"].state == "recorded"
 
 
 def test_versions_and_hardware_are_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -54,43 +54,33 @@ def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
 
 
 @torch.no_grad()
-def compensated_by_hand(name: str, model: PreTrainedModel, method: str, samples: Samples) -> PreTrainedModel:
-    """Compensate layer by layer on all activations of the model pruned so far, by ridge regression or a bias (FLAP)."""
+def compensated_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> PreTrainedModel:
+    """Compensate layer by layer on all activations of the model pruned so far, by ridge regression."""
     for index, path, stays in outputs_of(name, model):
         norms_as_cut(name, model, index)
         linear = model.get_submodule(path)
         inputs, weight = stacked_inputs(model, path, samples), linear.weight.double()
         gone = [column for column in range(linear.in_features) if column not in stays.tolist()]
-        if method == "bias":
-            given = weight[:, gone] @ inputs[:, gone].mean(0)
-            old = linear.bias if linear.bias is not None else torch.zeros(linear.out_features)
-            linear.bias = torch.nn.Parameter(old + given.float())
-        else:
-            kept = inputs[:, stays]
-            root = (RIDGE * kept.square().sum(0).mean()).sqrt()
-            system = torch.cat([kept, root * torch.eye(len(stays), dtype=torch.float64)])
-            wanted = torch.cat([inputs @ weight.T, root * weight[:, stays].T])
-            linear.weight[:, stays] = torch.linalg.lstsq(system, wanted).solution.T.float()
+        kept = inputs[:, stays]
+        root = (RIDGE * kept.square().sum(0).mean()).sqrt()
+        system = torch.cat([kept, root * torch.eye(len(stays), dtype=torch.float64)])
+        wanted = torch.cat([inputs @ weight.T, root * weight[:, stays].T])
+        linear.weight[:, stays] = torch.linalg.lstsq(system, wanted).solution.T.float()
         linear.weight[:, gone] = 0
     return model
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["least_squares", "bias"])
-def test_equals_a_solution_on_stacked_activations(name: str, method: str) -> None:
+def test_equals_a_solution_on_stacked_activations(name: str) -> None:
     """Batches are padded; families have windows, norms after sublayers, or attention and MLP in parallel."""
     samples, model, base = samples_of(batch_size=2), decoder(name), decoder(name)
-    by_hand = compensated_by_hand(name, decoder(name), method, samples)
-    compensate(model, KEPT, method, RIDGE, samples)
+    by_hand = compensated_by_hand(name, decoder(name), samples)
+    compensate(model, KEPT, RIDGE, samples)
     for _, path, stays in outputs_of(name, model):
         linear, expected, before = (each.get_submodule(path) for each in (model, by_hand, base))
         torch.testing.assert_close(linear.weight, expected.weight, rtol=1e-3, atol=1e-4)
         assert not linear.weight[:, [column not in stays for column in range(linear.in_features)]].any()
-        if method == "bias":
-            torch.testing.assert_close(linear.bias, expected.bias, rtol=1e-3, atol=1e-4)
-            assert torch.equal(linear.weight[:, stays], before.weight[:, stays])
-        else:
-            assert (linear.weight - before.weight)[:, stays].abs().max() > 0.01, "the weights must change"
+        assert (linear.weight - before.weight)[:, stays].abs().max() > 0.01, "the weights must change"
     compensated = copy.deepcopy(model)
     for each in (compensated, by_hand):
         for index in KEPT:
@@ -101,17 +91,16 @@ def test_equals_a_solution_on_stacked_activations(name: str, method: str) -> Non
     assert (logits_of(base) - logits_of(model)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("method", "name"), [("least_squares", "llama"), ("bias", "opt")])
-def test_the_pruned_model_is_nearer_to_the_base_model(method: str, name: str) -> None:
-    """This holds on tokens outside the samples; a bias helps if the inputs are not centered, as after ReLU."""
-    off = dict.fromkeys(("none", method), 0.0)
+def test_the_pruned_model_is_nearer_to_the_base_model() -> None:
+    """This holds on tokens outside the samples."""
+    off = {"none": 0.0, "least_squares": 0.0}
     for compensation, seed in itertools.product(off, range(2)):
         ridge = {"ridge": RIDGE} if compensation == "least_squares" else {}
         settings = settings_of(rate=0.15, importance="magnitude", compensation=compensation, **ridge)
-        pruned = prune(decoder(name, seed), settings, samples_of((40,) * 30, seed=seed + 50))
-        difference = logits_of(pruned.model, seed=9) - logits_of(decoder(name, seed), seed=9)
+        pruned = prune(decoder(seed=seed), settings, samples_of((40,) * 30, seed=seed + 50))
+        difference = logits_of(pruned.model, seed=9) - logits_of(decoder(seed=seed), seed=9)
         off[compensation] += float(difference.square().mean())
-    assert off[method] < 0.9 * off["none"]
+    assert off["least_squares"] < 0.9 * off["none"]
 
 
 def test_activations_are_dropped_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +111,8 @@ def test_activations_are_dropped_as_they_come(monkeypatch: pytest.MonkeyPatch) -
         original(self, index, linear, lambda inputs: (witness.see(inputs), visit(inputs)))
 
     monkeypatch.setattr(BlockStream, "visit", watched)
-    for method in ("least_squares", "bias"):
-        compensate(decoder(), KEPT, method, RIDGE, samples_of(batch_size=1))
-    assert witness.num_alive == [0] * (2 * 3 * 5), "two methods, three layers, five samples"
+    compensate(decoder(), KEPT, RIDGE, samples_of(batch_size=1))
+    assert witness.num_alive == [0] * (3 * 5), "three layers, five samples"
 
 
 def test_weights_that_cannot_be_solved_are_named() -> None:
@@ -132,4 +120,4 @@ def test_weights_that_cannot_be_solved_are_named() -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(TrainingDiverged, match=r"weights of model\.layers\.0\.mlp\.down_proj are NaN or infinite"):
-        compensate(model, {0: {"mlp": tuple(range(40))}}, "least_squares", RIDGE, samples_of())
+        compensate(model, {0: {"mlp": tuple(range(40))}}, RIDGE, samples_of())

@@ -98,8 +98,7 @@ def test_defaults_follow_from_other_keys(given: dict[str, Any], implied: dict[st
     [
         ({"first_layer": 1, "last_layer": 1}, {0, 2}),
         ({"first_layer": 1, "last_layer": -1}, {0}),
-        ({"protected_layers": [0, -1]}, {0, 2}),
-        ({"protected_layers": [1], "selection": "global", "compensation": "least_squares"}, {1}),
+        ({"first_layer": 1, "selection": "global", "compensation": "least_squares"}, {0}),
         ({"rate": 0.0}, {0, 1, 2}),
     ],
     ids=str,
@@ -162,13 +161,11 @@ def test_uniform_channels_of_a_long_context_phi_are_plain(tmp_path: Path) -> Non
     [
         {"rate": 0.3},
         {"rate": 0.3, "steps": 3, "compensation": "least_squares"},
-        {"rate": 0.3, "compensation": "bias"},
         {"rate": 0.1, "units": ["attention"]},
         {"layer_rate": 0.4},
         {"rate": 0.3, "uniform": True},
         {"rate": 0.4, "units": ["block"]},
         {"rate": 0.5, "units": ["block", "attention", "mlp"], "depth_share": 0.5, "uniform": True},
-        {"rate": 0.2, "protected_layers": [1]},
         {"rate": 0.0},
         {"rate": 0.3, "selection": "global"},
     ],
@@ -196,7 +193,7 @@ def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
     "options",
     [
         {"rate": 0.3, "importance": "fluctuation", "compensation": "least_squares", "selection": "global"},
-        {"rate": 0.5, "units": ["block", "mlp"], "depth_share": 0.5, "compensation": "bias", "steps": 2},
+        {"rate": 0.5, "units": ["block", "mlp"], "depth_share": 0.5, "steps": 2},
     ],
     ids=str,
 )
@@ -261,9 +258,7 @@ def test_shared_weights_are_refused(other: str) -> None:
         ("llama", {"layer_rate": 0.2, "units": ["attention"]}, ["0.2 removes no unit", "raise the rate, lower"]),
         ("llama", {"layer_rate": 0.2, "units": ["mlp"], "round_to": 48}, ["in multiples of `prune.round_to`"]),
         ("llama", {"last_layer": -9}, ["must be a range within the model's 3 blocks, 0 to 2"]),
-        ("llama", {"protected_layers": [-9]}, ["there is no block -9; the model has blocks 0 to 2"]),
         ("opt", {"uniform": True}, ["cannot have fewer heads", "`prune.units: [mlp]`, or `uniform: false`"]),
-        ("phi3", {"uniform": True, "units": ["mlp"], "compensation": "bias"}, ["cannot have output biases"]),
     ],
     ids=str,
 )

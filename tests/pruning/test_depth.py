@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_decoders
 import torch
-from tiny_decoders import PAD, logits_of, rows_of, samples_of, stacked_inputs, tiny
+from tiny_decoders import logits_of, samples_of, stacked_inputs, tiny
 from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, blocks_of, skip_blocks
 from transformers import PreTrainedModel
 
@@ -59,21 +59,9 @@ def influence_by_hand(model: PreTrainedModel, samples: Samples) -> dict[int, flo
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_block_influence_is_one_minus_the_mean_cosine(batch_size: int) -> None:
     """Padding does not count as tokens."""
-    scores = block_importance(decoder(), range(NUM_BLOCKS), "block_influence", samples_of(batch_size=batch_size))
+    scores = block_importance(decoder(), range(NUM_BLOCKS), samples_of(batch_size=batch_size))
     assert scores == pytest.approx(influence_by_hand(decoder(), samples_of()), rel=1e-4)
     assert max(scores.values()) > 1.2 * min(scores.values()), "the scores must differ"
-
-
-def test_taylor_is_the_sum_over_all_matrices_of_a_block() -> None:
-    rows, model = rows_of((12, 12, 12)), decoder()
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    model(ids, labels=ids).loss.backward()
-    expected = {}
-    for index in (1, 2, 4):
-        matrices = (weight for weight in model.model.layers[index].parameters() if weight.dim() > 1)
-        expected[index] = sum(float((weight * weight.grad).detach().abs().sum()) for weight in matrices)
-    scores = block_importance(decoder(), (1, 2, 4), "taylor", Samples(rows, PAD, 8))
-    assert scores == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_block_whose_states_are_broken_is_named() -> None:
@@ -82,7 +70,7 @@ def test_a_block_whose_states_are_broken_is_named() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[:] = float("inf")
     with pytest.raises(TrainingDiverged, match=r"the importance of model\.layers\.0 is NaN or infinite"):
-        block_importance(model, range(NUM_BLOCKS), "block_influence", samples_of())
+        block_importance(model, range(NUM_BLOCKS), samples_of())
 
 
 def test_a_block_is_named_by_its_number_in_the_base() -> None:
@@ -97,12 +85,11 @@ def test_a_block_is_named_by_its_number_in_the_base() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("method", ["block_influence", "taylor"])
-def test_the_least_important_blocks_go_and_the_rest_stays(name: str, method: str) -> None:
+def test_the_least_important_blocks_go_and_the_rest_stays(name: str) -> None:
     """The other blocks keep their weights and windows, and find their cache."""
     model, base = decoder(name), decoder(name)
     # Early blocks, so that later blocks move up.
-    pruned = prune(model, settings_of(rate=0.3, depth_importance=method, last_layer=3), samples_of())
+    pruned = prune(model, settings_of(rate=0.3, last_layer=3), samples_of())
     ranked = sorted(pruned.block_scores, key=lambda index: pruned.block_scores[index])
     assert list(pruned.block_scores) == [0, 1, 2, 3]
     assert len(pruned.dropped_blocks) >= 2

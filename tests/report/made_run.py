@@ -20,7 +20,7 @@ from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.quantization.formats import format_of
 from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED
-from qpruner.report.snapshot import Liveness, Snapshot
+from qpruner.report.snapshot import Snapshot
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     BankRecord,
@@ -143,7 +143,7 @@ def results_of(
 
 def snapshot(results: Results, **state: Any) -> Snapshot:
     """Return a run with these records and no trials; `state` updates the state of its latest command."""
-    return Snapshot(RunDir("demo", create=False), Liveness(STATE.model_copy(update=state), None), results, ())
+    return Snapshot(RunDir("demo", create=False), STATE.model_copy(update=state), None, results, ())
 
 
 def row_of(
@@ -426,9 +426,7 @@ def search_state(**fields: Any) -> SearchState:
 
 
 def planned(records: list[TrialRecord], **fields: Any) -> SearchPlanned:
-    values = {"nf4": tuple(0.1 * index for index in range(len(GROUPS))), "int8": (0.0,) * len(GROUPS)}
-    measured = SensitivityRecord(**STAGE, groups=GROUPS, methods=made_methods(values, "kl"))
-    return SearchPlanned(search_state(**fields), tuple(records), measured)
+    return SearchPlanned(search_state(**fields), tuple(records))
 
 
 def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, **settings: Any) -> Path:

@@ -15,7 +15,7 @@ from qpruner.report.content import report_md
 from qpruner.report.finalists import finalists, formats_text
 from qpruner.report.results import control_title, rows
 from qpruner.report.sections import sections
-from qpruner.runs.records import Confirmation, FrontPoint, Results, RungAgreement
+from qpruner.runs.records import Confirmation, Results, RungAgreement
 
 BUDGET = 101_500_000
 NF4 = dict.fromkeys(PLAN, "nf4")
@@ -63,14 +63,13 @@ def test_the_winner_stands_beside_every_finalist() -> None:
     ]
 
 
-def test_the_front_and_scored_accuracies_have_columns() -> None:
-    point = FrontPoint(index=9, origin="gp", plan=PLAN, plan_bytes=90_000_000, loss=4.15, stderr=0.25)
+def test_scored_accuracies_and_seeds_have_columns() -> None:
     measured = {"accuracy": 0.5, "accuracy_stderr": 0.1, "seed_losses": (4.0, 4.25, 4.2)}
     scored = Confirmation(**SECOND.model_dump() | measured | {"reused": True})
-    found = tables.fresh_scores(searched(scored, front=(point,)).search)  # type: ignore[arg-type]
+    found = tables.fresh_scores(searched(scored).search)  # type: ignore[arg-type]
     told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
-    assert [each["on the front"] for each in told] == ["-", "yes"] and told[1]["row"] == "gp, reused"
+    assert told[1]["row"] == "gp, reused"
     assert (told[1]["selection loss"], told[1]["seeds"]) == (f"{scored.loss:.4f}", "3"), "the loss is their mean"
 
 

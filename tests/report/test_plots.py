@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import vl_convert
 from made_records import made_layer, made_prune
-from made_run import SEARCH, STAGE, MadeRun, made_methods
+from made_run import STAGE, MadeRun, made_methods
 
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.formats import format_of
@@ -107,7 +107,7 @@ def test_a_given_plan_is_marked(made: MadeRun) -> None:
     given = made.trials[1].model_copy(update={"index": 12, "origin": "given", "search": "9" * 16})
     made.write(given)
     made.win(given, num_trials=1)
-    made.change_search(search="9" * 16, beside=SEARCH)
+    made.change_search(search="9" * 16)
     [ringed] = [point for point in values_of(made, "pareto") if point["best"]]
     assert (ringed["trial"], ringed["kind"]) == (12, "given plan") and ">given plan</text>" in drawn(made, "pareto")
 

@@ -27,7 +27,7 @@ from qpruner.report.claim import claim
 from qpruner.report.content import pipe_table, prose, report_md
 from qpruner.report.results import RANDOM, SEARCHED, rows
 from qpruner.report.sections import sections
-from qpruner.runs.records import GIVEN, Results, TaskScore
+from qpruner.runs.records import Results, TaskScore
 
 
 @pytest.fixture
@@ -114,9 +114,6 @@ def test_the_report_has_every_row_claim_and_configuration(whole: Results) -> Non
     assert "\n\n".join(claim(whole).split("\n", 1)) in text
     assert claim(whole).splitlines()[0] in model_card(snapshot(whole))
     assert "```yaml\nmodel:\n  source: me/base\n" in text and "| python | 3.11.9 |" in lines
-    assert "`search.plan`" not in text
-    given = report(results_of(searched_row([1.0]), best_origin=GIVEN))
-    assert "The plan:\n\n```yaml\nlayers.0: int8\nlayers.1: nf4\n```" in given, "its file may be gone"
 
 
 def test_each_model_stands_with_its_tasks_and_losses(whole: Results) -> None:

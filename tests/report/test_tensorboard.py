@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 from chromium import chromium
 from conftest import disk_of, fill
-from made_run import GROUPS, RUNGS, SEARCH, STARTED, config_of, planned, recorded_run, search_state, trial, trials
+from made_run import GROUPS, RUNGS, STARTED, config_of, planned, recorded_run, trials
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 from tensorboard_server import serving
 
-from qpruner.report.tensorboard import BEST, Board, run_name, write_trial
+from qpruner.report.tensorboard import BEST, Board, run_name
 from qpruner.runs.events import StageSkipped, TrialChanged
-from qpruner.runs.records import RungResult
 
 
 def show(root: Path, *events: Any, max_trials: int = 20) -> Board:
@@ -145,31 +144,6 @@ def test_a_new_search_shows_nothing_of_the_last_one(shown: Path) -> None:
     show(shown, planned([]), StageSkipped("search", "best: trial 2", 1.0), max_trials=4)
     assert {path.name for path in (shown / "tensorboard").iterdir()} == {"search"}
     assert read(shown, "search").Tags()["scalars"] == [] and "max_trials: 4" in config_text(shown)
-
-
-def test_plans_that_were_given_join_the_trials_of_the_search(shown: Path) -> None:
-    known = trials()
-    for index, plan, last in ((6, "844448", 3.05), (7, "484448", 2.95)):
-        given = trial(index, plan, [3.3, 3.2, last], origin="given", search=f"{index:016d}")
-        show(shown, planned(known, search=given.search, beside=SEARCH, max_trials=1), TrialChanged(given))
-        known.append(given)
-    assert points(shown, "search", BEST) == [(5, 2.9), (6, 2.9), (7, 2.9)]
-    assert [row(shown, run_name(record))["search"] for record in (known[2], known[-1])] == ["another", "this"]
-    show(shown, planned(known))
-    assert points(shown, "search", BEST) == [(5, 2.9)], "the search itself is as it was"
-
-
-def test_a_long_trial_takes_less_than_200_kilobytes(tmp_path: Path) -> None:
-    steps = range(5000, 20_001, 5000)
-    rungs = tuple(RungResult(step=step, loss=3.0, accuracy=0.5, train_losses=(3.123,) * 5000) for step in steps)
-    groups = {f"layers.{index}.gate_up": "nf4" for index in range(128)}
-    record = trial(7, "444444", [], status="finished", rungs=rungs).model_copy(update={"plan": groups})
-    search = search_state(steps=steps[-1], metric="accuracy", metrics={"arc_easy": "acc_norm"})
-    write_trial(tmp_path / "tensorboard", search, record)
-    [path] = (tmp_path / "tensorboard" / run_name(record)).iterdir()
-    assert path.stat().st_size < 200_000
-    assert [step for step, _ in points(tmp_path, run_name(record), "train/loss")] == list(range(20, 20_001, 20))
-    assert points(tmp_path, run_name(record), "validation/acc_norm") == [(step, 0.5) for step in steps]
 
 
 @pytest.mark.slow

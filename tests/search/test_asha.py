@@ -39,8 +39,8 @@ def plan_of(index: int) -> PrecisionPlan:
     return space.plan_of(index >> place & 1 for place in range(len(GROUPS)))
 
 
-def config_of(steps: int = 8, factor: int = 2, metric: str = "loss", pareto: bool = False) -> RunConfig:
-    values = {"steps": steps, "reduction_factor": factor, "metric": metric, "pareto": pareto}
+def config_of(steps: int = 8, factor: int = 2, metric: str = "loss") -> RunConfig:
+    values = {"steps": steps, "reduction_factor": factor, "metric": metric}
     keys = {f"search.{key}": value for key, value in (values | {"tasks": ["piqa"], "limit": 10}).items()}
     return validate_config(with_keys(raw_config(Path("model"), Path("run")), **keys))
 
@@ -122,18 +122,6 @@ def test_trials_of_a_poor_cut_save_no_trial_of_a_better_one() -> None:
         STOP,
         CONTINUE,
     ]
-
-
-def test_a_front_compares_plans_of_no_more_bytes() -> None:
-    large, middle, small = 0b11111111, 0b00111100, 0b00100000
-    for pareto, fate in ((False, STOP), (True, CONTINUE)):
-        session = Session(config_of(pareto=pareto))
-        assert session.report(large, rung(1, 0.3)) == CONTINUE
-        assert session.report(middle, rung(1, 0.4)) == session.report(small, rung(1, 0.5)) == fate
-    # It is beaten by plans of no more bytes: as large as it, and smaller.
-    session = Session(config_of(pareto=True))
-    assert session.report(small, rung(1, 0.3)) == session.report(middle, rung(1, 0.3)) == CONTINUE
-    assert session.report(0b01100110, rung(1, 0.4)) == session.report(0b10000000, rung(1, 0.4)) == STOP
 
 
 def test_recorded_rungs_set_the_cutoff() -> None:

@@ -38,8 +38,8 @@ def plan_file(config: Path, **changes: str) -> tuple[Path, dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> None:
-    """The given plan wins whatever its score; the next search without it has its old winner again."""
+def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
+    """The given plan wins whatever its score; the next search without it scores it beside its own."""
     run = searched.parent / "run"
     before = search_record(run)
     file, changed = plan_file(searched, **{"layers.0.qkv": "int8", "layers.1.o": "int8"})
@@ -52,22 +52,15 @@ def test_a_given_plan_wins_and_the_next_search_ignores_it(searched: Path) -> Non
     assert [(row["from"], row["search"]) for row in listed] == [
         *((origin, "another") for origin in CONTROLS), ("given", "this"),
     ]  # fmt: skip
-    confirmed = {each["origin"]: each for each in record["confirmations"]}
-    controls = [origin for origin, each in confirmed.items() if each["control"]]
-    assert (controls, list(confirmed)) == (CONTROLS, [*controls, "given"])
-    controls = [origin for origin in controls if confirmed[origin]["fits"]]
-    best = min(controls, key=lambda origin: (confirmed[origin]["loss"], confirmed[origin]["index"]))
-    assert record["best_control"] == confirmed[best]["index"], "a given plan is no control"
-    [summary] = json.loads(said(run, "--json", verb="compare"))["runs"]
-    assert summary["best_control"] == min(row["loss"] for row in listed if row["from"] in controls)
+    assert [each["origin"] for each in record["confirmations"]] == ["given"] and record["best_control"] is None
     tuned = {row["name"]: row for row in comparison_rows(run)}
     assert tuned["searched"]["plan"] == changed
     assert tuned["searched"]["origin"] == f"given, trial {record['best_index']}"
 
     said(searched, "--set", "search.confirm=9", verb="search")
     again = search_record(run)
-    assert again["num_reused"] >= 1 and again["confirmations"] == before["confirmations"]
-    assert (again["best_plan"], again["best_origin"]) == (before["best_plan"], before["best_origin"])
+    origins = [each["origin"] for each in again["confirmations"]]
+    assert origins == [*(each["origin"] for each in before["confirmations"]), "given of another search"]
 
 
 @pytest.mark.slow
@@ -133,7 +126,7 @@ def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     assert rows == ["base", "pruned", "unpruned-uniform", "cut-20-uniform", "searched"], (
         "there is no other plan to draw"
     )
-    assert "given plan (cut-20-uniform)" in (run / "report.md").read_text()
+    assert "given plan" in (run / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -143,7 +136,7 @@ def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) 
     said(uniform, "--set", f"output={run}", *BY_INFORMATION, verb="search")
     record = search_record(run)
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
-    assert [each["origin"] for each in record["confirmations"]] == ["paper"]
+    assert [each["origin"] for each in record["confirmations"]] == ["given"]
     assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"], (
         "half the bytes between all at 4 and all at 8"
     )

@@ -18,10 +18,8 @@ from qpruner.search.searchers import (
     History,
     Ledger,
     Observation,
-    Proposal,
     Proposer,
     RandomProposer,
-    ScalarizedProposer,
     Suggestion,
     check_searcher,
 )
@@ -146,7 +144,7 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
     ]
     proposer = maker(name)(space, 0)
     history, number = History(tuple(results)), 5 if name == "bayesopt" else 20
-    proposed = np.array([proposer.propose(index, history).plan.formats for index in range(30, 30 + number)]) == "int8"
+    proposed = np.array([proposer.propose(index, history).formats for index in range(30, 30 + number)]) == "int8"
     assert proposed[:, :3].mean() > 0.65
     assert proposed[:, 5:].mean() < 0.35
 
@@ -182,25 +180,6 @@ def test_a_resumed_search_proposes_the_same_plans(name: str) -> None:
     assert [item.index for item in rest] == [7, 8, 9] and rest == run(ledger)
 
 
-def test_a_scalarized_searcher_weighs_bytes_and_scores() -> None:
-    """Of two plans with equal scores the smaller one is the better."""
-    scores = []
-
-    class Listener(RandomProposer):
-        def propose(self, index: int, history: History) -> Proposal:
-            scores.append([item.score for item in history.observations])
-            return super().propose(index, history)
-
-    space = space_of(blocks(6), share=1.0)
-    observations = tuple(Observation(at, space.uniform(name), 8, 2.0) for at, name in enumerate(("nf4", "int8")))
-    whole = SearchSpace((space,))
-    proposer = ScalarizedProposer(Listener(whole, 0), whole, 0)
-    for index in range(5):
-        proposer.propose(index, History(observations))
-    assert all(small < large for small, large in scores)
-    assert len({large for _, large in scores}) == 5
-
-
 @pytest.mark.parametrize("version", [None, "2.0.3"])
 def test_a_searcher_whose_package_is_missing_names_the_command(
     version: str | None, monkeypatch: pytest.MonkeyPatch
@@ -221,16 +200,15 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
 
 
 @pytest.mark.parametrize("name", [*NAMES, "bayesopt"])
-@pytest.mark.parametrize("pareto", [False, True])
-def test_no_searcher_proposes_what_a_group_is_not_offered(name: str, pareto: bool) -> None:
+def test_no_searcher_proposes_what_a_group_is_not_offered(name: str) -> None:
     space, number = masked_space(0.6), 6 if name == "bayesopt" else 20
     whole = SearchSpace((space,))
-    ledger = Ledger(whole, make_proposer(name, whole, 0, {}, pareto), [], number)
-    proposed = [ledger.proposer.propose(index, History()).plan for index in range(100, 103)]
+    ledger = Ledger(whole, make_proposer(name, whole, 0, {}), [], number)
+    proposed = [ledger.proposer.propose(index, History()) for index in range(100, 103)]
     suggestions = run(ledger)
     assert len({item.plan for item in suggestions}) == number
     assert all(space.is_feasible(item.plan) for item in suggestions)
-    proposed += [ledger.proposer.propose(index, ledger.history()).plan for index in range(100, 103)]
+    proposed += [ledger.proposer.propose(index, ledger.history()) for index in range(100, 103)]
     assert all(plan in space for plan in proposed)
 
 

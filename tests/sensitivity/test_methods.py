@@ -16,7 +16,7 @@ from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.records import MethodScores, SensitivityRecord
 from qpruner.sensitivity.measurement import measure
-from qpruner.sensitivity.methods import by_expansion, by_information, by_measurement, measure_share, table_rises
+from qpruner.sensitivity.methods import by_expansion, by_information, by_measurement, table_rises
 
 Raw = dict[str, Any]
 
@@ -63,12 +63,6 @@ def test_embeddings_and_head_are_scored_as_measured(scores: dict[str, MethodScor
         assert packed["mutual_information"][at] == max(packed["mutual_information"][1:-1])
 
 
-def test_a_separate_process_measures_the_same(phi: Banked, scores: dict[str, MethodScores]) -> None:
-    found = measure_share(phi.subject.bank.checkpoint, "float32", threads=1, subject=phi.subject)
-    again = by_measurement(found, phi.subject.groups, seconds=1.0)
-    assert again["kl"].values["nf4"][1:-1] == pytest.approx(scores["kl"].values["nf4"][1:-1], rel=1e-4)
-
-
 @pytest.fixture
 def raw(tiny_raw: Raw) -> Raw:
     return changed_by("prune={rate: 0}; quantize.group=block", tiny_raw)
@@ -111,7 +105,7 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
     assert record_of(raw, f"{three}; quantize.budget={{fraction: 0.9}}", events) == second
     assert "sensitivity" in [event.stage for event in events if isinstance(event, StageSkipped)]
     # The damage is found when the configured methods change, because the scores are read again then.
-    (file,) = (Path(raw["output"]) / "sensitivity").glob("kl-*.json")
+    (file,) = (Path(raw["output"]) / "sensitivities").glob("kl-*.json")
     os.truncate(file, 100)
     third = record_of(raw, "sensitivity.methods=[kl, fisher]", events)
     assert measured(events) == {"kl", "loss"}

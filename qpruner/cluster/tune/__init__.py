@@ -43,7 +43,7 @@ from qpruner.errors import StageError
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.storage import retry_storage, storage_error
-from qpruner.search.searchers import Prior, Proposer, RandomProposer, ScalarizedProposer, check_searcher
+from qpruner.search.searchers import Prior, Proposer, RandomProposer, check_searcher
 from qpruner.search.trial_records import REMEDIES, begin_session, read_clock, read_trials, wait_for_storage
 from qpruner.training.trackers import Trackers
 
@@ -89,7 +89,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     """Run one session of Ray Tune; return why there are no more trials, or None if there may be more."""
     settings = job.config.search
     name = settings.searcher if job.config.is_searched else "random"
-    proposer = make_proposer(name, job.space, job.config.seed, job.priors, settings.pareto)
+    proposer = make_proposer(name, job.space, job.config.seed, job.priors)
     wait_for_storage(job.trials, job.search)
     ledger, recorded = resume_search(job, proposer)
     searcher = PlanSearcher(job, ledger, room, emit, halt)
@@ -160,20 +160,16 @@ def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
     )
 
 
-def make_proposer(
-    name: str, space: SearchSpace, seed: int, priors: Mapping[str, Prior], pareto: bool = False
-) -> Proposer:
+def make_proposer(name: str, space: SearchSpace, seed: int, priors: Mapping[str, Prior]) -> Proposer:
     """Make the searcher `gp`, `hyperopt`, `bayesopt` or `random`.
 
-    Only `gp` uses `priors`, the sensitivities by method. With `pareto` the searcher looks for the Pareto front of score
-    and bytes instead of the best score. A searcher whose package is missing raises `UserError`.
+    Only `gp` uses `priors`, the sensitivities by method. A searcher whose package is missing raises `UserError`.
     """
     check_searcher(name)
     if name == "gp":  # imported here, because every worker imports this module and it is slow to import
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
-        return GaussianProcessProposer(space, seed, priors, pareto)
+        return GaussianProcessProposer(space, seed, priors)
     kinds: dict[str, Callable[[SearchSpace, int], Proposer]]
     kinds = {"bayesopt": BayesOptProposer, "hyperopt": HyperOptProposer, "random": RandomProposer}
-    proposer = kinds[name](space, seed)
-    return ScalarizedProposer(proposer, space, seed) if pareto else proposer
+    return kinds[name](space, seed)

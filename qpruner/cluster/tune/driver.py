@@ -29,7 +29,7 @@ from qpruner.cluster.tune.job import (
 )
 from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.models.memory import kernel_kills
-from qpruner.runs.events import Emit, Message, Progress, TrialChanged, TrialWithdrawn
+from qpruner.runs.events import Emit, Message, Progress, TrialChanged
 from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import TrialRecord
 from qpruner.runs.storage import display_name, exists, remove
@@ -101,8 +101,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             digest=job.digest,
             search=job.search,
             origin=suggestion.origin,
-            expected_improvement=suggestion.expected_improvement,
-            noise=suggestion.noise,
             cut=suggestion.plan.cut,
             model=job.materials.model_of(suggestion.plan.cut),
             plan=suggestion.plan.as_dict(),
@@ -115,7 +113,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         if exists(path):  # neither read at the start nor written by this process
             self._halt.end(lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True)
             return None
-        trial_records.begin_trial(job.trials, record)
+        trial_records.write_trial(job.trials, record)
         self._recorded.add(record.index)
         return record
 
@@ -145,7 +143,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             remove(trial_records.trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
-            self._emit(TrialWithdrawn(suggestion.index))
             return
         if record.status == "running":
             # An error of the trial itself is in its record: here the process was killed, or never started.

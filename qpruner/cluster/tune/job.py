@@ -109,13 +109,11 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     and do not count towards `max_trials`.
     """
     settings = job.config.search
-    patience, proposes = None if settings.pareto else settings.patience, job.config.is_searched
-    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, patience, proposes)
+    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, proposes=job.config.is_searched)
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:
-        known = (plan_of(record), record.expected_improvement, record.noise)
-        suggestion = Suggestion(*known, index=record.index, origin=record.origin)
+        suggestion = Suggestion(plan_of(record), record.index, record.origin)
         ledger.recall(suggestion, observations_of(record, job.config), counts=job.owns(record))
         if job.owns(record) and not record.is_over:
             ledger.hand_out_again(suggestion)

@@ -14,7 +14,7 @@ from ray import tune
 from qpruner.cluster.tune.job import METRIC
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
-from qpruner.search.searchers import History, Observation, Proposal
+from qpruner.search.searchers import History, Observation
 
 INITIAL_RANDOM = 4
 """Random plans before the model is used; with Ray's defaults of 20 and 10, small searches would stay random."""
@@ -60,7 +60,7 @@ class HyperOptProposer:
         choices = {name: tune.choice(list(range(count))) for name, count in self._columns.counts.items()}
         self._search_space = HyperOptSearch.convert_search_space(choices)
 
-    def propose(self, index: int, history: History) -> Proposal:
+    def propose(self, index: int, history: History) -> PrecisionPlan:
         """Propose a plan; the same arguments give the same plan."""
         known = history.last()
         search = self._search(
@@ -71,7 +71,7 @@ class HyperOptProposer:
             points_to_evaluate=[self._columns.values_of(each.plan) for each in known] or None,
             random_state_seed=int(np.random.default_rng([self._seed, index]).integers(2**31)),
         )
-        return Proposal(self._columns.plan_of(_suggested(search, known)))
+        return self._columns.plan_of(_suggested(search, known))
 
 
 class BayesOptProposer:
@@ -88,7 +88,7 @@ class BayesOptProposer:
         self._columns, self._seed, self._search = _Columns(space), seed, BayesOptSearch
         self._bounds = {name: (0.0, count - 1.0) for name, count in self._columns.counts.items()}
 
-    def propose(self, index: int, history: History) -> Proposal:
+    def propose(self, index: int, history: History) -> PrecisionPlan:
         """Propose a plan; the same arguments give the same plan."""
         # A search with another budget may have scored the same plan, but BayesOptSearch accepts a point only once.
         scored = list({item.plan: item for item in history.last()}.values())
@@ -107,4 +107,4 @@ class BayesOptProposer:
         with warnings.catch_warnings():
             # sklearn warns whenever a length scale of its kernel ends at a bound.
             warnings.simplefilter("ignore")
-            return Proposal(self._columns.plan_of(_suggested(search, known)))
+            return self._columns.plan_of(_suggested(search, known))

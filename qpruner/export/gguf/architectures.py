@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from qpruner.models.families import families
-from qpruner.models.ragged import OUTPUT_BIASES
 from qpruner.quantization.formats import nearest_format
 
 RAGGED = ("deci", "openelm")  # architectures whose blocks have widths of their own
@@ -17,8 +16,6 @@ LLAMAS = ("llama", "deci")
 biases on every linear layer, and a factor for each frequency of RoPE."""
 ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
 """Activation that llama.cpp computes in the MLP; SiLU where it is not listed."""
-BETAS = {"beta_fast": 32, "beta_slow": 1}
-"""Bounds of YaRN's ramp. llama.cpp reads other values for few architectures, none of them ours."""
 # llama.cpp knows 27B models of Gemma by their number of blocks, and scales their attention by another rule.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 UNIFORM = "set `prune.uniform: true`, so that all blocks have the same widths"
@@ -73,15 +70,15 @@ def remark(config: Any) -> str | None:
     return f"the file states a context of {length} tokens, not {longest}: {why}" if length < longest else None
 
 
-def architecture_of(config: Any, ragged: bool = False, biases: bool = False) -> str:
+def architecture_of(config: Any, ragged: bool = False) -> str:
     """Return llama.cpp's architecture for a config that `refusal` does not refuse.
 
-    `ragged`: blocks will have different widths; `biases`: output projections will have biases.
+    `ragged`: blocks will have different widths.
     """
     family, widths = families()[config.model_type], block_widths(config)
     alike = not ragged and len(set(widths)) == 1
     if alike and family.gguf == "qwen2":  # llama.cpp wants square q and o, and no biases but those of q, k and v
-        alike = widths[0].heads * head_size(config) == config.hidden_size and not (biases or _has_output_biases(config))
+        alike = widths[0].heads * head_size(config) == config.hidden_size and not _has_output_biases(config)
     return family.gguf if alike else family.gguf_ragged
 
 
@@ -94,29 +91,27 @@ def llama_cpp_format(name: str, columns: int) -> str:
     return nearest_format(name, columns, lambda each: bool(each.ggml_type))
 
 
-def refusal(config: Any, ragged: bool = False, biases: bool = False) -> str | None:
+def refusal(config: Any, ragged: bool = False) -> str | None:
     """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see `architecture_of`)."""
     family = families().get(config.model_type)
     if family is None or not family.gguf:
         written = "Llama, Mistral, Qwen2, Qwen3 and Gemma"
         return f"`{config.model_type}` models are not written as GGUF files, only {written} are; {ELSEWHERE}"
-    architecture = architecture_of(config, ragged, biases)
+    architecture = architecture_of(config, ragged)
     if not architecture:
         return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"
     others = (f"{reason}; {ELSEWHERE}" for reason in _reasons(config, architecture))
-    return next(itertools.chain(_width_reasons(config, architecture, biases), others), None)
+    return next(itertools.chain(_width_reasons(config, architecture), others), None)
 
 
 def _has_output_biases(config: Any) -> bool:
-    return any(getattr(config, key, None) for key in (OUTPUT_BIASES, "attention_bias", "mlp_bias"))
+    return any(getattr(config, key, None) for key in ("attention_bias", "mlp_bias"))
 
 
-def _width_reasons(config: Any, architecture: str, biases: bool) -> Iterator[str]:
+def _width_reasons(config: Any, architecture: str) -> Iterator[str]:
     """Yield what an architecture cannot have, with a remedy: biases of outputs, an untied head, heads of many sizes."""
-    if (biases or _has_output_biases(config)) and architecture not in LLAMAS:
-        by_us = biases or getattr(config, OUTPUT_BIASES, None)
-        remedy = "set `prune.compensation: least_squares`" if by_us else ELSEWHERE
-        yield f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {remedy}"
+    if _has_output_biases(config) and architecture not in LLAMAS:
+        yield f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {ELSEWHERE}"
     if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
         remedy = UNIFORM if architecture == "openelm" else ELSEWHERE
         yield f"llama.cpp's architecture `{architecture}` has no head of its own beside the embeddings; {remedy}"
@@ -150,9 +145,5 @@ def _rope_reasons(architecture: str, rope: dict[str, Any], local: dict[str, Any]
         yield f"layers with a sliding window have RoPE scaling `{local['rope_type']}`"
     if kind == "llama3" and architecture not in LLAMAS:
         yield f"llama.cpp's architecture `{architecture}` has no RoPE scaling `llama3`"
-    if kind == "yarn":
-        has_others = any((rope.get(key) or value) != value for key, value in BETAS.items())
-        if has_others or rope.get("truncate") is False or rope["factor"] is None:
-            yield "its YaRN has other parameters than llama.cpp's (beta_fast 32, beta_slow 1, truncated)"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        yield f"RoPE scaling `{kind}` is not written (default, linear, llama3 and yarn are)"
+    if kind not in ("default", "linear", "llama3"):
+        yield f"RoPE scaling `{kind}` is not written (default, linear and llama3 are)"

@@ -5,7 +5,6 @@ rows are packed one by one, so that no byte changes.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -141,14 +140,9 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_rope_freq_base(found["rope_theta"])
     if local is not found:
         writer.add_rope_freq_base_swa(local["rope_theta"])
-    if found["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(found["rope_type"]))
+    if found["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(found["factor"])
-    if found["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(found["original_max_position_embeddings"])
-        # Both scale queries and keys, llama.cpp by this and by a rule of its own.
-        own = 0.1 * math.log(max(found["factor"], 1.0)) + 1.0
-        writer.add_rope_scaling_attn_factors(float(ROPE_INIT_FUNCTIONS["yarn"](config)[1]) / own)
 
 
 def _frequency_factors(config: Any) -> torch.Tensor:

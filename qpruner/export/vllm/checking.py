@@ -12,8 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 
 from qpruner.errors import UserError
-from qpruner.export.compare import TOP, Compared, Predictions, Rows, compare_served, export_error
+from qpruner.export.compare import TOP, Compared, Predictions, Rows, compare_served, export_error, in_its_type
 from qpruner.export.vllm import outside
 from qpruner.export.vllm.writing import ADAPTER_FOLDER, needs_modeling
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
@@ -66,20 +64,7 @@ def check(
     on_progress(f"checking in {server}", 0, 1)
     found, by = _predictions(asked)
     on_progress(f"checking in {server}", 1, 1)
-    return compare_served(checkpoint, rows, found, by, _in_its_type, on_progress)
-
-
-@contextmanager
-def _in_its_type(model: Any) -> Iterator[None]:
-    """Let a model compute in its own type, and not in float32."""
-    exact = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
-    for parameter, data in exact.items():
-        parameter.data = data.to(model.config.dtype)
-    try:
-        yield
-    finally:
-        for parameter, data in exact.items():
-            parameter.data = data
+    return compare_served(checkpoint, rows, found, by, in_its_type, on_progress)
 
 
 def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:

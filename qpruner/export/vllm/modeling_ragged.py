@@ -7,7 +7,6 @@ only torch and transformers, reads and writes no files, and only replaces the bl
 
 from typing import Any
 
-import torch
 import transformers
 
 
@@ -25,9 +24,5 @@ class _Ragged:
         for index, alike in enumerate(decoder.layers):
             block = type(alike)(config.per_layer_config[index], index)
             block.self_attn.config = config  # not the layer's copy, as the attention's kind may be chosen later
-            for path in getattr(config, "qpruner_output_biases", ()):
-                linear = block.get_submodule(path)
-                if linear.bias is None:
-                    linear.bias = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features))
             decoder.layers[index] = block
         self.post_init()  # type: ignore[attr-defined]

@@ -27,7 +27,6 @@ from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton, table_paths
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
-from qpruner.models.ragged import OUTPUT_BIASES
 from qpruner.quantization.formats import DENSE, format_of, nearest_format
 from qpruner.quantization.formats.compressed_tensors import Packed
 
@@ -120,7 +119,7 @@ def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str
 
 
 def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
-    """Write config.json, and `modeling_ragged.py` with its entry there if blocks differ or have biases of their own."""
+    """Write config.json, and `modeling_ragged.py` with its entry there if blocks differ."""
     if needs_modeling(config):
         names = {
             auto: f"Ragged{mapping[type(config)].__name__}"
@@ -143,5 +142,5 @@ def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
 
 
 def needs_modeling(config: Any) -> bool:
-    """Return True if transformers needs `modeling_ragged.py`, because blocks differ or have biases of their own."""
-    return bool(config.is_heterogeneous or getattr(config, OUTPUT_BIASES, ())) and config.model_type in SERVED
+    """Return True if transformers needs `modeling_ragged.py`, because blocks differ."""
+    return bool(config.is_heterogeneous) and config.model_type in SERVED

@@ -59,23 +59,13 @@ class PackedLinear(_Packed, torch.nn.Linear):
         return self.format.unpack({"weight": weight}, self.in_features, dtype)
 
 
-class ScaledEmbedding(torch.nn.Embedding):
-    """An embedding whose rows are multiplied by `scalar_embed_scale`, as transformers' class for Gemma does."""
+class PackedEmbedding(_Packed, torch.nn.Embedding):
+    """An embedding with a packed weight, of which it unpacks the rows that are looked up.
+
+    They are multiplied by `scalar_embed_scale`, as transformers' class for Gemma does.
+    """
 
     scalar_embed_scale: float | None = None
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Look rows up."""
-        return self._scaled(super().forward(input))
-
-    def _scaled(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.scalar_embed_scale is None:
-            return rows
-        return rows * float(torch.tensor(self.scalar_embed_scale, dtype=rows.dtype, device="cpu"))
-
-
-class PackedEmbedding(_Packed, ScaledEmbedding):
-    """An embedding with a packed weight, of which it unpacks the rows that are looked up."""
 
     def __init__(self, layer_format: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
         self._hold(layer_format, rows, columns, dtype)
@@ -87,7 +77,10 @@ class PackedEmbedding(_Packed, ScaledEmbedding):
         """Look rows up, in `compute_dtype`."""
         rows = self.weight.index_select(0, input.reshape(-1))
         unpacked = self.format.unpack({"weight": rows}, self.embedding_dim, self.compute_dtype)
-        return self._scaled(unpacked.view(*input.shape, self.embedding_dim))
+        found = unpacked.view(*input.shape, self.embedding_dim)
+        if self.scalar_embed_scale is None:
+            return found
+        return found * float(torch.tensor(self.scalar_embed_scale, dtype=found.dtype, device="cpu"))
 
 
 def packed_module(layer_format: Format, module: torch.nn.Module, dtype: torch.dtype) -> PackedLinear | PackedEmbedding:

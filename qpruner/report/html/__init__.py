@@ -16,7 +16,6 @@ from markupsafe import Markup
 
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.content import Cell, Section
-from qpruner.report.sections import answer
 from qpruner.report.snapshot import Snapshot
 
 
@@ -26,11 +25,6 @@ def render(run: Snapshot, listed: Sequence[Section]) -> str:
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     parts = {"style": _own("style.css"), "script": _own("page.js"), "runtime": _runtime()}
     return template.render(run=run, sections=listed, written=written, **parts)
-
-
-def notebook_view(run: Snapshot) -> str:
-    """Render the report's section `The answer` for a notebook."""
-    return _environment().from_string(_own("notebook.html")).render(run=run, parts=answer(run))
 
 
 def _environment() -> Environment:

@@ -6,13 +6,10 @@ print themes. `Chart.png` replaces them by the light theme's values. Formats hav
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
-
-from qpruner.quantization.formats import by_size, format_of
 
 Spec = dict[str, Any]
 Values = list[dict[str, Any]]
@@ -40,13 +37,12 @@ HALO: Spec = {"stroke": "var(--page)", "strokeWidth": 4, "strokeJoin": "round", 
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot: a Vega-Lite specification without the shared settings; `mouse_help` says what the mouse does on it."""
+    """A plot: a Vega-Lite specification without the shared settings."""
 
     name: str
     title: str
     caption: str
     spec: Spec
-    mouse_help: str = ""
 
     @property
     def complete(self) -> Spec:
@@ -54,7 +50,7 @@ class Chart:
         one_panel = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
         panels = {"autosize": {"type": "pad", "resize": True}}  # another choice may have a longer title
         return {
-            "description": f"{self.title}. {self.caption} {self.mouse_help}".rstrip(),
+            "description": f"{self.title}. {self.caption}",
             "config": CONFIG,
             **(panels if "vconcat" in self.spec else one_panel),
             **self.spec,
@@ -87,11 +83,6 @@ def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spe
     """Encode a field of words by colour or shape; `values` maps each word to its colour or shape."""
     scale = {"domain": list(values), "range": list(values.values())}
     return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": title}}
-
-
-def by_format(used: Iterable[str]) -> Spec:
-    """Encode the field `format` by the formats' own colours; the legend lists those in use, smallest first."""
-    return by_word("format", {name: format_of(name).colour for name in by_size(tuple(set(used)))})
 
 
 def tooltip(**fields: str) -> list[Spec]:

@@ -1,11 +1,11 @@
 """Plots of the plans, a bar per group coloured by format, and of what each cut kept of every block."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, cut_title
-from qpruner.quantization.formats import by_size
-from qpruner.report.plots.chart import Chart, Spec, Values, by_format, quantity, tooltip
+from qpruner.quantization.formats import by_size, format_of
+from qpruner.report.plots.chart import Chart, Spec, Values, by_word, quantity, tooltip
 from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import CutRecord, MethodScores, SensitivityRecord
 
@@ -14,7 +14,7 @@ NO_TITLE = {"title": None, "labelLimit": 320}
 
 
 def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | None) -> Chart:
-    """Draw plans below each other by their names, and above them what each sensitivity predicts of every group.
+    """Draw plans below each other by their names, and above them what a sensitivity predicts of every group.
 
     Groups have their names in the base model, so that the same block of two cuts is in one column.
     """
@@ -25,7 +25,9 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
     ]
     longest = sorted(plans.values(), key=lambda plan: -len(plan.groups))  # in which no block is lacking
     groups = list(dict.fromkeys(group for plan in longest for group in plan.groups))
-    color = {"color": by_format(bar["format"] for bar in bars), "tooltip": tooltip(group="group", format="format")}
+    used = by_size(tuple({bar["format"] for bar in bars}))
+    colours = by_word("format", {name: format_of(name).colour for name in used})
+    color = {"color": colours, "tooltip": tooltip(group="group", format="format")}
     rows = {"field": "plan", "type": "ordinal", "sort": None, "axis": NO_TITLE}
     mark = {"type": "rect", "stroke": "var(--page)", "strokeWidth": 0.5}
     drawn = _panel(bars, {"step": ROW_HEIGHT}, mark, {"x": _along(groups), "y": rows} | color)
@@ -38,15 +40,11 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
         return Chart("plans", "Formats by group", caption, {"vconcat": [drawn]})
     # Mutual information comes last, because it predicts no quantization error.
     first = min(methods, key=lambda name: name == MUTUAL_INFORMATION)
-    bind = {"input": "select", "options": list(methods), "name": "Sensitivity by "}
-    params = [{"name": "method", "value": first, "bind": bind}]
-    vconcat = [_costs(groups, measured), drawn]
     return Chart(
         "plans",
         "Sensitivity and formats by group",
-        f"Above: the predicted cost of a group's smallest format instead of its largest. {caption}",
-        {"params": params, "vconcat": vconcat, "spacing": 8},
-        "Point at a bar for its value.",
+        f"Above: the predicted cost of a group's smallest format instead of its largest, by {first}. {caption}",
+        {"vconcat": [_costs(groups, measured.groups, methods[first]), drawn], "spacing": 8},
     )
 
 
@@ -60,19 +58,18 @@ def _along(names: list[str], **axis: Any) -> Spec:
     return {"field": "group", "type": "ordinal", "scale": {"domain": names}, "axis": shown}
 
 
-def _costs(groups: list[str], measured: SensitivityRecord) -> Spec:
-    """Draw the cost that one method predicts for each group; the page's reader selects the method."""
+def _costs(groups: list[str], measured: Sequence[str], method: MethodScores) -> Spec:
+    """Draw the cost that a method predicts for each measured group."""
     values = [
-        {"group": group, "method": name, "unit": method.unit, "rise": float(f"{cost:.4g}")}
-        for name, method in measured.methods.items()
-        for group, cost in zip(measured.groups, costs_of(method), strict=True)
+        {"group": group, "unit": method.unit, "rise": float(f"{cost:.4g}")}
+        for group, cost in zip(measured, costs_of(method), strict=True)
         if cost is not None
     ]
-    details = tooltip(group="group", method="method", rise="predicted rise|.3g", unit="unit")
+    details = tooltip(group="group", rise="predicted rise|.3g", unit="unit")
     y = quantity("rise", "predicted cost", zero=True, tickCount=3)
     encoding = {"x": _along(groups, labels=False, ticks=False), "y": y, "tooltip": details}
     mark = {"type": "bar", "color": "var(--stopped)"}
-    return _panel(values, COST_HEIGHT, mark, encoding) | {"transform": [{"filter": "datum.method == method"}]}
+    return _panel(values, COST_HEIGHT, mark, encoding)
 
 
 def costs_of(method: MethodScores) -> list[float | None]:

@@ -52,7 +52,6 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
         "cross is a trial that was stopped early: its score is after fewer steps. Scores far worse than the rest are "
         f"drawn at the edge.{fresh if run.results.search else ''}",
         {"height": 340, "data": {"values": points}, "layer": layers},
-        "Point at a trial to see its plan; click in the legend to single out a cut.",
     )
 
 
@@ -87,12 +86,10 @@ def _score_axis(metric: str, title: str, points: Values) -> Spec:
     sign = -1 if metric == "accuracy" else 1
     costs = sorted(sign * point["score"] for point in points)
     best, reach = costs[0], REACH * (statistics.median(costs) - costs[0])
-    near = [cost for cost in costs if cost <= best + reach] if reach else costs
     axis = quantity("score", title)
-    if near[-1] - best >= (costs[-1] - best) / 2:  # all scores fit
+    if not 0 < reach < costs[-1] - best:  # all scores fit
         return axis
-    end = near[-1] + 0.06 * (near[-1] - best)
-    return axis | {"scale": {"zero": False, "domain": sorted((sign * best, sign * end)), "clamp": True}}
+    return axis | {"scale": {"zero": False, "domain": sorted((sign * best, sign * (best + reach))), "clamp": True}}
 
 
 def _looks(run: Snapshot, title: str, points: Values) -> Spec:

@@ -19,7 +19,6 @@ from qpruner.runs.records.search import Begun as Begun
 from qpruner.runs.records.search import Confirmation as Confirmation
 from qpruner.runs.records.search import FinalistScore as FinalistScore
 from qpruner.runs.records.search import FreshScore as FreshScore
-from qpruner.runs.records.search import FrontPoint as FrontPoint
 from qpruner.runs.records.search import KeptScore as KeptScore
 from qpruner.runs.records.search import RungAgreement as RungAgreement
 from qpruner.runs.records.search import RungResult as RungResult
@@ -39,8 +38,6 @@ class PrepareRecord(Record):
 
     model_path: str
     converted: bool
-    source_bytes: int | None = None
-    """Size of the .gguf file that the weights of the base model were converted from."""
     num_rows: dict[str, int]
 
 
@@ -64,8 +61,7 @@ class CutRecord(Record):
     selection: str
     compensation: str
     target: str
-    target_rate: float | None
-    """Requested share of all parameters to remove; None if shares were requested per block."""
+    """The requested share, such as `target 20.00% of all parameters`."""
     achieved_rate: float
     parameters_before: int
     parameters_after: int
@@ -129,8 +125,6 @@ class BankRecord(Record):
     """Format -> group -> norm of W - Q - BA (under GPTQ, of the outputs it makes), divided by that of W - Q."""
     error: dict[str, dict[str, float]] = {}
     """Format -> group -> squared norm of W - Q - BA (as above), divided by that of W."""
-    group_bytes: dict[str, dict[str, int]] = {}
-    """Format -> group -> bytes of the packed weights, for all formats of the search."""
 
 
 class CandidateRecord(Record):
@@ -167,27 +161,17 @@ class FinetuneRecord(Record):
     candidates: tuple[CandidateRecord, ...]
 
 
-class MetricScore(Recorded):
-    """The value of one metric of an lm-eval task."""
-
-    value: float
-    stderr: StandardError
-    """Standard error of the mean over questions; null if the metric is not such a mean."""
-
-
 class TaskScore(Recorded):
     """The accuracy on an lm-eval task, with the values of all questions to compare two models question by question."""
 
     task: str
     metric: str
-    """The metric in the report: the first of `acc_norm`, `acc` and `exact_match` that the task reports."""
+    """The first of `acc_norm`, `acc` and `exact_match` that the task reports; `METRIC,FILTER` if it filters answers."""
     value: float
     stderr: StandardError
     num_questions: int
     correct: tuple[float, ...]
     """1 or 0 for each question by `metric`, in the order of the task."""
-    metrics: dict[str, MetricScore] = {}
-    """All metrics of the task by the names of lm-eval, which are `METRIC,FILTER` if the task filters answers."""
     answer_loss: tuple[float, ...] = ()
     """Negative log-likelihood of the right choice for each question, in nats; empty if the task has no choices."""
 
@@ -268,11 +252,8 @@ class SearchState(Recorded):
     trials_digest: str
     search: str
     """Digest of the search, as in `TrialRecord.search`."""
-    beside: str | None = None
-    """If the user gave a plan: digest of the search without that plan, whose trials are shown for comparison."""
     metric: Literal["loss", "accuracy"]
     metrics: dict[str, str] = {}
-    pareto: bool = False
     budget_bytes: int
     may_win: tuple[str, ...] = ()
     """Cuts whose plans may win (see `quantize.budget.flops_fraction`); empty: all."""

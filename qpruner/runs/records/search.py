@@ -52,10 +52,6 @@ class TrialRecord(Recorded):
     """Digest of the search that proposed the plan: its sensitivities, budget, searcher and other settings."""
     origin: str
     """Name of the searcher, or of a control (see `is_control`): `unpruned-uniform`, `cut-10-knapsack`, ..."""
-    expected_improvement: float | None = None
-    """Expected improvement of the score over the best plan known at the time, if the searcher has a model."""
-    noise: float | None = None
-    """Standard deviation of a repeated score, as estimated by the model of the searcher."""
     cut: str = "base"
     """Name of the cut that the plan quantizes; `base` is the model before pruning."""
     model: str = ""
@@ -209,16 +205,6 @@ class Confirmation(FinalistScore):
     The scores are then means over these seeds, and the winner is one of the finalists that have them."""
 
 
-class FrontPoint(FreshScore):
-    """A plan on the Pareto front: no other finalist with at most as many bytes has a better score."""
-
-    index: int
-    origin: str
-    cut: str = "base"
-    plan: dict[str, str]
-    plan_bytes: int
-
-
 class RungAgreement(Recorded):
     """How a rung orders finished trials, against the last rung: Kendall's tau over their pairs, from -1 to 1."""
 
@@ -268,8 +254,6 @@ class SearchRecord(Record):
     """Index of the best control on fresh rows; None if no control finished."""
     control_won: bool
     """Whether the best control is the winner, because no plan of the searcher beat it on fresh rows."""
-    front: tuple[FrontPoint, ...]
-    """With `search.pareto`: the Pareto front on fresh rows, sorted by bytes."""
     resumed: int
     """Number of trials that an earlier, interrupted command had recorded."""
     sessions: int = 1

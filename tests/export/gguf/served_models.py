@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_families import family_model, kept_of, with_output_biases
+from tiny_families import family_model, kept_of
 from transformers import PreTrainedModel
 
 from qpruner.export.gguf.llama_cpp import Llama
@@ -26,9 +26,9 @@ to 0.0018 here with xllamacpp, to 0.0032 with node-llama-cpp's AVX-512 (2026-11-
 
 
 def built(kind: str, name: str, **others: Any) -> PreTrainedModel:
-    """Build a model of a family with a vocabulary of 512: alike, ragged, with biases, with a block dropped, ..."""
+    """Build a model of a family with a vocabulary of 512: alike, ragged, with a block dropped, ..."""
     options = {"vocab_size": 512} | OPTIONS.get(name, {}) | others
-    model = with_output_biases(name, **options) if "biases" in kind else family_model(name, **options)
+    model = family_model(name, **options)
     if "dropped" in kind:
         model = keep_blocks(model, [1, 2])
     if "ragged" in kind:
