@@ -90,8 +90,8 @@ def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines:
 
 def read_lines(path: Path) -> dict[tuple[Plan, int], dict[str, Any]]:
     """Read what was measured so far."""
-    found = map(json.loads, path.read_text().splitlines()) if path.exists() else iter(())
-    return {(tuple(each["plan"]), each["seed"]): each for each in found}
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(tuple(each["plan"]), each["seed"]): each for each in map(json.loads, lines)}
 
 
 def table(
