@@ -41,9 +41,7 @@ Plan = tuple[str, ...]  # a cut, and a format for each of the table's groups
 
 def opened(config: RunConfig) -> Context:
     """Open a run that has its sensitivities."""
-    context = Context(
-        config, RunDir(config.output, create=False), lambda event: None, None, inspect(config), writes=False
-    )
+    context = Context(config, RunDir(config.output, create=False), lambda event: None, None, inspect(config))
     recorded(context)
     context.record(SensitivityRecord)
     return context
@@ -92,8 +90,8 @@ def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines:
 
 def read_lines(path: Path) -> dict[tuple[Plan, int], dict[str, Any]]:
     """Read what was measured so far."""
-    found = map(json.loads, path.read_text().splitlines()) if path.exists() else iter(())
-    return {(tuple(each["plan"]), each["seed"]): each for each in found}
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(tuple(each["plan"]), each["seed"]): each for each in map(json.loads, lines)}
 
 
 def table(
@@ -101,8 +99,6 @@ def table(
 ) -> dict[str, Any]:
     """Put the measured losses and the bytes of all plans into one record."""
     first = {plan: each["losses"] for (plan, seed), each in found.items() if seed == 0}
-    last = str(context.config.search.steps)
-    apart = [each["losses"][last] - first[plan][last] for (plan, seed), each in found.items() if seed and plan in first]
     names, levels, sizes = list(of), sorted({level for plan in first for level in plan[1:]}), dict[str, Any]()
     for cut in context.cuts:
         layout = context.layout_of(cut)
@@ -110,7 +106,7 @@ def table(
         for level in levels:
             packed = {group.name: group.packed_bytes(level, layout.element_bytes) for group in layout.groups}
             sizes[cut]["group_bytes"][level] = [sum(packed[name] for name in each) for each in of.values()]
-    made, noise = context.record(PruneRecord).cuts, statistics.stdev(apart) / 2**0.5 if len(apart) > 1 else 0.0
+    made = context.record(PruneRecord).cuts
     methods = context.record(SensitivityRecord).methods
     error = of_groups(context, of, None, levels)
     return {
@@ -120,13 +116,24 @@ def table(
         "after_cut": {cut: round(made[cut].loss, 6) for cut in context.cuts},
         "plans": list(first),
         "rungs": {step: [round(losses[step], 6) for losses in first.values()] for step in next(iter(first.values()))},
-        "loss_noise": float(f"{noise:.4g}"),
+        "loss_noise": float(f"{noise_of(found, str(context.config.search.steps)):.4g}"),
         "sensitivities": {method: of_groups(context, of, method, levels) for method in methods},
         "damage": {
             level: [each / len(of[name]) for name, each in zip(of, error[level], strict=True)] for level in levels
         },
         "seconds": round(statistics.fmean(each["seconds"] for each in found.values()), 1),
     }
+
+
+def noise_of(found: dict[tuple[Plan, int], dict[str, Any]], step: str) -> float:
+    """Estimate how far training seeds move a loss, without what they do to all plans of a cut: a standard deviation."""
+    apart = dict[str, list[float]]()
+    for plan, seed in found:
+        if seed:
+            change = found[plan, seed]["losses"][step] - found[plan, 0]["losses"][step]
+            apart.setdefault(plan[0], []).append(change)
+    squares = sum(sum((each - statistics.fmean(of)) ** 2 for each in of) for of in apart.values())
+    return float((squares / max(1, sum(map(len, apart.values())) - len(apart)) / 2) ** 0.5)
 
 
 def of_groups(

@@ -81,7 +81,8 @@ def regret_row(found: Sequence[Replay], ours: Sequence[Replay]) -> dict[str, Any
     at_goal = [after(each, GOAL_TRIALS) for each in found]
     return {
         "searcher": found[0].task.searcher,
-        "controls": spread([after(each, max(1, count)) for each, count in zip(found, num_controls, strict=True)]),
+        "controls": statistics.median_high(num_controls),
+        "after them": spread([after(each, max(1, count)) for each, count in zip(found, num_controls, strict=True)]),
         **{f"after {number}": spread([after(each, number) for each in found]) for number in (8, GOAL_TRIALS, 32)},
         f"<= {GOAL} after {GOAL_TRIALS}": f"{sum(each <= GOAL for each in at_goal)} of {len(found)}",
         f"trials to {GOAL}": spread([at_or_below(each, GOAL) for each in regrets], ".0f"),

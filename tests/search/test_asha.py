@@ -113,6 +113,17 @@ def test_a_trial_above_the_cutoff_stops(metric: str, factor: int) -> None:
     assert {STOP, CONTINUE} == set(actions)
 
 
+def test_trials_of_a_poor_cut_save_no_trial_of_a_better_one() -> None:
+    session = Session(config_of(), space=TWO_CUTS)
+    for control in CONTROLS:
+        session.report_all(control, 0.9)
+    assert session.report_all(OF_BASE + 10, 0.3) == [CONTINUE] * 3 + [STOP]
+    assert [session.report(OF_BASE + 11 + at, rung(1, value)) for at, value in enumerate((0.4, 0.2))] == [
+        STOP,
+        CONTINUE,
+    ]
+
+
 def test_recorded_rungs_set_the_cutoff() -> None:
     config = config_of()
     recorded = [

@@ -54,7 +54,8 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
                 self._rungs.add(record.index, record.cut, rung.step, objective(rung, config))
-                bracket.on_result(SimpleNamespace(config={"trial": record.index}), rung.step, -objective(rung, config))
+                trial = SimpleNamespace(config={"trial": record.index, "cut": record.cut})
+                bracket.on_result(trial, rung.step, -objective(rung, config))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stop cancelled trials that have not started, then choose the next; Tune can stop them in no other hook."""
@@ -87,10 +88,22 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
 
 
 class _RungsByNumber(AshaBracket):  # type: ignore[misc]
-    """Rungs of ASHA that identify trials by number, because a resumed trial gets a new id from Ray."""
+    """Rungs of ASHA that identify trials by number, because a resumed trial gets a new id from Ray.
+
+    A trial passes if it is among the best of all and among the best of its cut. Beside the controls of poor cuts the
+    first alone stopped 16 to 53 % of the trials on SmolLM2's joint table, both 44 to 57 % (2026-11).
+    """
+
+    _cut = ""  # of the trial that enters a rung
 
     def on_result(self, trial: Any, cur_iter: int, cur_rew: float) -> str:
+        self._cut = trial.config["cut"]
         # The rungs read nothing but the id.
-        numbered = SimpleNamespace(trial_id=trial.config["trial"])
+        numbered = SimpleNamespace(trial_id=(trial.config["trial"], self._cut))
         action: str = super().on_result(numbered, cur_iter, cur_rew)
         return action
+
+    def cutoff(self, recorded: dict[tuple[int, str], float]) -> float | None:
+        of_cut = {key: reward for key, reward in recorded.items() if key[1] == self._cut}
+        limits = [super(_RungsByNumber, self).cutoff(rivals) for rivals in (recorded, of_cut)]
+        return max((limit for limit in limits if limit is not None), default=None)
