@@ -1,0 +1,161 @@
+"""Compare what a search returns with the best control and the paper's flow: equal bytes, equal fine-tune, fresh rows.
+
+    .venv/bin/python benchmarks/reach.py benchmarks/reach_smollm2.yaml --out runs/reach \
+        [--budgets 60 75 90 110 127] [--formats llama.cpp all] [--set KEY=VALUE ...]
+
+For every budget (MB, adapters included) and set of formats the search runs as `qpruner search` does, without the trials
+of other budgets. Then the plan that it returns, the best control by the rows that choose, and the paper's plan get the
+fine-tune of `finetune` under three training seeds that no trial had, and are scored on the rows that judge. A row of
+the table is the difference of the returned plan to another, paired by row and seed, with its 95 % interval: the wider
+of Student's over seeds and the normal one over rows. Finished settings are kept in OUT.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from qpruner.config.load import load_config
+from qpruner.data import measures
+from qpruner.pipeline.comparison_rows import candidates_for
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.controls import paper_plan
+from qpruner.pipeline.flow import recorded
+from qpruner.pipeline.preflight import inspect
+from qpruner.pipeline.run import run
+from qpruner.plans.plan import PrecisionPlan
+from qpruner.runs.records import Confirmation, SearchRecord
+from qpruner.runs.run_dir import RunDir
+from qpruner.runs.storage import remove
+from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
+
+FORMATS = {
+    "llama.cpp": ("q4_0,q5_0,q8_0", "q4_0,q8_0,bf16"),
+    "all": ("w2_g32,w3,w4,nf4,q4_0,q5_0,w8,q8_0", "w3,q4_0,q8_0,bf16"),
+}
+"""Formats for blocks and for embeddings: those of llama.cpp, and one of each kind and bits."""
+SEEDS = (1, 2, 3)  # trials have 0
+
+
+def opened(config: Any) -> Context:
+    """Open the finished search."""
+    context = Context(config, RunDir(config.output, create=False), lambda event: None, None, inspect(config))
+    recorded(context)
+    return context
+
+
+def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
+    """Name the plans to compare: what the search returned, the best control, and the paper's if it is in the budget."""
+    searched = context.record(SearchRecord)
+
+    def plan(found: Confirmation) -> PrecisionPlan:
+        return PrecisionPlan.from_dict(found.plan, found.cut)
+
+    controls = [each for each in searched.confirmations if each.control and each.fits]
+    best = min(controls, key=lambda each: (each.loss, each.index))
+    returned = PrecisionPlan.from_dict(searched.best_plan, searched.best_cut)
+    found = {"returned": (searched.best_origin, returned), "control": (best.origin, plan(best))}
+    paper = paper_plan(context)
+    if paper and any(each.plan == paper.as_dict() and each.cut == paper.cut for each in controls):
+        found["paper"] = ("paper", paper)
+    return found
+
+
+def tuned(context: Context, candidates: Sequence[Candidate], out: Path, processes: int) -> dict[str, list[float]]:
+    """Fine-tune what is not yet, and return the loss of each judging row by candidate folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = {each.folder.name: out / f"{each.folder.name}.json" for each in candidates}
+    left = {each.folder.name: each for each in candidates if not files[each.folder.name].exists()}
+    jobs = [CandidateJob(context.worker_config, each, context.data, threads=1) for each in left.values()]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for name, (measured, _) in zip(left, pool.map(finetune_candidate, jobs), strict=True):
+            files[name].write_text(json.dumps(measured))
+    return {name: json.loads(file.read_text())["confirmation_losses"] for name, file in files.items()}
+
+
+def compared(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
+    """Return ours minus theirs, and half of its 95 % interval; each has the losses of all rows under each seed."""
+    by_seed = [[one - other for one, other in zip(*both, strict=True)] for both in zip(ours, theirs, strict=True)]
+    [by_row] = measures.averaged([[each] for each in by_seed])
+    mean, stderr = measures.over_questions(by_row)
+    return mean, max(measures.Z_95 * stderr, measures.half_width([sum(each) / len(each) for each in by_seed]))
+
+
+def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
+    """Fine-tune and compare the plans of one finished search."""
+    searched, named = context.record(SearchRecord), rivals(context)
+    jobs = {
+        name: candidates_for(context, [(name, plan, context.config.seed + seed) for seed in SEEDS])
+        for name, (_, plan) in named.items()
+    }
+    distinct = {each.folder: each for each in sum(jobs.values(), list[Candidate]())}
+    losses = tuned(context, list(distinct.values()), out / "tuned", processes)
+    by_name = {name: [losses[each.folder.name] for each in own] for name, own in jobs.items()}
+    found: dict[str, Any] = {
+        "trials": searched.num_trials,
+        "stopped": searched.num_stopped,
+        "cut": searched.best_cut,
+        "origins": {name: origin for name, (origin, _) in named.items()},
+        "plans": {name: str(plan) for name, (_, plan) in named.items()},
+        "bytes": {name: context.layout_of(plan.cut).plan_bytes(plan) for name, (_, plan) in named.items()},
+        "losses": {name: [sum(each) / len(each) for each in own] for name, own in by_name.items()},
+        "rows": len(by_name["returned"][0]),
+    }
+    found["against"] = {
+        name: compared(by_name["returned"], own) for name, own in by_name.items() if own != by_name["returned"]
+    }
+    return found
+
+
+def main() -> None:
+    """Measure all settings that are not yet in OUT/reach.jsonl, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[60, 75, 90, 110, 127], help="in MB")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    asked = parser.parse_args()
+    lines, known = asked.out / "reach.jsonl", list[dict[str, Any]]()
+    if lines.exists():
+        known = [json.loads(line) for line in lines.read_text().splitlines()]
+    print("| formats | MB | trials (stopped) | returned | against | loss | theirs | difference |")
+    print("|---|---|---|---|---|---|---|---|")
+    for formats in asked.formats:
+        for budget in asked.budgets:
+            setting = {"formats": formats, "budget": budget, "set": asked.overrides}
+            found = next((each for each in known if each["setting"] == setting), None)
+            if found is None:
+                blocks, embeddings = FORMATS[formats]
+                # Of llama.cpp's formats the smallest plan of the 20 % cut takes 68 MB.
+                rates = "[0,0.2,0.4]" if budget < 70 else "[0,0.1,0.2]"
+                given = [f"output={asked.out / 'run'}", f"quantize.budget.bytes={round(budget * 1e6)}"]
+                given += [f"quantize.formats=[{blocks}]", f"quantize.embeddings=[{embeddings}]", f"prune.rates={rates}"]
+                config = load_config(asked.config, [*given, *asked.overrides])
+                for name in ("trials", "records/search.json"):  # those of another setting
+                    remove(asked.out / "run" / name)
+                run(config, lambda event: None, until="search")
+                found = {"setting": setting, **measure(opened(config), asked.out, asked.processes)}
+                with lines.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+            show(found)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the rows of one search."""
+    means = {name: sum(each) / len(each) for name, each in found["losses"].items()}
+    setting = f"{found['setting']['formats']} | {found['setting']['budget']:g}"
+    about = f"{found['trials']} ({found['stopped']}) | {found['origins']['returned']}, {found['cut']}"
+    for name in found["against"] or [""]:
+        other = found["origins"].get(name, "is the best control")
+        less, half_width = found["against"].get(name, (0.0, 0.0))
+        text = f"{means[name]:.4f} | {less:+.4f} ± {half_width:.4f}" if name else "|"
+        print(f"| {setting} | {about} | {other} | {means['returned']:.4f} | {text} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
