@@ -18,7 +18,7 @@ from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pr
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout, budget_text, cut_title
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, budget_text, cut_title
 from qpruner.quantization.formats import by_size
 from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
@@ -81,7 +81,7 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "formats": {name: _offered(config, layout, name) for name in levels},
         **{f"bytes_all_{name}": layout.plan_bytes(layout.uniform(name)) for name in config.quantize.levels},
         "bytes_budget": inspection.budget_bytes,
-        "bytes_plan": None if plan is None else inspection.layouts[plan.cut].plan_bytes(plan),
+        "bytes_plan": None if plan is None else {UNPRUNED: base, **inspection.layouts}[plan.cut].plan_bytes(plan),
         "concurrent_trials": min(slots, config.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},

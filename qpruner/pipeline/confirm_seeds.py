@@ -97,7 +97,9 @@ def kept_scores(
     kept = zip(files, for_each(read, list(wanted)), strict=True)
     found = {folder: score for folder, score in kept if score and score.digest == digests[folder]}
     jobs, held = [job for job, _ in wanted.values()], list[float]()
-    if not trains:
+    if trains:
+        for_each(remove, list(found))  # a killed driver may have left them
+    else:
         context.emit(Progress(stage.name, len(found), len(files), FINALISTS))
     function, unit = (confirm_seed, "steps of finalists") if trains else (confirm_trial, FINALISTS)
     for job, score in run_jobs(stage, function, jobs, found, unit, on_held=held.append):

@@ -185,7 +185,7 @@ class Context:
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
-        return preflight.plan_in_file(self.config, self._fast_enough, self.budget_bytes)
+        return preflight.plan_in_file(self.config, self._fast_enough, self.layout_of(UNPRUNED), self.budget_bytes)
 
     @cached_property
     def trackers(self) -> Trackers | None:

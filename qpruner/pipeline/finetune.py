@@ -152,13 +152,19 @@ def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> Ca
 
 @contextmanager
 def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
-    """Set aside the folder of an adapter that the `with` block finds damaged, and raise `StageError` of this stage."""
+    """Set aside the folder of an adapter that the `with` block finds damaged, and raise `StageError` of this stage.
+
+    A folder that this process finds intact stays: another machine may not see it.
+    """
     try:
         yield
     except CorruptFile as error:
         if not (error.path and error.path.is_relative_to(run.candidates)):
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
+        if isinstance(_recorded(row), CandidateRecord):
+            state, remedy = "the driver finds the file intact", "make `output` visible to all machines, then repeat"
+            raise StageError(stage, f"{error}; {state}", f"{remedy} the command") from error
         cause = f"{error}; set aside in {storage.quarantine(row, run.candidates)}"
         raise StageError(stage, cause, "repeat the command: only that row is fine-tuned again") from error
 

@@ -103,7 +103,7 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
     are_groups_known = not any(each.drops_blocks for each in settings) or are_alike(model_config)
-    plan = plan_in_file(config, fast, None if is_estimate else budget) if are_groups_known else None
+    plan = plan_in_file(config, fast, base, None if is_estimate else budget) if are_groups_known else None
     return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
@@ -148,15 +148,20 @@ def left_out_text(name: str, reason: str) -> str:
     return f"{cut_title(name)} is left out: {reason}"
 
 
-def plan_in_file(config: RunConfig, layouts: Mapping[str, Layout], budget_bytes: int | None) -> PrecisionPlan | None:
+def plan_in_file(
+    config: RunConfig, layouts: Mapping[str, Layout], base: Layout, budget_bytes: int | None
+) -> PrecisionPlan | None:
     """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget.
 
-    `layouts` are those of the cuts within `budget.flops_fraction`.
+    `layouts` are those of the cuts within `budget.flops_fraction`. A plan of the base model, which a control may be, is
+    accepted too, if that model is within it.
     """
     file = config.search.plan_file
     if file is None:
         return None
-    plan = read_plan(file, {name: layout.offered for name, layout in layouts.items()})
+    only = next(iter(layouts)) if len(layouts) == 1 else ""
+    layouts = {**layouts, UNPRUNED: base} if is_fast(config, base, base) else layouts
+    plan = read_plan(file, {name: layout.offered for name, layout in layouts.items()}, only)
     if budget_bytes is not None and (plan_bytes := layouts[plan.cut].plan_bytes(plan)) > budget_bytes:
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(

@@ -33,7 +33,7 @@ from qpruner.runs.records import (
     TrialRecord,
     digest_of,
 )
-from qpruner.runs.storage import write_json
+from qpruner.runs.storage import files_in, for_each, remove, write_json
 from qpruner.search import choice
 from qpruner.search.rungs import agreements
 from qpruner.search.searchers import check_searcher
@@ -146,15 +146,20 @@ class Search(Stage[SearchRecord]):
         check_trackers(self.config.trackers)
 
     def begin(self) -> None:
-        """Emit the recorded trials; delete the record of the search if one of its trials was damaged."""
+        """Emit the recorded trials; delete the record of the search if one of its trials is set aside or not over."""
         context, settings = self.context, self.config.search
         set_aside_damaged(self.folder, self.search_digest, self.notify)
         set_aside_others(self.folder, {cut: context.bank_of(cut).inputs for cut in self._cuts}, self.notify)
         trials = read_trials(self.folder)
         own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
         with contextlib.suppress(CorruptFile):  # `run_stage` reports it
-            if not all(trial.is_over for trial in own) and self.matching_record(self.digest):
-                context.forget("search")  # a damaged trial has to run again
+            record, over = self.matching_record(self.digest), {trial.index for trial in trials if trial.is_over}
+            if record and not (
+                len(own) >= record.num_trials
+                and all(trial.is_over for trial in own)
+                and over.issuperset(each.index for each in record.confirmations)
+            ):
+                context.forget("search")  # a damaged trial has to run again, or its number gets another plan
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,
@@ -178,7 +183,9 @@ class Search(Stage[SearchRecord]):
         return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        job = self._job()
+        job, banks = self._job(), self.context.run_dir.root / "banks"
+        parts = [banks / name for name in files_in(banks) if Path(name).name.startswith(".")]
+        for_each(remove, parts)  # of entries that killed workers were writing
         _ = self.context.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
@@ -284,8 +291,9 @@ class Search(Stage[SearchRecord]):
         return [*super().unfinished(), self.context.run_dir.trials]
 
     def disk_bytes(self) -> int:
-        are_here = self.context.run_dir.storage.fills_this_disk
-        return self.context.checkpoint_bytes * self.config.num_trials if are_here else 0
+        are_here, settings = self.context.run_dir.storage.fills_this_disk, self.config.search
+        again = (settings.confirm + 1) * settings.confirm_seeds if self.config.is_searched else 0
+        return self.context.checkpoint_bytes * (self.config.num_trials + again) if are_here else 0
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:

@@ -204,10 +204,10 @@ class Layout:
         return group.packed_bytes(name, self.element_bytes)
 
 
-def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]]) -> PrecisionPlan:
+def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]], only: str = "") -> PrecisionPlan:
     """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under the key `plan`.
 
-    A key `cut` beside the groups or the plan names the cut; with a single cut it may be left out.
+    A key `cut` beside the groups or the plan names the cut; without it the cut is `only`, the single one of a run.
 
     `offered` has for each cut its groups with their formats (see `Layout.offered`). The bit-widths of `ALIASES` stand
     for formats. A group with a single format may be left out.
@@ -219,7 +219,6 @@ def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]]) ->
         raise PlanRefused(f"{path} does not exist: write one with `qpruner plan RUN > {path.name}`") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlanRefused(f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan") from error
-    only = next(iter(offered)) if len(offered) == 1 else ""
     cut = str(raw.pop("cut", only)) if isinstance(raw, dict) else only
     if cut not in offered:
         got = f"got {cut or 'none'}: `cut: NAME`, of {', '.join(offered)}"

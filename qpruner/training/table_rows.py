@@ -118,8 +118,7 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     confirmation = mean_loss(model, load_confirmation(job.data, "judge"), pad_id, config.evaluate.batch_size)
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
-    if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
-        shutil.rmtree(staging, ignore_errors=True)
+    _remove_staging(candidate)
     measured = {
         "seconds": time.monotonic() - started,
         "steps": result.steps,
@@ -158,6 +157,12 @@ def _train(
             model, rows, config.training, schedule, work, candidate.seed, pad_id, start, listener, [logged]
         )
     return result, logged.errors
+
+
+def _remove_staging(candidate: Candidate) -> None:
+    """Remove the checkpoints of a finished fine-tune from this machine, if they were written here to be uploaded."""
+    if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
@@ -214,8 +219,10 @@ def confirm_seed(job: CandidateJob) -> FinalistScore:
     try:
         _train(job, model, load_encoded(job.data / "train"), int(tokenizer.pad_token_id), ownership)
     except TrainingDiverged:
+        _remove_staging(candidate)
         worst = math.log(len(tokenizer)) + DIVERGED_BY
         return FinalistScore(loss=worst, stderr=math.nan, accuracy=0.0 if config.search.by_accuracy else None)
+    _remove_staging(candidate)
     cast_adapters(model)
     return _fresh_score(job, model)
 

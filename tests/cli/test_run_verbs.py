@@ -185,7 +185,7 @@ def test_a_printed_plan_can_be_read_back(over: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan"
     for options in ((), ("--json",)):
         file.write_text(printed("plan", over, *options))
-        assert read_plan(file, {"base": OFFERED}).as_dict() == trials()[2].plan
+        assert read_plan(file, {"base": OFFERED}, "base").as_dict() == trials()[2].plan
 
 
 def test_a_plan_is_printed_with_bytes_and_budget(over: Path) -> None:
@@ -231,7 +231,7 @@ def test_an_invalid_plan_is_refused(tmp_path: Path, text: str, problem: str) -> 
     file = tmp_path / "plan.yaml"
     file.write_text(text)
     with pytest.raises(PlanRefused, match=problem):
-        read_plan(file, {"base": OFFERED})
+        read_plan(file, {"base": OFFERED}, "base")
 
 
 # ---- compare

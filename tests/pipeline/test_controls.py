@@ -1,10 +1,13 @@
 """The plans to beat: what one would do with the base model and with each cut, and the paper's flow."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import flip_a_byte
+from made_records import made_confirmation, made_search
 from searched_runs import with_records
 
 from qpruner.errors import PlanRefused
@@ -12,7 +15,8 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls, shared
 from qpruner.pipeline.search import Search
 from qpruner.plans.plan import UNPRUNED
-from qpruner.runs.records import PruneRecord, SensitivityRecord
+from qpruner.runs.records import PruneRecord, SensitivityRecord, TrialRecord
+from qpruner.search.trial_records import trial_path, write_trial
 
 
 def in_budget(context: Context, size: int) -> Context:
@@ -72,6 +76,38 @@ def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context, tmp_path:
     limited.config = limited.config.model_copy(update={"search": search})
     with pytest.raises(PlanRefused, match=r"got cut-5: .*, of cut-20"):
         _ = limited.plan_in_file
+
+
+def test_a_plan_of_the_base_can_be_given(context: Context, tmp_path: Path) -> None:
+    """A control of it may win, though it is no candidate; without a name the plan is of the only candidate."""
+    plan = context.layout_of(UNPRUNED).smallest()
+    (file := tmp_path / "plan.json").write_text(json.dumps({"cut": UNPRUNED, "plan": plan.as_dict()}))
+    search = context.config.search.model_copy(update={"plan": str(file)})
+    given = replace(context, config=context.config.model_copy(update={"search": search}))
+    size = context.layout_of(UNPRUNED).plan_bytes(plan)
+    assert context.cuts == ("cut-20",) and in_budget(given, size).plan_in_file == plan
+    file.write_text(json.dumps(plan.as_dict()))
+    assert in_budget(given, size).plan_in_file == replace(plan, cut="cut-20")
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["own", "a finalist of another search"])
+def test_a_search_that_lost_a_trial_runs_again(lost: int, context: Context) -> None:
+    """Its number gets another plan."""
+    search, run_dir = Search(context), context.run_dir
+    about = {"origin": "gp", "plan": {}, "plan_bytes": 1, "mean_bits": 4.0, "status": "finished"}
+    for index, of in enumerate((search.search_digest, "another")):
+        fields = {"index": index, "digest": search.trials_digest, "search": of, **about}
+        write_trial(search.folder, TrialRecord.model_validate(fields))
+    finalists = (made_confirmation(1, "gp", 2.0),)
+    run_dir.write_record("search", made_search({}, digest=search.digest, num_trials=1, confirmations=finalists))
+    run_dir.stage("search").mkdir()
+    search.begin()
+    assert search.matching_record(search.digest)
+    flip_a_byte(trial_path(search.folder, lost))
+    search.begin()
+    assert not search.matching_record(search.digest)
+    for folder in (search.folder, run_dir.stage("search")):
+        shutil.rmtree(folder)
 
 
 def test_what_the_reference_measured_counts_for_groups_of_any_cut(context: Context) -> None:

@@ -12,15 +12,16 @@ from conftest import disk_of, flip_a_byte, with_key
 from searched_runs import a_winner, folders, progress_of, rows_of, told, with_winner
 
 from qpruner.config.load import validate_config
-from qpruner.errors import StageError
+from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import candidates_for, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, scores_digest
-from qpruner.pipeline.finetune import Finetune, finetune_jobs
+from qpruner.pipeline.finetune import Finetune, finetune_jobs, setting_aside_damaged_adapter
 from qpruner.pipeline.flow import run_stage
 from qpruner.runs.events import Event, StageSkipped
 from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, RowScores, TaskScore
+from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import file_digest, write_json
 
 
@@ -202,6 +203,19 @@ def test_two_workers_fine_tune_what_one_does(
     assert two.measured_bytes == one.measured_bytes
     assert two.train_loss == pytest.approx(one.train_loss, rel=1e-3)
     assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-3)
+
+
+def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
+    """A machine that cannot read the row may not see the storage."""
+    run_dir = RunDir(tmp_path)
+    folder = run_dir.candidates / "0123abcd"
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    write_json(folder / "record.json", a_record(folder, 1, 2.0))
+    with pytest.raises(StageError, match="visible to all"), setting_aside_damaged_adapter(run_dir, "evaluate"):
+        raise CorruptFile(f"adapter {weights} cannot be read", weights)
+    assert weights.exists()
 
 
 def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:

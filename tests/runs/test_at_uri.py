@@ -29,7 +29,7 @@ from qpruner.runs.storage import FILES, children, fetch, files_in, objects, publ
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS
-from qpruner.training.table_rows import CandidateJob, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import CandidateJob, confirm_seed, evaluate_candidate, finetune_candidate
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +109,13 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: P
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
     one, other = (evaluate_candidate(machine("fourth", row))[0] for row in ("whole", "searched"))
     assert one == other
+
+
+def test_a_further_seed_leaves_nothing_on_its_machine(machine: Machine) -> None:
+    job = machine("seeded", "seed-1")
+    confirm_seed(job)
+    assert published_folders(job.candidate.checkpoints)
+    assert not storage_at(job.candidate.checkpoints).staging.exists()
 
 
 def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Store, tmp_path: Path) -> None:

@@ -498,9 +498,13 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[st
     damaged, missing = sorted(run_folder.glob("trials/*/*/seed-*.json"))[:2]
     damaged.write_bytes(damaged.read_bytes()[:-20])
     missing.unlink()
+    kept = sorted(run_folder.glob("trials/*/*/seed-*.json"))[-1].with_suffix("")
+    (kept / "checkpoints").mkdir(parents=True)  # its driver was killed just after the score
+    part = next(run_folder.glob("banks/*/nf4")) / ".layers.0.down.safetensors.0123abcd"
+    part.write_bytes(b"of a killed worker")
     second, said = searched()
     assert len(said) == 2 and second.confirmations == first.confirmations and second.best_index == first.best_index
-    assert not list(run_folder.glob("trials/*/*/seed-?")), "their checkpoints are gone"
+    assert not list(run_folder.glob("trials/*/*/seed-?")) and not part.exists(), "what is not needed is gone"
 
 
 @pytest.mark.slow
