@@ -209,9 +209,8 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
     """A machine that cannot read the row may not see the storage."""
     run_dir = RunDir(tmp_path)
     folder = run_dir.candidates / "0123abcd"
-    weights = folder / "adapter" / "adapter_model.safetensors"
-    weights.parent.mkdir(parents=True)
-    weights.write_bytes(b"weights")
+    (weights := folder / "adapter" / "adapter_model.safetensors").parent.mkdir(parents=True)
+    weights.touch()
     write_json(folder / "record.json", a_record(folder, 1, 2.0))
     with pytest.raises(StageError, match="visible to all"), setting_aside_damaged_adapter(run_dir, "evaluate"):
         raise CorruptFile(f"adapter {weights} cannot be read", weights)
