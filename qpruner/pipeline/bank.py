@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.pipeline.preflight import Inspection, check_offers
+from qpruner.pipeline.preflight import Inspection, left_out_text
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage, disk_bytes_in
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout
@@ -65,7 +65,7 @@ class Bank(Stage[BankRecord]):
         context = self.context
         # The trials of controls depend on this digest too, and need entries of other formats.
         levels = {*self._layout.levels, *context.layout_of(UNPRUNED).levels, *PAPER}
-        return (self._bank.inputs, self._wanted, self._bank.digests(levels))
+        return (self._bank.inputs, self._wanted, self._bank.digests(levels), context.unfit)
 
     @property
     def _levels(self) -> tuple[str, ...]:
@@ -81,8 +81,9 @@ class Bank(Stage[BankRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
-        for cut in context.cuts:
-            check_offers(self.config, context.layout_of(cut), context.on_gpu)
+        for cut, reason in context.unfit.items():
+            self.notify(f"warning: {left_out_text(cut, reason)}")
+        _ = context.budget_bytes, context.plan_in_file  # raise errors, now that the widths are known
         for bank in self._banks:
             _remove_stale(bank)
             if not bank.has_grams():
@@ -95,6 +96,7 @@ class Bank(Stage[BankRecord]):
         }
         return {
             "cut": context.reference,
+            "left_out": context.unfit,
             "files": files,
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": {

@@ -66,8 +66,22 @@ class Context:
     @property
     def cuts(self) -> tuple[str, ...]:
         """Names of the cuts that the search may choose, the one that removes least first."""
+        return tuple(self._usable[0])
+
+    @property
+    def unfit(self) -> dict[str, str]:
+        """The cuts that were made, but whose widths the formats cannot hold, and the reason."""
+        return self._usable[1]
+
+    @cached_property
+    def _usable(self) -> tuple[dict[str, str], dict[str, str]]:
+        def usable(cut: str) -> str:
+            if self.inspection.packs:
+                preflight.check_offers(self.config, self.layout_of(cut), self.on_gpu)
+            return cut
+
         made = self.record(PruneRecord).cuts
-        return tuple(name for name in self.inspection.cuts if name in made)
+        return preflight.makeable({name: name for name in self.inspection.cuts if name in made}, usable)
 
     @property
     def reference(self) -> str:
@@ -158,7 +172,7 @@ class Context:
 
     def space_with(self, error: Mapping[str, Mapping[str, float]]) -> SearchSpace:
         """Return the same with the measured error of weights, see `PlanSpace.of`."""
-        spaces = (self.space_of(cut, error=error) for cut in self.cuts if self.may_win(cut))
+        spaces = (self.space_of(cut, error=error) for cut in self._fast_enough)
         losses = {cut: made.loss for cut, made in self.record(PruneRecord).cuts.items()}
         return SearchSpace(tuple(space for space in spaces if space.is_feasible(space.smallest())), losses)
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
 FLOPS_MARGIN = 0.02  # share of the base model's multiply-adds by which a cut may differ from what its shapes let expect
 Asked = TypeVar("Asked")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     asked = {UNPRUNED: uncut(config.prune)} if is_pruned(model_config) else config.prune.cuts
     cuts, left_out = makeable(asked, checked)
     layouts = {name: layout_for(config, cut.expected, on_gpu, name) for name, cut in cuts.items()}
+    if packs:
+        _check_formats(config, layouts.values(), on_gpu)
     fast = fast_enough(config, layouts, base, FLOPS_MARGIN)
     budget = budget_bytes(config, fast)
     settings = [cut.settings for cut in cuts.values() if not cut.settings.is_off]
@@ -144,9 +147,9 @@ def fast_enough(
     return kept
 
 
-def makeable(wanted: Mapping[str, Asked], make: Callable[[Asked], Cut]) -> tuple[dict[str, Cut], dict[str, str]]:
+def makeable(wanted: Mapping[str, Asked], make: Callable[[Asked], Made]) -> tuple[dict[str, Made], dict[str, str]]:
     """Make the cuts that can be made, and map the others to the reason; raise the first error if none can be made."""
-    cuts, errors = dict[str, Cut](), dict[str, UserError]()
+    cuts, errors = dict[str, Made](), dict[str, UserError]()
     for name, asked in wanted.items():
         try:
             cuts[name] = make(asked)
@@ -292,14 +295,17 @@ def check_cut(on_gpu: bool, config: RunConfig, cut: Cut) -> Cut:
 
 
 def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:
-    """Raise an error if a group takes none of the formats, or if a format is taken by no group."""
-    levels = config.quantize.levels
+    """Raise an error if a group takes none of the formats."""
     for group in layout.groups:
         if all(refusals(name, group.linears, on_gpu) for name in group.formats):
             raise UserError(_refused(group.formats, group.linears, on_gpu, f"group {group.name} takes none of"))
-    blocks = [group for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
+
+
+def _check_formats(config: RunConfig, layouts: Iterable[Layout], on_gpu: bool) -> None:
+    """Raise an error if no group of any cut takes one of the formats."""
+    blocks = [group for layout in layouts for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
     linears = [linear for group in blocks for linear in group.linears]
-    for name in levels:
+    for name in config.quantize.levels:
         if all(refusals(name, group.linears, on_gpu) for group in blocks):
             raise UserError(_refused((name,), linears, on_gpu, "no group takes"))
 
@@ -310,6 +316,6 @@ def _refused(levels: Sequence[str], linears: Sequence[LinearShape], on_gpu: bool
     taken = [name for name in formats() if not refusals(name, linears, on_gpu)]
     return (
         f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of {', '.join(taken)}; "
-        "or, if pruning made this width, set `prune.round_to: 64` for a layer that reads MLP channels, "
+        "or, if pruning made this width, set `prune.round_to` to what divides it for a layer that reads MLP channels, "
         "`prune.units: [mlp]` for one that reads attention heads"
     )

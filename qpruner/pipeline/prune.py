@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import PruneConfig, RunConfig
 from qpruner.data.encoding import load_encoded
-from qpruner.errors import CorruptFile, UserError
+from qpruner.errors import CorruptFile, TrainingDiverged, UserError
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import multiply_adds
@@ -168,7 +168,9 @@ def make_cuts(
         model = model or cutter.load()
         try:
             made[name] = cutter.make(name, model, each)
-        except UserError as error:
+        except (UserError, TrainingDiverged) as error:
+            if name == UNPRUNED and isinstance(error, TrainingDiverged):
+                raise
             left_out[name] = str(error)
         if name != UNPRUNED:
             model = None

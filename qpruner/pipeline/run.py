@@ -76,7 +76,8 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         if pruned := context.records.prune:
             cuts = {cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts}
             layouts = {cut: context.layout_of(cut) for cut in context.cuts}
-            known |= {"cuts": cuts, "layouts": layouts, "left_out": pruned.left_out, "is_estimate": False}
+            known = {"left_out": pruned.left_out | context.unfit}
+            known |= {"cuts": cuts, "layouts": layouts, "is_estimate": False}
             known |= {"budget_bytes": context.budget_bytes, "plan": context.plan_in_file}
         inspection = replace(inspection, warnings=warnings, **known)
         resources = context.trial_resources

@@ -51,7 +51,7 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
         "folder": run.state.folder,
         "seconds_since_sign_of_life": max(0.0, now - run.last_sign),
         "stages": stages,
-        "left_out": run.results.prune.left_out if run.results.prune else {},
+        "left_out": run.results.left_out,
         "search": _search_status(run),
         "to_compare": run.how_to_compare,
     }

@@ -152,8 +152,8 @@ def _unfinished_search(run: Snapshot) -> list[str]:
 def _pruning(run: Snapshot) -> Iterator[Part]:
     if record := run.results.prune:
         yield tables.cuts(record)
-        if record.left_out:
-            yield Items(tuple(f"{cut_title(name)}: left out, because {why}" for name, why in record.left_out.items()))
+        if left_out := run.results.left_out:
+            yield Items(tuple(f"{cut_title(name)}: left out, because {why}" for name, why in left_out.items()))
         if len(record.cuts) > 1:
             yield kept_by_block(record.cuts)
 

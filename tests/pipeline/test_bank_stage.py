@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from conftest import flip_a_byte, ignore, raw_config, with_key, with_keys
 from mixed_models import bank_of_run
+from safetensors.torch import load_file, save_file
 
 from qpruner.config.load import validate_config
-from qpruner.errors import CorruptFile
+from qpruner.errors import CorruptFile, UserError
 from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
@@ -178,6 +179,35 @@ def test_a_bank_of_other_weights_is_not_used(raw: Raw, tmp_path: Path) -> None:
     read_plan(bank_in(other), {DOWN: "nf4"})
     assert file_digest(folder / "nf4" / f"{DOWN}.json") == expected[f"nf4/{DOWN}.json"]
     assert file_digest(folder / "int8" / f"{DOWN}.json") != expected[f"int8/{DOWN}.json"], "not needed yet"
+
+
+def test_a_cut_that_no_format_holds_is_left_out(tiny_raw: Raw) -> None:
+    """Its widths depend on scores, so this shows only once it is made: here in one block only."""
+    del tiny_raw["quantize"]["bits"]
+    keys = {"prune": {"rates": [0, 0.05], "round_to": 16, "units": ["mlp"]}, "quantize.budget": {"bytes": 400_000}}
+    raw = with_keys(tiny_raw, **keys, **{"quantize.formats": ["q4_0", "q8_0"]})
+    shutil.copytree(raw["model"]["source"], model := Path(raw["output"]).parent / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.2
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    raw["model"]["source"] = str(model)
+    assert list(preflight.inspect(validate_config(raw)).cuts) == ["base", "cut-5"]
+    record, events = filled(raw)
+    assert list(record.left_out) == ["cut-5"] and "columns do not divide by 32" in record.left_out["cut-5"]
+    assert any("left out" in event.text for event in events if isinstance(event, Message))
+    _, events = filled(raw)
+    assert is_skipped(events)
+
+
+def test_a_cut_slower_than_expected_is_refused_before_packing(tiny_raw: Raw) -> None:
+    """The check before the run knows expected widths only, and allows for that."""
+    budget = {"bytes": 400_000}
+    raw = with_keys(tiny_raw, **{"prune": {"rates": [0.1]}, "quantize.budget": budget})
+    cuts = run(validate_config(raw), ignore, until="prune").prune.cuts  # type: ignore[union-attr]
+    share = round(cuts["cut-10"].multiply_adds / cuts["base"].multiply_adds - 0.005, 4)
+    with pytest.raises(UserError, match="no cut takes so few multiply-adds"):
+        filled(with_key(raw, "quantize.budget", budget | {"flops_fraction": share}))
+    assert not RunDir(raw["output"]).read_record("bank", BankRecord)
 
 
 GPTQ = {"quantize.rounding": "gptq", "calibration.num_samples": 4, "quantize.formats": ["q4_0", "bf16"]}

@@ -1,5 +1,6 @@
 """Checks of shapes and sample lengths before weights are read."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig
 from qpruner.config.load import validate_config
 from qpruner.config.schema import PruneConfig
 from qpruner.errors import UserError
-from qpruner.pipeline.preflight import inspect
+from qpruner.pipeline.preflight import inspect, shapes_of
 from qpruner.pruning.settings import settled
 
 SHAPES = {"num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
@@ -39,6 +40,17 @@ def test_more_tokens_than_learned_positions_are_refused(tiny_model: Path, tmp_pa
     ):
         with pytest.raises(UserError, match=told):
             inspect(validate_config(with_keys(raw, **{key: length})))
+
+
+def test_a_format_may_suit_one_cut_only(tiny_model: Path, tmp_path: Path) -> None:
+    """The k-quants need widths that 256 divides, which the base model has."""
+    shutil.copytree(tiny_model, model := tmp_path / "model")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    settings = json.loads((model / "config.json").read_text()) | sizes
+    (model / "config.json").write_text(json.dumps(settings))
+    keys = {"prune": {}, "quantize": {"formats": ["q4_k", "q8_0"], "budget": {"bytes": 100_000_000}}}
+    found = shapes_of(validate_config(with_keys(raw_config(model, tmp_path / "run"), **keys)), True, True)
+    assert list(found.cuts) == ["base", "cut-10", "cut-20"] and not found.left_out
 
 
 def test_keys_without_effect_change_no_cut(tiny_model: Path) -> None:

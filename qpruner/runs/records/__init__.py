@@ -118,6 +118,8 @@ class BankRecord(Record):
 
     cut: str = "base"
     """The cut that removes least, whose entries these are."""
+    left_out: dict[str, str] = {}
+    """Name of a cut whose widths the formats cannot hold -> the reason."""
     files: dict[str, str]
     """File name -> sha256."""
     bytes: int
@@ -333,6 +335,11 @@ class Results(Recorded):
     evaluate: EvalRecord | None = None
     comparison: ComparisonRecord | None = None
     serve: ServeRecord | None = None
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Name of a cut that cannot be made, or not be packed -> the reason."""
+        return {cut: why for record in (self.prune, self.bank) if record for cut, why in record.left_out.items()}
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
