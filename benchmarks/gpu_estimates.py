@@ -50,7 +50,7 @@ def inspected(setup: Setup) -> Any:
         layouts={name: pruned},
         left_out={},
         is_estimate=cut.settings.selection == "global" or cut.settings.drops_blocks,
-        budget_bytes=preflight.budget_bytes(config.quantize, pruned, config.search.pareto),
+        budget_bytes=preflight.budget_bytes(config, {name: pruned}),
         plan=None,
         packs=True,
     )
@@ -59,7 +59,7 @@ def inspected(setup: Setup) -> Any:
     splits = {"train": train, "validation": validation, "confirmation": validation[:1], "calibration": train[:1]}
     texts = {name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()}
     preflight.check_device(capability, config, packs=True)
-    preflight.check_cut(capability, config, base, cut)
+    preflight.check_cut(on_gpu, config, cut)
     derived = {"reference": shapes.reference, "expected": shapes.expected}
     return SimpleNamespace(**vars(shapes), **derived, examples=texts, questions={})
 

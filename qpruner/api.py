@@ -24,6 +24,8 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     names = [stage.name for stage in STAGES]
     if until not in names:
         raise UserError(f"`until` must be one of {', '.join(names)}, got {until!r}")
+    if not isinstance(config, str | Path):
+        raise UserError(f"`config` must be the path of a YAML file, got {type(config).__name__}: keys are overrides")
     loaded = load_config(Path(config), list(overrides))
     quiet_libraries()
     from qpruner.cli.terminal import Terminal

@@ -95,6 +95,8 @@ class Terminal:
                 self._search, self._trials = search, {trial.index: trial for trial in event.trials}
             case events.SlotsFound(slots) if self._search:
                 self._search = self._search.model_copy(update={"slots": slots})
+            case events.TrialChanged(trial, is_withdrawn=True):
+                self._trials.pop(trial.index, None)
             case events.TrialChanged(trial):
                 self._trials[trial.index] = trial
             case events.StepsSeen(steps):

@@ -14,12 +14,12 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
+from qpruner.report.finalists import rival_of
 from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, title_of
 from qpruner.runs.events import Progress
 from qpruner.runs.records import SearchRecord, digest_of
 from qpruner.runs.storage import for_each, published_folders, read_progress
 from qpruner.search.choice import random_plans
-from qpruner.search.trial_records import objective
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
 
@@ -55,10 +55,7 @@ def table_rows(context: Context) -> list[Row]:
     config, winner, searched = context.config, winner_row(context), context.record(SearchRecord)
     [(first, plan)] = winner.plans
     seeds = range(first, first + config.finetune.seeds)
-    rivals = [
-        each for each in searched.confirmations if each.control and each.fits and each.index != searched.best_index
-    ]
-    rival = min(rivals, key=lambda each: (objective(each, config), each.index), default=None)
+    rival = rival_of(searched)
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
         return Row(name, origin, tuple((seed, plan) for seed in under))

@@ -21,7 +21,7 @@ from qpruner.runs import storage
 from qpruner.runs.events import Emit
 from qpruner.runs.records import CandidateRecord, FinetuneRecord, SearchRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.checkpoints import ADAPTER_WEIGHTS
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
 from qpruner.training.table_rows import Candidate, finetune_candidate
 from qpruner.wording import counted
 
@@ -105,6 +105,9 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
             stage.notify(f"warning: {each}; set aside in {where}, {job.label} is fine-tuned again")
     # A killed driver may have left checkpoints of recorded fine-tunes.
     storage.for_each(storage.remove, [job.checkpoints for job in models if job.folder in found])
+    for job in (job for job in models if job.folder not in found):
+        for checkpoint in filter(is_damaged, storage.published_folders(job.checkpoints)):
+            stage.notify(f"warning: {checkpoint} is damaged; {job.label} does not resume from it")
     num_workers = context.config.finetune.num_workers
     tuned = run_jobs(stage, finetune_candidate, models, found, "steps", num_workers, own_process=True)
     for job, (measured, tracker_errors) in tuned:

@@ -1,7 +1,7 @@
 """The flow: its stages, and the one loop that runs them.
 
 Each stage leaves a record. A stage is skipped if the digest in its record equals the digest of its current inputs, so
-`qpruner run` can be repeated after any crash. Subcommands, API functions, `status` and estimates derive from `STAGES`.
+`qpruner run` can be repeated after any crash. Subcommands, `status` and estimates derive from `STAGES`.
 """
 
 import time

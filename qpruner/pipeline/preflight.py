@@ -72,9 +72,23 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     _, shapes, rows = together(
         lambda: run_root(config.output), lambda: shapes_of(config, works_here, packs), lambda: check_rows(config)
     )
+    _check_positions(config, shapes)
     check_encoding(config, rows.examples)
     parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_few_trials(config))}
     return Inspection(**parts)
+
+
+def _check_positions(config: RunConfig, shapes: Shapes) -> None:
+    """Raise an error if rows or samples are longer than the learned position table of the model."""
+    model_config, lengths = shapes.model_config, {"data.max_length": config.data.max_length}
+    if not all(cut.settings.is_off for cut in shapes.cuts.values()):
+        lengths["calibration.max_length"] = config.calibration.max_length
+    for name, length in lengths.items() if family_of(model_config).has_learned_positions else ():
+        if length > (most := int(model_config.max_position_embeddings)):
+            raise UserError(
+                f"`{name}`: {length} tokens are more than the {most} positions that this {model_config.model_type} "
+                f"model has learned: use at most {most}"
+            )
 
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:

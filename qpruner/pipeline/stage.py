@@ -25,7 +25,7 @@ class Stage(ABC, Generic[RecordType]):
     The command line imports every stage, so torch, transformers and Ray are imported inside functions only.
     """
 
-    name: ClassVar[str]  # name of the stage and of its folder, record, subcommand and API function
+    name: ClassVar[str]  # name of the stage and of its folder, record and subcommand
     help: ClassVar[str] = ""  # help text of the subcommand; empty if the stage has none
     record: type[RecordType] | None = None  # class of the record; None for a stage that always runs
     keeps_files: ClassVar[bool] = True  # whether the stage leaves a folder of its name

@@ -48,19 +48,19 @@ def comparisons(results: Results) -> list[Comparison]:
 
 
 def _best_control(results: Results) -> str | None:
-    """Name the row of the control in the budget with the least validation loss, by which nothing is claimed."""
+    """Name the control in the budget with most training seeds, then least validation loss: not what is claimed."""
     assert results.search
-    by_name = {name: tuned[0][0] for name, tuned in fine_tunes(results).items()}
-    winner, budget = by_name[SEARCHED], results.search.budget_bytes
+    by_name = fine_tunes(results)
+    winner, budget = by_name[SEARCHED][0][0], results.search.budget_bytes
     may_not_win = {each.origin for each in results.search.confirmations if not each.fits}  # by bytes or multiply-adds
-    losses = {
-        name: record.validation_loss
-        for name, record in by_name.items()
+    order = {
+        name: (-len(others), record.validation_loss)
+        for name, [(record, _), *others] in by_name.items()
         if name not in (BASE, PRUNED, RANDOM, *may_not_win)
         and record.plan_bytes <= budget
         and (record.cut, record.plan) != (winner.cut, winner.plan)
     }
-    return min(losses, key=losses.__getitem__, default=None)
+    return min(order, key=order.__getitem__, default=None)
 
 
 def claim(results: Results) -> str:

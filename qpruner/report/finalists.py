@@ -8,8 +8,10 @@ from qpruner.data.measures import Z_95, paired
 from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.formats import by_size
 from qpruner.report.results import SEARCHED, title_of
+from qpruner.report.search_progress import cost
 from qpruner.report.statistics import SAME
 from qpruner.runs.records import Confirmation, SearchRecord
+from qpruner.search.choice import winner_position
 from qpruner.wording import counted
 
 
@@ -55,6 +57,14 @@ def finalists(search: SearchRecord) -> list[Finalist]:
     return [_compared(each, best, search) for each in (best, *others)]
 
 
+def rival_of(search: SearchRecord) -> Confirmation | None:
+    """Return the best control in the budget but the winner, by the rule that chose the winner; None without any."""
+    controls = [each for each in search.confirmations if each.control and each.fits and each.index != search.best_index]
+    scores, num_seeds = [cost(each, search.metric) for each in controls], [len(each.seed_losses) for each in controls]
+    position = winner_position(scores, [True] * len(controls), num_seeds)
+    return None if position is None else controls[position]
+
+
 def best_control_text(search: SearchRecord) -> str:
     """State how the winner compares, as a trial, with the best other control in the budget; empty without controls."""
     winner, *others = finalists(search)
@@ -62,7 +72,8 @@ def best_control_text(search: SearchRecord) -> str:
     if not controls:
         return ""
     other = "other " if search.control_won else ""
-    rival = next((each for each in controls if each.fits), None)
+    best = rival_of(search)
+    rival = next((each for each in controls if best and each.trial == best.index), None)
     if rival is None:
         nearest = min(controls, key=lambda each: each.plan_bytes)
         return f"No {other}control fits the budget; the nearest is {nearest.title} ({_megabytes(nearest)})."

@@ -82,9 +82,10 @@ class SlotsFound(Event):
 
 @dataclass(frozen=True)
 class TrialChanged(Event):
-    """A trial was submitted, reached a rung or ended; `trial` is its record after that."""
+    """A trial was submitted, reached a rung, ended or, while it waited, was withdrawn; `trial` is its record then."""
 
     trial: TrialRecord
+    is_withdrawn: bool = False
 
 
 @dataclass(frozen=True)

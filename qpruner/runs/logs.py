@@ -3,17 +3,19 @@
 import logging
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qpruner.errors import QprunerError, StorageError, UserError, note_defect
-from qpruner.runs.events import Event, StageFinished, TrialChanged
+from qpruner.runs.events import Event, StageFinished
 from qpruner.runs.run_dir import LOG
 from qpruner.runs.storage import display_name, fetch_file, files_in, remove, retry_storage, storage_at, storage_error
 
 logger = logging.getLogger(__name__)
+SECONDS_BETWEEN = 30.0
 
 
 def quiet_libraries() -> None:
@@ -75,11 +77,11 @@ class Uploader:
         self._is_needed = not storage_at(root).fills_this_disk
         if self._is_needed:  # files here may be older than those that another machine uploaded
             shutil.rmtree(self._folder, ignore_errors=True)
+        self._due = time.monotonic() + SECONDS_BETWEEN
 
     def listen(self, event: Event) -> None:
-        """Upload the changed files after each trial and each stage."""
-        ends_trial = isinstance(event, TrialChanged) and event.trial.is_over
-        if self._is_needed and (ends_trial or isinstance(event, StageFinished)):
+        """Upload the changed files every half minute, and after each stage."""
+        if self._is_needed and (time.monotonic() >= self._due or isinstance(event, StageFinished)):
             self._upload(is_last=False)
 
     def close(self) -> None:
@@ -100,3 +102,4 @@ class Uploader:
                         remove(path)
         except (OSError, StorageError) as error:  # no result depends on these files
             logger.warning("TensorBoard files and log could not be uploaded, which is tried again: %s", error)
+        self._due = time.monotonic() + SECONDS_BETWEEN

@@ -1,4 +1,4 @@
-"""Choose the controls that a search has to beat, its finalists, its winner or Pareto front, and random plans.
+"""Choose the controls that a search has to beat, its finalists, its winner, a Pareto front, and random plans.
 
 The replays in `benchmarks/` call these functions too, so they choose plans as a run does.
 """

@@ -22,7 +22,7 @@ from qpruner.pipeline.flow import run_stage
 from qpruner.runs.events import Event, StageSkipped
 from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, RowScores, TaskScore
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import file_digest, write_json
+from qpruner.runs.storage import file_digest, write_json, writing_folder
 
 
 @pytest.mark.parametrize("settings", [{"seeds": 5}, {"compare": False, "random_plans": 1}], ids=str)
@@ -49,6 +49,10 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
         (folder / "adapter" / "adapter_model.safetensors").touch()
         write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
     (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(parents=True)  # its driver was killed just then
+    with writing_folder(jobs["random", 2] / "checkpoints" / "checkpoint-2") as checkpoint:
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "optimizer.pt").write_bytes(b"moments")
+    flip_a_byte(checkpoint / "optimizer.pt")
 
     def finetune_all(context: Context) -> list[CandidateRecord]:
         events.clear()
@@ -57,7 +61,8 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
     try:
         records = finetune_all(whole)
         assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "a recorded fine-tune needs no checkpoints"
-        assert told(events, "comparison") == ["random, training seed 2"]
+        assert told(events, "comparison") == ["warning", "random, training seed 2"]
+        assert any("checkpoint-2 is damaged; random, training seed 2 does not resume" in str(each) for each in events)
         counted = progress_of(events, "comparison")
         assert list(counted) == ["steps"]
         assert counted["steps"][-1] == (4 * len(set(jobs.values())),) * 2, "those that were recorded are done"

@@ -62,3 +62,5 @@ def test_until_ends_with_its_stage() -> None:
 def test_an_unknown_stage_is_refused() -> None:
     with pytest.raises(UserError, match=r"`until` must be one of prepare, prune, .*, report, got 'finetun'"):
         api.run("my.yaml", until="finetun")
+    with pytest.raises(UserError, match="`config` must be the path of a YAML file, got dict: keys are overrides"):
+        api.run({"output": "runs/mine"})  # type: ignore[arg-type]

@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from conftest import raw_config, with_keys
 from transformers import AutoConfig
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import PruneConfig
+from qpruner.errors import UserError
 from qpruner.pipeline.preflight import inspect, shapes_of
 from qpruner.pruning.settings import settled
 
@@ -21,6 +23,23 @@ def test_a_width_that_no_device_takes_is_left_out(tiny_model: Path, tmp_path: Pa
     keys |= {"quantize.formats": ["q4_0", "q8_0"], "quantize.budget": {"bytes": 220_000}}
     found = inspect(validate_config(with_keys(raw_config(tiny_model, tmp_path / "run"), **keys)), works_here=False)
     assert list(found.cuts) == ["base"] and "columns do not divide by 32" in found.left_out["cut-10"]
+
+
+def test_more_tokens_than_learned_positions_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    sizes = {"hidden_size": 64, "num_attention_heads": 1, "ffn_dim": 256, "word_embed_proj_dim": 64}
+    shapes = SHAPES | sizes | {"vocab_size": vocabulary, "max_position_embeddings": 64}
+    AutoConfig.for_model("opt", architectures=["OPTForCausalLM"], **shapes).save_pretrained(folder)
+    fits = {"data.max_length": 64, "calibration.max_length": 64, "prune": {"rates": [0.05]}, "quantize.bits": [8, 16]}
+    raw = with_keys(raw_config(folder, tmp_path / "run"), **fits)
+    inspect(validate_config(raw))
+    for key, length, told in (
+        ("data.max_length", 65, r"`data\.max_length`: 65 tokens are more than the 64 positions that this opt model"),
+        ("calibration.max_length", 128, r"`calibration\.max_length`: 128 tokens .* use at most 64"),
+    ):
+        with pytest.raises(UserError, match=told):
+            inspect(validate_config(with_keys(raw, **{key: length})))
 
 
 def test_a_format_may_suit_one_cut_only(tiny_model: Path, tmp_path: Path) -> None:

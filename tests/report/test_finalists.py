@@ -101,6 +101,16 @@ def test_the_claim_is_first_against_the_best_control_in_the_budget() -> None:
     assert "control" not in claim(searched())
 
 
+def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
+    """Its one score may be luck, as those of the others were; the winner too is chosen among means over seeds."""
+    means = {"seed_losses": (4.0, 4.1)}
+    lucky, again = OVER.model_copy(update={"fits": True}), KNAPSACK.model_copy(update=means)
+    results = results_of(searched_row([1.0]), confirmations=(lucky, again, finalist(11, "gp", WINNER, **means)))
+    assert "better than the best control in the budget, not pruned, knapsack (101.0 MB" in claim(results)
+    rows = [*row_of(RIVAL, [1.2, 1.3], plan=NF4), *tuned("paper", 1.0, 1.0, 80_000_000), *searched_row([1.5, 1.6])]
+    assert [each.other for each in comparisons(results_of(rows))] == [RIVAL], "nor one fine-tuned under fewer seeds"
+
+
 def test_a_control_that_won_is_compared_with_the_next() -> None:
     """Its row is then the winner's, and says what it is."""
     won = {"best_index": 3, "best_origin": "unpruned-knapsack", "control_won": True, "best_cut": "base"}

@@ -22,7 +22,8 @@ from test_run_dir import bank_record, folder_of, watched
 
 from qpruner.cli.flow_verbs import where_next
 from qpruner.errors import CorruptFile, StorageError, UserError
-from qpruner.runs.events import StageFinished
+from qpruner.runs import logs
+from qpruner.runs.events import Progress, StageFinished
 from qpruner.runs.lock import NAME, hold_run
 from qpruner.runs.logs import Uploader, logging_to
 from qpruner.runs.records import BankRecord, SearchClock
@@ -352,7 +353,7 @@ def test_a_store_that_stays_away_is_reported_with_the_remedy(
     assert caplog.text.count("could not be uploaded, which is tried again: ") == 2
 
 
-def test_changed_files_are_uploaded(run: RunDir, store: Store) -> None:
+def test_changed_files_are_uploaded(run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that only an earlier command wrote are deleted."""
     folder, key = run.root / "tensorboard", key_of(run.root)
     store.write(f"{key}/tensorboard/old", b"of an earlier command")
@@ -363,6 +364,10 @@ def test_changed_files_are_uploaded(run: RunDir, store: Store) -> None:
         (run.root / LOG).write_text("begun")
         uploader.listen(StageFinished("prune", 1.0, ""))
         assert store.read(f"{key}/tensorboard/events") == text.encode()
+        monkeypatch.setattr(logs, "SECONDS_BETWEEN", 0.0)
+    (folder / "events").write_text("within a stage, when it is due")
+    uploader.listen(Progress("finetune", 1, 2, "steps"))
+    assert store.read(f"{key}/tensorboard/events").startswith(b"within")
     uploader.close()
     assert set(store.keys(key)) == {"tensorboard/events", LOG}
 

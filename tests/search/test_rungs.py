@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qpruner.search.rungs import agreements
+from qpruner.search.rungs import ENOUGH_PAIRS, Rungs, agreements
 
 
 def test_the_agreement_is_kendalls_tau_over_pairs() -> None:
@@ -24,3 +24,14 @@ def test_a_cut_that_recovers_late_disagrees_across_only() -> None:
     assert (first.within, first.across) == (1.0, -1.0)
     assert (second.within, second.across) == (1.0, 15 / 16), "a tie"
     assert agreements([], last=4) == ()
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_the_best_of_a_cut_is_protected_until_enough_pairs_agree(recovers: bool) -> None:
+    rungs = Rungs(("base", "cut-20"), last=2)
+    for trial, cut in enumerate(["base", "cut-20"] * 3 + ["base"]):
+        if trial == 6:
+            assert 3 * 3 < ENOUGH_PAIRS <= 4 * 3 and rungs.protects(1, 1) and not rungs.protects(3, 1)
+        rungs.add(trial, cut, 1, float(trial))
+        rungs.add(trial, cut, 2, trial - 10.0 * (recovers and cut == "cut-20"))
+    assert rungs.protects(1, 1) == recovers

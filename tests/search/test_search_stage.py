@@ -29,7 +29,7 @@ from qpruner.pipeline.confirm_seeds import FINALISTS
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import best_of, choose_finalists
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.events import Event, Message, Progress
+from qpruner.runs.events import Event, Message, Progress, TrialChanged
 from qpruner.runs.records import SearchRecord, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
 from qpruner.search.searchers import Proposer, RandomProposer
@@ -364,6 +364,8 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
     assert [search.searcher.is_cancelled(name) for name in "ab"] == [False, True]
     search.searcher.on_trial_complete("b")
     assert [record.index for record in read_trials(job.trials)] == [0]
+    withdrawn = [each.trial.index for each in search.events if isinstance(each, TrialChanged) and each.is_withdrawn]
+    assert withdrawn == [1], "and no longer shown as waiting"
     assert search.suggest("c") == "FINISHED"
     more = Searching(job_of(tmp_path, max_hours=2.0)).rest()
     assert more[:2] == [(0, "unpruned-uniform", "444444"), (1, "unpruned-knapsack", SEED_PLAN)]

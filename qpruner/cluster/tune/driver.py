@@ -143,6 +143,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             remove(trial_records.trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
+            self._emit(TrialChanged(record, is_withdrawn=True))
             return
         if record.status == "running":
             # An error of the trial itself is in its record: here the process was killed, or never started.

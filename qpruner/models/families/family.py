@@ -67,6 +67,7 @@ class Family:
     attention: str = "self_attn"  # path of the attention module in a block
     mlp: str = "mlp"  # path of the MLP in a block; '' if its layers are children of the block
     channels_key: str = "intermediate_size"  # config key of the MLP's width
+    has_learned_positions: bool = False  # positions come from a table of limited length
     down_adds_to_residual: bool = True  # False if a norm follows the MLP
     gguf: str = ""  # llama.cpp's architecture of such models; '' if we do not write GGUF files of them
     gguf_ragged: str = ""  # llama.cpp's architecture that takes their blocks at different widths; '' if there is none

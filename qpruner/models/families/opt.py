@@ -31,4 +31,5 @@ OPT = Opt(
     "model.decoder.embed_tokens",
     mlp="",
     channels_key="ffn_dim",
+    has_learned_positions=True,
 )
