@@ -19,8 +19,9 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
     Groups have their names in the base model, so that the same block of two cuts is in one column.
     """
     bars = [
-        {"plan": f"{name}, {cut_title(plan.cut)}", "group": group, "format": format_name}
+        {"plan": name if title in name else f"{name}, {title}", "group": group, "format": format_name}
         for name, plan in plans.items()
+        for title in (cut_title(plan.cut),)
         for group, format_name in plan.as_dict().items()
     ]
     longest = sorted(plans.values(), key=lambda plan: -len(plan.groups))  # in which no block is lacking
