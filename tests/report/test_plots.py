@@ -87,6 +87,14 @@ def test_one_far_control_does_not_press_the_others_together(made: MadeRun, metri
     assert chart.png().startswith(b"\x89PNG")
 
 
+def test_the_axis_reaches_the_best_of_each_cut(made: MadeRun) -> None:
+    """A cut that costs much is shown at its loss, its worse trials at the axis's end."""
+    for trial, loss in zip(made.trials[:2], (9.0, 12.0), strict=True):
+        rungs = tuple(rung.model_copy(update={"loss": loss}) for rung in trial.rungs)
+        made.write(trial, cut="base", rungs=rungs)
+    assert chart_of(made, "pareto").spec["layer"][1]["encoding"]["y"]["scale"]["domain"][1] == 9.0
+
+
 def test_the_winner_is_marked(made: MadeRun) -> None:
     """Fresh rows chose the winner, so it may not have the best score; without a mark nobody would find it."""
     made.win(made.trials[9])

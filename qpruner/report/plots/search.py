@@ -82,10 +82,14 @@ def kind_of(trial: TrialRecord) -> str:
 
 
 def _score_axis(metric: str, title: str, points: Values) -> Spec:
-    """Encode the score on an axis that ends before the outliers, which are drawn at the axis's end."""
+    """Encode the score on an axis that has each cut's best, and ends before the outliers, drawn at the axis's end."""
     sign = -1 if metric == "accuracy" else 1
     costs = sorted(sign * point["score"] for point in points)
-    best, reach = costs[0], REACH * (statistics.median(costs) - costs[0])
+    of_cuts = [
+        min(sign * point["score"] for point in points if point["cut"] == cut)
+        for cut in {each["cut"] for each in points}
+    ]
+    best, reach = costs[0], max(REACH * (statistics.median(costs) - costs[0]), max(of_cuts) - costs[0])
     axis = quantity("score", title)
     if not 0 < reach < costs[-1] - best:  # all scores fit
         return axis
