@@ -34,6 +34,7 @@ def plan_file(config: Path, **changes: str) -> tuple[Path, dict[str, str]]:
     plan = yaml.safe_load(said(config.parent / "run", "--trial", str(UNIFORM), verb="plan")) | changes
     file = config.parent / f"plan-{len(list(config.parent.iterdir()))}.yaml"
     file.write_text(yaml.safe_dump(plan))
+    assert plan.pop("cut") == "cut-20"
     return file, plan
 
 
