@@ -18,17 +18,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from joint_table import opened
+
 from qpruner.config.load import load_config
 from qpruner.data import measures
 from qpruner.pipeline.comparison_rows import candidates_for
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import paper_plan
-from qpruner.pipeline.flow import recorded
-from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import Confirmation, SearchRecord
-from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import remove
 from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
 
@@ -38,13 +37,6 @@ FORMATS = {
 }
 """Formats for blocks and for embeddings: those of llama.cpp, and one of each kind and bits."""
 SEEDS = (1, 2, 3)  # trials have 0
-
-
-def opened(config: Any) -> Context:
-    """Open the finished search."""
-    context = Context(config, RunDir(config.output, create=False), lambda event: None, None, inspect(config))
-    recorded(context)
-    return context
 
 
 def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:

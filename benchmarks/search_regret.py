@@ -1,4 +1,4 @@
-"""Which searcher finds the best plan in the fewest trials, and what does ASHA cost? Replays on tables; no model runs.
+"""Replay searches on measured tables: how fast each searcher finds the best plan, and what ASHA costs. No model runs.
 
     .venv/bin/python benchmarks/search_regret.py                                  # every file in benchmarks/tables
     .venv/bin/python benchmarks/search_regret.py --table FILE --budgets 75 90 --seeds 5     # budgets in MB
@@ -115,7 +115,7 @@ def asha_row(stopping: Sequence[Replay], full: Sequence[Replay], number: int) ->
         "stopped": f"{statistics.fmean(stopped):.0%}",
         "of those proposed": f"{statistics.fmean(own):.0%}",
         "steps spent": f"{statistics.fmean(spent):.0%}",
-        "winner, had they gone on": f"same in {same} of {len(stopping)}",
+        "winner if none is stopped": f"same in {same} of {len(stopping)}",
         "without ASHA": f"same in {alike}",
         "best stopped - winner": f"{statistics.median(apart):+.3f} [{min(apart):+.3f}]",
         "regret": spread([after(each, number) for each in stopping]),

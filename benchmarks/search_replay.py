@@ -181,14 +181,14 @@ class EndedTrial:
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of a search: its trials in the order in which they ended."""
+    """A replayed search: its trials in the order in which they ended."""
 
     task: Task
     trials: list[EndedTrial]
     repaired: int  # proposals that were over budget or known
 
     def returned(self, number: int, as_if_finished: bool = False) -> EndedTrial | None:
-        """Return the winner after `number` trials; `as_if_finished` had stopped trials gone on to the end."""
+        """Return the winner after `number` trials; `as_if_finished`: stopped ones compete too, by their last rung."""
         done = [trial for trial in self.trials[:number] if trial.finished or as_if_finished]
         are_controls = [trial.control for trial in done]
         scores, fit = [trial.scores[0] for trial in done], [trial.fits for trial in done]

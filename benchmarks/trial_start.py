@@ -37,6 +37,7 @@ from qpruner.data.encoding import collate, load_encoded, save_encoded
 from qpruner.models.layout import group_linears, table_paths
 from qpruner.models.loading import checkpoint_config, load_dense
 from qpruner.models.memory import freeze_libraries
+from qpruner.plans.plan import UNPRUNED
 from qpruner.quantization.assembly import attach_adapters, plan_model
 from qpruner.quantization.bank import BankSource, build_entry, read_plan
 from qpruner.quantization.formats import DENSE, format_of
@@ -67,8 +68,9 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
-    """What this process, which has built no model yet, takes for a trial's start."""
-    checkpoint, offered = run / "cuts" / next(iter(config.prune.cuts)), banked_formats(config, run)
+    """Time how a trial starts in this process, which must not have built a model before."""
+    cut, offered = next(iter(config.prune.cuts)), banked_formats(config, run)
+    checkpoint = run / ("prepare/model" if cut == UNPRUNED else f"cuts/{cut}")
     bank = BankSource(run / "starts", checkpoint, config.quantize.group, config.model.dtype, config.lora, config.seed)
     freeze_libraries()
     generator = random.Random(turn)
@@ -142,8 +144,8 @@ def main() -> None:
         return
     if not (arguments.run and arguments.config):
         parser.error("name RUN and --config CONFIG, or --rows NUMBER")
+    config = RunConfig.model_validate(yaml.safe_load(arguments.config.read_text()))
     if arguments.only:
-        config = RunConfig.model_validate(yaml.safe_load(arguments.config.read_text()))
         turn, kind = arguments.only
         print(json.dumps(measure(config, arguments.run, int(turn), kind == "bank")))
         return
@@ -160,7 +162,7 @@ def main() -> None:
             middle = statistics.median(column)
             told = f"{middle:7.2f} {name} ({min(column):.2f} to {max(column):.2f})"
             print(f"{kind:22} {told:44} {scratch / middle:6.1f}x")
-    groups = len(banked_formats(arguments.run))
+    groups = len(banked_formats(config, arguments.run))
     print(json.dumps({"groups": groups, "repeats": arguments.repeats, "seconds": found}))
 
 

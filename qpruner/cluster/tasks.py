@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError)
 """Errors that mean that a worker died; the task of a process group ends with the RayActorError of a dead process."""
 MAX_DEATHS = 3  # deaths of workers in a row, on machines that stay and without progress, that fail a job
-QUIET_SECONDS = 20.0  # after this time without a worker, the user is told that the work waits for a machine
+QUIET_SECONDS = 20.0  # tell the user after so long that no worker has started
 ANSWER_SECONDS = 2.0  # a machine that accepts no connection within this time counts as gone
 
 

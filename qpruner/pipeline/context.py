@@ -75,6 +75,8 @@ class Context:
 
     @cached_property
     def _usable(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Sort the cuts that were made into those whose widths the formats can hold, and the others with the reason."""
+
         def usable(cut: str) -> str:
             if self.inspection.packs:
                 preflight.check_offers(self.config, self.layout_of(cut), self.on_gpu)

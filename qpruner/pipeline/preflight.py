@@ -321,6 +321,6 @@ def _refused(levels: Sequence[str], linears: Sequence[LinearShape], on_gpu: bool
     taken = [name for name in formats() if not refusals(name, linears, on_gpu)]
     return (
         f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of {', '.join(taken)}; "
-        "or, if pruning made this width, set `prune.round_to` to what divides it for a layer that reads MLP channels, "
+        "or, if pruning made this width, set `prune.round_to` to that divisor for a layer that reads MLP channels, "
         "`prune.units: [mlp]` for one that reads attention heads"
     )

@@ -93,7 +93,7 @@ def test_asha_stops_poor_trials_and_no_control(table: Path) -> None:
     # Half a trial's steps each: the first rung is at 4 of 8.
     assert early.trials[-1].spent == full.trials[-1].spent - 4 * len(stopped)
     row = search_regret.asha_row([early], [full], 40)
-    assert row["winner, had they gone on"] == "same in 1 of 1" and row["without ASHA"] == "same in 1"
+    assert row["winner if none is stopped"] == "same in 1 of 1" and row["without ASHA"] == "same in 1"
 
 
 @pytest.mark.slow
