@@ -74,7 +74,8 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
     ]
     for each in search["under_way"][:MOST_LINES]:
         word = "under way" if is_running else "begun"
-        lines.append(f"{word:<12}  trial {each['trial']} ({each['from']}), step {each['step']}/{state.steps}")
+        about = f"trial {each['trial']} ({each['from']}), {cut_title(each['cut'])}"
+        lines.append(f"{word:<12}  {about}, step {each['step']}/{state.steps}")
     lines += map(_failed, search["failures"][:MOST_LINES])
     if search["winner"] is not None:
         chosen, name = search["winner"], score_title(state).removeprefix("validation ")

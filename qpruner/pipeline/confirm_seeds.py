@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from qpruner.config.schema import RunConfig
 from qpruner.data.measures import over_questions
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.stage import Stage
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob
 
 FINALISTS = "scoring finalists on fresh rows"
+APART = 1000
+"""Added to `seed` and 1 for the first further seed: the seeds that choose a winner must not judge it afterwards."""
 
 
 def with_further_seeds(
@@ -41,7 +44,7 @@ def with_further_seeds(
     chosen = [able[at] for at in choice.contenders(scores, are_controls, settings.confirm, losses)]
     if len(chosen) < 2 or not settings.confirm_seeds:
         return list(confirmations), 0.0
-    seeds = range(config.seed + 1, config.seed + 1 + settings.confirm_seeds)
+    seeds = further_seeds(config)
     stage.notify(
         f"{counted(len(chosen), 'finalist')} cannot be told apart: each is trained again under "
         f"{counted(len(seeds), 'further seed')} (`search.confirm_seeds`)"
@@ -55,6 +58,11 @@ def with_further_seeds(
     for at in chosen:
         confirmed[at] = _averaged(confirmations[at], list(itertools.islice(left, len(seeds))))
     return confirmed, sum(each.gpu_seconds for each in found)
+
+
+def further_seeds(config: RunConfig) -> range:
+    """Return the training seeds `search.confirm_seeds`, which neither a trial nor a row of the final table has."""
+    return range(config.seed + 1 + APART, config.seed + 1 + APART + config.search.confirm_seeds)
 
 
 def candidate_of(stage: Stage[Any], trial: TrialRecord, folder: Path, seed: int) -> Candidate:

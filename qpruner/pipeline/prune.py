@@ -88,9 +88,9 @@ class Prune(Stage[PruneRecord]):
         return {name: Wanted(each, digests[name], context.run_dir.cut(name)) for name, each in asked.items()}
 
     def detail(self) -> str:
-        names = list(self.context.inspection.cuts)
-        before = f"{', '.join(map(cut_title, names[:-1]))} and " if len(names) > 1 else ""
-        return before + describe(self.context.inspection.cuts[names[-1]].settings)
+        cuts = self.context.inspection.cuts
+        most = list(cuts.values())[-1].settings
+        return describe(most, ", ".join(map(cut_title, cuts)) if len(cuts) > 1 else target_text(most))
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, wanted = self.context, self._wanted()
@@ -260,11 +260,11 @@ class Cutter:
         )
 
 
-def describe(settings: PruneConfig) -> str:
-    """Describe the cut in one line."""
+def describe(settings: PruneConfig, target: str) -> str:
+    """Describe a cut in one line, or several by their `target`, of which `settings` are those of the largest."""
     if settings.is_off:
-        return target_text(settings)
-    parts = [target_text(settings), f"by {settings.criterion.replace('_', ' ')}", settings.selection]
+        return target
+    parts = [target, f"by {settings.criterion.replace('_', ' ')}", settings.selection]
     if settings.drops_blocks:
         parts.append("whole blocks first" if settings.width_units else "whole blocks only")
     if settings.num_steps > 1:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import STAGES, recorded, run_flow, stages_until
 from qpruner.pipeline.nodes import look_at_nodes
-from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report, report_unfinished
 from qpruner.pipeline.serve import Serve
 from qpruner.pipeline.stage import Stage
@@ -68,7 +68,6 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         disk = _check_room(context)
         for stage in STAGES:
             stage(context).check()
-        warnings = (*inspection.warnings, *Prune(context).warnings(), *Serve(context).warnings())
         if address:
             look_at_nodes(context)
         recorded(context)
@@ -79,7 +78,9 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
             known = {"left_out": pruned.left_out | context.unfit}
             known |= {"cuts": cuts, "layouts": layouts, "is_estimate": False}
             known |= {"budget_bytes": context.budget_bytes, "plan": context.plan_in_file}
-        inspection = replace(inspection, warnings=warnings, **known)
+        inspection = replace(inspection, **known)
+        told = starmap(preflight.left_out_text, inspection.left_out.items())
+        inspection = replace(inspection, warnings=(*inspection.warnings, *told, *Serve(context).warnings()))
         resources = context.trial_resources
         slots = context.known_slots.concurrent(resources, config.search.max_concurrent)
         return Checked(inspection, slots, resources, disk)

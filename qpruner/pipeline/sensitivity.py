@@ -75,8 +75,7 @@ class Sensitivity(Stage[SensitivityRecord]):
 
     def summary(self, record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
-        levels = self.context.layout_of(self.context.reference).levels
-        about = f"{levels[0]} less {levels[-1]}: {ranges}" if ranges else "nothing measured"
+        about = f"smallest less largest format: {ranges}" if ranges else "nothing measured"
         return f"{len(record.groups)} groups, {about}"
 
 

@@ -98,7 +98,7 @@ def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     text, search = printed("status", run), json_of("status", run)["search"]
     assert "1 failed; 2 of 2 slots busy, 1 waiting for one; about" in text
     assert [each["trial"] for each in search["under_way"]] == [5, 6, 7]
-    assert "under way     trial 5 (gp), step 3/8" in text
+    assert "under way     trial 5 (gp), not pruned, step 3/8" in text
     reason = "TrainingDiverged: the loss is nan"
     assert f"failed        trial 4 (gp), diverged: {reason}\n  remedy: lower `training.learning_rate`" in text
     text = printed("trials", run)
@@ -121,7 +121,7 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
 
     lines = printed("status", run).splitlines()
     trials = "7 of 20 trials: 3 finished, 1 stopped, 1 failed; 2 begun; about 14 min 30 s left once it goes on"
-    assert trials in lines and "begun         trial 5 (gp), step 2/8" in lines
+    assert trials in lines and "begun         trial 5 (gp), not pruned, step 2/8" in lines
     assert not any("under way" in line or "waiting for" in line for line in lines)
     snapshot = read_snapshot(RunDir(run))
     assert "1 failed; 2 begun; about 14 min 30 s left once it goes on." in render(snapshot, sections(snapshot))

@@ -17,7 +17,7 @@ from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.flow import recorded
-from qpruner.pipeline.run import run
+from qpruner.pipeline.run import check, run
 from qpruner.quantization.bank import BankSource, read_plan
 from qpruner.quantization.formats import format_of, formats
 from qpruner.runs.events import Event, Message, Progress, StageSkipped, TrialChanged
@@ -195,6 +195,7 @@ def test_a_cut_that_no_format_holds_is_left_out(tiny_raw: Raw) -> None:
     record, events = filled(raw)
     assert list(record.left_out) == ["cut-5"] and "columns do not divide by 32" in record.left_out["cut-5"]
     assert any("left out" in event.text for event in events if isinstance(event, Message))
+    assert any("5 % pruned is left out" in text for text in check(validate_config(raw), ignore).inspection.warnings)
     _, events = filled(raw)
     assert is_skipped(events)
 

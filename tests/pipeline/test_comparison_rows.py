@@ -22,6 +22,7 @@ from qpruner.pipeline.comparison_rows import (
     untuned_candidates,
     winner_row,
 )
+from qpruner.pipeline.confirm_seeds import further_seeds
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.runs.events import Event
@@ -55,6 +56,13 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
     assert {name for name, each in seeds.items() if each == {1, 2}} == {"random", "searched", best}
     assert {name for name, each in seeds.items() if each == {1}} == {"base", "pruned", *CONTROLS} - {best}
+
+
+def test_seeds_that_chose_the_winner_do_not_judge_it(changed: Callable[[str, Any], Context]) -> None:
+    context = changed("search.confirm_seeds", 2)
+    found = [seed for row in rows_of(context, a_winner(context)).values() for seed, _ in row.plans]
+    assert len(further_seeds(context.config)) == 2
+    assert {*further_seeds(context.config), context.config.seed}.isdisjoint(found)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.run import PACKAGES, _cpu_model, _environment, run
-from qpruner.runs.events import Event, Message, Progress, StageSkipped
+from qpruner.runs.events import Event, Message, Progress, StageFinished, StageSkipped
 from qpruner.runs.lock import NAME, this_process
 from qpruner.runs.records import PrepareRecord
 from qpruner.runs.run_dir import RunDir
@@ -51,6 +51,8 @@ def test_progress_of_long_steps_counts_up_once(sensed: tuple[dict[str, Any], lis
     assert len(found["prune", "loading weights"]) > 10
     assert len([work for stage, work in found if stage == "sensitivity"]) == 4
     assert found["sensitivity", "mutual_information by group"][-1] == found["bank", "groups"][-1] == (8, 8)
+    (ended,) = [each for each in sensed[1] if isinstance(each, StageFinished) and each.stage == "sensitivity"]
+    assert ended.figures.startswith("9 groups, smallest less largest format: mutual_information ")
 
 
 def test_a_command_up_to_a_stage_leaves_a_report(raw: dict[str, Any], prepared: Path) -> None:

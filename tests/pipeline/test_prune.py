@@ -188,6 +188,8 @@ def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Pat
     written = (folder / "cut.json").stat().st_mtime_ns
     _, _, events = pruned(several)
     assert measured(events) == ["importance", "importance, step 2 of 2", "10 % pruned", "30 % pruned"]
+    told = [event.detail for event in events if isinstance(event, StageStarted) and event.stage == "prune"]
+    assert told[0].startswith("not pruned, 10 % pruned, 30 % pruned, by taylor, per_layer")
     _, _, events = pruned(with_key(several, "output", alone["output"]))
     assert measured(events) == ["importance, step 2 of 2", "30 % pruned"], "the first step's was kept"
     assert (folder / "cut.json").stat().st_mtime_ns == written
