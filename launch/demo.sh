@@ -5,6 +5,7 @@
 # Usage: bash launch/demo.sh [further options of `qpruner run`]     Repeated, it resumes from its records.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # the first process compiles modules, the others read them
 bash launch/setup.sh demo demo-model
 echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $* (10 to 45 minutes on two free cores, depending on the CPU; longer on busy ones; Ctrl-C, then the same again, goes on)"
 exec .venv/bin/qpruner run tune_configs/demo_smollm2_cpu.yaml "$@"

@@ -3,6 +3,7 @@
 # Usage: bash launch/test.sh [options of pytest]     Long tests: .venv/bin/pytest -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # the first process compiles modules, the others read them
 # Minutes on one core of an otherwise idle machine, with packages installed.
 CORE_MINUTES=16
 cores=$(nproc)
