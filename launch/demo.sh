@@ -2,10 +2,19 @@
 # From a fresh machine to the demo's table: makes .venv, installs, prunes a real model, searches, fine-tunes, measures.
 # It ends with GGUF files of the result, and the commands of llama.cpp and Ollama that talk to them.
 # Needs bash, Python 3.11 or newer, 8 GB of disk for the installation and 1 GB for the run, 6 GiB of memory.
-# Usage: bash launch/demo.sh [further options of `qpruner run`]     Repeated, it resumes from its records.
+# Usage: bash launch/demo.sh [--long] [further options of `qpruner run`]     Repeated, it resumes from its records.
+# --long goes on to three training seeds, more plans, cuts and questions, the paper's flow, and a file with the adapter merged.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONDONTWRITEBYTECODE # the first process compiles modules, the others read them
+minutes="8 to 40"
+if [ "${1:-}" = --long ]; then
+  shift
+  minutes="15 to 90"
+  set -- --set prune.rates=[0,0.1,0.2] --set sensitivity.methods=[mutual_information,second_order] \
+    --set search.max_trials=16 --set search.confirm=3 --set search.confirm_seeds=1 --set finetune.seeds=3 \
+    --set evaluate.limit=135 --set serve.to=[gguf,gguf_merged] "$@"
+fi
 bash launch/setup.sh demo demo-model
-echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $* (10 to 45 minutes on two free cores, depending on the CPU; longer on busy ones; Ctrl-C, then the same again, goes on)"
+echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $* ($minutes minutes on two free cores, depending on the CPU; longer on busy ones; Ctrl-C, then the same again, goes on)"
 exec .venv/bin/qpruner run tune_configs/demo_smollm2_cpu.yaml "$@"
