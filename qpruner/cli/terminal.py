@@ -6,7 +6,7 @@ The live view shows the stages, the progress within a stage, and the search. The
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -19,8 +19,11 @@ from rich.text import Text
 
 from qpruner.plans.plan import PrecisionPlan, cut_title, plan_of
 from qpruner.quantization.formats import format_of
+from qpruner.report import content
 from qpruner.report import search_progress as trials_now
-from qpruner.report.content import Cell
+from qpruner.report.content import Cell, Compared, Paragraph, Part
+from qpruner.report.plots.chart import Chart
+from qpruner.report.plots.text import text_plot
 from qpruner.report.search_progress import event_line, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
@@ -110,15 +113,27 @@ class Terminal:
     def table(self, headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> None:
         """Print a table; in a pipe each row is one line, so that `grep` and `awk` work."""
         if self._is_plain:
-            rows = [[" ".join(str(cell).splitlines()) for cell in row] for row in (headings, *body)]
+            rows = [[" ".join(_plain(cell).splitlines()) for cell in row] for row in (headings, *body)]
             widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
             for cells in rows:
                 self.say("  ".join(map(set_cell_size, cells, widths)).rstrip())
             return
         table = Table(*(Column(Text(each), overflow="fold") for each in headings), box=None, padding=(0, 2, 0, 0))
         for row in body:
-            table.add_row(*(_bars(cell) if isinstance(cell, PrecisionPlan) else Text(cell) for cell in row))
+            table.add_row(*(_bars(cell) if isinstance(cell, PrecisionPlan) else Text(_plain(cell)) for cell in row))
         self._console.print(table)
+
+    def show(self, parts: Iterable[Part]) -> None:
+        """Print paragraphs, tables and the plot of a search."""
+        for part in parts:
+            if isinstance(part, Paragraph):
+                self.say(part.text, is_prose=True)
+            elif isinstance(part, content.Table):
+                self.say(f"{part.caption}:")
+                self.table(part.headings, part.rows)
+            elif isinstance(part, Chart):
+                for line in text_plot(part):
+                    self._console.print(Text.assemble(*line))
 
     def say(self, text: str, is_prose: bool = False) -> None:
         """Print a line; on a terminal, prose is wrapped between words."""
@@ -184,6 +199,10 @@ def _search_view(
         table.caption = f"and {len(now.running) - num_listed} more"
     if now.running:
         yield table
+
+
+def _plain(cell: Cell) -> str:
+    return cell.drawn if isinstance(cell, Compared) else str(cell)
 
 
 def _bars(plan: PrecisionPlan) -> Text:

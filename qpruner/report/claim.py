@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_in_full, over_tasks
 from qpruner.plans.plan import UNPRUNED
-from qpruner.report.finalists import best_control_text
+from qpruner.report.finalists import against_rival, best_control_text
 from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, control_title, fine_tunes, rows, title_of
 from qpruner.report.statistics import (
     SAME,
@@ -18,6 +18,8 @@ from qpruner.report.statistics import (
     seeds_of,
 )
 from qpruner.runs.records import Results
+
+VERDICTS = ("better", "worse")
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,21 @@ class Comparison:
 
 def comparisons(results: Results) -> list[Comparison]:
     """Compare the winner with the best control that users would try instead, then with random plans of equal bytes."""
-    by_name, found = fine_tunes(results), []
     # The spread of random plans needs at least two of them.
-    several = len({tuple(record.plan.items()) for record, _ in by_name.get(RANDOM, ())}) > 1
-    for other in filter(None, (_best_control(results), RANDOM if several else None)):
-        pairs = paired(by_name[SEARCHED], by_name[other])
-        differences = (*over_questions(pairs), over_confirmation_rows(pairs))
-        found.append(Comparison(other, pairs[0][1][0].origin, seeds_of(pairs), more_bytes(pairs), differences))
-    return found
+    several = len({tuple(record.plan.items()) for record, _ in fine_tunes(results).get(RANDOM, ())}) > 1
+    others = filter(None, (best_control(results), RANDOM if several else None))
+    return [compared(results, other) for other in others]
 
 
-def _best_control(results: Results) -> str | None:
+def compared(results: Results, other: str) -> Comparison:
+    """Compare the winner with another row of the final table, over the training seeds that both have."""
+    by_name = fine_tunes(results)
+    pairs = paired(by_name[SEARCHED], by_name[other])
+    differences = (*over_questions(pairs), over_confirmation_rows(pairs))
+    return Comparison(other, pairs[0][1][0].origin, seeds_of(pairs), more_bytes(pairs), differences)
+
+
+def best_control(results: Results) -> str | None:
     """Name the control in the budget with most training seeds, then least validation loss: not what is claimed."""
     assert results.search
     by_name = fine_tunes(results)
@@ -61,6 +67,21 @@ def _best_control(results: Results) -> str | None:
         and (record.cut, record.plan) != (winner.cut, winner.plan)
     }
     return min(order, key=order.__getitem__, default=None)
+
+
+def headline(results: Results) -> str:
+    """Say how small the winner is, and how it compares with the best simple alternative, no surer than the spread."""
+    assert results.search and results.prune
+    winner, search = fine_tunes(results)[SEARCHED][0][0], results.search
+    smaller = f"{results.prune.cuts[UNPRUNED].bytes_before / winner.measured_bytes:.1f} times smaller than the base"
+    if search.control_won:
+        return f"{smaller}. The simple thing is best here, and this is it: {control_title(search.best_origin)}"
+    control, as_trial = best_control(results), against_rival(search)
+    differences = compared(results, control).differences if control else as_trial[1:] if as_trial else ()
+    if not differences:
+        return f"{smaller}; compared with no simple alternative"
+    counts, alternative = _counts(differences), "the best simple alternative"
+    return f"{smaller}; " + (f"{counts} measures than {alternative}" if counts else f"{SAME} from {alternative}")
 
 
 def claim(results: Results) -> str:
@@ -111,16 +132,20 @@ def _against_base(results: Results) -> str:
 
 def _verdicts(found: Sequence[Comparison]) -> str:
     """Say in which measures the winner is better or worse, and in how many of all comparisons."""
-    parts, verdicts = [], [difference.verdict for each in found for difference in each.differences]
-    shown = ("better", "worse")
+    parts, total = [], sum(len(each.differences) for each in found)
     for each in found:
-        measures = {word: [one.measure for one in each.differences if one.verdict == word] for word in shown}
+        measures = {word: [one.measure for one in each.differences if one.verdict == word] for word in VERDICTS}
         rival, named = _rival(each), {word: " and ".join(names) for word, names in measures.items() if names}
         phrases = [f"is {word} than {rival} in {names}" for word, names in named.items()]
         parts.append(" and ".join(phrases) or f"is {SAME} from {rival}")
-    counts = [f"{word} in {verdicts.count(word)}" for word in shown if word in verdicts]
-    headline = f"{' and '.join(counts)} of {len(verdicts)}" if counts else "no difference shown"
-    return f"It {'; it '.join(parts)}. Over {len(verdicts)} comparisons, each at 95 % by itself: {headline}."
+    counts = _counts([one for each in found for one in each.differences]) or "no difference shown"
+    return f"It {'; it '.join(parts)}. Over {total} comparisons, each at 95 % by itself: {counts}."
+
+
+def _counts(differences: Sequence[Difference]) -> str:
+    verdicts = [each.verdict for each in differences]
+    counts = [f"{word} in {verdicts.count(word)}" for word in VERDICTS if word in verdicts]
+    return f"{' and '.join(counts)} of {len(verdicts)}" if counts else ""
 
 
 def _rival(found: Comparison) -> str:

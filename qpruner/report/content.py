@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,42 @@ from dataclasses import dataclass, replace
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.plots.chart import Chart
 from qpruner.report.snapshot import Snapshot
+from qpruner.report.statistics import Difference
 
 NUMBER = re.compile(r"[-+]?\d[\d.,]*([ %].{0,40})?|-|")
 """A number with a unit or an interval, not a sentence that begins with a number."""
+BAR_WIDTH = 15  # characters of an interval that is drawn without graphics
 
 
-Cell = str | PrecisionPlan  # what a table shows in a cell; a plan is drawn as a bar, or written with a letter per group
+@dataclass(frozen=True)
+class Compared:
+    """A cell with another model's figure and the winner's difference from it, which is drawn with its 95 % interval.
+
+    `times` is the winner's figure as a multiple, for what has no interval.
+    """
+
+    figure: str
+    times: str = ""
+    difference: Difference | None = None
+
+    def __str__(self) -> str:
+        about = self.difference.text if self.difference else self.times
+        return f"{self.figure} ({about})" if about else self.figure
+
+    @property
+    def drawn(self) -> str:
+        """The cell in plain characters: `|` is no difference, `o` the mean, and to the right is better."""
+        if not (self.difference and self.difference.bar):
+            return f"{self.figure}  {self.times}"
+        middle, line = BAR_WIDTH // 2, [" "] * BAR_WIDTH
+        # Rounded away from the middle: an interval that excludes zero must not touch it.
+        ends = [middle + int(math.copysign(math.ceil(abs(end) * middle), end)) for end in self.difference.bar]
+        line[ends[0] : ends[2] + 1] = ["-"] * (ends[2] + 1 - ends[0])
+        line[middle], line[ends[1]] = "|", "o"
+        return f"{self.figure}  [{''.join(line)}]"
+
+
+Cell = str | PrecisionPlan | Compared  # a plan is drawn as a bar, or written with a letter per group
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.formats import by_size
 from qpruner.report.results import SEARCHED, title_of
 from qpruner.report.search_progress import cost
-from qpruner.report.statistics import SAME
+from qpruner.report.statistics import SAME, SELECTION_LOSS, Difference
 from qpruner.runs.records import Confirmation, SearchRecord
 from qpruner.search.choice import winner_position
 from qpruner.wording import counted
@@ -65,6 +65,16 @@ def rival_of(search: SearchRecord) -> Confirmation | None:
     return None if position is None else controls[position]
 
 
+def against_rival(search: SearchRecord) -> tuple[Finalist, Difference] | None:
+    """Return the best other control in the budget and the winner's difference from it, as trials on fresh rows."""
+    best = rival_of(search)
+    rival = next((each for each in finalists(search) if best and each.trial == best.index), None)
+    if rival is None or rival.more_loss is None:
+        return None
+    verdict = {"better": "worse", "worse": "better"}.get(rival.verdict or "", SAME)
+    return rival, Difference(SELECTION_LOSS, -rival.more_loss, None, rival.half_width, rival.num_rows, verdict)
+
+
 def best_control_text(search: SearchRecord) -> str:
     """State how the winner compares, as a trial, with the best other control in the budget; empty without controls."""
     winner, *others = finalists(search)
@@ -72,12 +82,12 @@ def best_control_text(search: SearchRecord) -> str:
     if not controls:
         return ""
     other = "other " if search.control_won else ""
-    best = rival_of(search)
-    rival = next((each for each in controls if best and each.trial == best.index), None)
-    if rival is None:
+    found = against_rival(search)
+    if found is None:
         nearest = min(controls, key=lambda each: each.plan_bytes)
         return f"No {other}control fits the budget; the nearest is {nearest.title} ({_megabytes(nearest)})."
-    verdict = {"better": "worse than", "worse": "better than"}.get(rival.verdict or "", f"{SAME} from")
+    rival, difference = found
+    verdict = f"{SAME} from" if difference.verdict == SAME else f"{difference.verdict} than"
     after = f" after {counted(search.steps, 'step')}" if search.steps else ""
     return (
         f"On the search's fresh rows{after} the winner is {verdict} the best {other}control in the budget, "

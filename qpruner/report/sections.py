@@ -8,9 +8,10 @@ import yaml
 from qpruner.data.measures import accuracy_in_full
 from qpruner.plans.plan import cut_title, in_base, plan_of
 from qpruner.report import tables
-from qpruner.report.claim import claim
+from qpruner.report.claim import claim, headline
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
 from qpruner.report.finalists import best_control_text, finalists
+from qpruner.report.overview import overview
 from qpruner.report.plots.plans import kept_by_block, plan_bars
 from qpruner.report.plots.search import score_by_bytes
 from qpruner.report.search_progress import search_lines, search_progress
@@ -34,7 +35,8 @@ STAGES_NOTE = (
 def sections(run: Snapshot) -> list[Section]:
     """Return the sections that are not empty for this run."""
     listed: list[tuple[str, str, Iterator[Part]]] = [
-        ("answer", "The answer", answer(run)),
+        ("answer", headline(run.results) if run.is_complete else "So far", answer(run)),
+        ("claim", "The claim and its tables", measured(run.results) if run.is_complete else iter(())),
         ("quality", "Quality by task", _quality(run)),
         ("plans", "The plans", _plans(run)),
         ("search", "The search", _search(run)),
@@ -47,19 +49,25 @@ def sections(run: Snapshot) -> list[Section]:
 
 
 def answer(run: Snapshot) -> Iterator[Part]:
-    """Yield the result of a complete run: the winner's figures, the claim and the final table."""
+    """Yield the first screen: what the winner is beside its rivals, or how far the search is, and the picture."""
+    chart = score_by_bytes(run)
     if run.is_complete:
-        yield tables.winner(run)
-        yield from measured(run.results, run.how_to_compare)
+        about, table, how_sure = overview(run.results)
+        yield from (about, table, *filter(None, [chart]), how_sure)
+        if how := run.how_to_compare:
+            yield Paragraph(how)
+        return
+    if run.state.search and not run.results.search:
+        yield from map(Paragraph, _unfinished_search(run))
+    if chart:
+        yield chart
 
 
-def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
-    """Yield the claim, the remark if any, the parts of the final table, and their legend."""
+def measured(results: Results) -> Iterator[Part]:
+    """Yield the claim, the parts of the final table, and their legend."""
     lead, *items = claim(results).splitlines()
     yield Paragraph(lead)
     yield Items(tuple(item.removeprefix("- ") for item in items))
-    if remark:
-        yield Paragraph(remark)
     if results.search and len(results.search.confirmations) > 1:
         yield tables.fresh_scores(results.search)
     first, *others = tables.final_tables(results)
@@ -102,17 +110,15 @@ def _in_base(run: Snapshot, cut: str, groups: Sequence[str]) -> tuple[str, ...]:
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
-    search, state = run.results.search, run.state.search
-    if search is None and state is None:
-        return
-    yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
-    if chart := score_by_bytes(run):
-        yield chart
-    if search and not run.is_complete:  # else the answer has it
-        yield tables.fresh_scores(search)
-    if search and search.rungs:
-        yield tables.rungs(search)
-    yield tables.trials(run)
+    search = run.results.search
+    if search:
+        yield from map(Paragraph, search_text(search))
+        if not run.is_complete:  # else the claim has it
+            yield tables.fresh_scores(search)
+        if search.rungs:
+            yield tables.rungs(search)
+    if run.trials:
+        yield tables.trials(run)
 
 
 def search_text(search: SearchRecord) -> list[str]:

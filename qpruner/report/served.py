@@ -88,16 +88,13 @@ def _row_text(row: ServedRow) -> Iterator[str]:
         yield f"{FORMS[row.form]}: {row.check}."
 
 
-def tile(results: Results) -> tuple[str, str, str] | None:
-    """Return the row on the files with the least loss, for the table of the winner; None without any."""
-    record, row = results.serve, _best(results.serve)
-    if record is None or row is None:
-        return None
-    ratio = _over_transformers(record, row)
-    faster = f"; {ratio:.1f} times the unpruned base in transformers" if ratio else ""
-    about = f"{FORMS[row.form]}, {row.file_bytes / 1e6:.1f} MB, on {counted(record.setting.threads, 'CPU thread')}"
-    read = statistics.median(row.prefill_tokens_per_second)
-    return "speed as served", f"{_decode(row):.1f} tokens/s", f"{about}{faster}; reads {read:.0f} (prefill)"
+def decode_in_llama_cpp(results: Results, name: str) -> float | None:
+    """Return tokens/s of the final model's files with the least loss, or of the base's file with the most bits."""
+    row = _best(results.serve)
+    if row and results.serve and name != SEARCHED:
+        of_base = [each for each in results.serve.rows if each.name == name and each.form == "gguf"]
+        row = max(of_base, key=lambda each: each.mean_bits, default=None)
+    return _decode(row) if row else None
 
 
 def _best(record: ServeRecord | None) -> ServedRow | None:

@@ -12,7 +12,6 @@ from qpruner.report.content import Table
 from qpruner.report.finalists import Finalist, finalists, formats_text
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import score, score_title
-from qpruner.report.served import tile
 from qpruner.report.snapshot import STATUSES, Snapshot
 from qpruner.runs.records import (
     Confirmation,
@@ -62,34 +61,6 @@ TERMS = {
     "seed it lacks the spread over seeds. Each is at 95 % by itself: one of several may exclude zero by chance.",
 }
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
-
-
-def winner(run: Snapshot) -> Table:
-    """Build the table of a complete run's winner: its size, accuracy and plan."""
-    assert run.results.search and run.results.prune and run.results.evaluate
-    search, prune = run.results.search, run.results.prune
-    row = next(row for row in rows(run.results) if row.name == SEARCHED)
-    asked = [f"{name} {value}" for name, value in run.state.config["quantize"]["budget"].items() if value is not None]
-    record = prune.cuts[search.best_cut]
-    base, pruned, budget = map(_megabytes, (record.bytes_before, record.bytes_after, search.budget_bytes))
-    cut = cut_title(search.best_cut) + ("" if search.best_cut == UNPRUNED else f" ({pruned})")
-    size = (
-        f"{record.bytes_before / row.measured_bytes:.1f} times smaller than the base model's {base}, {cut}; budget "
-        f"{budget} (quantize.budget: {', '.join(asked)}), adapter included"
-    )
-    accuracy = f"95 % interval over questions {_interval(row.accuracy, row.accuracy_stderr)}"
-    body = [
-        ("size", _megabytes(row.measured_bytes), size),
-        (f"test {measures.accuracy_name(run.results.evaluate.metrics)}", f"{row.accuracy:.3f}", accuracy),
-        (
-            "plan",
-            f"{row.mean_bits:.2f} mean bits",
-            f"{len(search.best_plan)} groups: {formats_text(search.best_plan)}; from {row.origin}",
-        ),
-    ]
-    if as_served := tile(run.results):
-        body.insert(0, as_served)
-    return Table(f"The {run.best_title}", ("what", "figure", "about it"), body)
 
 
 def _megabytes(size: int) -> str:
