@@ -13,8 +13,8 @@ from qpruner.plans.plan import cut_title
 from qpruner.report.claim import claim, headline
 from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
-from qpruner.report.served import commands as served_commands
 from qpruner.report.sections import answer
+from qpruner.report.served import commands as served_commands
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tables import cuts
 from qpruner.runs.logs import logging_to

@@ -65,12 +65,11 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `report.html` hides a table with a `summary` until the reader clicks on the summary."""
+    """A table with a caption."""
 
     caption: str
     headings: tuple[str, ...]
     rows: Sequence[Sequence[Cell]]
-    summary: str = ""
     is_on_page_only: bool = False
 
     @property
@@ -88,11 +87,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """A block of code; `report.html` hides a block with a `summary` until the reader clicks on the summary."""
+    """A block of code."""
 
     text: str
     language: str = ""
-    summary: str = ""
 
 
 Part = Paragraph | Items | Table | Code | Chart
@@ -134,10 +132,10 @@ def _part(part: Part, pictures: str) -> list[str]:
         case Chart():
             title = prose(part.title)
             return [f"![{title}]({pictures}/{part.name}.png)", f"{title}. {prose(part.caption)}"]
-        case Code(text, language, summary):
+        case Code(text, language):
             # The fence must be longer than any run of backticks in the text.
             fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
-            return [*([f"{summary}:"] if summary else []), f"{fence}{language}\n{text.rstrip()}\n{fence}"]
+            return [f"{fence}{language}\n{text.rstrip()}\n{fence}"]
     return []
 
 

@@ -1,4 +1,4 @@
-"""Builds the first screen: what the winner is, beside the base and the best simple alternative, and how sure that is."""
+"""Builds the first screen: the winner beside the base and the best simple alternative, and how sure that is."""
 
 import math
 import statistics
@@ -9,10 +9,10 @@ from qpruner.data.measures import accuracy_name, over_tasks
 from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.report.claim import best_control, compared
 from qpruner.report.content import Compared, Paragraph, Table
-from qpruner.report.finalists import against_rival, finalists, formats_text
+from qpruner.report.finalists import finalists, formats_text, rival_as_trial
 from qpruner.report.results import BASE, SEARCHED, Row, control_title, rows
 from qpruner.report.served import decode_in_llama_cpp
-from qpruner.report.statistics import ANSWER_LOSS, CONFIRMATION_LOSS, LOSSES, SELECTION_LOSS, Difference
+from qpruner.report.statistics import ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS, Difference
 from qpruner.runs.records import Results
 from qpruner.wording import counted
 
@@ -36,7 +36,7 @@ class _Rival:
         if theirs is None:
             return "-"
         difference = next((each for each in self.differences if each.measure == measure), None)
-        return Compared(_text(measure, theirs), f"{ours / theirs:.2f}×" if theirs else "", difference)
+        return Compared(_text(measure, theirs), f"{ours / theirs:.2f}x" if theirs else "", difference)
 
 
 def overview(results: Results) -> Iterator[Paragraph | Table]:
@@ -60,10 +60,11 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
 def _rivals(results: Results) -> Iterator[_Rival]:
     """Yield the base and the best control: after the same fine-tune if they had it, else the control as a trial."""
     assert results.search and results.prune and results.evaluate
-    by_name, control = {row.name: row for row in rows(results)}, best_control(results)
-    if BASE in by_name:
-        yield _fine_tuned("base\nsame fine-tune", BASE, results)
-    else:
+    tuned = {"base\nsame fine-tune": BASE}
+    if control := best_control(results):
+        tuned[f"best simple alternative\n{control_title(control)}"] = control
+    by_name = {row.name: row for row in rows(results)}
+    if BASE not in by_name:
         [base] = [row for row in results.scores if row.name == BASE and row.seed is None]
         figures = {
             SIZE: results.prune.cuts[UNPRUNED].bytes_before / 1e6,
@@ -72,17 +73,13 @@ def _rivals(results: Results) -> Iterator[_Rival]:
             LLAMA_CPP: decode_in_llama_cpp(results, BASE),
         }
         yield _Rival("base\nno fine-tune", figures)
-    if control:
-        yield _fine_tuned(f"best simple alternative\n{control_title(control)}", control, results)
-    elif found := against_rival(results.search):
-        rival, difference = found
+    for heading, name in tuned.items():
+        if name in by_name:
+            found = compared(results, name)
+            yield _Rival(heading, _figures(by_name[name], results), found.differences, len(found.seeds))
+    if control is None and (rival := rival_as_trial(results.search)) and rival.difference:
         figures = {SIZE: rival.plan_bytes / 1e6, SELECTION_LOSS: rival.loss}
-        yield _Rival(f"best simple alternative\n{rival.title}, as a trial", figures, (difference,))
-
-
-def _fine_tuned(heading: str, name: str, results: Results) -> _Rival:
-    row, found = next(row for row in rows(results) if row.name == name), compared(results, name)
-    return _Rival(heading, _figures(row, results), found.differences, len(found.seeds))
+        yield _Rival(f"best simple alternative\n{rival.title}, as a trial", figures, (rival.difference,))
 
 
 def _figures(row: Row, results: Results) -> Figures:
@@ -107,13 +104,11 @@ def _how_sure(rivals: Sequence[_Rival]) -> str:
     """Explain the bars: on how much data they rest, and what they leave out."""
     last = rivals[-1]
     if not last.differences:
-        return "Nothing was compared, so there is no interval."
-    data = {each.measure in LOSSES and each.measure != ANSWER_LOSS: each.num_pairs for each in last.differences}
-    on = [counted(number, noun) for noun, number in (("question", data.get(False)), ("row", data.get(True))) if number]
-    seeds = "one training seed: that seed's luck is in no bar"
-    if last.num_seeds > 1:
-        seeds = f"{last.num_seeds} training seeds"
+        return "No bars: the winner was compared with nothing that had the same fine-tune."
+    numbers = {each.noun: each.num_pairs for each in last.differences if each.num_pairs}
+    on = " and ".join(counted(number, noun) for noun, number in numbers.items())
+    seeds = f"{last.num_seeds} training seeds" if last.num_seeds > 1 else "one training seed, whose luck is in no bar"
     return (
-        "How sure: a bar is this model's difference with its 95 % interval, on a scale of its own: right of the line is better. "
-        f"Behind them are {' and '.join(on)}, and {seeds}. × is this model's figure over the other's."
+        "How sure: a bar is this model's difference with its 95 % interval, on its own scale: right of the line is "
+        f"better. Behind them: {on}; {seeds}. The factors are this model's figure over the other's."
     )

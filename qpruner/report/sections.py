@@ -10,26 +10,18 @@ from qpruner.plans.plan import cut_title, in_base, plan_of
 from qpruner.report import tables
 from qpruner.report.claim import claim, headline
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
-from qpruner.report.finalists import best_control_text, finalists
+from qpruner.report.finalists import finalists
 from qpruner.report.overview import overview
 from qpruner.report.plots.plans import kept_by_block, plan_bars
 from qpruner.report.plots.search import score_by_bytes
 from qpruner.report.search_progress import search_lines, search_progress
-from qpruner.report.served import served, served_text
+from qpruner.report.served import served
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
-QUALITY_NOTE = (
-    "The first rows had no fine-tune: the base, the pruned model, and the pruned model quantized by the winner's plan "
-    "with its initial adapters. The others are those of the final table. The answer loss shows smaller differences "
-    "than the accuracy."
-)
-STAGES_NOTE = (
-    "GPU seconds are the seconds of a stage's jobs times the GPUs held for them, busy or not. Stages before the search "
-    "count the command that recorded them; the other stages count all commands whose results are in use."
-)
+STAGES_NOTE = "GPU seconds are those of a stage's jobs times the GPUs held for them, busy or not."
 
 
 def sections(run: Snapshot) -> list[Section]:
@@ -72,18 +64,13 @@ def measured(results: Results) -> Iterator[Part]:
         yield tables.fresh_scores(results.search)
     first, *others = tables.final_tables(results)
     yield first
-    if table := served(results):
-        yield table
-        if texts := served_text(results):
-            yield Items(tuple(texts))
-    yield from others
+    yield from filter(None, [served(results), *others])
     yield tables.legend(results)
 
 
 def _quality(run: Snapshot) -> Iterator[Part]:
     if run.results.evaluate:
         yield tables.by_task(run.results)
-        yield Paragraph(QUALITY_NOTE, is_note=True)
 
 
 def _plans(run: Snapshot) -> Iterator[Part]:
@@ -142,8 +129,7 @@ def search_text(search: SearchRecord) -> list[str]:
     if search.best_origin == GIVEN:
         return [text, f"Trial {search.best_index} is the plan that was given, the only one scored on fresh rows."]
     outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
-    best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
-    return [text, f"{best} {best_control_text(search)}".strip()]
+    return [text, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:
@@ -173,4 +159,5 @@ def _repeat(run: Snapshot) -> Iterator[Part]:
     if run.results.serve and run.results.serve.setting.build:
         facts.append(("llama.cpp", run.results.serve.setting.build))
     yield Table("Seed, versions and hardware", ("what", "which"), facts)
-    yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml", "The configuration")
+    yield Paragraph("The configuration:")
+    yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml")

@@ -39,16 +39,20 @@ class Difference:
     @property
     def text(self) -> str:
         """The difference, its interval and the verdict in words."""
-        unit, of = (" nats", "row") if self.measure in LOSSES else ("", "question")
-        about = []
+        unit, about = " nats" if self.measure in LOSSES else "", []
         if self.spread is not None:
             about.append(f"± {self.spread:.4f} over seeds")
         if self.num_pairs:
-            about.append(counted(self.num_pairs, "question" if self.measure == ANSWER_LOSS else of))
+            about.append(counted(self.num_pairs, self.noun))
         ends = "no interval"
         if self.half_width is not None:
             ends = f"95 % interval {self.mean - self.half_width:+.4f} to {self.mean + self.half_width:+.4f}"
         return f"{self.measure} {self.mean:+.4f}{unit} ({', '.join([*about, ends])}), {self.verdict}"
+
+    @property
+    def noun(self) -> str:
+        """What `num_pairs` counts."""
+        return "row" if self.measure in (CONFIRMATION_LOSS, SELECTION_LOSS) else "question"
 
     @property
     def bar(self) -> tuple[float, float, float] | None:
