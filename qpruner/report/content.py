@@ -38,8 +38,8 @@ class Compared:
         if not (self.difference and self.difference.bar):
             return f"{self.figure}  {self.times}"
         middle, line = BAR_WIDTH // 2, [" "] * BAR_WIDTH
-        # Rounded away from the middle: an interval that excludes zero must not touch it.
-        ends = [middle + int(math.copysign(math.ceil(abs(end) * middle), end)) for end in self.difference.bar]
+        # At least a character away from the middle: an interval that excludes zero must not touch it.
+        ends = [middle + int(math.copysign(max(1, round(abs(end) * middle)), end)) for end in self.difference.bar]
         line[ends[0] : ends[2] + 1] = ["-"] * (ends[2] + 1 - ends[0])
         line[middle], line[ends[1]] = "|", "o"
         return f"{self.figure}  [{''.join(line)}]"

@@ -64,8 +64,7 @@ def _rivals(results: Results) -> Iterator[_Rival]:
     if control := best_control(results):
         tuned[f"best simple alternative\n{control_title(control)}"] = control
     by_name = {row.name: row for row in rows(results)}
-    if BASE not in by_name:
-        [base] = [row for row in results.scores if row.name == BASE and row.seed is None]
+    for base in (row for row in results.scores if row.name == BASE and row.seed is None and BASE not in by_name):
         figures = {
             SIZE: results.prune.cuts[UNPRUNED].bytes_before / 1e6,
             accuracy_name(results.evaluate.metrics): over_tasks([score.correct for score in base.scores]).mean,
@@ -102,9 +101,9 @@ def _text(measure: str, value: float) -> str:
 
 def _how_sure(rivals: Sequence[_Rival]) -> str:
     """Explain the bars: on how much data they rest, and what they leave out."""
-    last = rivals[-1]
+    *_, last = (_Rival("", {}), *rivals)
     if not last.differences:
-        return "No bars: the winner was compared with nothing that had the same fine-tune."
+        return "How sure: nothing that one would do instead was measured beside it."
     numbers = {each.noun: each.num_pairs for each in last.differences if each.num_pairs}
     on = " and ".join(counted(number, noun) for noun, number in numbers.items())
     seeds = f"{last.num_seeds} training seeds" if last.num_seeds > 1 else "one training seed, whose luck is in no bar"

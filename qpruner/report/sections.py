@@ -29,7 +29,7 @@ def sections(run: Snapshot) -> list[Section]:
     listed: list[tuple[str, str, Iterator[Part]]] = [
         ("answer", headline(run.results) if run.is_complete else "So far", answer(run)),
         ("claim", "The claim and its tables", measured(run.results) if run.is_complete else iter(())),
-        ("quality", "Quality by task", _quality(run)),
+        ("quality", "Quality by task", iter([tables.by_task(run.results)] if run.results.evaluate else ())),
         ("plans", "The plans", _plans(run)),
         ("search", "The search", _search(run)),
         ("pruning", "Pruning", _pruning(run)),
@@ -42,17 +42,12 @@ def sections(run: Snapshot) -> list[Section]:
 
 def answer(run: Snapshot) -> Iterator[Part]:
     """Yield the first screen: what the winner is beside its rivals, or how far the search is, and the picture."""
-    chart = score_by_bytes(run)
-    if run.is_complete:
-        about, table, how_sure = overview(run.results)
-        yield from (about, table, *filter(None, [chart]), how_sure)
-        if how := run.how_to_compare:
-            yield Paragraph(how)
+    charts = filter(None, [score_by_bytes(run)])
+    if not run.is_complete:
+        yield from (*map(Paragraph, _unfinished_search(run)), *charts)
         return
-    if run.state.search and not run.results.search:
-        yield from map(Paragraph, _unfinished_search(run))
-    if chart:
-        yield chart
+    (about, table, how_sure), how = overview(run.results), run.how_to_compare
+    yield from (about, table, *charts, how_sure, *([Paragraph(how)] if how else []))
 
 
 def measured(results: Results) -> Iterator[Part]:
@@ -62,15 +57,7 @@ def measured(results: Results) -> Iterator[Part]:
     yield Items(tuple(item.removeprefix("- ") for item in items))
     if results.search and len(results.search.confirmations) > 1:
         yield tables.fresh_scores(results.search)
-    first, *others = tables.final_tables(results)
-    yield first
-    yield from filter(None, [served(results), *others])
-    yield tables.legend(results)
-
-
-def _quality(run: Snapshot) -> Iterator[Part]:
-    if run.results.evaluate:
-        yield tables.by_task(run.results)
+    yield from filter(None, [*tables.final_tables(results), served(results), tables.legend(results)])
 
 
 def _plans(run: Snapshot) -> Iterator[Part]:
@@ -99,7 +86,7 @@ def _in_base(run: Snapshot, cut: str, groups: Sequence[str]) -> tuple[str, ...]:
 def _search(run: Snapshot) -> Iterator[Part]:
     search = run.results.search
     if search:
-        yield from map(Paragraph, search_text(search))
+        yield Paragraph(search_text(search))
         if not run.is_complete:  # else the claim has it
             yield tables.fresh_scores(search)
         if search.rungs:
@@ -108,8 +95,8 @@ def _search(run: Snapshot) -> Iterator[Part]:
         yield tables.trials(run)
 
 
-def search_text(search: SearchRecord) -> list[str]:
-    """Describe in two paragraphs how the search ran, and which plan was best on fresh rows (see `FreshScore`)."""
+def search_text(search: SearchRecord) -> str:
+    """Describe how the search ran."""
     by = "a given plan" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     gpus = f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else ""
@@ -126,14 +113,12 @@ def search_text(search: SearchRecord) -> list[str]:
     if search.failures:
         failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
         text += f" Failed: {', '.join(failed)}."
-    if search.best_origin == GIVEN:
-        return [text, f"Trial {search.best_index} is the plan that was given, the only one scored on fresh rows."]
-    outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
-    return [text, f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."]
+    return text
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:
-    assert run.state.search
+    if run.state.search is None or run.results.search:
+        return []
     is_running = run.outcome == RUNNING
     now = search_progress(run.state.search, run.trials)
     lines = [f"{line}." for line, _ in search_lines(run.state.search, now, is_running)]

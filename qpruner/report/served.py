@@ -3,6 +3,7 @@
 import re
 import shlex
 import statistics
+from collections import Counter
 from pathlib import PurePath
 
 from qpruner.report.content import Table
@@ -36,9 +37,7 @@ def served(results: Results) -> Table | None:
             "-" if row.loss is None else f"{row.loss:.4f}",
             speed_text(row.prefill_tokens_per_second),
             speed_text(row.decode_tokens_per_second),
-            f"{counted(len(row.recoded), 'layer')} to {', '.join(sorted(set(row.recoded.values())))}"
-            if row.recoded
-            else "-",
+            ", ".join(f"{number} to {name}" for name, number in Counter(row.recoded.values()).items()) or "-",
             row.check or "-",
         )
         for row in record.rows
@@ -50,7 +49,7 @@ def served(results: Results) -> Table | None:
     caption = (
         f"As served, on {counted(setting.threads, 'CPU thread')} each, measured in turns in one process: "
         f"{setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written (decode), loss on "
-        f"{counted(setting.num_rows, 'confirmation row')}. The base has no fine-tune; recoded layers could not have the "
+        f"{counted(setting.num_rows, 'confirmation row')}. The base has no fine-tune; recoded: layers that cannot have "
         "plan's format"
     )
     return Table(caption, HEADINGS, body).without_empty_columns()

@@ -39,11 +39,9 @@ class Difference:
     @property
     def text(self) -> str:
         """The difference, its interval and the verdict in words."""
-        unit, about = " nats" if self.measure in LOSSES else "", []
-        if self.spread is not None:
-            about.append(f"± {self.spread:.4f} over seeds")
-        if self.num_pairs:
-            about.append(counted(self.num_pairs, self.noun))
+        unit = " nats" if self.measure in LOSSES else ""
+        about = [] if self.spread is None else [f"± {self.spread:.4f} over seeds"]
+        about += [counted(self.num_pairs, self.noun)] if self.num_pairs else []
         ends = "no interval"
         if self.half_width is not None:
             ends = f"95 % interval {self.mean - self.half_width:+.4f} to {self.mean + self.half_width:+.4f}"
