@@ -76,7 +76,7 @@ class Table:
     def are_numbers(self) -> list[bool]:
         """Whether each column holds only numbers, which are then right-aligned."""
         columns = zip(*self.rows, strict=True) if self.rows else [("",)] * len(self.headings)
-        return [all(NUMBER.fullmatch(str(cell)) for cell in column) for column in columns]
+        return [all(isinstance(cell, str) and NUMBER.fullmatch(cell) for cell in column) for column in columns]
 
     def without_empty_columns(self) -> Table:
         """Drop the columns in which every cell is `-`."""

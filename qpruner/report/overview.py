@@ -105,9 +105,9 @@ def _how_sure(rivals: Sequence[_Rival]) -> str:
     if not last.differences:
         return "How sure: nothing that one would do instead was measured beside it."
     numbers = {each.noun: each.num_pairs for each in last.differences if each.num_pairs}
-    on = " and ".join(counted(number, noun) for noun, number in numbers.items())
     seeds = f"{last.num_seeds} training seeds" if last.num_seeds > 1 else "one training seed, whose luck is in no bar"
+    behind = ", ".join([*(counted(number, noun) for noun, number in numbers.items()), seeds])
     return (
         "How sure: a bar is this model's difference with its 95 % interval, on its own scale: right of the line is "
-        f"better. Behind them: {on}; {seeds}. The factors are this model's figure over the other's."
+        f"better. Behind them: {behind}. The factors are this model's figure over the other's."
     )

@@ -47,7 +47,7 @@ def answer(run: Snapshot) -> Iterator[Part]:
         yield from (*map(Paragraph, _unfinished_search(run)), *charts)
         return
     (about, table, how_sure), how = overview(run.results), run.how_to_compare
-    yield from (about, table, *charts, how_sure, *([Paragraph(how)] if how else []))
+    yield from (about, table, how_sure, *charts, *([Paragraph(how)] if how else []))
 
 
 def measured(results: Results) -> Iterator[Part]:

@@ -39,7 +39,8 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     named = {"mark": label, "encoding": {"text": {"field": "text"}}}
     budget = {"values": [{"megabytes": run.state.search.budget_bytes / 1e6, "text": "budget"}]}
     step = {"type": "line", "interpolate": "step-after", "color": "var(--muted)", "strokeWidth": 1.5}
-    point = {"type": "point", "filled": True, "size": 60}
+    sizes, strokes = (f"datum.kind === '{CONTROL}' ? {each}" for each in ("130 : 60", "'var(--text)' : null"))
+    point = {"type": "point", "filled": True, "size": {"expr": sizes}, "stroke": {"expr": strokes}, "strokeWidth": 1}
     by_legend = {"name": "cuts", "select": {"type": "point", "fields": ["cut"]}, "bind": "legend"}
     ring = {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"}
     layers = [
