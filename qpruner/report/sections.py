@@ -42,12 +42,11 @@ def sections(run: Snapshot) -> list[Section]:
 
 def answer(run: Snapshot) -> Iterator[Part]:
     """Yield the first screen: what the winner is beside its rivals, or how far the search is, and the picture."""
-    charts = filter(None, [score_by_bytes(run)])
-    if not run.is_complete:
-        yield from (*map(Paragraph, _unfinished_search(run)), *charts)
-        return
-    (about, table, how_sure), how = overview(run.results), run.how_to_compare
-    yield from (about, table, how_sure, *charts, *([Paragraph(how)] if how else []))
+    parts: list[Part | None] = [*map(Paragraph, _unfinished_search(run))]
+    if run.is_complete:
+        parts = [*overview(run.results)]
+    parts += [score_by_bytes(run), Paragraph(how) if (how := run.how_to_compare) else None]
+    yield from filter(None, parts)
 
 
 def measured(results: Results) -> Iterator[Part]:
