@@ -49,8 +49,8 @@ def served(results: Results) -> Table | None:
     caption = (
         f"As served, on {counted(setting.threads, 'CPU thread')} each, measured in turns in one process: "
         f"{setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written (decode), loss on "
-        f"{counted(setting.num_rows, 'confirmation row')}. The base has no fine-tune; recoded: layers that cannot have "
-        "plan's format"
+        f"{counted(setting.num_rows, 'confirmation row')}. The base has no fine-tune; recoded layers cannot "
+        "have the plan's format"
     )
     return Table(caption, HEADINGS, body).without_empty_columns()
 
