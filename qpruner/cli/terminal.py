@@ -21,7 +21,7 @@ from qpruner.plans.plan import PrecisionPlan, cut_title, plan_of
 from qpruner.quantization.formats import format_of
 from qpruner.report import content
 from qpruner.report import search_progress as trials_now
-from qpruner.report.content import Cell, Compared, Paragraph, Part
+from qpruner.report.content import Cell, Paragraph, Part
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.text import text_plot
 from qpruner.report.search_progress import event_line, score, score_title
@@ -113,14 +113,14 @@ class Terminal:
     def table(self, headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> None:
         """Print a table; in a pipe each row is one line, so that `grep` and `awk` work."""
         if self._is_plain:
-            rows = [[" ".join(_plain(cell).splitlines()) for cell in row] for row in (headings, *body)]
+            rows = [[" ".join(str(cell).splitlines()) for cell in row] for row in (headings, *body)]
             widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
             for cells in rows:
                 self.say("  ".join(map(set_cell_size, cells, widths)).rstrip())
             return
         table = Table(*(Column(Text(each), overflow="fold") for each in headings), box=None, padding=(0, 2, 0, 0))
         for row in body:
-            table.add_row(*(_bars(cell) if isinstance(cell, PrecisionPlan) else Text(_plain(cell)) for cell in row))
+            table.add_row(*(_bars(cell) if isinstance(cell, PrecisionPlan) else Text(str(cell)) for cell in row))
         self._console.print(table)
 
     def show(self, parts: Iterable[Part]) -> None:
@@ -199,10 +199,6 @@ def _search_view(
         table.caption = f"and {len(now.running) - num_listed} more"
     if now.running:
         yield table
-
-
-def _plain(cell: Cell) -> str:
-    return cell.drawn if isinstance(cell, Compared) else str(cell)
 
 
 def _bars(plan: PrecisionPlan) -> Text:

@@ -28,13 +28,14 @@ class Compared:
     times: str = ""
     difference: Difference | None = None
 
-    def __str__(self) -> str:
+    @property
+    def in_words(self) -> str:
+        """The cell with the figures of its interval."""
         about = self.difference.text if self.difference else self.times
         return f"{self.figure} ({about})" if about else self.figure
 
-    @property
-    def drawn(self) -> str:
-        """The cell in plain characters: `|` is no difference, `o` the mean, and to the right is better."""
+    def __str__(self) -> str:
+        """Draw the interval in plain characters: `|` is no difference, `o` the mean, and to the right is better."""
         if not (self.difference and self.difference.bar):
             return f"{self.figure}  {self.times}"
         middle, line = BAR_WIDTH // 2, [" "] * BAR_WIDTH
@@ -141,7 +142,8 @@ def _part(part: Part, pictures: str) -> list[str]:
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> str:
     """Render a table, with the cells' text escaped."""
-    lines = [[_inline(str(cell)).replace("|", "\\|") for cell in row] for row in (headings, *body)]
+    texts = [[each.in_words if isinstance(each, Compared) else str(each) for each in row] for row in (headings, *body)]
+    lines = [[_inline(text).replace("|", "\\|") for text in row] for row in texts]
     first, *others = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, "|" + "---|" * len(headings), *others])
 

@@ -21,8 +21,6 @@ from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
-STAGES_NOTE = "GPU seconds are those of a stage's jobs times the GPUs held for them, busy or not."
-
 
 def sections(run: Snapshot) -> list[Section]:
     """Return the sections that are not empty for this run."""
@@ -33,7 +31,7 @@ def sections(run: Snapshot) -> list[Section]:
         ("plans", "The plans", _plans(run)),
         ("search", "The search", _search(run)),
         ("pruning", "Pruning", _pruning(run)),
-        ("cost", "Cost", iter((tables.stages(run), Paragraph(STAGES_NOTE, is_note=True)))),
+        ("cost", "Cost", iter([tables.stages(run)])),
         ("repeat", "To repeat it", _repeat(run)),
     ]
     found = [Section(name, heading, list(parts)) for name, heading, parts in listed]

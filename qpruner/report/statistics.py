@@ -57,9 +57,8 @@ class Difference:
         """Low end, mean and high end of the interval, as shares of its far end; those that are better are positive."""
         if not self.half_width:
             return None
-        sign, far = -1 if self.measure in LOSSES else 1, abs(self.mean) + self.half_width
-        low, high = sorted(sign * self.mean + end for end in (-self.half_width, self.half_width))
-        return low / far, sign * self.mean / far, high / far
+        better, far = -self.mean if self.measure in LOSSES else self.mean, abs(self.mean) + self.half_width
+        return (better - self.half_width) / far, better / far, (better + self.half_width) / far
 
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:

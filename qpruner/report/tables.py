@@ -170,8 +170,7 @@ def cuts(record: PruneRecord) -> Table:
     headings = ("cut", "removed", "parameters", "bytes", "multiply-adds", "blocks removed", "loss", "seconds")
     caption = (
         f"Cuts (importance {last.importance}, selection {last.selection}, compensation {last.compensation}); "
-        "multiply-adds are per token, against the base model's; the loss is that right after the cut, on the rows for "
-        "sensitivities"
+        "multiply-adds are a token's, against the base's; the loss is right after the cut, on rows for sensitivities"
     )
     return Table(caption, headings, body).without_empty_columns()
 
@@ -266,7 +265,8 @@ def stages(run: Snapshot) -> Table:
     figures = (run.results.seconds, gpu)
     body = [(name, STATES[state], *(_seconds(each.get(name)) for each in figures)) for name, state in begun.items()]
     sums = (_seconds(sum(each.get(name, 0.0) for name in begun)) for each in figures)
-    return Table("Stages", ("stage", "state", "seconds", "GPU seconds"), [*body, ("all stages", "-", *sums)])
+    caption = "Stages; GPU seconds are those of the jobs times the GPUs held for them, busy or not"
+    return Table(caption, ("stage", "state", "seconds", "GPU seconds"), [*body, ("all stages", "-", *sums)])
 
 
 def _seconds(value: float | None) -> str:

@@ -203,7 +203,7 @@ def test_an_interval_is_drawn_with_better_to_the_right(
 ) -> None:
     """One that excludes zero does not touch the middle."""
     found = Difference(measure, mean, None, half_width, 8, SAME)
-    assert Compared("2.0", difference=found).drawn == drawn
+    assert str(Compared("2.0", difference=found)) == drawn
 
 
 def test_one_random_plan_says_nothing_of_random_plans() -> None:

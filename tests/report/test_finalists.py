@@ -49,7 +49,7 @@ def test_the_winner_stands_beside_every_finalist() -> None:
     assert found.caption.startswith("The winner, every control (what one would do instead) and the best trials: all as")
     width = 1.96 * GAIN.std(ddof=1) / 2
     ends = f"95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f}"
-    assert [str(cell) for cell in found.rows[3]] == [
+    assert [getattr(cell, "in_words", cell) for cell in found.rows[3]] == [
         *("not pruned, knapsack", "3", "not pruned", "nf4", "101.0 MB"),
         f"4.3000 (selection loss -0.3000 nats (4 rows, {ends}), better)",
     ]
@@ -73,7 +73,7 @@ def test_scored_accuracies_and_seeds_have_columns() -> None:
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
     assert told[1]["row"] == "gp, reused"
     loss, seeds = told[1]["selection loss"], told[1]["seeds"]
-    assert f"{loss}".startswith(f"{scored.loss:.4f} (") and seeds == "3", "the loss is their mean"
+    assert f"{loss}".startswith(f"{scored.loss:.4f}  [") and seeds == "3", "the loss is their mean"
 
 
 def test_rungs_say_how_they_order_trials_within_and_between_cuts() -> None:

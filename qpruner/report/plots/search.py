@@ -47,8 +47,7 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
         {"data": budget, "encoding": {"x": place["x"]}, "layer": [rule, named]},
         {"data": {"values": best}, "mark": step, "encoding": place},
         {"params": [by_legend], "mark": point, "encoding": place | _looks(run, title, points)},
-        *_names(place, "datum.name && !datum.best", 9),
-        *_names(place, "datum.best", 15, fontWeight="bold"),
+        _names(place),
         {"transform": [{"filter": "datum.best"}], "mark": ring, "encoding": place},
     ]
     edge = " Scores far worse than the rest are at the edge." if "clamp" in place["y"]["scale"] else ""
@@ -131,10 +130,11 @@ def _looks(run: Snapshot, title: str, points: Values) -> Spec:
     return {"color": by_word("cut", cuts), "shape": by_word("kind", kinds), "tooltip": details, "opacity": opacity}
 
 
-def _names(place: Spec, which: str, distance: int, **font: str) -> list[Spec]:
-    """Name some of the points, beside them and away from the edge."""
-    side = "scale('x', datum.megabytes) > width / 2 ?"
-    beside = {"align": {"expr": f"{side} 'right' : 'left'"}, "dx": {"expr": f"{side} {-distance} : {distance}"}}
-    label = {"type": "text", "dy": {"expr": "datum.below"}, **beside, **font}
-    text = place | {"text": {"field": "name"}}
-    return [{"transform": [{"filter": which}], "layer": [{"mark": label | HALO}, {"mark": label}], "encoding": text}]
+def _names(place: Spec) -> Spec:
+    """Name the best trial and the controls, beside them and away from the edge."""
+    side, away = "scale('x', datum.megabytes) > width / 2 ?", "(datum.best ? 15 : 9)"
+    beside = {"align": {"expr": f"{side} 'right' : 'left'"}, "dx": {"expr": f"{side} -{away} : {away}"}}
+    font = {"fontWeight": {"expr": "datum.best ? 'bold' : 'normal'"}, "dy": {"expr": "datum.below"}}
+    label, text = {"type": "text", **beside, **font}, place | {"text": {"field": "name"}}
+    both = [{"mark": label | HALO}, {"mark": label}]
+    return {"transform": [{"filter": "datum.name"}], "layer": both, "encoding": text}

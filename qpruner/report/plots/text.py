@@ -8,7 +8,6 @@ COLUMNS, LINES, MARGIN, LEGEND = 44, 11, 8, 26
 """Size of the plot's area, and the widths of the scale on its left and the legend on its right."""
 MARKS = "ox+*#%&"  # of the cuts in turn, which read without colour too
 Span = tuple[str, str]  # a piece of a line and its colour
-Grid = dict[tuple[int, int], Span]
 
 
 def text_plot(chart: Chart) -> list[list[Span]]:
@@ -24,7 +23,7 @@ def text_plot(chart: Chart) -> list[list[Span]]:
         return round((LINES - 1) * min(max(down, 0), 1)), 1 + round((COLUMNS - 3) * along)
 
     at_budget = place(budget["megabytes"], scores[0])[1]
-    grid: Grid = {(line, at_budget): (":", "") for line in range(LINES)}
+    grid: dict[tuple[int, int], Span] = {(line, at_budget): (":", "") for line in range(LINES)}
     looks = dict(zip(colours["scale"]["domain"], zip(MARKS * 9, colours["scale"]["range"], strict=False), strict=False))
     legend, controls = [(f"{mark} {cut}", colour) for cut, (mark, colour) in looks.items()], list[Span]()
     for point in sorted(points, key=lambda each: (each["best"], each["kind"] == CONTROL, each["trial"])):
