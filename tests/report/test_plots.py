@@ -129,8 +129,8 @@ def test_a_terminal_gets_the_plot_in_plain_characters(made: MadeRun) -> None:
     lines = ["".join(text for text, _ in line) for line in text_plot(chart)]
     assert len(lines) <= 15 and all(len(line) <= 80 and line.isascii() for line in lines)
     area, legend = [line[8:52] for line in lines[1:12]], [line[54:].strip() for line in lines[1:]]
-    assert legend[:4] == ["o not pruned", "x 20 % pruned", "(x) winner", ". stopped early"]
-    assert legend[4:7] == ["1 not pruned, uniform", "2 not pruned, knapsack", "3 the paper's flow"]
+    assert legend[:3] == ["o not pruned", "x 20 % pruned", "(x) winner"]
+    assert legend[3:6] == ["1 not pruned, uniform", "2 not pruned, knapsack", "3 the paper's flow"]
     assert [number for number in "123" if sum(line.count(number) for line in area) != 1] == []
     assert sum(line.count("(x)") for line in area) == 1 and "budget 93.0 MB" in lines[13]
     best = next(point for point in chart.spec["data"]["values"] if point["best"])

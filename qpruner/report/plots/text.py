@@ -5,7 +5,7 @@ from qpruner.report.plots.search import CONTROL, FAILED, STOPPED
 from qpruner.report.results import control_title
 
 COLUMNS, LINES, MARGIN, LEGEND = 44, 11, 8, 26
-"""Size of the plot's area, and the widths of the scale on its left and the legend on its right."""
+"""Size of the plot's area, and widths of scale and legend beside it."""
 MARKS = "ox+*#%&"  # of the cuts in turn, which read without colour too
 Span = tuple[str, str]  # a piece of a line and its colour
 
@@ -37,10 +37,11 @@ def text_plot(chart: Chart) -> list[list[Span]]:
             grid |= {(line, column - 1): ("(", ""), (line, column + 1): (")", "")}
             legend.append((f"({mark}) {point['name']}", ""))
         grid[line, column] = (mark, colour)
-    legend.append((f". {STOPPED}", ""))
+    legend += [(f". {STOPPED}", "")] if any(point["kind"] in (STOPPED, FAILED) for point in points) else []
     room = LINES + 2 - len(legend)
     legend += controls if len(controls) <= room else [*controls[: room - 1], ("and further controls", "")]
-    below = f"{min(sizes):.1f} MB".ljust(max(0, at_budget - 13)) + f" budget {budget['megabytes']:.1f} MB"
+    named = f"budget {budget['megabytes']:.1f} MB"
+    below = f"{min(sizes):.1f} MB ".ljust(min(at_budget, COLUMNS - len(named))) + named
     ends = [f"{max(scores):.3f}", *[""] * (LINES - 2), f"{min(scores):.3f}"]
     cells = [[grid.get((line, column), (" ", "")) for column in range(COLUMNS)] for line in range(LINES)]
     cells += [[(each[:COLUMNS].ljust(COLUMNS), "")] for each in ("-" * COLUMNS, below)]
