@@ -135,9 +135,10 @@ def browser_pictures(run: Snapshot, root: Path) -> None:
         for trial in run.trials:
             table.get_by_text(re.compile(rf"\b{trial.index:04d}\b")).first.wait_for()
         page.screenshot(path=IMAGES / "tensorboard.png")
-        page = browser.new_page(viewport={"width": 1200, "height": 790})
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.goto((root / "report.html").resolve().as_uri())
         page.screenshot(path=IMAGES / "report.png")
+        page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
         for name in ("pareto", "plans"):
             page.locator(f'figure[data-plot="{name}"]').screenshot(path=IMAGES / f"{name}.png")
 

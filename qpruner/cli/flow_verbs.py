@@ -10,13 +10,13 @@ from qpruner.pipeline import run as pipeline
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.plans.plan import cut_title
-from qpruner.report.claim import claim
+from qpruner.report.claim import claim, headline
 from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
+from qpruner.report.sections import answer
 from qpruner.report.served import commands as served_commands
-from qpruner.report.served import served, served_text
 from qpruner.report.snapshot import read_snapshot
-from qpruner.report.tables import cuts, final_tables, fresh_scores
+from qpruner.report.tables import cuts
 from qpruner.runs.logs import logging_to
 from qpruner.runs.records import PruneRecord
 from qpruner.runs.run_dir import RunDir
@@ -33,16 +33,9 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             assert results.prune
             _print_cuts(results.prune, terminal)
         if until == Report.name:
-            assert results.search
-            shown = [fresh_scores(results.search), *final_tables(results), served(results)]
-            for table in (each for each in shown if each and not each.summary):
-                terminal.say(f"{table.caption}:")
-                terminal.table(table.headings, table.rows)
-            for text in served_text(results):
-                terminal.say(text, is_prose=True)
-            terminal.say(claim(results), is_prose=True)
-            if how := read_snapshot(RunDir(config.output, create=False)).how_to_compare:
-                terminal.say(how)
+            snapshot = read_snapshot(RunDir(config.output, create=False))
+            terminal.say(headline(snapshot.results), is_prose=True)
+            terminal.show(answer(snapshot))
             terminal.say(where_next(root))
             for command in served_commands(results.serve, storage_at(root).address):
                 terminal.say(f"Talk to it: `{command}`")
@@ -59,9 +52,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
 
 
 def _print_cuts(record: PruneRecord, terminal: Terminal) -> None:
-    table = cuts(record)
-    terminal.say(f"{table.caption}:")
-    terminal.table(table.headings, table.rows)
+    terminal.show([cuts(record)])
     for name, reason in record.left_out.items():
         terminal.say(f"{cut_title(name)}: left out, because {reason}")
 

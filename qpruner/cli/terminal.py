@@ -6,7 +6,7 @@ The live view shows the stages, the progress within a stage, and the search. The
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -19,8 +19,11 @@ from rich.text import Text
 
 from qpruner.plans.plan import PrecisionPlan, cut_title, plan_of
 from qpruner.quantization.formats import format_of
+from qpruner.report import content
 from qpruner.report import search_progress as trials_now
-from qpruner.report.content import Cell
+from qpruner.report.content import Cell, Paragraph, Part
+from qpruner.report.plots.chart import Chart
+from qpruner.report.plots.text import text_plot
 from qpruner.report.search_progress import event_line, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
@@ -117,8 +120,20 @@ class Terminal:
             return
         table = Table(*(Column(Text(each), overflow="fold") for each in headings), box=None, padding=(0, 2, 0, 0))
         for row in body:
-            table.add_row(*(_bars(cell) if isinstance(cell, PrecisionPlan) else Text(cell) for cell in row))
+            table.add_row(*(_bars(cell) if isinstance(cell, PrecisionPlan) else Text(str(cell)) for cell in row))
         self._console.print(table)
+
+    def show(self, parts: Iterable[Part]) -> None:
+        """Print paragraphs, tables and the plot of a search."""
+        for part in parts:
+            if isinstance(part, Paragraph):
+                self.say(part.text, is_prose=True)
+            elif isinstance(part, content.Table):
+                self.say(f"{part.caption}:")
+                self.table(part.headings, part.rows)
+            elif isinstance(part, Chart):
+                for line in text_plot(part):
+                    self._console.print(Text.assemble(*line))
 
     def say(self, text: str, is_prose: bool = False) -> None:
         """Print a line; on a terminal, prose is wrapped between words."""

@@ -11,10 +11,9 @@ from qpruner.data.sources import BUILDERS
 from qpruner.export.card import front_matter, loading_section
 from qpruner.plans.plan import cut_title
 from qpruner.report.content import code, markdown, prose
-from qpruner.report.results import SEARCHED, control_title, rows
+from qpruner.report.results import SEARCHED, rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
-from qpruner.runs.records import GIVEN
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
@@ -40,18 +39,10 @@ def model_card(run: Snapshot) -> str:
         eval_results=list(_task_scores(run)),
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
-    chosen = (
-        f"the plan {control_title(search.best_origin)}, which no searched plan beat,"
-        if search.control_won
-        else "a searched plan"
-    )
-    if search.best_origin == GIVEN:
-        chosen = "a plan that was given, not searched for,"
-    cut = cut_title(search.best_cut)
     about = (
-        f"{code(base)}, {cut}, quantized to {winner.mean_bits:.2f} mean bits by {chosen} and "
-        f"fine-tuned by qpruner {run.state.environment['qpruner']}: {winner.measured_bytes / 1e6:.1f} MB. It "
-        f"was fine-tuned with training seed {winner.seeds[0]}; the table below has every seed."
+        f"{code(base)}, {cut_title(search.best_cut)}, quantized to {winner.mean_bits:.2f} mean bits by a plan from "
+        f"{winner.origin} (`{winner.title}` below), fine-tuned by qpruner {run.state.environment['qpruner']} with "
+        f"training seed {winner.seeds[0]}: {winner.measured_bytes / 1e6:.1f} MB. The table below has every seed."
     )
     head = f"---\n{data.to_yaml()}\n---"
     title, parts = f"# {prose(run.name)}", markdown(measured(run.results))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,43 @@ from dataclasses import dataclass, replace
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.report.plots.chart import Chart
 from qpruner.report.snapshot import Snapshot
+from qpruner.report.statistics import Difference
 
 NUMBER = re.compile(r"[-+]?\d[\d.,]*([ %].{0,40})?|-|")
 """A number with a unit or an interval, not a sentence that begins with a number."""
+BAR_WIDTH = 15  # characters of an interval that is drawn without graphics
 
 
-Cell = str | PrecisionPlan  # what a table shows in a cell; a plan is drawn as a bar, or written with a letter per group
+@dataclass(frozen=True)
+class Compared:
+    """A cell with another model's figure and the winner's difference from it, which is drawn with its 95 % interval.
+
+    `times` is the winner's figure as a multiple, for what has no interval.
+    """
+
+    figure: str
+    times: str = ""
+    difference: Difference | None = None
+
+    @property
+    def in_words(self) -> str:
+        """The cell with the figures of its interval."""
+        about = self.difference.text if self.difference else self.times
+        return f"{self.figure} ({about})" if about else self.figure
+
+    def __str__(self) -> str:
+        """Draw the interval in plain characters: `|` is no difference, `o` the mean, and to the right is better."""
+        if not (self.difference and self.difference.bar):
+            return f"{self.figure}  {self.times}"
+        middle, line = BAR_WIDTH // 2, [" "] * BAR_WIDTH
+        # At least a character away from the middle: an interval that excludes zero must not touch it.
+        ends = [middle + int(math.copysign(max(1, round(abs(end) * middle)), end)) for end in self.difference.bar]
+        line[ends[0] : ends[2] + 1] = ["-"] * (ends[2] + 1 - ends[0])
+        line[middle], line[ends[1]] = "|", "o"
+        return f"{self.figure}  [{''.join(line)}]"
+
+
+Cell = str | PrecisionPlan | Compared  # a plan is drawn as a bar, or written with a letter per group
 
 
 @dataclass(frozen=True)
@@ -34,19 +66,18 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `report.html` hides a table with a `summary` until the reader clicks on the summary."""
+    """A table with a caption."""
 
     caption: str
     headings: tuple[str, ...]
     rows: Sequence[Sequence[Cell]]
-    summary: str = ""
     is_on_page_only: bool = False
 
     @property
     def are_numbers(self) -> list[bool]:
         """Whether each column holds only numbers, which are then right-aligned."""
         columns = zip(*self.rows, strict=True) if self.rows else [("",)] * len(self.headings)
-        return [all(NUMBER.fullmatch(str(cell)) for cell in column) for column in columns]
+        return [all(isinstance(cell, str) and NUMBER.fullmatch(cell) for cell in column) for column in columns]
 
     def without_empty_columns(self) -> Table:
         """Drop the columns in which every cell is `-`."""
@@ -57,11 +88,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """A block of code; `report.html` hides a block with a `summary` until the reader clicks on the summary."""
+    """A block of code."""
 
     text: str
     language: str = ""
-    summary: str = ""
 
 
 Part = Paragraph | Items | Table | Code | Chart
@@ -103,16 +133,17 @@ def _part(part: Part, pictures: str) -> list[str]:
         case Chart():
             title = prose(part.title)
             return [f"![{title}]({pictures}/{part.name}.png)", f"{title}. {prose(part.caption)}"]
-        case Code(text, language, summary):
+        case Code(text, language):
             # The fence must be longer than any run of backticks in the text.
             fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
-            return [*([f"{summary}:"] if summary else []), f"{fence}{language}\n{text.rstrip()}\n{fence}"]
+            return [f"{fence}{language}\n{text.rstrip()}\n{fence}"]
     return []
 
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> str:
     """Render a table, with the cells' text escaped."""
-    lines = [[_inline(str(cell)).replace("|", "\\|") for cell in row] for row in (headings, *body)]
+    texts = [[each.in_words if isinstance(each, Compared) else str(each) for each in row] for row in (headings, *body)]
+    lines = [[_inline(text).replace("|", "\\|") for text in row] for row in texts]
     first, *others = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, "|" + "---|" * len(headings), *others])
 

@@ -9,10 +9,9 @@ from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.formats import by_size
 from qpruner.report.results import SEARCHED, title_of
 from qpruner.report.search_progress import cost
-from qpruner.report.statistics import SAME
+from qpruner.report.statistics import SAME, SELECTION_LOSS, Difference
 from qpruner.runs.records import Confirmation, SearchRecord
 from qpruner.search.choice import winner_position
-from qpruner.wording import counted
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ class Finalist:
     verdict: str | None
 
     @property
-    def interval(self) -> str:
-        """The 95 % interval of `more_loss` in words."""
-        if self.half_width is None or self.more_loss is None:
-            return "no interval"
-        low, high = self.more_loss - self.half_width, self.more_loss + self.half_width
-        return f"95 % interval {low:+.4f} to {high:+.4f}, paired over {counted(self.num_rows, 'row')}"
+    def difference(self) -> Difference | None:
+        """The winner's difference from this finalist; None for the winner itself."""
+        if self.more_loss is None:
+            return None
+        verdict = {"better": "worse", "worse": "better"}.get(self.verdict or "", SAME)
+        return Difference(SELECTION_LOSS, -self.more_loss, None, self.half_width, self.num_rows or None, verdict)
 
 
 def finalists(search: SearchRecord) -> list[Finalist]:
@@ -65,25 +64,10 @@ def rival_of(search: SearchRecord) -> Confirmation | None:
     return None if position is None else controls[position]
 
 
-def best_control_text(search: SearchRecord) -> str:
-    """State how the winner compares, as a trial, with the best other control in the budget; empty without controls."""
-    winner, *others = finalists(search)
-    controls = [each for each in others if each.control]
-    if not controls:
-        return ""
-    other = "other " if search.control_won else ""
-    best = rival_of(search)
-    rival = next((each for each in controls if best and each.trial == best.index), None)
-    if rival is None:
-        nearest = min(controls, key=lambda each: each.plan_bytes)
-        return f"No {other}control fits the budget; the nearest is {nearest.title} ({_megabytes(nearest)})."
-    verdict = {"better": "worse than", "worse": "better than"}.get(rival.verdict or "", f"{SAME} from")
-    after = f" after {counted(search.steps, 'step')}" if search.steps else ""
-    return (
-        f"On the search's fresh rows{after} the winner is {verdict} the best {other}control in the budget, "
-        f"{rival.title} ({_megabytes(rival)}, {rival.formats}), whose loss is {rival.loss:.4f} instead of "
-        f"{winner.loss:.4f}: {rival.more_loss:+.4f} nats ({rival.interval})."
-    )
+def rival_as_trial(search: SearchRecord) -> Finalist | None:
+    """Return the finalist that `rival_of` found."""
+    rival = rival_of(search)
+    return next((each for each in finalists(search) if rival and each.trial == rival.index), None)
 
 
 def formats_text(plan: Mapping[str, str]) -> str:
@@ -115,7 +99,3 @@ def _compared(each: Confirmation, best: Confirmation, search: SearchRecord) -> F
         num_rows=len(each.losses),
         verdict=verdict,
     )
-
-
-def _megabytes(each: Finalist) -> str:
-    return f"{each.plan_bytes / 1e6:.1f} MB"

@@ -8,38 +8,30 @@ import yaml
 from qpruner.data.measures import accuracy_in_full
 from qpruner.plans.plan import cut_title, in_base, plan_of
 from qpruner.report import tables
-from qpruner.report.claim import claim
+from qpruner.report.claim import claim, headline
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
-from qpruner.report.finalists import best_control_text, finalists
+from qpruner.report.finalists import finalists
+from qpruner.report.overview import overview
 from qpruner.report.plots.plans import kept_by_block, plan_bars
 from qpruner.report.plots.search import score_by_bytes
 from qpruner.report.search_progress import search_lines, search_progress
-from qpruner.report.served import served, served_text
+from qpruner.report.served import served
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
-QUALITY_NOTE = (
-    "The first rows had no fine-tune: the base, the pruned model, and the pruned model quantized by the winner's plan "
-    "with its initial adapters. The others are those of the final table. The answer loss shows smaller differences "
-    "than the accuracy."
-)
-STAGES_NOTE = (
-    "GPU seconds are the seconds of a stage's jobs times the GPUs held for them, busy or not. Stages before the search "
-    "count the command that recorded them; the other stages count all commands whose results are in use."
-)
-
 
 def sections(run: Snapshot) -> list[Section]:
     """Return the sections that are not empty for this run."""
     listed: list[tuple[str, str, Iterator[Part]]] = [
-        ("answer", "The answer", answer(run)),
-        ("quality", "Quality by task", _quality(run)),
+        ("answer", headline(run.results) if run.is_complete else "So far", answer(run)),
+        ("claim", "The claim and its tables", measured(run.results) if run.is_complete else iter(())),
+        ("quality", "Quality by task", iter([tables.by_task(run.results)] if run.results.evaluate else ())),
         ("plans", "The plans", _plans(run)),
         ("search", "The search", _search(run)),
         ("pruning", "Pruning", _pruning(run)),
-        ("cost", "Cost", iter((tables.stages(run), Paragraph(STAGES_NOTE, is_note=True)))),
+        ("cost", "Cost", iter([tables.stages(run)])),
         ("repeat", "To repeat it", _repeat(run)),
     ]
     found = [Section(name, heading, list(parts)) for name, heading, parts in listed]
@@ -47,35 +39,22 @@ def sections(run: Snapshot) -> list[Section]:
 
 
 def answer(run: Snapshot) -> Iterator[Part]:
-    """Yield the result of a complete run: the winner's figures, the claim and the final table."""
+    """Yield the first screen: what the winner is beside its rivals, or how far the search is, and the picture."""
+    parts: list[Part | None] = [*map(Paragraph, _unfinished_search(run))]
     if run.is_complete:
-        yield tables.winner(run)
-        yield from measured(run.results, run.how_to_compare)
+        parts = [*overview(run.results)]
+    parts += [score_by_bytes(run), Paragraph(how) if (how := run.how_to_compare) else None]
+    yield from filter(None, parts)
 
 
-def measured(results: Results, remark: str | None = None) -> Iterator[Part]:
-    """Yield the claim, the remark if any, the parts of the final table, and their legend."""
+def measured(results: Results) -> Iterator[Part]:
+    """Yield the claim, the parts of the final table, and their legend."""
     lead, *items = claim(results).splitlines()
     yield Paragraph(lead)
     yield Items(tuple(item.removeprefix("- ") for item in items))
-    if remark:
-        yield Paragraph(remark)
     if results.search and len(results.search.confirmations) > 1:
         yield tables.fresh_scores(results.search)
-    first, *others = tables.final_tables(results)
-    yield first
-    if table := served(results):
-        yield table
-        if texts := served_text(results):
-            yield Items(tuple(texts))
-    yield from others
-    yield tables.legend(results)
-
-
-def _quality(run: Snapshot) -> Iterator[Part]:
-    if run.results.evaluate:
-        yield tables.by_task(run.results)
-        yield Paragraph(QUALITY_NOTE, is_note=True)
+    yield from filter(None, [*tables.final_tables(results), served(results), tables.legend(results)])
 
 
 def _plans(run: Snapshot) -> Iterator[Part]:
@@ -102,21 +81,19 @@ def _in_base(run: Snapshot, cut: str, groups: Sequence[str]) -> tuple[str, ...]:
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
-    search, state = run.results.search, run.state.search
-    if search is None and state is None:
-        return
-    yield from map(Paragraph, search_text(search) if search else _unfinished_search(run))
-    if chart := score_by_bytes(run):
-        yield chart
-    if search and not run.is_complete:  # else the answer has it
-        yield tables.fresh_scores(search)
-    if search and search.rungs:
-        yield tables.rungs(search)
-    yield tables.trials(run)
+    search = run.results.search
+    if search:
+        yield Paragraph(search_text(search))
+        if not run.is_complete:  # else the claim has it
+            yield tables.fresh_scores(search)
+        if search.rungs:
+            yield tables.rungs(search)
+    if run.trials:
+        yield tables.trials(run)
 
 
-def search_text(search: SearchRecord) -> list[str]:
-    """Describe in two paragraphs how the search ran, and which plan was best on fresh rows (see `FreshScore`)."""
+def search_text(search: SearchRecord) -> str:
+    """Describe how the search ran."""
     by = "a given plan" if search.best_origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     gpus = f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else ""
@@ -133,15 +110,12 @@ def search_text(search: SearchRecord) -> list[str]:
     if search.failures:
         failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
         text += f" Failed: {', '.join(failed)}."
-    if search.best_origin == GIVEN:
-        return [text, f"Trial {search.best_index} is the plan that was given, the only one scored on fresh rows."]
-    outcome = "a control: no searched plan beat it" if search.control_won else "a searched plan"
-    best = f"On fresh rows trial {search.best_index} ({search.best_origin}) was best, {outcome}."
-    return [text, f"{best} {best_control_text(search)}".strip()]
+    return text
 
 
 def _unfinished_search(run: Snapshot) -> list[str]:
-    assert run.state.search
+    if run.state.search is None or run.results.search:
+        return []
     is_running = run.outcome == RUNNING
     now = search_progress(run.state.search, run.trials)
     lines = [f"{line}." for line, _ in search_lines(run.state.search, now, is_running)]
@@ -167,4 +141,5 @@ def _repeat(run: Snapshot) -> Iterator[Part]:
     if run.results.serve and run.results.serve.setting.build:
         facts.append(("llama.cpp", run.results.serve.setting.build))
     yield Table("Seed, versions and hardware", ("what", "which"), facts)
-    yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml", "The configuration")
+    yield Paragraph("The configuration:")
+    yield Code(yaml.safe_dump(run.state.config, sort_keys=False), "yaml")

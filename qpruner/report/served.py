@@ -3,7 +3,7 @@
 import re
 import shlex
 import statistics
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import PurePath
 
 from qpruner.report.content import Table
@@ -19,7 +19,7 @@ FORMS = {
 }
 HEADINGS = (
     *("row", "served as", "files", "mean bits", "confirmation loss", "prefill tokens/s", "decode tokens/s"),
-    "decode, times the base in transformers",
+    *("recoded", "checked"),
 )
 
 
@@ -37,7 +37,8 @@ def served(results: Results) -> Table | None:
             "-" if row.loss is None else f"{row.loss:.4f}",
             speed_text(row.prefill_tokens_per_second),
             speed_text(row.decode_tokens_per_second),
-            "-" if (ratio := _over_transformers(record, row)) is None else f"{ratio:.2f}",
+            ", ".join(f"{number} to {name}" for name, number in Counter(row.recoded.values()).items()) or "-",
+            row.check or "-",
         )
         for row in record.rows
     ]
@@ -46,10 +47,10 @@ def served(results: Results) -> Table | None:
         caption = "As served: sizes alone, as loss and speed in vLLM are not measured"
         return Table(caption, HEADINGS, body).without_empty_columns()
     caption = (
-        f"As served, on {counted(setting.threads, 'CPU thread')} each and measured in turns in one process: "
-        f"{setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written (decode), median, minimum and "
-        f"maximum; the loss is that of the server, on {counted(setting.num_rows, 'confirmation row')}. The base has no "
-        f"fine-tune"
+        f"As served, on {counted(setting.threads, 'CPU thread')} each, measured in turns in one process: "
+        f"{setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written (decode), loss on "
+        f"{counted(setting.num_rows, 'confirmation row')}. The base has no fine-tune; recoded layers cannot "
+        "have the plan's format"
     )
     return Table(caption, HEADINGS, body).without_empty_columns()
 
@@ -65,39 +66,13 @@ def _decode(row: ServedRow) -> float | None:
     return statistics.median(row.decode_tokens_per_second) if row.decode_tokens_per_second else None
 
 
-def _over_transformers(record: ServeRecord, row: ServedRow) -> float | None:
-    """Divide a row's decode speed by that of the base model in transformers."""
-    ours, base = _decode(row), next((_decode(each) for each in record.rows if each.form == "transformers"), None)
-    return ours / base if ours and base else None
-
-
-def served_text(results: Results) -> list[str]:
-    """State how the final model's files were checked, and what they lack; one sentence for each."""
-    rows = results.serve.rows if results.serve else ()
-    return [text for row in rows if row.name != BASE for text in _row_text(row)]
-
-
-def _row_text(row: ServedRow) -> Iterator[str]:
-    if row.recoded:
-        formats = ", ".join(sorted(set(row.recoded.values())))
-        yield (
-            f"{FORMS[row.form]}: {counted(len(row.recoded), 'layer')} had to take another format than the plan's "
-            f"({formats}); {'bytes' if row.loss is None else 'bytes, loss and speed'} are those of these files."
-        )
-    if row.check:
-        yield f"{FORMS[row.form]}: {row.check}."
-
-
-def tile(results: Results) -> tuple[str, str, str] | None:
-    """Return the row on the files with the least loss, for the table of the winner; None without any."""
-    record, row = results.serve, _best(results.serve)
-    if record is None or row is None:
-        return None
-    ratio = _over_transformers(record, row)
-    faster = f"; {ratio:.1f} times the unpruned base in transformers" if ratio else ""
-    about = f"{FORMS[row.form]}, {row.file_bytes / 1e6:.1f} MB, on {counted(record.setting.threads, 'CPU thread')}"
-    read = statistics.median(row.prefill_tokens_per_second)
-    return "speed as served", f"{_decode(row):.1f} tokens/s", f"{about}{faster}; reads {read:.0f} (prefill)"
+def decode_in_llama_cpp(results: Results, name: str) -> float | None:
+    """Return tokens/s of the final model's files with the least loss, or of the base's file with the most bits."""
+    row = _best(results.serve)
+    if row and results.serve and name != SEARCHED:
+        of_base = [each for each in results.serve.rows if each.name == name and each.form == "gguf"]
+        row = max(of_base, key=lambda each: each.mean_bits, default=None)
+    return _decode(row) if row else None
 
 
 def _best(record: ServeRecord | None) -> ServedRow | None:

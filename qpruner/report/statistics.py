@@ -15,8 +15,8 @@ from qpruner.report.results import FineTune
 from qpruner.wording import counted
 
 SAME = "not distinguishable"
-ANSWER_LOSS, CONFIRMATION_LOSS = "answer loss", "confirmation loss"
-LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS)
+ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS = "answer loss", "confirmation loss", "selection loss"
+LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS)
 """The measures in nats, for which lower is better; all other measures are accuracies."""
 Pair = tuple[FineTune, FineTune]  # one fine-tune of each of two rows, with the same training seed
 
@@ -35,6 +35,30 @@ class Difference:
     half_width: float | None
     num_pairs: int | None
     verdict: str
+
+    @property
+    def text(self) -> str:
+        """The difference, its interval and the verdict in words."""
+        unit = " nats" if self.measure in LOSSES else ""
+        about = [] if self.spread is None else [f"± {self.spread:.4f} over seeds"]
+        about += [counted(self.num_pairs, self.noun)] if self.num_pairs else []
+        ends = "no interval"
+        if self.half_width is not None:
+            ends = f"95 % interval {self.mean - self.half_width:+.4f} to {self.mean + self.half_width:+.4f}"
+        return f"{self.measure} {self.mean:+.4f}{unit} ({', '.join([*about, ends])}), {self.verdict}"
+
+    @property
+    def noun(self) -> str:
+        """What `num_pairs` counts."""
+        return "row" if self.measure in (CONFIRMATION_LOSS, SELECTION_LOSS) else "question"
+
+    @property
+    def bar(self) -> tuple[float, float, float] | None:
+        """Low end, mean and high end of the interval, as shares of its far end; those that are better are positive."""
+        if not self.half_width:
+            return None
+        better, far = -self.mean if self.measure in LOSSES else self.mean, abs(self.mean) + self.half_width
+        return (better - self.half_width) / far, better / far, (better + self.half_width) / far
 
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
@@ -77,25 +101,12 @@ def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
     return _difference(CONFIRMATION_LOSS, pairs, values, by_pair)
 
 
-def _text(found: Difference) -> str:
-    unit = " nats" if found.measure in LOSSES else ""
-    about = []
-    if found.spread is not None:
-        about.append(f"± {found.spread:.4f} over seeds")
-    if found.num_pairs:
-        about.append(counted(found.num_pairs, "row" if found.measure == CONFIRMATION_LOSS else "question"))
-    half_width = found.half_width
-    ends = None if half_width is None else f"{found.mean - half_width:+.4f} to {found.mean + half_width:+.4f}"
-    about.append(f"95 % interval {ends}" if ends else "no interval")
-    return f"{found.measure} {found.mean:+.4f}{unit} ({', '.join(about)}), {found.verdict}"
-
-
 def differences_text(seeds: Sequence[int], differences: Sequence[Difference]) -> str:
     """Describe differences that are paired over these training seeds."""
     how = "one training seed (the intervals lack the spread over seeds), paired by question and row"
     if len(seeds) > 1:
         how = f"{len(seeds)} training seeds, paired"
-    return f"{how}: {'; '.join(map(_text, differences))}"
+    return f"{how}: {'; '.join(each.text for each in differences)}"
 
 
 def _less(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -3,16 +3,14 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 
 from qpruner.data import measures
 from qpruner.plans.plan import UNPRUNED, cut_title, plan_of
 from qpruner.quantization.formats import by_size, format_of
-from qpruner.report.content import Table
-from qpruner.report.finalists import Finalist, finalists, formats_text
+from qpruner.report.content import Compared, Table
+from qpruner.report.finalists import Finalist, finalists
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import score, score_title
-from qpruner.report.served import tile
 from qpruner.report.snapshot import STATUSES, Snapshot
 from qpruner.runs.records import (
     Confirmation,
@@ -43,63 +41,23 @@ TERMS = {
     "..., knapsack": "the same with the best plan by a sensitivity.",
     "the paper's flow": "what the flow of the QPruner paper gives at the same bytes.",
     RANDOM: f"plans drawn at random, within {SAME_BYTES:.0%} of the winner's bytes.",
-    SEARCHED: "the plan that was best on fresh rows. It is called `winner (...)` if it is a control, and `given plan` "
-    "if you gave it.",
-    "seeds": "the number of training seeds and, in brackets, which. Trials use another seed, so the loss of a trial "
-    "cannot be compared with a loss here. With several seeds, figures are means ± standard deviation.",
+    SEARCHED: "the plan that was best on fresh rows: `winner (...)` if it is a control, `given plan` if you gave it.",
+    "seeds": "how many training seeds, and which; none is the trials'. Of several: means ± standard deviation.",
     "bytes": "packed tensors, scales, unquantized tensors and adapters. Mean bits are of the blocks' weights.",
-    TEST_ACCURACY: "the share of right answers on the held-out tasks, by which nothing was chosen: the mean over a "
-    "task's questions, then over tasks. se is its standard error over questions.",
-    "answer loss": "the negative log-likelihood of the right answer given the question, in nats per answer (not per "
-    "token), a mean over tasks. Lower is better; it shows smaller differences than the accuracy.",
+    TEST_ACCURACY: "the share of right answers on held-out tasks, a mean over tasks; se is over questions.",
+    "answer loss": "negative log-likelihood of the right answer, in nats per answer, a mean over tasks.",
     "validation loss": "in nats per token, on the rows that score trials.",
-    "selection loss": "in nats per token, on the fresh rows that chose the winner: half of the confirmation rows. With "
-    "seeds, the finalist was trained under several, and its figures are means over them.",
+    "selection loss": "in nats per token, on the fresh rows that chose the winner: half of the confirmation rows.",
     "confirmation loss": "in nats per token, on the other half of the confirmation rows, by which nothing was chosen.",
     "perplexity": "the exponential of the mean loss per token on `evaluate.text`.",
-    "interval": "against the best control, the wider of Student's interval over seeds and the paired interval over "
-    "questions or rows; against random plans, the interval in which one more random plan would lie. With one training "
-    "seed it lacks the spread over seeds. Each is at 95 % by itself: one of several may exclude zero by chance.",
+    "interval": "at 95 %; against one plan the wider of Student's over seeds and the paired one over questions or rows "
+    "(of one seed this alone), against random plans that of one more. One of several may exclude zero by chance.",
 }
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
 
-def winner(run: Snapshot) -> Table:
-    """Build the table of a complete run's winner: its size, accuracy and plan."""
-    assert run.results.search and run.results.prune and run.results.evaluate
-    search, prune = run.results.search, run.results.prune
-    row = next(row for row in rows(run.results) if row.name == SEARCHED)
-    asked = [f"{name} {value}" for name, value in run.state.config["quantize"]["budget"].items() if value is not None]
-    record = prune.cuts[search.best_cut]
-    base, pruned, budget = map(_megabytes, (record.bytes_before, record.bytes_after, search.budget_bytes))
-    cut = cut_title(search.best_cut) + ("" if search.best_cut == UNPRUNED else f" ({pruned})")
-    size = (
-        f"{record.bytes_before / row.measured_bytes:.1f} times smaller than the base model's {base}, {cut}; budget "
-        f"{budget} (quantize.budget: {', '.join(asked)}), adapter included"
-    )
-    accuracy = f"95 % interval over questions {_interval(row.accuracy, row.accuracy_stderr)}"
-    body = [
-        ("size", _megabytes(row.measured_bytes), size),
-        (f"test {measures.accuracy_name(run.results.evaluate.metrics)}", f"{row.accuracy:.3f}", accuracy),
-        (
-            "plan",
-            f"{row.mean_bits:.2f} mean bits",
-            f"{len(search.best_plan)} groups: {formats_text(search.best_plan)}; from {row.origin}",
-        ),
-    ]
-    if as_served := tile(run.results):
-        body.insert(0, as_served)
-    return Table(f"The {run.best_title}", ("what", "figure", "about it"), body)
-
-
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def _interval(mean: float, stderr: float) -> str:
-    """Format the 95 % interval of a share; the interval is 0 to 1 if the standard error is unknown."""
-    half_width = 1.0 if math.isnan(stderr) else measures.Z_95 * stderr
-    return f"{max(0.0, mean - half_width):.3f} to {min(1.0, mean + half_width):.3f}"
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -127,10 +85,7 @@ def cells(row: Row) -> dict[str, str]:
 
 def final_tables(results: Results) -> list[Table]:
     """Split the final table into parts that fit a terminal and paper."""
-    first, *others = (_final(results, caption, headings) for caption, headings in FINAL)
-    if results.serve:  # then the speed that counts is that as served
-        others[-1] = replace(others[-1], summary="Memory and speed in transformers")
-    return [first, *others]
+    return [_final(results, caption, headings) for caption, headings in FINAL]
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
@@ -155,12 +110,12 @@ def legend(results: Results) -> Table:
     terms, setting = list(TERMS.items()), results.inference
     if setting:
         about = (
-            f"measured while generating one sequence on {setting.device} with the adapter: {setting.prompt_tokens} "
-            f"tokens read (prefill), {setting.new_tokens} written (decode). The rows were measured in turns: tokens/s "
-            f"are the median, in brackets minimum and maximum. The memory is the {setting.memory_counter}."
+            f"of one sequence on {setting.device}, with the adapter: {setting.prompt_tokens} tokens read (prefill), "
+            f"{setting.new_tokens} written (decode); medians of turns, in brackets minimum and maximum. The memory is "
+            f"the {setting.memory_counter}."
         )
         terms.append(("inference memory and tokens/s", about))
-    return Table("How to read the table", ("term", "meaning"), terms, "How to read the table")
+    return Table("How to read the table", ("term", "meaning"), terms)
 
 
 def by_task(results: Results) -> Table:
@@ -176,15 +131,15 @@ def by_task(results: Results) -> Table:
         (title, *map(_accuracy, zip(*(row.scores for row in found), strict=True)), *_losses(found))
         for title, found in models.items()
     ]
-    caption = "Accuracy by held-out task, in brackets its 95 % interval over questions"
+    caption = "Accuracy by held-out task (se: standard error over questions)"
     return Table(caption, ("model", *tasks, "answer loss", "perplexity"), body).without_empty_columns()
 
 
 def _accuracy(scores: Sequence[TaskScore]) -> str:
-    """Format a model's accuracy on a task: the mean over training seeds and, in brackets, its 95 % interval."""
+    """Format a model's accuracy on a task: the mean over training seeds and its standard error over questions."""
     value = statistics.fmean(score.value for score in scores)
     stderr = measures.over_tasks(measures.averaged([[score.correct] for score in scores])).stderr
-    return f"{value:.3f} ({_interval(value, stderr)})"
+    return f"{value:.3f}{error_text(stderr, 3)}"
 
 
 def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
@@ -215,8 +170,7 @@ def cuts(record: PruneRecord) -> Table:
     headings = ("cut", "removed", "parameters", "bytes", "multiply-adds", "blocks removed", "loss", "seconds")
     caption = (
         f"Cuts (importance {last.importance}, selection {last.selection}, compensation {last.compensation}); "
-        "multiply-adds are per token, against the base model's; the loss is that right after the cut, on the rows for "
-        "sensitivities"
+        "multiply-adds are a token's, against the base's; the loss is right after the cut, on rows for sensitivities"
     )
     return Table(caption, headings, body).without_empty_columns()
 
@@ -245,8 +199,10 @@ def trials(run: Snapshot) -> Table:
     headings = ("trial", "from", "status", "MB", "cut", "mean bits", title, "step", "seconds", "plan", "reason")
     used = by_size(tuple({name for trial in run.trials for name in trial.plan.values()}))
     letters = ", ".join(f"{format_of(name).letter} is {name}" for name in used)
-    caption = f"A plan has one character per group, in model order: {letters}. The score is from the last rung."
-    return Table(caption, headings, body, "Every trial", is_on_page_only=True).without_empty_columns()
+    caption = (
+        f"Every trial. A plan has one character per group, in model order: {letters}. The score is from the last rung."
+    )
+    return Table(caption, headings, body, is_on_page_only=True).without_empty_columns()
 
 
 def fresh_scores(search: SearchRecord) -> Table:
@@ -262,24 +218,19 @@ def fresh_scores(search: SearchRecord) -> Table:
             cut_title(each.cut),
             each.formats,
             _megabytes(each.plan_bytes) + _why_not(each, search),
-            f"{each.loss:.4f}",
+            Compared(f"{each.loss:.4f}", difference=each.difference),
             f"{len(scores[each.trial].seed_losses) or '-'}",
             _accuracy_with_error(scores[each.trial]),
-            "-" if each.more_loss is None else f"{each.more_loss:+.4f} ({each.interval})",
-            each.verdict or "-",
         )
         for each in finalists(search)
     ]
     of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
     caption = (
         f"The winner, every control (what one would do instead) and the best trials: all as trials{of_steps}, on the "
-        "fresh rows that chose the winner, before any other fine-tune"
+        "fresh rows that chose the winner; beside a loss the winner's difference from it"
     )
     accuracy = f"selection {measures.accuracy_name(search.metrics)}"
-    headings = (
-        *("row", "trial", "cut", "formats", "bytes", "selection loss", "seeds", accuracy),
-        *("loss minus the winner's", "verdict"),
-    )
+    headings = ("row", "trial", "cut", "formats", "bytes", "selection loss", "seeds", accuracy)
     return Table(caption, headings, body).without_empty_columns()
 
 
@@ -314,7 +265,8 @@ def stages(run: Snapshot) -> Table:
     figures = (run.results.seconds, gpu)
     body = [(name, STATES[state], *(_seconds(each.get(name)) for each in figures)) for name, state in begun.items()]
     sums = (_seconds(sum(each.get(name, 0.0) for name in begun)) for each in figures)
-    return Table("Stages", ("stage", "state", "seconds", "GPU seconds"), [*body, ("all stages", "-", *sums)])
+    caption = "Stages; GPU seconds are those of the jobs times the GPUs held for them, busy or not"
+    return Table(caption, ("stage", "state", "seconds", "GPU seconds"), [*body, ("all stages", "-", *sums)])
 
 
 def _seconds(value: float | None) -> str:

@@ -44,14 +44,14 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> No
 
 
 def test_the_card_says_where_the_plan_came_from() -> None:
-    control = {"best_origin": "unpruned-knapsack", "control_won": True}
-    for found, words in (
-        ({}, "a searched plan and"),
-        (control, "the plan not pruned, knapsack, which no searched plan beat, and"),
-        ({"best_origin": GIVEN}, "a plan that was given, not searched for, and"),
+    for found, title in (
+        ({}, "searched"),
+        ({"best_origin": "unpruned-knapsack", "control_won": True}, "winner (not pruned, knapsack)"),
+        ({"best_origin": GIVEN}, "given plan"),
     ):
         card = model_card(snapshot(results_of(searched_row([1.0]), **found)))
-        assert f"`me/base`, 20 % pruned, quantized to 6.00 mean bits by {words} fine-tuned by qpruner" in card
+        words = f"by a plan from gp, trial 11 (`{title}` below), fine-tuned by qpruner"
+        assert f"`me/base`, 20 % pruned, quantized to 6.00 mean bits {words}" in card
         assert "nothing is claimed" in card
 
 

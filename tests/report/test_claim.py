@@ -20,11 +20,11 @@ from made_run import (
     row_of,
     score,
     searched_row,
-    whole_results,
 )
 from scipy import stats
 
-from qpruner.report.claim import claim, comparisons
+from qpruner.report.claim import claim, comparisons, headline
+from qpruner.report.content import Compared
 from qpruner.report.results import RANDOM, SEARCHED, rows
 from qpruner.report.sections import search_text
 from qpruner.report.statistics import SAME, Difference
@@ -50,21 +50,19 @@ def differences(results: Results, other: str = RIVAL) -> dict[str, Difference]:
 def test_a_control_that_won_is_named() -> None:
     scored = [*row_of(RIVAL, [2.0]), *searched_row([1.0])]
     results = results_of(scored, best_origin=RIVAL, control_won=True)
-    text, title = claim(results), "winner (not pruned, knapsack)"
-    assert text.startswith("No searched plan beat the best control on fresh rows, so the search returned the control ")
-    assert f" not pruned, knapsack (100.00 MB); its row is `{title}`." in text
+    said = "3.0 times smaller than the base. The simple thing is best here, and this is it: not pruned, knapsack"
+    title = "winner (not pruned, knapsack)"
+    assert headline(results) == said and claim(results).splitlines()[0] == f"{said}."
     assert [(row.name, row.title) for row in rows(results)] == [(RIVAL, "not pruned, knapsack"), (SEARCHED, title)]
     assert by_task(results).rows[-1][0] == title
-    assert "returned the control" not in claim(results_of(scored))
-    assert claim(results_of(scored)).startswith("Searched: gp, trial 11, 100.00 MB.")
+    assert "simple thing" not in claim(results_of(scored))
 
 
 def test_a_plan_that_was_given_is_not_called_searched() -> None:
     results = results_of([*row_of(RIVAL, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
-    assert claim(results).startswith("Given plan: ") and rows(results)[-1].title == "given plan"
+    assert rows(results)[-1].title == "given plan"
     alone = search_text(made_search(PLAN, best_origin=GIVEN, confirmations=(made_confirmation(7, GIVEN, 2.0),)))
-    assert alone[0].startswith("a given plan on loss, "), "no searcher chose it"
-    assert alone[1] == "Trial 7 is the plan that was given, the only one scored on fresh rows."
+    assert alone.startswith("a given plan on loss, "), "no searcher chose it"
 
 
 @pytest.mark.parametrize(
@@ -84,21 +82,19 @@ def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: 
     assert ", 3 training seeds, paired: " in line
     assert f"confirmation loss {widths * half_width:+.4f} nats (± 0.0200 over seeds" in line
     assert line.endswith(f"), {verdict}.")
-    rival = "the best control in the budget (not pruned, knapsack)" if other == RIVAL else "random plans of equal bytes"
-    text = f"is {SAME} from {rival}" if verdict == SAME else f"is {verdict} than {rival} in confirmation loss"
-    counts = "no difference shown" if verdict == SAME else f"{verdict} in 1 of 3"
-    first = claim(results).splitlines()[0]
-    assert f" It {text}. Over 3 comparisons, each at 95 % by itself: {counts}. " in first, "words before figures"
+    is_silent = verdict == SAME or other == RANDOM
+    than = f"{SAME} from" if is_silent else f"{verdict} in 1 of 3 measures than"
+    said = f"3.0 times smaller than the base; {than} the best simple alternative"
+    assert headline(results) == said, "random plans are not what one would do"
 
 
-def test_one_verdict_of_six_is_counted_as_one_of_six() -> None:
-    """Of six comparisons at 95 % each, one may show a difference by chance."""
-    ours, off = np.array([2.0, 2.1, 1.9]), np.array([0.001, -0.001, 0.0])
-    cases = {(-0.1, 0.0): "better in 1", (0.1, -0.1): "better in 1 and worse in 1"}
-    for (seed, random), said in cases.items():
-        rivals = [*row_of(RIVAL, list(ours - seed + off)), *random_rows(list(ours - random), list(off))]
-        lead = claim(results_of([*rivals, *searched_row(list(ours))])).splitlines()[0]
-        assert f" Over 6 comparisons, each at 95 % by itself: {said} of 6. " in lead
+def test_one_verdict_of_three_is_counted_as_one_of_three() -> None:
+    """Of three comparisons at 95 % each, one may show a difference by chance."""
+    off = np.array([0.001, -0.001, 0.0])
+    ours, right = list(2.0 + off), [score(answers(400, 200))] * 3
+    rivals = row_of(RIVAL, list(1.9 - off), [score(answers(400, 100))] * 3)
+    said = headline(results_of([*rivals, *searched_row(ours, right)]))
+    assert said.endswith("; better in 1 and worse in 1 of 2 measures than the best simple alternative"), said
 
 
 def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Scored:
@@ -192,12 +188,30 @@ def test_a_verdict_needs_a_difference_beyond_its_interval(
         assert found.half_width == pytest.approx(half_width)
 
 
+@pytest.mark.parametrize(
+    ("measure", "mean", "half_width", "drawn"),
+    [
+        ("confirmation loss", -0.3, 0.1, "2.0  [       |  --o--]"),
+        ("confirmation loss", 0.3, 0.1, "2.0  [--o--  |       ]"),
+        ("acc", 0.1, 0.0999, "2.0  [       |---o---]"),
+        ("acc", 0.01, 0.1, "2.0  [ ------|o------]"),
+        ("acc", 0.1, None, "2.0  "),
+    ],
+)
+def test_an_interval_is_drawn_with_better_to_the_right(
+    measure: str, mean: float, half_width: float | None, drawn: str
+) -> None:
+    """One that excludes zero does not touch the middle."""
+    found = Difference(measure, mean, None, half_width, 8, SAME)
+    assert str(Compared("2.0", difference=found)) == drawn
+
+
 def test_one_random_plan_says_nothing_of_random_plans() -> None:
     """With one random plan, the row is in the table, but the claim says nothing about random plans."""
     losses = [2.0, 2.1, 1.9]
     results = results_of([*row_of(RIVAL, losses), *random_rows(losses, [0.0]), *searched_row([1.0, 1.11, 0.9])])
     first, *lines = claim(results).splitlines()
-    assert "random" not in first and "each at 95 % by itself: better in 1 of 3. " in first
+    assert first.endswith("; better in 1 of 3 measures than the best simple alternative.")
     assert lines[0].startswith("- Against the best control") and not any("random" in line for line in lines)
     assert RANDOM in [row.name for row in rows(results)]
 
@@ -214,16 +228,11 @@ def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None
     assert rows(results)[0].answer_loss is None
 
 
-def test_the_claim_says_what_was_lost_against_the_base() -> None:
-    lead = claim(whole_results()).splitlines()[0]
-    lost = (
-        "It is 3.0 times smaller than the base model. After its fine-tune its confirmation loss is 2.5000 nats per "
-        "token and its test acc 0.560 (after the same fine-tune the base's is 0.475)."
-    )
-    assert lead.endswith(lost)
-    alone = results_of(searched_row([1.0]), [("base", (score(answers(50, 35)),))])
-    assert claim(alone).splitlines()[0].endswith("test acc 0.400 (without a fine-tune the base's is 0.700).")
-    assert claim(alone).splitlines()[1] == "- No other plan had this fine-tune, so nothing is claimed at equal bytes."
+def test_a_winner_alone_claims_nothing_at_equal_bytes() -> None:
+    alone = results_of(searched_row([1.0]), confirmations=(made_confirmation(11, "gp", 2.0),))
+    lead, *others = claim(alone).splitlines()
+    assert lead == "3.0 times smaller than the base; compared with no simple alternative."
+    assert others == ["- No other plan had this fine-tune, so nothing is claimed at equal bytes."]
 
 
 # ---- several tasks, and how often the claim speaks where there is nothing to say

@@ -11,8 +11,9 @@ from made_run import PLAN, RIVAL, Scored, results_of, row_of, searched_row, snap
 from qpruner.report import tables
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim, comparisons
-from qpruner.report.content import report_md
+from qpruner.report.content import Paragraph, Table, report_md
 from qpruner.report.finalists import finalists, formats_text
+from qpruner.report.overview import overview
 from qpruner.report.results import control_title, rows
 from qpruner.report.sections import sections
 from qpruner.runs.records import Confirmation, Results, RungAgreement
@@ -47,19 +48,20 @@ def test_the_winner_stands_beside_every_finalist() -> None:
     found = tables.fresh_scores(searched(UNIFORM, KNAPSACK, OVER, PAPER, SECOND).search)  # type: ignore[arg-type]
     assert found.caption.startswith("The winner, every control (what one would do instead) and the best trials: all as")
     width = 1.96 * GAIN.std(ddof=1) / 2
-    ends = f"95 % interval {0.3 - width:+.4f} to {0.3 + width:+.4f}, paired over 4 rows"
-    assert found.rows[3] == (
-        *("not pruned, knapsack", "3", "not pruned", "nf4", "101.0 MB", "4.3000", f"+0.3000 ({ends})", "worse"),
-    )
-    told = [(row[0], *row[3:5], row[-1]) for row in found.rows]
+    ends = f"95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f}"
+    assert [getattr(cell, "in_words", cell) for cell in found.rows[3]] == [
+        *("not pruned, knapsack", "3", "not pruned", "nf4", "101.0 MB"),
+        f"4.3000 (selection loss -0.3000 nats (4 rows, {ends}), better)",
+    ]
+    told = [(row[0], *row[3:5], getattr(row[-1].difference, "verdict", "-")) for row in found.rows]  # type: ignore[union-attr]
     assert told[:3] == [
         ("searched", "1 nf4, 1 int8", "100.0 MB", "-"),
         ("the paper's flow", "1 nf4, 1 int8", "99.0 MB", "not distinguishable"),
-        ("gp", "1 nf4, 1 int8", "90.0 MB", "worse"),
+        ("gp", "1 nf4, 1 int8", "90.0 MB", "better"),
     ]
     assert told[-2:] == [
-        ("not pruned, uniform", "nf4", "80.0 MB", "worse"),
-        ("not pruned, uniform", "nf4", "120.0 MB, exceeds the budget", "better"),
+        ("not pruned, uniform", "nf4", "80.0 MB", "better"),
+        ("not pruned, uniform", "nf4", "120.0 MB, exceeds the budget", "worse"),
     ]
 
 
@@ -70,7 +72,8 @@ def test_scored_accuracies_and_seeds_have_columns() -> None:
     told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
     assert told[1]["row"] == "gp, reused"
-    assert (told[1]["selection loss"], told[1]["seeds"]) == (f"{scored.loss:.4f}", "3"), "the loss is their mean"
+    loss, seeds = told[1]["selection loss"], told[1]["seeds"]
+    assert f"{loss}".startswith(f"{scored.loss:.4f}  [") and seeds == "3", "the loss is their mean"
 
 
 def test_rungs_say_how_they_order_trials_within_and_between_cuts() -> None:
@@ -87,18 +90,25 @@ def test_controls_are_named_by_their_cut() -> None:
     ]
 
 
-def test_the_claim_is_first_against_the_best_control_in_the_budget() -> None:
-    lead = claim(searched(UNIFORM, KNAPSACK, OVER)).splitlines()[0]
+def as_a_trial(results: Results) -> str:
+    """Return what the claim says of the best control as a trial, and check that the headline agrees."""
+    lead, _, *items = claim(results).splitlines()
+    [item] = items or [""]
+    verdict = item.rpartition(", ")[2].removesuffix(".")
+    shown = {"better": "better in 1 of 1 measures than", "not distinguishable": "not distinguishable from"}
+    alternative = f"{shown[verdict]} the best simple alternative" if item else "compared with no simple alternative"
+    assert lead == f"3.0 times smaller than the base; {alternative}."
+    return item
+
+
+def test_without_its_fine_tune_the_best_control_is_compared_as_a_trial() -> None:
     width = 1.96 * GAIN.std(ddof=1) / 2
-    assert lead.startswith(
-        "Searched: gp, trial 11, 100.00 MB. On the search's fresh rows after 8 steps the winner is better than the "
-        "best control in the budget, not pruned, knapsack (101.0 MB, nf4), whose loss is 4.3000 instead of 4.0000: "
-        f"+0.3000 nats (95 % interval {0.3 - width:+.4f} to {0.3 + width:+.4f}, paired over 4 rows). It is 3.0 times "
+    ends = f"4 rows, 95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f}"
+    assert as_a_trial(searched(UNIFORM, KNAPSACK, OVER)) == (
+        f"- Against not pruned, knapsack, as trials on fresh rows: selection loss -0.3000 nats ({ends}), better."
     )
-    assert "is not distinguishable from the best control in the budget, the paper's flow (" in claim(searched(PAPER))
-    over = claim(searched(OVER)).splitlines()[0]
-    assert "No control fits the budget; the nearest is not pruned, uniform (120.0 MB)." in over
-    assert "control" not in claim(searched())
+    assert as_a_trial(searched(PAPER)).endswith(", not distinguishable.")
+    assert as_a_trial(searched(OVER)) == as_a_trial(searched()) == "", "one that may not win is no alternative"
 
 
 def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
@@ -106,7 +116,7 @@ def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
     means = {"seed_losses": (4.0, 4.1)}
     lucky, again = OVER.model_copy(update={"fits": True}), KNAPSACK.model_copy(update=means)
     results = results_of(searched_row([1.0]), confirmations=(lucky, again, finalist(11, "gp", WINNER, **means)))
-    assert "better than the best control in the budget, not pruned, knapsack (101.0 MB" in claim(results)
+    assert as_a_trial(results).startswith("- Against not pruned, knapsack, ")
     rows = [*row_of(RIVAL, [1.2, 1.3], plan=NF4), *tuned("paper", 1.0, 1.0, 80_000_000), *searched_row([1.5, 1.6])]
     assert [each.other for each in comparisons(results_of(rows))] == [RIVAL], "nor one fine-tuned under fewer seeds"
 
@@ -115,12 +125,15 @@ def test_a_control_that_won_is_compared_with_the_next() -> None:
     """Its row is then the winner's, and says what it is."""
     won = {"best_index": 3, "best_origin": "unpruned-knapsack", "control_won": True, "best_cut": "base"}
     results = searched(UNIFORM, KNAPSACK.model_copy(update={"loss": 3.0, "losses": ()}), best_plan=NF4, **won)
-    assert "so the search returned the control not pruned, knapsack (100.00 MB)" in claim(results)
-    assert "the best other control in the budget, not pruned, uniform (80.0 MB, nf4), whose loss is" in claim(results)
+    assert "this is it: not pruned, knapsack.\n" in claim(results)
+    assert "- Against not pruned, uniform, as trials on fresh rows: " in claim(results)
     assert results.search and finalists(results.search)[0].title == "winner (not pruned, knapsack)"
     assert rows(results)[0].title == "winner (not pruned, knapsack)"
-    size, _, plan = tables.winner(snapshot(results)).rows
-    assert ", not pruned; budget 101.5 MB" in size[2] and plan[2].startswith("2 groups: nf4; from")
+    about, table, _ = overview(results)
+    assert about == Paragraph(
+        "Winner (not pruned, knapsack) (gp, trial 11): 20 % pruned, nf4. Budget 101.5 MB, adapter included.", True
+    )
+    assert isinstance(table, Table) and table.headings[-1] == "best simple alternative\nnot pruned, uniform, as a trial"
     assert "`me/base`, not pruned, quantized to" in model_card(snapshot(results))
 
 
@@ -147,8 +160,8 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     assert [each.other for each in comparisons(limited)] == ["paper"]
     assert tables.fresh_scores(limited.search).rows[1][4] == "101.0 MB, computes more than the budget"  # type: ignore[arg-type]
     lead, item = claim(results).splitlines()
+    assert lead.endswith("; not distinguishable from the best simple alternative.")
     rival = "the best control in the budget (not pruned, knapsack)"
-    assert f" It is not distinguishable from {rival}. Over 3 comparisons" in lead
     assert item.startswith(f"- Against {rival} (unpruned-knapsack, -10.00% bytes), one training seed")
     own = [*tuned(RIVAL, 1.5, 1.0, 100_000_000, "cut-20"), *searched_row([1.5], plan=NF4)]
     assert comparisons(results_of(own)) == [], "the winner is no rival of itself"

@@ -17,7 +17,6 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.report import tables
 from qpruner.report.claim import claim
 from qpruner.report.files import summary_schema, summary_text, write_report
-from qpruner.report.finalists import best_control_text
 from qpruner.report.html import render
 from qpruner.report.plots.chart import Chart
 from qpruner.report.sections import sections
@@ -76,8 +75,13 @@ def test_the_page_of_200_trials_is_small_and_loads_nothing(long_run: Path, long_
 
 def test_the_page_answers_first_and_has_every_part(long_run: Path, long_page: BeautifulSoup) -> None:
     text = words(long_page)
-    assert text.index("The answer") < text.index("Quality by task") < text.index("The search")
-    assert f"budget {BUDGET / 1e6:.1f} MB (quantize.budget: fraction 0.5)" in text
+    first, *others = long_page.main("section", recursive=False)
+    assert (first["id"], first.details) == ("answer", None), "the answer and the picture are not folded away"
+    assert all(each.details and each.details.h2 and not each.details.has_attr("open") for each in others)
+    assert first.figure["data-plot"] == "pareto" and f"Budget {BUDGET / 1e6:.1f} MB, adapter included." in text
+    assert len(first("table")) == 1 and len(first("tr")) <= 9 and len(first.tr("th")) <= 6
+    bars = first("svg")
+    assert len(bars) == 5 and all("95 % interval" in bar["aria-label"] for bar in bars)
     claim = json.loads((long_run / "results.json").read_text())["claim"].splitlines()[0]
     for each in (claim, "qpruner run my.yaml --set search.max_trials=200", "2.13.0", "AMD EPYC 9555", "rank: 4"):
         assert each in text
@@ -149,7 +153,7 @@ def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: 
     missing = f"There is no result yet from: {', '.join(left)}."
     for said in (f"Failed in stage {left[0]}: no space left for /runs", missing):
         assert said in text and said in markdown
-    assert ("best so far were chosen by the rows" in text, "was best, a" in text) == (
+    assert ("best so far were chosen by the rows" in text, "The winner, every control" in text) == (
         until == "sensitivity",
         until == "finetune",
     )
@@ -240,17 +244,16 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
     alone = read_snapshot(made.run)
     results = alone.results
     assert results.finetune and results.evaluate and results.search
-    [tuned], scored = results.finetune.candidates, results.evaluate.rows
+    scored = results.evaluate.rows
     base, _, _, winner = (sum(score.value for score in row.scores) / 2 for row in scored)
-    lead, nothing = claim(results).splitlines()
-    for figures in (
-        "Searched: gp, trial 11, 92.00 MB. On the search's fresh rows the winner is not distinguishable from the best ",
-        "It is 3.0 times smaller than the base model. After its fine-tune its confirmation loss is ",
-        f"{tuned.confirmation_loss:.4f} nats per token and its test acc {winner:.3f} (without a fine-tune the "
-        f"base's is {base:.3f}).",
-    ):
-        assert figures in lead
-    assert best_control_text(results.search) in words(page_of(root))
+    lead, nothing, as_trial = claim(results).splitlines()
+    assert lead == "3.0 times smaller than the base; not distinguishable from the best simple alternative."
+    assert "as trials on fresh rows: selection loss -" in as_trial and as_trial.endswith(
+        "(no interval), not distinguishable."
+    )
+    shown = re.sub(r"\s+", " ", page_of(root).find(id="answer").get_text(" "))
+    for figures in ("base no fine-tune", "as a trial", f"test acc {winner:.3f} {base:.3f}", "selection loss"):
+        assert figures in shown
     assert "nothing is claimed at equal bytes" in nothing
     facts, text = status(root)
     markdown = (root / "report.md").read_text()

@@ -1,16 +1,15 @@
-"""Tells of files as they are served: the table, the ratios, the first tile and the commands."""
+"""Tells of files as they are served: the table and the commands."""
 
 import re
 from typing import Any
 
 import pytest
-from made_run import results_of, searched_row, snapshot
+from made_run import results_of, row_of, searched_row, snapshot
 
-from qpruner.report import tables
 from qpruner.report.content import report_md
 from qpruner.report.results import BASE, SEARCHED
 from qpruner.report.sections import sections
-from qpruner.report.served import commands, served, served_text
+from qpruner.report.served import commands, decode_in_llama_cpp, served
 from qpruner.runs.records import Results, ServedRow, ServeRecord, ServeSetting
 
 
@@ -36,39 +35,31 @@ ROWS = (
 def results() -> Results:
     setting = ServeSetting(threads=2, build="xllamacpp 1.0", prompt_tokens=128, new_tokens=32, num_rows=24)
     record = ServeRecord(digest="0", seconds=1.0, rows=ROWS, setting=setting)
-    return results_of(searched_row([1.0])).model_copy(update={"serve": record})
+    return results_of([*row_of(BASE, [1.0]), *searched_row([1.0])]).model_copy(update={"serve": record})
 
 
 def test_every_row_shows_what_was_measured_of_its_files(results: Results) -> None:
     table = served(results)
     assert table and "2 CPU threads" in table.caption
     by_form = {line[1]: line[2:] for line in table.rows}
-    assert by_form["GGUF Q8_0"] == ("100.0 MB", "8.00", "2.5000", "320 (320-320)", "40.0 (39.0-40.0)", "4.00")
-    assert by_form["vLLM, adapter beside it"] == ("100.0 MB", "6.00", "-", "-", "-", "-"), "not measured here"
+    assert by_form["GGUF Q8_0"] == ("100.0 MB", "8.00", "2.5000", "320 (320-320)", "40.0 (39.0-40.0)", "-", "-")
+    assert by_form["vLLM, adapter beside it"] == ("100.0 MB", "6.00", *"---", "1 to bf16", "loaded by transformers")
     assert served(results_of(searched_row([1.0]))) is None
     setting = ServeSetting(threads=2, build="", prompt_tokens=0, new_tokens=0, num_rows=0)
     unmeasured = ServeRecord(digest="0", seconds=1.0, rows=ROWS[-1:], setting=setting)
     table = served(results.model_copy(update={"serve": unmeasured}))
     assert table and "not measured" in table.caption and not re.search("[0-9]", table.caption)
-    assert table.headings == ("row", "served as", "files", "mean bits")
+    assert table.headings == ("row", "served as", "files", "mean bits", "recoded", "checked")
 
 
-def test_what_files_lack_is_told(results: Results) -> None:
-    recoded, check = served_text(results)
-    assert "1 layer had to take another format than the plan's (bf16); bytes are those" in recoded
-    assert "by transformers" in check
-
-
-def test_speed_as_served_comes_first_and_transformers_own_among_the_details(results: Results) -> None:
+def test_the_speed_is_that_of_the_best_file_and_of_the_bases_largest(results: Results) -> None:
+    assert decode_in_llama_cpp(results, SEARCHED) == 50.0, "the merged file is faster, and worse"
+    assert decode_in_llama_cpp(results, BASE) == 20.0
+    assert decode_in_llama_cpp(results, "unpruned-knapsack") is None, "not served, so not measured"
+    assert decode_in_llama_cpp(results_of(searched_row([1.0])), BASE) is None
     run = snapshot(results)
-    first = tables.winner(run).rows[0]
-    assert first[:2] == ("speed as served", "50.0 tokens/s"), "the merged file is faster, and worse"
-    assert "5.0 times the unpruned base" in first[2] and first[2].endswith("reads 400 (prefill)")
-    captions = {table.caption.split(",")[0]: table.summary for table in tables.final_tables(results)}
-    assert captions["Size of each row"] and not captions["The fine-tune of each row"]
-    assert not any(table.summary for table in tables.final_tables(results.model_copy(update={"serve": None})))
     page = report_md(run, sections(run), "pictures")
-    assert page.index("Test results") < page.index("As served") < page.index("The fine-tune of each row")
+    assert "| tokens/s, llama.cpp | 50.0 | 20.0 (2.50x) |" in page and "As served, on 2 CPU threads" in page
 
 
 def test_commands_name_the_best_files_of_the_run(results: Results) -> None:

@@ -62,7 +62,7 @@ def _code(text: str) -> Markup:
 
 def _cell(cell: Cell) -> Markup:
     """Draw a plan as a bar per group; turn text between backticks into code elements."""
-    return Markup(cell.bars) if isinstance(cell, PrecisionPlan) else _code(cell)  # noqa: S704 (its texts are escaped)
+    return Markup(cell.bars) if isinstance(cell, PrecisionPlan) else _code(str(cell))  # noqa: S704 (its texts are escaped)
 
 
 def _script_json(data: Any) -> Markup:

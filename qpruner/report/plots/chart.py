@@ -27,7 +27,9 @@ CONFIG: Spec = {
     "font": "sans-serif",
     "view": {"stroke": None},
     "axis": {"gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)", **TEXT},
-    "legend": TEXT | {"symbolOpacity": 1, "orient": "bottom", "symbolBaseFillColor": "var(--text)"},
+    "legend": TEXT
+    | {"symbolOpacity": 1, "orient": "bottom", "symbolBaseFillColor": "var(--text)", "columns": 3, "offset": 8}
+    | {"layout": {"bottom": {"direction": "vertical"}}},
     "title": {"color": "var(--text)", "fontSize": 13, "fontWeight": "normal", "anchor": "start"},
     "text": {"color": "var(--text)", "fontSize": 12},
 }

@@ -2,10 +2,12 @@
 
 import itertools
 import statistics
+from collections.abc import Sequence
 
 from qpruner.plans.plan import cut_title, plan_of
 from qpruner.report.finalists import formats_text
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
+from qpruner.report.results import control_title
 from qpruner.report.search_progress import cost, score, score_title
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import TrialRecord
@@ -15,6 +17,7 @@ SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan",
 SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
 CUT_COLORS = ("#4477aa", "#ee6677", "#228833", "#b8860b", "#aa3377", "#0f9d9d")
 """Colours of the cuts, the least pruned first, which light and dark pages show well."""
+HEIGHT, NAME_WIDTH = 300, 0.3  # pixels; a share of the width, of which a name takes less
 REACH = 6.0  # length of the score axis, in multiples of the distance from the best to the median score
 
 
@@ -27,6 +30,7 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     title = f"{score_title(run.state.search)}{unit}"
     points = [_point(run, trial) for trial in scored]
     place = {"x": quantity("megabytes", "size in MB", tickCount=6), "y": _score_axis(run.metric, title, points)}
+    _space_names(points, place["y"]["scale"].get("domain") or [point["score"] for point in points])
     finished = [trial for trial in scored if trial.status == "finished"]
     costs = [(trial.plan_bytes, cost(trial.rungs[-1], run.metric)) for trial in finished]
     best = [_point(run, finished[at]) for at in non_dominated(costs)]
@@ -35,28 +39,32 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     named = {"mark": label, "encoding": {"text": {"field": "text"}}}
     budget = {"values": [{"megabytes": run.state.search.budget_bytes / 1e6, "text": "budget"}]}
     step = {"type": "line", "interpolate": "step-after", "color": "var(--muted)", "strokeWidth": 1.5}
-    point = {"type": "point", "filled": True, "size": 60}
+    sizes, strokes = (f"datum.kind === '{CONTROL}' ? {each}" for each in ("130 : 60", "'var(--text)' : null"))
+    point = {"type": "point", "filled": True, "size": {"expr": sizes}, "stroke": {"expr": strokes}, "strokeWidth": 1}
     by_legend = {"name": "cuts", "select": {"type": "point", "fields": ["cut"]}, "bind": "legend"}
+    ring = {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"}
     layers = [
         {"data": budget, "encoding": {"x": place["x"]}, "layer": [rule, named]},
         {"data": {"values": best}, "mark": step, "encoding": place},
         {"params": [by_legend], "mark": point, "encoding": place | _looks(run, title, points)},
-        *_ring(place, run.best_title),
+        _names(place),
+        {"transform": [{"filter": "datum.best"}], "mark": ring, "encoding": place},
     ]
+    edge = " Scores far worse than the rest are at the edge." if "clamp" in place["y"]["scale"] else ""
     fresh = " The winner was chosen on fresh rows, so another trial may have a better score."
     return Chart(
         "pareto",
-        "Score against size",
-        "Every trial by its plan's bytes and its last score, in the colour of its cut; controls are diamonds and may "
-        "exceed the budget. The step line joins the finished trials that no trial of fewer or equal bytes beats. A "
-        "cross is a trial that was stopped early: its score is after fewer steps. Scores far worse than the rest are "
-        f"drawn at the edge.{fresh if run.results.search else ''}",
-        {"height": 340, "data": {"values": points}, "layer": layers},
+        "What the search tried",
+        "Each trial by its plan's bytes and last score. Diamonds are what one would do instead, crosses were stopped "
+        f"early; the line is the best at its bytes.{edge}{fresh if run.results.search else ''}",
+        {"height": HEIGHT, "data": {"values": points}, "layer": layers},
     )
 
 
 def _point(run: Snapshot, trial: TrialRecord) -> Spec:
     """Return the fields that the plot and its tooltips show of a trial, with the score of its last rung."""
+    is_best = trial == run.best_trial
+    name = control_title(trial.origin).rpartition(", ")[2] if kind_of(trial) == CONTROL else ""
     return {
         "trial": trial.index,
         "origin": trial.origin,
@@ -68,7 +76,8 @@ def _point(run: Snapshot, trial: TrialRecord) -> Spec:
         "mean_bits": trial.mean_bits,
         "score": score(trial.rungs[-1], run.metric),
         "step": trial.rungs[-1].step,
-        "best": trial == run.best_trial,
+        "best": is_best,
+        "name": ", ".join(filter(None, [run.best_title if is_best else "", name])),
     }
 
 
@@ -96,6 +105,18 @@ def _score_axis(metric: str, title: str, points: Values) -> Spec:
     return axis | {"scale": {"zero": False, "domain": sorted((sign * best, sign * (best + reach))), "clamp": True}}
 
 
+def _space_names(points: Values, ends: Sequence[float]) -> None:
+    """Choose how many pixels below its point each name stands, the winner's first, so that names do not overlap."""
+    sizes, taken = [point["megabytes"] for point in points], list[tuple[float, float]]()
+    for point in sorted((each for each in points if each["name"]), key=lambda each: not each["best"]):
+        along = (point["megabytes"] - min(sizes)) / (max(sizes) - min(sizes) or 1)
+        down = HEIGHT * (max(ends) - point["score"]) / (max(ends) - min(ends) or 1)
+        near = [other for where, other in taken if abs(along - where) < NAME_WIDTH]
+        free = (each for each in (0, 13, -13, 26, -26) if all(abs(down + each - other) >= 13 for other in near))
+        point["below"] = next(free, 0)
+        taken.append((along, down + point["below"]))
+
+
 def _looks(run: Snapshot, title: str, points: Values) -> Spec:
     """Encode cuts by colour and kinds by shape."""
     found = run.results.prune.cuts if run.results.prune else {}
@@ -109,15 +130,11 @@ def _looks(run: Snapshot, title: str, points: Values) -> Spec:
     return {"color": by_word("cut", cuts), "shape": by_word("kind", kinds), "tooltip": details, "opacity": opacity}
 
 
-def _ring(place: Spec, title: str) -> list[Spec]:
-    """Draw a ring with a label around the best trial."""
-    is_best = [{"filter": "datum.best"}]
-    ring = {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"}
-    is_right = "scale('x', datum.megabytes) > width / 2"
-    sides = {"align": {"expr": f"{is_right} ? 'right' : 'left'"}, "dx": {"expr": f"{is_right} ? -15 : 15"}}
-    label = {"type": "text", "fontWeight": "bold"} | sides
-    text = place | {"text": {"value": title}}
-    return [
-        {"transform": is_best, "mark": ring, "encoding": place},
-        {"transform": is_best, "layer": [{"mark": label | HALO}, {"mark": label}], "encoding": text},
-    ]
+def _names(place: Spec) -> Spec:
+    """Name the best trial and the controls, beside them and away from the edge."""
+    side, away = "scale('x', datum.megabytes) > width / 2 ?", "(datum.best ? 15 : 9)"
+    beside = {"align": {"expr": f"{side} 'right' : 'left'"}, "dx": {"expr": f"{side} -{away} : {away}"}}
+    font = {"fontWeight": {"expr": "datum.best ? 'bold' : 'normal'"}, "dy": {"expr": "datum.below"}}
+    label, text = {"type": "text", **beside, **font}, place | {"text": {"field": "name"}}
+    both = [{"mark": label | HALO}, {"mark": label}]
+    return {"transform": [{"filter": "datum.name"}], "layer": both, "encoding": text}
