@@ -27,6 +27,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import paper_plan
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
+from qpruner.report.finalists import rival_of
 from qpruner.runs.records import Confirmation, SearchRecord
 from qpruner.runs.storage import remove
 from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
@@ -47,9 +48,12 @@ def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
         return PrecisionPlan.from_dict(found.plan, found.cut)
 
     controls = [each for each in searched.confirmations if each.control and each.fits]
-    best = min(controls, key=lambda each: (each.loss, each.index))
-    returned = PrecisionPlan.from_dict(searched.best_plan, searched.best_cut)
-    found = {"returned": (searched.best_origin, returned), "control": (best.origin, plan(best))}
+    returned = (searched.best_origin, PrecisionPlan.from_dict(searched.best_plan, searched.best_cut))
+    found = {"returned": returned}
+    if searched.control_won:
+        found["control"] = returned
+    elif best := rival_of(searched):
+        found["control"] = (best.origin, plan(best))
     paper = paper_plan(context)
     if paper and any(each.plan == paper.as_dict() and each.cut == paper.cut for each in controls):
         found["paper"] = ("paper", paper)
@@ -94,7 +98,7 @@ def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
         "plans": {name: str(plan) for name, (_, plan) in named.items()},
         "bytes": {name: context.layout_of(plan.cut).plan_bytes(plan) for name, (_, plan) in named.items()},
         "losses": {name: [sum(each) / len(each) for each in own] for name, own in by_name.items()},
-        "rows": len(by_name["returned"][0]),
+        "row_losses": [[round(each, 4) for each in own] for own in by_name["returned"]],  # to compare settings
     }
     found["against"] = {
         name: compared(by_name["returned"], own) for name, own in by_name.items() if own != by_name["returned"]
