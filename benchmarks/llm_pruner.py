@@ -136,11 +136,16 @@ def make_models(folder: Path, evaldata: Path) -> dict[str, Path]:
     folders = {GROUPED: folder / "grouped", "multi-head": folder / "multi"}
     save_checkpoint(model, tokenizer, folders[GROUPED])
     save_checkpoint(_every_query_its_own(model), tokenizer, folders["multi-head"])
-    for each in folders.values():  # as transformers 4 spells it
-        config = json.loads((each / "config.json").read_text())
-        theta = config.pop("rope_parameters", {}).get("rope_theta", config.get("rope_theta"))
-        (each / "config.json").write_text(json.dumps(config | {"rope_theta": theta, "torch_dtype": "float32"}))
+    for each in folders.values():
+        spell_for_peer(each)
     return folders
+
+
+def spell_for_peer(folder: Path) -> None:
+    """Rewrite the config of a float32 checkpoint as transformers 4 spells it."""
+    config = json.loads((folder / "config.json").read_text())
+    theta = config.pop("rope_parameters", {}).get("rope_theta", config.get("rope_theta"))
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": theta, "torch_dtype": "float32"}))
 
 
 def _every_query_its_own(model: Any) -> Any:
@@ -191,7 +196,7 @@ def main() -> None:
         folder = Path(name)
         for heads, model_folder in make_models(folder, arguments.evaldata).items():
             for criterion in arguments.criteria:
-                theirs = _in_peer(arguments, model_folder, folder, criterion)
+                theirs = in_peer(arguments, model_folder, folder, criterion)
                 for query_heads in ("modulo", "served") if heads == GROUPED else ("served",):
                     ours = run_ours(model_folder, folder / "tokens.json", query_heads, CRITERIA[criterion][1])
                     row = {"heads": heads, "criterion": criterion, "query_heads": query_heads}
@@ -212,7 +217,8 @@ def say(row: dict[str, Any]) -> None:
     )
 
 
-def _in_peer(arguments: argparse.Namespace, model: Path, folder: Path, criterion: str) -> Kept:
+def in_peer(arguments: argparse.Namespace, model: Path, folder: Path, criterion: str) -> Kept:
+    """Let LLM-Pruner cut a model by the samples in `folder/tokens.json`; return the units that it kept."""
     out = folder / "kept.json"
     given = [str(model), str(folder / "tokens.json"), str(out), criterion]
     python = str(arguments.peer_python.absolute())
