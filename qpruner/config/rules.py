@@ -32,7 +32,7 @@ def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
     if len(given) != 1:
         got = f"several: {take_out(*(f'prune.{key}' for key in given))}" if given else "none"
         yield f"give one of `rates`, `rate` and `layer_rate`, got {got}"
-    if prune.rates and list(prune.rates) != sorted(set(prune.rates)):
+    if prune.rates and (list(prune.rates) != sorted(prune.rates) or len(prune.cuts) < len(prune.rates)):
         yield f"`rates` must be different shares in ascending order, got {list(prune.rates)}"
     if by_rate and prune.drops_blocks:
         yield "`layer_rate` applies to units inside blocks only: take `block` out of `units`"

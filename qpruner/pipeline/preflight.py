@@ -194,7 +194,7 @@ def _few_trials(config: RunConfig) -> Iterator[str]:
     if num_controls >= trials and config.is_searched:
         yield (
             f"up to {num_controls} plans to beat (two of each cut, the paper's) run first and may leave none of "
-            f"{trials} trials (`search.max_trials`) to the searcher: allow more trials, or name fewer `prune.rates`"
+            f"{trials} trials (`search.max_trials`) to the searcher: allow more"
         )
 
 

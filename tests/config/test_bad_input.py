@@ -51,6 +51,10 @@ RULES = [
     ),
     ("prune={rates: [0, 0.2], rate: 0.1}", "give one of `rates`, `rate` and `layer_rate`, got several: take one out"),
     ("prune={rates: [0.2, 0.1]}", "`rates` must be different shares in ascending order, got [0.2, 0.1]"),
+    (
+        "prune={rates: [0.1, 0.1000000000001]}",
+        "`rates` must be different shares in ascending order, got [0.1, 0.1000000000001]",
+    ),
     ("prune={rates: [0, 0.95]}", "`prune.rates.1` ... less than or equal to 0.9, got 0.95"),
     ("prune={rates: null}", "`prune`: give one of `rates`, `rate` and `layer_rate`, got none"),
     ("prune={layer_rate: 0.2, units: [block, mlp]}", "`layer_rate` applies to ... take `block` out of `units`"),
