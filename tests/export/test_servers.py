@@ -103,7 +103,7 @@ def test_llama_cli_answers(exported: Export) -> None:
 
 def test_llama_server_chats(exported: Export) -> None:
     command = documented("llama-server")
-    exported("gguf_merged", "serve/gguf_merged")
+    exported("gguf_merged", "export/gguf_merged")
     with serving([*command, "--host", "127.0.0.1", "--port", "{port}", "--alias", "demo"]) as address:
         assert chat(address, "demo")["choices"][0]["finish_reason"] == "length"
 
@@ -121,7 +121,7 @@ def test_ollama_answers(exported: Export, tmp_path: Path) -> None:
 
 def test_lm_studio_takes_the_file(exported: Export) -> None:
     command = documented("lms import")
-    exported("gguf_merged", "serve/gguf_merged")
+    exported("gguf_merged", "export/gguf_merged")
     done = subprocess.run([*command, "--yes", "--copy"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 

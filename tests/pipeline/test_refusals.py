@@ -315,7 +315,7 @@ def warned(inspected: Any) -> Callable[[str | dict[str, Any], str], list[str]]:
         (
             "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=3",
             "`search.max_trials`",
-            "up to 5 plans to beat ... none of 3 trials ... `prune.rates`",
+            "up to 5 plans to beat ... none of 3 trials ... allow more",
         ),
     ],
 )
