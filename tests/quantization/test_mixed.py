@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qpruner.config.schema import QuantizeConfig
 from qpruner.errors import UserError
+from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import group_linears, layout_of
 from qpruner.plans.plan import EMBEDDINGS, PrecisionPlan
 from qpruner.quantization.assembly import assemble, measured_bytes
@@ -150,7 +151,8 @@ def test_gradient_checkpointing_frees_activations(tiny_model: Path, name: str, t
     """Layers that keep their input, as bitsandbytes' 8-bit layers do, would cost a gigabyte with Llama-2-7B."""
     bank = bank_source(tiny_model, tmp_path / "bank")
     plan = mixed_plan(groups_of(bank), (name,))
-    assert live_inputs(mixed_model(bank, plan), checkpointing=False) > 0
+    # Without bfloat16 instructions copies in float32 are kept instead of the inputs.
+    assert live_inputs(mixed_model(bank, plan), checkpointing=False) > 0 or not has_bfloat16()
     assert live_inputs(mixed_model(bank, plan), checkpointing=True) == 0
 
 

@@ -16,6 +16,7 @@ from qpruner.config.load import validate_config
 from qpruner.config.schema import QuantizeConfig, RunConfig, SensitivityConfig
 from qpruner.data.losses import mean_loss
 from qpruner.estimate.memory import rounding_memory, scoring_memory, sensitivity_memory
+from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
@@ -106,7 +107,8 @@ def test_check_predicts_the_memory(raw: dict[str, Any], inspection: Inspection, 
         config = validate_config(raw if method == "gptq" else with_key(raw, "sensitivity.methods", [method]))
         found = rounding_memory(config, inspection) if method == "gptq" else sensitivity_memory(config, inspection)
         beside = found.total - found.parts["weights"]
-    assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= beside
+    copies = 1.0 if has_bfloat16() else 1.25  # `qpruner.models.cpu` copies the weights of a product to float32
+    assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= copies * beside
 
 
 def test_the_disk_of_gram_matrices_is_told_exactly(subject: Banked) -> None:
