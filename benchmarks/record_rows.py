@@ -45,7 +45,7 @@ AUTOROUND = {"bits": 4, "group_size": 64, "iters": 50, "lr": 5e-3, "nsamples": 6
 
 @dataclass(frozen=True)
 class Start:
-    """What is fine-tuned, and the seconds that it took to cut and to search."""
+    """A plan to fine-tune, with its cut and bank, and the seconds that pruning and search took."""
 
     bank: BankSource
     plan: dict[str, str]
@@ -55,7 +55,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Files:
-    """What is served: a folder, what transformers loads of it, and the GGUF files in it."""
+    """The folder that is served, the model that transformers loads to score it, and its GGUF files."""
 
     folder: Path
     loaded: Path

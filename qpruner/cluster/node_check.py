@@ -80,7 +80,7 @@ def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> 
 
 
 def packed_check(driver_versions: Mapping[str, str], run: RunDir | None) -> bytes:
-    """Pickle `check_node` for workers. Without `versions` or a run, these are not checked."""
+    """Pickle `check_node` for workers; it skips the versions if there are none, and the storage if there is no run."""
     from ray import cloudpickle
 
     place = (str(run.root), run.place, RUN_ID, run.id) if run else None

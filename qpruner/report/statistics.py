@@ -49,7 +49,7 @@ class Difference:
 
     @property
     def noun(self) -> str:
-        """What `num_pairs` counts."""
+        """The unit of `num_pairs`: row or question."""
         return "row" if self.measure in (CONFIRMATION_LOSS, SELECTION_LOSS) else "question"
 
     @property

@@ -89,7 +89,7 @@ def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: 
 
 
 def test_one_verdict_of_three_is_counted_as_one_of_three() -> None:
-    """Of three comparisons at 95 % each, one may show a difference by chance."""
+    """The headline counts the measures, because one of three at 95 % each may differ by chance."""
     off = np.array([0.001, -0.001, 0.0])
     ours, right = list(2.0 + off), [score(answers(400, 200))] * 3
     rivals = row_of(RIVAL, list(1.9 - off), [score(answers(400, 100))] * 3)
