@@ -14,10 +14,11 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan
-from qpruner.report.finalists import rival_of
+from qpruner.report.finalists import lost_controls, rival_of
 from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, title_of
 from qpruner.runs.events import Progress
 from qpruner.runs.records import SearchRecord, digest_of
+from qpruner.runs.records.search import PAPER
 from qpruner.runs.storage import for_each, published_folders, read_progress
 from qpruner.search.choice import random_plans
 from qpruner.training.table_rows import Candidate, CandidateJob
@@ -49,8 +50,9 @@ def winner_row(context: Context) -> Row:
 def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
-    Random plans have about the bytes and the cut of the winner. The winner, the best other control and the random plans
-    get `finetune.seeds` different training seeds each, the other rows get one.
+    Controls that lost as trials are left out, so that no fine-tune is spent on what is not the best alternative; the
+    paper's flow stays. Random plans have about the bytes and the cut of the winner. The winner, the best other control
+    and the random plans get `finetune.seeds` different training seeds each, the other rows get one.
     """
     config, winner, searched = context.config, winner_row(context), context.record(SearchRecord)
     [(first, plan)] = winner.plans
@@ -66,7 +68,9 @@ def table_rows(context: Context) -> list[Row]:
 
     rows = [same(name, "unquantized", each) for name, each in _unquantized(context, plan)]
     dense = {each for row in rows for _, each in row.plans}
-    rows += [control_row(*each) for each in controls(context) if each[1] not in dense]
+    lost = [(each.cut, each.plan) for each in lost_controls(searched)]
+    tried = [each for each in controls(context) if each[1] not in dense]
+    rows += [control_row(name, each) for name, each in tried if name == PAPER or (each.cut, each.as_dict()) not in lost]
     space = context.space_of(plan.cut)
     drawn = random_plans(space, plan, config.finetune.random_plans, config.seed) if plan in space else []
     if drawn:

@@ -124,11 +124,18 @@ def rows_of(jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dic
     ]
 
 
-def measure_in_turns(stage: Stage[Any], jobs: Iterable[Candidate]) -> tuple[InferenceSetting, dict[Path, Inference]]:
-    """Measure memory and speed of models, alternating between them; return the setting, and results by job folder."""
+def measure_in_turns(
+    stage: Stage[Any], jobs: Iterable[Candidate]
+) -> tuple[InferenceSetting | None, dict[Path, Inference]]:
+    """Measure memory and speed of models, alternating between them; return the setting, and results by job folder.
+
+    Of a model that is served by llama.cpp, its speed there counts, which the stage `serve` measures.
+    """
     from qpruner.training.inference import InferenceJob, measure_inference
 
     context = stage.context
+    if context.config.serve.uses_llama_cpp:
+        return None, {}
     # Fine-tunes of a plan that differ only in the training seed are measured once.
     models: dict[tuple[Any, ...], list[Candidate]] = {}
     for job in sorted(jobs, key=lambda job: job.cut):

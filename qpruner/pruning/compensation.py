@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples, at_tokens, block_inputs
-from qpruner.data.losses import batches, hooked
+from qpruner.data.losses import batches, hooked, returning
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import family_of
 from qpruner.pruning.surgery import unit_indices
@@ -28,8 +28,8 @@ class _InputsCaptured(Exception):
 class BlockStream:
     """Run the blocks of a model one by one on the hidden states ``(batch, seq, hidden)`` of the samples.
 
-    One pass through the whole model captures masks and positions, which do not depend on the hidden states. Each block
-    then runs by itself, also after its weights changed. Memory holds the hidden states before one block only.
+    One pass, in which blocks return their inputs, captures masks and positions, which do not depend on hidden states.
+    Each block then runs by itself, also after its weights changed. Memory holds the hidden states before one block.
     """
 
     @torch.no_grad()
@@ -51,11 +51,12 @@ class BlockStream:
 
             return hook
 
+        blocks = [model.get_submodule(path) for path in self._paths]
+        inputs_of = itertools.repeat(lambda *args, **kwargs: block_inputs(args, kwargs))
         hooks = (
-            model.get_submodule(path).register_forward_pre_hook(hook_for(index), with_kwargs=True)
-            for index, path in enumerate(self._paths)
+            block.register_forward_pre_hook(hook_for(index), with_kwargs=True) for index, block in enumerate(blocks)
         )
-        with hooked(hooks):
+        with hooked(hooks), returning(blocks, inputs_of):
             for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
                 self._tokens.append(batch["attention_mask"].bool())
                 self._calls.append({})

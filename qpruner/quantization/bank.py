@@ -36,7 +36,7 @@ from qpruner.runs.records import Recorded, digest_of
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import OnPiece
 
-VERSION = 3  # version of the entries: raise it when the same inputs give different tensors
+VERSION = 4  # version of the entries: raise it when the same inputs give different tensors
 GRAMS = "grams"  # subfolder with the Gram matrices of layers' inputs, a file for each block
 FEW_WEIGHTS = 10_000_000
 """A model with fewer weights is packed without Ray, because starting Ray would take longer than packing."""

@@ -64,6 +64,13 @@ def rival_of(search: SearchRecord) -> Confirmation | None:
     return None if position is None else controls[position]
 
 
+def lost_controls(search: SearchRecord) -> list[Confirmation]:
+    """List the controls in the budget that were worse as trials than the best of them, beyond the 95 % interval."""
+    best = rival_of(search)
+    others = [each for each in search.confirmations if each.control and each.fits] if best else []
+    return [each for each in others if best and _compared(each, best, search).verdict == "worse"]
+
+
 def rival_as_trial(search: SearchRecord) -> Finalist | None:
     """Return the finalist that `rival_of` found."""
     rival = rival_of(search)

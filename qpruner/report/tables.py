@@ -30,12 +30,13 @@ FINAL = (
         ("row", "seeds", "bytes", "mean bits", TEST_ACCURACY, "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("row", "cut", "from", "seeds", "validation loss", "confirmation loss")),
-    (
-        "Size of each row, and its memory and speed in transformers",
-        ("row", "parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
-    ),
+    ("Size of each row, and the peak memory of its fine-tune", ("row", "parameters", "peak memory")),
 )
 """Caption and columns of each part of the final table; each part fits 120 characters of width."""
+IN_TRANSFORMERS = (
+    "Memory and speed of each row in transformers",
+    ("row", "inference memory", "prefill tokens/s", "decode tokens/s"),
+)
 TERMS = {
     "..., uniform": "a cut, or the base model (not pruned), with every group in the format that fits best.",
     "..., knapsack": "the same with the best plan by a sensitivity.",
@@ -85,7 +86,8 @@ def cells(row: Row) -> dict[str, str]:
 
 def final_tables(results: Results) -> list[Table]:
     """Split the final table into parts that fit a terminal and paper."""
-    return [_final(results, caption, headings) for caption, headings in FINAL]
+    parts = (*FINAL, IN_TRANSFORMERS) if results.inference else FINAL
+    return [_final(results, caption, headings) for caption, headings in parts]
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:

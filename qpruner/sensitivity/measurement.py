@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from qpruner.data.calibration import Samples
-from qpruner.data.losses import batches, hooked, predicted_labels, predicted_logits, predicting
+from qpruner.data.losses import batches, hooked, predicted_labels, predicted_logits, predicting, returning
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import family_of
 from qpruner.quantization.bank import Starts
@@ -110,7 +110,7 @@ class _Rerun:
         """Run again from this layer on; return KL divergence and change of the loss, ``(2, samples)``."""
         first = len(self._blocks) if self._model.get_submodule(layer_path) is self._model.get_output_embeddings() else 0
         first = next((at for at, block in enumerate(self._paths) if layer_path.startswith(f"{block}.")), first)
-        with returning_outputs(self._blocks[:first], self._outputs):
+        with returning(self._blocks[:first], [lambda *_, output=output, **__: output for output in self._outputs]):
             logits = predicted_logits(self._model, self._batch)
         kl, loss = [], []
         for start in range(0, len(logits), POSITIONS):
@@ -129,22 +129,6 @@ class _Rerun:
         if not values.isfinite().all():
             raise TrainingDiverged(f"the predictions of {model_name} are NaN or infinite on the calibration samples")
         return torch.zeros_like(self.counts).index_add_(0, self._sample, values.double().cpu())
-
-
-@contextmanager
-def returning_outputs(blocks: Sequence[torch.nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Make blocks return the given outputs instead of running."""
-    before = [vars(block).get("forward") for block in blocks]
-    for block, output in zip(blocks, outputs, strict=False):
-        block.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -36,10 +36,13 @@ def scales_of(packed: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("each", GRIDS, ids=lambda each: each.name)
 def test_outputs_change_less_than_by_rounding_to_nearest(each: GridFormat) -> None:
-    """On new inputs, too; 0.3 to 0.5 of nearest's error were measured."""
+    """On new inputs, too; 0.3 to 0.5 of nearest's error were measured. 8 bits are rounded to nearest."""
     weight, inputs = weight_of(), inputs_of()
     seen, new = inputs[: TOKENS // 2], inputs[TOKENS // 2 :]
     nearest, by_inputs = each.pack(weight), pack(each, weight, seen.T @ seen)
+    if each.bits >= 8:
+        assert torch.equal(by_inputs["weight"], nearest["weight"])
+        return
     assert by_inputs["weight"].shape == nearest["weight"].shape
     assert output_error(each, by_inputs, weight, new) < 0.7 * output_error(each, nearest, weight, new)
 

@@ -231,7 +231,7 @@ class ComparisonRecord(Record):
     candidates: tuple[CandidateRecord, ...]
     rows: tuple[RowScores, ...]
     """Scores of `candidates`, in the same order."""
-    inference: InferenceSetting
+    inference: InferenceSetting | None = None
 
 
 class StageState(Recorded):
