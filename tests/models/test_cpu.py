@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qpruner.models import cpu
 cpu.install()
 
-def seconds(dtype):
-    layer, inputs = torch.nn.Linear(576, 768).to(dtype), torch.randn(512, 576).to(dtype).requires_grad_()
+def seconds(dtype, columns, rows):
+    layer, inputs = torch.nn.Linear(columns, rows).to(dtype), torch.randn(512, columns).to(dtype).requires_grad_()
     taken = []
     for _ in range(5):
         started = time.perf_counter()
@@ -17,8 +17,9 @@ def seconds(dtype):
         taken.append(time.perf_counter() - started)
     return min(taken)
 
-narrow, wide = seconds(torch.bfloat16), seconds(torch.float32)
-assert narrow < 4 * wide, ("without `install` 5 to 20 times on a CPU without these instructions", narrow, wide)
+for shape in ((576, 768), (8, 1536)):  # a layer, and half of an adapter
+    narrow, wide = seconds(torch.bfloat16, *shape), seconds(torch.float32, *shape)
+    assert narrow < 4 * wide, ("without `install` 5 to 40 times on a CPU without these instructions", narrow, wide)
 
 config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, vocab_size=64)
