@@ -7,14 +7,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONDONTWRITEBYTECODE # the first process compiles modules, the others read them
-minutes="8 to 40"
+longer=""
 if [ "${1:-}" = --long ]; then
   shift
-  minutes="15 to 90"
+  longer="; --long takes three times that or more"
   set -- --set prune.rates=[0,0.1,0.2] --set sensitivity.methods=[mutual_information,second_order] \
     --set search.max_trials=16 --set search.confirm=3 --set search.confirm_seeds=1 --set finetune.seeds=3 \
     --set evaluate.limit=135 --set serve.to=[gguf,gguf_merged] "$@"
 fi
 bash launch/setup.sh demo demo-model
-echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $* ($minutes minutes on two free cores, depending on the CPU; longer on busy ones; Ctrl-C, then the same again, goes on)"
+minutes=$(.venv/bin/python launch/demo_minutes.py)
+echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $*"
+echo "== about $minutes minutes on two free cores of this kind$longer; Ctrl-C, then the same again, goes on"
 exec .venv/bin/qpruner run tune_configs/demo_smollm2_cpu.yaml "$@"

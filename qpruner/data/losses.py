@@ -115,9 +115,8 @@ def returning(modules: Sequence[torch.nn.Module], outputs: Iterable[Callable[...
         yield
     finally:
         for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.forward
-            else:
+            del module.forward
+            if forward:
                 module.forward = forward
 
 

@@ -1,9 +1,9 @@
 """Estimate the peak memory of each kind of work, by part, from the shapes.
 
 For each token, an adapted layer of r rows and c columns keeps for the backward pass its input in float32 (4 c), the
-adapter's inner values (4 x rank), and about e (r + c) for input and output in elements of e bytes. Autograd keeps
-within 15 % of this (tests/estimate), within 25 % on a CPU without bfloat16. With gradient checkpointing every block
-keeps its input, and one block all of this. Packed layers keep no input, and unpack their weight in each pass.
+adapter's inner values (4 x rank), and about e (r + c) for input and output in elements of e bytes; within 15 % of
+autograd's, 25 % on a CPU without bfloat16. With gradient checkpointing every block keeps its input, and one block all
+of this. Packed layers keep no input, and unpack their weight in each pass.
 """
 
 from collections.abc import Iterable, Sequence

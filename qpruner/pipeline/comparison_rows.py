@@ -50,9 +50,9 @@ def winner_row(context: Context) -> Row:
 def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
-    Controls that lost as trials are left out, so that no fine-tune is spent on what is not the best alternative; the
-    paper's flow stays. Random plans have about the bytes and the cut of the winner. The winner, the best other control
-    and the random plans get `finetune.seeds` different training seeds each, the other rows get one.
+    Controls that lost as trials are left out, none is the best alternative; the paper's flow stays. Random plans have
+    about the winner's bytes, and its cut. The winner, the best other control and the random plans get `finetune.seeds`
+    training seeds each, the other rows get one.
     """
     config, winner, searched = context.config, winner_row(context), context.record(SearchRecord)
     [(first, plan)] = winner.plans

@@ -129,7 +129,7 @@ def measure_in_turns(
 ) -> tuple[InferenceSetting | None, dict[Path, Inference]]:
     """Measure memory and speed of models, alternating between them; return the setting, and results by job folder.
 
-    Of a model that is served by llama.cpp, its speed there counts, which the stage `serve` measures.
+    Nothing is measured if llama.cpp serves the winner: its speed there is what counts.
     """
     from qpruner.training.inference import InferenceJob, measure_inference
 

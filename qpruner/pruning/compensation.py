@@ -28,8 +28,8 @@ class _InputsCaptured(Exception):
 class BlockStream:
     """Run the blocks of a model one by one on the hidden states ``(batch, seq, hidden)`` of the samples.
 
-    One pass, in which blocks return their inputs, captures masks and positions, which do not depend on hidden states.
-    Each block then runs by itself, also after its weights changed. Memory holds the hidden states before one block.
+    A pass in which blocks return their inputs captures masks and positions, which do not depend on hidden states. Each
+    block then runs by itself, also after its weights changed. Memory holds the hidden states before one block only.
     """
 
     @torch.no_grad()
@@ -42,21 +42,19 @@ class BlockStream:
         self._tokens: list[torch.Tensor] = []
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
-        def hook_for(index: int) -> Callable[..., None]:
-            def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def capture_for(index: int) -> Callable[..., torch.Tensor]:
+            def capture(*args: Any, **kwargs: Any) -> torch.Tensor:
+                hidden = block_inputs(args, kwargs)
                 if index == 0:
-                    self._hidden.append(block_inputs(args, kwargs))
+                    self._hidden.append(hidden)
                 others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 self._calls[-1][index] = (args[1:], others)
+                return hidden
 
-            return hook
+            return capture
 
         blocks = [model.get_submodule(path) for path in self._paths]
-        inputs_of = itertools.repeat(lambda *args, **kwargs: block_inputs(args, kwargs))
-        hooks = (
-            block.register_forward_pre_hook(hook_for(index), with_kwargs=True) for index, block in enumerate(blocks)
-        )
-        with hooked(hooks), returning(blocks, inputs_of):
+        with returning(blocks, map(capture_for, range(len(blocks)))):
             for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
                 self._tokens.append(batch["attention_mask"].bool())
                 self._calls.append({})

@@ -19,9 +19,8 @@ class Finalist:
     """A finalist, as a trial of `SearchRecord.steps` steps scored on fresh rows.
 
     `name` is its origin, which `title` puts into words, `trial` its number; users would try a `control` instead of a
-    search. `fits` says whether it may win. `more_loss` is by how much `loss` (nats per token) exceeds the winner's,
-    `half_width` half of the 95 % interval, paired by row. `verdict` is `better` or `worse` if the interval excludes
-    zero; null for the winner.
+    search. `fits`: whether it may win. `more_loss`: by how much `loss` (nats per token) exceeds the winner's, with half
+    of the 95 % interval paired by row, `half_width`; `verdict`: `better` or `worse` if that excludes 0.
     """
 
     name: str
@@ -66,9 +65,8 @@ def rival_of(search: SearchRecord) -> Confirmation | None:
 
 def lost_controls(search: SearchRecord) -> list[Confirmation]:
     """List the controls in the budget that were worse as trials than the best of them, beyond the 95 % interval."""
-    best = rival_of(search)
-    others = [each for each in search.confirmations if each.control and each.fits] if best else []
-    return [each for each in others if best and _compared(each, best, search).verdict == "worse"]
+    best, controls = rival_of(search), [each for each in search.confirmations if each.control and each.fits]
+    return [each for each in controls if best and _compared(each, best, search).verdict == "worse"]
 
 
 def rival_as_trial(search: SearchRecord) -> Finalist | None:

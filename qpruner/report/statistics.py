@@ -1,7 +1,6 @@
 """Estimates the differences between rows of the final table, with 95 % intervals.
 
 Models are paired by training seed, their scores by test question or by row of `data.confirmation`.
-`qpruner.data.measures` computes means and standard errors over tasks and questions.
 """
 
 import math
@@ -129,11 +128,9 @@ def _difference(measure: str, pairs: Sequence[Pair], values: Sequence[float], by
 def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answers) -> float | None:
     """Return half of a difference's 95 % interval from its means by seed, plan and data row; None if these are too few.
 
-    Against several random plans, use the prediction interval for one more random plan. Each plan's value is a mean
-    over seeds, so the spread of these values already includes the effects of plan, seeds and questions.
-
-    Against one plan, use the wider of Student's interval over seeds and the normal interval over questions or rows.
-    With one training seed the spread over seeds is missing: the interval is too narrow, and too often excludes 0.
+    Against several random plans, use the prediction interval for one more random plan: the spread of their means over
+    seeds includes the effects of plan, seeds and questions. Against one plan, use the wider of Student's interval over
+    seeds and the normal one over questions or rows. Without several seeds it is too narrow, and too often excludes 0.
     """
     if len(by_plan) > 1:
         return measures.half_width(by_plan, of_next=True)

@@ -30,13 +30,12 @@ FINAL = (
         ("row", "seeds", "bytes", "mean bits", TEST_ACCURACY, "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("row", "cut", "from", "seeds", "validation loss", "confirmation loss")),
-    ("Size of each row, and the peak memory of its fine-tune", ("row", "parameters", "peak memory")),
+    (
+        "Size of each row, and its memory and speed in transformers",
+        ("row", "parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
+    ),
 )
 """Caption and columns of each part of the final table; each part fits 120 characters of width."""
-IN_TRANSFORMERS = (
-    "Memory and speed of each row in transformers",
-    ("row", "inference memory", "prefill tokens/s", "decode tokens/s"),
-)
 TERMS = {
     "..., uniform": "a cut, or the base model (not pruned), with every group in the format that fits best.",
     "..., knapsack": "the same with the best plan by a sensitivity.",
@@ -86,8 +85,7 @@ def cells(row: Row) -> dict[str, str]:
 
 def final_tables(results: Results) -> list[Table]:
     """Split the final table into parts that fit a terminal and paper."""
-    parts = (*FINAL, IN_TRANSFORMERS) if results.inference else FINAL
-    return [_final(results, caption, headings) for caption, headings in parts]
+    return [_final(results, caption, headings) for caption, headings in FINAL]
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
@@ -97,8 +95,8 @@ def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
     if name == measures.ACCURACY and TEST_ACCURACY in headings:
         caption += f"; {measures.accuracy_in_full(results.evaluate.metrics)}"
     shown = tuple(f"test {name}" if heading == TEST_ACCURACY else heading for heading in headings)
-    body = [cells(row) for row in rows(results)]
-    return Table(caption, shown, [tuple(line[heading] for heading in headings) for line in body])
+    body = [tuple(line[heading] for heading in headings) for line in map(cells, rows(results))]
+    return Table(caption, shown, body).without_empty_columns()
 
 
 def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:

@@ -3,9 +3,8 @@
 HParams has one row for each trial that is over. Scalars has the trials' curves, and the best score so far of searched
 plans. Text has the configuration.
 
-A file depends only on the records that it shows, so writing it twice changes nothing. During a search, new messages are
-appended, and an open TensorBoard shows them. After a crash, repeating the command completes or rewrites the file.
-tensorboardX's `SummaryWriter` sets its own times and file names and only appends, so this module makes the messages.
+A file depends only on the records that it shows, so writing it twice changes nothing: during a search new messages are
+appended, after a crash the repeated command completes or rewrites it. tensorboardX's `SummaryWriter` cannot do that.
 """
 
 import logging

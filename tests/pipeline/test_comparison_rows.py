@@ -58,6 +58,19 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     assert {name for name, each in seeds.items() if each == {1}} == {"base", "pruned", *CONTROLS} - {best}
 
 
+def test_controls_that_lost_as_trials_get_no_fine_tune(context: Context) -> None:
+    """A control within noise of the best one stays, and so does the paper's flow, however bad."""
+    losses = {"unpruned-uniform": 2.0, "unpruned-knapsack": 2.01, "cut-20-uniform": 2.5, "paper": 3.0}
+    plans, noise = dict(controls(context)), (0.1, -0.2, 0.1, 0.0)
+    searched, found = searched_record(a_winner(context), losses), []
+    for position, each in enumerate(searched.confirmations):
+        plan, rows = plans[each.origin], [each.loss + noise[(row + position) % 4] for row in range(16)]
+        found.append(each.model_copy(update={"plan": plan.as_dict(), "cut": plan.cut, "losses": tuple(rows)}))
+    searched = searched.model_copy(update={"confirmations": tuple(found)})
+    names = {row.name for row in table_rows(with_records(context, search=searched))}
+    assert names.intersection(CONTROLS) == {*CONTROLS} - {"cut-20-uniform"}
+
+
 def test_seeds_that_chose_the_winner_do_not_judge_it(changed: Callable[[str, Any], Context]) -> None:
     context = changed("search.confirm_seeds", 2)
     found = [seed for row in rows_of(context, a_winner(context)).values() for seed, _ in row.plans]

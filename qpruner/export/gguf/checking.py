@@ -8,10 +8,9 @@ llama.cpp rounds the inputs of packed layers to 8 bits and those of others to 16
 depends on the model, so it is measured: transformers computes once more with inputs rounded as much. That result is no
 closer to llama.cpp's than the exact one, because errors of rounding are chaotic.
 
-SmolLM2 with adapter, 2026-11-29: a plan of q4_0 and q5_0 diverges by 0.0028, which is 0.84 of what rounding makes (of
-all tokens, not the likeliest and the rest: q8_0 1.12, with q2_k 1.06, bf16 1.05). Faults in that plan: q in the wrong
-order in the first of 30 blocks 2.3, in the last 0.026; rows of the embeddings shifted by one 7.3; no adapter 0.13, none
-in the first block 0.010, none in block 15 0.005. The last two may pass, which is why bytes are compared too.
+SmolLM2 with adapter, 2026-11-29: a plan of q4_0 and q5_0 diverges by 0.0028, which is 0.84 of what rounding makes. With
+q in a wrong order 2.3 (first of 30 blocks) or 0.026 (last); with shifted rows of embeddings 7.3; without adapter 0.13,
+without that of block 15 0.005. The last may pass, which is why bytes are compared too.
 """
 
 from contextlib import AbstractContextManager

@@ -2,9 +2,8 @@
 
 One pass gives the logits of all positions. llama-server has no log-probabilities of a prompt (llama.cpp's #27174).
 The library is the extension module of the package `xllamacpp`, which exports the C API. Structures of parameters grow
-with every build, so they are opaque here: the library fills in its defaults, and only the first three fields of a
-context's parameters are set, which have had their places since 2024. Tried with the libraries of xllamacpp 0.2.14,
-2026.4 and 2026.10 and of node-llama-cpp (llama.cpp 0.5.0), 2026-11-29.
+with every build, so they are opaque: the library fills in its defaults, and only the first three fields of a context's
+parameters are set, in their places since 2024. Tried: xllamacpp 0.2.14 to 2026.10 and node-llama-cpp (llama.cpp 0.5.0).
 
 An assertion in the library ends the process, so `isolation.py` calls it in one of its own, quickly: without torch.
 """
