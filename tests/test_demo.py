@@ -74,6 +74,8 @@ def test_demo(tmp_path: Path) -> None:
     assert peak < MEMORY_LIMIT_BYTES
     rows = outcome["serve"]["rows"]
     served = {row["form"]: row for row in rows if row["name"] == "searched"}
+    assert [row["name"] for row in rows[:2]] == ["base", "base"] and rows[-1]["name"] == "searched"
+    assert rows[2]["name"] in table and rows[2]["name"] in controls, "the best simple alternative"
     assert list(served) == ["gguf"] and served["gguf"]["file_bytes"] < rows[0]["file_bytes"] / 3
     assert all((run / file).is_file() for row in served.values() for file in row["files"])
     tuned = table["searched"]["confirmation_loss"]

@@ -66,11 +66,10 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
-    `resources` are for one job. Errors of `function` are raised here with their own type. With `own_process` every job
-    has a new process, so that its memory can be measured. `check_node` (see `packed_check`) raises on an unusable
-    node. `on_tick` is called about once a second, `on_held` with the GPU seconds of each finished job. `progress`
-    returns what the job at a position has saved: after a change the deaths of its workers count from 0 again.
-    With `on_event` the function is a generator, which yields events for it and returns the result.
+    `resources` are for one job. Errors of `function` are raised here with their own type. With `own_process` each job
+    has a new process, in which its memory can be measured. `check_node` (see `packed_check`) raises on an unusable
+    node. `on_tick` is called each second, `on_held` with the GPU seconds of each finished job. `progress` returns what
+    a job has saved: after a change its deaths count from 0 again. With `on_event` the function is a generator.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
 

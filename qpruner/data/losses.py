@@ -107,7 +107,7 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def returning(modules: Sequence[torch.nn.Module], outputs: Iterable[Callable[..., Any]]) -> Iterator[None]:
-    """Make each module return the output of a function of its arguments instead of running."""
+    """Make each module return the output of a function instead of running."""
     before = [vars(module).get("forward") for module in modules]
     for module, output in zip(modules, outputs, strict=False):
         module.forward = output

@@ -10,14 +10,17 @@ from typing import Any
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
 from qpruner.models.loading import check_source, load_tokenizer
+from qpruner.pipeline.comparison_rows import candidates_for
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
+from qpruner.report.claim import best_control
 from qpruner.report.results import SEARCHED
 from qpruner.report.served import commands, form_text
 from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
+from qpruner.training.table_rows import Candidate
 
 COLUMNS = 4096  # columns that every format takes
 BASE_BYTES = 6
@@ -82,8 +85,18 @@ class Serve(Stage[ServeRecord]):
 
     def inputs(self) -> tuple[Any, ...]:
         prepared, tuned = self.context.record(PrepareRecord), self.context.record(FinetuneRecord)
-        adapters = [each.adapter_sha256 for each in tuned.candidates]
-        return (prepared.digest, tuned.digest, adapters, self.config.serve, _versions())
+        about = [each.adapter_sha256 for each in tuned.candidates], self._rival and self._rival[0].folder.name
+        return (prepared.digest, tuned.digest, about, self.config.serve, _versions())
+
+    @property
+    def _rival(self) -> tuple[Candidate, float] | None:
+        """The best control of the final table, with the winner's training seed, and its mean bits; None without any."""
+        results = self.context.records
+        if not (results.comparison and (name := best_control(results))):
+            return None
+        found = next(each for each in results.comparison.candidates if each.name == name)
+        plan = PrecisionPlan.from_dict(found.plan, found.cut)
+        return candidates_for(self.context, [(name, plan, found.seed)])[0], found.mean_bits
 
     def detail(self) -> str:
         return f"{', '.join(self.config.serve.to)}{self.config.serve.how}"
@@ -101,6 +114,7 @@ class Serve(Stage[ServeRecord]):
             threads=self.config.serve.threads or max(1, int(context.trial_resources["cpu"])),
             layout=context.layout_of(winner.cut),
             winner=winner,
+            rival=self._rival,
         )
         return context.executor.run(partial(serve, job), context.emit)
 

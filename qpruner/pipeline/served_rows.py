@@ -1,4 +1,4 @@
-"""Write the base model for llama.cpp, and measure rows of stage serve in turns in one new process."""
+"""Write models for other servers, and measure the rows of stage serve in turns in one new process."""
 
 import math
 import os
@@ -11,7 +11,8 @@ from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.models.checkpoint import save_checkpoint
-from qpruner.models.loading import OnWork, checkpoint_config, load_dense, load_tokenizer
+from qpruner.models.loading import OnWork, load_dense, load_tokenizer
+from qpruner.pipeline.finetune import write_final
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
 from qpruner.quantization.formats import format_of
@@ -20,15 +21,13 @@ from qpruner.runs.events import Emit, Message, Progress
 from qpruner.runs.records import CandidateRecord, ServedForm, ServedRow, ServeSetting
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import empty_folder, fetch, remove, storage_at, writing_folder
+from qpruner.training.table_rows import Candidate
 from qpruner.wording import counted
 
-EMBEDDING_FORMAT = "q8_0"
-"""Format of embeddings and head in the packed files of the base model: llama.cpp's own quantizer takes Q6_K or this."""
-UNPACKED = "f16"
-BASE_FORMATS = (UNPACKED, "q8_0", "q4_0")  # formats of the blocks in the files of the base model
+UNPACKED = "f16"  # format of the base model's file
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 32, 16
 NUM_TURNS = 3
-PLAN = "plan"  # `ServedRow.format` of the final model
+PLAN = "plan"  # `ServedRow.format` of a fine-tuned model
 Turn = tuple[float, float, float | None]  # tokens per second of prefill and of decode, and the loss in the first turn
 
 
@@ -43,7 +42,7 @@ class Served:
 
 @dataclass(frozen=True)
 class ServeJob:
-    """The work of the stage: the run folder `root`, folders of the base model and of the rows, and the winner."""
+    """The work of the stage: folders, the winner, and the best simple alternative with its mean bits (`rival`)."""
 
     config: RunConfig
     root: Path
@@ -53,6 +52,7 @@ class ServeJob:
     threads: int
     layout: Layout
     winner: CandidateRecord
+    rival: tuple[Candidate, float] | None = None
 
 
 def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
@@ -66,8 +66,9 @@ def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
         return {"rows": [each.row for each in forms], "setting": setting}
     work = storage_at(job.scratch / "base").staging
     try:
-        rows = (*write_base(job.config, fetch(job.base), empty_folder(work), on_progress), *forms)
-        for each in isolated(measure_in_turns, job, rows):
+        rows = write_base(job.config, fetch(job.base), empty_folder(work), on_progress)
+        rows += write_rival(*job.rival, work, on_progress) if job.rival else []
+        for each in isolated(measure_in_turns, job, [*rows, *forms]):
             if isinstance(each, dict):
                 return each
             emit(Progress("serve", *each, "turns of loss and speed"))
@@ -117,39 +118,40 @@ def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
 
 
 def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork) -> list[Served]:
-    """Write the base model as GGUF files in `BASE_FORMATS`; return a row for each, and one for transformers."""
+    """Write the base model as a GGUF file in float16; return a row for transformers and one for the file."""
     from qpruner.export.gguf.writing import write_gguf
-    from qpruner.export.recode import dense, recode, tensor_bytes
 
     model, tokenizer = load_dense(str(base), config.model.dtype, config.model, on_progress), load_tokenizer(str(base))
     stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     sizes = {"file_bytes": stored, "tensor_bytes": sum(each.nbytes for each in model.parameters())}
-    bits = 8.0 * next(model.parameters()).element_size()
-    found = [Served(ServedRow(name=BASE, form="transformers", format=config.model.dtype, mean_bits=bits, **sizes))]
-    unpacked, packed = folder / UNPACKED, folder / "packed"
-    save_checkpoint(model.half(), tokenizer, unpacked)
+    bits, file = 8.0 * next(model.parameters()).element_size(), folder / f"base-{UNPACKED}.gguf"
+    found = Served(ServedRow(name=BASE, form="transformers", format=config.model.dtype, mean_bits=bits, **sizes))
+    save_checkpoint(model.half(), tokenizer, folder / UNPACKED)
     del model
-    for name in BASE_FORMATS:
-        checkpoint, file = unpacked, folder / f"base-{name}.gguf"
-        if name != UNPACKED:
-            checkpoint = packed
-            recode(unpacked, packed, dense, False, on_progress, _packed_formats(checkpoint_config(unpacked), name))
-        write_gguf(checkpoint, file, file.stem, on_progress)
-        bits = 16.0 if name == UNPACKED else float(format_of(name).bits)
-        sizes = {"file_bytes": file.stat().st_size, "tensor_bytes": tensor_bytes(file)}
-        found.append(Served(ServedRow(name=BASE, form="gguf", format=name, mean_bits=bits, **sizes), file))
-        shutil.rmtree(packed, ignore_errors=True)
-    return found
+    write_gguf(folder / UNPACKED, file, file.stem, on_progress)
+    return [found, _in_llama_cpp(BASE, UNPACKED, 16.0, file)]
 
 
-def _packed_formats(config: Any, name: str) -> dict[str, str]:
-    """Give blocks one format; a layer whose width the format does not take stays in float16."""
-    from qpruner.export.recode import columns_of
-    from qpruner.models.layout import group_linears, table_paths
+def write_rival(rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork) -> list[Served]:
+    """Write the best simple alternative, fine-tuned, as GGUF files; return no row if llama.cpp lacks its formats."""
+    from qpruner.export.gguf import architectures, writing
+    from qpruner.export.recode import changes
 
-    wanted, columns = dict.fromkeys(table_paths(config).values(), EMBEDDING_FORMAT), columns_of(config)
-    wanted |= {path: name for paths in group_linears(config, "block").values() for path in paths}
-    return {path: each for path, each in wanted.items() if not format_of(each).refusal(columns[path], None)}
+    write_final(rival, folder / PLAN, lambda event: None)
+    if changes(folder / PLAN, architectures.llama_cpp_format):
+        return []
+    model, adapter = folder / "rival.gguf", folder / "rival-adapter.gguf"
+    writing.write_gguf(folder / PLAN, model, model.stem, on_progress)
+    writing.write_adapter(folder / PLAN, adapter, on_progress)
+    return [_in_llama_cpp(rival.name, PLAN, mean_bits, model, adapter)]
+
+
+def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -> Served:
+    from qpruner.export.recode import tensor_bytes
+
+    size, tensors = sum(file.stat().st_size for file in files), sum(map(tensor_bytes, files))
+    about = {"mean_bits": mean_bits, "file_bytes": size, "tensor_bytes": tensors}
+    return Served(ServedRow.model_validate({"name": name, "form": "gguf", "format": format_name, **about}), *files)
 
 
 # ---- measurement

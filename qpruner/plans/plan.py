@@ -208,10 +208,8 @@ def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]], on
     """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under the key `plan`.
 
     A key `cut` beside the groups or the plan names the cut; without it the cut is `only`, the single one of a run.
-
     `offered` has for each cut its groups with their formats (see `Layout.offered`). The bit-widths of `ALIASES` stand
-    for formats. A group with a single format may be left out.
-    Raise `PlanRefused` with all problems: a group is unknown or missing, or is not offered its format.
+    for formats; a group with a single format may be left out. Raise `PlanRefused` with all problems.
     """
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))

@@ -10,8 +10,7 @@ g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit 
 mean loss over all N samples and ``s_j`` of sample j alone, a unit sums ``|s|`` (`first`), ``1/N sum_j s_j^2``
 (`second`) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`) over its entries. `second` uses the diagonal Fisher information
 for the Hessian, without the factor 1/2, as LLM-Pruner's code does; with `vector` it is that of a mask on the row (arXiv
-2204.09656, eq. 7). LLM-Pruner runs all samples in one backward pass, to which `vector` is equal with any number of
-batches; `element` sums ``|.|`` over batches, which changes `first` and `mixed`.
+2204.09656, eq. 7). With several batches `element` sums ``|.|`` over them, which changes `first` and `mixed`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 An entry depends on its group and format only, not on the rest of a plan. It is a safetensors file with the packed
 tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`; its `EntryRecord` lies beside it. Whoever
-reads an entry that is missing or damaged makes it (`read_plan`). Two processes may make the same entry at once: each
-file is replaced as a whole, and their bytes are equal.
+reads a missing or damaged entry makes it (`read_plan`), two processes perhaps at once: they write equal, whole files.
 """
 
 import functools

@@ -79,12 +79,9 @@ def _factorize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factorize `residual` into about ``scaling * B A``.
 
-    Without a Gram matrix this is the best rank-r approximation, with rows of ``A`` of length 1. The LoftQ paper splits
-    the singular values evenly between A and B. At 8 bits the error is small, so both factors and their gradients are
-    near zero, and the adapter learns slowly. On SmolLM2 rows of ``A`` then had a median length of 1.0 at 4 bits and 0.3
-    at 8 bits, and after 16 steps the 8-bit model had a higher loss than the 4-bit model.
-
-    With a Gram matrix each row of ``A`` gives outputs of the inputs' mean square, for the same reason.
+    Without a Gram matrix this is the best rank-r approximation, with rows of ``A`` of length 1. LoftQ splits the
+    singular values evenly; at 8 bits both factors and their gradients are then near zero, and the adapter learns slowly
+    (SmolLM2 was worse at 8 than at 4 bits after 16 steps). With it outputs of ``A`` have the inputs' mean square.
     """
     count = min(rank, *residual.shape)
     if gram is None:

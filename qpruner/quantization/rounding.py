@@ -64,10 +64,10 @@ def _round(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return uint8 codes ``(rows, columns)``, and scales and zeros ``(rows, groups)``.
 
-    Columns with large inputs come first, because all others can make up for their errors. Groups stay whole, so that a
-    group's grid is chosen when its first column is rounded, from weights that already make up for earlier errors. Mean
-    output error at 3 bits in groups of 64, 21 layers of SmolLM2-135M, other text than the Gram matrices' (2026-11-29):
-    nearest 0.0354, columns as they come 0.0202, this order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
+    Columns with large inputs come first, as all others can make up for their errors. Groups stay whole: the grid of one
+    is chosen when its first column is rounded, from weights that make up for earlier errors. Mean output error at 3
+    bits in groups of 64, 21 layers of SmolLM2-135M, other text than the Gram matrices' (2026-11-29): nearest 0.0354,
+    columns as they come 0.0202, this order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
     """
     rows, columns = weight.shape
     size = format_.group_size or columns

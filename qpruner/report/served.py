@@ -30,7 +30,7 @@ def served(results: Results) -> Table | None:
         return None
     body = [
         (
-            "base" if row.name == BASE else title_of(SEARCHED, results.search),
+            title_of(row.name, results.search),
             form_text(row),
             f"{row.file_bytes / 1e6:.1f} MB",
             f"{row.mean_bits:.2f}",
@@ -67,12 +67,11 @@ def _decode(row: ServedRow) -> float | None:
 
 
 def decode_in_llama_cpp(results: Results, name: str) -> float | None:
-    """Return tokens/s of the final model's files with the least loss, or of the base's file with the most bits."""
-    row = _best(results.serve)
-    if row and results.serve and name != SEARCHED:
-        of_base = [each for each in results.serve.rows if each.name == name and each.form == "gguf"]
-        row = max(of_base, key=lambda each: each.mean_bits, default=None)
-    return _decode(row) if row else None
+    """Return tokens/s of the final model's files with the least loss, or of another row's file."""
+    best, of_all = _best(results.serve), results.serve.rows if results.serve else ()
+    others = (row for row in of_all if row.name == name and row.form == "gguf")
+    row = best if name == SEARCHED else next(others, None)
+    return _decode(row) if best and row else None
 
 
 def _best(record: ServeRecord | None) -> ServedRow | None:

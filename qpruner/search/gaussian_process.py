@@ -1,9 +1,8 @@
 """The searcher `gp`: Bayesian optimization of plans under a byte budget.
 
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al., arXiv 2310.20708)
-under the model in `plan_model`. In a small space every plan is a candidate. In a large one the candidates are the best
-plans of every cut for sampled effects (an effect is what a level of a group adds to the score), plans improved from
-those, and neighbours of the best plans, also with other cuts.
+under the model in `plan_model`. In a small space every plan is a candidate; in a large one the best plans of every cut
+for sampled effects of levels, plans improved from those, and neighbours of the best plans, also with other cuts.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ class Posterior:
 
     Plans are rows of `SearchSpace`. The `pending` ones ``(p, groups + 1)`` are running. Each counts as if its expected
     score had been observed: the mean stays and the variance falls (kriging believer, Ginsbourger et al. 2010). The
-    hyperparameters are those of `fitted`, a posterior of the same model and rungs. Without it they are fitted to
-    `data`.
+    hyperparameters are those of `fitted`, a posterior of the same model and rungs, or else fitted to `data`.
     """
 
     unit: Tensor
@@ -117,9 +116,9 @@ class Posterior:
         """Return how much each level, put into `plans`, lowers the expected improvement: ``(n, groups, levels)``.
 
         ``EI = s (u Phi(u) + phi(u))``, where ``s`` is the standard deviation of the gain over the reference plan and
-        ``u`` its mean divided by ``s``. Its derivative is ``-Phi(u)`` by the mean score and ``phi(u)`` by ``s``; here
-        both are divided by ``Phi(u)``. To first order in mean and ``s``, the plan with the least sum of slopes has at
-        least the improvement of that in `plans`, as ``s`` is convex in the features. Interactions are left out.
+        ``u`` its mean divided by ``s``. Its derivative, ``-Phi(u)`` by the mean score and ``phi(u)`` by ``s``, is here
+        divided by ``Phi(u)``. To first order the plan with the least sum of slopes improves at least as much as that in
+        `plans`, as ``s`` is convex in the features. Interactions are left out.
         """
         mean, covariance = self._effects
         moved = self._model.features(plans) - self._model.features(references)

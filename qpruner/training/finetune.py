@@ -97,7 +97,6 @@ def finetune(
 
     All processes get the same `rows`, and `settings.batch_size` counts the rows of all processes. `seed` sets data
     order and dropout. `start` is a checkpoint of the same training, to resume from.
-
     Raise `TrainingDiverged` if a step's loss or gradient is NaN or infinite, or its loss is more than `DIVERGED_BY`
     above both the first step's loss and the loss of a blind guess, ln(vocabulary size).
     """

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import command, flip_a_byte, with_keys
 from made_run import candidate
-from mixed_models import final_model
+from mixed_models import bank_source, final_model, groups_of, mixed_plan
 from searched_runs import a_winner, with_records
 
 from qpruner.config.load import validate_config
@@ -28,6 +28,7 @@ from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Event, Message, StageSkipped
 from qpruner.runs.records import FinetuneRecord
 from qpruner.runs.run_dir import RunDir
+from qpruner.training.table_rows import Candidate
 
 
 @pytest.fixture
@@ -50,14 +51,14 @@ def test_rows_are_written_measured_and_kept(finished: Context) -> None:
     assert record and record.setting.threads == 1 and "xllamacpp" in record.setting.build
     assert [(row.name, row.form, row.format) for row in record.rows] == [
         (BASE, "transformers", "bfloat16"),
-        *((BASE, "gguf", name) for name in ("f16", "q8_0", "q4_0")),
+        (BASE, "gguf", "f16"),
         (SEARCHED, "gguf", "plan"),
     ]
     assert all(len(row.decode_tokens_per_second) == len(row.prefill_tokens_per_second) == 3 for row in record.rows)
     dense, unpacked, *_ = (row.loss for row in record.rows)
     assert dense and unpacked == pytest.approx(dense, rel=0.01), "transformers and llama.cpp compute the same loss"
-    assert record.rows[1].file_bytes > record.rows[2].file_bytes > record.rows[3].file_bytes
-    root, row = finished.run_dir.root, record.rows[4]
+    assert record.rows[1].file_bytes > record.rows[2].file_bytes
+    root, row = finished.run_dir.root, record.rows[2]
     assert {Path(name).name for name in row.files} >= {"mine.gguf", "mine-adapter.gguf"}
     assert all((root / name).is_file() for name in row.files) and row.tensor_bytes < row.file_bytes
     assert not list(root.rglob("base-*.gguf")), "files of the base model are removed"
@@ -66,6 +67,21 @@ def test_rows_are_written_measured_and_kept(finished: Context) -> None:
     assert isinstance(events[-1], StageSkipped)
     flip_a_byte(root / "serve" / "gguf" / "mine.gguf")
     assert not Serve(finished).is_complete(root / "serve"), "a damaged file is made again"
+
+
+@pytest.mark.parametrize(("formats", "is_served"), [(("q4_0", "q8_0"), True), (("nf4",), False)], ids=str)
+def test_the_best_simple_alternative_is_served_in_formats_of_llama_cpp(
+    formats: tuple[str, ...], is_served: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    bank = bank_source(tiny_model, tmp_path / "bank")
+    rival = Candidate("unpruned-uniform", "", bank, mixed_plan(groups_of(bank), formats), tmp_path / "row", seed=1)
+    shutil.copytree(final_model(tiny_model, tmp_path), rival.adapter)
+    found = served_rows.write_rival(rival, 4.5, tmp_path, lambda *_: None)
+    assert [each.row.name for each in found] == ["unpruned-uniform"] * is_served
+    for each in found:
+        assert each.model and each.adapter and each.adapter.stat().st_size > 0
+        files = each.model.stat().st_size + each.adapter.stat().st_size
+        assert each.row.file_bytes == files > each.row.tensor_bytes > 0
 
 
 def test_what_cannot_be_written_is_refused_before_the_run(changed: Callable[[str, Any], Context]) -> None:

@@ -1,9 +1,8 @@
 """Runs the search under Ray Tune; no other package imports Ray Tune.
 
 Ray Tune schedules, places and stops trials. Each trial writes its record and its last checkpoint to its own folder. A
-search that starts again reads these records: the searcher learns from finished trials in order, running trials resume
-from their last checkpoint, and the rungs of ASHA are filled again. Tune's snapshot is never restored, because Tune
-would lose the trials that finished after it (measured, Ray 2.60).
+search that starts again reads them: the searcher learns from finished trials in order, running trials resume, and the
+rungs of ASHA are filled. Tune's snapshot is not restored: it lacks trials that finished after it (Ray 2.60).
 """
 
 import os

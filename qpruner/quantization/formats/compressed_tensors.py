@@ -1,11 +1,9 @@
 """Integers in groups of columns, as the layout `pack-quantized` of compressed-tensors stores them and vLLM reads them.
 
 A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, zeros alike
-(compressed-tensors 0.20). Scales are bfloat16, as vLLM stores them in the type of the model. vLLM serves asymmetric
-4 bits by Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming.
-
-In our one tensor a row has its words, then its scales, then its zeros, packed into bytes; `parts` is the layout of the
-checkpoint, where zeros are packed along rows instead.
+(compressed-tensors 0.20). Scales are bfloat16, as in vLLM: it serves asymmetric 4 bits by Marlin and its CPU kernels,
+and 2, 3 and 8 bits by Humming. In our one tensor a row has its words, then its scales, then its zeros, packed into
+bytes; `parts` is the layout of the checkpoint, where zeros are packed along rows instead.
 """
 
 from __future__ import annotations

@@ -9,26 +9,25 @@ ServedForm = Literal["gguf", "gguf_merged", "vllm", "vllm_merged"]
 
 
 class ServedRow(Recorded):
-    """One model as it is served: the final model in one form, or the base model to compare it with."""
+    """A model as it is served: the final one in one form, the best simple alternative, or the base as it is."""
 
     name: str
-    """`base` or `searched`, as in the final table."""
+    """`base`, `searched` or a control, as in the final table."""
     form: ServedForm | Literal["transformers"]
     format: str
-    """The format of the base model's blocks, such as q4_0; `plan` if each group has its own."""
+    """The type of the base model's weights; `plan` if each group has its own format."""
     files: tuple[str, ...] = ()
-    """Paths in the run folder; none for the base model, whose files are removed once they are measured."""
+    """Paths in the run folder of the final model; other files are removed once they are measured."""
     file_bytes: int
     """Bytes of all files of the model and its adapter, with tokenizer and metadata."""
     tensor_bytes: int
     """Bytes of the tensors in these files."""
     plan_bytes: int | None = None
-    """Bytes of the tensors of the final model as the plan has them; None for the base model."""
+    """Bytes of the tensors of the final model as the plan has them."""
     mean_bits: float
     """Mean bits of the blocks' weights, without scales."""
     loss: float | None = None
-    """Nats per token on the confirmation rows that judge the winner, as this server computes it; base models have no
-    fine-tune."""
+    """Nats per token on the confirmation rows that judge the winner, as this server computes it."""
     prefill_tokens_per_second: tuple[float, ...] = ()
     """One value per turn; in every turn each row is measured once."""
     decode_tokens_per_second: tuple[float, ...] = ()
