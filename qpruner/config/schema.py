@@ -96,7 +96,7 @@ class QuantizeConfig(Section):
     """Formats for the token embeddings and for the head (one group if they are tied); bf16 leaves them unpacked."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """Round weights to the nearest code, or so that the layer's outputs on the calibration rows change least (GPTQ).
-    LoftQ then counts errors of outputs too. nf4, the k-quants, embeddings and head always round to nearest."""
+    LoftQ then counts errors of outputs too. nf4, k-quants, 8 bits, embeddings and head always round to nearest."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
     """The size that a plan may have."""
 
@@ -278,8 +278,8 @@ class FinetuneConfig(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training rows."""
     compare: bool = False
-    """After the report on the winner, give the base and pruned models, the controls and random plans the same
-    fine-tune, for the final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
+    """After the report on the winner, give base, pruned model, random plans and controls that did not lose as trials
+    the same fine-tune, for the final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
     """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
     seeds: Positive = 3
