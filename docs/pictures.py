@@ -4,7 +4,7 @@
 
 `terminal.svg` is the run's search shown again: its stages, and its trials' records as they stood at one moment, go
 through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the real TensorBoard on the
-run, for `report.png`, `pareto.png` and `plans.png` its report.
+run, for `report.png`, `report-phone.png` and `plans.png` its report.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ def as_of(trial: TrialRecord, moment: float) -> TrialRecord:
 
 
 def browser_pictures(run: Snapshot, root: Path) -> None:
-    """Take TensorBoard's table of the trials, the first screen of the report, and two of its plots."""
+    """Take TensorBoard's table of the trials, the first screen of the report, and its plans."""
     sys.path.append(str(ROOT / "tests"))
     from chromium import chromium
     from tensorboard_server import serving
@@ -138,9 +138,11 @@ def browser_pictures(run: Snapshot, root: Path) -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.goto((root / "report.html").resolve().as_uri())
         page.screenshot(path=IMAGES / "report.png")
+        phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+        phone.goto(page.url)
+        phone.screenshot(path=IMAGES / "report-phone.png")
         page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
-        for name in ("pareto", "plans"):
-            page.locator(f'figure[data-plot="{name}"]').screenshot(path=IMAGES / f"{name}.png")
+        page.locator('figure[data-plot="plans"]').screenshot(path=IMAGES / "plans.png")
 
 
 if __name__ == "__main__":
