@@ -109,7 +109,7 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 def returning(modules: Sequence[torch.nn.Module], outputs: Iterable[Callable[..., Any]]) -> Iterator[None]:
     """Make each module return the output of a function instead of running."""
     before = [vars(module).get("forward") for module in modules]
-    for module, output in zip(modules, outputs, strict=False):
+    for module, output in zip(modules, outputs, strict=True):
         module.forward = output
     try:
         yield

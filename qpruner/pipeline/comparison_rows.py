@@ -17,8 +17,7 @@ from qpruner.plans.plan import UNPRUNED, PrecisionPlan
 from qpruner.report.finalists import lost_controls, rival_of
 from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, title_of
 from qpruner.runs.events import Progress
-from qpruner.runs.records import SearchRecord, digest_of
-from qpruner.runs.records.search import PAPER
+from qpruner.runs.records import PAPER, SearchRecord, digest_of
 from qpruner.runs.storage import for_each, published_folders, read_progress
 from qpruner.search.choice import random_plans
 from qpruner.training.table_rows import Candidate, CandidateJob
@@ -50,7 +49,7 @@ def winner_row(context: Context) -> Row:
 def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
-    Controls that lost as trials are left out, none is the best alternative; the paper's flow stays. Random plans have
+    Controls that lost as trials are left out: none is the best alternative. The paper's flow stays. Random plans have
     about the winner's bytes, and its cut. The winner, the best other control and the random plans get `finetune.seeds`
     training seeds each, the other rows get one.
     """

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Serve(Stage[ServeRecord]):
         about = [each.adapter_sha256 for each in tuned.candidates], self._rival and self._rival[0].folder.name
         return (prepared.digest, tuned.digest, about, self.config.serve, _versions())
 
-    @property
+    @cached_property
     def _rival(self) -> tuple[Candidate, float] | None:
         """The best control of the final table, with the winner's training seed, and its mean bits; None without any."""
         results = self.context.records

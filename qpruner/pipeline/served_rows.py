@@ -134,12 +134,11 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
 
 def write_rival(rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork) -> list[Served]:
     """Write the best simple alternative, fine-tuned, as GGUF files; return no row if llama.cpp lacks its formats."""
-    from qpruner.export.gguf import architectures, writing
-    from qpruner.export.recode import changes
+    from qpruner.export.gguf import writing
 
-    write_final(rival, folder / PLAN, lambda event: None)
-    if changes(folder / PLAN, architectures.llama_cpp_format):
+    if any(each.is_packed and not each.ggml_type for each in map(format_of, rival.plan.values())):
         return []
+    write_final(rival, folder / PLAN, lambda event: None)
     model, adapter = folder / "rival.gguf", folder / "rival-adapter.gguf"
     writing.write_gguf(folder / PLAN, model, model.stem, on_progress)
     writing.write_adapter(folder / PLAN, adapter, on_progress)

@@ -110,7 +110,8 @@ class _Rerun:
         """Run again from this layer on; return KL divergence and change of the loss, ``(2, samples)``."""
         first = len(self._blocks) if self._model.get_submodule(layer_path) is self._model.get_output_embeddings() else 0
         first = next((at for at, block in enumerate(self._paths) if layer_path.startswith(f"{block}.")), first)
-        with returning(self._blocks[:first], [lambda *_, output=output, **__: output for output in self._outputs]):
+        kept = [lambda *_, output=output, **__: output for output in self._outputs[:first]]
+        with returning(self._blocks[:first], kept):
             logits = predicted_logits(self._model, self._batch)
         kl, loss = [], []
         for start in range(0, len(logits), POSITIONS):
