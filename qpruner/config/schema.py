@@ -311,9 +311,9 @@ class ServeConfig(Section):
     """Files of the final model for other servers."""
 
     to: tuple[Literal["gguf", "gguf_merged", "vllm", "vllm_merged"], ...] = ()
-    """Forms to write to `serve/` in the run folder, as `qpruner export` does: gguf for llama.cpp and Ollama, timed there
-    instead of in transformers, vllm for vLLM; with the adapter in its own file or merged. `--set serve.to=[gguf]` adds
-    this to a finished run."""
+    """Forms to write to `serve/` in the run folder, as `qpruner export` does: gguf for llama.cpp and Ollama, timed
+    there instead of in transformers, vllm for vLLM; with the adapter in its own file or merged. `--set serve.to=[gguf]`
+    adds this to a finished run."""
     threads: Positive | None = None
     """CPU threads of every measured row; null takes the cores of a trial (`search.resources_per_trial`)."""
 
