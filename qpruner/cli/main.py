@@ -38,9 +38,8 @@ VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray starts on this machine."
 ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
-ABOUT_TEMPLATE = (
-    "Around each prompt: the tokenizer's chat template (or none if it lacks one), the Alpaca prompt, or none."
-)
+ABOUT_TEMPLATE = "Around each prompt: the tokenizer's chat template (or none if it lacks one), Alpaca's, or none."
+TEMPLATES = ["chat", "alpaca", "alpaca_short", "none"]
 ABOUT_TO = "gguf: for llama.cpp, Ollama, LM Studio; vllm; merged: a dense model; peft: adapter and quantized model."
 ABOUT_DAMAGE = "repeat `qpruner run` to write it again, or fetch it again if the file is yours"
 """Remedy for a damaged file in a verb that runs no stages; the error of a stage has a more exact remedy."""
@@ -235,7 +234,7 @@ _verb(
         "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 always takes the likeliest token."
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the sampling."),
-    click.option("--template", type=click.Choice(["chat", "alpaca", "none"]), default="chat", help=ABOUT_TEMPLATE),
+    click.option("--template", type=click.Choice(TEMPLATES), default="chat", help=ABOUT_TEMPLATE),
     _json,
 )
 def generate(**options: Any) -> dict[str, Any]:

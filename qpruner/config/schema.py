@@ -49,8 +49,8 @@ class DataConfig(Section):
     """Rows on which trials are scored."""
     confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows on which no trial is scored: odd ones choose among the best trials, even ones judge the winner."""
-    template: Literal["alpaca", "chat"] = "alpaca"
-    """How instruction rows are written: the Alpaca prompt, or the tokenizer's own chat template."""
+    template: Literal["alpaca", "alpaca_short", "chat"] = "alpaca"
+    """How instruction rows are written: the Alpaca prompt, without its preamble, or the tokenizer's chat template."""
     max_length: Annotated[int, Field(ge=8)] = 256
     """Maximum tokens of a row; the end of a longer row is cut off."""
     response_only: bool = True

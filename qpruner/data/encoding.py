@@ -26,9 +26,10 @@ Row = dict[str, list[int]]  # `input_ids` and `labels` of a sample
 IGNORED_LABEL = -100  # label of tokens that are excluded from the loss, as in torch's cross entropy
 ALPACA = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    "request.\n\n"
 )
-"""Prompt template of Stanford Alpaca."""
+ALPACA_SHORT = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+"""Prompt templates of Stanford Alpaca, what comes first, and of alpaca-lora, which leaves that out."""
 
 
 def encode(
@@ -120,8 +121,8 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
     if example.format == "multiple_choice":
         return f"Question: {example.prompt}\nAnswer:", f" {example.response}"
     response = f"{example.response}{tokenizer.eos_token or ''}"
-    if template == "alpaca":
-        return alpaca_prompt(example.prompt, example.context), response
+    if template in ("alpaca", "alpaca_short"):
+        return alpaca_prompt(example.prompt, example.context, template == "alpaca_short"), response
     if not tokenizer.chat_template:
         raise UserError("`data.template: chat` needs a tokenizer with a chat template, but got none: set `alpaca`")
     content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
@@ -129,9 +130,9 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), response
 
 
-def alpaca_prompt(instruction: str, context: str = "") -> str:
-    """Return the Stanford Alpaca prompt of an instruction and its optional input."""
-    return ALPACA.format(
+def alpaca_prompt(instruction: str, context: str = "", is_short: bool = False) -> str:
+    """Return the Alpaca prompt of an instruction and its optional input."""
+    return (ALPACA_SHORT if is_short else ALPACA + ALPACA_SHORT).format(
         context=", paired with an input that provides further context" if context else "",
         instruction=instruction,
         input=f"### Input:\n{context}\n\n" if context else "",

@@ -26,8 +26,8 @@ AGAINST_SHORTAGE = (
     "select fewer models with `--which`, lower `--max-tokens` or shorten the prompt; if a GPU ran out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
-Template = Literal["chat", "alpaca", "none"]
-"""Prompt template: the tokenizer's chat template if it has one, the template of `data.template: alpaca`, or none."""
+Template = Literal["chat", "alpaca", "alpaca_short", "none"]
+"""Prompt template, as in `data.template`: the tokenizer's chat template if it has one, an Alpaca template, or none."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Generator:
         if has_chat:
             messages = [{"role": "user", "content": prompt}]
             prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        elif template == "alpaca":
-            prompt = alpaca_prompt(prompt)
+        elif template in ("alpaca", "alpaca_short"):
+            prompt = alpaca_prompt(prompt, is_short=template == "alpaca_short")
         # A chat template writes the special tokens itself.
         ids: torch.Tensor = self._tokenizer(prompt, add_special_tokens=not has_chat, return_tensors="pt")["input_ids"]
         return ids

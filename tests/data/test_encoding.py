@@ -73,6 +73,7 @@ def test_the_alpaca_prompt_is_that_of_stanford() -> None:
         (CHOICE, "alpaca", "Question: Why?\nAnswer:", " because"),
         (COLOUR, "alpaca", alpaca_prompt("Name a colour."), "red</s>"),
         (SUM, "alpaca", alpaca_prompt("Add them.", "2 and 3"), "5</s>"),
+        (SUM, "alpaca_short", "### Instruction:\nAdd them.\n\n### Input:\n2 and 3\n\n### Response:\n", "5</s>"),
         (COLOUR, "chat", "<s>[user]Name a colour.[assistant]", "red</s>"),
         (SUM, "chat", "<s>[user]Add them.\n\n2 and 3[assistant]", "5</s>"),
         (TEXT, "alpaca", "", "Just some words here."),

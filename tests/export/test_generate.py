@@ -119,6 +119,7 @@ def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path
         ("chat", "<user>which\n<assistant>"),
         ("none", "which"),
         ("alpaca", alpaca_prompt("which")),
+        ("alpaca_short", "### Instruction:\nwhich\n\n### Response:\n"),
     ):
         done = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", template, "--json")
         (answer,) = json.loads(done.stdout)["answers"]
