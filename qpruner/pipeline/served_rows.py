@@ -1,7 +1,6 @@
 """Write models for other servers, and measure the rows of stage serve in turns in one new process."""
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ Turn = tuple[float, float, float | None]  # tokens per second of prefill and of 
 
 @dataclass(frozen=True)
 class Served:
-    """A row to measure, and the files that llama.cpp loads; without any, transformers runs it."""
+    """A row, and the files that llama.cpp loads to measure it, if any."""
 
     row: ServedRow
     model: Path | None = None
@@ -66,7 +65,7 @@ def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
         return {"rows": [each.row for each in forms], "setting": setting}
     work = storage_at(job.scratch / "base").staging
     try:
-        rows = write_base(job.config, fetch(job.base), empty_folder(work), on_progress)
+        rows = [write_base(job.config, fetch(job.base), empty_folder(work), on_progress)]
         rows += write_rival(*job.rival, work, on_progress) if job.rival else []
         for each in isolated(measure_in_turns, job, [*rows, *forms]):
             if isinstance(each, dict):
@@ -117,19 +116,16 @@ def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
 # ---- files of the base model
 
 
-def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork) -> list[Served]:
-    """Write the base model as a GGUF file in float16; return a row for transformers and one for the file."""
+def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork) -> Served:
+    """Write the base model as a GGUF file in float16."""
     from qpruner.export.gguf.writing import write_gguf
 
     model, tokenizer = load_dense(str(base), config.model.dtype, config.model, on_progress), load_tokenizer(str(base))
-    stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    sizes = {"file_bytes": stored, "tensor_bytes": sum(each.nbytes for each in model.parameters())}
-    bits, file = 8.0 * next(model.parameters()).element_size(), folder / f"base-{UNPACKED}.gguf"
-    found = Served(ServedRow(name=BASE, form="transformers", format=config.model.dtype, mean_bits=bits, **sizes))
+    file = folder / f"base-{UNPACKED}.gguf"
     save_checkpoint(model.half(), tokenizer, folder / UNPACKED)
     del model
     write_gguf(folder / UNPACKED, file, file.stem, on_progress)
-    return [found, _in_llama_cpp(BASE, UNPACKED, 16.0, file)]
+    return _in_llama_cpp(BASE, UNPACKED, 16.0, file)
 
 
 def write_rival(rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork) -> list[Served]:
@@ -158,17 +154,13 @@ def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -
 
 def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[int, int] | dict[str, Any]]:
     """Measure speed, and the loss in the first turn; yield done and total turns, then the setting and all rows."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers too runs on the CPU
-    import torch
-
     from qpruner.data.encoding import load_confirmation, load_encoded
     from qpruner.export.gguf.llama_cpp import build
 
-    torch.set_num_threads(job.threads)
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
     judging = load_confirmation(job.data, "judge")
-    measured = [each for each in served if each.model or each.row.form == "transformers"]
+    measured = [each for each in served if each.model]
     turns: list[list[Turn]] = [[] for _ in measured]
     total = NUM_TURNS * len(measured)
     yield 0, total
@@ -188,10 +180,9 @@ def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[
 
 
 def _take_turn(job: ServeJob, served: Served, prompt: list[int], rows: Sequence[Any]) -> Turn:
-    if served.model is None:
-        return _take_turn_in_transformers(job, prompt, rows)
     from qpruner.export.gguf.llama_cpp import Llama
 
+    assert served.model
     loss = _loss(job, served, rows) if rows else None
     with Llama(served.model, served.adapter, job.threads, PROMPT_TOKENS + NEW_TOKENS) as llama:
         llama.prefill(prompt[:WARM_UP_TOKENS])
@@ -213,16 +204,3 @@ def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float | None:
     if not all(math.isfinite(total) for total, _ in found):
         return None  # llama.cpp rounds the inputs of F16 weights to F16, where those of some models are infinite
     return loss_result(*zip(*found, strict=True)).mean
-
-
-def _take_turn_in_transformers(job: ServeJob, prompt: list[int], rows: Sequence[Any]) -> Turn:
-    from qpruner.data.losses import mean_loss
-    from qpruner.training.inference import take_turn
-
-    base = str(fetch(job.base))
-    model = load_dense(base, job.config.model.dtype, job.config.model)
-    prefill, decode, _ = take_turn(model, prompt, NEW_TOKENS)
-    if not rows:
-        return prefill, decode, None
-    pad_id = int(load_tokenizer(base).pad_token_id)
-    return prefill, decode, mean_loss(model, rows, pad_id, job.config.evaluate.batch_size).mean

@@ -57,8 +57,6 @@ def served(results: Results) -> Table | None:
 
 def form_text(row: ServedRow) -> str:
     """Name server and files of a row, such as `GGUF Q4_0`."""
-    if row.form == "transformers":
-        return f"transformers, {row.format}"
     return f"GGUF {row.format.upper()}" if row.name == BASE else FORMS[row.form]
 
 
@@ -69,7 +67,7 @@ def _decode(row: ServedRow) -> float | None:
 def decode_in_llama_cpp(results: Results, name: str) -> float | None:
     """Return tokens/s of the final model's files with the least loss, or of another row's file."""
     best, of_all = _best(results.serve), results.serve.rows if results.serve else ()
-    others = (row for row in of_all if row.name == name and row.form == "gguf")
+    others = (row for row in of_all if row.name == name)
     row = best if name == SEARCHED else next(others, None)
     return _decode(row) if best and row else None
 

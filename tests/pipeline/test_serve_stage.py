@@ -50,15 +50,12 @@ def test_rows_are_written_measured_and_kept(finished: Context) -> None:
     record = finished.records.serve
     assert record and record.setting.threads == 1 and "xllamacpp" in record.setting.build
     assert [(row.name, row.form, row.format) for row in record.rows] == [
-        (BASE, "transformers", "bfloat16"),
         (BASE, "gguf", "f16"),
         (SEARCHED, "gguf", "plan"),
     ]
     assert all(len(row.decode_tokens_per_second) == len(row.prefill_tokens_per_second) == 3 for row in record.rows)
-    dense, unpacked, *_ = (row.loss for row in record.rows)
-    assert dense and unpacked == pytest.approx(dense, rel=0.01), "transformers and llama.cpp compute the same loss"
-    assert record.rows[1].file_bytes > record.rows[2].file_bytes
-    root, row = finished.run_dir.root, record.rows[2]
+    root, (base, row) = finished.run_dir.root, record.rows
+    assert base.loss and row.loss and base.file_bytes > row.file_bytes
     assert {Path(name).name for name in row.files} >= {"mine.gguf", "mine-adapter.gguf"}
     assert all((root / name).is_file() for name in row.files) and row.tensor_bytes < row.file_bytes
     assert not list(root.rglob("base-*.gguf")), "files of the base model are removed"

@@ -20,7 +20,6 @@ def row(name: str, form: Any, format: str, bits: float, decode: float, **changes
 
 
 ROWS = (
-    row(BASE, "transformers", "bfloat16", 16.0, 10.0),
     row(BASE, "gguf", "f16", 16.0, 20.0),
     row("unpruned-uniform", "gguf", "plan", 4.0, 80.0),
     row(SEARCHED, "gguf", "plan", 6.0, 50.0, files=("serve/gguf/my run-adapter.gguf", "serve/gguf/my run.gguf")),

@@ -13,7 +13,7 @@ class ServedRow(Recorded):
 
     name: str
     """`base`, `searched` or a control, as in the final table."""
-    form: ServedForm | Literal["transformers"]
+    form: ServedForm
     format: str
     """The type of the base model's weights; `plan` if each group has its own format."""
     files: tuple[str, ...] = ()
