@@ -29,7 +29,7 @@ from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.formats import Format, format_of, formats
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors
-from qpruner.quantization.rounding import change_size, pack
+from qpruner.quantization.rounding import change_size, pack_together
 from qpruner.runs import storage
 from qpruner.runs.records import Recorded, digest_of
 from qpruner.runs.run_dir import BANK_CACHE
@@ -134,18 +134,25 @@ def build_entry(
 ) -> Entry:
     """Pack the layers of a group (path -> weight ``(rows, columns)``); without `lora` they get no adapter.
 
-    `grams` has the Gram matrix of the inputs ``(columns, columns)`` of layers that GPTQ is to round.
+    `grams` has the Gram matrix of each layer's inputs ``(columns, columns)`` for GPTQ; layers with one are packed
+    together.
     """
     tensors: Tensors = {}
     total, plain, left = 0.0, 0.0, 0.0
-    for path, weight in weights.items():
-        gram = grams.get(path) if grams else None
+    layers: dict[str, Tensors] = {}
+    sharing: dict[int | str, list[str]] = {}
+    for path in weights:
+        sharing.setdefault(id(grams[path]) if grams else path, []).append(path)
+    for paths in sharing.values():
+        together = pack_together(packing, [weights[path] for path in paths], grams[paths[0]] if grams else None)
+        layers |= zip(paths, together, strict=True)
+    for path, packed in layers.items():
+        weight, gram = weights[path], grams[path] if grams else None
         if lora is None or lora.init == "plain":
-            packed = pack(packing, weight, gram)
             error = change_size(weight.float() - packing.unpack(packed, weight.shape[1], torch.float32), gram)
             plain, left, total = plain + error**2, left + error**2, total + change_size(weight.float(), gram) ** 2
         else:
-            start = loftq_start(weight, packing, lora, seed, gram)
+            start = loftq_start(weight, packed, packing, lora, seed, gram)
             packed = start.packed
             tensors |= {f"{path}.lora_A": start.lora_a.contiguous(), f"{path}.lora_B": start.lora_b.contiguous()}
             plain, left, total = plain + start.plain_error**2, left + start.error**2, total + start.size**2
@@ -278,8 +285,8 @@ def _read_grams(bank: BankSource, paths: Sequence[str]) -> Tensors:
     if stored is None:
         storage.remove(record_path(path))
         raise CorruptFile(f"{storage.display_name(path)}, by which GPTQ rounds, is missing or damaged", path)
-    by_path = {path: gram for names, gram in stored.items() for path in names.split()}
-    return {path: by_path[path].to(device()) for path in paths}
+    grams = ((names.split(), gram.to(device())) for names, gram in stored.items())
+    return {path: gram for sharing, gram in grams for path in sharing if path in paths}
 
 
 def _read_tensors(path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None) -> Tensors | None:

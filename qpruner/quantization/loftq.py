@@ -44,9 +44,14 @@ class LoftqStart:
 
 
 def loftq_start(
-    weight: torch.Tensor, packing: Format, lora: LoraConfig, seed: int, gram: torch.Tensor | None = None
+    weight: torch.Tensor,
+    packed: dict[str, torch.Tensor],
+    packing: Format,
+    lora: LoraConfig,
+    seed: int,
+    gram: torch.Tensor | None = None,
 ) -> LoftqStart:
-    """Compute the packed weight and the initial adapter of one linear layer W ``(rows, columns)`` with LoftQ.
+    """Compute the initial adapter of a linear layer W ``(rows, columns)``, `packed` by `rounding.pack`, with LoftQ.
 
     The product ``B A`` is scaled by alpha / rank, as in peft; `seed` seeds the randomized SVD. With the Gram matrix of
     the inputs ``(columns, columns)`` formats with grids are rounded by GPTQ, the SVD is of what the outputs lose, and
@@ -58,7 +63,6 @@ def loftq_start(
     gram = None if gram is None else gram.to(weight.device, torch.float32)
     no_a = torch.zeros(rank, weight.shape[1], device=weight.device)
     no_b = torch.zeros(weight.shape[0], rank, device=weight.device)
-    packed = pack(packing, weight, gram)
     residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
     plain_error = change_size(residual, gram)
     best = LoftqStart(packed, no_a, no_b, change_size(target, gram), plain_error, plain_error)

@@ -12,7 +12,7 @@ from qpruner.models.loading import load_dense
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.formats import format_of
 from qpruner.quantization.loftq import LoftqStart, loftq_start
-from qpruner.quantization.rounding import gram_root
+from qpruner.quantization.rounding import gram_root, pack
 
 SHAPES = [(64, 128), (96, 77), (3, 64), (130, 5)]
 SCALING = 2.0
@@ -45,7 +45,8 @@ def start_of(
 ) -> LoftqStart:
     options = {"rank": 8, "scaling": SCALING, "loftq_iterations": 1, "svd": "exact", **changes}
     lora = LoraConfig(alpha=options.pop("scaling") * options["rank"], **options)
-    return loftq_start(weight, format_of(name), lora, seed, gram)
+    packing = format_of(name)
+    return loftq_start(weight, pack(packing, weight, gram), packing, lora, seed, gram)
 
 
 def change_of(weight: torch.Tensor, name: str, start: LoftqStart, scaling: float = SCALING) -> torch.Tensor:

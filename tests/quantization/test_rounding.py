@@ -6,7 +6,7 @@ import torch
 from qpruner.errors import TrainingDiverged
 from qpruner.quantization.formats import Format, GridFormat, format_of, formats
 from qpruner.quantization.formats.compressed_tensors import W3
-from qpruner.quantization.rounding import gram_root, pack
+from qpruner.quantization.rounding import gram_root, pack, pack_together
 
 GRIDS = [each for each in formats().values() if isinstance(each, GridFormat)]
 ROWS, COLUMNS, TOKENS = 48, 256, 2048
@@ -45,6 +45,14 @@ def test_outputs_change_less_than_by_rounding_to_nearest(each: GridFormat) -> No
         return
     assert by_inputs["weight"].shape == nearest["weight"].shape
     assert output_error(each, by_inputs, weight, new) < 0.7 * output_error(each, nearest, weight, new)
+
+
+def test_layers_that_share_their_inputs_are_packed_as_each_alone() -> None:
+    gram, weights = inputs_of().T @ inputs_of(), weight_of().split([32, 16])
+    together = pack_together(W3, weights, gram)
+    assert all(
+        torch.equal(one["weight"], pack(W3, each, gram)["weight"]) for one, each in zip(together, weights, strict=True)
+    )
 
 
 @pytest.mark.parametrize("each", GRIDS, ids=lambda each: each.name)
