@@ -88,10 +88,7 @@ class PruneConfig(Section):
     layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Instead of `rates`: the share of its units that each block loses (LLM-Pruner's ratio). It changes the defaults to
     `selection: per_layer`, `round_to: 1` and `query_heads: modulo`, which keep the same units as LLM-Pruner."""
-    units: Annotated[tuple[Literal["block", "attention", "mlp"], ...], Field(min_length=1)] = (
-        "attention",
-        "mlp",
-    )
+    units: Annotated[tuple[Literal["block", "attention", "mlp"], ...], Field(min_length=1)] = ("attention", "mlp")
     """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP channels."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Part of `rate` to cut as whole blocks beside other units; null: half of it, at most a tenth of all parameters."""

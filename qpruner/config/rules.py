@@ -209,10 +209,7 @@ def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     only = f"{', '.join(run.quantize.levels)} is the only format (`quantize`), so nothing is measured or searched"
     searched = (f"search.{key}" for key in OF_SEARCHING)
     measured = (f"sensitivity.{key}" for key in schema.SensitivityConfig.model_fields)
-    return (
-        (not run.has_choice, only, tuple(searched)),
-        (not run.quantize.has_choice, only, tuple(measured)),
-    )
+    return ((not run.has_choice, only, tuple(searched)), (not run.quantize.has_choice, only, tuple(measured)))
 
 
 schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_prune

@@ -68,11 +68,7 @@ def _paper_space(context: Context, cut: str) -> PlanSpace | None:
 
 
 def shared(
-    context: Context,
-    method: str | None,
-    groups: Sequence[str],
-    levels: Sequence[str],
-    factor_per_bit: float = 4.0,
+    context: Context, method: str | None, groups: Sequence[str], levels: Sequence[str], factor_per_bit: float = 4.0
 ) -> dict[str, list[float]]:
     """Predict a sensitivity, or without a `method` the error of weights, for groups of any cut: level -> by group.
 

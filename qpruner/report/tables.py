@@ -12,14 +12,7 @@ from qpruner.report.finalists import Finalist, finalists
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import score, score_title
 from qpruner.report.snapshot import STATUSES, Snapshot
-from qpruner.runs.records import (
-    Confirmation,
-    PruneRecord,
-    Results,
-    RowScores,
-    SearchRecord,
-    TaskScore,
-)
+from qpruner.runs.records import Confirmation, PruneRecord, Results, RowScores, SearchRecord, TaskScore
 from qpruner.search.choice import SAME_BYTES
 from qpruner.wording import counted, error_text
 

@@ -26,6 +26,7 @@ from qpruner.config.schema import TrainingConfig
 from qpruner.data.encoding import IGNORED_LABEL, collate, row_lengths
 from qpruner.data.losses import Rows, labelled_only, predicted_labels
 from qpruner.errors import TrainingDiverged
+from qpruner.models.families import family_of
 from qpruner.runs.storage import retry_storage
 from qpruner.training.checkpoints import SECONDS, SaveClock
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 DIVERGED_BY = 1.0  # nats per token
+MOST_JOINED = 1024  # tokens; attention, which masks the other rows, takes more time than padding from there on
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def finetune(
     share = Share.own()
     batches = _Batches(row_lengths(rows), settings, seed, share)
     listener = listener or Listener()
+    joins = not (torch.cuda.is_available() or family_of(model.config).has_learned_positions)
     vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
     callback = _Callback(schedule.rungs, listener, math.log(vocabulary), batches, SaveClock(schedule.save_seconds))
     if settings.gradient_checkpointing:
@@ -111,7 +114,7 @@ def finetune(
         model=model,
         args=_arguments(settings, schedule, output, seed, share),
         train_dataset=ConcatDataset([rows, [{"input_ids": [pad_id], "labels": [IGNORED_LABEL]}]]),  # type: ignore[list-item]
-        data_collator=lambda batch: collate(batch, pad_id),
+        data_collator=lambda batch: _collate(batch, pad_id, joins),
         callbacks=[callback, *callbacks],
     )
     trainer.batches, trainer.before_save = batches, listener.before_save
@@ -180,6 +183,18 @@ class _Batches(Sampler[list[int]]):
                 yield batch[begin : begin + self._size] or [len(order)]
 
 
+def _collate(rows: Rows, pad_id: int, joins: bool = True) -> dict[str, Any]:
+    """Join a micro-batch to one row without padding, which saves a CPU a fifth of a step; or else pad its rows."""
+    lengths = row_lengths(rows)
+    if not joins or sum(lengths) > MOST_JOINED:
+        return collate(rows, pad_id)
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],  # tell transformers the rows
+        "labels": torch.tensor([[label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]]),
+    }
+
+
 class _Trainer(Trainer):  # type: ignore[misc]
     """A Trainer that takes its batches from `_Batches`, computes logits at labelled tokens only, and retries saves."""
 
@@ -188,8 +203,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         with labelled_only(self.model, inputs["labels"]):
-            shifted = {"shift_labels": predicted_labels(inputs["labels"])}
-            return super().compute_loss(model, inputs | shifted, *arguments, **named)
+            # With a cache transformers would not tell joined rows apart.
+            more = {"shift_labels": predicted_labels(inputs["labels"]), "use_cache": False}
+            return super().compute_loss(model, inputs | more, *arguments, **named)
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         share = Share.own()

@@ -18,10 +18,10 @@ from qpruner.data.calibration import (
     visit_outputs,
 )
 from qpruner.data.encoding import collate
-from qpruner.data.losses import mean_loss, token_losses
+from qpruner.data.losses import labelled_only, mean_loss, predicted_labels, token_losses
 from qpruner.models.layout import group_linears
 from qpruner.quantization.assembly import attach_adapters
-from qpruner.training.finetune import Schedule, Share, _arguments, _Trainer, finetune
+from qpruner.training.finetune import Schedule, Share, _arguments, _collate, _Trainer, finetune
 
 PAD, BLANK = 0, {"input_ids": [0], "labels": [-100]}
 ARCHETYPES = ("llama", "gpt_neox")
@@ -76,6 +76,18 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> 
     assert (found != 0).sum() == sum(LABELLED)
     torch.testing.assert_close(found[:, :-1], expected, rtol=tolerance, atol=tolerance)
     assert_same_gradients(model, found.sum(), expected.sum(), tolerance, 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted({*FAMILY_NAMES} - {"opt"}))  # whose positions ignore `position_ids`
+def test_rows_that_are_joined_do_not_see_each_other(name: str) -> None:
+    model, padded, joined = family_model(name).eval(), collate(rows(), PAD), _collate(rows(), PAD)
+    expected = reference_losses(model, padded)
+    assert joined["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows()))
+    with labelled_only(model, joined["labels"]):
+        logits = model(joined["input_ids"], position_ids=joined["position_ids"], use_cache=False).logits
+    found = torch.nn.functional.cross_entropy(logits, predicted_labels(joined["labels"]), reduction="sum")
+    torch.testing.assert_close(found, expected.sum(), rtol=1e-5, atol=1e-5)
+    assert_same_gradients(model, found, expected.sum(), 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("name", ARCHETYPES)
