@@ -38,7 +38,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             terminal.show(answer(snapshot))
             terminal.say(where_next(root))
             for command in served_commands(results.serve, storage_at(root).address):
-                terminal.say(f"Talk to it: `{command}`")
+                terminal.say(f"Talk to it, once its program is installed: `{command}`")
     figures: dict[str, Any] = {"status": "ok", "run": storage_at(root).address, "seconds": results.seconds}
     if results.search:
         figures |= {"best_plan": results.search.best_plan, "best_cut": results.search.best_cut}

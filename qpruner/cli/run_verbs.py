@@ -125,7 +125,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
     budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
     if not as_json:
-        size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits on average"
+        size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits a weight in blocks, without scales"
         click.echo(f"# trial {trial.index} ({trial.origin}) of {snapshot.run_dir.place}: {size}")
         if budget is not None:
             click.echo(f"# {budget_text(trial.plan_bytes, budget)}")

@@ -118,7 +118,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return str(_unknown_key(location))
     if problem["type"] == "missing":
-        return f"`{key}` is missing: it must be given"
+        return f"`{key}` is missing: give it as docs/configuration.md says"
     rule = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"`{key}`: {rule}" if location else rule

@@ -74,7 +74,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     )
     _check_positions(config, shapes)
     check_encoding(config, rows.examples)
-    parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_few_trials(config))}
+    parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_doubts(config, shapes))}
     return Inspection(**parts)
 
 
@@ -188,8 +188,11 @@ def plan_in_file(
     return plan
 
 
-def _few_trials(config: RunConfig) -> Iterator[str]:
-    """Warn if the plans to beat (see `pipeline/controls.py`), which run first, may use up all trials."""
+def _doubts(config: RunConfig, shapes: Shapes) -> Iterator[str]:
+    """Warn if all plans fit, or if the plans to beat (`pipeline/controls.py`) run first and may use up all trials."""
+    most = shapes.base.plan_bytes(shapes.base.largest())
+    if config.quantize.has_choice and most <= shapes.budget_bytes:
+        yield f"`quantize.budget`: every plan fits, as the largest takes {most / 1e6:.1f} MB: ask for fewer bytes"
     trials, num_controls = config.search.max_trials, most_controls(config)
     if num_controls >= trials and config.is_searched:
         yield (

@@ -50,13 +50,13 @@ def compared(results: Results, other: str) -> Comparison:
 
 
 def best_control(results: Results) -> str | None:
-    """Name the control in the budget with most training seeds, then least validation loss: not what is claimed."""
+    """Name the control in the budget with most training seeds, then least confirmation loss: the hardest to beat."""
     assert results.search
     by_name = fine_tunes(results)
     winner, budget = by_name[SEARCHED][0][0], results.search.budget_bytes
     may_not_win = {each.origin for each in results.search.confirmations if not each.fits}  # by bytes or multiply-adds
     order = {
-        name: (-len(others), record.validation_loss)
+        name: (-len(others), record.confirmation_loss)
         for name, [(record, _), *others] in by_name.items()
         if name not in (BASE, PRUNED, RANDOM, *may_not_win)
         and record.plan_bytes <= budget

@@ -26,7 +26,7 @@ RULES = [
     ("lora.rnak=8", "`lora.rnak` is not a known key; did you mean `lora.rank`"),
     ("data.train.0.spilt=x", "`data.train.0.spilt` is not a known key; did you mean `data.train.0.split`"),
     ("prune.zzzz=1", "`prune.zzzz` is not a known key; known keys: aggregation, compensation, depth_share"),
-    ("model={}", "`model.source` is missing: it must be given"),
+    ("model={}", "`model.source` is missing: give it as docs/configuration.md says"),
     ("lora.rank=eight", "`lora.rank` ... valid integer ... got 'eight'"),
     (
         "lora.rank=true",

@@ -56,7 +56,7 @@ STAGES = ("prepare", "prune", "bank", "sensitivity", "search", "finetune", "eval
 STARTED = 1_790_000_000.0
 UNTUNED = (BASE, PRUNED, SEARCHED)
 RIVAL = "unpruned-knapsack"
-"""The control with the least validation loss."""
+"""The control with the least confirmation loss."""
 ORIGINS = {SEARCHED: "gp, trial 11", RIVAL: RIVAL, RANDOM: "3 random plans"}
 STATE = RunState(
     config={
