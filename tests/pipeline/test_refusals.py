@@ -324,6 +324,12 @@ def test_too_little_to_tell_plans_apart_is_a_warning(change: str, words: str, me
     assert said(message, warning), warning
 
 
+def test_a_budget_that_holds_every_plan_is_a_warning(warned: Any) -> None:
+    (warning,) = warned("quantize.budget={bytes: 1_000_000_000}", "`quantize.budget`")
+    assert said("every plan fits, as the largest takes ... MB: ask for fewer bytes", warning), warning
+    assert warned("", "`quantize.budget`") == []
+
+
 def test_enough_to_tell_plans_apart_is_no_warning(warned: Any) -> None:
     assert warned(f"{BY_ACCURACY}8", "tokens of") == []
     enough = "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=7"
