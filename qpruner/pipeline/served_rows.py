@@ -1,6 +1,7 @@
 """Write models for other servers, and measure the rows of stage serve in turns in one new process."""
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,6 +155,7 @@ def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -
 
 def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[int, int] | dict[str, Any]]:
     """Measure speed, and the loss in the first turn; yield done and total turns, then the setting and all rows."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llama.cpp may be a build for GPUs
     from qpruner.data.encoding import load_confirmation, load_encoded
     from qpruner.export.gguf.llama_cpp import build
 

@@ -139,8 +139,7 @@ def build_entry(
     """
     tensors: Tensors = {}
     total, plain, left = 0.0, 0.0, 0.0
-    layers: dict[str, Tensors] = {}
-    sharing: dict[int | str, list[str]] = {}
+    layers, sharing = dict[str, Tensors](), dict[int | str, list[str]]()
     for path in weights:
         sharing.setdefault(id(grams[path]) if grams else path, []).append(path)
     for paths in sharing.values():

@@ -67,8 +67,7 @@ def _decode(row: ServedRow) -> float | None:
 def decode_in_llama_cpp(results: Results, name: str) -> float | None:
     """Return tokens/s of the final model's files with the least loss, or of another row's file."""
     best, of_all = _best(results.serve), results.serve.rows if results.serve else ()
-    others = (row for row in of_all if row.name == name)
-    row = best if name == SEARCHED else next(others, None)
+    row = best if name == SEARCHED else next((row for row in of_all if row.name == name), None)
     return _decode(row) if best and row else None
 
 
