@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 Row = dict[str, list[int]]  # `input_ids` and `labels` of a sample
 IGNORED_LABEL = -100  # label of tokens that are excluded from the loss, as in torch's cross entropy
-ALPACA = (
+PREAMBLE = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
     "request.\n\n"
 )
-ALPACA_SHORT = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
-"""Prompt templates of Stanford Alpaca, what comes first, and of alpaca-lora, which leaves that out."""
+ALPACA = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+"""Stanford Alpaca's prompt; alpaca-lora's `alpaca_short` leaves out the preamble."""
 
 
 def encode(
@@ -132,7 +132,7 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
 
 def alpaca_prompt(instruction: str, context: str = "", is_short: bool = False) -> str:
     """Return the Alpaca prompt of an instruction and its optional input."""
-    return (ALPACA_SHORT if is_short else ALPACA + ALPACA_SHORT).format(
+    return (ALPACA if is_short else PREAMBLE + ALPACA).format(
         context=", paired with an input that provides further context" if context else "",
         instruction=instruction,
         input=f"### Input:\n{context}\n\n" if context else "",

@@ -203,9 +203,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         with labelled_only(self.model, inputs["labels"]):
-            # With a cache transformers would not tell joined rows apart.
-            more = {"shift_labels": predicted_labels(inputs["labels"]), "use_cache": False}
-            return super().compute_loss(model, inputs | more, *arguments, **named)
+            shifted = {"shift_labels": predicted_labels(inputs["labels"])}
+            return super().compute_loss(model, inputs | shifted, *arguments, **named)
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         share = Share.own()
@@ -247,6 +246,7 @@ def _arguments(
         optim="adamw_torch",
         seed=seed,
         data_seed=seed,
+        use_cache=False,  # with a cache joined rows would see each other
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=torch.cuda.is_available(),

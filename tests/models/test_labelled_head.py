@@ -90,6 +90,17 @@ def test_rows_that_are_joined_do_not_see_each_other(name: str) -> None:
     assert_same_gradients(model, found, expected.sum(), 1e-5, 1e-6)
 
 
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_training_has_the_loss_of_rows_that_do_not_see_each_other(name: str, tmp_path: Path) -> None:
+    """The adapter is zero, so the first step's loss is the model's; OPT's rows are padded."""
+    model = family_model(name, **({"dropout": 0.0} if name == "opt" else {}))
+    expected = reference_losses(model, collate(rows(), PAD)).sum() / sum(LABELLED)
+    adapted = attach_adapters(model, {}, LoraConfig(rank=2), "block", seed=0)
+    settings = TrainingConfig(batch_size=4, micro_batch_size=4)
+    found = finetune(adapted, rows(), settings, Schedule(steps=1), tmp_path, seed=0, pad_id=PAD).train_loss
+    assert found == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ARCHETYPES)
 def test_the_head_runs_at_labelled_tokens_only(name: str, tmp_path: Path) -> None:
     """This holds in every pass that reads losses or predictions, and in training."""
