@@ -128,7 +128,7 @@ def scores(bench: Bench, model: Any) -> dict[str, Any]:
 def speeds(bench: Bench, files: Files, model: Any) -> dict[str, Any]:
     """Tokens a second on one thread, and the loss in llama.cpp, of the program that serves these files."""
     if files.gguf:
-        about = ServedRow(name="record", form="gguf", format="plan", mean_bits=0.0, file_bytes=0, tensor_bytes=0)
+        about = ServedRow(name="record", form="gguf", format="plan", mean_bits=0.0, file_bytes=0)
         job: Any = ServeJob(bench.config, bench.asked.out, bench.model, bench.data, files.folder, 1, None, None)  # type: ignore[arg-type]
         *_, last = isolated(measure_in_turns, job, [Served(about, *files.gguf)])
         [served] = last["rows"]

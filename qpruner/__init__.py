@@ -1,16 +1,15 @@
 """qpruner: structured pruning and a searched mixed-precision plan for large language models.
 
-From Python, `run` runs a configuration; `stages.prune`, `stages.search` and so on stop after that stage; `read_run`
-reads a run folder. Each returns a `Snapshot` of the recorded results.
+From Python, `run` runs a configuration, up to a stage or whole; `read_run` reads a run folder. Both return a `Snapshot`
+of the recorded results.
 """
 
 import logging
 
-from qpruner import api as stages
 from qpruner.api import read_run, run
 from qpruner.runs.version import VERSION
 
-__all__ = ["read_run", "run", "stages"]
+__all__ = ["read_run", "run"]
 __version__ = VERSION
 
 # On CPUs with bfloat16 instructions bitsandbytes (0.50) warns on import that it cannot fetch a kernel from the hub. No

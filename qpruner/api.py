@@ -21,9 +21,9 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     from qpruner.pipeline.flow import STAGES
     from qpruner.runs.logs import logging_to, quiet_libraries
 
-    names = [stage.name for stage in STAGES]
-    if until not in names:
-        raise UserError(f"`until` must be one of {', '.join(names)}, got {until!r}")
+    verbs = {stage.name: stage.name if stage.help else "run" for stage in STAGES}
+    if until not in verbs:
+        raise UserError(f"`until` must be one of {', '.join(verbs)}, got {until!r}")
     if not isinstance(config, str | Path):
         raise UserError(f"`config` must be the path of a YAML file, got {type(config).__name__}: keys are overrides")
     loaded = load_config(Path(config), list(overrides))
@@ -34,7 +34,7 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
 
     # The process's own command line may be that of a notebook.
     options = [part for each in overrides for part in ("--set", each)] + (["--address", address] if address else [])
-    command = shlex.join(["qpruner", "run" if until == "report" else until, str(config), *options])
+    command = shlex.join(["qpruner", verbs[until], str(config), *options])
     with logging_to(run_root(loaded.output)), Terminal(quiet=False) as terminal:
         run_flow(loaded, terminal.emit, address, until, command)
     return read_run(loaded.output)

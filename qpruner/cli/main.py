@@ -40,7 +40,7 @@ ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
 ABOUT_TEMPLATE = "Around each prompt: the tokenizer's chat template (or none if it lacks one), Alpaca's, or none."
 TEMPLATES = ["chat", "alpaca", "alpaca_short", "none"]
-ABOUT_TO = "gguf: for llama.cpp, Ollama, LM Studio; vllm; merged: a dense model; peft: adapter and quantized model."
+ABOUT_TO = "gguf: for llama.cpp, Ollama; vllm; merged: a dense model; peft: adapter and quantized model."
 ABOUT_DAMAGE = "repeat `qpruner run` to write it again, or fetch it again if the file is yours"
 """Remedy for a damaged file in a verb that runs no stages; the error of a stage has a more exact remedy."""
 

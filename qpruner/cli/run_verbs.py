@@ -3,6 +3,7 @@
 Every docstring is the help of its verb. The figures come from `report.run_views`.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -95,12 +96,12 @@ def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
     """List the trials of a run and mark the winner."""
     snapshot = read_snapshot(RunDir(run, create=False))
     rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
-    columns = list(rows[0] if rows else SHOWN)
+    columns = dict.fromkeys(itertools.chain(SHOWN, *rows))  # a cut may lack blocks
     if sort not in columns:
         rest = [name for name in columns if not name.startswith("format ")]
         raise UserError(f"no column `{sort}`; {nearest(sort, rest, 'there are')}")
     # Trials without a value in the column come last.
-    rows.sort(key=lambda row: (row[sort] is None, row[sort] or 0))
+    rows.sort(key=lambda row: (row.get(sort) is None, row.get(sort) or 0))
     if as_json:
         pass
     elif not rows:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from qpruner.models.memory import release
+from qpruner.models.memory import limit_threads, release
 from qpruner.runs.events import Emit, Event
 
 Result = TypeVar("Result")
@@ -79,11 +79,3 @@ def _stream(work: Work[Result], torch_threads: int) -> Generator[Event, None, Re
         while (event := events.get()) is not None:
             yield event
     return outcome.result()
-
-
-def limit_threads(threads: int) -> None:
-    """Limit torch to this many threads if there is no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.set_num_threads(threads)

@@ -23,7 +23,7 @@ class Node:
     def fits(self, resources: Mapping[str, float]) -> int:
         """Count the trials with these resources that fit on this machine at once."""
         cpu, gpu = resources.get("cpu", 0.0), resources.get("gpu", 0.0)
-        by_cpu = int(self.cpus // cpu) if cpu else 10**6
+        by_cpu = int(self.cpus / cpu + 1e-6) if cpu else 10**6
         if not gpu:
             return by_cpu
         by_gpu = int(self.gpus // gpu) if gpu >= 1 else int(self.gpus) * int(1 / gpu)

@@ -42,11 +42,11 @@ class CalibrationConfig(Section):
     """
 
     data: tuple[DataSource, ...] | None = None
-    """Rows for importance and compensation; null takes the training rows. Sensitivities always use training rows."""
+    """Rows for importance, compensation, GPTQ; null takes the training rows. Sensitivities always use training rows."""
     packing: bool = True
     """Join the rows and cut them into samples of exactly `max_length` tokens; if false, each row is a sample."""
     num_samples: Positive = 64
-    """Samples used for importance and compensation."""
+    """Samples used for importance, compensation and GPTQ."""
     batch_size: Positive = 10
     """Samples per backward pass. |w * gradient| is exact within a batch; absolute values of several batches are summed.
     Memory grows with samples x tokens x vocabulary."""

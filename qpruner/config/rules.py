@@ -111,7 +111,7 @@ def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
 def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     method, levels, training = run.search.plan_method, run.quantize.levels, run.training
     if run.quantize.rounding == "gptq" and run.lora.init == "plain":
-        grids = [name for name, each in formats().items() if isinstance(each, GridFormat)]
+        grids = [name for name, each in formats().items() if isinstance(each, GridFormat) and each.takes_gptq]
         if not set(grids) & set(levels):
             yield (
                 f"`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats "
@@ -206,10 +206,13 @@ def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     A given `search.plan` gives no warning for the keys of the search: `--plan` may be added to any configuration.
     `calibration.num_sensitivity_samples` always has an effect: `qpruner compare` pairs losses only if it is equal.
     """
-    only = f"{', '.join(run.quantize.levels)} is the only format (`quantize`), so nothing is measured or searched"
+    only = f"{', '.join(run.quantize.levels)} is the only format (`quantize`), so nothing is"
     searched = (f"search.{key}" for key in OF_SEARCHING)
     measured = (f"sensitivity.{key}" for key in schema.SensitivityConfig.model_fields)
-    return ((not run.has_choice, only, tuple(searched)), (not run.quantize.has_choice, only, tuple(measured)))
+    return (
+        (not run.has_choice, f"{only} searched", tuple(searched)),
+        (not run.quantize.has_choice, f"{only} measured", tuple(measured)),
+    )
 
 
 schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_prune

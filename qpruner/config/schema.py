@@ -87,7 +87,7 @@ class QuantizeConfig(Section):
     """The part of the model that gets one format."""
     formats: Annotated[tuple[Named, ...], Field(min_length=1)] | None = None
     """Formats to choose from, see [formats](formats.md). A group gets those that all its layers take. With a single one
-    for all groups, nothing is measured or searched, and one trial is run. Null takes nf4 and int8."""
+    for all groups, nothing is measured; with one cut too, one trial is run. Null takes nf4 and int8."""
     bits: Annotated[tuple[Bits, ...], Field(min_length=1)] | None = None
     """Short for `formats`: 4 is nf4, 8 is int8, 16 is bf16 (not packed)."""
     double_quant: bool = False

@@ -17,7 +17,7 @@ from qpruner.data.losses import token_losses
 from qpruner.models import cpu, ragged
 from qpruner.models.families import family_of
 from qpruner.models.loading import device
-from qpruner.models.memory import release
+from qpruner.models.memory import limit_threads, release
 from qpruner.pipeline.preflight import layout_for
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED
 from qpruner.quantization.assembly import attach_adapters
@@ -32,8 +32,7 @@ REPEATS = 3
 
 def measure(config: RunConfig, model_config: Any, share_labelled: float, threads: int) -> tuple[float, float]:
     """Return the seconds of training and of scoring on a micro-batch of full rows, with labels at a share of tokens."""
-    if not torch.cuda.is_available():
-        torch.set_num_threads(threads)
+    limit_threads(threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
     labels = ids.clone()

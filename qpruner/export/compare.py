@@ -48,7 +48,7 @@ def compare(final: Path, exported: Path, samples: Rows, on_progress: OnWork = ig
     """Compare predictions of an export in transformers with those of the final model; see `compare_served`."""
     model, found = load(exported, on_progress).eval(), []
     for sample in samples:
-        values = log_probabilities(model, [sample])[:-1]
+        values = log_probabilities(model, sample)[:-1]
         likeliest, ids = values.topk(TOP)
         actual = values.gather(1, torch.tensor(sample[1:])[:, None])[:, 0]
         found.append(Predictions(ids.numpy(), likeliest.numpy(), actual.numpy()))
@@ -94,12 +94,12 @@ def compare_served(
     adapters = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
     def predicted(sample: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
-        return _with_rest(log_probabilities(model, [sample])[:-1].gather(1, ids))
+        return _with_rest(log_probabilities(model, sample)[:-1].gather(1, ids))
 
     rows = []
     for done, (sample, found) in enumerate(zip(samples, served, strict=True), 1):
         ids, likeliest, actual = map(torch.from_numpy, found)
-        all_before = log_probabilities(model, [sample])[:-1]
+        all_before = log_probabilities(model, sample)[:-1]
         before = without = _with_rest(all_before.gather(1, ids))
         with rounding(model):
             rounded = predicted(sample, ids)
@@ -140,11 +140,10 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
-def loss_of(log_probabilities: torch.Tensor, samples: Rows) -> float:
-    """Compute the mean loss of the tokens that follow others, from ``(tokens, vocabulary)`` of all rows."""
-    rows = zip(torch.split_with_sizes(log_probabilities, list(map(len, samples))), samples, strict=True)
-    losses = [-row[:-1].gather(1, torch.tensor(list(sample[1:]))[:, None]) for row, sample in rows]
-    return float(torch.cat(losses).mean())
+def loss_of(model: Any, samples: Rows) -> float:
+    """Compute the mean loss of the tokens that follow others."""
+    losses = (-log_probabilities(model, each)[:-1].gather(1, torch.tensor(each[1:])[:, None]) for each in samples)
+    return float(torch.cat(list(losses)).mean())
 
 
 def export_error(difference: str) -> StageError:
@@ -154,10 +153,7 @@ def export_error(difference: str) -> StageError:
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, samples: Rows) -> torch.Tensor:
-    """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of all samples."""
-    found = []
-    for sample in samples:
-        logits = model(torch.tensor([sample], device=device())).logits[0]
-        found.append(logits.float().log_softmax(-1).cpu())
-    return torch.cat(found)
+def log_probabilities(model: Any, sample: Sequence[int]) -> torch.Tensor:
+    """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of a sample."""
+    logits: torch.Tensor = model(torch.tensor([sample], device=device())).logits[0]
+    return logits.float().log_softmax(-1).cpu()

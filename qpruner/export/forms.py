@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from qpruner.data.encoding import load_encoded
 from qpruner.errors import UserError
-from qpruner.export.compare import Compared, compare, log_probabilities, loss_of
+from qpruner.export.compare import Compared, compare, loss_of
 from qpruner.export.gguf import architectures
 from qpruner.export.gguf.llama_cpp import library_path
 from qpruner.export.recode import (
@@ -161,7 +161,7 @@ class _Work:
         """Describe the finished folder; the recoded checkpoint that it was made from goes."""
         checkpoint, recoded, about = checkpoint or self.final, recoded or {}, vars(found)
         if checkpoint != self.final:
-            loss_before = loss_of(log_probabilities(load(self.final).eval(), self.samples), self.samples)
+            loss_before = loss_of(load(self.final).eval(), self.samples)
             about = about | {"loss_before": loss_before}
         shutil.rmtree(self.folder / RECODED, ignore_errors=True)
         config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None

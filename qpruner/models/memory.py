@@ -35,6 +35,14 @@ def release() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def limit_threads(threads: int) -> None:
+    """Limit torch to this many threads, one at least, if there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, threads))
+
+
 @functools.cache
 def freeze_libraries() -> None:
     """Exclude imported libraries, 0.2 s a pass, from garbage collection; call it before a model is loaded."""

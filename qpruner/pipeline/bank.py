@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.models.loading import load_dense, load_tokenizer
+from qpruner.models.memory import limit_threads
 from qpruner.pipeline.preflight import Inspection, left_out_text
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage, disk_bytes_in
@@ -187,12 +188,10 @@ class FillJob:
 
 def fill(job: FillJob, *_: Emit) -> list[EntryRecord]:
     """Make the entries of a job, and return their records; an executor's events are not needed."""
-    import torch
-
     from qpruner.quantization.bank import make_entries
 
-    if job.threads and not torch.cuda.is_available():
-        torch.set_num_threads(job.threads)
+    if job.threads:
+        limit_threads(job.threads)
     return [entry for entry, _ in make_entries(job.bank, job.group, job.levels)]
 
 

@@ -124,11 +124,9 @@ class Context:
             }
         )
 
-    @cached_property
-    def task_digest(self) -> str:
-        """Digest of all task questions and of the files in `evaluate.include_path`."""
-        questions = self.inspection.questions
-        return digest_of({name: questions[name] for name in ("search", "evaluate")}, *self.task_files)
+    def task_digest(self, use: str) -> str:
+        """Compute the digest of the questions of `search` or `evaluate`, and of files in `evaluate.include_path`."""
+        return digest_of(self.inspection.questions[use], *self.task_files)
 
     @cached_property
     def task_files(self) -> list[str]:

@@ -90,7 +90,9 @@ def scores_digest(context: Context) -> str:
     """Compute the digest of everything that models are scored on: tasks, their metrics, texts and settings."""
     texts = [row.response for row in context.inspection.examples.get("text", ())]
     metrics = context.inspection.metrics["evaluate"]
-    return digest_of(context.config.evaluate, context.task_digest, metrics, texts, context.config.data.max_length)
+    return digest_of(
+        context.config.evaluate, context.task_digest("evaluate"), metrics, texts, context.config.data.max_length
+    )
 
 
 def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:

@@ -114,7 +114,7 @@ class Search(Stage[SearchRecord]):
             config.lora,
             config.seed,
             scored,
-            (context.task_digest, context.inspection.metrics["search"]) if settings.tasks else "",
+            (context.task_digest("search"), context.inspection.metrics["search"]) if settings.tasks else "",
         )
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -112,16 +111,13 @@ def _scored(
         by_information = partial(scoring.by_information, settings=config.sensitivity, seed=config.seed)
         yield from _on_model(context, subject, INFORMATION, by_information).items()
     if missing.intersection(MEASUREMENT):
-        started = time.monotonic()
-        found = _on_model(context, measured, MEASUREMENT, scoring.measure_subject)
-        known = scoring.by_measurement(found, measured.groups, time.monotonic() - started)
+        known = _on_model(context, measured, MEASUREMENT, scoring.by_measurement)
         yield from known.items()
     if missing.intersection(EXPANSION):
         if not known.keys() >= set(MEASUREMENT):
             measured, known = measured.tables, {}
         if measured.groups and not known:
-            found = _on_model(context, measured, [group.name for group in measured.groups], scoring.measure_subject)
-            known = scoring.by_measurement(found, measured.groups, seconds=0.0)
+            known = _on_model(context, measured, [group.name for group in measured.groups], scoring.by_measurement)
         by_expansion = partial(scoring.by_expansion, tables=scoring.table_rises(known, measured.groups))
         yield from _on_model(context, subject, EXPANSION, by_expansion).items()
 

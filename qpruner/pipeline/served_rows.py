@@ -94,8 +94,6 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
         format=PLAN,
         files=tuple(f"serve/{form}/{name}" for name in names),
         file_bytes=done.file_bytes,
-        tensor_bytes=done.tensor_bytes,
-        plan_bytes=done.plan_bytes,
         mean_bits=_mean_bits(job, done.recoded),
         check=f"loaded again by {done.by}: {alike}, KL divergence {done.divergence:.2g} nats",
         recoded=dict(done.recoded),
@@ -143,11 +141,9 @@ def write_rival(rival: Candidate, mean_bits: float, folder: Path, on_progress: O
 
 
 def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -> Served:
-    from qpruner.export.recode import tensor_bytes
-
-    size, tensors = sum(file.stat().st_size for file in files), sum(map(tensor_bytes, files))
-    about = {"mean_bits": mean_bits, "file_bytes": size, "tensor_bytes": tensors}
-    return Served(ServedRow.model_validate({"name": name, "form": "gguf", "format": format_name, **about}), *files)
+    size = sum(file.stat().st_size for file in files)
+    row = ServedRow(name=name, form="gguf", format=format_name, mean_bits=mean_bits, file_bytes=size)
+    return Served(row, *files)
 
 
 # ---- measurement

@@ -14,7 +14,6 @@ from qpruner.quantization.formats import Format, GridFormat
 
 DAMPING = (0.01, 0.1, 1.0, 10.0)
 """Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky succeeds."""
-NEAREST_FROM = 8  # bits: nearest loses 0.5 % of SmolLM2's outputs, GPTQ 0.2 %, in q5_0 1.2 to 2.2 % (2026-11-30)
 BLOCK = 128  # columns whose errors are carried to all later columns in one product
 
 
@@ -31,7 +30,7 @@ def pack_together(
     format_: Format, weights: Sequence[torch.Tensor], gram: torch.Tensor | None
 ) -> list[dict[str, torch.Tensor]]:
     """Pack the weights of layers with the same inputs as `pack` does each, but in one pass over the columns."""
-    if gram is None or format_.bits >= NEAREST_FROM or not isinstance(format_, GridFormat):
+    if gram is None or not isinstance(format_, GridFormat) or not format_.takes_gptq:
         return [format_.pack(weight.detach()) for weight in weights]
     stacked = torch.cat([weight.detach().float() for weight in weights])
     rounded = _round(format_, stacked, gram.to(stacked.device, torch.float32))

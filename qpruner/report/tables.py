@@ -170,14 +170,14 @@ def cuts(record: PruneRecord) -> Table:
 
 def trials(run: Snapshot) -> Table:
     """Build the table of all trials, with the score of each trial's last rung."""
-    body = []
+    body, best, own = [], run.best_trial, run.state.search and run.state.search.search
     for trial in run.trials:
         last = trial.rungs[-1] if trial.rungs else None
         body.append(
             (
                 f"{trial.index}",
-                trial.origin if trial in run.own_trials else f"{trial.origin}, another search",
-                STATUSES[trial.status] + (f", {run.best_title}" if trial == run.best_trial else ""),
+                trial.origin if trial.search == own else f"{trial.origin}, another search",
+                STATUSES[trial.status] + (f", {run.best_title}" if trial is best else ""),
                 f"{trial.plan_bytes / 1e6:.2f}",
                 cut_title(trial.cut),
                 f"{trial.mean_bits:.2f}",

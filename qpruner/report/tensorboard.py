@@ -80,8 +80,9 @@ class Board:
         over = [trial for trial in trials if trial.search == search.search]
         told = f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```"
         found: list[Any] = [Event(wall_time=0.0, summary=text_summary("config", told))]
-        if trials:  # all trials have the same columns; without trials there is no table
-            found.append(_experiment(_columns(search, trials[0]), _metrics(search, config)))
+        if trials:  # without trials there is no table
+            whole = max(trials, key=lambda trial: len(trial.plan))  # a cut may lack blocks
+            found.append(_experiment(_columns(search, whole), _metrics(search, config)))
         for count, (value, trial) in enumerate(zip(best_so_far(over, search.metric), over, strict=True), 1):
             if value is not None:
                 found.append(_scalar(BEST, value, count, trial.times[-1] if trial.times else 0.0))

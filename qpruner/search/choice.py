@@ -93,13 +93,14 @@ def best_uniform(space: PlanSpace, rises: Prior | None = None) -> PrecisionPlan:
 def controls_of(space: PlanSpace, rises: Prior) -> list[tuple[str, PrecisionPlan]]:
     """Return what one would try of a cut without a search: its best uniform plan, and its best plan by a sensitivity.
 
-    `rises` are as in `seed_plan`. If no plan fits the budget, the uniform plan is over it, and alone.
+    `rises` are as in `seed_plan`. If no plan fits the budget, the uniform plan is over it, and alone; so it is if both
+    are the same.
     """
     name = "unpruned" if space.cut == UNPRUNED else space.cut
-    found = [(f"{name}{OF_EVERY_CUT[0]}", best_uniform(space, rises))]
+    plans = {best_uniform(space, rises): OF_EVERY_CUT[0]}
     if space.is_feasible(space.smallest()):
-        found.append((f"{name}{OF_EVERY_CUT[1]}", seed_plan(rises, space)))
-    return found
+        plans.setdefault(seed_plan(rises, space), OF_EVERY_CUT[1])
+    return [(f"{name}{kind}", plan) for plan, kind in plans.items()]
 
 
 def finalist_positions(

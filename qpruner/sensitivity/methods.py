@@ -15,7 +15,7 @@ from qpruner.quantization.formats import by_size, format_of
 from qpruner.runs.records import MethodScores
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
-from qpruner.sensitivity.measurement import Measurement, Pair, measure
+from qpruner.sensitivity.measurement import Pair, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,11 +82,11 @@ def by_expansion(model: PreTrainedModel, subject: Subject, tables: Mapping[str, 
     return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
-def by_measurement(found: Measurement, groups: Sequence[Group], seconds: float) -> dict[str, MethodScores]:
-    """Turn a measurement into scores by KL divergence and by change of the loss."""
-    means = {name: found.mean(getattr(found, name)).tolist() for name in MEASUREMENT}
-    by_method = {name: dict(zip(found.pairs, mean, strict=True)) for name, mean in means.items()}
-    return _scores(by_method, groups, seconds)
+def by_measurement(model: PreTrainedModel, subject: Subject) -> dict[str, MethodScores]:
+    """Score all groups by KL divergence and by change of the loss."""
+    started = time.monotonic()
+    by_method = measure(model, subject.samples, subject.starts)
+    return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
 def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> dict[str, Rises]:
@@ -101,11 +101,6 @@ def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> 
         }
         for method in MEASUREMENT
     }
-
-
-def measure_subject(model: PreTrainedModel, subject: Subject) -> Measurement:
-    """Measure KL divergence and change of the loss for every (group, format) on the samples of `subject`."""
-    return measure(model, subject.samples, subject.starts)
 
 
 def _scores(

@@ -295,7 +295,8 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             raise TrainingDiverged(
                 f"the training loss is {self.train_loss} and the gradient norm {norm} at step {state.global_step}"
             )
-        tolerable = max(self.blind_loss, _losses(state)[0])
+        first = next(each["loss"] for each in state.log_history if "loss" in each)
+        tolerable = max(self.blind_loss, float(first))
         if self.train_loss > tolerable + DIVERGED_BY:
             raise TrainingDiverged(
                 f"the training loss is {self.train_loss:.4g} at step {state.global_step}, far above {tolerable:.4g}, "

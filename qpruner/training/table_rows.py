@@ -19,7 +19,7 @@ from qpruner.data.encoding import load_confirmation, load_encoded
 from qpruner.data.measures import over_tasks
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
-from qpruner.models.memory import PeakMemory, release
+from qpruner.models.memory import PeakMemory, limit_threads, release
 from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
@@ -275,8 +275,5 @@ def _rounded(loss: LossResult) -> tuple[float, ...]:
 
 def begin_job(threads: int) -> None:
     """Free the memory of the worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
-    import torch
-
     release()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(threads)
+    limit_threads(threads)

@@ -135,6 +135,9 @@ def test_every_kind_of_failure_has_a_remedy() -> None:
 def test_trials_are_sorted(run: Path) -> None:
     assert listed(run) == listed(run, "--sort", "bytes") == [0, 1, 2, 3, 4, 5]
     assert listed(run, "--sort", "loss") == [2, 1, 5, 0, 3, 4], "a trial without a loss comes last"
+    other = trial(6, "484844", [], status="running")
+    write_trial(run / "trials" / TRIALS, other.model_copy(update={"plan": {"layers.77": "nf4"}}))
+    assert 6 in listed(run, "--sort", "format layers.77"), "cuts may have other blocks"
 
 
 def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None:

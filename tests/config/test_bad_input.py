@@ -71,7 +71,11 @@ RULES = [
     ),
     (
         "quantize.rounding=gptq; quantize.bits=[4]; lora.init=plain",
-        "`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats nf4: take one of ... int8",
+        "`quantize.rounding: gptq` changes nothing ... and the formats nf4: take one of w2 ... q5_0, or `lora",
+    ),
+    (
+        "quantize.rounding=gptq; lora.init=plain",
+        "`quantize.rounding: gptq` changes nothing ... and the formats nf4, int8: take one of w2 ... q5_0, or `lora",
     ),
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
     ("quantize.budget={}", "`quantize.budget`: give exactly one of fraction, mean_bits, gib, bytes; got none"),

@@ -57,7 +57,7 @@ def test_rows_are_written_measured_and_kept(finished: Context) -> None:
     root, (base, row) = finished.run_dir.root, record.rows
     assert base.loss and row.loss and base.file_bytes > row.file_bytes
     assert {Path(name).name for name in row.files} >= {"mine.gguf", "mine-adapter.gguf"}
-    assert all((root / name).is_file() for name in row.files) and row.tensor_bytes < row.file_bytes
+    assert all((root / name).is_file() for name in row.files)
     assert not list(root.rglob("base-*.gguf")), "files of the base model are removed"
     assert any(isinstance(event, Message) and event.text.startswith("gguf: ") for event in events)
     run_stage(Serve(finished))
@@ -78,7 +78,7 @@ def test_the_best_simple_alternative_is_served_in_formats_of_llama_cpp(
     for each in found:
         assert each.model and each.adapter and each.adapter.stat().st_size > 0
         files = each.model.stat().st_size + each.adapter.stat().st_size
-        assert each.row.file_bytes == files > each.row.tensor_bytes > 0
+        assert each.row.file_bytes == files
 
 
 def test_what_cannot_be_written_is_refused_before_the_run(changed: Callable[[str, Any], Context]) -> None:

@@ -15,7 +15,7 @@ from qpruner.runs.records import Results, ServedRow, ServeRecord, ServeSetting
 
 def row(name: str, form: Any, format: str, bits: float, decode: float, **changes: Any) -> ServedRow:
     speeds = {"prefill_tokens_per_second": (decode * 8,) * 3, "decode_tokens_per_second": (decode - 1, decode, decode)}
-    given = {"file_bytes": 100_000_000, "tensor_bytes": 97_000_000, "loss": 2.5, "mean_bits": bits}
+    given = {"file_bytes": 100_000_000, "loss": 2.5, "mean_bits": bits}
     return ServedRow(name=name, form=form, format=format, **given | speeds | changes)
 
 

@@ -100,8 +100,8 @@ def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
     said, facts = checked(uniform)
     assert "trials:      1, 1 at once" in said and "none of `data.train` for the sensitivities" in said
     assert facts["bytes_budget"] == facts["bytes_all_nf4"] and "sensitivity" not in facts["memory"]
-    idle = "has no effect: nf4 is the only format (`quantize`), so nothing is measured or searched"
-    trials, methods = f"`search.max_trials` {idle}", f"`sensitivity.methods` {idle}"
+    idle = "has no effect: nf4 is the only format (`quantize`), so nothing is"
+    trials, methods = f"`search.max_trials` {idle} searched", f"`sensitivity.methods` {idle} measured"
     assert trials in facts["warnings"] and methods not in facts["warnings"]
     assert methods in checked(uniform, *METHODS)[1]["warnings"]
     said, facts = checked(uniform, *BY_INFORMATION)
@@ -128,6 +128,16 @@ def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
         "there is no other plan to draw"
     )
     assert "given plan" in (run / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_one_format_of_all_groups_is_searched_over_cuts(uniform: Path, tmp_path: Path) -> None:
+    """All plans are controls: the searcher has nothing to choose."""
+    run, one = tmp_path / "run", "quantize={formats: [q4_0], embeddings: [q4_0], budget: {bytes: 1000000}}"
+    cuts = ("prune.rate=null", "prune.rates=[0, 0.2]", "search.searcher=gp", f"output={run}", one)
+    said(uniform, *(option for key in cuts for option in ("--set", key)), verb="search")
+    record = search_record(run)
+    assert (record["num_trials"], record["ended"]) == (2, "every plan inside the budget was tried")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from banked_decoders import LORA, Banked, banked
 from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
 from qpruner.quantization.assembly import assemble, attach_adapters
-from qpruner.sensitivity.measurement import Measurement, measure
+from qpruner.sensitivity.measurement import measure
 
 Predictions = tuple[torch.Tensor, torch.Tensor]
 
@@ -48,12 +48,11 @@ def check_rises(subject: Banked) -> None:
     """Compare the rises of all groups with those of models whose weights are replaced."""
     samples = subject.samples()
     found = measure(subject.model, samples, subject.starts)
-    kl, loss = found.mean(found.kl), found.mean(found.loss)
     before = predictions(subject.model, samples)
-    for index, (group, level) in enumerate(found.pairs):
+    for (group, level), kl in found["kl"].items():
         expected = rises(before, predictions(with_group_quantized(subject, group, level), samples))
-        assert (kl[index], loss[index]) == pytest.approx(expected, rel=1e-2, abs=2e-6), (group, level)
-        assert level == "int8" or kl[index] > 10 * 2e-6, "the rises must be larger than the tolerance"
+        assert (kl, found["loss"][group, level]) == pytest.approx(expected, rel=1e-2, abs=2e-6), (group, level)
+        assert level == "int8" or kl > 10 * 2e-6, "the rises must be larger than the tolerance"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -77,13 +76,12 @@ def test_the_rise_matches_the_initial_model_of_a_trial(tmp_path: Path, init: str
     subject = banked(tmp_path, "llama", "block", init, (level, "bf16"), ("int8",))
     samples = subject.samples()
     found = measure(subject.model, samples, subject.starts)
-    kl, loss = (dict(zip(found.pairs, found.mean(sums).tolist(), strict=True)) for sums in (found.kl, found.loss))
     for chosen in (("layers.1", level), ("embeddings", "int8")):
         plan = dict.fromkeys(subject.starts.groups, "bf16") | dict([chosen])
         model, starts = assemble(subject.subject.bank, plan)
         trial = attach_adapters(model, starts, LORA, "block", seed=0).eval()
         expected = rises(predictions(subject.model, samples), predictions(trial, samples))
-        assert (kl[chosen], loss[chosen]) == pytest.approx(expected, rel=1e-2, abs=2e-6)
+        assert (found["kl"][chosen], found["loss"][chosen]) == pytest.approx(expected, rel=1e-2, abs=2e-6)
 
 
 @pytest.fixture
@@ -111,15 +109,6 @@ def test_blocks_before_the_group_do_not_run_again(tmp_path: Path) -> None:
     for module in model.modules():
         assert "forward" not in vars(module)
         assert not module._forward_hooks and not module._forward_pre_hooks
-
-
-def test_joined_shares_equal_one_measurement(llama: Banked) -> None:
-    whole, samples = (measure(llama.model, llama.samples(5), llama.starts), llama.samples(2))
-    shares = [replace(samples, rows=samples.rows[start::2]) for start in range(2)]
-    joined = Measurement.joined([measure(llama.model, share, llama.starts) for share in shares])
-    for name in ("kl", "loss"):
-        first, second = getattr(whole, name), getattr(joined, name)
-        assert joined.mean(second) == pytest.approx(whole.mean(first), rel=1e-3, abs=1e-6)
 
 
 def test_a_group_with_nan_is_named(llama: Banked) -> None:

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from banked_decoders import LEVELS, Banked, banked
 from conftest import changed_by
-from raylets import raylets
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import SensitivityConfig
 from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message, Progress, StageSkipped
 from qpruner.runs.records import MethodScores, SensitivityRecord
-from qpruner.sensitivity.measurement import measure
 from qpruner.sensitivity.methods import by_expansion, by_information, by_measurement, table_rises
 
 Raw = dict[str, Any]
@@ -31,7 +29,7 @@ def phi(tmp_path_factory: pytest.TempPathFactory) -> Banked:
 def scores(phi: Banked) -> dict[str, MethodScores]:
     settings = SensitivityConfig(batch_size=2, max_positions=32, num_shuffles=1)
     groups = phi.subject.groups
-    measured = by_measurement(measure(phi.model, phi.samples(), phi.starts), groups, seconds=1.0)
+    measured = by_measurement(phi.model, phi.subject)
     expanded = by_expansion(phi.model, phi.subject, table_rises(measured, groups))
     return by_information(phi.model, phi.subject, settings, 0) | expanded | measured
 
@@ -147,23 +145,3 @@ def test_sensitivities_use_their_own_batch_size(raw: Raw) -> None:
     seen = [(event.done, event.total) for event in events if isinstance(event, Progress) and "fisher" in event.detail]
     assert seen == [(done, 7) for done in range(1, 8)], "of 32 samples"
     assert record_of(raw, f"{change}; evaluate.batch_size=2", events) == first, "scoring's batches are no input"
-
-
-@pytest.mark.slow
-def test_a_cluster_measures_the_same_in_shares(raw: Raw, tmp_path: Path) -> None:
-    num_nodes, steps = 2, list[Event]()
-    raw = changed_by("sensitivity.methods=[kl]", raw)
-    alone = record_of(raw, "model.dtype=float32", []).methods["kl"]  # in bfloat16 other batches round differently
-    with raylets(num_nodes) as cluster:
-        shared = run(
-            validate_config(changed_by(f"model.dtype=float32; output={tmp_path / 'shared'}", raw)),
-            steps.append,
-            address=cluster.address,
-            until="sensitivity",
-        ).sensitivity
-    assert shared is not None
-    totals = {event.total for event in steps if isinstance(event, Progress) and event.stage == "sensitivity"}
-    assert totals == {num_nodes}, "a share for every core"
-    for level in ("nf4", "int8"):
-        found, expected = (scores.values[level][1:] for scores in (shared.methods["kl"], alone))
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-8)

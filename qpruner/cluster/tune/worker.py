@@ -12,13 +12,19 @@ from typing import Any, Literal
 import ray
 from ray import tune
 
-from qpruner.cluster.executor import limit_threads
 from qpruner.cluster.node_check import own_name
 from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
-from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged
-from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, release
+from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged, first_line
+from qpruner.models.memory import (
+    PeakMemory,
+    freeze_libraries,
+    is_out_of_memory,
+    kernel_kills,
+    limit_threads,
+    release,
+)
 from qpruner.runs.records import Begun, RungResult, TrialPulse
 from qpruner.runs.storage import folder_digests, progress_seconds, remove, retry_storage, storage_at, storage_error
 from qpruner.search import trial_records
@@ -31,7 +37,7 @@ Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     """Run one trial from its last checkpoint to its end."""
-    limit_threads(max(1, int(job.resources.get("cpu", 1))))
+    limit_threads(int(job.resources.get("cpu", 1)))
     freeze_libraries()
     release()  # the memory of the trial before it in this process
     trial = _RecordedTrial(params, job)
@@ -209,8 +215,7 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
         return "storage", error.cause
     if isinstance(error, CorruptFile):
         return "damaged", f"a file of the run is damaged: {error}"
-    text = str(error).strip().splitlines()
-    line = f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"
+    line = f"{type(error).__name__}: {first_line(error)[:200]}"
     if is_out_of_memory(error):
         return "infeasible", f"out of memory: {line}"
     if isinstance(error, TrainingDiverged):

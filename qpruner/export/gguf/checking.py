@@ -63,7 +63,7 @@ def check_predictions(
     checkpoint: Path, model: Path, adapter: Path | None, rows: Rows, on_progress: OnWork = ignore_progress
 ) -> Compared:
     """Compare log-probabilities at all positions of rows."""
-    answers = isolated(predictions, model, adapter, rows, TOP)
+    answers = isolated(predictions, model, adapter, rows, TOP, torch.get_num_threads())
     return compare_served(checkpoint, rows, answers, next(answers), rounding_inputs, on_progress)
 
 

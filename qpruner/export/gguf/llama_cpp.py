@@ -235,10 +235,12 @@ class Llama:
                 yield numpy.ctypeslib.as_array(found, (count, self.vocab_size)).copy()
 
 
-def predictions(model: Path, adapter: Path | None, rows: Sequence[Sequence[int]], num_likeliest: int) -> Iterator[Any]:
+def predictions(
+    model: Path, adapter: Path | None, rows: Sequence[Sequence[int]], num_likeliest: int, threads: int
+) -> Iterator[Any]:
     """Yield the name of the build, then what `compare.Predictions` names for each row."""
     yield build()
-    with Llama(model, adapter, context_length=max(map(len, rows))) as llama:
+    with Llama(model, adapter, threads, max(map(len, rows))) as llama:
         for row in rows:
             found = log_softmax(llama.logits(row)[:-1], axis=1)
             ids = numpy.argpartition(-found, num_likeliest, axis=1)[:, :num_likeliest]

@@ -99,6 +99,11 @@ class GridFormat(Format):
     group_size: int | None  # columns that share one grid; None if it is a whole row
     num_codes: int  # codes are integers from 0 to `num_codes` - 1
 
+    @property
+    def takes_gptq(self) -> bool:
+        """Whether GPTQ rounds it. At 8 bits nearest loses 0.5 % of SmolLM2's outputs, GPTQ 0.2 % (2026-11-30)."""
+        return self.bits < 8
+
     @abstractmethod
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose scale and zero for float32 weights ``(..., group)``: float32 ``(..., 1)`` each."""

@@ -28,12 +28,13 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
         return None
     unit = " (nats per token)" if run.metric == "loss" else ""
     title = f"{score_title(run.state.search)}{unit}"
-    points = [_point(run, trial) for trial in scored]
+    winner = run.best_trial
+    points = [_point(run, trial, trial is winner) for trial in scored]
     place = {"x": quantity("megabytes", "size in MB", tickCount=6), "y": _score_axis(run.metric, title, points)}
     _space_names(points, place["y"]["scale"].get("domain") or [point["score"] for point in points])
     finished = [trial for trial in scored if trial.status == "finished"]
     costs = [(trial.plan_bytes, cost(trial.rungs[-1], run.metric)) for trial in finished]
-    best = [_point(run, finished[at]) for at in non_dominated(costs)]
+    best = [_point(run, finished[at], finished[at] is winner) for at in non_dominated(costs)]
     rule = {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}}
     label = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
     named = {"mark": label, "encoding": {"text": {"field": "text"}}}
@@ -61,9 +62,8 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     )
 
 
-def _point(run: Snapshot, trial: TrialRecord) -> Spec:
+def _point(run: Snapshot, trial: TrialRecord, is_best: bool) -> Spec:
     """Return the fields that the plot and its tooltips show of a trial, with the score of its last rung."""
-    is_best = trial == run.best_trial
     name = control_title(trial.origin).rpartition(", ")[2] if kind_of(trial) == CONTROL else ""
     return {
         "trial": trial.index,

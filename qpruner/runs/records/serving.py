@@ -20,10 +20,6 @@ class ServedRow(Recorded):
     """Paths in the run folder of the final model; other files are removed once they are measured."""
     file_bytes: int
     """Bytes of all files of the model and its adapter, with tokenizer and metadata."""
-    tensor_bytes: int
-    """Bytes of the tensors in these files."""
-    plan_bytes: int | None = None
-    """Bytes of the tensors of the final model as the plan has them."""
     mean_bits: float
     """Mean bits of the blocks' weights, without scales."""
     loss: float | None = None

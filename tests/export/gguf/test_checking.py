@@ -153,8 +153,8 @@ def test_other_tokens_are_found(checkpoint: Path, tmp_path: Path) -> None:
 def test_another_perplexity_is_found(final: Path) -> None:
     """Of the next tokens alone, which hardly changes the divergence."""
     row, model = ROWS[0], torch.nn.Module.float(load(final).eval())
-    likeliest, ids = log_probabilities(model, [row])[:-1].topk(TOP)
-    actual = log_probabilities(model, [row])[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+    likeliest, ids = log_probabilities(model, row)[:-1].topk(TOP)
+    actual = log_probabilities(model, row)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
     same = Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
     assert compare_served(final, [row], [same], "a server", rounding_inputs).divergence < 1e-3
     with pytest.raises(StageError, match=r"perplexity in a server differs by \+2\.\d%, more than 1%"):
