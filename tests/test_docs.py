@@ -36,6 +36,7 @@ SLURM = "needs SLURM; tests/cluster/test_slurm.py runs the file under a real one
 CLUSTER = "needs a cluster; tests/faults/test_search_faults.py drains a node of one"
 INDEX = "asks a package index; tests/test_packaging.py and tests/test_launch.py install from a checkout"
 HUB = "asks a model hub, or needs an account of one; tests/export/test_push.py has one on loopback"
+SERVERS = "needs the server; tests/export/test_servers.py runs it where it is installed"
 TESTS = "runs tests, which have their own command"
 HOURS = "takes hours; `test_files_that_commands_name_are_there` looks for the file"
 NOT_RUN = {
@@ -43,6 +44,11 @@ NOT_RUN = {
     ("docs/first_run.md", "pip install ."): INDEX,
     ("docs/watching.md", 'pip install "qpruner[wandb,mlflow]"'): "needs accounts; tests/**/test_trackers.py has both",
     ("docs/using.md", "qpruner push"): HUB,
+    ("docs/serve.md", "llama-cli"): SERVERS,
+    ("docs/serve.md", "ollama create"): SERVERS,
+    ("docs/serve.md", "lms import"): SERVERS,
+    ("docs/serve.md", "vllm serve"): SERVERS,
+    ("docs/serve.md", "from transformers import"): "loads blocks alike; tests/export/test_export.py loads both kinds",
     ("docs/cluster.md", "bash launch/setup.sh cluster"): INDEX,
     ("docs/cluster.md", "export AWS_DEFAULT_REGION=us-west-2"): RECIPE,
     ("docs/cluster.md", "sed -i.bak"): RECIPE,

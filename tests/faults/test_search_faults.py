@@ -226,9 +226,9 @@ def test_only_damaged_files_of_a_search_are_made_again(undisturbed: Path, tiny_m
         said = process.said()
     assert f"{weights.parent} is damaged: set aside in" in said
     assert str(score) in said and "the finalist is scored again" in said
-    assert str(record) in said and "that trial is run again" in said
+    assert str(record) in said and "and its number gets another plan" in said
     after = fresh_scores(run)
-    changed = {index for index in before if before[index] != after[index]}
+    changed = {index for index in before if before[index] != after.get(index)}
     assert {first, other} <= changed <= {first, other, third}
     assert rungs_of(run) == rungs_of(undisturbed) and len(list(run.glob("trials/*/damaged/*/trial.json"))) == 1
     assert again["confirmations"] == search_record(undisturbed)["confirmations"]
@@ -255,16 +255,15 @@ def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) 
     with driver(config) as process:
         record = finished(process)
     trials = trials_of(process.run)
-    ruined = {index for index, trial in trials.items() if trial["plan"][group] == 4}
+    ruined = {at for at, trial in trials.items() if (trial["cut"], trial["plan"][group]) == ("cut-20", "nf4")}
     failed = {index: trial for index, trial in trials.items() if trial["status"] == "failed"}
     assert set(failed) == ruined and record["failures"] == {"diverged": len(ruined)}
     assert all("nan at step 1" in trial["reason"] for trial in failed.values()), "stopped at once"
     proposed = {index for index, trial in trials.items() if trial["origin"] == "gp"}
     assert len(proposed) >= 8
-    # 94 of the 128 plans inside the budget have that group at 4 bits: among nine plans that ignore the failures, two or
-    # fewer would have it once in a thousand times.
-    assert len(ruined & proposed) <= 2, "two of the controls had shown it"
-    assert record["best_plan"][group] == 8
+    # Most plans inside the budget have that group in nf4.
+    assert len(ruined & proposed) <= 2, "the controls had shown it"
+    assert record["best_cut"] != "cut-20" or record["best_plan"][group] == "int8"
 
 
 # ---- memory

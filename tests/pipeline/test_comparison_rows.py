@@ -12,6 +12,7 @@ from searched_runs import a_winner, folders, progress_of, rows_of, searched_reco
 
 from qpruner.config.load import validate_config
 from qpruner.estimate.hours import num_compared
+from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import (
     candidates_for,
@@ -25,6 +26,8 @@ from qpruner.pipeline.comparison_rows import (
 from qpruner.pipeline.confirm_seeds import further_seeds
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
+from qpruner.pipeline.evaluate import scores_digest
+from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event
 from qpruner.runs.records import GIVEN, SensitivityRecord
 from qpruner.search.choice import seed_plan
@@ -166,3 +169,14 @@ def test_progress_of_workers_and_records_adds_up(context: Context, tmp_path: Pat
                 sign.write_text(text)
         emit()
     assert progress_of(events, "comparison") == {"answers": [(10, 24), (16, 24), (24, 24)]}
+
+
+def test_held_out_tasks_are_no_input_of_trials(sensed_raw: dict[str, Any], context: Context) -> None:
+    def digests(**keys: Any) -> tuple[str, str]:
+        about = {"search.tasks": ["qpruner_everyday_validation"], "search.limit": 4, **keys}
+        config = validate_config(with_keys(sensed_raw, **about))
+        found = replace(context, config=config, inspection=preflight.inspect(config))
+        return Search(found).trials_digest, scores_digest(found)
+
+    (trials, scores), *others = (digests(), digests(**{"evaluate.limit": 5}), digests(**{"search.limit": 5}))
+    assert [(trials == each[0], scores == each[1]) for each in others] == [(True, False), (False, True)]

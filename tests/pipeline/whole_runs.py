@@ -60,7 +60,7 @@ def outcome(root: Path) -> dict[str, Any]:
 def written_config(folder: Path, model: Path) -> Path:
     keys = {
         "search.max_concurrent": 1,  # then the order of results, and with it every proposal, is fixed
-        "search.max_trials": 3,  # two of them are controls
+        "search.max_trials": 5,  # three of them are controls
         "sensitivity.methods": ["mutual_information"],
         "finetune.seeds": 1,
         "finetune.random_plans": 1,

@@ -58,6 +58,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_hparams_has_the_columns_of_all_cuts(tmp_path: Path) -> None:
+    first, *others = trials()
+    show(tmp_path, planned([first.model_copy(update={"plan": dict(list(first.plan.items())[1:])}), *others]))
+    content = read(tmp_path, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    columns = {each.name for each in metadata.parse_experiment_plugin_data(content).hparam_infos}
+    assert {f"format {group}" for group in GROUPS} <= columns
+
+
 @pytest.fixture
 def shown(written: Path, tmp_path: Path) -> Path:
     """Return a copy of `written`, which a test may change."""

@@ -102,6 +102,14 @@ def test_a_stale_lock_is_taken(lock: Holder | None, notes: list[str], tmp_path: 
     assert len(found) == len(notes) and all(part in note for part, note in zip(notes, found, strict=True))
 
 
+@pytest.mark.parametrize(("age", "state"), [(50, "alive"), (70, "silent")])
+def test_a_driver_elsewhere_is_silent_after_a_minute(age: int, state: str, tmp_path: Path) -> None:
+    write_text(tmp_path / NAME, THEIRS.model_dump_json())
+    os.utime(tmp_path / NAME, (time.time() - age,) * 2)
+    driver = driver_of(tmp_path)
+    assert driver and driver.state == state
+
+
 def test_a_live_driver_elsewhere_holds_the_run_until_it_dies(run_dir: RunDir) -> None:
     notes: list[str] = []
     with holding(run_dir.place, 0.5, ELSEWHERE) as first:

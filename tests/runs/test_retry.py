@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -176,3 +177,10 @@ def test_another_error_is_not_repeated(tmp_path: Path) -> None:
 def test_a_folder_missing_on_this_machine_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"was written on another machine and is missing here\n.*share `output`"):
         require_arrived(tmp_path / "prune")
+
+
+def test_a_storage_is_waited_for_two_minutes_unless_told_otherwise() -> None:
+    code = "from qpruner.runs.storage.retry import PATIENCE_SECONDS; print(PATIENCE_SECONDS)"
+    environment = {name: value for name, value in os.environ.items() if "PATIENCE" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "120.0"

@@ -75,9 +75,9 @@ class Session:
         return [self.report(index, rung(step, value)) for step in steps]
 
 
-def rung(step: int, value: float) -> RungResult:
-    """A rung whose loss and error rate are both `value`."""
-    return RungResult(step=step, loss=value, accuracy=1.0 - value)
+def rung(step: int, value: float, metric: str = "loss") -> RungResult:
+    """A rung whose loss and error rate are both `value`; of accuracies the loss says the contrary."""
+    return RungResult(step=step, loss=value if metric == "loss" else 1.0 - value, accuracy=1.0 - value)
 
 
 def record(index: int, status: Any, rungs: Sequence[RungResult]) -> TrialRecord:
@@ -108,7 +108,7 @@ def test_a_trial_above_the_cutoff_stops(metric: str, factor: int) -> None:
     session = Session(config_of(factor=factor, metric=metric))
     values = np.random.default_rng(0).uniform(0.2, 0.8, 40)
     cutoffs = [np.inf, *(np.percentile(values[:seen], 100 / factor) for seen in range(1, 40))]
-    actions = [session.report(10 + index, rung(1, float(value))) for index, value in enumerate(values)]
+    actions = [session.report(10 + index, rung(1, float(value), metric)) for index, value in enumerate(values)]
     assert actions == [STOP if value > cutoff else CONTINUE for value, cutoff in zip(values, cutoffs, strict=True)]
     assert {STOP, CONTINUE} == set(actions)
 

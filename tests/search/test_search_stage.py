@@ -30,7 +30,7 @@ from qpruner.pipeline.run import run
 from qpruner.pipeline.search import best_of, choose_finalists
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, TrialChanged
-from qpruner.runs.records import SearchRecord, TrialPulse, TrialRecord
+from qpruner.runs.records import RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
 from qpruner.search.searchers import Proposer, RandomProposer
 from qpruner.search.trial_records import (
@@ -447,6 +447,21 @@ def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
         trial(6, "844484", [2.0, 2.0]),
     ]
     assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=2))] == [0, 2, 3, 4]
+
+
+def test_a_search_by_accuracy_takes_the_most_accurate(tmp_path: Path) -> None:
+    """The losses say the contrary."""
+    rungs = {index: RungResult(step=4, loss=3.0 - 0.1 * index, accuracy=0.9 - 0.1 * index) for index in range(4)}
+    plans = ("488444", "848444", "844844", "844484")
+    trials = [trial(at, plan, [3, 3, 3]).model_copy(update={"rungs": (rungs[at],)}) for at, plan in enumerate(plans)]
+    job = job_of(tmp_path, metric="accuracy", tasks=["piqa"], limit=10, confirm=2)
+    assert [each.index for each in choose_finalists(trials, job)] == [0, 1]
+    fresh = [
+        made_confirmation(at, "random", 3.0 - 0.1 * at).model_copy(update={"accuracy": 0.9 - 0.1 * at})
+        for at in range(2)
+    ]
+    best = best_of(fresh, job)
+    assert best and best.index == 0
 
 
 def test_trials_of_a_cut_with_other_weights_are_set_aside(tmp_path: Path) -> None:

@@ -26,8 +26,16 @@ from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.assembly import measured_bytes
-from qpruner.training.checkpoints import Ownership, is_damaged, keep_checkpoint, latest_checkpoint, load_adapter
+from qpruner.training.checkpoints import (
+    Ownership,
+    SaveClock,
+    is_damaged,
+    keep_checkpoint,
+    latest_checkpoint,
+    load_adapter,
+)
 from qpruner.training.evaluate import score_tasks
+from qpruner.training.finetune import Schedule
 from qpruner.training.inference import InferenceJob, measure_inference, take_turn
 from qpruner.training.table_rows import CandidateJob, build, confirm_trial, evaluate_candidate, finetune_candidate
 
@@ -288,3 +296,15 @@ def test_accuracy_is_confirmed_on_later_questions(tuned: Tuned) -> None:
     config = job.config.model_copy(update={"search": search})
     found = confirm_trial(replace(changed(job, folder=job.candidate.adapter), config=config))
     assert found.accuracy == pytest.approx(accuracy(limit, 2 * limit))
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("qpruner.training.checkpoints.time.monotonic", lambda: now)
+    clock, due = SaveClock(Schedule(1).save_seconds), list[float]()
+    for now in (129.0, 130.0):
+        due += [now] * clock.is_due()
+    clock.saved(since=now - 5)
+    for now in (229.0, 230.0):
+        due += [now] * clock.is_due()
+    assert due == [130.0, 230.0]
