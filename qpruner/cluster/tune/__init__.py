@@ -87,7 +87,8 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
 def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, trackers: Trackers | None) -> str | None:
     """Run one session of Ray Tune; return why there are no more trials, or None if there may be more."""
     settings = job.config.search
-    name = settings.searcher if job.config.is_searched and job.config.quantize.has_choice else "random"
+    has_more = job.config.is_searched and job.config.quantize.has_choice  # with one format all plans are controls
+    name = settings.searcher if has_more else "random"
     proposer = make_proposer(name, job.space, job.config.seed, job.priors)
     wait_for_storage(job.trials, job.search)
     ledger, recorded = resume_search(job, proposer)
