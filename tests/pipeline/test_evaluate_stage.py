@@ -15,6 +15,7 @@ from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.comparison_rows import untuned_candidates
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
@@ -59,7 +60,7 @@ def forget(context: Context) -> None:
 @pytest.mark.usefixtures("faked")
 def test_gpu_seconds_of_each_job_are_counted_once(context: Context, changed: Callable[[str, Any], Context]) -> None:
     """Rows that share a model count once."""
-    winner = context.space.spaces[0].uniform("int8")  # a control
+    winner = dict(controls(context))["cut-20-uniform"]
     context = with_winner(changed("training.learning_rate", 0.003), winner)
     context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
 
