@@ -64,6 +64,10 @@ def test_an_unexpected_error_has_a_remedy(
     assert state and state.command == f"qpruner prepare {config} --set seed=1", "the command of a call from Python"
     assert [str(log) in note for note in caught.value.__notes__] == [True]
     assert log.read_text().count(told) == 2
+    with pytest.raises(ZeroDivisionError):
+        qpruner.run(config, until="serve")
+    state = RunDir(tmp_path / "run").read_state(RunState)
+    assert state and state.command == f"qpruner run {config}", "`serve` is no command"
 
 
 def test_an_unexpected_error_without_a_run_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
