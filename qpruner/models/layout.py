@@ -40,6 +40,11 @@ def table_paths(config: Any) -> dict[str, str]:
     return tables if config.tie_word_embeddings else tables | {HEAD: family.head}
 
 
+def logits_path(config: Any) -> str:
+    """Return the path of the weight that computes the logits: the head's, or the embeddings' to which it is tied."""
+    return list(table_paths(config).values())[-1]
+
+
 def group_paths(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
     """Map each group, embeddings and head included, to the paths of its layers."""
     return group_linears(config, grouping) | {name: (path,) for name, path in table_paths(config).items()}

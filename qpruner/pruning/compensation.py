@@ -6,7 +6,7 @@ projection before them. The cut itself then changes no output.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -37,7 +37,7 @@ class BlockStream:
         path = family_of(model.config).block_path
         self._model = model
         self._paths = [path(index) for index in range(model.config.num_hidden_layers)]
-        self._on_progress = samples.on_progress
+        self._samples = samples
         self._hidden: list[torch.Tensor] = []
         self._tokens: list[torch.Tensor] = []
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -55,11 +55,10 @@ class BlockStream:
 
         blocks = [model.get_submodule(path) for path in self._paths]
         with returning(blocks, map(capture_for, range(len(blocks)))):
-            for batch in batches(samples.rows, samples.batch_size, samples.pad_id, model.device):
+            for batch in self._batches():
                 self._tokens.append(batch["attention_mask"].bool())
                 self._calls.append({})
-                # The base model runs without its head, because no logits are needed.
-                model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                self._base(batch)
 
     @torch.no_grad()
     def visit(self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()) -> None:
@@ -90,7 +89,26 @@ class BlockStream:
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
             on_batch(self._tokens[batch])
-        self._on_progress(index + 1, len(self._paths))
+        self._samples.on_progress(index + 1, len(self._paths))
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        samples = self._samples
+        return batches(samples.rows, samples.batch_size, samples.pad_id, self._model.device)
+
+    def _base(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run the base model without its head, because no logits are needed; return the head's inputs."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        found: torch.Tensor = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        return found
+
+    @torch.no_grad()
+    def visit_head(self, visit: Callable[[torch.Tensor], None]) -> None:
+        """After the last block, pass the inputs ``(tokens, features)`` of the head to `visit`, batch by batch."""
+        blocks = [self._model.get_submodule(path) for path in self._paths]
+        for inputs, tokens, hidden in zip(self._batches(), self._tokens, self._hidden, strict=True):
+            # The base model applies what lies between the blocks and the head, such as a norm.
+            with returning(blocks, itertools.repeat(lambda *args, hidden=hidden, **kwargs: hidden, len(blocks))):
+                visit(at_tokens(self._base(inputs), tokens))
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[batch][index]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from qpruner.config.schema import LoraConfig
 from qpruner.errors import CorruptFile, TrainingDiverged
 from qpruner.models.checkpoint import read_tensors
-from qpruner.models.layout import group_linears, group_paths
+from qpruner.models.layout import group_linears, group_paths, logits_path
 from qpruner.models.loading import checkpoint_config, device
 from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.formats import Format, format_of, formats
@@ -35,7 +35,7 @@ from qpruner.runs.records import Recorded, digest_of
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import OnPiece
 
-VERSION = 4  # version of the entries: raise it when the same inputs give different tensors
+VERSION = 5  # version of the entries: raise it when the same inputs give different tensors
 GRAMS = "grams"  # subfolder with the Gram matrices of layers' inputs, a file for each block
 FEW_WEIGHTS = 10_000_000
 """A model with fewer weights is packed without Ray, because starting Ray would take longer than packing."""
@@ -72,7 +72,7 @@ class BankSource:
     lora: LoraConfig
     seed: int
     inputs: str = ""  # digest of all that the entries depend on besides their formats
-    uses_grams: bool = False  # whether GPTQ rounds the blocks' weights, by the Gram matrices in `GRAMS`
+    uses_grams: bool = False  # whether GPTQ rounds weights, by the Gram matrices in `GRAMS`
 
     def file(self, group: str, level: str) -> Path:
         """Return the path of the entry of a (group, format)."""
@@ -97,14 +97,15 @@ class BankSource:
         return self.file(block, GRAMS)
 
     def has_grams(self) -> bool:
-        """Return True if no Gram matrices are used, or if those of all blocks are there.
+        """Return True if no Gram matrices are used, or if those of all blocks and of the head are there.
 
         Their sha256 is checked where they are read: of a model of 8 billion parameters they are 20 GB a cut.
         """
         if not self.uses_grams:
             return True
-        groups = group_linears(checkpoint_config(storage.fetch(self.checkpoint)), self.grouping)
-        paths = [self.grams_of(block) for block in sorted({block_of(paths[0]) for paths in groups.values()})]
+        config = checkpoint_config(storage.fetch(self.checkpoint))
+        firsts = [logits_path(config), *(paths[0] for paths in group_linears(config, self.grouping).values())]
+        paths = [self.grams_of(block) for block in sorted(set(map(block_of, firsts)))]
         return all(storage.for_each(lambda path: self.is_current(path) and storage.exists(path), paths))
 
     def is_current(self, path: Path) -> bool:
@@ -165,7 +166,8 @@ def make_entries(
 ) -> Iterator[tuple[EntryRecord, Tensors]]:
     """Pack a group in each of some formats on this process's device, write the entries, and yield them in order."""
     checkpoint = storage.fetch(bank.checkpoint, on_piece)
-    paths = group_paths(checkpoint_config(checkpoint), bank.grouping)[group]
+    config = checkpoint_config(checkpoint)
+    paths = group_paths(config, bank.grouping)[group]
     names = {f"{path}.weight": path for path in paths}
     stored = read_tensors(checkpoint, names.__contains__, on_piece)
     for name in names:
@@ -173,7 +175,8 @@ def make_entries(
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
     weights = {names[name]: tensor.to(device(), getattr(torch, bank.dtype)) for name, tensor in stored.items()}
     is_in_block = group not in (EMBEDDINGS, HEAD)
-    grams = _read_grams(bank, paths) if bank.uses_grams and is_in_block else None
+    has_inputs = is_in_block or paths[0] == logits_path(config)  # an embedding that is not tied only looks rows up
+    grams = _read_grams(bank, paths) if bank.uses_grams and has_inputs else None
     for level in levels:
         entry = build_entry(weights, format_of(level), bank.lora if is_in_block else None, bank.seed, grams)
         yield write_entry(bank, group, level, entry), entry.tensors
@@ -189,7 +192,7 @@ def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> Entry
 
 
 def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor]) -> None:
-    """Write the Gram matrices of a block, each under the paths of the layers that share the input."""
+    """Write the Gram matrices of a block or the head, each under the paths of the layers that share the input."""
     path = bank.grams_of(block_of(next(iter(grams))[0]))
     named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
     storage.write_json(record_path(path), FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named)))
@@ -214,9 +217,9 @@ def read_plan(bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lam
 
 
 def block_of(path: str) -> str:
-    """Name the block that a layer is in, such as `model.layers.3`."""
+    """Name the block that a layer is in, such as `model.layers.3`; a layer outside of the blocks names itself."""
     parts = path.split(".")
-    return ".".join(parts[: next(at for at, part in enumerate(parts) if part.isdigit()) + 1])
+    return ".".join(parts[: next((at for at, part in enumerate(parts, 1) if part.isdigit()), len(parts))])
 
 
 def record_path(path: Path) -> Path:

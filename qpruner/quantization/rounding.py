@@ -15,6 +15,7 @@ from qpruner.quantization.formats import Format, GridFormat
 DAMPING = (0.01, 0.1, 1.0, 10.0)
 """Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky succeeds."""
 BLOCK = 128  # columns whose errors are carried to all later columns in one product
+ROWS = 2**14  # rows that are rounded at once: of a table of embeddings a part
 
 
 def pack(format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -32,7 +33,7 @@ def pack_together(
     """Pack the weights of layers with the same inputs as `pack` does each, but in one pass over the columns."""
     if gram is None or not isinstance(format_, GridFormat) or not format_.takes_gptq:
         return [format_.pack(weight.detach()) for weight in weights]
-    stacked = torch.cat([weight.detach().float() for weight in weights])
+    stacked = torch.cat([weight.detach() for weight in weights])
     rounded = _round(format_, stacked, gram.to(stacked.device, torch.float32))
     parts = (torch.split_with_sizes(each, list(map(len, weights))) for each in rounded)
     return [format_.store(*each) for each in zip(*parts, strict=True)]
@@ -80,12 +81,21 @@ def _round(
     bits in groups of 64, 21 layers of SmolLM2-135M, other text than the Gram matrices' (2026-11-29): nearest 0.0354,
     columns as they come 0.0202, this order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
     """
-    rows, columns = weight.shape
-    size = format_.group_size or columns
-    order = _order(gram.diagonal(), size)
+    columns = weight.shape[1]
+    order = _order(gram.diagonal(), format_.group_size or columns)
     # Hessian^-1 = U^T U with U = R^-1; row i of U says how later columns make up for an error of column i.
     root = gram_root(gram[order][:, order])
     makes_up = torch.linalg.solve_triangular(root, torch.eye(columns, device=root.device), upper=True)
+    parts = [_round_rows(format_, part.float(), order, makes_up) for part in torch.split(weight, ROWS)]
+    codes, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
+    return codes, scales, zeros
+
+
+def _round_rows(
+    format_: GridFormat, weight: torch.Tensor, order: torch.Tensor, makes_up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    size = format_.group_size or columns
     current = weight.T[order].contiguous()  # (columns, rows)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     grids: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
