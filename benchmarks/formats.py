@@ -127,11 +127,6 @@ class Rows:
         }
 
 
-def _block(path: str) -> str:
-    parts = path.split(".")
-    return ".".join(parts[: next(at for at, part in enumerate(parts) if part.isdigit()) + 1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)

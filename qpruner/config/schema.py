@@ -96,7 +96,7 @@ class QuantizeConfig(Section):
     """Formats for the token embeddings and for the head (one group if they are tied); bf16 leaves them unpacked."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """Round weights to the nearest code, or so that the layer's outputs on the calibration rows change least (GPTQ).
-    LoftQ then counts errors of outputs too. nf4, k-quants, 8 bits, embeddings and head always round to nearest."""
+    LoftQ then counts errors of outputs too. nf4, k-quants, 8 bits and untied embeddings always round to nearest."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
     """The size that a plan may have."""
 
