@@ -33,8 +33,8 @@ from qpruner.runs.storage import remove
 from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
 
 FORMATS = {
-    "llama.cpp": ("q4_0,q5_0,q8_0", "q4_0,q8_0,bf16"),
-    "all": ("w2_g32,w3,w4,nf4,q4_0,q5_0,w8,q8_0", "w3,q4_0,q8_0,bf16"),
+    "llama.cpp": ("q4_0,q5_0,q8_0", "q4_0,q5_0,q8_0"),
+    "all": ("w2_g32,w3,w4,nf4,q4_0,q5_0,w8,q8_0", "w3,q4_0,q5_0,q8_0"),
 }
 """Formats for blocks and for embeddings: those of llama.cpp, and one of each kind and bits."""
 SEEDS = (1, 2, 3)  # trials have 0
