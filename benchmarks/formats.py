@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     run_folder = f"output={args.out / 'run'}"
-    rows = Rows(load_config(args.config, [run_folder, "prune.rate=0"]), args.out)
+    rows = Rows(load_config(args.config, [run_folder, "prune.rates=[0]"]), args.out)
     print("| row | MB | steps | seed | before | validation | confirmation | start s | fine-tune s |")
     print("|---|---|---|---|---|---|---|---|---|")
     with (args.out / "rows.jsonl").open("a") as lines:
