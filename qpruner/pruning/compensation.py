@@ -95,20 +95,20 @@ class BlockStream:
         samples = self._samples
         return batches(samples.rows, samples.batch_size, samples.pad_id, self._model.device)
 
-    def _base(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    @torch.no_grad()
+    def _base(self, batch: dict[str, torch.Tensor]) -> Any:
         """Run the base model without its head, because no logits are needed; return the head's inputs."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        found: torch.Tensor = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        return found
+        return self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
-    @torch.no_grad()
-    def visit_head(self, visit: Callable[[torch.Tensor], None]) -> None:
-        """After the last block, pass the inputs ``(tokens, features)`` of the head to `visit`, batch by batch."""
+    def head_inputs(self) -> Iterator[torch.Tensor]:
+        """After the last block, yield the inputs ``(tokens, features)`` of the head, batch by batch."""
         blocks = [self._model.get_submodule(path) for path in self._paths]
         for inputs, tokens, hidden in zip(self._batches(), self._tokens, self._hidden, strict=True):
             # The base model applies what lies between the blocks and the head, such as a norm.
             with returning(blocks, itertools.repeat(lambda *args, hidden=hidden, **kwargs: hidden, len(blocks))):
-                visit(at_tokens(self._base(inputs), tokens))
+                found = self._base(inputs)
+            yield at_tokens(found, tokens)
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[batch][index]

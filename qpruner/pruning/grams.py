@@ -66,15 +66,10 @@ def _of_block(model: PreTrainedModel, stream: BlockStream, index: int, groups: l
 
 
 def _of_head(model: PreTrainedModel, stream: BlockStream) -> torch.Tensor:
-    sums, count = torch.zeros(()), 0
-
-    def visit(inputs: torch.Tensor) -> None:
-        nonlocal sums, count
-        rows = inputs.float()
-        sums, count = rows.T @ rows + sums.to(rows.device), count + len(rows)
-
-    stream.visit_head(visit)
-    gram = sums / count
+    sums, count = torch.zeros((), device=model.device), 0
+    for inputs in stream.head_inputs():
+        rows, count = inputs.float(), count + len(inputs)
+        sums = rows.T @ rows + sums.to(rows.device)
     if model.config.tie_word_embeddings:
-        gram.diagonal().add_(LOOKUPS * gram.diagonal().mean())
-    return gram
+        sums.diagonal().add_(LOOKUPS * sums.diagonal().mean())
+    return sums / count
