@@ -74,10 +74,8 @@ def layout_of(
     """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    blocks, tables = (
-        group_linears(config, quantize.group),
-        {name: (path,) for name, path in table_paths(config).items()},
-    )
+    blocks = group_linears(config, quantize.group)
+    tables = {name: (path,) for name, path in table_paths(config).items()}
     ordered = {EMBEDDINGS: tables[EMBEDDINGS], **blocks, **tables}  # the head comes last
     groups = []
     for name, paths in ordered.items():

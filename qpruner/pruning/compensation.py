@@ -34,12 +34,12 @@ class BlockStream:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, samples: Samples) -> None:
-        path = family_of(model.config).block_path
-        self._model = model
-        self._paths = [path(index) for index in range(model.config.num_hidden_layers)]
-        self._samples = samples
+        paths = map(family_of(model.config).block_path, range(model.config.num_hidden_layers))
+        self._model, self._blocks = model, list(map(model.get_submodule, paths))
+        self._on_progress = samples.on_progress
         self._hidden: list[torch.Tensor] = []
-        self._tokens: list[torch.Tensor] = []
+        self._batches = list(batches(samples.rows, samples.batch_size, samples.pad_id, model.device))
+        self._tokens = [batch["attention_mask"].bool() for batch in self._batches]
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
         def capture_for(index: int) -> Callable[..., torch.Tensor]:
@@ -53,10 +53,8 @@ class BlockStream:
 
             return capture
 
-        blocks = [model.get_submodule(path) for path in self._paths]
-        with returning(blocks, map(capture_for, range(len(blocks)))):
-            for batch in self._batches():
-                self._tokens.append(batch["attention_mask"].bool())
+        with returning(self._blocks, map(capture_for, range(len(self._blocks)))):
+            for batch in self._batches:
                 self._calls.append({})
                 self._base(batch)
 
@@ -66,7 +64,7 @@ class BlockStream:
 
         `visit` also gets the sum ``(tokens, hidden)`` of what the blocks `behind` it, if any, add to the hidden states.
         """
-        layer = self._model.get_submodule(f"{self._paths[index]}.{linear}")
+        layer = self._blocks[index].get_submodule(linear)
         for batch, tokens in enumerate(self._tokens):
             captured: list[torch.Tensor] = []
 
@@ -89,11 +87,7 @@ class BlockStream:
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
             on_batch(self._tokens[batch])
-        self._samples.on_progress(index + 1, len(self._paths))
-
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        samples = self._samples
-        return batches(samples.rows, samples.batch_size, samples.pad_id, self._model.device)
+        self._on_progress(index + 1, len(self._blocks))
 
     @torch.no_grad()
     def _base(self, batch: dict[str, torch.Tensor]) -> Any:
@@ -103,16 +97,15 @@ class BlockStream:
 
     def head_inputs(self) -> Iterator[torch.Tensor]:
         """After the last block, yield the inputs ``(tokens, features)`` of the head, batch by batch."""
-        blocks = [self._model.get_submodule(path) for path in self._paths]
-        for inputs, tokens, hidden in zip(self._batches(), self._tokens, self._hidden, strict=True):
+        for inputs, tokens, hidden in zip(self._batches, self._tokens, self._hidden, strict=True):
             # The base model applies what lies between the blocks and the head, such as a norm.
-            with returning(blocks, itertools.repeat(lambda *args, hidden=hidden, **kwargs: hidden, len(blocks))):
+            with returning(self._blocks, [lambda *args, hidden=hidden, **kwargs: hidden] * len(self._blocks)):
                 found = self._base(inputs)
             yield at_tokens(found, tokens)
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[batch][index]
-        output = self._model.get_submodule(self._paths[index])(hidden, *args, **kwargs)
+        output = self._blocks[index](hidden, *args, **kwargs)
         found: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return found
 

@@ -81,11 +81,10 @@ def _round(
     bits in groups of 64, 21 layers of SmolLM2-135M, other text than the Gram matrices' (2026-11-29): nearest 0.0354,
     columns as they come 0.0202, this order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
     """
-    columns = weight.shape[1]
-    order = _order(gram.diagonal(), format_.group_size or columns)
+    order = _order(gram.diagonal(), format_.group_size or len(gram))
     # Hessian^-1 = U^T U with U = R^-1; row i of U says how later columns make up for an error of column i.
     root = gram_root(gram[order][:, order])
-    makes_up = torch.linalg.solve_triangular(root, torch.eye(columns, device=root.device), upper=True)
+    makes_up = torch.linalg.solve_triangular(root, torch.eye(len(gram), device=root.device), upper=True)
     parts = [_round_rows(format_, part.float(), order, makes_up) for part in torch.split(weight, ROWS)]
     codes, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
     return codes, scales, zeros

@@ -17,14 +17,7 @@ from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged, first_line
-from qpruner.models.memory import (
-    PeakMemory,
-    freeze_libraries,
-    is_out_of_memory,
-    kernel_kills,
-    limit_threads,
-    release,
-)
+from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, limit_threads, release
 from qpruner.runs.records import Begun, RungResult, TrialPulse
 from qpruner.runs.storage import folder_digests, progress_seconds, remove, retry_storage, storage_at, storage_error
 from qpruner.search import trial_records
