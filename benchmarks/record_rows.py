@@ -111,13 +111,16 @@ def paper_config(bench: Bench, variant: str) -> RunConfig:
     return bench.run_config(PAPER / f"smollm2_135m_{variant}.yaml", f"paper-{variant}", calibration)
 
 
-def ours(bench: Bench, megabytes: float, formats: str) -> Start:
+def ours(bench: Bench, megabytes: float, formats: str, plan: str = "") -> Start:
+    """Search, or without cuts take the knapsack of the sensitivity `plan`."""
     blocks, embeddings = FORMATS[formats]
     # Of llama.cpp's formats the smallest plan of the 20 % cut takes 68 MB.
     rates = "[0,0.2,0.4]" if megabytes < 70 else "[0,0.1,0.2]"
     size = round(megabytes * 1e6) - METADATA
     given = [f"quantize.formats=[{blocks}]", f"quantize.embeddings=[{embeddings}]", f"prune.rates={rates}"]
     folder = f"ours-{formats}-{'small' if megabytes < 70 else 'large'}"
+    if plan:
+        given, folder = [*given[:2], "prune.rates=[0]", f"search.plan={plan}"], f"unsearched-{formats}"
     config = bench.run_config(bench.asked.config, folder, f"quantize.budget.bytes={size}", *given)
     return searched(config, f"{megabytes:g}")
 
@@ -287,6 +290,15 @@ ROWS = {
     **{
         f"ours-{size:g}": Row(f"ours-{size:g}", partial(ours, megabytes=size, formats="llama.cpp"), beside, "ours")
         for size in (60, 91.7, 105.4, 112.1, 125)
+    },
+    **{
+        f"unsearched-{size:g}": Row(
+            f"unsearched-{size:g}",
+            partial(ours, megabytes=size, formats="llama.cpp", plan="second_order"),
+            beside,
+            "ours without a search, not pruned",
+        )
+        for size in (91.7, 105.4)
     },
     "ours-60-all": Row("ours-60-all", partial(ours, megabytes=60, formats="all"), as_it_is, "ours, eight kinds"),
 }
