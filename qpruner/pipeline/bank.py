@@ -196,7 +196,7 @@ def fill(job: FillJob, *_: Emit) -> list[EntryRecord]:
 
 
 def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -> None:
-    """Write the Gram matrices of the inputs of all layers in the blocks of a cut's model."""
+    """Write the Gram matrices of the inputs of all layers in the blocks of a cut's model, and of its head."""
     from qpruner.data.calibration import Samples
     from qpruner.pruning.grams import gather
     from qpruner.quantization.bank import write_grams

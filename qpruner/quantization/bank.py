@@ -278,7 +278,7 @@ def _read_record(path: Path, kind: type[Kind]) -> Kind | None:
 
 
 def _read_grams(bank: BankSource, paths: Sequence[str]) -> Tensors:
-    """Read the Gram matrices of the inputs of some layers of a block, float32 ``(columns, columns)``.
+    """Read the Gram matrices of the inputs of some layers of a block, or of the head, float32 ``(columns, columns)``.
 
     Without its record, a damaged file is missing for the next command, which gathers it again.
     """

@@ -15,7 +15,7 @@ from qpruner.quantization.formats import Format, GridFormat
 DAMPING = (0.01, 0.1, 1.0, 10.0)
 """Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky succeeds."""
 BLOCK = 128  # columns whose errors are carried to all later columns in one product
-ROWS = 2**14  # rows that are rounded at once: of a table of embeddings a part
+ROWS = 2**14  # rows that are rounded at once, so that a large table of embeddings takes little memory
 
 
 def pack(format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
