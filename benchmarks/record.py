@@ -89,7 +89,7 @@ def measure(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     write_final(candidate, work / "final", lambda event: None)
     started = time.monotonic()
-    files = row.serve(bench, work / "final", work / "served")
+    files = row.serve(bench, job.start, work / "final", work / "served")
     packing = time.monotonic() - started
     is_gguf = files.loaded.suffix == ".gguf"
     model = (load_dense(str(files.loaded), config.model.dtype) if is_gguf else load(files.loaded)).eval()
@@ -184,7 +184,7 @@ def table(lines: list[dict[str, Any]]) -> None:
 
 
 def is_ours(name: str) -> bool:
-    return name.startswith("ours")
+    return name.startswith(("ours", "unsearched"))
 
 
 def row_cells(name: str, of_row: list[dict[str, Any]], texts: list[str]) -> list[str]:

@@ -31,7 +31,7 @@ from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import UNPRUNED
 from qpruner.pruning.surgery import cut
-from qpruner.quantization.bank import BankSource
+from qpruner.quantization.bank import BankSource, read_grams
 from qpruner.runs.records import SearchRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import remove
@@ -179,13 +179,13 @@ def llm_pruner(bench: Bench) -> Start:
 # ---- how it is served
 
 
-def as_it_is(bench: Bench, final: Path, folder: Path) -> Files:
+def as_it_is(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     """Packed weights and the adapter, as transformers loads them."""
     shutil.copytree(final, folder)
     return Files(folder, folder)
 
 
-def beside(bench: Bench, final: Path, folder: Path) -> Files:
+def beside(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     """GGUF files of our own formats, the adapter in a file of its own."""
     folder.mkdir()
     model, adapter = folder / "model.gguf", folder / "adapter.gguf"
@@ -193,6 +193,19 @@ def beside(bench: Bench, final: Path, folder: Path) -> Files:
     write_adapter(final, adapter)
     check_bytes(final, model, adapter)  # so the scores of `final` are those of these files
     return Files(folder, final, (model, adapter))
+
+
+def one_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
+    """A GGUF file of our own formats, the adapter merged into weights that GPTQ rounds once more."""
+    bank, config, packed = start.bank, checkpoint_config(final), final.with_name("packed")
+    recode(
+        final, packed, lambda name, columns: name, True,
+        gram_of=lambda path: read_grams(bank.folder, bank.inputs, config, [path]).get(path),
+    )  # fmt: skip
+    folder.mkdir()
+    write_gguf(packed, folder / "model.gguf", "record")
+    check_bytes(packed, folder / "model.gguf", None)
+    return Files(folder, packed, (folder / "model.gguf",))
 
 
 def merged(final: Path, **formats: str) -> Path:
@@ -203,14 +216,14 @@ def merged(final: Path, **formats: str) -> Path:
     return folder
 
 
-def nf4_after(bench: Bench, final: Path, folder: Path) -> Files:
+def nf4_after(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     """The adapter merged, then NF4 in all blocks."""
     blocks = group_linears(checkpoint_config(final), "block").values()
     merged(final, **{path: "nf4" for paths in blocks for path in paths}).rename(folder)
     return Files(folder, folder)
 
 
-def quantized(bench: Bench, final: Path, folder: Path, kind: str) -> Files:
+def quantized(bench: Bench, start: Start, final: Path, folder: Path, kind: str) -> Files:
     """llama.cpp's own quantizer on the merged model."""
     dense = merged(final)
     write_gguf(dense, dense / "dense.gguf", "record")
@@ -241,7 +254,7 @@ def llama_quantize(place: Path | None, source: Path, target: Path, kind: str) ->
         raise SystemExit(f"llama.cpp cannot quantize {source} to {kind}: status {status}, its messages are above")
 
 
-def autoround(bench: Bench, final: Path, folder: Path) -> Files:
+def autoround(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     """AutoRound's own package on the merged model, calibrated on training rows."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM
@@ -270,7 +283,7 @@ class Row:
 
     tuned: str
     start: Callable[[Bench], Start]
-    serve: Callable[[Bench, Path, Path], Files]
+    serve: Callable[[Bench, Start, Path, Path], Files]
     title: str
 
 
@@ -292,13 +305,17 @@ ROWS = {
         for size in (60, 91.7, 105.4, 112.1, 125)
     },
     **{
-        f"unsearched-{size:g}": Row(
+        f"{name}-{size:g}": Row(
             f"unsearched-{size:g}",
             partial(ours, megabytes=size, formats="llama.cpp", plan="second_order"),
-            beside,
-            "ours without a search, not pruned",
+            serve,
+            what,
         )
-        for size in (91.7, 105.4)
+        for size in (91.7, 105.4, 112.1, 125)
+        for name, serve, what in (
+            ("unsearched", beside, "ours without a search, not pruned"),
+            ("one-file", one_file, "the same, adapter merged by GPTQ"),
+        )
     },
     "ours-60-all": Row("ours-60-all", partial(ours, megabytes=60, formats="all"), as_it_is, "ours, eight kinds"),
 }

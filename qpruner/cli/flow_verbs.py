@@ -18,7 +18,6 @@ from qpruner.report.served import commands as served_commands
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tables import cuts
 from qpruner.runs.logs import logging_to
-from qpruner.runs.records import PruneRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import export_command, run_root, storage_at
 
@@ -31,7 +30,9 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             results = pipeline.run(config, terminal.emit, address, until)
         if until == Prune.name:
             assert results.prune
-            _print_cuts(results.prune, terminal)
+            terminal.show([cuts(results.prune)])
+            for name, reason in results.prune.left_out.items():
+                terminal.say(f"{cut_title(name)}: left out, because {reason}")
         if until == Report.name:
             snapshot = read_snapshot(RunDir(config.output, create=False))
             terminal.say(headline(snapshot.results), is_prose=True)
@@ -49,12 +50,6 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
         figures["table"] = [vars(row) for row in rows(results)]
         figures["finalists"] = [vars(row) for row in finalists(results.search)] if results.search else []
     return figures
-
-
-def _print_cuts(record: PruneRecord, terminal: Terminal) -> None:
-    terminal.show([cuts(record)])
-    for name, reason in record.left_out.items():
-        terminal.say(f"{cut_title(name)}: left out, because {reason}")
 
 
 def where_next(root: Path) -> str:

@@ -25,6 +25,7 @@ from qpruner.export.gguf import architectures
 from qpruner.export.gguf.llama_cpp import library_path
 from qpruner.export.recode import (
     ADAPTER_FILES,
+    GramOf,
     NewFormat,
     changes,
     copy_adapter,
@@ -38,7 +39,8 @@ from qpruner.export.vllm import writing as for_vllm
 from qpruner.hf import PEFT_BASE, load
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.models.memory import raising_out_of_memory
-from qpruner.runs.records import MARK, ExportRecord
+from qpruner.quantization.bank import read_grams
+from qpruner.runs.records import MARK, ExportRecord, FinetuneRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import exists, fetch, retry_storage, storage_at, write_json
 from qpruner.wording import counted
@@ -97,12 +99,19 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
         raise UserError(f"this model cannot be exported as {form}: {reason}")
     rows = run.stage("prepare") / "data" / "confirmation"
     with _hidden_folder(target) as scratch:
-        work = _Work(form, final, scratch, target, PurePath(run.place).name, rows, on_progress)
+        work = _Work(form, final, scratch, target, PurePath(run.place).name, rows, on_progress, _grams_of(run, final))
         write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[form.partition("_")[0]]
         exported: Exported = write(work)
         write_json(scratch / MARK, record)
         storage_at(target).publish(scratch)
     return exported
+
+
+def _grams_of(run: RunDir, final: Path) -> GramOf:
+    """Return what reads the Gram matrices by which GPTQ rounded the final model; without GPTQ, what returns None."""
+    tuned, config = run.read_record("finetune", FinetuneRecord), checkpoint_config(final)
+    row = tuned and tuned.candidates[0]
+    return lambda path: read_grams(run.bank(row.cut), row.bank, config, [path]).get(path) if row and row.bank else None
 
 
 @contextmanager
@@ -137,6 +146,7 @@ class _Work:
     name: str
     rows: Path
     on_progress: OnWork
+    gram_of: GramOf
 
     @cached_property
     def samples(self) -> list[list[int]]:
@@ -149,7 +159,7 @@ class _Work:
         if not merge and not changes(self.final, new_format, fixed):
             return self.final, {}
         folder = self.folder / RECODED
-        return folder, recode(self.final, folder, new_format, merge, self.on_progress, fixed)
+        return folder, recode(self.final, folder, new_format, merge, self.on_progress, fixed, self.gram_of)
 
     def exported(
         self,

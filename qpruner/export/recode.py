@@ -13,13 +13,15 @@ from huggingface_hub import save_torch_state_dict
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.models.checkpoint import RENAMED, read_tensors
 from qpruner.models.layout import skeleton
-from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
+from qpruner.models.loading import OnWork, checkpoint_config, device, ignore_progress
 from qpruner.quantization.formats import DENSE, format_of
+from qpruner.quantization.rounding import pack
 from qpruner.runs.storage import retry_storage
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_BYTES = 10**9
 
+GramOf = Callable[[str], torch.Tensor | None]  # maps a layer to the Gram matrix of its inputs, if GPTQ rounds it
 NewFormat = Callable[[str, int], str]  # maps a packed layer's format and its columns to the format that it shall get
 
 
@@ -35,12 +37,14 @@ def recode(
     merge: bool,
     on_progress: OnWork = ignore_progress,
     fixed: Mapping[str, str] | None = None,
+    gram_of: GramOf = lambda path: None,
 ) -> dict[str, str]:
     """Write the model of a final folder with every packed layer in `new_format(its format, its columns)`.
 
     `fixed` names the formats of single layers instead. Layers that keep their format and are not merged keep their
     bytes. With `merge`, ``alpha / rank * B A`` is added to each weight in float32, which is then rounded once, to its
-    format or to the model's type; no adapter is written. Return the layers that changed, each with its new format.
+    format (where `gram_of` has a matrix, by GPTQ) or to the model's type; no adapter is written. Return the layers that
+    changed, each with its new format.
     """
     config, changed = checkpoint_config(final), changes(final, new_format, fixed)
     old, widths = formats_of(config), columns_of(config)
@@ -60,8 +64,9 @@ def recode(
         if path in adapter:
             weight = weight + adapter[path]()
         found = format_of(new.get(path, DENSE))
-        packed_weight = found.pack(weight) if found.is_packed else {"weight": weight.to(config.dtype)}
-        state |= {f"{path}.{name}": tensor for name, tensor in packed_weight.items()}
+        weight = weight.to(device()) if found.is_packed else weight.to(config.dtype)
+        tensors = pack(found, weight, gram_of(path)) if found.is_packed else {"weight": weight}
+        state |= {f"{path}.{name}": tensor.cpu() for name, tensor in tensors.items()}
         on_progress("merging the adapter" if merge else "packing layers", done, len(todo))
     if config.model_type == "gpt_neox":
         in_files, in_model = RENAMED

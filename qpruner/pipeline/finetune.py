@@ -149,6 +149,7 @@ def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> Ca
         mean_bits=layout.mean_bits(plan),
         gpu_seconds=measured["seconds"] * context.gpus_held(context.config.finetune.num_workers),
         num_parameters=layout.num_parameters,
+        bank=job.bank.inputs if job.bank.uses_grams else "",
         **measured,
     )
 

@@ -204,12 +204,15 @@ class Cutter:
 
     def make(self, name: str, model: PreTrainedModel, wanted: Wanted) -> CutRecord:
         """Cut the base model in place, save it unless it is the base itself, and return the record."""
+        from qpruner.pruning.prune import save_importance
+
         pruned, record = self._cut(model, wanted)
         remove(wanted.folder)
         with writing_folder(wanted.folder) as here:
             here.mkdir(parents=True, exist_ok=True)
             if name != UNPRUNED:
-                self._save(pruned, here)
+                save_checkpoint(pruned.model, self._tokenizer, here, self._on_work)
+                retry_storage(lambda: save_importance(here, pruned.scores, pruned.block_scores), here)
         if name != UNPRUNED:
             listed = Storage(wanted.folder).read_list()
             assert listed, "writing_folder wrote the list"
@@ -219,12 +222,6 @@ class Cutter:
             self._emit(Message("prune", f"{cut_title(name)}: {after}"))
         write_json(wanted.folder / CUT_FILE, record)
         return record
-
-    def _save(self, pruned: Pruned, folder: Path) -> None:
-        from qpruner.pruning.prune import save_importance
-
-        save_checkpoint(pruned.model, self._tokenizer, folder, self._on_work)
-        retry_storage(lambda: save_importance(folder, pruned.scores, pruned.block_scores), folder)
 
     def _cut(self, model: PreTrainedModel, wanted: Wanted) -> tuple[Pruned, CutRecord]:
         """Cut a model in place; return the result of `prune` and the record."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -92,10 +92,6 @@ class BankSource:
         found = _read_record(self.file(group, level), EntryRecord)
         return found if found and found.inputs == self.digest(level) else None
 
-    def grams_of(self, block: str) -> Path:
-        """Return the path of the Gram matrices of a block, such as `model.layers.3`."""
-        return self.file(block, GRAMS)
-
     def has_grams(self) -> bool:
         """Return True if no Gram matrices are used, or if those of all blocks and of the head are there.
 
@@ -105,8 +101,8 @@ class BankSource:
             return True
         config = checkpoint_config(storage.fetch(self.checkpoint))
         firsts = [logits_path(config), *(paths[0] for paths in group_linears(config, self.grouping).values())]
-        paths = [self.grams_of(block) for block in sorted(set(map(block_of, firsts)))]
-        return all(storage.for_each(lambda path: self.is_current(path) and storage.exists(path), paths))
+        paths = {grams_file(self.folder, path) for path in firsts}
+        return all(storage.for_each(lambda path: self.is_current(path) and storage.exists(path), sorted(paths)))
 
     def is_current(self, path: Path) -> bool:
         """Return True if a file in the folder is an entry of the present inputs, or Gram matrices."""
@@ -174,11 +170,10 @@ def make_entries(
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
     weights = {names[name]: tensor.to(device(), getattr(torch, bank.dtype)) for name, tensor in stored.items()}
-    is_in_block = group not in (EMBEDDINGS, HEAD)
-    has_inputs = is_in_block or paths[0] == logits_path(config)  # an embedding that is not tied only looks rows up
-    grams = _read_grams(bank, paths) if bank.uses_grams and has_inputs else None
+    grams = read_grams(bank.folder, bank.inputs, config, paths) if bank.uses_grams else None
+    lora = None if group in (EMBEDDINGS, HEAD) else bank.lora
     for level in levels:
-        entry = build_entry(weights, format_of(level), bank.lora if is_in_block else None, bank.seed, grams)
+        entry = build_entry(weights, format_of(level), lora, bank.seed, grams)
         yield write_entry(bank, group, level, entry), entry.tensors
         on_piece()
 
@@ -193,7 +188,7 @@ def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> Entry
 
 def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor]) -> None:
     """Write the Gram matrices of a block or the head, each under the paths of the layers that share the input."""
-    path = bank.grams_of(block_of(next(iter(grams))[0]))
+    path = grams_file(bank.folder, next(iter(grams))[0])
     named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
     storage.write_json(record_path(path), FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named)))
 
@@ -216,10 +211,27 @@ def read_plan(bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lam
     return tensors
 
 
-def block_of(path: str) -> str:
-    """Name the block that a layer is in, such as `model.layers.3`; a layer outside of the blocks names itself."""
+def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> Tensors:
+    """Read the Gram matrices ``(columns, columns)`` of the inputs of some layers of a block, or of a table of tokens.
+
+    Embeddings that are not tied only look rows up, and have none. The next command gathers a damaged file again.
+    """
+    path = grams_file(folder, paths[0])
+    if path.stem == paths[0] != logits_path(config):
+        return {}
+    stored = _read_tensors(path, inputs, FileRecord)
+    if stored is None:
+        storage.remove(record_path(path))
+        raise CorruptFile(f"{storage.display_name(path)}, by which GPTQ rounds, is missing or damaged", path)
+    grams = ((names.split(), gram.to(device())) for names, gram in stored.items())
+    return {path: gram for sharing, gram in grams for path in sharing if path in paths}
+
+
+def grams_file(folder: Path, path: str) -> Path:
+    """Return the path of the Gram matrices of the block that a layer is in; the head has a file of its own."""
     parts = path.split(".")
-    return ".".join(parts[: next((at for at, part in enumerate(parts, 1) if part.isdigit()), len(parts))])
+    end = next((at for at, part in enumerate(parts, 1) if part.isdigit()), len(parts))
+    return folder / GRAMS / f"{'.'.join(parts[:end])}.safetensors"
 
 
 def record_path(path: Path) -> Path:
@@ -275,20 +287,6 @@ def _read_record(path: Path, kind: type[Kind]) -> Kind | None:
     except CorruptFile as error:  # without its record the file does not count
         logger.warning("%s", error)
         return None
-
-
-def _read_grams(bank: BankSource, paths: Sequence[str]) -> Tensors:
-    """Read the Gram matrices of the inputs of some layers of a block, or of the head, float32 ``(columns, columns)``.
-
-    Without its record, a damaged file is missing for the next command, which gathers it again.
-    """
-    path = bank.grams_of(block_of(paths[0]))
-    stored = _read_tensors(path, bank.inputs, FileRecord)
-    if stored is None:
-        storage.remove(record_path(path))
-        raise CorruptFile(f"{storage.display_name(path)}, by which GPTQ rounds, is missing or damaged", path)
-    grams = ((names.split(), gram.to(device())) for names, gram in stored.items())
-    return {path: gram for sharing, gram in grams for path in sharing if path in paths}
 
 
 def _read_tensors(path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None) -> Tensors | None:

@@ -48,17 +48,12 @@ def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> dict[st
         run = _Rerun(model, batch)
         positions += len(run.labels)
         for index, (group, name) in enumerate(pairs):
-            with _replaced([*layers[group].values()], _start_weights(starts, group, name, layers[group])):
+            values = [starts.weight(group, name, path, each).to(each.dtype) for path, each in layers[group].items()]
+            with _replaced([*layers[group].values()], values):
                 sums[index] += run.rise(next(iter(layers[group])), f"the model with {group} in {name}")
             samples.on_progress(number * len(pairs) + index + 1, len(all_batches) * len(pairs))
     means = (sums / positions).T.tolist()
     return {method: dict(zip(pairs, of, strict=True)) for method, of in zip(("kl", "loss"), means, strict=True)}
-
-
-def _start_weights(
-    starts: Starts, group: str, name: str, layers: Mapping[str, torch.nn.Parameter]
-) -> list[torch.Tensor]:
-    return [starts.weight(group, name, path, each).to(each.dtype) for path, each in layers.items()]
 
 
 class _Rerun:

@@ -57,14 +57,10 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
         new_tokens=NEW_TOKENS,
         memory_counter=("" if torch.cuda.is_available() else "tensors of the model, and ") + PeakMemory().counter,
     )
-    found = []
-    for of_row in turns:
-        prefill, decode, memory_bytes = zip(*of_row, strict=True)
-        found.append(
-            Inference(
-                memory_bytes=max(memory_bytes), prefill_tokens_per_second=prefill, decode_tokens_per_second=decode
-            )
-        )
+    found = [
+        Inference(memory_bytes=max(memory), prefill_tokens_per_second=prefill, decode_tokens_per_second=decode)
+        for prefill, decode, memory in (zip(*of_row, strict=True) for of_row in turns)
+    ]
     return setting, found
 
 

@@ -2,17 +2,28 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import command, flip_a_byte, with_keys
+from gguf import GGUFReader
 from mixed_models import LORA, final_model, logits_of, off_by
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qpruner.config.load import validate_config
 from qpruner.export import recode as recoding
-from qpruner.export.recode import ADAPTER_FILES, recode
+from qpruner.export.recode import ADAPTER_FILES, columns_of, recode
+from qpruner.models.checkpoint import read_tensors
+from qpruner.models.loading import checkpoint_config
+from qpruner.pipeline.run import run
+from qpruner.quantization.bank import read_grams
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import layer_tensors
+from qpruner.quantization.rounding import pack
+from qpruner.runs.records import FinetuneRecord
+from qpruner.runs.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +71,15 @@ def test_layers_of_one_format_are_packed_again_alone(final: Path, tmp_path: Path
     assert torch.equal(load_file(tmp_path / "new" / "model.safetensors")[f"{path}.weight"], packed)
 
 
+@pytest.mark.parametrize("gram", [None, torch.randn(64, 64)], ids=["nearest", "GPTQ"])
 @pytest.mark.parametrize("name", ["q4_0", "q8_0", "w4"])
-def test_an_adapter_is_merged_into_packed_weights(final: Path, name: str, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_into_packed_weights(
+    final: Path, name: str, gram: torch.Tensor | None, tmp_path: Path
+) -> None:
     """Weights are unpacked, added to and packed in float32; layers that were dense stay so."""
-    changed = recode(final, tmp_path / "new", lambda old, columns: name, merge=True)
+    gram = gram if gram is None else gram.T @ gram
+    grams = {path: gram for path, columns in columns_of(checkpoint_config(final)).items() if columns == 64}
+    changed = recode(final, tmp_path / "new", lambda old, columns: name, merge=True, gram_of=grams.get)
     assert formats_of(tmp_path / "new") == changed == dict.fromkeys(formats_of(final), name)
     assert not [file for file in ADAPTER_FILES if (tmp_path / "new" / file).exists()]
     adapter = load_file(final / ADAPTER_FILES[1])
@@ -72,7 +88,39 @@ def test_an_adapter_is_merged_into_packed_weights(final: Path, name: str, tmp_pa
         exact = weight_of(final, path, 64) + LORA.alpha / LORA.rank * (lora_b @ lora_a)
         found = weight_of(tmp_path / "new", path, 64)
         is_packed = path in changed
-        expected = format_of(name).unpack(format_of(name).pack(exact), 64, torch.float32)
+        expected = format_of(name).unpack(pack(format_of(name), exact, gram), 64, torch.float32)
         assert torch.equal(found, expected if is_packed else exact.bfloat16().float())
+        nearest = format_of(name).unpack(format_of(name).pack(exact), 64, torch.float32)
+        assert torch.equal(expected, nearest) == (gram is None or name == "q8_0"), "8 bits round to nearest"
     if name == "q8_0":
         assert off_by(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "new")), final) < 0.05
+
+
+@pytest.mark.slow
+def test_the_gram_matrices_of_a_run_round_its_merged_model(tiny_raw: dict[str, Any]) -> None:
+    """A damaged one is an error: the next `qpruner run` gathers it again."""
+    del tiny_raw["quantize"]["bits"]
+    gptq = {"quantize.formats": ["q4_0"], "quantize.rounding": "gptq", "quantize.embeddings": ["q4_0", "q8_0"]}
+    others = {"search.plan": "first_order", "finetune.compare": False, "quantize.budget": {"bytes": 600_000}}
+    config = validate_config(with_keys(tiny_raw, **gptq, **others))
+    run(config, lambda event: None, until="finetune")
+    run_dir, path = RunDir(config.output), "model.layers.1.mlp.down_proj"
+    final = run_dir.root / "final"
+    done = command("export", config.output, "--to", "gguf", "--merge")
+    assert done.exit_code == 0, done.output
+    record = run_dir.read_record("finetune", FinetuneRecord)
+    assert record
+    [winner], columns = record.candidates, columns_of(checkpoint_config(final))[path]
+    gram = read_grams(run_dir.bank(winner.cut), winner.bank, checkpoint_config(final), [path])[path]
+    adapter = load_file(final / ADAPTER_FILES[1])
+    lora_a, lora_b = (adapter[f"base_model.model.{path}.lora_{side}.weight"].float() for side in "AB")
+    stored = layer_tensors(read_tensors(final, lambda name: True), path)
+    exact = format_of("q4_0").unpack(stored, columns, torch.float32) + lora_b @ lora_a * 2
+    [file] = (run_dir.root / "export" / "gguf_merged").glob("*.gguf")
+    [found] = (each.data for each in GGUFReader(file).tensors if each.name == "blk.1.ffn_down.weight")
+    by_gptq, nearest = (pack(format_of("q4_0"), exact, each)["weight"].numpy() for each in (gram, None))
+    assert (found == by_gptq.reshape(found.shape)).all() and not (found == nearest.reshape(found.shape)).all()
+    flip_a_byte(run_dir.bank(winner.cut) / "grams" / "model.layers.1.safetensors")
+    done = command("export", config.output, "--to", "gguf", "--merge", "--out", run_dir.root / "again")
+    assert done.exit_code == 1 and "by which GPTQ rounds, is missing or damaged" in done.output
+    assert not (run_dir.root / "again").exists()

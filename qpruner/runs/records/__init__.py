@@ -154,6 +154,8 @@ class CandidateRecord(Record):
     peak_memory_bytes: int
     memory_counter: str
     adapter_sha256: str = ""
+    bank: str = ""
+    """Digest of what the packed weights were made from: of the Gram matrices too, if GPTQ rounded them."""
 
 
 class FinetuneRecord(Record):
