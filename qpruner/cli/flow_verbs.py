@@ -28,8 +28,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
     with logging_to(root):
         with Terminal(quiet=quiet) as terminal:
             results = pipeline.run(config, terminal.emit, address, until)
-        if until == Prune.name:
-            assert results.prune
+        if until == Prune.name and results.prune:
             terminal.show([cuts(results.prune)])
             for name, reason in results.prune.left_out.items():
                 terminal.say(f"{cut_title(name)}: left out, because {reason}")

@@ -21,6 +21,7 @@ from ray import cloudpickle
 from ray.exceptions import NodeDiedError, RayActorError, RayTaskError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util import get_current_placement_group, remove_placement_group
 
 from qpruner.cluster.ray_private import ControllerCallback, TorchBackend, WorkerGroupCallback
 from qpruner.cluster.tasks import Result, is_staying, run_tasks
@@ -87,12 +88,17 @@ def _run(
 class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Checks the nodes of a group before its function starts, and writes their ids to a file; frees CPUs and GPUs.
 
-    Ray Train (2.60) keeps them if a process dies just before the function starts; the next group would wait forever.
+    If a process dies before the function starts, Ray Train (2.60) keeps them, tries again and waits for them forever.
     """
 
     def __init__(self, nodes: Path, check_node: bytes) -> None:
         self._nodes, self._check_node = nodes, check_node
-        self._state: Any = None
+        self._held: Any = None
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """End Ray Train's second try; this counts like any other death."""
+        if self._held:
+            raise WorkerGroupError("", {0: RayActorError(error_msg="a process died before the function started")})
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """Check the nodes before Ray Train (2.60) sends them `self`: another version of qpruner may lack its class."""
@@ -101,15 +107,13 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
             ray.get([worker.actor.execute.remote(check) for worker in workers])
         except RayTaskError as error:
             raise WorkerGroupError(str(error.cause), {0: error.cause}) from error
+        self._held = ray.get(workers[0].actor.execute.remote(get_current_placement_group))
+        write_progress(self._nodes, " ".join(worker.metadata.node_id for worker in workers))
         return {}
 
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        self._state = worker_group.get_worker_group_state()
-        write_progress(self._nodes, " ".join(worker.metadata.node_id for worker in self._state.workers))
-
     async def before_controller_shutdown(self) -> None:
-        if self._state is not None:
-            self._state.shutdown()
+        if self._held:
+            remove_placement_group(self._held)
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
@@ -130,15 +134,13 @@ class _Connection(TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(TorchBackend):  # type: ignore[misc]
-    """Chooses the network interface, then lets torch connect the processes; on an error frees the CPUs and GPUs."""
+    """Chooses the network interface, then lets torch connect the processes; an error counts like any other death."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         try:
             worker_group.execute(_choose_interface)
             super().on_start(worker_group, backend_config)
         except Exception as error:
-            # Ray Train would keep the CPUs and GPUs here as well. This counts like any other death.
-            worker_group.get_worker_group_state().shutdown()
             raise WorkerGroupError(str(error), {0: error}) from error
 
 

@@ -1,6 +1,7 @@
 """A group of processes trains as one process does, and its job runs again if a process dies."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.slow
 STEPS = 14
 """Two epochs and two steps. Of 21 rows in batches of four, the last step of an epoch has one row, so one of two workers
 has none."""
+MIDDLE = 8  # the step of a checkpoint in the middle of an epoch
 
 Losses, Rows = dict[int, float], list[dict[str, list[int]]]
 
@@ -71,6 +73,8 @@ def train(job: Training) -> Losses:
         losses[step] = loss
         with (job.output / "steps").open("a") as file:
             file.write(f"{step} {loss}\n")
+        if step == MIDDLE + 1 and not job.start:  # only the newest two stay
+            shutil.copytree(job.output / f"checkpoint-{MIDDLE}", job.output / "middle", dirs_exist_ok=True)
 
     job.output.mkdir(parents=True, exist_ok=True)
     # This norm clips every step: if each worker clipped its own gradients, the losses would differ at once.
@@ -124,8 +128,8 @@ def trained(
     jobs = {
         "two": two,
         "accumulating": replace(one, output=folder / "accumulating", micro_batch_size=1),
-        "resumed": replace(one, output=folder / "resumed", start=two.output / "checkpoint-8"),
-        "resumed-from-one": replace(one, output=folder / "resumed-from-one", start=one.output / "checkpoint-8"),
+        "resumed": replace(one, output=folder / "resumed", start=two.output / "middle"),
+        "resumed-from-one": replace(one, output=folder / "resumed-from-one", start=one.output / "middle"),
         "dropout": replace(one, output=folder / "dropout", dropout=0.1),
     }
     found = {"one": (one, train(one))}
@@ -147,7 +151,7 @@ def test_two_processes_take_the_steps_of_one(name: str, trained: dict[str, tuple
 
 def test_two_processes_resume_in_the_middle_of_an_epoch(trained: dict[str, tuple[Training, Losses]]) -> None:
     """From their own checkpoint, and from a checkpoint of a single process."""
-    expected = {step: loss for step, loss in trained["two"][1].items() if step > 8}
+    expected = {step: loss for step, loss in trained["two"][1].items() if step > MIDDLE}
     assert trained["resumed"][1] == expected
     assert trained["resumed-from-one"][1] == pytest.approx(expected, rel=1e-5)
 
@@ -225,3 +229,21 @@ def test_a_process_killed_while_connecting_frees_its_slots(run: Run, tmp_path: P
     assert run(add_up, tmp_path, 0.5) == 1.5
     killer.join()
     assert killed
+
+
+class Killed:
+    """Kills the process of a group in which it is read first, which is when the function is about to start."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        vars(self).update(state)
+        if "RayTrainWorker" in " ".join(psutil.Process().cmdline()) and not self.file.exists():
+            self.file.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_killed_before_the_function_starts_frees_its_slots(run: Run, tmp_path: Path) -> None:
+    """Without `_GroupHooks.before_worker_group_start`, Ray Train would wait for them."""
+    assert run(lambda job: job.file.exists(), tmp_path, Killed(tmp_path / "killed"))
