@@ -136,7 +136,7 @@ def about(table: Table, task: Task) -> dict[str, Any]:
     space = table.space(task.budget, task.flops_fraction)
     inside = [plan for plan in table.plans if space.is_feasible(plan)]
     best = {cut: min((table.loss(plan) for plan in inside if plan.cut == cut), default=math.nan) for cut in space.cuts}
-    controls = [plan for _, plan in table.controls(task.budget) if space.is_feasible(plan)]
+    controls = [plan for _, plan in table.controls(task.budget, task.flops_fraction) if space.is_feasible(plan)]
     return {
         "table": table.name,
         "MB": f"{task.budget / 1e6:.1f}",

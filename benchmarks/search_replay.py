@@ -135,11 +135,12 @@ class Table:
         fitting = tuple(space for space in spaces if space.is_feasible(space.smallest()))
         return SearchSpace(fitting, self.content.get("after_cut", {}))
 
-    def controls(self, budget: int) -> list[tuple[str, PrecisionPlan]]:
+    def controls(self, budget: int, flops_fraction: float = 1.0) -> list[tuple[str, PrecisionPlan]]:
         """List the controls of a run but the paper's: its formats are not in the table."""
         found = []
         for space in (self.space_of(cut, budget) for cut in self.cuts):
-            if space.cut == UNPRUNED or space.is_feasible(space.smallest()):
+            fits = self.may_win(space.cut, flops_fraction) and space.is_feasible(space.smallest())
+            if space.cut == UNPRUNED or fits:
                 found += choice.controls_of(space, self.content["sensitivities"][self.method])
         return found
 
@@ -250,7 +251,7 @@ def replay(task: Task) -> Replay:
     """Search a table; with several trials in flight, rungs are spread evenly over durations, log-normal around one."""
     table = Table.read(task.path)
     steps, space = table.steps, table.space(task.budget, task.flops_fraction)
-    controls = [] if task.blind else table.controls(task.budget)
+    controls = [] if task.blind else table.controls(task.budget, task.flops_fraction)
     of_controls = [plan for _, plan in controls]
     priors = {} if task.blind else table.content["sensitivities"]
     witness = _Witness(make_proposer(task.searcher, space, task.seed, priors))

@@ -1,7 +1,7 @@
 """The plans that a search has to beat: what a user would do without a search, within the same bytes.
 
 - `unpruned-uniform`, `unpruned-knapsack`: the base model in its best format, and its best plan, by a sensitivity;
-- `CUT-uniform`, `CUT-knapsack`: the same of every cut;
+- `CUT-uniform`, `CUT-knapsack`: the same of every cut that may win;
 - `paper`: the flow of the QPruner paper: a pruned model in nf4 and int8, chosen by mutual information.
 
 The base and the paper's flow are tried with their fewest bytes if the budget cannot hold them; they cannot win.
@@ -31,7 +31,7 @@ def controls(context: Context) -> list[Control]:
         if any(refusals(level, group.linears, context.on_gpu) for group in layout.groups for level in group.formats):
             continue  # the base of a model whose cut takes other formats
         space = context.space_of(cut)
-        if cut == UNPRUNED or space.is_feasible(space.smallest()):
+        if cut == UNPRUNED or (context.may_win(cut) and space.is_feasible(space.smallest())):
             found += controls_of(space, shared(context, method, space.base_groups, space.levels))
     paper = paper_plan(context)
     return [*found, *([("paper", paper)] if paper else [])]

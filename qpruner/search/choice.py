@@ -17,10 +17,10 @@ from qpruner.search.searchers import Prior
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
 BATCH, MAX_BATCHES = 1024, 128
 SCALE = 1e3  # largest gain given to the solver, far above its absolute tolerance of 1e-6
-BEST_FIRST = ("fisher", "kl", "second_order", "loss", "first_order", "mutual_information")
+BEST_FIRST = ("kl", "second_order", "fisher", "loss", "first_order", "mutual_information")
 """Sensitivities that may choose the plans of controls; the first that is measured does."""
-# Rank correlation of SmolLM2 as it is with its cuts of 10 and 20 % (benchmarks/shared_sensitivities.py, 2026-11):
-# fisher 0.98 and 0.96, mutual information 0.84 and 0.88, kl 0.66 to 0.94, second order 0.29 to 0.65, loss under 0.48.
+# In the joint table (docs/results.md) the knapsack of kl, measured without a cut, is best or level at nearly every
+# budget of every cut; that of loss is better without a cut and worse with 20 %; second_order and fisher are alike.
 Point = tuple[float, float]  # the bytes of a plan and its score; both are minimized
 
 

@@ -1,1 +1,1 @@
-"""The plots of a run as Vega-Lite specifications: interactive on the page, PNG files for GitHub and TensorBoard."""
+"""The plots of a run as Vega-Lite specifications: interactive on the page, PNG files for GitHub."""
