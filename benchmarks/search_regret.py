@@ -26,10 +26,13 @@ from typing import Any
 import torch
 from search_replay import Replay, Table, Task, agreement, replay
 
+from qpruner.search import choice
+
 TABLES = Path(__file__).resolve().parent / "tables"
 SEARCHERS = ("gp", "hyperopt", "bayesopt", "random")
 MOST_GROUPS = {"bayesopt": 40}  # above so many groups a proposal takes it minutes
 GOAL = 0.02  # nats
+STEP = 5_000_000  # bytes between the budgets of `knapsacks`
 GOAL_TRIALS = 16  # after which the goal counts
 FRACTIONS = (0.25, 0.5, 0.75)  # budgets by default: so far from the smallest plan's bytes to the largest's
 
@@ -151,6 +154,19 @@ def about(table: Table, task: Task) -> dict[str, Any]:
     }
 
 
+def knapsacks(table: Table) -> Iterator[dict[str, Any]]:
+    """Describe each cut's knapsacks: by each sensitivity their regret among the cut's plans, in budgets 5 MB apart."""
+    for cut in table.cuts if table.plans else ():
+        sizes = [table.space_of(cut, 0).plan_bytes(plan) for plan in table.plans if plan.cut == cut]
+        spaces = [table.space_of(cut, budget) for budget in range(STEP * -(-min(sizes) // STEP), max(sizes), STEP)]
+        best = [min(table.loss(plan) for plan in table.plans if space.is_feasible(plan)) for space in spaces]
+        row: dict[str, Any] = {"table": table.name, "cut": cut, "budgets": len(spaces)}
+        for method, values in table.content["sensitivities"].items():
+            losses = [table.loss(choice.seed_plan(values, space)) for space in spaces]
+            row[method] = spread([one - least for one, least in zip(losses, best, strict=True)])
+        yield row
+
+
 def main() -> None:
     """Replay, then tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,9 +180,10 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     asked = parser.parse_args()
-    shown: dict[str, list[dict[str, Any]]] = {"tables": [], "regret": [], "asha": []}
+    shown: dict[str, list[dict[str, Any]]] = {"tables": [], "knapsacks": [], "regret": [], "asha": []}
     for path in asked.table or sorted(TABLES.glob("*.json")):
         table = Table.read(path)
+        shown["knapsacks"] += knapsacks(table)
         for budget in budgets_of(table, asked.budgets, asked.flops_fraction):
             first = Task(path, budget, "gp", 0, asked.trials, asked.in_flight, True, asked.flops_fraction, asked.blind)
             shown["tables"].append(about(table, first))

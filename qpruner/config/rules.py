@@ -132,7 +132,8 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     if size in ("fraction", "mean_bits") and (several or run.quantize.embedding_levels != (DENSE,)):
         which = "several cuts (`prune.rates`)" if several else "packed embeddings (`quantize.embeddings`)"
         yield (
-            f"`quantize.budget.{size}` has no one meaning with {which}, got {value:g}: give the size that you want, "
+            f"`quantize.budget.{size}` has no one meaning with {which}, got {value:g}"
+            f"{', the default' * ('budget' not in run.quantize.model_fields_set)}: give the size that you want, "
             "`quantize.budget.gib` or `quantize.budget.bytes`"
         )
     workers, asked = run.finetune.num_workers, run.search.resources_per_trial

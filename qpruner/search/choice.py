@@ -18,9 +18,7 @@ SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equ
 BATCH, MAX_BATCHES = 1024, 128
 SCALE = 1e3  # largest gain given to the solver, far above its absolute tolerance of 1e-6
 BEST_FIRST = ("kl", "second_order", "fisher", "loss", "first_order", "mutual_information")
-"""Sensitivities that may choose the plans of controls; the first that is measured does."""
-# In the joint table (docs/results.md) the knapsack of kl, measured without a cut, is best or level at nearly every
-# budget of every cut; that of loss is better without a cut and worse with 20 %; second_order and fisher are alike.
+"""Sensitivities that may choose the plans of controls: the first that is measured does. See docs/results.md, Search."""
 Point = tuple[float, float]  # the bytes of a plan and its score; both are minimized
 
 

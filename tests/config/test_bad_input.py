@@ -69,6 +69,8 @@ RULES = [
         "quantize.embeddings=[int8]",
         "`quantize.budget.fraction` has no one meaning ... `quantize.budget.bytes`",
     ),
+    ("prune={}; quantize={}", "`quantize.budget.fraction` has no ... (`prune.rates`), got 0.5, the default: give"),
+    ("prune={}; quantize.budget={mean_bits: 5}", "`quantize.budget.mean_bits` ... (`prune.rates`), got 5: give"),
     (
         "quantize.rounding=gptq; quantize.bits=[4]; lora.init=plain",
         "`quantize.rounding: gptq` changes nothing ... and the formats nf4: take one of w2 ... q5_0, or `lora",
