@@ -184,7 +184,7 @@ def table(lines: list[dict[str, Any]]) -> None:
 
 
 def is_ours(name: str) -> bool:
-    return name.startswith(("ours", "unsearched"))
+    return name.startswith(("ours", "unsearched", "one-file"))
 
 
 def row_cells(name: str, of_row: list[dict[str, Any]], texts: list[str]) -> list[str]:

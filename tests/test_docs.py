@@ -351,12 +351,11 @@ def test_command_in_prose(command: str, demo: Path) -> None:
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("folder", ["final", "cuts/cut-20", "export/merged", "export/peft/base"])
+@pytest.mark.parametrize("folder", ["final", "cuts/cut-20", "export/peft/base"])
 def test_mixed_models_load_after_our_import_only(folder: str, demo: Path) -> None:
-    """As docs/using.md says of models whose blocks differ in size; `test_export.py` tests models of equal blocks."""
-    for form in ("merged", "peft"):
-        if not (demo / "runs/demo/export" / form).exists():
-            execute(demo, "bash", f"qpruner export runs/demo --to {form}")
+    """As docs/using.md says of packed models and blocks that differ in size; `test_export.py` tests merged models."""
+    if not (demo / "runs/demo/export/peft").exists():
+        execute(demo, "bash", "qpruner export runs/demo --to peft")
     load = f'from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained("runs/demo/{folder}")'
     execute(demo, "python", f"import qpruner.hf\n{load}")
     with pytest.raises(AssertionError, match="Error"):

@@ -96,18 +96,18 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
         self._held: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """End Ray Train's second try; this counts like any other death."""
+        """End the run where Ray Train would start the group again; this counts like any other death."""
         if self._held:
-            raise WorkerGroupError("", {0: RayActorError(error_msg="a process died before the function started")})
+            raise WorkerGroupError("", {0: RayActorError(error_msg="a process died, or its machine leaves")})
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """Check the nodes before Ray Train (2.60) sends them `self`: another version of qpruner may lack its class."""
         check = cloudpickle.loads(self._check_node)
+        self._held = ray.get(workers[0].actor.execute.remote(get_current_placement_group))
         try:
             ray.get([worker.actor.execute.remote(check) for worker in workers])
         except RayTaskError as error:
             raise WorkerGroupError(str(error.cause), {0: error.cause}) from error
-        self._held = ray.get(workers[0].actor.execute.remote(get_current_placement_group))
         write_progress(self._nodes, " ".join(worker.metadata.node_id for worker in workers))
         return {}
 

@@ -108,7 +108,7 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
 
 
 def _grams_of(run: RunDir, final: Path) -> GramOf:
-    """Return what reads the Gram matrices by which GPTQ rounded the final model; without GPTQ, what returns None."""
+    """Return the `GramOf` of a run: it reads the matrices by which GPTQ rounded the final model; None without GPTQ."""
     tuned, config = run.read_record("finetune", FinetuneRecord), checkpoint_config(final)
     row = tuned and tuned.candidates[0]
     return lambda path: read_grams(run.bank(row.cut), row.bank, config, [path]).get(path) if row and row.bank else None

@@ -65,7 +65,8 @@ def recode(
             weight = weight + adapter[path]()
         found = format_of(new.get(path, DENSE))
         weight = weight.to(device()) if found.is_packed else weight.to(config.dtype)
-        tensors = pack(found, weight, gram_of(path)) if found.is_packed else {"weight": weight}
+        gram = gram_of(path) if getattr(found, "takes_gptq", False) else None
+        tensors = pack(found, weight, gram) if found.is_packed else {"weight": weight}
         state |= {f"{path}.{name}": tensor.cpu() for name, tensor in tensors.items()}
         on_progress("merging the adapter" if merge else "packing layers", done, len(todo))
     if config.model_type == "gpt_neox":

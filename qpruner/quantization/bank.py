@@ -212,19 +212,19 @@ def read_plan(bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lam
 
 
 def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> Tensors:
-    """Read the Gram matrices ``(columns, columns)`` of the inputs of some layers of a block, or of a table of tokens.
+    """Read the Gram matrices ``(columns, columns)`` of the inputs of layers of one block, or of a table of tokens.
 
-    Embeddings that are not tied only look rows up, and have none. The next command gathers a damaged file again.
+    Embeddings that are not tied only look rows up, and have none. `CorruptFile`: one is missing, damaged or changed.
     """
     path = grams_file(folder, paths[0])
-    if path.stem == paths[0] != logits_path(config):
+    if path.stem == paths[0] != logits_path(config):  # a table is in no block
         return {}
-    stored = _read_tensors(path, inputs, FileRecord)
-    if stored is None:
-        storage.remove(record_path(path))
-        raise CorruptFile(f"{storage.display_name(path)}, by which GPTQ rounds, is missing or damaged", path)
-    grams = ((names.split(), gram.to(device())) for names, gram in stored.items())
-    return {path: gram for sharing, gram in grams for path in sharing if path in paths}
+    if (stored := _read_tensors(path, inputs, FileRecord)) is None:
+        if (record := _read_record(path, FileRecord)) and record.inputs == inputs:
+            storage.remove(record_path(path))
+        raise CorruptFile(f"{storage.display_name(path)}, by which GPTQ rounds, is missing, damaged or changed", path)
+    grams = {names: gram.to(device()) for names, gram in stored.items() if {*names.split()} & {*paths}}
+    return {path: gram for names, gram in grams.items() for path in names.split() if path in paths}
 
 
 def grams_file(folder: Path, path: str) -> Path:

@@ -245,5 +245,12 @@ class Killed:
 
 
 def test_a_process_killed_before_the_function_starts_frees_its_slots(run: Run, tmp_path: Path) -> None:
-    """Without `_GroupHooks.before_worker_group_start`, Ray Train would wait for them."""
+    from qpruner.cluster.group import WorkerGroupError, _GroupHooks
+
     assert run(lambda job: job.file.exists(), tmp_path, Killed(tmp_path / "killed"))
+    hooks = _GroupHooks(tmp_path, b"")
+    hooks.before_worker_group_start(None)
+    hooks._held = "a placement group, so a process died while the group started"
+    with pytest.raises(WorkerGroupError) as ended:
+        hooks.before_worker_group_start(None)
+    assert "died" in str(ended.value.worker_failures[0])

@@ -155,7 +155,7 @@ class CandidateRecord(Record):
     memory_counter: str
     adapter_sha256: str = ""
     bank: str = ""
-    """Digest of what the packed weights were made from: of the Gram matrices too, if GPTQ rounded them."""
+    """Digest of the inputs of the bank by whose Gram matrices GPTQ rounded the weights; empty without GPTQ."""
 
 
 class FinetuneRecord(Record):
