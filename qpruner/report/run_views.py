@@ -7,6 +7,7 @@ from typing import Any
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.plans.plan import plan_of
+from qpruner.report.finalists import formats_text
 from qpruner.report.results import SEARCHED, fine_tunes, rows
 from qpruner.report.search_progress import score, score_title, search_progress
 from qpruner.report.snapshot import RUNNING, Snapshot
@@ -155,7 +156,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "cut": record.best_cut,
         "bytes": chosen.plan_bytes,
         "mean_bits": chosen.mean_bits,
-        "plan": str(plan_of(chosen)),
+        "formats": formats_text(chosen.plan),
         "validation_loss": chosen.rungs[-1].loss,
         "selection_loss": fresh.loss,
         "selection_stderr": fresh.stderr,

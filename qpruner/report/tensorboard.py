@@ -23,7 +23,7 @@ from tensorboardX.summary import text as text_summary
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
-from qpruner.plans.plan import plan_of
+from qpruner.report.finalists import formats_text
 from qpruner.report.search_progress import best_so_far, in_order_of_end, score_name
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
@@ -126,7 +126,7 @@ def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
         "MB": trial.plan_bytes / 1e6,
         "Status": trial.status,
         "mean bits": trial.mean_bits,
-        "plan": str(plan_of(trial)),
+        "formats": formats_text(trial.plan),
         "search": "this" if trial.search == search.search else "another",
         **{f"format {group}": name for group, name in trial.plan.items()},
     }

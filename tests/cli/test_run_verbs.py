@@ -260,7 +260,7 @@ def test_compare_shows_results_and_differing_settings(tmp_path: Path) -> None:
         "search.searcher": ["gp", "random"],
     }
     text = printed("compare", first, second)
-    assert "848444" in text and "Settings that differ" in text
+    assert "4 nf4, 2 int8" in text and "Settings that differ" in text
     lines = [line.split(maxsplit=2) for line in text.splitlines()]
     assert ["data.train.0.limit", "8", "-"] in lines
     assert ["data.train.0.columns.choices", "-", "one, other"] in lines

@@ -76,7 +76,7 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     rows = {record.index: row(written, run_name(record)) for record in trials() if record.is_over}
     statuses = {index: each["Status"] for index, each in rows.items()}
     assert statuses == {0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed"}
-    named = {"From": "unpruned-knapsack", "MB": 32, "plan": "884444", "Status": "finished", "#": "0001"}
+    named = {"From": "unpruned-knapsack", "MB": 32, "formats": "4 nf4, 2 int8", "Status": "finished", "#": "0001"}
     named |= {"Cut": "base", "search": "this"}
     formats = dict(zip((f"format {group}" for group in GROUPS), [*["int8"] * 2, *["nf4"] * 4], strict=True))
     assert rows[1] == {**named, **formats, "mean bits": pytest.approx(32 / 6)}
