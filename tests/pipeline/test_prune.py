@@ -280,6 +280,13 @@ def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
     assert stages(pruned(changed(raw, round_to=64))[2]) == {"prepare": False, "prune": True}
 
 
+def test_a_folder_of_one_cut_is_pruned_again(raw: Raw) -> None:
+    """Before there were several cuts, `prune.json` was the record of the only one."""
+    RunDir(raw["output"]).write_record("prune", pruned(raw)[0])
+    events = pruned(raw)[2]
+    assert stages(events)["prune"] and any("an earlier version of qpruner wrote it" in f"{each}" for each in events)
+
+
 # ---- calibration samples
 
 

@@ -151,13 +151,6 @@ def test_a_corrupt_record_is_named(run_dir: RunDir, content: bytes) -> None:
         run_dir.read_record("prepare", PrepareRecord)
 
 
-def test_a_record_of_an_earlier_version_names_the_remedy(run_dir: RunDir) -> None:
-    """Its contents have the right digest: the file is not damaged."""
-    run_dir.write_record("prepare", KeptScore(digest="0", gpu_seconds=0.0, loss=2.5, stderr=math.nan, losses=(2.5,)))
-    with pytest.raises(CorruptFile, match="Field required; an earlier version of qpruner wrote it, and rep"):
-        run_dir.read_record("prepare", PrepareRecord)
-
-
 def test_a_score_without_standard_error_can_be_read(tmp_path: Path) -> None:
     """It is NaN for a single question; an unreadable record would make its stage run again each time."""
     record = KeptScore(digest="0", gpu_seconds=0.0, loss=2.5, stderr=math.nan, losses=(2.5,))
