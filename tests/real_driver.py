@@ -17,7 +17,6 @@ import yaml
 from conftest import raw_config, with_keys
 
 MINUTES = 60.0
-MAIN = "from qpruner.cli.main import main\nmain()"
 
 
 def config_file(model: Path, folder: Path, **keys: Any) -> Path:
@@ -81,11 +80,12 @@ def driver(
 ) -> Iterator[Driver]:
     """Start a command, with `inside` before it and after the Python `before`; kill all its processes at the end."""
     run = Path(yaml.safe_load(config.read_text())["output"])
+    program = ("-c", f"{before}\nfrom qpruner.cli.main import main\nmain()") if before else ("-m", "qpruner")
     # Not in the folder, which may be a file system that a test fills.
     out = config.parent.parent / f"out-{time.monotonic_ns()}.txt"
     with out.open("w") as file:
         process = subprocess.Popen(
-            [*inside, sys.executable, "-c", f"{before}\n{MAIN}", verb, str(config), "--json", *options],
+            [*inside, sys.executable, *program, verb, str(config), "--json", *options],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

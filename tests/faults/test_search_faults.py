@@ -96,7 +96,7 @@ OFTEN = "from qpruner.training import checkpoints; checkpoints.SECONDS = 0.1"
 
 def test_kills_between_rungs_lose_no_progress(measured: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Worker and driver are killed after a checkpoint by time each, and none of them would ever reach a rung."""
-    keys = {"search.steps": 48, "search.first_rung": 24, "search.max_trials": 1}
+    keys = {"search.steps": 128, "search.first_rung": 64, "search.max_trials": 1}
     configs = [search_config(tiny_model, tmp_path / name, **keys) for name in ("undisturbed", "disturbed")]
     for config in configs:
         shutil.copytree(measured, config.parent / "run")
