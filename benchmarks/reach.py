@@ -98,7 +98,8 @@ def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
         "plans": {name: str(plan) for name, (_, plan) in named.items()},
         "bytes": {name: context.layout_of(plan.cut).plan_bytes(plan) for name, (_, plan) in named.items()},
         "losses": {name: [sum(each) / len(each) for each in own] for name, own in by_name.items()},
-        "row_losses": [[round(each, 4) for each in own] for own in by_name["returned"]],  # to compare settings
+        # To compare settings.
+        "row_losses": {name: [[round(each, 4) for each in own] for own in of] for name, of in by_name.items()},
     }
     found["against"] = {
         name: compared(by_name["returned"], own) for name, own in by_name.items() if own != by_name["returned"]

@@ -36,10 +36,9 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
         is_running = state.state == "running"
         # A stage that was running when its command ended is no longer running.
         shown = run.outcome if is_running else state.state
-        end = now if shown == RUNNING else run.state.updated
         steps = f"{state.done}/{state.total}" if state.total and is_running else None
         recorded = run.results.search.total_seconds if name == "search" and run.results.search else state.seconds
-        seconds = end - state.started if is_running else recorded
+        seconds = (now if shown == RUNNING else run.state.updated) - state.started if is_running else recorded
         stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
     return {
         "run": run.run_dir.storage.address,
