@@ -55,8 +55,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help=ABOUT_VERSION)
 def main() -> None:
     """Make a large language model fit into your memory with the least loss of quality."""
-    # torch's threads spin while they wait for each other. Next to another busy process on two cores this doubled the
-    # time of a training step (2026-11-26: 16 s instead of 7). With this limit, read when torch loads, they sleep soon.
+    # Beside a busy process torch's spinning threads doubled a step's time. Read when torch loads: they sleep soon.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 

@@ -83,17 +83,19 @@ def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> 
         click.echo(warning, err=True)
     with _interrupted_by_sigterm(), Terminal(quiet=False) as terminal:
         done = forms.export(folder, wanted, place.resolve(), loading_progress(terminal.emit, "export"))
-    for line in _described(done):
-        click.echo(line)
+    click.echo("\n".join(_described(done)))
     return {"status": "ok", **vars(done), "folder": str(done.folder)}
 
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, which deletes what is half written."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    told = dict[int, Any]()
+    before = signal.signal(signal.SIGTERM, lambda *now: (told.setdefault(*now), signal.default_int_handler(*now)))
     try:
         yield
+    except ValueError as error:  # torch makes one of an interrupt in its C code
+        raise KeyboardInterrupt if told else error  # noqa: B904
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -34,8 +34,7 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
             stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
             continue
         is_running = state.state == "running"
-        # A stage that was running when its command ended is no longer running.
-        shown = run.outcome if is_running else state.state
+        shown = run.outcome if is_running else state.state  # a command that ended runs no stage
         steps = f"{state.done}/{state.total}" if state.total and is_running else None
         recorded = run.results.search.total_seconds if name == "search" and run.results.search else state.seconds
         seconds = (now if shown == RUNNING else run.state.updated) - state.started if is_running else recorded
