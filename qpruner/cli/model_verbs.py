@@ -94,7 +94,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, lambda *now: (told.setdefault(*now), signal.default_int_handler(*now)))
     try:
         yield
-    except ValueError as error:  # torch makes one of an interrupt in its C code
+    except Exception as error:  # torch makes a ValueError of an interrupt in its C code
         raise KeyboardInterrupt if told else error  # noqa: B904
     finally:
         signal.signal(signal.SIGTERM, before)
