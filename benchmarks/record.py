@@ -143,15 +143,12 @@ def speeds(bench: Bench, files: Files, model: Any) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, str]:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
+    cpu = dict(line.partition("\t")[::2] for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    name = cpu["model name"].strip("\t: ") + (" with AVX-512" if "avx512f" in cpu["flags"] else "")
     return {
         "commit": commit() or "unknown",
         "command": " ".join(sys.argv),
-        "machine": f"{names[0]}, {os.cpu_count()} cores",
+        "machine": f"{name}, {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -184,7 +181,7 @@ def table(lines: list[dict[str, Any]]) -> None:
 
 
 def is_ours(name: str) -> bool:
-    return name.startswith(("ours", "unsearched", "one-file"))
+    return name.startswith(("ours", "unsearched", "one-file", "kl"))
 
 
 def row_cells(name: str, of_row: list[dict[str, Any]], texts: list[str]) -> list[str]:

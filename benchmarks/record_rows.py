@@ -27,7 +27,7 @@ from qpruner.export.recode import dense as unpacked
 from qpruner.export.recode import recode
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears, layout_of
-from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer
+from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer, resolve_source
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import UNPRUNED
 from qpruner.pruning.surgery import cut
@@ -120,7 +120,8 @@ def ours(bench: Bench, megabytes: float, formats: str, plan: str = "") -> Start:
     given = [f"quantize.formats=[{blocks}]", f"quantize.embeddings=[{embeddings}]", f"prune.rates={rates}"]
     folder = f"ours-{formats}-{'small' if megabytes < 70 else 'large'}"
     if plan:
-        given, folder = [*given[:2], "prune.rates=[0]", f"search.plan={plan}"], f"unsearched-{formats}"
+        methods = f"sensitivity.methods=[mutual_information,{plan}]"
+        given, folder = [*given[:2], "prune.rates=[0]", f"search.plan={plan}", methods], f"{plan}-{formats}"
     config = bench.run_config(bench.asked.config, folder, f"quantize.budget.bytes={size}", *given)
     return searched(config, f"{megabytes:g}")
 
@@ -193,6 +194,15 @@ def beside(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     write_adapter(final, adapter)
     check_bytes(final, model, adapter)  # so the scores of `final` are those of these files
     return Files(folder, final, (model, adapter))
+
+
+def source_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
+    """The quantized file that the base was unpacked from, the adapter in a file of its own."""
+    folder.mkdir()
+    model, adapter = folder / "model.gguf", folder / "adapter.gguf"
+    shutil.copy(resolve_source(bench.config.model.source, "model.source"), model)
+    write_adapter(final, adapter)
+    return Files(folder, final, (model, adapter))  # the weights that transformers unpacks, rounded to bf16
 
 
 def one_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
@@ -293,6 +303,7 @@ ROWS = {
         name: Row("dense", base, partial(quantized, kind=name), f"not pruned, LoRA, then llama.cpp's {name.upper()}")
         for name in FILE_TYPES
     },
+    "q4_1": Row("dense", base, source_file, "the Q4_1 file that the base was unpacked from, LoRA beside it"),
     "autoround": Row("dense", base, autoround, "not pruned, LoRA, then AutoRound's 4 bits"),
     "nf4": Row("nf4", nf4_base, as_it_is, "not pruned, bitsandbytes' NF4, then LoRA"),
     "llm-pruner": Row("llm-pruner", llm_pruner, nf4_after, "LLM-Pruner's cut, LoRA, then NF4"),
@@ -306,15 +317,13 @@ ROWS = {
     },
     **{
         f"{name}-{size:g}": Row(
-            f"unsearched-{size:g}",
-            partial(ours, megabytes=size, formats="llama.cpp", plan="second_order"),
-            serve,
-            what,
+            f"{tuned}-{size:g}", partial(ours, megabytes=size, formats="llama.cpp", plan=method), serve, what
         )
         for size in (91.7, 105.4, 112.1, 125)
-        for name, serve, what in (
-            ("unsearched", beside, "ours without a search, not pruned"),
-            ("one-file", one_file, "the same, adapter merged by GPTQ"),
+        for name, tuned, method, serve, what in (
+            ("unsearched", "unsearched", "second_order", beside, "ours without a search, not pruned"),
+            ("one-file", "unsearched", "second_order", one_file, "the same, adapter merged by GPTQ"),
+            ("kl", "kl", "kl", beside, "ours without a search by kl, not pruned"),
         )
     },
     "ours-60-all": Row("ours-60-all", partial(ours, megabytes=60, formats="all"), as_it_is, "ours, eight kinds"),
