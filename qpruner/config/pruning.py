@@ -74,10 +74,6 @@ def _percent(rate: float) -> str:
     return f"{100 * rate:.10g}"
 
 
-def _cut_name(rate: float) -> str:
-    return f"cut-{_percent(rate)}" if rate else UNPRUNED
-
-
 class PruneConfig(Section):
     """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels."""
 
@@ -132,7 +128,8 @@ class PruneConfig(Section):
         if self.layer_rate is not None:
             return {f"layers-{_percent(self.layer_rate)}": self.model_copy(update={"rates": None, "rate": None})}
         rates = self.rates or (self.rate or 0.0,)
-        return {_cut_name(rate): self.model_copy(update={"rates": None, "rate": rate}) for rate in rates}
+        copies = {rate: self.model_copy(update={"rates": None, "rate": rate}) for rate in rates}
+        return {f"cut-{_percent(rate)}" if rate else UNPRUNED: copy for rate, copy in copies.items()}
 
     @property
     def is_off(self) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from qpruner.plans.plan import UNPRUNED
-from qpruner.report.finalists import rival_as_trial
+from qpruner.report.finalists import finalists, rival_as_trial
 from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, control_title, fine_tunes
 from qpruner.report.statistics import (
     SAME,
@@ -71,7 +71,9 @@ def headline(results: Results) -> str:
     winner, search = fine_tunes(results)[SEARCHED][0][0], results.search
     smaller = f"{results.prune.cuts[UNPRUNED].bytes_before / winner.measured_bytes:.1f} times smaller than the base"
     if search.control_won:
-        return f"{smaller}. The simple thing is best here, and this is it: {control_title(search.best_origin)}"
+        own = next((each for each in finalists(search) if each.fits and not each.control), None)
+        less = _in_nats(own.difference, " from the best searched plan") if own else ""
+        return f"{smaller}. The simple thing is best here, and this is it: {control_title(search.best_origin)}{less}"
     control, rival = best_control(results), rival_as_trial(search)
     as_trial = (rival.difference,) if rival and rival.difference else ()
     differences = compared(results, control).differences if control else as_trial
@@ -80,7 +82,11 @@ def headline(results: Results) -> str:
     verdicts = [each.verdict for each in differences]
     counts = [f"{word} in {verdicts.count(word)}" for word in ("better", "worse") if word in verdicts]
     than = f"{' and '.join(counts)} of {len(verdicts)} measures than" if counts else f"{SAME} from"
-    return f"{smaller}; {than} the best simple alternative"
+    return f"{smaller}; {than} the best simple alternative{_in_nats(differences[-1])}"
+
+
+def _in_nats(loss: Difference | None, other: str = "") -> str:
+    return f" ({loss.mean:+.3f} ± {loss.half_width:.3f} nats{other})" if loss and loss.half_width else ""
 
 
 def claim(results: Results) -> str:

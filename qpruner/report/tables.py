@@ -12,7 +12,7 @@ from qpruner.report.finalists import Finalist, finalists
 from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
 from qpruner.report.search_progress import score, score_title
 from qpruner.report.snapshot import STATUSES, Snapshot
-from qpruner.runs.records import Confirmation, PruneRecord, Results, RowScores, SearchRecord, TaskScore
+from qpruner.runs.records import PruneRecord, Results, RowScores, SearchRecord, TaskScore
 from qpruner.search.choice import SAME_BYTES
 from qpruner.wording import counted, error_text
 
@@ -206,16 +206,16 @@ def fresh_scores(search: SearchRecord) -> Table:
     scores = {each.index: each for each in search.confirmations}
     body = [
         (
-            f"{each.title}{', reused' if scores[each.trial].reused else ''}",
+            f"{each.title}{', reused' if score.reused else ''}",
             f"{each.trial}",
             cut_title(each.cut),
             each.formats,
             _megabytes(each.plan_bytes) + _why_not(each, search),
             Compared(f"{each.loss:.4f}", difference=each.difference),
-            f"{len(scores[each.trial].seed_losses) or '-'}",
-            _accuracy_with_error(scores[each.trial]),
+            f"{len(score.seed_losses) or '-'}",
+            "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}",
         )
-        for each in finalists(search)
+        for each, score in ((each, scores[each.trial]) for each in finalists(search))
     ]
     of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
     caption = (
@@ -231,10 +231,6 @@ def _why_not(each: Finalist, search: SearchRecord) -> str:
     if each.fits:
         return ""
     return ", exceeds the budget" if each.plan_bytes > search.budget_bytes else ", computes more than the budget"
-
-
-def _accuracy_with_error(score: Confirmation) -> str:
-    return "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
 
 
 def rungs(search: SearchRecord) -> Table:

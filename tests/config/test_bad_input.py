@@ -45,10 +45,7 @@ RULES = [
     ("quantize.budget={fraction: 1.5}", "`quantize.budget.fraction` ... equal to 1, got 1.5; it is a share"),
     ("quantize.budget={gib: .inf}", "`quantize.budget.gib` ... finite number, got inf"),
     # within a section
-    (
-        "prune.layer_rate=0.25",
-        "`prune`: give one of `rates`, ... and `layer_rate`, got several: take one out",
-    ),
+    ("prune.layer_rate=0.25", "`prune`: give one of `rates`, ... and `layer_rate`, got several: take one out"),
     ("prune={rates: [0, 0.2], rate: 0.1}", "give one of `rates`, `rate` and `layer_rate`, got several: take one out"),
     ("prune={rates: [0.2, 0.1]}", "`rates` must be different shares in ascending order, got [0.2, 0.1]"),
     (
@@ -65,10 +62,7 @@ RULES = [
     ("quantize.bits=; quantize.formats=[nf5]", "`formats`: there is no format `nf5`; name some of ... nf4 ... int8"),
     ("quantize.bits=; quantize.formats=[nf4, nf4]", "`quantize.formats`: must name each once, got nf4, nf4"),
     ("quantize.embeddings=[nf4]", "`embeddings`: nf4 cannot hold embeddings; name some of ... int8 ... bf16"),
-    (
-        "quantize.embeddings=[int8]",
-        "`quantize.budget.fraction` has no one meaning ... `quantize.budget.bytes`",
-    ),
+    ("quantize.embeddings=[int8]", "`quantize.budget.fraction` has no one meaning ... `quantize.budget.bytes`"),
     ("prune={}; quantize={}", "`quantize.budget.fraction` has no ... (`prune.rates`), got 0.5, the default: give"),
     ("prune={}; quantize.budget={mean_bits: 5}", "`quantize.budget.mean_bits` ... (`prune.rates`), got 5: give"),
     (

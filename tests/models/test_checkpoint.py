@@ -11,16 +11,7 @@ import pytest
 import torch
 from hub_server import Repository, serving
 from plain_transformers import plain_transformers_answers, run_python
-from tiny_families import (
-    FAMILY_NAMES,
-    HEADWISE,
-    LAYERS,
-    MODEL_NAMES,
-    family_model,
-    kept_of,
-    logits_of,
-    prompt,
-)
+from tiny_families import FAMILY_NAMES, HEADWISE, LAYERS, MODEL_NAMES, family_model, kept_of, logits_of, prompt
 from transformers import PreTrainedModel
 
 from qpruner.config.schema import ModelConfig, PruneConfig

@@ -84,7 +84,8 @@ def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: 
     assert line.endswith(f"), {verdict}.")
     is_silent = verdict == SAME or other == RANDOM
     than = f"{SAME} from" if is_silent else f"{verdict} in 1 of 3 measures than"
-    said = f"3.0 times smaller than the base; {than} the best simple alternative"
+    width = f" ({widths * half_width:+.3f} ± {half_width:.3f} nats)" if other == RIVAL else ""
+    said = f"3.0 times smaller than the base; {than} the best simple alternative{width}"
     assert headline(results) == said, "random plans are not what one would do"
 
 
@@ -94,7 +95,7 @@ def test_one_verdict_of_three_is_counted_as_one_of_three() -> None:
     ours, right = list(2.0 + off), [score(answers(400, 200))] * 3
     rivals = row_of(RIVAL, list(1.9 - off), [score(answers(400, 100))] * 3)
     said = headline(results_of([*rivals, *searched_row(ours, right)]))
-    assert said.endswith("; better in 1 and worse in 1 of 2 measures than the best simple alternative"), said
+    assert "; better in 1 and worse in 1 of 2 measures than the best simple alternative (+0.100 ±" in said, said
 
 
 def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Scored:
@@ -211,7 +212,7 @@ def test_one_random_plan_says_nothing_of_random_plans() -> None:
     losses = [2.0, 2.1, 1.9]
     results = results_of([*row_of(RIVAL, losses), *random_rows(losses, [0.0]), *searched_row([1.0, 1.11, 0.9])])
     first, *lines = claim(results).splitlines()
-    assert first.endswith("; better in 1 of 3 measures than the best simple alternative.")
+    assert "; better in 1 of 3 measures than the best simple alternative (-0.997 ±" in first
     assert lines[0].startswith("- Against the best control") and not any("random" in line for line in lines)
     assert RANDOM in [row.name for row in rows(results)]
 

@@ -10,7 +10,7 @@ from made_run import PLAN, RIVAL, Scored, results_of, row_of, searched_row, snap
 
 from qpruner.report import tables
 from qpruner.report.card import model_card
-from qpruner.report.claim import claim, comparisons
+from qpruner.report.claim import claim, comparisons, headline
 from qpruner.report.content import Paragraph, Table, report_md
 from qpruner.report.finalists import finalists, formats_text
 from qpruner.report.overview import overview
@@ -97,8 +97,16 @@ def as_a_trial(results: Results) -> str:
     verdict = item.rpartition(", ")[2].removesuffix(".")
     shown = {"better": "better in 1 of 1 measures than", "not distinguishable": "not distinguishable from"}
     alternative = f"{shown[verdict]} the best simple alternative" if item else "compared with no simple alternative"
-    assert lead == f"3.0 times smaller than the base; {alternative}."
+    assert lead.partition(" (")[0].rstrip(".") == f"3.0 times smaller than the base; {alternative}"
     return item
+
+
+def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
+    fresh = (SECOND, KNAPSACK, finalist(11, RIVAL, WINNER, **UNPRUNED))
+    said = headline(results_of(searched_row([1.0]), confirmations=fresh, best_origin=RIVAL, control_won=True))
+    assert said.endswith(
+        f": {control_title(RIVAL)} (-0.150 ± {0.49 * GAIN.std(ddof=1):.3f} nats from the best searched plan)"
+    )
 
 
 def test_without_its_fine_tune_the_best_control_is_compared_as_a_trial() -> None:

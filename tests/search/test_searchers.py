@@ -14,15 +14,7 @@ from qpruner.errors import UserError
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search import searchers
-from qpruner.search.searchers import (
-    History,
-    Ledger,
-    Observation,
-    Proposer,
-    RandomProposer,
-    Suggestion,
-    check_searcher,
-)
+from qpruner.search.searchers import History, Ledger, Observation, Proposer, RandomProposer, Suggestion, check_searcher
 
 MakeProposer = Callable[[PlanSpace, int], Proposer]
 NAMES = ("random", "hyperopt", "gp")

@@ -92,13 +92,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_check_predicts_the_memory(raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str) -> None:
     quantize = QuantizeConfig(group="block", formats=LEVELS, embeddings=("int8", "bf16"), budget=BUDGET)
     own = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
-    inspection = replace(
-        inspection,
-        model_config=subject.model.config,
-        base=own,
-        layouts={"base": own},
-        examples={},
-    )
+    inspection = replace(inspection, model_config=subject.model.config, base=own, layouts={"base": own}, examples={})
     if method == "scoring":
         config = validate_config(raw)
         parts = scoring_memory(config, inspection).parts
