@@ -4,7 +4,7 @@
 
 `terminal.svg` is the run's search shown again: its stages, and its trials' records as they stood at one moment, go
 through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the real TensorBoard on the
-run, for `report.png`, `report-phone.png` and `plans.png` its report.
+run, for `report.png`, `report-phone.png` (both dark too) and `plans.png` its report.
 """
 
 import contextlib
@@ -135,12 +135,11 @@ def browser_pictures(run: Snapshot, root: Path) -> None:
         for trial in run.trials:
             table.get_by_text(re.compile(rf"\b{trial.index:04d}\b")).first.wait_for()
         page.screenshot(path=IMAGES / "tensorboard.png")
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.goto((root / "report.html").resolve().as_uri())
-        page.screenshot(path=IMAGES / "report.png")
-        phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
-        phone.goto(page.url)
-        phone.screenshot(path=IMAGES / "report-phone.png")
+        for name, (width, height) in {"report-phone": (390, 844), "report": (1280, 800)}.items():
+            for scheme, ending in (("dark", "-dark"), ("light", "")):
+                page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+                page.goto((root / "report.html").resolve().as_uri())
+                page.screenshot(path=IMAGES / f"{name}{ending}.png")
         page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
         page.locator('figure[data-plot="plans"]').screenshot(path=IMAGES / "plans.png")
 

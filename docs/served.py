@@ -29,9 +29,10 @@ HEAD = """# Formats, families and servers
 
 <!-- Made by `python docs/served.py`: each cell is an export of a tiny model that the server has loaded again. -->
 
-Each cell was tried: a tiny random model with an adapter was exported, loaded by llama.cpp or vLLM and compared with
-transformers. `yes`: packed weights stay as they are. A format: layers become that. `no`: refused
-([why](serve.md#what-cannot-be-written)). (compressed-tensors): in transformers, as vLLM on a CPU takes 4 bits only.
+After this page you know what becomes of a format in llama.cpp and vLLM. Each cell was tried: a tiny random model with
+an adapter was exported, loaded there and compared with transformers. `yes`: packed weights stay as they are. A format:
+layers become that. `no`: refused ([why](serve.md#what-cannot-be-written)). (compressed-tensors): in transformers, as
+vLLM on a CPU takes 4 bits only.
 """
 FORMS: dict[Form, str] = {"gguf": "`--to gguf`", "vllm": "`--to vllm`"}
 SERVERS = ("xllamacpp", "vLLM")

@@ -15,8 +15,9 @@ if [ "${1:-}" = --long ]; then
     --set search.max_trials=16 --set search.confirm=3 --set search.confirm_seeds=1 --set finetune.seeds=3 \
     --set evaluate.limit=135 --set serve.to=[gguf,gguf_merged] "$@"
 fi
+echo "== 5 to 14 minutes on two free cores; after the installation (1 to 4 of them) it says how long it takes here$longer"
 bash launch/setup.sh demo demo-model
 minutes=$(.venv/bin/python launch/demo_minutes.py)
 echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $*"
-echo "== about $minutes minutes on two free cores of this kind$longer; Ctrl-C, then the same again, goes on"
+echo "== about $minutes minutes from here on two free cores; Ctrl-C, then the same again, goes on"
 exec .venv/bin/qpruner run tune_configs/demo_smollm2_cpu.yaml "$@"
