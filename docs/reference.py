@@ -31,8 +31,9 @@ def commands() -> str:
     of_config = {str(verb.name) for verb in verbs if any(option.name == "overrides" for option in verb.params)}
     lines = [
         *("# Commands", "", MADE, ""),
-        "After this page you know what each verb and option does; `qpruner VERB --help` says the same. Exit codes: 0 success, 1 a failure of qpruner or the machine, 2 a "
-        "mistake in the input, 130 after Ctrl-C. With `--json` the last line of stdout is one JSON object.",
+        "After this page you know what each verb and option does; `qpruner VERB --help` says the same. Exit codes: 0 "
+        "success, 1 a failure of qpruner or the machine, 2 a mistake in the input, 130 after Ctrl-C. With `--json` the "
+        "last line of stdout is one JSON object.",
         *("", "## Options of several verbs", ""),
         *(f"{line} Of {_named(names, of_config)}." for line, names in shared.items()),
     ]
@@ -71,7 +72,8 @@ def configuration() -> str:
     schema = RunConfig.model_json_schema()
     lines = [
         *("# Configuration", "", MADE, ""),
-        "After this page you can set every key of a configuration: its type, rule and default. An unknown key is an error. So is a value "
+        "After this page you can set every key of a configuration: its type, rule and default. An unknown key is an "
+        "error. So is a value "
         "that cannot work; `qpruner check` names it. On the command line `--set SECTION.KEY=VALUE` overrides a key, "
         "`--set data.train.0.limit=8` one in an item of a list, counted from 0. `--set SECTION.KEY=` takes a key out, "
         "so that its default holds. Editors complete the file with `tune_configs/schema.json`.",
