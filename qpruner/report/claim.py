@@ -72,8 +72,8 @@ def headline(results: Results) -> str:
     smaller = f"{results.prune.cuts[UNPRUNED].bytes_before / winner.measured_bytes:.1f} times smaller than the base"
     if search.control_won:
         own = next((each for each in finalists(search) if each.fits and not each.control), None)
-        less = _in_nats(own.difference, " from the best searched plan") if own else ""
-        return f"{smaller}. The simple thing is best here, and this is it: {control_title(search.best_origin)}{less}"
+        less = _in_nats(own.difference, " from the best of them") if own else ""
+        return f"{smaller}. No searched plan beat this simple one: {control_title(search.best_origin)}{less}"
     control, rival = best_control(results), rival_as_trial(search)
     as_trial = (rival.difference,) if rival and rival.difference else ()
     differences = compared(results, control).differences if control else as_trial

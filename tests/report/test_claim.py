@@ -50,12 +50,12 @@ def differences(results: Results, other: str = RIVAL) -> dict[str, Difference]:
 def test_a_control_that_won_is_named() -> None:
     scored = [*row_of(RIVAL, [2.0]), *searched_row([1.0])]
     results = results_of(scored, best_origin=RIVAL, control_won=True)
-    said = "3.0 times smaller than the base. The simple thing is best here, and this is it: not pruned, knapsack"
+    said = "3.0 times smaller than the base. No searched plan beat this simple one: not pruned, knapsack"
     title = "winner (not pruned, knapsack)"
     assert headline(results) == said and claim(results).splitlines()[0] == f"{said}."
     assert [(row.name, row.title) for row in rows(results)] == [(RIVAL, "not pruned, knapsack"), (SEARCHED, title)]
     assert by_task(results).rows[-1][0] == title
-    assert "simple thing" not in claim(results_of(scored))
+    assert "simple one" not in claim(results_of(scored))
 
 
 def test_a_plan_that_was_given_is_not_called_searched() -> None:

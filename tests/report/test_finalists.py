@@ -105,7 +105,7 @@ def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
     fresh = (SECOND, KNAPSACK, finalist(11, RIVAL, WINNER, **UNPRUNED))
     said = headline(results_of(searched_row([1.0]), confirmations=fresh, best_origin=RIVAL, control_won=True))
     assert said.endswith(
-        f": {control_title(RIVAL)} (-0.150 ± {0.49 * GAIN.std(ddof=1):.3f} nats from the best searched plan)"
+        f": {control_title(RIVAL)} (-0.150 ± {0.49 * GAIN.std(ddof=1):.3f} nats from the best of them)"
     )
 
 
