@@ -133,7 +133,7 @@ def test_a_control_that_won_is_compared_with_the_next() -> None:
     """Its row is then the winner's, and says what it is."""
     won = {"best_index": 3, "best_origin": "unpruned-knapsack", "control_won": True, "best_cut": "base"}
     results = searched(UNIFORM, KNAPSACK.model_copy(update={"loss": 3.0, "losses": ()}), best_plan=NF4, **won)
-    assert "this is it: not pruned, knapsack.\n" in claim(results)
+    assert "this simple one: not pruned, knapsack.\n" in claim(results)
     assert "- Against not pruned, uniform, as trials on fresh rows: " in claim(results)
     assert results.search and finalists(results.search)[0].title == "winner (not pruned, knapsack)"
     assert rows(results)[0].title == "winner (not pruned, knapsack)"
