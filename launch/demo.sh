@@ -3,7 +3,7 @@
 # It ends with GGUF files of the result, and the commands of llama.cpp and Ollama that talk to them.
 # Needs bash, Python 3.11 or newer, 8 GB of disk for the installation and 1 GB for the run, 6 GiB of memory.
 # Usage: bash launch/demo.sh [--long] [further options of `qpruner run`]     Repeated, it resumes from its records.
-# --long goes on to three training seeds, more plans, cuts and questions, the paper's flow, and a file with the adapter merged.
+# --long goes on to three training seeds, more rows, questions, plans and cuts, the paper's flow, a file with a merged adapter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONDONTWRITEBYTECODE # the first process compiles modules, the others read them
@@ -11,7 +11,10 @@ longer=""
 if [ "${1:-}" = --long ]; then
   shift
   longer="; --long takes three times that or more"
-  set -- --set prune.rates=[0,0.1,0.2] --set sensitivity.methods=[mutual_information,second_order] \
+  rows=package:qpruner/demo/data/instructions
+  more="{source: '$rows.jsonl', format: instruction, split: 'train[266:]'}, {source: '${rows}_confirmation.jsonl', format: instruction}"
+  set -- --set "data.confirmation=[$more]" \
+    --set prune.rates=[0,0.1,0.2] --set sensitivity.methods=[mutual_information,second_order] \
     --set search.max_trials=16 --set search.confirm=3 --set search.confirm_seeds=1 --set finetune.seeds=3 \
     --set evaluate.limit=135 --set serve.to=[gguf,gguf_merged] "$@"
 fi

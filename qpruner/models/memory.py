@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import gc
 import re
 import resource
@@ -43,11 +42,11 @@ def limit_threads(threads: int) -> None:
         torch.set_num_threads(max(1, threads))
 
 
-@functools.cache
 def freeze_libraries() -> None:
-    """Exclude imported libraries, 0.2 s a pass, from garbage collection; call it before a model is loaded."""
-    gc.collect()
-    gc.freeze()
+    """Exclude libraries, 0.3 s a pass, from garbage collection; call it when they are imported, and no model loaded."""
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 def read_weights(model: Any) -> None:

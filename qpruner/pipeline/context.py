@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -300,6 +301,7 @@ class Context:
         self.run_dir.forget(stage)
 
     def close(self) -> None:
-        """Disconnect from the cluster, unless the caller had connected before."""
+        """Disconnect from the cluster, unless the caller had connected before; end `freeze_libraries`."""
+        gc.unfreeze()
         if "cluster" in self.__dict__ and not self.cluster.was_joined:
             disconnect()

@@ -21,6 +21,7 @@ import psutil
 from qpruner.cluster.slots import assumed_slots, num_cores
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
+from qpruner.models.memory import freeze_libraries
 from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
@@ -117,6 +118,7 @@ def run(
         context = Context(config, run_dir, on_event, address, inspection, holds_run=holds_run)
         try:
             with progress.ending(), contextlib.closing(context):
+                freeze_libraries()
                 _warn_and_check(context, stages)
                 results = run_flow(context, until)
         except BaseException as error:

@@ -10,7 +10,7 @@ from qpruner.data.sources import normalized
 
 SPLITS = ("train", "validation", "confirmation", "test")
 QUESTIONS: dict[str, list[dict[str, Any]]] = {split: demo_rows(f"questions_{split}.jsonl") for split in SPLITS}
-INSTRUCTIONS = demo_rows("instructions.jsonl")
+INSTRUCTIONS = [*demo_rows("instructions.jsonl"), *demo_rows("instructions_confirmation.jsonl")]
 
 
 def test_letter_and_length_do_not_reveal_the_answer() -> None:
