@@ -34,6 +34,13 @@ def release() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def begin_job(threads: int) -> None:
+    """Free the memory of this worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
+    release()
+    freeze_libraries()
+    limit_threads(threads)
+
+
 def limit_threads(threads: int) -> None:
     """Limit torch to this many threads, one at least, if there is no GPU."""
     import torch
@@ -43,9 +50,8 @@ def limit_threads(threads: int) -> None:
 
 
 def freeze_libraries() -> None:
-    """Exclude libraries, 0.3 s a pass, from garbage collection; call it when they are imported, and no model loaded."""
+    """Exclude libraries, 0.3 s a pass, from garbage collection; call it once they are imported, with no model loaded."""
     if not gc.get_freeze_count():
-        gc.collect()
         gc.freeze()
 
 

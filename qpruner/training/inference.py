@@ -13,11 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
-from qpruner.models.memory import PeakMemory, read_weights, release
+from qpruner.models.memory import PeakMemory, begin_job, read_weights, release
 from qpruner.quantization.assembly import measured_bytes
 from qpruner.runs.records import Inference, InferenceSetting
 from qpruner.training.checkpoints import load_adapter
-from qpruner.training.table_rows import Candidate, ProgressFile, begin_job, build
+from qpruner.training.table_rows import Candidate, ProgressFile, build
 from qpruner.wording import counted
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from qpruner.data.encoding import load_confirmation, load_encoded
 from qpruner.data.measures import over_tasks
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
-from qpruner.models.memory import PeakMemory, freeze_libraries, limit_threads, release
+from qpruner.models.memory import PeakMemory, begin_job
 from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
@@ -271,10 +271,3 @@ def _tokenizer(candidate: Candidate) -> Any:
 
 def _rounded(loss: LossResult) -> tuple[float, ...]:
     return tuple(round(each, 4) for each in loss.by_row)
-
-
-def begin_job(threads: int) -> None:
-    """Free the memory of the worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
-    freeze_libraries()
-    release()
-    limit_threads(threads)

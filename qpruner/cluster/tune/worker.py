@@ -17,7 +17,7 @@ from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged, first_line
-from qpruner.models.memory import PeakMemory, freeze_libraries, is_out_of_memory, kernel_kills, limit_threads, release
+from qpruner.models.memory import PeakMemory, begin_job, is_out_of_memory, kernel_kills, release
 from qpruner.runs.records import Begun, RungResult, TrialPulse
 from qpruner.runs.storage import folder_digests, progress_seconds, remove, retry_storage, storage_at, storage_error
 from qpruner.search import trial_records
@@ -30,9 +30,7 @@ Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     """Run one trial from its last checkpoint to its end."""
-    limit_threads(int(job.resources.get("cpu", 1)))
-    freeze_libraries()
-    release()  # the memory of the trial before it in this process
+    begin_job(int(job.resources.get("cpu", 1)))
     trial = _RecordedTrial(params, job)
     while not trial.run():
         release()
