@@ -50,7 +50,7 @@ def limit_threads(threads: int) -> None:
 
 
 def freeze_libraries() -> None:
-    """Exclude libraries, 0.3 s a pass, from garbage collection; call it once they are imported, with no model loaded."""
+    """Exclude libraries, 0.3 s a pass, from garbage collection; call it once they are imported, before any model."""
     if not gc.get_freeze_count():
         gc.freeze()
 
