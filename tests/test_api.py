@@ -1,5 +1,6 @@
 """qpruner from Python: a run up to a stage, the log of a run, and unexpected errors."""
 
+import gc
 import json
 import logging
 import warnings
@@ -36,6 +37,7 @@ def test_a_run_continues_after_a_stage_and_logs(
     said = (tmp_path / "run" / "qpruner.log").read_text()
     assert said.count("[prune] done in") == 1 and "[prune] already recorded: " in said and "[bank] done in" in said
     assert (logging.getLogger().handlers, logging.getLogger().level, warnings.showwarning) == before, "as it was"
+    assert not gc.get_freeze_count(), "a notebook's own garbage is collected again"
 
 
 def broken(*_: Any) -> Any:

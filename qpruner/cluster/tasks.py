@@ -72,7 +72,6 @@ def run_tasks(
     a job has saved: after a change its deaths count from 0 again. With `on_event` the function is a generator.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
-
     emit, work = on_event or (lambda event: None), partial(_timed, function, on_event is not None)
     task, deaths = _located_task(getattr(function, "__name__", "task"), resources, own_process), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()

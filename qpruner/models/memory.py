@@ -36,8 +36,8 @@ def release() -> None:
 
 def begin_job(threads: int) -> None:
     """Free the memory of this worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
-    release()
     freeze_libraries()
+    release()
     limit_threads(threads)
 
 
@@ -52,6 +52,7 @@ def limit_threads(threads: int) -> None:
 def freeze_libraries() -> None:
     """Exclude libraries, 0.3 s a pass, from garbage collection; call it once they are imported, before any model."""
     if not gc.get_freeze_count():
+        gc.collect()
         gc.freeze()
 
 
