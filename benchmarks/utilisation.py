@@ -1,6 +1,6 @@
 """What share of the accelerators' time does a search keep them busy? Trials that sleep, on GPUs that are only counted.
 
-    .venv/bin/python benchmarks/utilisation.py                          # the table of docs/results.md, about 35 minutes
+    .venv/bin/python benchmarks/utilisation.py                          # about 35 minutes
     .venv/bin/python benchmarks/utilisation.py --slots 4 --seconds 10 --trials-per-slot 8
 
 The search is the real one: searcher, ASHA, Tune, records, checkpoints of 100 kB. Lengths are log-normal, sigma 1, with
