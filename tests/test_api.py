@@ -26,6 +26,7 @@ def test_a_run_continues_after_a_stage_and_logs(
     """The stages up to the sensitivities need no Ray; recorded stages do not run again."""
     config = write_yaml(with_key(tiny_raw, "sensitivity.methods", ["fisher"]))
     before = (logging.getLogger().handlers[:], logging.getLogger().level, warnings.showwarning)
+    gc.unfreeze()
     pruned = qpruner.run(config, "prune.rate=0.3", until="prune")
     assert pruned.results.prune and pruned.results.bank is None
     assert pruned.results.prune.cuts["cut-30"].achieved_rate > 0.2

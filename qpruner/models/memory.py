@@ -6,7 +6,7 @@ import gc
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,13 @@ def limit_threads(threads: int) -> None:
         torch.set_num_threads(max(1, threads))
 
 
-def freeze_libraries() -> None:
-    """Exclude libraries, 0.3 s a pass, from garbage collection; call it once they are imported, before any model."""
-    if not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
+def freeze_libraries() -> Callable[[], None]:
+    """Exclude all objects from garbage collection (libraries: 0.3 s a pass) until the returned function is called."""
+    if gc.get_freeze_count():
+        return lambda: None
+    gc.collect()
+    gc.freeze()
+    return gc.unfreeze
 
 
 def read_weights(model: Any) -> None:

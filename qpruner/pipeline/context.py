@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -263,10 +262,7 @@ class Context:
         return num_workers * worker_resources(self.trial_resources, num_workers).get("gpu", 0.0)
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
-        """Return the Ray resources of each worker, and how many of the `num_tasks` equal tasks run at once.
-
-        Without GPUs the tasks share the cores.
-        """
+        """Return a worker's resources (without GPUs tasks share the cores), and how many of `num_tasks` run at once."""
         resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
         limit = max(self.config.search.max_concurrent or num_tasks * num_workers, num_workers)
         room = max(slots.fits(resources), min(slots.at_most(resources), limit))
@@ -301,7 +297,6 @@ class Context:
         self.run_dir.forget(stage)
 
     def close(self) -> None:
-        """Disconnect from the cluster, unless the caller had connected before; end `freeze_libraries`."""
-        gc.unfreeze()
+        """Disconnect from the cluster, unless the caller had connected before."""
         if "cluster" in self.__dict__ and not self.cluster.was_joined:
             disconnect()

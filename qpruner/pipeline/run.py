@@ -116,9 +116,9 @@ def run(
                 listen(event)
 
         context = Context(config, run_dir, on_event, address, inspection, holds_run=holds_run)
+        unfreeze = freeze_libraries()
         try:
             with progress.ending(), contextlib.closing(context):
-                freeze_libraries()
                 _warn_and_check(context, stages)
                 results = run_flow(context, until)
         except BaseException as error:
@@ -127,6 +127,8 @@ def run(
             if progress.has_begun and not is_away and holds_run():  # else keep the report of an earlier command
                 report_unfinished(run_dir)
             raise
+        finally:
+            unfreeze()
         # If no stage ran, an earlier report may be more complete.
         if until != Report.name and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
             on_event(Message(Report.name, report_unfinished(run_dir)))
