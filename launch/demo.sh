@@ -3,7 +3,8 @@
 # It ends with GGUF files of the result, and the commands of llama.cpp and Ollama that talk to them.
 # Needs bash, Python 3.11 or newer, 8 GB of disk for the installation and 1 GB for the run, 6 GiB of memory.
 # Usage: bash launch/demo.sh [--long] [further options of `qpruner run`]     Repeated, it resumes from its records.
-# --long has three training seeds, more rows, questions, plans and cuts, the paper's flow, a file with a merged adapter.
+# --long has three training seeds, more rows, questions, plans and cuts, the paper's flow, a file with a merged adapter;
+# it does not use the records of a run without.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONDONTWRITEBYTECODE # the first process compiles modules, the others read them
@@ -21,6 +22,6 @@ fi
 echo "== 5 to 14 minutes on two free cores; after the installation (1 to 4 of them) it says how long it takes here$longer"
 bash launch/setup.sh demo demo-model
 minutes=$(($(.venv/bin/python launch/demo_minutes.py) * times))
-echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml $*"
+echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml ${*@Q}"
 echo "== about $minutes minutes from here on two free cores; Ctrl-C, then the same again, goes on"
 exec .venv/bin/qpruner run tune_configs/demo_smollm2_cpu.yaml "$@"
