@@ -39,7 +39,7 @@ from qpruner.models.loading import checkpoint_config, load_dense
 from qpruner.models.memory import freeze_libraries
 from qpruner.plans.plan import UNPRUNED
 from qpruner.quantization.assembly import attach_adapters, plan_model
-from qpruner.quantization.bank import BankSource, build_entry, read_plan
+from qpruner.quantization.bank import BankSource, build_entries, read_plan
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import packed_layer
 
@@ -51,9 +51,9 @@ def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, str]) -> t
     starts: dict[str, torch.Tensor] = {}
     for name, paths in group_linears(model.config, config.quantize.group).items():
         weights = {path: model.get_submodule(path).weight for path in paths}
-        tensors = build_entry(weights, format_of(plan[name]), config.lora, config.seed).tensors
+        [entry] = build_entries(weights, [format_of(plan[name])], config.lora, config.seed)
         for path in paths:
-            own = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(path)}
+            own = {key.removeprefix(f"{path}."): value for key, value in entry.tensors.items() if key.startswith(path)}
             starts |= {f"{path}.{key}": own.pop(key) for key in ("lora_A", "lora_B")}
             linear: Any = model.get_submodule(path)
             model.set_submodule(path, packed_layer(linear, plan[name], own, dtype))

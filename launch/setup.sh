@@ -48,15 +48,20 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   "$python" -m venv --clear .venv
 fi
 # Python compiles the modules that are used at their first import; pip would compile all, in half of its time.
-install() { PYTHONWARNINGS=ignore .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-compile "$@"; }
+pip=(.venv/bin/python -m pip --disable-pip-version-check)
+install=("${pip[@]}" install --quiet --no-compile)
 echo "== installing qpruner[$extras] (torch, transformers, ray and others; a few minutes the first time)"
-# Dependency groups need pip 25.1; this is also the first thing that needs the network.
-install --upgrade 'pip>=25.1' ||
+# Dependency groups need pip 25.1; this is also the first thing that needs the network. uv takes half of pip's time.
+PYTHONWARNINGS=ignore "${install[@]}" --upgrade 'pip>=25.1' uv ||
   fail "pip cannot reach a package index; check the network or proxy, then run this again"
-install --editable ".[$extras]" || fail "the installation failed; pip's own message is above"
+if settings=$("${pip[@]}" config list | .venv/bin/python launch/uv_settings.py); then
+  mapfile -t settings <<<"$settings"
+  install=(env "${settings[@]}" .venv/bin/python -m uv pip install --python .venv/bin/python --quiet)
+fi
+"${install[@]}" --editable ".[$extras]" || fail "the installation failed; the message is above"
 if [ -n "$group" ]; then
   echo "== installing the group $group (without dependencies)"
-  install --no-deps --group "$group" || fail "the group $group could not be installed; pip's own message is above"
+  "${install[@]}" --no-deps --group "$group" || fail "the group $group could not be installed; the message is above"
 fi
 printf '%s' "$wanted" > "$marker"
 echo "== done: .venv/bin/qpruner --help"

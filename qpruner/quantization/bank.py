@@ -122,39 +122,40 @@ class Entry:
     error: float
 
 
-def build_entry(
+def build_entries(
     weights: Mapping[str, torch.Tensor],
-    packing: Format,
+    packings: Iterable[Format],
     lora: LoraConfig | None,
     seed: int,
     grams: Mapping[str, torch.Tensor] | None = None,
-) -> Entry:
-    """Pack the layers of a group (path -> weight ``(rows, columns)``); without `lora` they get no adapter.
+) -> Iterator[Entry]:
+    """Pack the layers of a group (path -> weight ``(rows, columns)``) in each format; without `lora` without adapters.
 
     `grams` has the Gram matrix of each layer's inputs ``(columns, columns)`` for GPTQ; layers with one are packed
     together.
     """
-    tensors: Tensors = {}
-    total, plain, left = 0.0, 0.0, 0.0
-    layers, sharing = dict[str, Tensors](), dict[int | str, list[str]]()
+    gram_of, sharing = grams or dict.fromkeys(weights), dict[int | str, list[str]]()
+    total = sum(change_size(weight.float(), gram_of[path]) ** 2 for path, weight in weights.items())
     for path in weights:
-        sharing.setdefault(id(grams[path]) if grams else path, []).append(path)
-    for paths in sharing.values():
-        together = pack_together(packing, [weights[path] for path in paths], grams[paths[0]] if grams else None)
-        layers |= zip(paths, together, strict=True)
-    for path, packed in layers.items():
-        weight, gram = weights[path], grams[path] if grams else None
-        if lora is None or lora.init == "plain":
-            error = change_size(weight.float() - packing.unpack(packed, weight.shape[1], torch.float32), gram)
-            plain, left, total = plain + error**2, left + error**2, total + change_size(weight.float(), gram) ** 2
-        else:
-            start = loftq_start(weight, packed, packing, lora, seed, gram)
-            packed = start.packed
-            tensors |= {f"{path}.lora_A": start.lora_a.contiguous(), f"{path}.lora_B": start.lora_b.contiguous()}
-            plain, left, total = plain + start.plain_error**2, left + start.error**2, total + start.size**2
-        tensors |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0, left / total if total else 0.0)
+        sharing.setdefault(id(gram_of[path]) if grams else path, []).append(path)
+    for packing in packings:
+        tensors, layers, plain, left = Tensors(), dict[str, Tensors](), 0.0, 0.0
+        for paths in sharing.values():
+            together = pack_together(packing, [weights[path] for path in paths], gram_of[paths[0]])
+            layers |= zip(paths, together, strict=True)
+        for path, packed in layers.items():
+            weight, gram = weights[path], gram_of[path]
+            if lora is None or lora.init == "plain":
+                error = change_size(weight.float() - packing.unpack(packed, weight.shape[1], torch.float32), gram)
+                plain, left = plain + error**2, left + error**2
+            else:
+                start = loftq_start(weight, packed, packing, lora, seed, gram)
+                packed = start.packed
+                tensors |= {f"{path}.lora_A": start.lora_a.contiguous(), f"{path}.lora_B": start.lora_b.contiguous()}
+                plain, left = plain + start.plain_error**2, left + start.error**2
+            tensors |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        yield Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0, left / total if total else 0.0)
 
 
 def make_entries(
@@ -172,8 +173,7 @@ def make_entries(
     weights = {names[name]: tensor.to(device(), getattr(torch, bank.dtype)) for name, tensor in stored.items()}
     grams = read_grams(bank.folder, bank.inputs, config, paths) if bank.uses_grams else None
     lora = None if group in (EMBEDDINGS, HEAD) else bank.lora
-    for level in levels:
-        entry = build_entry(weights, format_of(level), lora, bank.seed, grams)
+    for level, entry in zip(levels, build_entries(weights, map(format_of, levels), lora, bank.seed, grams), strict=True):
         yield write_entry(bank, group, level, entry), entry.tensors
         on_piece()
 

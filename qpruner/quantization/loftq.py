@@ -26,7 +26,7 @@ import torch
 
 from qpruner.config.schema import LoraConfig
 from qpruner.quantization.formats import Format
-from qpruner.quantization.rounding import change_size, gram_root, pack
+from qpruner.quantization.rounding import gram_root, kept, pack
 
 OVERSAMPLING = 8  # directions that the randomized SVD computes beyond the rank (Halko et al., arXiv 0909.4061)
 
@@ -38,8 +38,7 @@ class LoftqStart:
     packed: dict[str, torch.Tensor]
     lora_a: torch.Tensor  # float32 ``(rank, columns)``
     lora_b: torch.Tensor  # float32 ``(rows, rank)``
-    size: float  # norm of W; with a Gram matrix this and the errors are norms of the outputs they make (`change_size`)
-    plain_error: float  # norm of ``W - dequantize(quantize(W))``
+    plain_error: float  # norm of ``W - dequantize(quantize(W))``; with a Gram matrix of its outputs (`change_size`)
     error: float  # norm of ``W - dequantize(Q) - scaling * B A``
 
 
@@ -63,19 +62,30 @@ def loftq_start(
     gram = None if gram is None else gram.to(weight.device, torch.float32)
     no_a = torch.zeros(rank, weight.shape[1], device=weight.device)
     no_b = torch.zeros(weight.shape[0], rank, device=weight.device)
-    residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
-    plain_error = change_size(residual, gram)
-    best = LoftqStart(packed, no_a, no_b, change_size(target, gram), plain_error, plain_error)
     for iteration in range(lora.loftq_iterations):
         if iteration > 0:
             packed = pack(packing, (target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), gram)
-            residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
+        residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
         lora_a, lora_b = _factorize(residual, gram, rank, scaling, lora.svd, seed + iteration)
-        error = change_size(residual - scaling * lora_b @ lora_a, gram)
+        plain_error, error = _errors(residual, lora_a, scaling * lora_b, gram)
+        if iteration == 0:
+            best = LoftqStart(packed, no_a, no_b, plain_error, plain_error)
         if error >= best.error:
             break
         best = replace(best, packed=packed, lora_a=lora_a, lora_b=lora_b, error=error)
     return best
+
+
+def _errors(
+    residual: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, gram: torch.Tensor | None
+) -> tuple[float, float]:
+    """Return the norms of ``R`` and of ``R - B A``; with a Gram matrix, of what they make of the outputs."""
+    if gram is None:
+        return float(residual.norm()), float((residual - lora_b @ lora_a).norm())
+    outputs = residual @ gram  # the one product of full size
+    plain = float((outputs * residual).sum())
+    gained = 2 * (lora_b * (outputs @ lora_a.T)).sum() - ((lora_b.T @ lora_b) * (lora_a @ gram @ lora_a.T)).sum()
+    return max(plain, 0.0) ** 0.5, max(plain - float(gained), 0.0) ** 0.5
 
 
 def _factorize(
@@ -93,10 +103,11 @@ def _factorize(
         rows = left.T @ residual
         lengths = rows.norm(dim=1)
     else:
-        inputs = _leading(gram, count - count // 2, svd, seed)  # (columns, directions)
+        wanted = (count - count // 2, svd, seed)
+        inputs = kept(gram, ("leading", *wanted), lambda: _leading(gram, *wanted))  # (columns, directions)
         along = residual @ inputs
         rest = residual - along @ inputs.T
-        repairs = _leading(rest @ gram_root(gram), count // 2, svd, seed)
+        repairs = _leading(rest @ kept(gram, ("root",), lambda: gram_root(gram)), count // 2, svd, seed)
         rows, left = torch.cat([inputs.T, repairs.T @ rest]), torch.cat([along, repairs], dim=1)
         lengths = (((rows @ gram) * rows).sum(dim=1) / gram.diagonal().mean()).clamp(min=0).sqrt()
     lengths = lengths.clamp(min=torch.finfo(torch.float32).tiny)

@@ -5,9 +5,11 @@ the Gram matrix ``X^T X``. GPTQ rounds one column after another, and each time c
 rounded so that they make up for its error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qpruner.errors import TrainingDiverged
 from qpruner.quantization.formats import Format, GridFormat
@@ -16,6 +18,7 @@ DAMPING = (0.01, 0.1, 1.0, 10.0)
 """Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky succeeds."""
 BLOCK = 128  # columns whose errors are carried to all later columns in one product
 ROWS = 2**14  # rows that are rounded at once, so that a large table of embeddings takes little memory
+_KEPT: Any = WeakTensorKeyDictionary()  # Gram matrix -> what was computed from it; ends with it
 
 
 def pack(format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -47,6 +50,14 @@ def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
     if gram is None:
         return float(change.norm())
     return float(((change @ gram.to(change.device, torch.float32)) * change).sum().clamp(min=0).sqrt())
+
+
+def kept(gram: torch.Tensor, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+    """Return what `compute` makes of a Gram matrix; other layers with these inputs, and other formats, take the same."""
+    found = _KEPT.setdefault(gram, {})
+    if name not in found:
+        found[name] = compute()
+    return found[name]
 
 
 def gram_root(gram: torch.Tensor) -> torch.Tensor:
@@ -81,10 +92,8 @@ def _round(
     bits in groups of 64, 21 layers of SmolLM2-135M, other text than the Gram matrices' (2026-11-29): nearest 0.0354,
     columns as they come 0.0202, this order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
     """
-    order = _order(gram.diagonal(), format_.group_size or len(gram))
-    # Hessian^-1 = U^T U with U = R^-1; row i of U says how later columns make up for an error of column i.
-    root = gram_root(gram[order][:, order])
-    makes_up = torch.linalg.solve_triangular(root, torch.eye(len(gram), device=root.device), upper=True)
+    size = format_.group_size or len(gram)
+    order, makes_up = kept(gram, ("order", size), lambda: _order_and_inverse(gram, size))
     parts = [_round_rows(format_, part.float(), order, makes_up) for part in torch.split(weight, ROWS)]
     codes, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
     return codes, scales, zeros
@@ -112,6 +121,16 @@ def _round_rows(
         current[end:].addmm_(makes_up[start:end, end:].T, errors, alpha=-1)
     scales, zeros = (torch.cat(each, dim=1) for each in zip(*(grids[group] for group in sorted(grids)), strict=True))
     return codes[order.argsort()].T.contiguous(), scales, zeros
+
+
+def _order_and_inverse(gram: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the order of the columns, and U ``(columns, columns)`` in this order, with ``U^T U = G^-1``.
+
+    Row i of U says how later columns make up for an error of column i.
+    """
+    order = _order(gram.diagonal(), size)
+    root = gram_root(gram[order][:, order])
+    return order, torch.linalg.solve_triangular(root, torch.eye(len(gram), device=root.device), upper=True)
 
 
 def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:

@@ -94,9 +94,6 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     Return the measured fields of the candidate's record, and errors of experiment trackers. Peak memory is that of
     this process. If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
     """
-    # Imported before memory is measured, so that the rise does not include the library.
-    import peft  # noqa: F401
-
     from qpruner.data.losses import mean_loss
     from qpruner.quantization.assembly import cast_adapters, measured_bytes
     from qpruner.training.finetune import Share

@@ -20,7 +20,7 @@ from qpruner.errors import StorageError
 from qpruner.models.layout import group_linears, group_paths, table_paths
 from qpruner.models.loading import load_dense
 from qpruner.pruning.grams import gather
-from qpruner.quantization.bank import BankSource, Entry, build_entry, make_entries, read_plan, write_grams
+from qpruner.quantization.bank import BankSource, Entry, build_entries, make_entries, read_plan, write_grams
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import layer_tensors
 from qpruner.quantization.rounding import pack
@@ -48,7 +48,8 @@ def weights() -> Tensors:
 
 
 def entry_of(level: str = "nf4", layers: Tensors | None = None, grams: Tensors | None = None, **lora: Any) -> Entry:
-    return build_entry(layers or weights(), format_of(level), LORA.model_copy(update=lora), seed=0, grams=grams)
+    [entry] = build_entries(layers or weights(), [format_of(level)], LORA.model_copy(update=lora), seed=0, grams=grams)
+    return entry
 
 
 def same(first: Tensors, second: Tensors) -> bool:

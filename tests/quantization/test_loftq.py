@@ -125,7 +125,6 @@ def test_with_a_gram_the_outputs_start_closer(name: str) -> None:
         start = start_of(weight, name, gram=gram, loftq_iterations=iterations)
         losses.append(output_error(change_of(weight, name, start), gram))
         assert start.error == pytest.approx(losses[-1], rel=1e-3) and start.error < start.plain_error
-        assert start.size == pytest.approx(output_error(weight, gram), rel=1e-3)
     assert losses == sorted(losses, reverse=True), "more iterations never lose more"
     assert losses[0] < 0.7 * output_error(change_of(weight, name, start_of(weight, name)), gram)
     if name == "nf4":
