@@ -20,8 +20,8 @@ SAME = {
     "default-timeout": "UV_HTTP_TIMEOUT",
 }
 """uv's variable for a setting of pip; several values are separated by blanks, of UV_FIND_LINKS by commas."""
-NO_MATTER = ("disable-pip-version-check", "no-input", "no-color", "quiet", "verbose", "progress-bar", "root-user-action")
-NO_MATTER += ("no-cache-dir", "cache-dir", "retries", "require-virtualenv", "break-system-packages", "config-file")
+NO_MATTER = {"disable-pip-version-check", "no-input", "no-color", "quiet", "verbose", "progress-bar", "retries"}
+NO_MATTER |= {"no-cache-dir", "cache-dir", "require-virtualenv", "break-system-packages", "config-file"}
 
 lines = [line.partition("=") for line in sys.stdin.read().splitlines()]
 found = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # as pip, the newest version of all indexes

@@ -12,6 +12,7 @@ from huggingface_hub import save_torch_state_dict
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.models.checkpoint import RENAMED, read_tensors
+from qpruner.models.gguf_reader import read_gguf
 from qpruner.models.layout import skeleton
 from qpruner.models.loading import OnWork, checkpoint_config, device, ignore_progress
 from qpruner.quantization.formats import DENSE, format_of
@@ -157,7 +158,5 @@ def tensor_bytes(place: Path) -> int:
             with file.open("rb") as stream:
                 num_bytes += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
         elif file.suffix == ".gguf":
-            import gguf
-
-            num_bytes += sum(int(each.n_bytes) for each in gguf.GGUFReader(file).tensors)
+            num_bytes += sum(int(each.n_bytes) for each in read_gguf(file).tensors)
     return num_bytes

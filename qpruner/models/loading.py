@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from qpruner.config.schema import HUB_ID, ModelConfig
 from qpruner.errors import CorruptFile, UserError, first_line
-from qpruner.models import ragged
+from qpruner.models import gguf_reader, ragged
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ def device() -> str:
 def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
     options: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):
+        gguf_reader.install()
         options = {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name}
     return options | ({"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {})
 

@@ -173,7 +173,8 @@ def make_entries(
     weights = {names[name]: tensor.to(device(), getattr(torch, bank.dtype)) for name, tensor in stored.items()}
     grams = read_grams(bank.folder, bank.inputs, config, paths) if bank.uses_grams else None
     lora = None if group in (EMBEDDINGS, HEAD) else bank.lora
-    for level, entry in zip(levels, build_entries(weights, map(format_of, levels), lora, bank.seed, grams), strict=True):
+    entries = build_entries(weights, map(format_of, levels), lora, bank.seed, grams)
+    for level, entry in zip(levels, entries, strict=True):
         yield write_entry(bank, group, level, entry), entry.tensors
         on_piece()
 

@@ -62,17 +62,18 @@ def loftq_start(
     gram = None if gram is None else gram.to(weight.device, torch.float32)
     no_a = torch.zeros(rank, weight.shape[1], device=weight.device)
     no_b = torch.zeros(weight.shape[0], rank, device=weight.device)
+    best: LoftqStart | None = None
     for iteration in range(lora.loftq_iterations):
-        if iteration > 0:
+        if best:
             packed = pack(packing, (target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), gram)
         residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
         lora_a, lora_b = _factorize(residual, gram, rank, scaling, lora.svd, seed + iteration)
         plain_error, error = _errors(residual, lora_a, scaling * lora_b, gram)
-        if iteration == 0:
-            best = LoftqStart(packed, no_a, no_b, plain_error, plain_error)
+        best = best or LoftqStart(packed, no_a, no_b, plain_error, plain_error)
         if error >= best.error:
             break
         best = replace(best, packed=packed, lora_a=lora_a, lora_b=lora_b, error=error)
+    assert best, "there is one iteration at least"
     return best
 
 

@@ -53,7 +53,7 @@ def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
 
 
 def kept(gram: torch.Tensor, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-    """Return what `compute` makes of a Gram matrix; other layers with these inputs, and other formats, take the same."""
+    """Return what `compute` makes of a Gram matrix, once for all layers with these inputs and all formats."""
     found = _KEPT.setdefault(gram, {})
     if name not in found:
         found[name] = compute()

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy
 import torch
 
@@ -27,6 +26,7 @@ from qpruner.export.gguf.isolation import isolated
 from qpruner.export.gguf.llama_cpp import predictions
 from qpruner.export.gguf.same_tokens import token_differences
 from qpruner.export.gguf.writing import adapter_tensors, base_tensors
+from qpruner.models.gguf_reader import read_gguf
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.quantization.formats.layers import PackedLinear
 
@@ -45,7 +45,7 @@ def check_bytes(checkpoint: Path, model: Path, adapter: Path | None, on_progress
     """Read the files again, and compare types and bytes of all tensors with the checkpoint."""
     config = checkpoint_config(checkpoint)
     for file, tensors in ((model, base_tensors), *([(adapter, adapter_tensors)] if adapter else [])):
-        found = {each.name: each for each in gguf.GGUFReader(file).tensors}
+        found = {each.name: each for each in read_gguf(file).tensors}
         expected = list(tensors(checkpoint, config))
         for done, (name, type_name, data) in enumerate(expected, 1):
             stored = found.pop(name, None)
