@@ -9,6 +9,7 @@ import functools
 import hashlib
 import logging
 import os
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -197,10 +198,9 @@ def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor])
 def read_plan(bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lambda: None) -> Tensors:
     """Read the tensors of all groups that a plan packs; make the entries that are missing or damaged."""
     tensors: Tensors = {}
-    made = 0
-    for group, level in plan.items():
-        if not format_of(level).is_packed:
-            continue
+    made, wanted = 0, [(group, level) for group, level in plan.items() if format_of(level).is_packed]
+    random.SystemRandom().shuffle(wanted)  # trials that begin together make different entries, and find each other's
+    for group, level in wanted:
         found = _read_tensors(bank.file(group, level), bank.digest(level), EntryRecord, on_piece)
         if found is None:
             ((_, found),) = make_entries(bank, group, (level,), on_piece)
