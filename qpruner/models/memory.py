@@ -36,11 +36,8 @@ def release() -> None:
 
 def begin_job(threads: int) -> None:
     """Import peft, free the memory of this worker's earlier jobs, limit torch to `threads` CPU cores without a GPU."""
-    gc.disable()  # a quarter of the time of the import
-    try:
-        import peft  # noqa: F401
-    finally:
-        gc.enable()
+    import peft  # noqa: F401 - so that what it imports is excluded from garbage collection too
+
     freeze_libraries()
     release()
     limit_threads(threads)

@@ -80,8 +80,7 @@ class Finetune(Stage[FinetuneRecord]):
 
     def summary(self, record: FinetuneRecord) -> str:
         [tuned] = record.candidates
-        losses = f"validation loss {tuned.validation_loss:.4f}, confirmation loss {tuned.confirmation_loss:.4f}"
-        return f"{losses}, training seed {tuned.seed}"
+        return f"confirmation loss {tuned.confirmation_loss:.4f}, training seed {tuned.seed}"
 
     def disk_bytes(self) -> int:
         return 2 * self.context.checkpoint_bytes
@@ -114,7 +113,7 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
         record = found[job.folder] = _record_of(context, job, measured)
         storage.write_json(job.folder / "record.json", record)
         storage.remove(job.checkpoints)
-        text = f"{job.label}: validation loss {record.validation_loss:.4f} after {record.steps} steps"
+        text = f"{job.label}: confirmation loss {record.confirmation_loss:.4f} after {record.steps} steps"
         stage.notify(f"{text}, peak memory {record.peak_memory_bytes / 1e6:.0f} MB")
         for error in tracker_errors:
             stage.notify(f"warning: {job.label}: {error}")

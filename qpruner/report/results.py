@@ -46,8 +46,6 @@ class Row:
     measured_bytes: int
     mean_bits: float
     peak_memory_bytes: int
-    validation_loss: float
-    validation_loss_spread: float | None
     confirmation_loss: float
     confirmation_loss_spread: float | None
     accuracy: float
@@ -102,7 +100,6 @@ def _row(title: str, found: list[FineTune]) -> Row:
     timings = list(dict.fromkeys(row.inference for row in evaluated if row.inference))
     spread: dict[str, Any] = {}
     for name, values in {
-        "validation_loss": [record.validation_loss for record in tuned],
         "confirmation_loss": [record.confirmation_loss for record in tuned],
         "accuracy": [measures.over_tasks(tasks).mean for tasks in correct],
         "answer_loss": [measures.over_tasks(tasks).mean for tasks in answer_losses] if have_choices else [],

@@ -172,7 +172,6 @@ def _final(results: Results) -> dict[str, float | str | None]:
         return {}
     row = next(each for each in rows(results) if each.name == SEARCHED)
     return {
-        "final_validation_loss": row.validation_loss,
         "final_confirmation_loss": row.confirmation_loss,
         "test_metric": accuracy_in_full(results.evaluate.metrics),
         "test_accuracy": row.accuracy,

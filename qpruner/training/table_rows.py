@@ -101,7 +101,7 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     started = time.monotonic()
     begin_job(job.threads)
     config, candidate = job.config, job.candidate
-    train, validation = (load_encoded(job.data / name) for name in ("train", "validation"))
+    train = load_encoded(job.data / "train")
     pad_id = int(_tokenizer(candidate).pad_token_id)
     ownership = Ownership(candidate.folder / "owner.json")
     is_first = Share.own().rank == 0
@@ -112,7 +112,6 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     result, tracker_errors = _train(job, model, train, pad_id, ownership)
     peak = memory.bytes()
     cast_adapters(model)
-    validation_loss = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
     confirmation = mean_loss(model, load_confirmation(job.data, "judge"), pad_id, config.evaluate.batch_size)
     digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
     _remove_staging(candidate)
@@ -120,7 +119,6 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
         "seconds": time.monotonic() - started,
         "steps": result.steps,
         "train_loss": result.train_loss,
-        "validation_loss": validation_loss,
         "confirmation_loss": confirmation.mean,
         "confirmation_losses": _rounded(confirmation),
         "measured_bytes": measured_bytes(model),

@@ -70,7 +70,7 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
         assert [(each.name, each.seed) for each in records] == list(jobs)
         for each in records:
             folder = jobs[each.name, each.seed]
-            assert folder not in recorded or each.validation_loss == 2.0 + recorded.index(folder)
+            assert folder not in recorded or each.confirmation_loss == 2.0 + recorded.index(folder)
 
         weights = jobs["random", 2] / "adapter" / "adapter_model.safetensors"
         flip_a_byte(weights)
@@ -207,7 +207,7 @@ def test_two_workers_fine_tune_what_one_does(
     assert two.digest == one.digest and two.steps == one.steps == 14
     assert two.measured_bytes == one.measured_bytes
     assert two.train_loss == pytest.approx(one.train_loss, rel=1e-3)
-    assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-3)
+    assert two.confirmation_loss == pytest.approx(one.confirmation_loss, rel=1e-3)
 
 
 def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
 
 def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:
     """Make the record of a fine-tuned row."""
-    losses = dict.fromkeys(("train_loss", "validation_loss", "confirmation_loss"), loss)
+    losses = dict.fromkeys(("train_loss", "confirmation_loss"), loss)
     ones = dict.fromkeys(("seconds", "plan_bytes", "measured_bytes", "num_parameters", "peak_memory_bytes"), 1)
     about = {"digest": folder.name, "name": "", "origin": "", "seed": seed, "plan": {}, "mean_bits": 4.0, "steps": 4}
     return CandidateRecord.model_validate({**about, **ones, **losses, "memory_counter": "rss"})

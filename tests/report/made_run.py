@@ -93,12 +93,11 @@ def candidate(
     plan: dict[str, str],
     measured_bytes: int = 100_000_000,
     seed: int = 0,
-    validation_loss: float = 2.125,
     confirmation_loss: float = 2.0,
 ) -> CandidateRecord:
     mean_bits = sum(format_of(each).bits for each in plan.values()) / len(plan)
     sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes, "mean_bits": mean_bits}
-    losses = {"train_loss": 1.9, "validation_loss": validation_loss, "confirmation_loss": confirmation_loss}
+    losses = {"train_loss": 1.9, "confirmation_loss": confirmation_loss}
     costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
     origin = (dict.fromkeys((BASE, PRUNED), "unquantized") | ORIGINS).get(name, name)
     return CandidateRecord(

@@ -125,7 +125,7 @@ def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
     lucky, again = OVER.model_copy(update={"fits": True}), KNAPSACK.model_copy(update=means)
     results = results_of(searched_row([1.0]), confirmations=(lucky, again, finalist(11, "gp", WINNER, **means)))
     assert as_a_trial(results).startswith("- Against not pruned, knapsack, ")
-    rows = [*row_of(RIVAL, [1.2, 1.3], plan=NF4), *tuned("paper", 1.0, 1.0, 80_000_000), *searched_row([1.5, 1.6])]
+    rows = [*row_of(RIVAL, [1.2, 1.3], plan=NF4), *tuned("paper", 1.0, 80_000_000), *searched_row([1.5, 1.6])]
     assert [each.other for each in comparisons(results_of(rows))] == [RIVAL], "nor one fine-tuned under fewer seeds"
 
 
@@ -145,9 +145,9 @@ def test_a_control_that_won_is_compared_with_the_next() -> None:
     assert "`me/base`, not pruned, quantized to" in model_card(snapshot(results))
 
 
-def tuned(name: str, confirmation: float, validation: float, size: int, cut: str = "base") -> list[Scored]:
+def tuned(name: str, confirmation: float, size: int, cut: str = "base") -> list[Scored]:
     return [
-        (record.model_copy(update={"validation_loss": validation, "cut": cut}), scores)
+        (record.model_copy(update={"cut": cut}), scores)
         for record, scores in row_of(name, [confirmation], plan=NF4, measured_bytes=size)
     ]
 
@@ -155,9 +155,9 @@ def tuned(name: str, confirmation: float, validation: float, size: int, cut: str
 def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     """The loss that judges the winner chooses which, the hardest to beat; one that may not win is not compared."""
     rivals = [
-        *tuned("unpruned-uniform", 0.9, 1.0, 120_000_000),
-        *tuned(RIVAL, 1.0, 1.6, 90_000_000),
-        *tuned("paper", 1.2, 1.5, 80_000_000, "cut-20"),
+        *tuned("unpruned-uniform", 0.9, 120_000_000),
+        *tuned(RIVAL, 1.0, 90_000_000),
+        *tuned("paper", 1.2, 80_000_000, "cut-20"),
     ]
     results = results_of([*rivals, *searched_row([1.5])], confirmations=(finalist(11, "gp", WINNER),))
     [found] = comparisons(results)
@@ -171,7 +171,7 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     assert lead.endswith("; not distinguishable from the best simple alternative.")
     rival = "the best control in the budget (not pruned, knapsack)"
     assert item.startswith(f"- Against {rival} (unpruned-knapsack, -10.00% bytes), one training seed")
-    own = [*tuned(RIVAL, 1.5, 1.0, 100_000_000, "cut-20"), *searched_row([1.5], plan=NF4)]
+    own = [*tuned(RIVAL, 1.5, 100_000_000, "cut-20"), *searched_row([1.5], plan=NF4)]
     assert comparisons(results_of(own)) == [], "the winner is no rival of itself"
 
 

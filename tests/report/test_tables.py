@@ -49,10 +49,9 @@ def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None
     assert first.accuracy == pytest.approx((10 / 50 + 30 / 40) / 2)
     variances = [0.2 * 0.8 / 49, 0.75 * 0.25 / 39]
     assert first.accuracy_stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
-    assert first.accuracy_spread is first.validation_loss_spread is first.answer_loss_spread is None
+    assert first.accuracy_spread is first.confirmation_loss_spread is first.answer_loss_spread is None
     assert random.accuracy == pytest.approx(((15 + 20) / 2 / 50 + 30 / 40) / 2)
     assert random.accuracy_spread == pytest.approx(0.05 / math.sqrt(2))
-    assert (random.validation_loss, random.validation_loss_spread) == pytest.approx((2.25, 0.25 / math.sqrt(2)))
     assert (random.confirmation_loss, random.confirmation_loss_spread) == pytest.approx((2.5, 1 / math.sqrt(2)))
     assert (random.answer_loss, random.answer_loss_spread) == pytest.approx((1.75, 0.5 / math.sqrt(2)))
     assert random.measured_bytes == 100_550_000

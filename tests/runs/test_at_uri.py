@@ -104,7 +104,7 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: P
     assert sent and "checkpoint-12" not in sent
     found, _ = finetune_candidate(job)
     assert found["steps"] == 12
-    assert all(found[name] == whole[name] for name in ("train_loss", "validation_loss"))
+    assert all(found[name] == whole[name] for name in ("train_loss", "confirmation_loss"))
     assert [path.name for path in published_folders(job.candidate.checkpoints)] == ["checkpoint-12"]
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
     one, other = (evaluate_candidate(machine("fourth", row))[0] for row in ("whole", "searched"))

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.data.encoding import load_encoded, save_encoded, text_windows
+from qpruner.data.encoding import load_confirmation, load_encoded, save_encoded, text_windows
 from qpruner.data.losses import Rows, mean_loss
 from qpruner.errors import CorruptFile, StorageError
 from qpruner.models.layout import layout_of
@@ -90,9 +90,9 @@ def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
 
 def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     job, outcome = tuned
-    rows = load_encoded(job.data / "validation")
-    assert loss_on(job, tuned_model(job), rows).mean == pytest.approx(outcome.validation_loss, abs=1e-6)
-    assert outcome.validation_loss < loss_on(job, build(job.candidate), rows).mean
+    rows = load_confirmation(job.data, "judge")
+    assert loss_on(job, tuned_model(job), rows).mean == pytest.approx(outcome.confirmation_loss, abs=1e-6)
+    assert outcome.confirmation_loss < loss_on(job, build(job.candidate), rows).mean
     left = sorted(path.name for path in job.candidate.folder.iterdir())
     assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
     kept = sorted(path.name for path in job.candidate.checkpoints.iterdir())
@@ -110,7 +110,7 @@ def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: Can
     copied.candidate.progress.unlink()
     again, _ = finetune_candidate(copied)
     assert not copied.candidate.progress.exists(), "no step was reported"
-    figures = ("steps", "train_loss", "validation_loss", "confirmation_loss", "adapter_sha256")
+    figures = ("steps", "train_loss", "confirmation_loss", "adapter_sha256")
     assert [again[name] for name in figures] == [getattr(tuned[1], name) for name in figures]
 
 
@@ -118,7 +118,7 @@ def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     """Training seeds differ in data order only; different starts would add noise between plans."""
     job, outcome = tuned
     other = changed(job, folder=tmp_path / "other", seed=1)
-    assert finetune_candidate(other)[0]["validation_loss"] != outcome.validation_loss
+    assert finetune_candidate(other)[0]["confirmation_loss"] != outcome.confirmation_loss
     starts = [build(each.candidate).state_dict() for each in (job, other)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
@@ -162,7 +162,7 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
         waits, fails = (changed(job, folder=disk / name) for name in ("waits", "fails"))
         waits.candidate.folder.mkdir()
         with full_until_noticed(disk) as filler:
-            assert finetune_candidate(waits)[0]["validation_loss"] == undisturbed.validation_loss
+            assert finetune_candidate(waits)[0]["confirmation_loss"] == undisturbed.confirmation_loss
             assert not filler.exists()
         shutil.rmtree(waits.candidate.folder)
         fails.candidate.folder.mkdir()
@@ -170,7 +170,7 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
         with pytest.raises(StorageError, match=r"no space left for .*\n.*make room, then repeat the command"):
             finetune_candidate(fails)
         (disk / "filler").unlink()
-        assert finetune_candidate(fails)[0]["validation_loss"] == undisturbed.validation_loss
+        assert finetune_candidate(fails)[0]["confirmation_loss"] == undisturbed.confirmation_loss
 
 
 # Scoring
@@ -278,7 +278,6 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: Tuned) -> None:
     assert lengths != list(range(8)), "rows are batched by length, and yet told in their order"
     alone = [loss_on(job, model, [row]).mean for row in rows[1::2]]
     assert np.corrcoef(alone, outcome.confirmation_losses)[0, 1] > 0.9
-    assert found.loss != pytest.approx(outcome.validation_loss), "rows of its own"
     with pytest.raises(CorruptFile, match="adapter"):
         confirm_trial(job)
 

@@ -146,7 +146,6 @@ class CandidateRecord(Record):
     num_parameters: int
     steps: int
     train_loss: float
-    validation_loss: float
     confirmation_loss: float
     """Nats per token on the half of the `data.confirmation` rows that did not select the winner."""
     confirmation_losses: tuple[float, ...] = ()
