@@ -198,8 +198,7 @@ def whole_results() -> Results:
         for seed in range(2 if name in ORIGINS else 1):
             # Every random plan is another one.
             own = PLAN if name == RANDOM and seed else plan
-            loss = 2.125 + seed / 4 + (name in LEVELS)
-            row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, loss, 2.0 + seed)
+            row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, 2.0 + seed)
             right = score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50)
             scored.append((row, (right, score(answers(40, 30), [2.0] * 40, "piqa"))))
     untuned = [(name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in UNTUNED]
@@ -365,7 +364,7 @@ class MadeRun:
                 plan = dict(zip(best, self._random.permutation(list(best.values())).tolist(), strict=True))
             for seed in range(1 if name in LEVELS else 3):
                 loss = 3.9 + self._random.normal(0, 0.02) + {"nf4": 0.3, "int8": 0.1}.get(LEVELS.get(name, ""), 0.0)
-                row = candidate(name, plan, SIZES.get(name, 92_000_000), seed, loss, loss - 0.05)
+                row = candidate(name, plan, SIZES.get(name, 92_000_000), seed, loss - 0.05)
                 found.append((row.model_copy(update={"digest": f"{len(found):016d}"}), self._scores(name)))
         return found
 

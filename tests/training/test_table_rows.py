@@ -90,9 +90,9 @@ def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
 
 def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     job, outcome = tuned
-    rows = load_confirmation(job.data, "judge")
-    assert loss_on(job, tuned_model(job), rows).mean == pytest.approx(outcome.confirmation_loss, abs=1e-6)
-    assert outcome.confirmation_loss < loss_on(job, build(job.candidate), rows).mean
+    rows, judging = load_encoded(job.data / "validation"), load_confirmation(job.data, "judge")
+    assert loss_on(job, tuned_model(job), judging).mean == pytest.approx(outcome.confirmation_loss, abs=1e-6)
+    assert loss_on(job, tuned_model(job), rows).mean < loss_on(job, build(job.candidate), rows).mean
     left = sorted(path.name for path in job.candidate.folder.iterdir())
     assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
     kept = sorted(path.name for path in job.candidate.checkpoints.iterdir())
