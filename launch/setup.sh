@@ -48,11 +48,11 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   "$python" -m venv --clear .venv
 fi
 # Python compiles the modules that are used at their first import; pip would compile all, in half of its time.
-pip=(.venv/bin/python -m pip --disable-pip-version-check)
+pip=(env PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check)
 install=("${pip[@]}" install --quiet --no-compile)
 echo "== installing qpruner[$extras] (torch, transformers, ray and others; a few minutes the first time)"
 # Dependency groups need pip 25.1; this is also the first thing that needs the network. uv takes half of pip's time.
-PYTHONWARNINGS=ignore "${install[@]}" --upgrade 'pip>=25.1' uv ||
+"${install[@]}" --upgrade 'pip>=25.1' uv ||
   fail "pip cannot reach a package index; check the network or proxy, then run this again"
 if settings=$("${pip[@]}" config list | .venv/bin/python launch/uv_settings.py); then
   mapfile -t settings <<<"$settings"

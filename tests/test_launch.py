@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,24 @@ def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> N
     versions.write_text("idna==3.11\n")
     done = setup(checkout, os.environ["PATH"], **given)
     assert done.returncode == 1 and "== installing qpruner[demo]" in done.stdout, "pip was asked"
-    assert "cannot reach a package index" in done.stderr or "pip's own message is above" in done.stderr
+    assert "cannot reach a package index" in done.stderr or "the message is above" in done.stderr
+
+
+def test_uv_gets_the_settings_of_pip(tmp_path: Path) -> None:
+    """Of files and variables, unless uv has its own; a setting that uv lacks leaves the installation to pip."""
+    (tmp_path / "pip.conf").write_text("[global]\ntimeout = 7\nfind-links = /a /b\n[install]\nno-index = true\n")
+    paths = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
+
+    def translated(**more: str) -> subprocess.CompletedProcess[str]:
+        script = f"{sys.executable} -m pip config list | {sys.executable} {ROOT}/launch/uv_settings.py"
+        return subprocess.run(["bash", "-c", script], env=paths | more, capture_output=True, text=True)
+
+    found = translated(**UNREACHABLE, UV_NO_INDEX="0").stdout.splitlines()
+    index = UNREACHABLE["PIP_INDEX_URL"]
+    assert {f"UV_DEFAULT_INDEX={index}", "UV_FIND_LINKS=/a,/b", "UV_HTTP_TIMEOUT=7"} <= {*found}
+    assert not any(line.startswith("UV_NO_INDEX") for line in found)
+    refused = translated(PIP_PREFER_BINARY="1")
+    assert (refused.returncode, refused.stdout) == (1, "") and "`prefer-binary`, so pip installs" in refused.stderr
 
 
 def test_a_disk_without_room_is_refused(checkout: Path, tmp_path: Path) -> None:
