@@ -34,9 +34,8 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
 
     # The process's own command line may be that of a notebook.
     options = [part for each in overrides for part in ("--set", each)] + (["--address", address] if address else [])
-    command = shlex.join(["qpruner", verbs[until], str(config), *options])
     with logging_to(run_root(loaded.output)), Terminal(quiet=False) as terminal:
-        run_flow(loaded, terminal.emit, address, until, command)
+        run_flow(loaded, terminal.emit, address, until, shlex.join(["qpruner", verbs[until], str(config), *options]))
     return read_run(loaded.output)
 
 

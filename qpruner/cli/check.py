@@ -94,8 +94,7 @@ def _offered(config: RunConfig, layout: Layout, name: str) -> dict[str, Any]:
     """Return the groups that may have a format, and those that cannot take it, with the reason."""
     lacking = {}
     for group in layout.groups:
-        is_outside = group.name in (EMBEDDINGS, HEAD)
-        asked = config.quantize.embedding_levels if is_outside else config.quantize.levels
+        asked = config.quantize.embedding_levels if group.name in (EMBEDDINGS, HEAD) else config.quantize.levels
         if name in asked and name not in group.formats:
             lacking[group.name] = (refusals(name, group.linears, True) or refusals(name, group.linears, False))[0]
     return {"groups": [group.name for group in layout.groups if name in group.formats], "lacking": lacking}

@@ -27,7 +27,11 @@ def generate(place: str, which: str | None, prompts: Sequence[str], as_json: boo
     """Print the answer of every model of a run or folder to every prompt; `sampling` has the fields of `Sampling`."""
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("`--prompt TEXT` is missing or empty: give at least one, each with some text")
-    models = _sources(place, which)
+    root = Path(place).expanduser()
+    names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
+    if (root / STATE).is_file() and (warning := warning_of_driver(RunDir(root, create=False))):
+        click.echo(warning, err=True)
+    models = sources(place, names)
     answers = [answer for source in models for answer in _answers(source, prompts, Sampling(**sampling))]
     if not as_json:
         for number, prompt in enumerate(prompts):
@@ -59,15 +63,6 @@ def _answers(source: Source, prompts: Sequence[str], sampling: Sampling) -> list
 def printable(text: str) -> str:
     """Replace the control characters of a text, except line feeds and tabs."""
     return CONTROL.sub("\ufffd", text)
-
-
-def _sources(place: str, which: str | None) -> list[Source]:
-    """Return the models to load; for a run, warn if a command still works on it."""
-    root = Path(place).expanduser()
-    names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
-    if (root / STATE).is_file() and (warning := warning_of_driver(RunDir(root, create=False))):
-        click.echo(warning, err=True)
-    return sources(place, names)
 
 
 def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> dict[str, Any]:

@@ -60,8 +60,7 @@ def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
         yield f"give `formats` or `bits`, not both: {take_out('quantize.formats', 'quantize.bits')}"
     if bits and list(bits) != sorted(set(bits)):
         yield f"`bits` must be different bit-widths in ascending order, got {list(bits)}"
-    named = {"formats": quantize.formats or (), "embeddings": quantize.embeddings}
-    for key, names in named.items():
+    for key, names in {"formats": quantize.formats or (), "embeddings": quantize.embeddings}.items():
         holds = [name for name, each in known.items() if key == "formats" or each.holds_embeddings]
         for name in names:
             if name not in known:
@@ -197,10 +196,6 @@ def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, .
     )
 
 
-def _idle_in_search(search: schema.SearchConfig) -> tuple[Idle, ...]:
-    return ((not search.tasks, "`search.tasks` is empty", ("limit",)),)
-
-
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     """Return the keys, as `section.key`, that have no effect because of another section.
 
@@ -224,7 +219,8 @@ schema.LoraConfig.idle_keys = lambda own: ((own.init == "plain", "`lora.init` is
 schema.TrainingConfig.rules = _training_rules
 schema.SensitivityConfig.idle_keys = _idle_in_sensitivity
 schema.ResourcesConfig.rules = _resources_rules
-schema.SearchConfig.rules, schema.SearchConfig.idle_keys = _search_rules, _idle_in_search
+schema.SearchConfig.rules = _search_rules
+schema.SearchConfig.idle_keys = lambda own: ((not own.tasks, "`search.tasks` is empty", ("limit",)),)
 schema.FinetuneConfig.rules = _finetune_rules
 schema.FinetuneConfig.idle_keys = lambda own: (
     (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans")),

@@ -40,8 +40,7 @@ def encode(
     response_only: bool = True,
 ) -> list[Row]:
     """Tokenize rows, cut at `max_length`, label the response or all tokens, and drop rows without a labelled token."""
-    rows = (_labelled(example, tokenizer, template, response_only) for example in examples)
-    encoded = list(_cut(rows, max_length))
+    encoded = list(_cut((_labelled(example, tokenizer, template, response_only) for example in examples), max_length))
     if not encoded:
         raise UserError(f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: raise it")
     return encoded

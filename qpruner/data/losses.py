@@ -38,8 +38,7 @@ def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) 
     model.eval()
     device = next(model.parameters()).device
     # Batches of rows of similar length need little padding.
-    lengths = row_lengths(rows)
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    order = sorted(range(len(rows)), key=row_lengths(rows).__getitem__)
     sums, counts = list[float](), list[int]()
     for batch in batches([rows[index] for index in order], batch_size, pad_id, device):
         sums.extend(token_losses(model, batch).sum(dim=1).tolist())
@@ -62,8 +61,7 @@ def loss_result(sums: Sequence[float], counts: Sequence[int]) -> LossResult:
 def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield padded batches on a device, in order."""
     for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], pad_id)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        yield {name: tensor.to(device) for name, tensor in collate(rows[start : start + batch_size], pad_id).items()}
 
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

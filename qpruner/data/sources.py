@@ -49,8 +49,7 @@ def normalized(text: str) -> str:
 def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
     """Read the rows of all sources under the configuration key `key`, and map their columns."""
     read = together(*(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources)))
-    examples = [example for rows in read for example in rows]
-    if not examples:
+    if not (examples := [example for rows in read for example in rows]):
         raise UserError(f"`{key}` has no rows: name a source with rows, or raise the `limit` of one")
     return examples
 

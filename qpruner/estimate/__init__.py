@@ -70,8 +70,7 @@ def memory_text(found: Mapping[str, Any]) -> list[str]:
 
 def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     """Format the hours as lines: the totals with each stage, and the timed steps."""
-    time = found["hours"]
-    if time is None:
+    if (time := found["hours"]) is None:
         return ["time:        not estimated; `--measure` times a few steps of these shapes on this machine"]
     wall, total, kind = _taken(time["wall"]), _taken(time["total"]), "GPU" if has_gpu else "slot"
     return [

@@ -113,8 +113,7 @@ def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the cut: the dense model, and the larger of importance and compensation."""
-    settings = [cut.settings for cut in inspection.cuts.values() if not cut.settings.is_off]
-    if not settings:
+    if not (settings := [cut.settings for cut in inspection.cuts.values() if not cut.settings.is_off]):
         return Memory("the base model", _weights(inspection.base))
     works = [_importance_memory(config, inspection, each) for each in settings]
     works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]

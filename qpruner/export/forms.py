@@ -171,8 +171,7 @@ class _Work:
         """Describe the finished folder; the recoded checkpoint that it was made from goes."""
         checkpoint, recoded, about = checkpoint or self.final, recoded or {}, vars(found)
         if checkpoint != self.final:
-            loss_before = loss_of(load(self.final).eval(), self.samples)
-            about = about | {"loss_before": loss_before}
+            about = about | {"loss_before": loss_of(load(self.final).eval(), self.samples)}
         shutil.rmtree(self.folder / RECODED, ignore_errors=True)
         config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None
         needs_us = config is not None and config.is_heterogeneous and "auto_map" not in vars(config)
@@ -239,8 +238,6 @@ def _gguf(work: _Work) -> Exported:
 
 def _vllm(work: _Work) -> Exported:
     """Write a checkpoint of compressed-tensors."""
-    fixed = for_vllm.dense_paths(checkpoint_config(work.final))
-    checkpoint, recoded = work.recoded(for_vllm.vllm_format, fixed)
+    checkpoint, recoded = work.recoded(for_vllm.vllm_format, for_vllm.dense_paths(checkpoint_config(work.final)))
     for_vllm.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
-    found = in_vllm.check(checkpoint, work.folder, work.samples, work.on_progress)
-    return work.exported(found, checkpoint, recoded)
+    return work.exported(in_vllm.check(checkpoint, work.folder, work.samples, work.on_progress), checkpoint, recoded)

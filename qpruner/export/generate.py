@@ -147,18 +147,12 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     return found
 
 
-def models_of(state: RunState) -> list[str]:
-    """Name the models of a run, in the order in which it makes them."""
-    cuts = PruneConfig.model_validate(state.config["prune"]).cuts
-    return list(dict.fromkeys((UNPRUNED, *cuts, FINAL)))
-
-
 def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     """Find the models of a run that `which` names; if `which` is empty, all models that the run has made."""
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
     settings = ModelConfig.model_validate(state.config["model"])
-    names = models_of(state)
+    names = list(dict.fromkeys((UNPRUNED, *PruneConfig.model_validate(state.config["prune"]).cuts, FINAL)))
     if unknown := [name for name in which if name not in names]:
         raise UserError(f"`--which`: a run has no model {unknown[0]!r}; {nearest(unknown[0], names, 'its models are')}")
     folders = {name: run.cut(name) for name in names} | {FINAL: run.root / FINAL}

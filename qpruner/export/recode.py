@@ -60,8 +60,7 @@ def recode(
     state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))
     todo = [path for path in widths if path in changed or path in adapter]
     for done, path in enumerate(todo, 1):
-        stored = take_weight(state, path)
-        weight = format_of(old.get(path, DENSE)).unpack(stored, widths[path], torch.float32)
+        weight = format_of(old.get(path, DENSE)).unpack(take_weight(state, path), widths[path], torch.float32)
         if path in adapter:
             weight = weight + adapter[path]()
         found = format_of(new.get(path, DENSE))

@@ -113,8 +113,7 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     """Read tensors with `wanted` names in the model, and call `on_piece` after each; raise `CorruptFile` for damage."""
     tensors: dict[str, torch.Tensor] = {}
-    shards = sorted(checkpoint.glob("*.safetensors"))
-    for shard in shards or [checkpoint / "model.safetensors"]:
+    for shard in sorted(checkpoint.glob("*.safetensors")) or [checkpoint / "model.safetensors"]:
         try:
             with safe_open(shard, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118

@@ -114,8 +114,7 @@ class Bank(Stage[BankRecord]):
         missing = {
             group: tuple(each for each in of if (group, each) not in entries) for group, of in self._wanted.items()
         }
-        jobs = [FillJob(bank, group, levels) for group, levels in missing.items() if levels]
-        if jobs:
+        if jobs := [FillJob(bank, group, levels) for group, levels in missing.items() if levels]:
             self.notify(f"{len(wanted) - len(entries)} entries to make")
         for done, (job, made) in enumerate(self._filled(jobs), 1):
             entries |= {(job.group, level): entry for level, entry in zip(job.levels, made, strict=True)}

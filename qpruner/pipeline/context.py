@@ -193,8 +193,7 @@ class Context:
 
     @property
     def _fast_enough(self) -> dict[str, Layout]:
-        layouts = {cut: self.layout_of(cut) for cut in self.cuts}
-        return preflight.fast_enough(self.config, layouts, self.inspection.base)
+        return preflight.fast_enough(self.config, {cut: self.layout_of(cut) for cut in self.cuts}, self.inspection.base)
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:

@@ -50,8 +50,7 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
         if context.may_win(space.cut) and space.is_feasible(space.smallest()):
             level = space.levels[0]  # the information is the same in all formats
             shares = shared(context, MUTUAL_INFORMATION, space.base_groups, (level,), factor_per_bit=1.0)[level]
-            nothing = [0.0] * len(shares)
-            return seed_plan({**dict.fromkeys((*PAPER, DENSE), nothing), PAPER[0]: shares}, space)
+            return seed_plan({**dict.fromkeys((*PAPER, DENSE), [0.0] * len(shares)), PAPER[0]: shares}, space)
     return spaces[-1].smallest() if spaces else None
 
 

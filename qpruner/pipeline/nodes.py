@@ -28,8 +28,7 @@ def look_at_nodes(context: Context) -> None:
     found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
     rows = tuple(row(report, found[report.id]) for report in reports)
     context.emit(TableMade(("node", "CPUs", "GPUs", "state"), rows))
-    problems = [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]
-    if problems:
+    if problems := [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]:
         lines = "\n".join(f"  - {line}" for line in problems)
         raise UserError(f"{counted(len(problems), 'problem')} with the cluster's nodes:\n{lines}")
     # Ray finds no GPUs on a node without a GPU driver, so these GPUs were declared by hand.

@@ -74,8 +74,7 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     )
     _check_positions(config, shapes)
     check_encoding(config, rows.examples)
-    parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_doubts(config, shapes))}
-    return Inspection(**parts)
+    return Inspection(**vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_doubts(config, shapes))})
 
 
 def _check_positions(config: RunConfig, shapes: Shapes) -> None:
@@ -99,9 +98,8 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     family_of(model_config)  # raises an error if the family is not supported
     on_gpu = torch.cuda.is_available() or not works_here
     base = layout_for(config, model_config, on_gpu, UNPRUNED)
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if works_here:
-        check_device(capability, config, packs)
+        check_device(torch.cuda.get_device_capability() if torch.cuda.is_available() else None, config, packs)
 
     key = next(key for key in RATES if getattr(config.prune, key) is not None)
 
@@ -136,8 +134,7 @@ def fast_enough(
 
     `margin` is added to it, because widths that depend on scores may differ from the expected ones.
     """
-    kept = {cut: layout for cut, layout in layouts.items() if is_fast(config, layout, base, margin)}
-    if not kept:
+    if not (kept := {cut: layout for cut, layout in layouts.items() if is_fast(config, layout, base, margin)}):
         share = min(layout.multiply_adds for layout in layouts.values()) / base.multiply_adds
         raise UserError(
             f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
@@ -173,8 +170,7 @@ def plan_in_file(
     `layouts` are those of the cuts within `budget.flops_fraction`. A plan of the base model, which a control may be, is
     accepted too, if that model is within it.
     """
-    file = config.search.plan_file
-    if file is None:
+    if (file := config.search.plan_file) is None:
         return None
     only = next(iter(layouts)) if len(layouts) == 1 else ""
     layouts = {**layouts, UNPRUNED: base} if is_fast(config, base, base) else layouts

@@ -80,8 +80,7 @@ def _doubtful_rows(examples: dict[str, list[Example]]) -> Iterator[str]:
     """Warn about rows without a response."""
     for split in SPLITS:
         rows = examples[split]
-        empty = [row for row in rows if row.format != "text" and not row.response.strip()]
-        if empty:
+        if empty := [row for row in rows if row.format != "text" and not row.response.strip()]:
             yield (
                 f"{counted(len(empty), 'row')} of `data.{split}` of {len(rows)} have no response, such as "
                 f"{empty[0].prompt[:90]!r}: they train the model to say nothing; add responses or remove the rows"
@@ -155,8 +154,7 @@ def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], questi
 
 def include_path(config: RunConfig) -> str | None:
     """Return the absolute path of the folder of additional lm-eval tasks."""
-    source = config.evaluate.include_path
-    if source is None:
+    if (source := config.evaluate.include_path) is None:
         return None
     path = resolve_source(source, "evaluate.include_path")
     if not Path(path).is_dir():

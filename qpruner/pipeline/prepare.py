@@ -39,12 +39,11 @@ class Prepare(Stage[PrepareRecord]):
         base = context.executor.run(provide, context.emit)
         if base.converted:
             require_arrived(folder)
-        counts = _encode_splits(context, str(fetch(Path(base.path))), scratch / "data")
         return {
             # Relative to the run folder, whose path differs between machines.
             "model_path": "prepare/model" if base.converted else str(base.path),
             "converted": base.converted,
-            "num_rows": counts,
+            "num_rows": _encode_splits(context, str(fetch(Path(base.path))), scratch / "data"),
         }
 
     def summary(self, record: PrepareRecord) -> str:

@@ -105,10 +105,9 @@ class Search(Stage[SearchRecord]):
         context, config, settings = self.context, self.config, self.config.search
         scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
         quantize, base = config.quantize, context.bank_of(UNPRUNED)
-        levels = sorted({*quantize.levels, *quantize.embedding_levels, *PAPER})
         return digest_of(
             "trials",
-            [base.digest(level) for level in levels],
+            [base.digest(level) for level in sorted({*quantize.levels, *quantize.embedding_levels, *PAPER})],
             config.prune.model_copy(update=dict.fromkeys(RATES)),
             config.training,
             config.lora,
@@ -179,8 +178,7 @@ class Search(Stage[SearchRecord]):
     def detail(self) -> str:
         settings = self.config.search
         trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
-        budget = self.context.budget_bytes / 1e6
-        return f"{trials}, {counted(settings.steps, 'step')} each, budget {budget:.1f} MB"
+        return f"{trials}, {counted(settings.steps, 'step')} each, budget {self.context.budget_bytes / 1e6:.1f} MB"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         job, banks = self._job(), self.context.run_dir.root / "banks"

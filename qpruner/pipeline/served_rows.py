@@ -142,8 +142,7 @@ def write_rival(rival: Candidate, mean_bits: float, folder: Path, on_progress: O
 
 def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -> Served:
     size = sum(file.stat().st_size for file in files)
-    row = ServedRow(name=name, form="gguf", format=format_name, mean_bits=mean_bits, file_bytes=size)
-    return Served(row, *files)
+    return Served(ServedRow(name=name, form="gguf", format=format_name, mean_bits=mean_bits, file_bytes=size), *files)
 
 
 # ---- measurement

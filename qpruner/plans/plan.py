@@ -245,8 +245,7 @@ def _problems(plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str,
             key = "embeddings" if group in (EMBEDDINGS, HEAD) else "formats"
             among = ("one of " if len(offered[group]) > 1 else "") + ", ".join(offered[group])
             problems.append(f"`{group}` must be {among} (`quantize.{key}`), got {plan[group]!r}")
-    missing = [group for group in groups if group not in plan and len(offered[group]) > 1]
-    if missing:
+    if missing := [group for group in groups if group not in plan and len(offered[group]) > 1]:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         remedy = "; `qpruner plan RUN` prints a plan with all groups" if len(missing) > len(groups) / 2 else ""
         problems.append(f"{len(missing)} of {len(groups)} groups are missing: {shown}{remedy}")

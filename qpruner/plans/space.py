@@ -133,8 +133,7 @@ class PlanSpace:
         Gains of levels that a group is not offered do not matter. Raise `ValueError` if no plan fits into the budget,
         and `SolverFailed` if the solver ends without an answer.
         """
-        plan = self._solve(gains, avoid=())
-        if plan is None:
+        if (plan := self._solve(gains, avoid=())) is None:
             raise ValueError(f"no plan fits in {self.budget_bytes} bytes")
         return plan
 
@@ -193,8 +192,7 @@ class PlanSpace:
         capacity = float(self.budget_bytes - self.fixed_bytes)
         budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
         constraints = [LinearConstraint(np.kron(np.eye(num_groups), np.ones(num_levels)), 1, 1)]
-        excluded = [[name == level for name in other.formats for level in self.levels] for other in avoid]
-        if excluded:
+        if excluded := [[name == level for name in other.formats for level in self.levels] for other in avoid]:
             constraints.append(LinearConstraint(np.array(excluded, dtype=float), -np.inf, num_groups - 1))
         with _native_output_dropped():
             solution = milp(

@@ -135,8 +135,7 @@ def compensate_blocks(
     norm follows the projection.
     """
     family, count = family_of(model.config), model.config.num_hidden_layers
-    factor = family.residual_factor(model.config)
-    if factor is None:
+    if (factor := family.residual_factor(model.config)) is None:
         return
     stream = BlockStream(model, samples)
     for index in (index for index in range(count) if index not in dropped):

@@ -57,8 +57,7 @@ def check_not_shared(model: PreTrainedModel) -> None:
     family = family_of(model.config)
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        place = id(parameter) if parameter.is_meta else parameter.data_ptr()
-        other = owners.setdefault(place, name)
+        other = owners.setdefault(id(parameter) if parameter.is_meta else parameter.data_ptr(), name)
         if other != name and any(path.startswith(f"{family.blocks}.") for path in (name, other)):
             raise UserError(
                 f"`model.source`: {other} and {name} are one shared (tied) weight, so cutting one would break the "

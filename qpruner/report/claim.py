@@ -37,8 +37,7 @@ def comparisons(results: Results) -> list[Comparison]:
     """Compare the winner with the best control that users would try instead, then with random plans of equal bytes."""
     # The spread of random plans needs at least two of them.
     several = len({tuple(record.plan.items()) for record, _ in fine_tunes(results).get(RANDOM, ())}) > 1
-    others = filter(None, (best_control(results), RANDOM if several else None))
-    return [compared(results, other) for other in others]
+    return [compared(results, other) for other in filter(None, (best_control(results), RANDOM if several else None))]
 
 
 def compared(results: Results, other: str) -> Comparison:

@@ -32,8 +32,7 @@ class _Rival:
 
     def cell(self, measure: str, ours: float) -> Compared | str:
         """Show the figure beside the winner's."""
-        theirs = self.figures.get(measure)
-        if theirs is None:
+        if (theirs := self.figures.get(measure)) is None:
             return "-"
         difference = next((each for each in self.differences if each.measure == measure), None)
         return Compared(_text(measure, theirs), f"{ours / theirs:.2f}x" if theirs else "", difference)

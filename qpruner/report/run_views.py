@@ -29,8 +29,7 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
     """Return what `qpruner status` shows: stages with state and time, and the search; `now` is in Unix seconds."""
     stages: list[dict[str, Any]] = []
     for name in run.state.asked_stages:
-        state = run.state.stages.get(name)
-        if state is None:
+        if (state := run.state.stages.get(name)) is None:
             stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
             continue
         is_running = state.state == "running"
@@ -120,8 +119,7 @@ def winner(run: Snapshot) -> TrialRecord:
 
 def trial(run: Snapshot, index: int) -> TrialRecord:
     """Return the trial with a number; raise `UserError` if there is none."""
-    found = next((each for each in run.trials if each.index == index), None)
-    if found is None:
+    if (found := next((each for each in run.trials if each.index == index), None)) is None:
         raise UserError(
             f"{run.run_dir.place} has no trial {index}, only {counted(len(run.trials), 'trial')}: `qpruner trials` "
             "lists them"

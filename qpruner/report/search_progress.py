@@ -37,8 +37,7 @@ class SearchProgress:
 
 def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> SearchProgress:
     """Compute the progress of a search from all trials in its folder."""
-    ordered = sorted(records, key=lambda trial: trial.index)
-    trials = tuple(trial for trial in ordered if trial.search == search.search)
+    trials = tuple(trial for trial in sorted(records, key=lambda trial: trial.index) if trial.search == search.search)
     finished = [trial for trial in trials if trial.status == "finished"]
     over = [trial.seconds for trial in trials if trial.is_over]
     left = None

@@ -81,8 +81,7 @@ def _in_base(run: Snapshot, cut: str, groups: Sequence[str]) -> tuple[str, ...]:
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
-    search = run.results.search
-    if search:
+    if search := run.results.search:
         yield Paragraph(search_text(search))
         if not run.is_complete:  # else the claim has it
             yield tables.fresh_scores(search)

@@ -25,8 +25,7 @@ HEADINGS = (
 
 def served(results: Results) -> Table | None:
     """Build the table of the final model and the base model as they are served; None without stage serve."""
-    record = results.serve
-    if record is None:
+    if (record := results.serve) is None:
         return None
     body = [
         (
@@ -79,8 +78,7 @@ def _best(record: ServeRecord | None) -> ServedRow | None:
 
 def commands(record: ServeRecord | None, run: str) -> list[str]:
     """Return the commands that talk to the files with the least loss in the run folder `run`; empty without any."""
-    row = _best(record)
-    if row is None:
+    if (row := _best(record)) is None:
         return []
     folder, first = f"{run}/{PurePath(row.files[0]).parent}", []
     if "://" in run:  # servers read files of this machine alone
@@ -90,5 +88,4 @@ def commands(record: ServeRecord | None, run: str) -> list[str]:
     model, *adapter = (shlex.quote(f"{folder}/{name}") for name in names)
     lora = f" --lora {adapter[0]}" if adapter else ""
     called = re.sub(r"\W+", "-", PurePath(names[0]).stem, flags=re.ASCII).strip("-") or "model"
-    create = f"ollama create {called} -f {shlex.quote(f'{folder}/Modelfile')}"
-    return [*first, f"llama-cli -m {model}{lora}", create]
+    return [*first, f"llama-cli -m {model}{lora}", f"ollama create {called} -f {shlex.quote(f'{folder}/Modelfile')}"]

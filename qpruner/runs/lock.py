@@ -50,8 +50,7 @@ class Driver(NamedTuple):
 
 def driver_of(root: Path) -> Driver | None:
     """Find the driver of a run without writing anything; return None if nobody holds the lock."""
-    current = retry_storage(lambda: _read_lock(storage_at(root / NAME)), root / NAME)
-    if current is None:
+    if (current := retry_storage(lambda: _read_lock(storage_at(root / NAME)), root / NAME)) is None:
         return None
     holder, beat = current
     if holder.machine == this_process().machine:

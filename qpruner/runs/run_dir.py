@@ -48,8 +48,7 @@ class RunDir:
     def id(self) -> str:
         """The random id of the run, made at its first use; a later run in the same folder has another id."""
         path = self.root / RUN_ID
-        run_id = storage.read_text(path)
-        if run_id is None:
+        if (run_id := storage.read_text(path)) is None:
             run_id = uuid.uuid4().hex[:12]
             storage.write_text(path, run_id)
         return run_id

@@ -84,8 +84,7 @@ def best_uniform(space: PlanSpace, rises: Prior | None = None) -> PrecisionPlan:
     def rise(plan: PrecisionPlan) -> float:
         return sum(rises[name][at] or 0.0 for at, name in enumerate(plan.formats)) if rises else 0.0
 
-    fitting = filter(space.is_feasible, reversed(plans))
-    return min(fitting, key=rise, default=min(plans, key=space.plan_bytes))
+    return min(filter(space.is_feasible, reversed(plans)), key=rise, default=min(plans, key=space.plan_bytes))
 
 
 def controls_of(space: PlanSpace, rises: Prior) -> list[tuple[str, PrecisionPlan]]:

@@ -93,8 +93,7 @@ class PlanModel:
         error = self._above_reference(space.damage or unmeasured)
         self._damage = error / error.abs().max().clamp_min(1e-300)
         sizes = torch.tensor([_saving(row) for row in space.group_bytes], dtype=torch.float64)
-        size = sizes.mean().clamp_min(1e-300)
-        self._size_effects = self._unit(((sizes / size)[:, None] * self._damage).reshape(-1))
+        self._size_effects = self._unit(((sizes / sizes.mean().clamp_min(1e-300))[:, None] * self._damage).reshape(-1))
         methods = [self._method_effects(prior) for prior in priors.values()]
         self._methods = [self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)]
         mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
@@ -173,8 +172,7 @@ class PlanModel:
         return matrix.repeat_interleave(num_levels, 0).repeat_interleave(num_levels, 1)
 
     def _method_effects(self, prior: Prior) -> Tensor:
-        unknown = [None] * self.num_groups
-        rows = [prior.get(name, unknown) for name in self.space.levels]
+        rows = [prior.get(name, [None] * self.num_groups) for name in self.space.levels]
         return self._above_reference(list(zip(*rows, strict=True))).reshape(-1)
 
     def _above_reference(self, values: Sequence[Sequence[float | None]]) -> Tensor:

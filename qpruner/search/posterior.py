@@ -131,8 +131,7 @@ class Posterior:
 
     def _by_level(self, effects: Tensor) -> Tensor:
         of_groups = effects[:, : self._model.num_effects - self._model.num_cuts]
-        shaped = of_groups.reshape(-1, self._model.num_groups, self._model.num_levels - 1)
-        return pad(shaped, (0, 1)) * self.unit
+        return pad(of_groups.reshape(-1, self._model.num_groups, self._model.num_levels - 1), (0, 1)) * self.unit
 
     def _value(self, name: str, hyper: Tensor | None = None) -> Tensor:
         return (self.hyper if hyper is None else hyper)[self._names.index(name)].exp()

@@ -115,8 +115,7 @@ def set_aside_others(folder: Path, models: Mapping[str, str], notify: Callable[[
 
 def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str], None]) -> bool:
     """If a trial's last checkpoint is damaged, set it aside, restart the trial from its start and return True."""
-    checkpoint = checkpoint_of(folder, record)
-    if checkpoint is None:
+    if (checkpoint := checkpoint_of(folder, record)) is None:
         return False
     read_trial(folder, record.index)  # waits if the storage is away, where all files seem missing
     found = storage.folder_digests(checkpoint)

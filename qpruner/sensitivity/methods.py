@@ -62,8 +62,7 @@ def by_information(
 ) -> dict[str, MethodScores]:
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
-    grouping = subject.bank.grouping
-    found = mutual_information.measure(model, subject.samples, grouping, settings, seed, subject.on_group)
+    found = mutual_information.measure(model, subject.samples, subject.bank.grouping, settings, seed, subject.on_group)
     nats = dict.fromkeys((group.name for group in subject.groups), max(found))
     nats |= {group.name: value for group, value in zip(subject.blocks.groups, found, strict=True)}
     sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for group in subject.groups for name in group.formats}

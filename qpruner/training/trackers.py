@@ -86,8 +86,7 @@ def _wandb_key() -> dict[str, str]:
 def _check_mlflow() -> None:
     from mlflow import MlflowClient
 
-    place = os.environ.get("MLFLOW_TRACKING_URI")
-    if not place:
+    if not (place := os.environ.get("MLFLOW_TRACKING_URI")):
         remedy = "set it to the address of a server, or to a database file that all machines see (sqlite:////FILE)"
         raise UserError(f"`trackers` names mlflow, but MLFLOW_TRACKING_URI is not set: {remedy}")
     try:

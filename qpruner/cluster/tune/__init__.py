@@ -135,8 +135,7 @@ def _disk_error(text: str) -> OSError | None:
 
     The error names no file if Tune (2.60) failed to write to Ray's folder on this machine.
     """
-    found = re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE)
-    if found is None:
+    if (found := re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE)) is None:
         return None
     error = OSError(int(found[1]), found[2], found[3] or ray_private.session_dir())
     return error if storage_error(error) else None
@@ -147,8 +146,7 @@ def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
-    first = next((trial for trial in trials if trial.infrastructure_failed), None)
-    if first:
+    if first := next((trial for trial in trials if trial.infrastructure_failed), None):
         raise StageError("search", f"trial {first.index}: {first.reason}", REMEDIES[first.failure or ""])
     return SearchOutcome(
         trials=trials,

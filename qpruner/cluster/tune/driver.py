@@ -294,8 +294,7 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
     if death.by_ray or (
         pulse and pulse.node == node and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
     ):
-        smaller = smaller_batch(record, job.config)
-        if smaller is not None:
+        if (smaller := smaller_batch(record, job.config)) is not None:
             return record.model_copy(update={"micro_batch_size": smaller})
         by = "Ray" if death.by_ray else "the kernel"
         counter, failure = "memory_kills", "infeasible"

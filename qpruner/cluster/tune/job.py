@@ -108,8 +108,7 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     The searcher also learns from the trials of searches with another budget or searcher. Their plans are not run again
     and do not count towards `max_trials`.
     """
-    settings = job.config.search
-    ledger = Ledger(job.space, proposer, job.controls, settings.max_trials, proposes=job.config.is_searched)
+    ledger = Ledger(job.space, proposer, job.controls, job.config.search.max_trials, proposes=job.config.is_searched)
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:

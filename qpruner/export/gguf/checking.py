@@ -48,8 +48,7 @@ def check_bytes(checkpoint: Path, model: Path, adapter: Path | None, on_progress
         found = {each.name: each for each in read_gguf(file).tensors}
         expected = list(tensors(checkpoint, config))
         for done, (name, type_name, data) in enumerate(expected, 1):
-            stored = found.pop(name, None)
-            if stored is None:
+            if (stored := found.pop(name, None)) is None:
                 raise export_error(f"{file.name} has no tensor `{name}`")
             same_type = stored.tensor_type.name == type_name
             if not same_type or not numpy.array_equal(stored.data.view(numpy.uint8).ravel(), data.ravel()):

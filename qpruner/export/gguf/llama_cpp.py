@@ -110,8 +110,7 @@ def library_path() -> Path:
     """Return the library in the package `xllamacpp`; raise `UserError` if it is not installed."""
     spec = importlib.util.find_spec("xllamacpp")
     folders = (spec and spec.submodule_search_locations) or []
-    found = [path for folder in folders for path in Path(folder).glob("xllamacpp*.so")]
-    if not found:
+    if not (found := [path for folder in folders for path in Path(folder).glob("xllamacpp*.so")]):
         raise UserError(f"llama.cpp is needed to check GGUF files, and the package `xllamacpp` is missing: {INSTALL}")
     return found[0]
 

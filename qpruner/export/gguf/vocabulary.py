@@ -51,8 +51,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Itera
     """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if it has none."""
     definition = backend(tokenizer)
     is_spm = definition["model"]["byte_fallback"]
-    odd = [each["content"] for each in definition["added_tokens"] if any(map(each.get, TAKING_SPACES))]
-    if odd:
+    if odd := [each["content"] for each in definition["added_tokens"] if any(map(each.get, TAKING_SPACES))]:
         raise _unknown("added_tokens", odd, f"those without {', '.join(TAKING_SPACES)}")
     _check_bytes(definition, is_spm)
     special, adds = _special(tokenizer, stops)

@@ -92,8 +92,7 @@ def _write(
         with closing(gguf.GGUFWriter(file, architecture_of(config))) as writer:
             describe(writer)
             for name, type_name, data in tensors:
-                kind = gguf.GGMLQuantizationType[type_name]
-                writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
+                writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, gguf.GGMLQuantizationType[type_name])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()

@@ -45,8 +45,7 @@ def _unpacked(folder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    described = config.__dict__.pop("quantization_config", None)
-    if described is None:
+    if (described := config.__dict__.pop("quantization_config", None)) is None:
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -88,11 +87,10 @@ def in_vllm(folder: str, adapter: str | None, rows: list[list[int]], trust: bool
         rank = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))["r"]
         ranks = (8, 16, 32, 64, 128, 256, 320, 512)
         options = {"enable_lora": True, "max_lora_rank": next(each for each in ranks if each >= rank)}
-    length = max(map(len, rows)) + 1
     model = LLM(
         folder,
         trust_remote_code=trust,
-        max_model_len=length,
+        max_model_len=max(map(len, rows)) + 1,
         max_num_seqs=1,  # with an adapter, 0.32 fails to compute prompt log-probabilities of two rows at once
         enforce_eager=True,  # compiling takes longer than these few rows
         max_logprobs=count,

@@ -21,8 +21,7 @@ def families() -> dict[str, Family]:
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers config; raise `UserError` if it is not supported."""
-    family = families().get(config.model_type)
-    if family is None:
+    if (family := families().get(config.model_type)) is None:
         known = f"supported: {', '.join(families())}. To add a family, see docs/families.md"
         raise UserError(f"`model.source`: architecture `{config.model_type}` is not supported; {known}")
     return family

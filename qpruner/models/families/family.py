@@ -86,8 +86,7 @@ class Family:
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         """Map `qkv` and `o` to the paths of their linear layers in a block."""
-        qkv = tuple(f"{self.attention}.{name}_proj" for name in "qkv")
-        return {"qkv": qkv, "o": (f"{self.attention}.o_proj",)}
+        return {"qkv": tuple(f"{self.attention}.{name}_proj" for name in "qkv"), "o": (f"{self.attention}.o_proj",)}
 
     def mlp_projections(self) -> dict[str, tuple[str, ...]]:
         """Map each MLP projection (gate and up as one) to the paths of its layers in a block; the output comes last."""

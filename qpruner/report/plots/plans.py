@@ -69,8 +69,7 @@ def _costs(groups: list[str], measured: Sequence[str], method: MethodScores) -> 
     details = tooltip(group="group", rise="predicted rise|.3g", unit="unit")
     y = quantity("rise", "predicted cost", zero=True, tickCount=3)
     encoding = {"x": _along(groups, labels=False, ticks=False), "y": y, "tooltip": details}
-    mark = {"type": "bar", "color": "var(--stopped)"}
-    return _panel(values, COST_HEIGHT, mark, encoding)
+    return _panel(values, COST_HEIGHT, {"type": "bar", "color": "var(--stopped)"}, encoding)
 
 
 def costs_of(method: MethodScores) -> list[float | None]:

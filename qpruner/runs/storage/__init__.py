@@ -104,8 +104,7 @@ def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
     """Read a record that is known to exist; retry if it is missing, because then the storage must be away."""
 
     def read() -> RecordType:
-        record = read_json(path, kind)
-        if record is None:
+        if (record := read_json(path, kind)) is None:
             raise OSError(errno.EIO, "was written before and is missing now", display_name(path))
         return record
 
@@ -115,8 +114,7 @@ def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
     """Read a record of this kind; return None if the file is missing, and raise `CorruptFile` if it is damaged."""
     try:
-        text = read_text(path)
-        if text is None:
+        if (text := read_text(path)) is None:
             return None
         fields = json.loads(text)
         if isinstance(fields, dict) and fields.pop(OWN_DIGEST, None) != digest_of(fields):

@@ -198,8 +198,7 @@ class ObjectStorage(Storage):
 
     def fetch(self, on_piece: OnPiece = lambda: None) -> None:
         # All processes of a machine share one copy while the list stays the same; each process verifies it once.
-        listed = self.read_list()
-        if listed is None:
+        if (listed := self.read_list()) is None:
             raise CorruptFile(f"{self.name} is missing or incomplete: there is no {self.file_list.name}", self.path)
         if self._has_copy(listed, on_piece):
             return
