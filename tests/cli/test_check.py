@@ -64,8 +64,7 @@ def test_hours_are_estimated_only_with_measure(tiny_raw: dict[str, Any]) -> None
     assert re.search(r"time: +about .* on \d+ slots?, .* of slot time: ", said)
     assert re.search(r"slot time: prune .*\n", said) and "measured on 1 CPU core: 4 rows x 64 tokens take" in said
     assert " 0 s" not in said, "no stage is shown to take no time"
-    refused = check(raw, "--measure", "--gpu", code=2)
-    assert "give only one of them" in refused
+    assert "give only one of them" in check(raw, "--measure", "--gpu", code=2)
 
 
 def test_gpu_settings_can_be_checked_without_a_gpu(tiny_raw: dict[str, Any]) -> None:

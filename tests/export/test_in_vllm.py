@@ -68,8 +68,7 @@ def generated(folder: Path, ids: list[int], tmp_path: Path) -> list[int]:
 )
 def test_vllm_serves_four_bits_with_an_adapter(family: str, is_ragged: bool, tiny_model: Path, tmp_path: Path) -> None:
     pruned = pruned_model(family, tiny_model, tmp_path / "pruned", is_ragged)
-    run = run_of(pruned, tmp_path / "run", ("w4", "bf16"))
-    done = export(RunDir(run), "vllm", tmp_path / "out")
+    done = export(RunDir(run_of(pruned, tmp_path / "run", ("w4", "bf16"))), "vllm", tmp_path / "out")
     # Rounding makes 0.015 in Granite, whose tiny model predicts more sharply (in float32 32 tokens are the same);
     # without its scale of logits it is 0.46.
     most = 0.05 if family == "granite" else 0.01

@@ -95,8 +95,7 @@ def test_a_comparison_is_added_to_a_finished_run(undisturbed: Path, tiny_model: 
     assert table() == ["searched"] and len(list(root.glob("candidates/*/record.json"))) == 1
     kill_when(config, lambda: len(list(root.glob("candidates/*/record.json"))) >= 3, signal.SIGKILL, *compared)
     assert table() == ["searched"] and written() == before
-    page = (root / "report.html").read_text()
-    assert "Unfinished in stage comparison: " in page
+    assert "Unfinished in stage comparison: " in (root / "report.html").read_text()
     claim = json.loads((root / "results.json").read_text())["claim"]
     assert has_claim(root, claim)
 

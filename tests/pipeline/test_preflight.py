@@ -46,8 +46,7 @@ def test_a_format_may_suit_one_cut_only(tiny_model: Path, tmp_path: Path) -> Non
     """The k-quants need widths that 256 divides, which the base model has."""
     shutil.copytree(tiny_model, model := tmp_path / "model")
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
-    settings = json.loads((model / "config.json").read_text()) | sizes
-    (model / "config.json").write_text(json.dumps(settings))
+    (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | sizes))
     keys = {"prune": {}, "quantize": {"formats": ["q4_k", "q8_0"], "budget": {"bytes": 100_000_000}}}
     found = shapes_of(validate_config(with_keys(raw_config(model, tmp_path / "run"), **keys)), True, True)
     assert list(found.cuts) == ["base", "cut-10", "cut-20"] and not found.left_out

@@ -162,8 +162,7 @@ def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
     results = results_of([*rivals, *searched_row([1.5])], confirmations=(finalist(11, "gp", WINNER),))
     [found] = comparisons(results)
     assert found.other == RIVAL and found.more_bytes == pytest.approx(-0.1), "fewer bytes are no excuse"
-    computes_too_much = KNAPSACK.model_copy(update={"fits": False})
-    confirmed = {"confirmations": (finalist(11, "gp", WINNER), computes_too_much)}
+    confirmed = {"confirmations": (finalist(11, "gp", WINNER), KNAPSACK.model_copy(update={"fits": False}))}
     limited = results_of([*rivals, *searched_row([1.5])], **confirmed)
     assert [each.other for each in comparisons(limited)] == ["paper"]
     assert tables.fresh_scores(limited.search).rows[1][4] == "101.0 MB, computes more than the budget"  # type: ignore[arg-type]

@@ -271,8 +271,7 @@ def test_without_its_comparison_the_winner_is_complete(tmp_path: Path) -> None:
     (root / "final").mkdir()
     write_report(made.run)
     run, summary = read_snapshot(made.run), json.loads((root / "results.json").read_text())
-    how = "Interrupted in stage comparison; repeat the command to resume."
-    assert run.standing == how
+    assert run.standing == "Interrupted in stage comparison; repeat the command to resume."
     assert run.missing == "There is no result yet from: comparison."
     assert [row["name"] for row in summary["table"]] == ["searched"] and summary["claim"] == claim(run.results)
     assert run.standing in (root / "report.md").read_text()

@@ -168,8 +168,7 @@ def test_every_plan_is_a_row_of_bars_in_its_formats_colours() -> None:
 
 
 def test_what_a_cut_kept_of_each_block_is_drawn() -> None:
-    record = made_prune(made_layer(0, 3, 150), made_layer(1, 4, 200))
-    chart = kept_by_block(record.cuts)
+    chart = kept_by_block(made_prune(made_layer(0, 3, 150), made_layer(1, 4, 200)).cuts)
     values = chart.spec["vconcat"][0]["data"]["values"]
     assert {(each["cut"], each["group"], each["kept"]) for each in values} == {
         ("20 % pruned", "0", 0.75),

@@ -47,8 +47,7 @@ def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None
     assert [" ".join(row.plans) for row in table.values()] == ["FF", "FF", "44", "88", "48", "48 84", "84"]
     first, random = table["base"], table[RANDOM]
     assert first.accuracy == pytest.approx((10 / 50 + 30 / 40) / 2)
-    variances = [0.2 * 0.8 / 49, 0.75 * 0.25 / 39]
-    assert first.accuracy_stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
+    assert first.accuracy_stderr == pytest.approx(math.sqrt(sum([0.2 * 0.8 / 49, 0.75 * 0.25 / 39])) / 2)
     assert first.accuracy_spread is first.confirmation_loss_spread is first.answer_loss_spread is None
     assert random.accuracy == pytest.approx(((15 + 20) / 2 / 50 + 30 / 40) / 2)
     assert random.accuracy_spread == pytest.approx(0.05 / math.sqrt(2))
