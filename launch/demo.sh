@@ -19,7 +19,7 @@ if [ "${1:-}" = --long ]; then
     --set search.max_trials=16 --set search.first_rung=4 --set search.confirm=3 --set search.confirm_seeds=1 \
     --set finetune.seeds=3 --set evaluate.limit=135 --set serve.to=[gguf,gguf_merged] "$@"
 fi
-echo "== 4 to 10 minutes on two free cores; after the installation it says how long it takes here$longer"
+echo "== 4 to 9 minutes on two free cores, more on a slow network; after the installation it says how long it takes here$longer"
 bash launch/setup.sh demo demo-model
 minutes=$(($(.venv/bin/python launch/demo_minutes.py) * times))
 echo "== qpruner run tune_configs/demo_smollm2_cpu.yaml ${*@Q}"

@@ -48,20 +48,25 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   "$python" -m venv --clear .venv
 fi
 # Python compiles the modules that are used at their first import; pip would compile all, in half of its time.
-pip=(env PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check)
-install=("${pip[@]}" install --quiet --no-compile)
+pip=(env PYTHONWARNINGS=ignore PIP_QUIET=0 PIP_VERBOSE=0 .venv/bin/python -m pip --disable-pip-version-check)
+by_pip() { "${pip[@]}" install --quiet --no-compile "$@"; }
+# A cache in .venv is on the same disk, so files are linked and not copied; it leaves nothing behind.
+by_uv() { UV_CACHE_DIR=.venv/uv .venv/bin/python -m uv pip install --python .venv/bin/python --quiet "$@"; }
 echo "== installing qpruner[$extras] (torch, transformers, ray and others; a few minutes the first time)"
-# Dependency groups need pip 25.1; this is also the first thing that needs the network. uv takes half of pip's time.
-"${install[@]}" --upgrade 'pip>=25.1' uv ||
-  fail "pip cannot reach a package index; check the network or proxy, then run this again"
-if settings=$("${pip[@]}" config list | .venv/bin/python launch/uv_settings.py); then
+# Dependency groups need pip 25.1; this is also the first thing that needs the network.
+by_pip --upgrade 'pip>=25.1' || fail "pip cannot reach a package index; check the network or proxy, then run this again"
+install=by_pip
+if by_pip uv && settings=$("${pip[@]}" config list | .venv/bin/python launch/uv_settings.py); then
+  # In less than half of pip's time. Exported, because a command line with a password could be seen.
   mapfile -t settings <<<"$settings"
-  install=(env "${settings[@]}" .venv/bin/python -m uv pip install --python .venv/bin/python --quiet)
+  export "${settings[@]}"
+  if by_uv --editable ".[$extras]"; then install=by_uv; else echo "== uv could not (its message is above), so pip installs"; fi
 fi
-"${install[@]}" --editable ".[$extras]" || fail "the installation failed; the message is above"
+[ $install = by_uv ] || by_pip --editable ".[$extras]" || fail "the installation failed; pip's own message is above"
 if [ -n "$group" ]; then
   echo "== installing the group $group (without dependencies)"
-  "${install[@]}" --no-deps --group "$group" || fail "the group $group could not be installed; the message is above"
+  $install --no-deps --group "$group" || fail "the group $group could not be installed; the message is above"
 fi
+rm -rf .venv/uv
 printf '%s' "$wanted" > "$marker"
 echo "== done: .venv/bin/qpruner --help"

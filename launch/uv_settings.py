@@ -23,14 +23,24 @@ SAME = {
 NO_MATTER = {"disable-pip-version-check", "no-input", "no-color", "quiet", "verbose", "progress-bar", "retries"}
 NO_MATTER |= {"no-cache-dir", "cache-dir", "require-virtualenv", "break-system-packages", "config-file"}
 
+
+def refuse(why: str) -> None:
+    """End, so that pip installs."""
+    sys.exit(f"== {why}, so pip installs")
+
+
+found = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_NATIVE_TLS": "1"}  # as pip: newest of all indexes, certificates
 lines = [line.partition("=") for line in sys.stdin.read().splitlines()]
-found = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # as pip, the newest version of all indexes
 for section in ("global.", "install.", ":env:."):  # later ones win
+    own: dict[str, str] = {}
     for name, value in ((key.removeprefix(section), value) for key, _, value in lines if key.startswith(section)):
-        if name in SAME:
-            values = str(ast.literal_eval(value)).split()
-            found[SAME[name]] = ("," if name == "find-links" else " ").join(values)
-        elif name not in NO_MATTER:
-            sys.exit(f"== uv has no setting as pip's `{name}`, so pip installs")
-given = (f"{name}={value}" for name, value in found.items() if name not in os.environ)
-print("\n".join(["PYTHONWARNINGS=ignore", *given]))  # a line at least
+        values = [os.path.expanduser(each) for each in str(ast.literal_eval(value)).split()]
+        if not values or name in NO_MATTER:
+            continue
+        if name not in SAME:
+            refuse(f"uv has no setting as pip's `{name}`")
+        text = ("," if name == "find-links" else " ").join(values)
+        if own.setdefault(SAME[name], text) != text:  # pip lists files by name, not in their order
+            refuse(f"two files set pip's `{name}`")
+    found |= own
+print("\n".join(f"{name}={value}" for name, value in found.items() if name not in os.environ) or "UV_NO_PROGRESS=1")

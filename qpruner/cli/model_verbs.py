@@ -29,6 +29,7 @@ def generate(place: str, which: str | None, prompts: Sequence[str], as_json: boo
         raise UserError("`--prompt TEXT` is missing or empty: give at least one, each with some text")
     root = Path(place).expanduser()
     names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
+    # A command that still works on the run may replace the models.
     if (root / STATE).is_file() and (warning := warning_of_driver(RunDir(root, create=False))):
         click.echo(warning, err=True)
     models = sources(place, names)

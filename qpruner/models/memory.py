@@ -35,10 +35,11 @@ def release() -> None:
 
 
 def begin_job(threads: int) -> None:
-    """Import peft, free the memory of this worker's earlier jobs, limit torch to `threads` CPU cores without a GPU."""
+    """Free the memory of this worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
     import peft  # noqa: F401 - so that what it imports is excluded from garbage collection too
 
     freeze_libraries()
+    gc.set_threshold(700)  # Python's own; while workers import it is higher (`cluster.tasks.checked`)
     release()
     limit_threads(threads)
 

@@ -74,7 +74,8 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     )
     _check_positions(config, shapes)
     check_encoding(config, rows.examples)
-    return Inspection(**vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_doubts(config, shapes))})
+    parts = vars(shapes) | vars(rows) | {"warnings": (*rows.warnings, *_doubts(config, shapes))}
+    return Inspection(**parts)
 
 
 def _check_positions(config: RunConfig, shapes: Shapes) -> None:

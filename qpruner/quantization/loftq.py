@@ -127,4 +127,4 @@ def _leading(matrix: torch.Tensor, count: int, svd: str, seed: int) -> torch.Ten
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(seed)
         left = torch.svd_lowrank(matrix, q=min(count + OVERSAMPLING, *matrix.shape), niter=2)[0]
-    return left[:, :count]
+    return left[:, :count].clone()  # without the others, as it may be kept

@@ -88,4 +88,5 @@ def commands(record: ServeRecord | None, run: str) -> list[str]:
     model, *adapter = (shlex.quote(f"{folder}/{name}") for name in names)
     lora = f" --lora {adapter[0]}" if adapter else ""
     called = re.sub(r"\W+", "-", PurePath(names[0]).stem, flags=re.ASCII).strip("-") or "model"
-    return [*first, f"llama-cli -m {model}{lora}", f"ollama create {called} -f {shlex.quote(f'{folder}/Modelfile')}"]
+    create = f"ollama create {called} -f {shlex.quote(f'{folder}/Modelfile')}"
+    return [*first, f"llama-cli -m {model}{lora}", create]

@@ -147,8 +147,9 @@ def _shared(model: PeftModel, start: Path | None) -> Path | None:
     Every process has read the other weights itself. In a network folder machines may see different latest checkpoints.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
-        model, [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name not in trained]
+        model, [name for name, _ in tensors if name not in trained]
     )
     agreed: list[str | None] = [str(start) if start else None]
     distributed.broadcast_object_list(agreed, src=0)
