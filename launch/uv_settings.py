@@ -1,7 +1,6 @@
-"""Translate the settings of pip (files and PIP_ variables) that uv does not read: print uv's variables, for `env`.
+"""Translate the settings of pip (files and PIP_ variables), which uv does not read: print uv's variables, one a line.
 
-Usage: pip config list | python launch/uv_settings.py     Exit status 1: a setting is none of those below, so pip is to
-install.
+Usage: pip config list | python launch/uv_settings.py     Exit status 1: uv cannot have these settings.
 """
 
 import ast
@@ -43,4 +42,6 @@ for section in ("global.", "install.", ":env:."):  # later ones win
         if own.setdefault(SAME[name], text) != text:  # pip lists files by name, not in their order
             refuse(f"two files set pip's `{name}`")
     found |= own
-print("\n".join(f"{name}={value}" for name, value in found.items() if name not in os.environ) or "UV_NO_PROGRESS=1")
+print(
+    "\n".join(f"{name}={value}" for name, value in found.items() if name not in os.environ) or "UV_NO_PROGRESS=1"
+)  # a line at least
