@@ -58,8 +58,7 @@ by_pip --upgrade 'pip>=25.1' || fail "pip cannot reach a package index; check th
 install=by_pip
 if by_pip uv && settings=$("${pip[@]}" config list | .venv/bin/python launch/uv_settings.py); then
   # In less than half of pip's time. Exported, because a command line with a password could be seen.
-  mapfile -t settings <<<"$settings"
-  export "${settings[@]}"
+  eval "$settings"
   if by_uv --editable ".[$extras]"; then install=by_uv; else echo "== uv could not (its message is above), so pip installs"; fi
 fi
 [ $install = by_uv ] || by_pip --editable ".[$extras]" || fail "the installation failed; pip's own message is above"

@@ -1,10 +1,11 @@
-"""Translate the settings of pip (files and PIP_ variables), which uv does not read: print uv's variables, one a line.
+"""Translate the settings of pip (files and PIP_ variables), which uv does not read: print exports of uv's variables.
 
-Usage: pip config list | python launch/uv_settings.py     Exit status 1: uv cannot have these settings.
+Usage: eval "$(pip config list | python launch/uv_settings.py)"     Exit status 1: uv cannot have these settings.
 """
 
 import ast
 import os
+import shlex
 import sys
 
 SAME = {
@@ -42,6 +43,6 @@ for section in ("global.", "install.", ":env:."):  # later ones win
         if own.setdefault(SAME[name], text) != text:  # pip lists files by name, not in their order
             refuse(f"two files set pip's `{name}`")
     found |= own
-print(
-    "\n".join(f"{name}={value}" for name, value in found.items() if name not in os.environ) or "UV_NO_PROGRESS=1"
-)  # a line at least
+for name, value in found.items():
+    if name not in os.environ:
+        print(f"export {name}={shlex.quote(value)}")

@@ -79,7 +79,7 @@ def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> N
 
 
 def test_uv_gets_the_settings_of_pip(tmp_path: Path) -> None:
-    """Of files and variables, unless uv has its own; a setting that uv lacks leaves the installation to pip."""
+    """Translate pip's files and variables, but keep uv's own; with a setting that uv lacks, pip installs."""
     (tmp_path / "pip.conf").write_text("[global]\ntimeout = 7\nfind-links = /a /b\n[install]\nno-index = true\n")
     paths = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
 
@@ -88,9 +88,9 @@ def test_uv_gets_the_settings_of_pip(tmp_path: Path) -> None:
         return subprocess.run(["bash", "-c", script], env=paths | more, capture_output=True, text=True)
 
     found = translated(**UNREACHABLE, UV_NO_INDEX="0").stdout.splitlines()
-    index = UNREACHABLE["PIP_INDEX_URL"]
-    assert {f"UV_DEFAULT_INDEX={index}", "UV_FIND_LINKS=/a,/b", "UV_HTTP_TIMEOUT=7"} <= {*found}
-    assert not any(line.startswith("UV_NO_INDEX") for line in found)
+    given = (f"DEFAULT_INDEX={UNREACHABLE['PIP_INDEX_URL']}", "FIND_LINKS=/a,/b", "HTTP_TIMEOUT=7")
+    assert {f"export UV_{each}" for each in given} <= {*found}
+    assert not any("UV_NO_INDEX" in line for line in found)
     refused = translated(PIP_PREFER_BINARY="1")
     assert (refused.returncode, refused.stdout) == (1, "") and "`prefer-binary`, so pip installs" in refused.stderr
 

@@ -44,11 +44,8 @@ def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., An
     packed = cloudpickle.dumps(function)
 
     def check_and_run(*args: Any) -> Any:
-        import gc  # pickled code must not use the imports of this module
+        from ray import cloudpickle  # pickled code must not use the imports of this module
 
-        from ray import cloudpickle
-
-        gc.set_threshold(50_000)  # at Python's 700, collections take a seventh of the time of imports
         cloudpickle.loads(check_node)()
         return cloudpickle.loads(packed)(*args)
 

@@ -39,7 +39,6 @@ def begin_job(threads: int) -> None:
     import peft  # noqa: F401 - so that what it imports is excluded from garbage collection too
 
     freeze_libraries()
-    gc.set_threshold(700)  # Python's own; while workers import it is higher (`cluster.tasks.checked`)
     release()
     limit_threads(threads)
 
