@@ -6,8 +6,8 @@
 For every budget (MB, adapters included) and set of formats the search runs as `qpruner search` does, without the trials
 of other budgets. Then the plan that it returns, the best control by the rows that choose, and the paper's plan get the
 fine-tune of `finetune` under three training seeds that no trial had, and are scored on the rows that judge. A row of
-the table is the difference of the returned plan to another, paired by row and seed, with its 95 % interval: the wider
-of Student's over seeds and the normal one over rows. Finished settings are kept in OUT.
+the table is the difference of the returned plan to another, paired by row and seed, with its 95 % interval over seeds
+and rows. Finished settings are kept in OUT.
 """
 
 import argparse
@@ -26,9 +26,8 @@ from qpruner.pipeline.comparison_rows import candidates_for
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import paper_plan
 from qpruner.pipeline.run import run
-from qpruner.plans.plan import PrecisionPlan
-from qpruner.report.finalists import rival_of
-from qpruner.runs.records import Confirmation, SearchRecord
+from qpruner.plans.plan import PrecisionPlan, plan_of
+from qpruner.runs.records import SearchRecord
 from qpruner.runs.storage import remove
 from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
 
@@ -43,17 +42,14 @@ SEEDS = (1, 2, 3)  # trials have 0
 def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
     """Name the plans to compare: what the search returned, the best control, and the paper's if it is in the budget."""
     searched = context.record(SearchRecord)
-
-    def plan(found: Confirmation) -> PrecisionPlan:
-        return PrecisionPlan.from_dict(found.plan, found.cut)
-
     controls = [each for each in searched.confirmations if each.control and each.fits]
     returned = (searched.best_origin, PrecisionPlan.from_dict(searched.best_plan, searched.best_cut))
     found = {"returned": returned}
     if searched.control_won:
         found["control"] = returned
-    elif best := rival_of(searched):
-        found["control"] = (best.origin, plan(best))
+    elif searched.rival is not None:
+        best = searched.finalist(searched.rival)
+        found["control"] = (best.origin, plan_of(best))
     paper = paper_plan(context)
     if paper and any(each.plan == paper.as_dict() and each.cut == paper.cut for each in controls):
         found["paper"] = ("paper", paper)
@@ -74,10 +70,9 @@ def tuned(context: Context, candidates: Sequence[Candidate], out: Path, processe
 
 def compared(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
     """Return ours minus theirs, and half of its 95 % interval; each has the losses of all rows under each seed."""
-    by_seed = [[one - other for one, other in zip(*both, strict=True)] for both in zip(ours, theirs, strict=True)]
-    [by_row] = measures.averaged([[each] for each in by_seed])
-    mean, stderr = measures.over_questions(by_row)
-    return mean, max(measures.Z_95 * stderr, measures.half_width([sum(each) / len(each) for each in by_seed]))
+    found = measures.interval([[measures.less(*both)] for both in zip(ours, theirs, strict=True)])
+    assert found.half_width is not None
+    return found.mean, found.half_width
 
 
 def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:

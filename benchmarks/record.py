@@ -199,8 +199,9 @@ def row_cells(name: str, of_row: list[dict[str, Any]], texts: list[str]) -> list
 
 def interval(seeds: list[list[list[float]]]) -> tuple[float, float]:
     """Return mean and half of the 95 % interval, of values by seed, task and question."""
-    mean, stderr = measures.over_tasks(measures.averaged(seeds))
-    return mean, max(measures.Z_95 * stderr, measures.half_width([measures.over_tasks(each).mean for each in seeds]))
+    found = measures.interval(seeds)
+    assert found.half_width is not None
+    return found.mean, found.half_width
 
 
 def against(of_row: list[dict[str, Any]], ours: list[dict[str, Any]], texts: list[str]) -> list[str]:

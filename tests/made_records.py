@@ -4,6 +4,7 @@ from typing import Any
 
 from qpruner.runs.records import Confirmation, CutRecord, LayerWidths, PruneRecord, SearchRecord
 from qpruner.runs.records.search import is_control
+from qpruner.search.roles import rival_of
 
 
 def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
@@ -12,16 +13,20 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     fields |= {"budget_bytes": 101_500_000, "seconds": 600.0, "search_seconds": 500.0, "gpu_seconds": 0.0}
     fields |= {"num_trials": 9, "num_finished": 6, "num_stopped": 2, "num_failed": 1, "num_reused": 0, "resumed": 0}
     fields |= {"best_index": 7, "best_origin": "gp", "best_plan": plan, "best_cut": "cut-20"}
-    fields |= {"best_control": 2, "control_won": False}
-    finalists = (made_confirmation(2, "unpruned-knapsack", 2.125), made_confirmation(7, "gp", 2.0625))
+    finalists = (made_confirmation(2, "unpruned-knapsack", 2.125), made_confirmation(7, "gp", 2.0625, plan=plan))
     ended = "all 9 trials were spent (`search.max_trials`)"
-    return SearchRecord(**fields | {"ended": ended, "confirmations": finalists} | changes)
+    fields |= {"ended": ended, "confirmations": finalists} | changes
+    winner = next(each for each in fields["confirmations"] if each.index == fields["best_index"])
+    rival = rival_of(fields["confirmations"], winner, fields["metric"] == "accuracy")
+    decided = {"rival": rival.index if rival else None, "control_won": winner.control}
+    return SearchRecord(**decided | fields)
 
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
-    """Make a finalist, which is a control if its origin is the name of one."""
+    """Make a finalist with this loss on both of two rows; it is a control if its origin is the name of one."""
     control = is_control(origin)
     fields: dict[str, Any] = {"control": control, "cut": "cut-20", "reused": False, "stderr": 0.0625}
+    fields |= {"losses": {0: (loss, loss)}}
     fields |= {"plan": {"layers.0": "nf4", "layers.1": "int8"}, "plan_bytes": 100_000_000}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
 

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import UNPRUNED, PrecisionPlan
-from qpruner.report.finalists import lost_controls, rival_of
-from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED, title_of
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
+from qpruner.report.results import BASE, BEST_SEARCHED, PRUNED, RANDOM, SEARCHED, title_of
 from qpruner.runs.events import Progress
 from qpruner.runs.records import PAPER, SearchRecord, digest_of
 from qpruner.runs.storage import for_each, published_folders, read_progress
 from qpruner.search.choice import random_plans
+from qpruner.search.roles import is_beaten
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
 
@@ -49,27 +49,27 @@ def winner_row(context: Context) -> Row:
 def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
-    Controls that lost as trials are left out: none is the best alternative. The paper's flow stays. Random plans have
-    about the winner's bytes, and its cut. The winner, the best other control and the random plans get `finetune.seeds`
-    training seeds each, the other rows get one.
+    Controls that the winner beat as trials are left out, but its rival and the paper's flow stay. If a control won, the
+    rival is the best searched plan. Random plans have about the winner's bytes, and its cut. The winner, its rival and
+    the random plans get `finetune.seeds` training seeds each, the other rows get one.
     """
     config, winner, searched = context.config, winner_row(context), context.record(SearchRecord)
     [(first, plan)] = winner.plans
     seeds = range(first, first + config.finetune.seeds)
-    rival = rival_of(searched)
+    rival = None if searched.rival is None else searched.finalist(searched.rival)
+    beaten = {(each.cut, *each.plan.items()) for each in searched.confirmations if is_beaten(each, searched)}
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
         return Row(name, origin, tuple((seed, plan) for seed in under))
 
-    def control_row(origin: str, plan: PrecisionPlan) -> Row:
-        is_best = rival is not None and (rival.cut, rival.plan) == (plan.cut, plan.as_dict())
-        return same(origin, origin, plan, seeds if is_best else seeds[:1])
-
     rows = [same(name, "unquantized", each) for name, each in _unquantized(context, plan)]
     dense = {each for row in rows for _, each in row.plans}
-    lost = [(each.cut, each.plan) for each in lost_controls(searched)]
-    tried = [each for each in controls(context) if each[1] not in dense]
-    rows += [control_row(name, each) for name, each in tried if name == PAPER or (each.cut, each.as_dict()) not in lost]
+    for name, each in controls(context):
+        is_rival = rival is not None and plan_of(rival) == each
+        if each not in dense and (is_rival or name == PAPER or (each.cut, *each.as_dict().items()) not in beaten):
+            rows.append(same(name, name, each, seeds if is_rival else seeds[:1]))
+    if rival is not None and not rival.control:
+        rows.append(same(BEST_SEARCHED, f"{rival.origin}, trial {rival.index}", plan_of(rival), seeds))
     space = context.space_of(plan.cut)
     drawn = random_plans(space, plan, config.finetune.random_plans, config.seed) if plan in space else []
     if drawn:

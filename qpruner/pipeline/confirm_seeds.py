@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,7 @@ from qpruner.data.measures import over_questions
 from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Progress
-from qpruner.runs.records import Confirmation, FinalistScore, KeptScore, TrialRecord, digest_of
+from qpruner.runs.records import Confirmation, FreshScore, KeptScore, TrialRecord, digest_of
 from qpruner.runs.storage import for_each, remove, write_json
 from qpruner.search import choice
 from qpruner.search.trial_records import objective, trial_folder
@@ -40,7 +39,7 @@ def with_further_seeds(
     able = [at for at, each in enumerate(confirmations) if each.fits]
     fitting = [confirmations[at] for at in able]
     scores, are_controls = [objective(each, config) for each in fitting], [each.control for each in fitting]
-    losses = [] if settings.by_accuracy else [each.losses for each in fitting]
+    losses = [] if settings.by_accuracy else [each.losses[config.seed] for each in fitting]
     chosen = [able[at] for at in choice.contenders(scores, are_controls, settings.confirm, losses)]
     if len(chosen) < 2 or not settings.confirm_seeds:
         return list(confirmations), 0.0
@@ -56,7 +55,7 @@ def with_further_seeds(
     found = kept_scores(stage, wanted, trains=True)
     confirmed, left = list(confirmations), iter(found)
     for at in chosen:
-        confirmed[at] = _averaged(confirmations[at], list(itertools.islice(left, len(seeds))))
+        confirmed[at] = _averaged(confirmations[at], dict(zip(seeds, itertools.islice(left, len(seeds)), strict=True)))
     return confirmed, sum(each.gpu_seconds for each in found)
 
 
@@ -71,19 +70,17 @@ def candidate_of(stage: Stage[Any], trial: TrialRecord, folder: Path, seed: int)
     return Candidate(*about, cut=trial.cut, micro_batch_size=trial.micro_batch_size)
 
 
-def _averaged(finalist: Confirmation, more: Sequence[KeptScore]) -> Confirmation:
-    """Average the scores of a finalist over its training seeds, the losses row by row."""
-    scores: list[FinalistScore] = [finalist, *more]
-    rows, seed_losses = [each.losses for each in scores], tuple(each.loss for each in scores)
-    losses = [fmean(row) for row in zip(*rows, strict=True)] if all(rows) else []  # one that diverged has none
-    update = {
-        "loss": fmean(seed_losses),
-        "stderr": over_questions(losses).stderr if losses else math.nan,
-        "losses": tuple(round(each, 5) for each in losses),
-        "seed_losses": seed_losses,
+def _averaged(finalist: Confirmation, more: Mapping[int, KeptScore]) -> Confirmation:
+    """Add the scores under further seeds to a finalist, whose own scores become means over all of its seeds."""
+    losses = finalist.losses | {seed: score.losses for seed, score in more.items()}
+    scores: list[FreshScore] = [finalist, *more.values()]
+    update: dict[str, Any] = {
+        "loss": fmean(score.loss for score in scores),
+        "stderr": over_questions([fmean(row) for row in zip(*losses.values(), strict=True)]).stderr,
+        "losses": losses,
     }
     for name in ("accuracy", "accuracy_stderr") if finalist.accuracy is not None else ():
-        update[name] = fmean(getattr(each, name) or 0.0 for each in scores)
+        update[name] = fmean(getattr(score, name) or 0.0 for score in scores)
     return finalist.model_copy(update=update)
 
 

@@ -35,6 +35,7 @@ from qpruner.runs.records import (
 )
 from qpruner.runs.storage import files_in, for_each, remove, write_json
 from qpruner.search import choice
+from qpruner.search.roles import best_of, rival_of
 from qpruner.search.rungs import agreements
 from qpruner.search.searchers import check_searcher
 from qpruner.search.trial_records import (
@@ -196,13 +197,13 @@ class Search(Stage[SearchRecord]):
         if self.given is None:
             confirmations, more_gpu_seconds = with_further_seeds(self, confirmations, by_index, job)
             gpu_seconds += more_gpu_seconds
-        fitting = [each for each in confirmations if each.fits]
-        best = best_of(fitting, job)
-        best_control = best_of([each for each in fitting if each.control], job)
+        by_accuracy = self.config.search.by_accuracy
+        best = best_of([each for each in confirmations if each.fits], by_accuracy)
         if best is None:
             raise StageError(
                 "search", "no trial that fits into the budget finished", "see the trials' reasons in the log"
             )
+        rival = rival_of(confirmations, best, by_accuracy)
         write_json(scratch / "best.json", by_index[best.index])
         statuses, all_trials = [trial.status for trial in outcome.trials], (*outcome.trials, *outcome.reused)
         scores = ((each.cut, {rung.step: objective(rung, self.config) for rung in each.rungs}) for each in all_trials)
@@ -230,8 +231,8 @@ class Search(Stage[SearchRecord]):
             "best_origin": best.origin,
             "best_plan": best.plan,
             "best_cut": best.cut,
-            "best_control": best_control.index if best_control else None,
             "control_won": best.control,
+            "rival": rival.index if rival else None,
             "resumed": resumed,
         }
 
@@ -336,7 +337,8 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
             plan=trial.plan,
             plan_bytes=trial.plan_bytes,
             fits=job.fits(trial.cut, trial.plan_bytes),
-            **score.model_dump(exclude={"digest", "gpu_seconds"}),
+            losses={context.config.seed: score.losses},
+            **score.model_dump(exclude={"digest", "gpu_seconds", "losses"}),
         )
         text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"
         text += error_text(each.stderr, 4)
@@ -346,11 +348,3 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
         stage.notify(text)
         confirmations.append(each)
     return confirmations, sum(score.gpu_seconds for score in scores)
-
-
-def best_of(confirmations: Sequence[Confirmation], job: SearchJob) -> Confirmation | None:
-    """Return the finalist with the best score, in a tie a control, which needs no search; None without finalists."""
-    scores = [objective(each, job.config) for each in confirmations]
-    num_seeds = [len(each.seed_losses) for each in confirmations]
-    position = choice.winner_position(scores, [each.control for each in confirmations], num_seeds)
-    return None if position is None else confirmations[position]

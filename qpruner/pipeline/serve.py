@@ -15,7 +15,7 @@ from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
-from qpruner.report.claim import best_control
+from qpruner.report.claim import rival_row
 from qpruner.report.results import SEARCHED
 from qpruner.report.served import commands, form_text
 from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
@@ -90,9 +90,9 @@ class Serve(Stage[ServeRecord]):
 
     @cached_property
     def _rival(self) -> tuple[Candidate, float] | None:
-        """The best control of the final table, with the winner's training seed, and its mean bits; None without any."""
+        """The winner's rival, with the winner's training seed, and its mean bits; None if it had no fine-tune."""
         results = self.context.records
-        if not (results.comparison and (name := best_control(results))):
+        if not (results.comparison and (name := rival_row(results))):
             return None
         found = next(each for each in results.comparison.candidates if each.name == name)
         plan = PrecisionPlan.from_dict(found.plan, found.cut)

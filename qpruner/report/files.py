@@ -46,14 +46,14 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     """Version of this file's format. It changes when a field is removed or changes its meaning."""
     standing: str
     """How far the run has come, in one or two sentences."""
     claim: str | None
     """How the winner compares with what users would do instead, and with random plans of equal bytes."""
     comparisons: tuple[Comparison, ...]
-    """The comparisons behind the claim: of the winner with the best control and with random plans."""
+    """The comparisons behind the claim: of the winner with its rival and with random plans."""
     table: tuple[Row, ...]
     """The final table: means over training seeds, with losses in nats per token."""
     finalists: tuple[Finalist, ...]
@@ -85,5 +85,5 @@ def summary_text(run: Snapshot) -> str:
 def summary_schema() -> str:
     """Return the JSON schema of `results.json`, which `qpruner schema --results` prints."""
     schema = Summary.model_json_schema(mode="serialization")
-    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:qpruner:results:1"}
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:qpruner:results:2"}
     return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"

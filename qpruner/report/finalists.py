@@ -3,24 +3,25 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
-from qpruner.data.measures import Z_95, paired
 from qpruner.plans.plan import EMBEDDINGS, HEAD
 from qpruner.quantization.formats import by_size
 from qpruner.report.results import SEARCHED, title_of
-from qpruner.report.search_progress import cost
-from qpruner.report.statistics import SAME, SELECTION_LOSS, Difference
+from qpruner.report.statistics import SELECTION_LOSS, Difference, verdict_of
 from qpruner.runs.records import Confirmation, SearchRecord
-from qpruner.search.choice import winner_position
+from qpruner.search.roles import compared
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A finalist, as a trial of `SearchRecord.steps` steps scored on fresh rows.
+    """A finalist, as a trial of `SearchRecord.steps` steps scored on the fresh rows that chose the winner.
 
     `name` is its origin, which `title` puts into words, `trial` its number; users would try a `control` instead of a
-    search. `fits`: whether it may win. `more_loss`: by how much `loss` (nats per token) exceeds the winner's, with half
-    of the 95 % interval paired by row, `half_width`; `verdict`: `better` or `worse` if that excludes 0.
+    search. `fits`: whether it may win. `loss` is that under the training seed of all trials, in nats per token; of a
+    finalist that was trained under further seeds too, `mean_loss` is the mean over its `num_seeds`. `difference` is
+    the winner's loss less this one's, on the seeds that both have; None for the winner itself. Its interval holds all
+    pairs of finalists together.
     """
 
     name: str
@@ -32,47 +33,20 @@ class Finalist:
     plan_bytes: int
     fits: bool
     loss: float
-    more_loss: float | None
-    half_width: float | None
-    num_rows: int
-    verdict: str | None
-
-    @property
-    def difference(self) -> Difference | None:
-        """The winner's difference from this finalist; None for the winner itself."""
-        if self.more_loss is None:
-            return None
-        verdict = {"better": "worse", "worse": "better"}.get(self.verdict or "", SAME)
-        return Difference(SELECTION_LOSS, -self.more_loss, None, self.half_width, self.num_rows or None, verdict)
+    mean_loss: float
+    num_seeds: int
+    difference: Difference | None
 
 
 def finalists(search: SearchRecord) -> list[Finalist]:
     """List the winner, then the other finalists in the budget by their loss, then those that exceed it."""
-    best = next(each for each in search.confirmations if each.index == search.best_index)
-    others = sorted(
-        (each for each in search.confirmations if each != best), key=lambda each: (not each.fits, each.loss, each.index)
-    )
-    return [_compared(each, best, search) for each in (best, *others)]
-
-
-def rival_of(search: SearchRecord) -> Confirmation | None:
-    """Return the best control in the budget but the winner, by the rule that chose the winner; None without any."""
-    controls = [each for each in search.confirmations if each.control and each.fits and each.index != search.best_index]
-    scores, num_seeds = [cost(each, search.metric) for each in controls], [len(each.seed_losses) for each in controls]
-    position = winner_position(scores, [True] * len(controls), num_seeds)
-    return None if position is None else controls[position]
-
-
-def lost_controls(search: SearchRecord) -> list[Confirmation]:
-    """List the controls in the budget that were worse as trials than the best of them, beyond the 95 % interval."""
-    best, controls = rival_of(search), [each for each in search.confirmations if each.control and each.fits]
-    return [each for each in controls if best and _compared(each, best, search).verdict == "worse"]
+    found = [_finalist(each, search) for each in search.confirmations]
+    return sorted(found, key=lambda each: (each.difference is not None, not each.fits, each.loss, each.trial))
 
 
 def rival_as_trial(search: SearchRecord) -> Finalist | None:
-    """Return the finalist that `rival_of` found."""
-    rival = rival_of(search)
-    return next((each for each in finalists(search) if rival and each.trial == rival.index), None)
+    """Return the finalist that the winner is compared with; None without one."""
+    return next((each for each in finalists(search) if each.trial == search.rival), None)
 
 
 def formats_text(plan: Mapping[str, str]) -> str:
@@ -82,25 +56,34 @@ def formats_text(plan: Mapping[str, str]) -> str:
     return ", ".join([*of_blocks, *(f"{group} {plan[group]}" for group in (EMBEDDINGS, HEAD) if group in plan)])
 
 
-def _compared(each: Confirmation, best: Confirmation, search: SearchRecord) -> Finalist:
-    is_best = each == best
-    apart = None if is_best else paired(each.losses, best.losses)
-    more = None if is_best else apart.mean if apart else each.loss - best.loss
-    half_width, verdict = Z_95 * apart.stderr if apart else None, None if is_best else SAME
-    if more is not None and half_width and abs(more) > half_width:
-        verdict = "better" if more < 0 else "worse"
+def _finalist(finalist: Confirmation, search: SearchRecord) -> Finalist:
+    is_winner = finalist.index == search.best_index
+    of_trial, *_ = finalist.losses.values()
     return Finalist(
-        name=each.origin,
-        title=title_of(SEARCHED if is_best else each.origin, search),
-        trial=each.index,
-        control=each.control,
-        cut=each.cut,
-        formats=formats_text(each.plan),
-        plan_bytes=each.plan_bytes,
-        fits=each.fits,
-        loss=each.loss,
-        more_loss=more,
-        half_width=half_width,
-        num_rows=len(each.losses),
-        verdict=verdict,
+        name=finalist.origin,
+        title=title_of(SEARCHED if is_winner else finalist.origin, search),
+        trial=finalist.index,
+        control=finalist.control,
+        cut=finalist.cut,
+        formats=formats_text(finalist.plan),
+        plan_bytes=finalist.plan_bytes,
+        fits=finalist.fits,
+        loss=fmean(of_trial),
+        mean_loss=finalist.loss,
+        num_seeds=len(finalist.losses),
+        difference=None if is_winner else _difference(finalist, search),
+    )
+
+
+def _difference(finalist: Confirmation, search: SearchRecord) -> Difference:
+    """Return the loss of the winner less that of another finalist."""
+    paired = compared(search.winner, finalist, len(search.confirmations))
+    return Difference(
+        measure=SELECTION_LOSS,
+        mean=paired.less.mean,
+        spread=None,
+        half_width=paired.less.half_width,
+        num_pairs=len(next(iter(finalist.losses.values()))),
+        seeds=paired.seeds,
+        verdict=verdict_of(SELECTION_LOSS, paired.less),
     )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name, over_tasks
 from qpruner.plans.plan import UNPRUNED, cut_title
-from qpruner.report.claim import best_control, compared
+from qpruner.report.claim import compared, rival_row
 from qpruner.report.content import Compared, Paragraph, Table
 from qpruner.report.finalists import finalists, formats_text, rival_as_trial
-from qpruner.report.results import BASE, SEARCHED, Row, control_title, rows
+from qpruner.report.results import BASE, SEARCHED, Row, rows
 from qpruner.report.served import decode_in_llama_cpp
 from qpruner.report.statistics import ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS, Difference
 from qpruner.runs.records import Results
@@ -52,16 +52,18 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
         if any(cell != "-" for cell in cells):
             body.append((f"test {metric}" if measure == metric else measure, _text(measure, value or 0.0), *cells))
     headings = ("measure", "this model", *(rival.heading for rival in rivals))
-    yield Table("This model beside the base and the best simple alternative", headings, body)
+    yield Table("This model beside the base and the plan that it has to beat", headings, body)
     yield Paragraph(_how_sure(rivals), is_note=True)
 
 
 def _rivals(results: Results) -> Iterator[_Rival]:
-    """Yield the base and the best control: after the same fine-tune if they had it, else the control as a trial."""
+    """Yield the base and the winner's rival: after the same fine-tune if they had it, else the rival as a trial."""
     assert results.search and results.prune and results.evaluate
     tuned = {"base\nsame fine-tune": BASE}
-    if control := best_control(results):
-        tuned[f"best simple alternative\n{control_title(control)}"] = control
+    rival, row = rival_as_trial(results.search), rival_row(results)
+    heading = f"best simple alternative\n{rival.title}" if rival and rival.control else "best searched plan"
+    if row not in (None, BASE):
+        tuned[heading] = row
     by_name = {row.name: row for row in rows(results)}
     for base in (row for row in results.scores if row.name == BASE and row.seed is None and BASE not in by_name):
         figures = {
@@ -71,13 +73,13 @@ def _rivals(results: Results) -> Iterator[_Rival]:
             LLAMA_CPP: decode_in_llama_cpp(results, BASE),
         }
         yield _Rival("base\nno fine-tune", figures)
-    for heading, name in tuned.items():
+    for title, name in tuned.items():
         if name in by_name:
             found = compared(results, name)
-            yield _Rival(heading, _figures(by_name[name], results), found.differences, len(found.seeds))
-    if control is None and (rival := rival_as_trial(results.search)) and rival.difference:
+            yield _Rival(title, _figures(by_name[name], results), found.differences, len(found.seeds))
+    if row is None and rival and rival.difference:
         figures = {SIZE: rival.plan_bytes / 1e6, SELECTION_LOSS: rival.loss}
-        yield _Rival(f"best simple alternative\n{rival.title}, as a trial", figures, (rival.difference,))
+        yield _Rival(f"{heading}, as a trial", figures, (rival.difference,), len(rival.difference.seeds))
 
 
 def _figures(row: Row, results: Results) -> Figures:

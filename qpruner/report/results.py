@@ -21,6 +21,8 @@ from qpruner.runs.records import (
 
 BASE, PRUNED, RANDOM, SEARCHED = "base", "pruned", "random", "searched"
 """Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
+BEST_SEARCHED = "best searched"
+"""Name of the row with the best plan that a searcher proposed, if a control won."""
 MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]  # the record of one fine-tune, and the scores of its model
 Speed = tuple[float, float, float]
@@ -79,6 +81,8 @@ def control_title(name: str) -> str:
     """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
     if name == PAPER:
         return "the paper's flow"
+    if name == BEST_SEARCHED:
+        return "best searched plan"
     cut, _, kind = name.rpartition("-")
     return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name
 

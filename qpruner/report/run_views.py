@@ -13,6 +13,7 @@ from qpruner.report.search_progress import score, score_title, search_progress
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
     Difference,
+    differences,
     differences_text,
     more_bytes,
     over_confirmation_rows,
@@ -145,7 +146,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
     if record is None:
         return facts
     chosen = trial(run, record.best_index)
-    fresh = next(each for each in record.confirmations if each.index == record.best_index)
+    fresh = record.winner
     facts |= {
         "winner": record.best_index,
         "from": record.best_origin,
@@ -214,12 +215,13 @@ def against(run: Results, other: Results) -> Against:
         return Against((), None, "one of the runs has no final table yet")
     pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
     prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
-    differences = over_questions(pairs) if pairs and run.evaluate.tested == other.evaluate.tested else []
+    measured = dict(over_questions(pairs)) if pairs and run.evaluate.tested == other.evaluate.tested else {}
     if pairs and prepared[0] == prepared[1]:
-        differences.append(over_confirmation_rows(pairs))
-    if not differences:
+        measured |= over_confirmation_rows(pairs)
+    if not measured:
         return Against((), None, "the runs share no training seed, or neither test questions nor confirmation rows")
-    return Against(seeds_of(pairs), more_bytes(pairs), None, tuple(differences))
+    *_, decisive = measured  # the loss on confirmation rows, if both have them
+    return Against(seeds_of(pairs), more_bytes(pairs), None, differences(pairs, measured, decisive))
 
 
 def against_text(found: Against) -> str:

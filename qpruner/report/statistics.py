@@ -3,14 +3,13 @@
 Models are paired by training seed, their scores by test question or by row of `data.confirmation`.
 """
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qpruner.data import measures
-from qpruner.data.measures import Answers
-from qpruner.report.results import FineTune
+from qpruner.data.measures import Answers, Interval, less
+from qpruner.report.results import RANDOM, FineTune
 from qpruner.wording import counted
 
 SAME = "not distinguishable"
@@ -18,33 +17,57 @@ ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS = "answer loss", "confirmation lo
 LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS)
 """The measures in nats, for which lower is better; all other measures are accuracies."""
 Pair = tuple[FineTune, FineTune]  # one fine-tune of each of two rows, with the same training seed
+Measured = Mapping[str, Sequence[Answers]]
+"""Measure -> for each pair of fine-tunes, for each task, how much the first exceeds the second on each question."""
 
 
 @dataclass(frozen=True)
 class Difference:
     """How much one row of the final table exceeds another in a measure: `mean` ± `half_width`, a 95 % interval.
 
-    `spread` is its standard deviation over training seeds, `num_pairs` counts questions or `data.confirmation` rows.
-    `verdict` is `better` or `worse` if the interval excludes zero, else `not distinguishable`.
+    `seeds` are the training seeds behind it; with one of them the interval holds for this seed alone. `spread` is the
+    standard deviation over seeds, `num_pairs` counts questions or `data.confirmation` rows. `verdict` is `better` or
+    `worse` if the interval excludes zero, else `not distinguishable`. Only the measure that decides has a verdict:
+    with three of them, every seventh comparison of equal models would find a difference.
     """
 
     measure: str
     mean: float
     spread: float | None
     half_width: float | None
-    num_pairs: int | None
-    verdict: str
+    num_pairs: int
+    seeds: tuple[int, ...]
+    verdict: str | None
 
     @property
     def text(self) -> str:
         """The difference, its interval and the verdict in words."""
-        unit = " nats" if self.measure in LOSSES else ""
         about = [] if self.spread is None else [f"± {self.spread:.4f} over seeds"]
-        about += [counted(self.num_pairs, self.noun)] if self.num_pairs else []
+        about.append(counted(self.num_pairs, self.noun))
         ends = "no interval"
         if self.half_width is not None:
             ends = f"95 % interval {self.mean - self.half_width:+.4f} to {self.mean + self.half_width:+.4f}"
-        return f"{self.measure} {self.mean:+.4f}{unit} ({', '.join([*about, ends])}), {self.verdict}"
+            ends += self.condition
+        verdict = f", {self.verdict}" if self.verdict else ""
+        return f"{self.measure} {self.mean:+.4f}{self.unit} ({', '.join([*about, ends])}){verdict}"
+
+    @property
+    def short_text(self) -> str:
+        """The mean and half of the interval; empty without an interval."""
+        if not self.half_width:
+            return ""
+        unit = self.unit or f" in {self.measure}"
+        return f"{self.mean:+.3f} ± {self.half_width:.3f}{unit}{self.condition}"
+
+    @property
+    def unit(self) -> str:
+        """The unit of the mean, after a space: nats; empty for accuracies."""
+        return " nats" if self.measure in LOSSES else ""
+
+    @property
+    def condition(self) -> str:
+        """What the interval is conditional on: a single training seed, if there is only one."""
+        return f" under training seed {self.seeds[0]} alone" if len(self.seeds) == 1 else ""
 
     @property
     def noun(self) -> str:
@@ -58,6 +81,13 @@ class Difference:
             return None
         better, far = -self.mean if self.measure in LOSSES else self.mean, abs(self.mean) + self.half_width
         return (better - self.half_width) / far, better / far, (better + self.half_width) / far
+
+
+def verdict_of(measure: str, found: Interval) -> str:
+    """Say whether the first model is better or worse than the second, as far as the interval allows."""
+    if not found.excludes_zero:
+        return SAME
+    return "better" if (found.mean < 0) == (measure in LOSSES) else "worse"
 
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
@@ -76,68 +106,60 @@ def more_bytes(pairs: Sequence[Pair]) -> float:
     return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
 
 
-def over_questions(pairs: Sequence[Pair]) -> list[Difference]:
-    """Return first minus second model's accuracy and, if every task has choices, answer loss, paired by question."""
+def over_questions(pairs: Sequence[Pair]) -> Measured:
+    """Return first minus second model's accuracies and, if every task has choices, answer losses, by question."""
     (_, scored), _ = pairs[0]
     accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
-    found = []
+    found = {}
     for measure, values in ((accuracy, "correct"), (ANSWER_LOSS, "answer_loss")):
         by_pair = []
         for (_, ours), (_, theirs) in pairs:
             tasks = zip(ours.scores, theirs.scores, strict=True)
             by_pair.append([(getattr(one, values), getattr(other, values)) for one, other in tasks])
         if all(one and other for tasks in by_pair for one, other in tasks):
-            less = [[_less(*both) for both in tasks] for tasks in by_pair]
-            found.append(_difference(measure, pairs, [measures.over_tasks(tasks).mean for tasks in less], less))
+            found[measure] = [[less(*both) for both in tasks] for tasks in by_pair]
     return found
 
 
-def over_confirmation_rows(pairs: Sequence[Pair]) -> Difference:
-    """Return first minus second model's confirmation loss, paired by row if the records have every row's loss."""
-    values = [ours.confirmation_loss - theirs.confirmation_loss for (ours, _), (theirs, _) in pairs]
-    both = [(ours.confirmation_losses, theirs.confirmation_losses) for (ours, _), (theirs, _) in pairs]
-    by_pair = [[_less(ours, theirs)] for ours, theirs in both] if all(all(each) for each in both) else []
-    return _difference(CONFIRMATION_LOSS, pairs, values, by_pair)
+def over_confirmation_rows(pairs: Sequence[Pair]) -> Measured:
+    """Return first minus second model's confirmation losses by row."""
+    rows = [[less(ours.confirmation_losses, theirs.confirmation_losses)] for (ours, _), (theirs, _) in pairs]
+    return {CONFIRMATION_LOSS: rows}
 
 
-def differences_text(seeds: Sequence[int], differences: Sequence[Difference]) -> str:
-    """Describe differences that are paired over these training seeds."""
-    how = "one training seed (the intervals lack the spread over seeds), paired by question and row"
-    if len(seeds) > 1:
-        how = f"{len(seeds)} training seeds, paired"
-    return f"{how}: {'; '.join(each.text for each in differences)}"
+def differences(pairs: Sequence[Pair], measured: Measured, decisive: str) -> tuple[Difference, ...]:
+    """Estimate the mean difference in every measure; the measure `decisive` gives the verdict.
 
-
-def _less(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [one - other for one, other in zip(ours, theirs, strict=True)]
-
-
-def _difference(measure: str, pairs: Sequence[Pair], values: Sequence[float], by_pair: Sequence[Answers]) -> Difference:
-    by_seed = _means(values, [theirs.seed for _, (theirs, _) in pairs])
-    by_plan = _means(values, [tuple(theirs.plan.values()) for _, (theirs, _) in pairs])
-    by_row = measures.averaged(by_pair)
-    mean, half_width = statistics.fmean(values), _half_width(by_seed, by_plan, by_row)
-    verdict = SAME
-    # Equal values of all seeds or plans do not prove that the spread is zero.
-    if half_width and abs(mean) > half_width:
-        verdict = "better" if (mean < 0) == (measure in LOSSES) else "worse"
-    spread = statistics.stdev(by_seed) if len(by_seed) > 1 else None
-    return Difference(measure, mean, spread, half_width, sum(map(len, by_row)) or None, verdict)
-
-
-def _half_width(by_seed: Sequence[float], by_plan: Sequence[float], by_row: Answers) -> float | None:
-    """Return half of a difference's 95 % interval from its means by seed, plan and data row; None if these are too few.
-
-    Against several random plans, use the prediction interval for one more random plan: the spread of their means over
-    seeds includes the effects of plan, seeds and questions. Against one plan, use the wider of Student's interval over
-    seeds and the normal one over questions or rows. Without several seeds it is too narrow, and too often excludes 0.
+    Against several random plans, the interval is that of one more random plan: the spread of their means over seeds
+    includes the effects of plan, seeds and questions.
     """
-    if len(by_plan) > 1:
-        return measures.half_width(by_plan, of_next=True)
-    widths = [measures.half_width(by_seed)] if len(by_seed) > 1 else []
-    if by_row and not math.isnan(stderr := measures.over_tasks(by_row).stderr):
-        widths.append(measures.Z_95 * stderr)
-    return max(widths, default=None)
+    seeds = seeds_of(pairs)
+    found = []
+    for measure, by_pair in measured.items():
+        means = [measures.over_tasks(tasks).mean for tasks in by_pair]
+        by_seed = _means(means, [theirs.seed for _, (theirs, _) in pairs])
+        if pairs[0][1][0].name == RANDOM:
+            by_plan = _means(means, [tuple(theirs.plan.values()) for _, (theirs, _) in pairs])
+            interval = measures.prediction_interval(by_plan)
+        else:
+            interval = measures.interval(by_pair)
+        found.append(
+            Difference(
+                measure=measure,
+                mean=interval.mean,
+                spread=statistics.stdev(by_seed) if len(by_seed) > 1 else None,
+                half_width=interval.half_width,
+                num_pairs=sum(map(len, by_pair[0])),
+                seeds=seeds,
+                verdict=verdict_of(measure, interval) if measure == decisive else None,
+            )
+        )
+    return tuple(found)
+
+
+def differences_text(seeds: Sequence[int], found: Sequence[Difference]) -> str:
+    """Describe differences that are paired over these training seeds."""
+    return f"{counted(len(seeds), 'training seed')}, paired: {'; '.join(each.text for each in found)}"
 
 
 def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:

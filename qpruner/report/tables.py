@@ -33,6 +33,7 @@ TERMS = {
     "..., uniform": "a cut, or the base model (not pruned), with every group in the format that fits best.",
     "..., knapsack": "the same with the best plan by a sensitivity.",
     "the paper's flow": "what the flow of the QPruner paper gives at the same bytes.",
+    "best searched plan": "the best plan of the searcher, if a control won.",
     RANDOM: f"plans drawn at random, within {SAME_BYTES:.0%} of the winner's bytes.",
     SEARCHED: "the plan that was best on fresh rows: `winner (...)` if it is a control, `given plan` if you gave it.",
     "seeds": "how many training seeds, and which; none is the trials'. Of several: means ± standard deviation.",
@@ -42,8 +43,9 @@ TERMS = {
     "selection loss": "in nats per token, on the fresh rows that chose the winner: half of the confirmation rows.",
     "confirmation loss": "in nats per token, on the other half of the confirmation rows, by which nothing was chosen.",
     "perplexity": "the exponential of the mean loss per token on `evaluate.text`.",
-    "interval": "at 95 %; against one plan the wider of Student's over seeds and the paired one over questions or rows "
-    "(of one seed this alone), against random plans that of one more. One of several may exclude zero by chance.",
+    "interval": "at 95 %, from the effects of questions or rows and of training seeds; with one seed it holds for this "
+    "seed alone. Against random plans it is that of one more random plan. What the search minimized decides whether "
+    "the winner is better or worse; other measures have no verdict, as one of several may exclude zero by chance.",
 }
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
@@ -210,7 +212,7 @@ def fresh_scores(search: SearchRecord) -> Table:
             each.formats,
             _megabytes(each.plan_bytes) + _why_not(each, search),
             Compared(f"{each.loss:.4f}", difference=each.difference),
-            f"{len(score.seed_losses) or '-'}",
+            "-" if each.num_seeds == 1 else f"{each.mean_loss:.4f} ({each.num_seeds} seeds)",
             "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}",
         )
         for each, score in ((each, scores[each.trial]) for each in finalists(search))
@@ -218,10 +220,11 @@ def fresh_scores(search: SearchRecord) -> Table:
     of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
     caption = (
         f"The winner, every control (what one would do instead) and the best trials: all as trials{of_steps}, on the "
-        "fresh rows that chose the winner; beside a loss the winner's difference from it"
+        "fresh rows that chose the winner; beside a loss the winner's difference from it, on the training seeds that "
+        "both have, with intervals that hold all pairs of finalists together"
     )
     accuracy = f"selection {measures.accuracy_name(search.metrics)}"
-    headings = ("row", "trial", "cut", "formats", "bytes", "selection loss", "seeds", accuracy)
+    headings = ("row", "trial", "cut", "formats", "bytes", "selection loss", "mean over seeds", accuracy)
     return Table(caption, headings, body).without_empty_columns()
 
 

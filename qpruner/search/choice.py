@@ -119,9 +119,9 @@ def contenders(
     """
     ranked = sorted(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at))
     chosen = {*ranked[:confirm], *[at for at in ranked if are_controls[at]][:1]}
-    for at in sorted(chosen - {*ranked[:1]}) if losses else ():
-        more = measures.paired(losses[at], losses[ranked[0]])
-        chosen -= {at} if more and more.mean > measures.Z_95 * more.stderr else set()
+    if losses:
+        lowest = losses[ranked[0]]
+        chosen = {at for at in chosen if not measures.interval([[measures.less(losses[at], lowest)]]).excludes_zero}
     return sorted(chosen)
 
 

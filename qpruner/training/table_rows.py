@@ -216,7 +216,9 @@ def confirm_seed(job: CandidateJob) -> FinalistScore:
     except TrainingDiverged:
         _remove_staging(candidate)
         worst = math.log(len(tokenizer)) + DIVERGED_BY
-        return FinalistScore(loss=worst, stderr=math.nan, accuracy=0.0 if config.search.by_accuracy else None)
+        losses = (worst,) * len(load_confirmation(job.data, "choose"))
+        accuracy = 0.0 if config.search.by_accuracy else None
+        return FinalistScore(loss=worst, losses=losses, stderr=math.nan, accuracy=accuracy)
     _remove_staging(candidate)
     cast_adapters(model)
     return _fresh_score(job, model)

@@ -299,11 +299,11 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     [found] = facts["differences"]
     accuracy, answers, confirmation = found["differences"]
     assert (found["run"], found["other"], found["seeds"]) == (str(runs[1]), str(runs[0]), [0, 1, 2])
-    assert (accuracy["measure"], accuracy["verdict"], accuracy["num_pairs"]) == ("acc", "better", 600)
+    assert (accuracy["measure"], accuracy["verdict"], accuracy["num_pairs"]) == ("acc", None, 600)
     assert 0 < accuracy["mean"] - accuracy["half_width"] < accuracy["mean"] + accuracy["half_width"] < 1
     before = facts["runs"][0]["test_answer_loss"]
     assert facts["runs"][0]["test_metric"] == "acc"
-    assert (answers["mean"], answers["verdict"]) == (pytest.approx(0.5 - before, rel=0.01), "better")
+    assert answers["mean"] == pytest.approx(0.5 - before, rel=0.01) and answers["mean"] < -answers["half_width"]
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = printed("compare", *runs)
     assert "second minus first: +0.00% bytes, 3 training seeds, paired: acc +0." in text

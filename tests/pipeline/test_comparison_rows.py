@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import with_keys
+from made_records import made_confirmation, made_search
 from searched_runs import a_winner, folders, progress_of, rows_of, searched_record, with_records, with_winner
 
 from qpruner.config.load import validate_config
@@ -29,7 +30,7 @@ from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import scores_digest
 from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event
-from qpruner.runs.records import GIVEN, SensitivityRecord
+from qpruner.runs.records import GIVEN, SearchRecord, SensitivityRecord
 from qpruner.search.choice import seed_plan
 
 CONTROLS = ("unpruned-uniform", "cut-20-uniform", "cut-20-knapsack", "paper")  # of the base one plan fits
@@ -52,8 +53,9 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     context = changed("finetune.seeds", 2)
     best, plan = controls(context)[2]
     searched = searched_record(a_winner(context), {"unpruned-uniform": 2.1, best: 2.0})
-    rival = searched.confirmations[1].model_copy(update={"plan": plan.as_dict(), "cut": plan.cut})
-    searched = searched.model_copy(update={"confirmations": (searched.confirmations[0], rival)})
+    uniform, rival, winner = searched.confirmations
+    rival = rival.model_copy(update={"plan": plan.as_dict(), "cut": plan.cut})
+    searched = searched.model_copy(update={"confirmations": (uniform, rival, winner)})
     found = {row.name: row for row in table_rows(with_records(context, search=searched))}
     assert sum(len(row.plans) for row in found.values()) <= 1 + num_compared(context.config), "as `check` counts"
     seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
@@ -61,17 +63,45 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     assert {name for name, each in seeds.items() if each == {1}} == {"base", "pruned", *CONTROLS} - {best}
 
 
-def test_controls_that_lost_as_trials_get_no_fine_tune(context: Context) -> None:
-    """A control within noise of the best one stays, and so does the paper's flow, however bad."""
-    losses = {"unpruned-uniform": 2.0, "cut-20-knapsack": 2.01, "cut-20-uniform": 2.5, "paper": 3.0}
-    plans, noise = dict(controls(context)), (0.1, -0.2, 0.1, 0.0)
-    searched, found = searched_record(a_winner(context), losses), []
-    for position, each in enumerate(searched.confirmations):
-        plan, rows = plans[each.origin], [each.loss + noise[(row + position) % 4] for row in range(16)]
-        found.append(each.model_copy(update={"plan": plan.as_dict(), "cut": plan.cut, "losses": tuple(rows)}))
-    searched = searched.model_copy(update={"confirmations": tuple(found)})
+def test_controls_that_the_winner_beat_get_no_fine_tune(context: Context) -> None:
+    """A control within noise of the winner stays, and so do its rival and the paper's flow, however bad."""
+    losses = {"unpruned-uniform": 2.4, "cut-20-knapsack": 1.91, "cut-20-uniform": 2.5, "paper": 3.0}
+    searched = with_rows(context, searched_record(a_winner(context), losses))
     names = {row.name for row in table_rows(with_records(context, search=searched))}
-    assert names.intersection(CONTROLS) == {*CONTROLS} - {"cut-20-uniform"}
+    assert names.intersection(CONTROLS) == {"cut-20-knapsack", "paper"}
+    far = with_rows(context, searched_record(a_winner(context), {name: loss + 1 for name, loss in losses.items()}))
+    assert far.rival == 1, "the best control"
+    names = {row.name for row in table_rows(with_records(context, search=far))}
+    assert names.intersection(CONTROLS) == {"cut-20-knapsack", "paper"}
+
+
+def with_rows(context: Context, searched: SearchRecord) -> SearchRecord:
+    """Give the finalists of a search losses that vary by row, and the controls their plans."""
+    plans, noise = dict(controls(context)), (0.1, -0.2, 0.1, 0.0)
+    found = []
+    for position, each in enumerate(searched.confirmations):
+        rows = tuple(each.loss + noise[(row + position) % 4] for row in range(16))
+        update: dict[str, Any] = {"losses": {0: rows}}
+        if each.control:
+            update |= {"plan": plans[each.origin].as_dict(), "cut": plans[each.origin].cut}
+        found.append(each.model_copy(update=update))
+    return searched.model_copy(update={"confirmations": tuple(found)})
+
+
+def test_if_a_control_won_the_best_searched_plan_is_its_rival(changed: Callable[[str, Any], Context]) -> None:
+    context = changed("finetune.seeds", 2)
+    won, plan = dict(controls(context))["cut-20-knapsack"], a_winner(context)
+    fresh = (
+        made_confirmation(3, "gp", 2.0, cut=plan.cut, plan=plan.as_dict()),
+        made_confirmation(7, "cut-20-knapsack", 1.9, cut=won.cut, plan=won.as_dict()),
+    )
+    about = {"best_origin": "cut-20-knapsack", "best_cut": won.cut, "confirmations": fresh}
+    searched = made_search(won.as_dict(), digest="0" * 16, **about)
+    rows = {row.name: row for row in table_rows(with_records(context, search=searched))}
+    assert rows["best searched"].plans == ((1, plan), (2, plan)) and rows["best searched"].origin == "gp, trial 3"
+    given = with_records(context, search=searched)
+    added = len(distinct(jobs_of(given, rows.values()))) - 1
+    assert added <= num_compared(context.config), "as `check` counts"
 
 
 def test_seeds_that_chose_the_winner_do_not_judge_it(changed: Callable[[str, Any], Context]) -> None:

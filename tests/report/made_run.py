@@ -98,6 +98,7 @@ def candidate(
     mean_bits = sum(format_of(each).bits for each in plan.values()) / len(plan)
     sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes, "mean_bits": mean_bits}
     losses = {"train_loss": 1.9, "confirmation_loss": confirmation_loss}
+    losses |= {"confirmation_losses": (confirmation_loss,) * 2}
     costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
     origin = (dict.fromkeys((BASE, PRUNED), "unquantized") | ORIGINS).get(name, name)
     return CandidateRecord(
@@ -121,11 +122,15 @@ def answers(num_questions: int, num_correct: int) -> list[float]:
 def results_of(
     scored: Sequence[Scored], untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (), **changes: Any
 ) -> Results:
-    """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record."""
+    """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record.
+
+    The winner's rival is the row `RIVAL`, if there is one.
+    """
     trials = {"num_trials": 16, "num_finished": 7, "num_stopped": 8, "num_reused": 5, "failures": {"diverged": 1}}
     told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
-    control = made_confirmation(2, RIVAL, 2.125, reused=True)
-    best = made_confirmation(11, "gp", 2.0625, stderr=0.03125)
+    plans = {record.name: {"plan": record.plan, "cut": record.cut} for record, _ in scored}
+    control = made_confirmation(2, RIVAL, 2.125, reused=True, **plans.get(RIVAL, {}))
+    best = made_confirmation(11, "gp", 2.0625, stderr=0.03125, **plans[SEARCHED])
     search = STAGE | trials | told | {"confirmations": (control, best), "best_index": 11} | changes
     rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
     rows += [RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored]
@@ -286,7 +291,7 @@ class MadeRun:
         """Make a trial the winner, and the only one scored on fresh rows."""
         fresh = (made_finalist(best, 3.0),)
         chosen = {"best_index": best.index, "best_plan": best.plan, "best_origin": best.origin}
-        self.change("search", **chosen, confirmations=fresh, **changes)
+        self.change("search", **chosen, confirmations=fresh, rival=None, **changes)
 
     def _make_trials(self, count: int) -> list[TrialRecord]:
         ends, trials = [STARTED] * 8, []
@@ -336,9 +341,11 @@ class MadeRun:
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
         found = [made_finalist(each, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)]
+        losses = [each.loss for each in found if each.control]
+        found[1] = made_finalist(self.trials[1], min(losses) - 0.01)  # the best control
         search = {f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")}
         search |= {"num_trials": len(statuses), "ended": f"all {len(statuses)} trials were spent (`search.max_trials`)"}
-        search |= {"trials_digest": TRIALS, "budget_bytes": BUDGET, "search_seconds": 1800.0, "best_control": 1}
+        search |= {"trials_digest": TRIALS, "budget_bytes": BUDGET, "search_seconds": 1800.0}
         search |= {"best_index": best.index, "best_origin": best.origin}
         search |= {"confirmations": tuple(found)}
         untuned = [(name, self._scores(name)) for name in UNTUNED]
@@ -360,7 +367,9 @@ class MadeRun:
         found: list[Scored] = []
         for name in (*LEVELS, RIVAL, RANDOM, SEARCHED):
             plan = dict.fromkeys(self.groups, LEVELS[name]) if name in LEVELS else best
-            if name in (RIVAL, RANDOM):
+            if name == RIVAL:
+                plan = self.trials[1].plan
+            elif name == RANDOM:
                 plan = dict(zip(best, self._random.permutation(list(best.values())).tolist(), strict=True))
             for seed in range(1 if name in LEVELS else 3):
                 loss = 3.9 + self._random.normal(0, 0.02) + {"nf4": 0.3, "int8": 0.1}.get(LEVELS.get(name, ""), 0.0)
@@ -434,7 +443,7 @@ def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, *
         write_trial(run.trials / TRIALS, record)
     stage = StageState(state="running", started=STARTED, done=5, total=8, text="8 trials")
     if is_over:
-        best, ended = records[2], {"num_trials": 6, "num_finished": 3, "num_stopped": 1, "best_control": 1}
+        best, ended = records[2], {"num_trials": 6, "num_finished": 3, "num_stopped": 1}
         chosen = {"best_index": 2, "trials_digest": TRIALS, "budget_bytes": 32 * MEGABYTE}
         fresh = (made_finalist(best, best.rungs[-1].loss + 0.05),)
         run.write_record("search", made_search(best.plan, confirmations=fresh, **ended, **chosen))

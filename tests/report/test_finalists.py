@@ -1,5 +1,6 @@
 """The report shows first what a user would do instead of a search, and never hides that it is better."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,14 +8,15 @@ import numpy as np
 import pytest
 from made_records import made_confirmation, made_search
 from made_run import PLAN, RIVAL, Scored, results_of, row_of, searched_row, snapshot
+from scipy import stats
 
 from qpruner.report import tables
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim, comparisons, headline
-from qpruner.report.content import Paragraph, Table, report_md
+from qpruner.report.content import Compared, Paragraph, Table, report_md
 from qpruner.report.finalists import finalists, formats_text
 from qpruner.report.overview import overview
-from qpruner.report.results import control_title, rows
+from qpruner.report.results import BEST_SEARCHED, control_title, rows
 from qpruner.report.sections import sections
 from qpruner.runs.records import Confirmation, Results, RungAgreement
 
@@ -24,17 +26,24 @@ UNPRUNED = {"cut": "base", "plan": NF4}
 
 
 def finalist(index: int, origin: str, losses: Sequence[float], size: int = 100_000_000, **changes: Any) -> Confirmation:
-    own = {"losses": tuple(losses), "plan": PLAN, "plan_bytes": size, "fits": size <= BUDGET}
+    """Return a finalist with these losses on the fresh rows under the trials' seed."""
+    own = {"losses": {0: tuple(losses)}, "plan": PLAN, "plan_bytes": size, "fits": size <= BUDGET}
     return made_confirmation(index, origin, float(np.mean(losses)), **own | changes)
 
 
-WINNER = np.array([2.0, 4.0, 3.0, 7.0])
-GAIN = np.array([0.3, 0.2, 0.3, 0.4])
+def half_width(differences: Sequence[float], num_finalists: int) -> float:
+    """Return half of the interval of a mean over rows, which holds every pair of the finalists together."""
+    pairs, count = num_finalists * (num_finalists - 1) / 2, len(differences)
+    return float(stats.t.ppf(1 - 0.025 / pairs, count - 1) * np.std(differences, ddof=1) / math.sqrt(count))
+
+
+WINNER = np.array([2.0, 4.0, 3.0, 7.0] * 4)
+GAIN = np.array([0.3, 0.2, 0.3, 0.4] * 4)
 UNIFORM = finalist(2, "unpruned-uniform", WINNER + 2 * GAIN, 80_000_000, **UNPRUNED)
 KNAPSACK = finalist(3, RIVAL, WINNER + GAIN, 101_000_000, **UNPRUNED)
 OVER = finalist(4, "unpruned-uniform", WINNER - GAIN, 120_000_000, **UNPRUNED)
 SECOND = finalist(9, "gp", WINNER + 0.5 * GAIN, 90_000_000)
-PAPER = finalist(5, "paper", WINNER + np.array([1.0, -1.0, 1.0, -1.1]), 99_000_000)
+PAPER = finalist(5, "paper", WINNER + np.array([1.0, -0.9, 1.0, -1.0] * 4), 99_000_000)
 
 
 def searched(*controls: Confirmation, **changes: Any) -> Results:
@@ -47,11 +56,11 @@ def test_the_winner_stands_beside_every_finalist() -> None:
     """Those in the budget come first, each with its difference from the winner, paired by row."""
     found = tables.fresh_scores(searched(UNIFORM, KNAPSACK, OVER, PAPER, SECOND).search)  # type: ignore[arg-type]
     assert found.caption.startswith("The winner, every control (what one would do instead) and the best trials: all as")
-    width = 1.96 * GAIN.std(ddof=1) / 2
-    ends = f"95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f}"
+    width = half_width(GAIN, 6)
+    ends = f"95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f} under training seed 0 alone"
     assert [getattr(cell, "in_words", cell) for cell in found.rows[3]] == [
         *("not pruned, knapsack", "3", "not pruned", "nf4", "101.0 MB"),
-        f"4.3000 (selection loss -0.3000 nats (4 rows, {ends}), better)",
+        f"4.3000 (selection loss -0.3000 nats (16 rows, {ends}), better)",
     ]
     told = [(row[0], *row[3:5], getattr(row[-1].difference, "verdict", "-")) for row in found.rows]  # type: ignore[union-attr]
     assert told[:3] == [
@@ -66,14 +75,16 @@ def test_the_winner_stands_beside_every_finalist() -> None:
 
 
 def test_scored_accuracies_and_seeds_have_columns() -> None:
-    measured = {"accuracy": 0.5, "accuracy_stderr": 0.1, "seed_losses": (4.0, 4.25, 4.2)}
+    losses = {seed: tuple(WINNER + 0.5 * GAIN + shift) for seed, shift in ((0, 0.0), (1001, 0.2), (1002, 0.1))}
+    measured = {"accuracy": 0.5, "accuracy_stderr": 0.1, "losses": losses, "loss": SECOND.loss + 0.1}
     scored = Confirmation(**SECOND.model_dump() | measured | {"reused": True})
     found = tables.fresh_scores(searched(scored).search)  # type: ignore[arg-type]
     told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
     assert told[1]["row"] == "gp, reused"
-    loss, seeds = told[1]["selection loss"], told[1]["seeds"]
-    assert f"{loss}".startswith(f"{scored.loss:.4f}  [") and seeds == "3", "the loss is their mean"
+    loss, mean = told[1]["selection loss"], told[1]["mean over seeds"]
+    assert f"{loss}".startswith(f"{SECOND.loss:.4f}  ["), "the loss is that under the seed of all trials"
+    assert mean == f"{SECOND.loss + 0.1:.4f} (3 seeds)" and told[0]["mean over seeds"] == "-"
 
 
 def test_rungs_say_how_they_order_trials_within_and_between_cuts() -> None:
@@ -91,50 +102,85 @@ def test_controls_are_named_by_their_cut() -> None:
 
 
 def as_a_trial(results: Results) -> str:
-    """Return what the claim says of the best control as a trial, and check that the headline agrees."""
+    """Return what the claim says of the rival as a trial, and check that the headline agrees."""
     lead, _, *items = claim(results).splitlines()
     [item] = items or [""]
     verdict = item.rpartition(", ")[2].removesuffix(".")
-    shown = {"better": "better in 1 of 1 measures than", "not distinguishable": "not distinguishable from"}
-    alternative = f"{shown[verdict]} the best simple alternative" if item else "compared with no simple alternative"
+    shown = {"better": "better than", "not distinguishable": "not distinguishable from"}
+    alternative = "compared with no other plan"
+    if item:
+        alternative = f"{shown[verdict]} the best simple alternative, both as trials on the rows that chose the winner"
     assert lead.partition(" (")[0].rstrip(".") == f"3.0 times smaller than the base; {alternative}"
     return item
 
 
-def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
-    fresh = (SECOND, KNAPSACK, finalist(11, RIVAL, WINNER, **UNPRUNED))
-    said = headline(results_of(searched_row([1.0]), confirmations=fresh, best_origin=RIVAL, control_won=True))
-    assert said.endswith(
-        f": {control_title(RIVAL)} (-0.150 ± {0.49 * GAIN.std(ddof=1):.3f} nats from the best of them)"
-    )
-
-
-def test_without_its_fine_tune_the_best_control_is_compared_as_a_trial() -> None:
-    width = 1.96 * GAIN.std(ddof=1) / 2
-    ends = f"4 rows, 95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f}"
+def test_without_its_fine_tune_the_rival_is_compared_as_a_trial() -> None:
+    width = half_width(GAIN, 4)
+    ends = f"16 rows, 95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f} under training seed 0 alone"
     assert as_a_trial(searched(UNIFORM, KNAPSACK, OVER)) == (
-        f"- Against not pruned, knapsack, as trials on fresh rows: selection loss -0.3000 nats ({ends}), better."
+        "- Against not pruned, knapsack, as trials on the rows that chose the winner: selection loss -0.3000 nats "
+        f"({ends}), better."
     )
     assert as_a_trial(searched(PAPER)).endswith(", not distinguishable.")
     assert as_a_trial(searched(OVER)) == as_a_trial(searched()) == "", "one that may not win is no alternative"
 
 
+def trained_again(found: Confirmation, shift: float = 0.2) -> Confirmation:
+    """Return a finalist that was trained under a further seed, which shifts its losses."""
+    [of_trial] = found.losses.values()
+    losses = {0: of_trial, 1001: tuple(each + shift for each in of_trial)}
+    return found.model_copy(update={"losses": losses, "loss": found.loss + shift / 2})
+
+
+def test_a_further_seed_of_the_winner_turns_no_verdict() -> None:
+    """Seeds shift all losses together; a control that had the trials' seed alone is compared under that seed."""
+    beaten = finalist(3, RIVAL, WINNER + 0.2 * GAIN, 101_000_000, **UNPRUNED)
+    tied = trained_again(finalist(9, "gp", WINNER + 0.001)), trained_again(finalist(11, "gp", WINNER))
+    results = results_of(searched_row([1.0]), confirmations=(beaten, *tied), steps=8)
+    assert results.search and beaten.loss < results.search.winner.loss, "means over different seeds mislead"
+    assert as_a_trial(results).endswith(" under training seed 0 alone), better.")
+    shown = {each.trial: each.difference for each in finalists(results.search)}
+    assert shown[9] and shown[9].seeds == (0, 1001) and shown[3] and shown[3].seeds == (0,)
+    [row] = [row for row in tables.fresh_scores(results.search).rows if row[1] == "3"]
+    assert isinstance(row[-2], Compared) and row[-2].figure == f"{beaten.loss:.4f}"
+
+
 def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
     """Its one score may be luck, as those of the others were; the winner too is chosen among means over seeds."""
-    means = {"seed_losses": (4.0, 4.1)}
-    lucky, again = OVER.model_copy(update={"fits": True}), KNAPSACK.model_copy(update=means)
-    results = results_of(searched_row([1.0]), confirmations=(lucky, again, finalist(11, "gp", WINNER, **means)))
+    lucky = OVER.model_copy(update={"fits": True})
+    again, winner = trained_again(KNAPSACK), trained_again(finalist(11, "gp", WINNER))
+    results = results_of(searched_row([1.0]), confirmations=(lucky, again, winner))
     assert as_a_trial(results).startswith("- Against not pruned, knapsack, ")
-    rows = [*row_of(RIVAL, [1.2, 1.3], plan=NF4), *tuned("paper", 1.0, 80_000_000), *searched_row([1.5, 1.6])]
-    assert [each.other for each in comparisons(results_of(rows))] == [RIVAL], "nor one fine-tuned under fewer seeds"
 
 
-def test_a_control_that_won_is_compared_with_the_next() -> None:
+def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
+    """Rows that chose nothing judge them, if both had a fine-tune, and otherwise the headline says which rows did."""
+    fresh = (
+        SECOND.model_copy(update={"plan": PLAN, "cut": "cut-20"}),
+        UNIFORM,
+        finalist(11, RIVAL, WINNER, **UNPRUNED),
+    )
+    won = {"confirmations": fresh, "best_origin": RIVAL}
+    alone = searched_row([1.0], plan=NF4)
+    width = half_width(0.5 * GAIN, 3)
+    lead = "3.0 times smaller than the base. A plan that needs no search won: not pruned, knapsack; "
+    assert headline(results_of(alone, **won)) == (
+        f"{lead}better than the best searched plan, both as trials on the rows that chose the "
+        f"winner (-0.150 ± {width:.3f} nats under training seed 0 alone)"
+    )
+    both = results_of([*row_of(BEST_SEARCHED, [0.9], plan=PLAN), *alone], **won)
+    assert headline(both) == f"{lead}not distinguishable from the best searched plan"
+    assert "\n- Against the best searched plan (best searched, " in claim(both)
+    assert [row.title for row in rows(both)] == ["best searched plan", "winner (not pruned, knapsack)"]
+
+
+def test_a_control_that_won_without_a_search_is_compared_with_the_next() -> None:
     """Its row is then the winner's, and says what it is."""
-    won = {"best_index": 3, "best_origin": "unpruned-knapsack", "control_won": True, "best_cut": "base"}
-    results = searched(UNIFORM, KNAPSACK.model_copy(update={"loss": 3.0, "losses": ()}), best_plan=NF4, **won)
-    assert "this simple one: not pruned, knapsack.\n" in claim(results)
-    assert "- Against not pruned, uniform, as trials on fresh rows: " in claim(results)
+    won = {"best_index": 3, "best_origin": "unpruned-knapsack", "best_cut": "base", "best_plan": NF4}
+    fresh = (UNIFORM, KNAPSACK.model_copy(update={"loss": 3.0}))
+    results = results_of(searched_row([1.0]), confirmations=fresh, steps=8, **won)
+    assert "A plan that needs no search won: not pruned, knapsack; " in claim(results)
+    assert "- Against not pruned, uniform, as trials on the rows that chose the winner: " in claim(results)
     assert results.search and finalists(results.search)[0].title == "winner (not pruned, knapsack)"
     assert rows(results)[0].title == "winner (not pruned, knapsack)"
     about, table, _ = overview(results)
@@ -152,26 +198,27 @@ def tuned(name: str, confirmation: float, size: int, cut: str = "base") -> list[
     ]
 
 
-def test_full_fine_tunes_are_first_compared_with_the_best_control() -> None:
-    """The loss that judges the winner chooses which, the hardest to beat; one that may not win is not compared."""
-    rivals = [
-        *tuned("unpruned-uniform", 0.9, 120_000_000),
+def test_full_fine_tunes_are_compared_with_the_rival_that_the_search_chose() -> None:
+    """The rows that judge the winner do not choose its rival: the luckiest of several equal ones would seem better."""
+    others = [
+        *tuned("unpruned-uniform", 0.9, 80_000_000, "cut-10"),
         *tuned(RIVAL, 1.0, 90_000_000),
         *tuned("paper", 1.2, 80_000_000, "cut-20"),
     ]
-    results = results_of([*rivals, *searched_row([1.5])], confirmations=(finalist(11, "gp", WINNER),))
+    paper = PAPER.model_copy(update={"plan": NF4})
+    results = results_of([*others, *searched_row([1.5])], confirmations=(KNAPSACK, paper, finalist(11, "gp", WINNER)))
+    [found] = comparisons(results)
+    assert found.other == "paper", "as trials the paper's flow was better than the knapsack"
+    limited = KNAPSACK.model_copy(update={"fits": False})
+    results = results_of([*others, *searched_row([1.5])], confirmations=(limited, paper, finalist(11, "gp", WINNER)))
+    assert tables.fresh_scores(results.search).rows[2][4] == "101.0 MB, computes more than the budget"  # type: ignore[arg-type]
+    results = results_of([*others, *searched_row([1.5])], confirmations=(KNAPSACK, finalist(11, "gp", WINNER)))
     [found] = comparisons(results)
     assert found.other == RIVAL and found.more_bytes == pytest.approx(-0.1), "fewer bytes are no excuse"
-    confirmed = {"confirmations": (finalist(11, "gp", WINNER), KNAPSACK.model_copy(update={"fits": False}))}
-    limited = results_of([*rivals, *searched_row([1.5])], **confirmed)
-    assert [each.other for each in comparisons(limited)] == ["paper"]
-    assert tables.fresh_scores(limited.search).rows[1][4] == "101.0 MB, computes more than the budget"  # type: ignore[arg-type]
     lead, item = claim(results).splitlines()
     assert lead.endswith("; not distinguishable from the best simple alternative.")
     rival = "the best control in the budget (not pruned, knapsack)"
-    assert item.startswith(f"- Against {rival} (unpruned-knapsack, -10.00% bytes), one training seed")
-    own = [*tuned(RIVAL, 1.5, 100_000_000, "cut-20"), *searched_row([1.5], plan=NF4)]
-    assert comparisons(results_of(own)) == [], "the winner is no rival of itself"
+    assert item.startswith(f"- Against {rival} (unpruned-knapsack, -10.00% bytes), 1 training seed, paired: ")
 
 
 def test_the_comparison_stands_in_every_output() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import away, disk_of, flipped, with_keys
 from made_records import made_confirmation
@@ -25,13 +26,14 @@ from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
-from qpruner.pipeline.confirm_seeds import FINALISTS
+from qpruner.pipeline.confirm_seeds import FINALISTS, further_seeds
 from qpruner.pipeline.run import run
-from qpruner.pipeline.search import best_of, choose_finalists
+from qpruner.pipeline.search import choose_finalists
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, TrialChanged
 from qpruner.runs.records import RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
+from qpruner.search.roles import best_of
 from qpruner.search.searchers import Proposer, RandomProposer
 from qpruner.search.trial_records import (
     begin_session,
@@ -460,7 +462,7 @@ def test_a_search_by_accuracy_takes_the_most_accurate(tmp_path: Path) -> None:
         made_confirmation(at, "random", 3.0 - 0.1 * at).model_copy(update={"accuracy": 0.9 - 0.1 * at})
         for at in range(2)
     ]
-    best = best_of(fresh, job)
+    best = best_of(fresh, by_accuracy=True)
     assert best and best.index == 0
 
 
@@ -481,10 +483,10 @@ def test_a_search_without_a_finished_trial_says_why(tmp_path: Path) -> None:
         choose_finalists(trials, job_of(tmp_path))
 
 
-def test_a_control_that_no_searched_plan_beats_is_returned(tmp_path: Path) -> None:
+def test_a_control_that_no_searched_plan_beats_is_returned() -> None:
     for searched, winner in ((2.9, 4), (3.0, 5), (3.1, 5)):
         confirmed = [made_confirmation(4, "gp", searched), made_confirmation(5, "unpruned-knapsack", 3.0)]
-        best = best_of(confirmed, job_of(tmp_path))
+        best = best_of(confirmed, by_accuracy=False)
         assert best is not None and best.index == winner
 
 
@@ -505,10 +507,12 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[st
         return found, [each.text for each in events if isinstance(each, Message) and "training seed" in each.text]
 
     first, said = searched()
-    again = {each.index: each for each in first.confirmations if each.seed_losses}
+    again = {each.index: each for each in first.confirmations if len(each.losses) > 1}
     assert 2 <= len(again) <= 4 and len(said) == 2 * len(again)
     for each in again.values():
-        assert len(set(each.seed_losses)) == 3 and each.loss == pytest.approx(sum(each.seed_losses) / 3)
+        assert list(each.losses) == [config.seed, *further_seeds(config)]
+        assert each.loss == pytest.approx(np.mean(list(each.losses.values())), abs=1e-4)
+    assert first.rival is not None and first.rival != first.best_index
     assert again[first.best_index].loss == min(each.loss for each in again.values())
     run_folder = Path(config.output)
     (run_folder / "records" / "search.json").unlink()

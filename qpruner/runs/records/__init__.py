@@ -148,7 +148,7 @@ class CandidateRecord(Record):
     train_loss: float
     confirmation_loss: float
     """Nats per token on the half of the `data.confirmation` rows that did not select the winner."""
-    confirmation_losses: tuple[float, ...] = ()
+    confirmation_losses: tuple[float, ...]
     """Loss of each row behind `confirmation_loss`, to compare two models row by row."""
     peak_memory_bytes: int
     memory_counter: str

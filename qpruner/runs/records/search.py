@@ -173,7 +173,7 @@ class FreshScore(Recorded):
 class FinalistScore(FreshScore):
     """A `FreshScore` with the loss of each fresh row, to compare two finalists row by row."""
 
-    losses: tuple[float, ...] = ()
+    losses: tuple[float, ...]
     """Loss of each fresh row, in nats per token."""
 
 
@@ -185,7 +185,7 @@ class KeptScore(FinalistScore):
     gpu_seconds: float
 
 
-class Confirmation(FinalistScore):
+class Confirmation(FreshScore):
     """A finalist (one of the best trials, or a control) with its score on fresh rows."""
 
     index: int
@@ -199,10 +199,12 @@ class Confirmation(FinalistScore):
     plan_bytes: int
     fits: bool = True
     """Whether the plan is within the budget; a control may exceed it, and is then no winner."""
-    seed_losses: tuple[float, ...] = ()
-    """Loss under each training seed, the trial's own first, if it was trained under several (`search.confirm_seeds`).
+    losses: dict[int, tuple[float, ...]]
+    """Training seed -> loss of each fresh row, in nats per token: the trial's own seed first, then the further seeds of
+    `search.confirm_seeds`, under which finalists are trained that cannot be told apart.
 
-    The scores are then means over these seeds, and the winner is one of the finalists that have them."""
+    The scores are means over these seeds, and the winner is one of the finalists that have most of them. Two finalists
+    are compared on the seeds that both have."""
 
 
 class RungAgreement(Recorded):
@@ -250,14 +252,23 @@ class SearchRecord(Record):
     best_origin: str
     best_cut: str = "base"
     best_plan: dict[str, str]
-    best_control: int | None
-    """Index of the best control on fresh rows; None if no control finished."""
     control_won: bool
-    """Whether the best control is the winner, because no plan of the searcher beat it on fresh rows."""
+    """Whether the winner is a control, because no plan of the searcher beat it on fresh rows."""
+    rival: int | None
+    """Index of the finalist that the winner is compared with (see `search.roles.rival_of`); None if it is alone."""
     resumed: int
     """Number of trials that an earlier, interrupted command had recorded."""
     sessions: int = 1
     """Number of sessions (see `SearchClock`) until the search ended."""
+
+    @property
+    def winner(self) -> Confirmation:
+        """The winner, as a trial on fresh rows."""
+        return self.finalist(self.best_index)
+
+    def finalist(self, index: int) -> Confirmation:
+        """Return the finalist with the number of its trial."""
+        return next(each for each in self.confirmations if each.index == index)
 
     @property
     def total_seconds(self) -> float:

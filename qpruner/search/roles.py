@@ -1,0 +1,53 @@
+"""Decides which finalist the winner of a search is compared with, and compares finalists on fresh rows.
+
+Finalists are trials of equally many steps. Some are trained again under further seeds (`search.confirm_seeds`), and
+another seed moves the losses of all plans together, so two finalists are compared on the seeds that both have.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from qpruner.data.measures import Interval, interval, less
+from qpruner.runs.records import Confirmation, SearchRecord
+from qpruner.search.choice import winner_position
+
+
+class Paired(NamedTuple):
+    """The mean loss of one finalist less that of another on the same rows, and the training seeds behind it."""
+
+    seeds: tuple[int, ...]
+    less: Interval
+
+
+def best_of(finalists: Sequence[Confirmation], by_accuracy: bool) -> Confirmation | None:
+    """Return the finalist with the best score, see `choice.winner_position`; None without finalists."""
+    scores = [-(each.accuracy or 0.0) if by_accuracy else each.loss for each in finalists]
+    position = winner_position(scores, [each.control for each in finalists], [len(each.losses) for each in finalists])
+    return None if position is None else finalists[position]
+
+
+def rival_of(finalists: Sequence[Confirmation], winner: Confirmation, by_accuracy: bool) -> Confirmation | None:
+    """Return the finalist that the winner has to be compared with; None if no other may win.
+
+    It is the best control if a searched plan won, and the best searched plan if a control won. If a control won and no
+    searched plan is left, it is the best other control.
+    """
+    others = [each for each in finalists if each.fits and each.index != winner.index]
+    searched = [each for each in others if not each.control] if winner.control else []
+    return best_of(searched or [each for each in others if each.control], by_accuracy)
+
+
+def compared(ours: Confirmation, theirs: Confirmation, num_finalists: int) -> Paired:
+    """Compare the losses of two finalists, paired by training seed and row.
+
+    Every two of the finalists may be compared, so their intervals hold all pairs together.
+    """
+    seeds = tuple(seed for seed in ours.losses if seed in theirs.losses)
+    by_seed = [[less(ours.losses[seed], theirs.losses[seed])] for seed in seeds]
+    return Paired(seeds, interval(by_seed, num_finalists * (num_finalists - 1) // 2))
+
+
+def is_beaten(finalist: Confirmation, search: SearchRecord) -> bool:
+    """Return True if a finalist was worse than the winner, beyond the interval of their difference."""
+    more = compared(finalist, search.winner, len(search.confirmations)).less
+    return more.mean > 0 and more.excludes_zero
