@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from qpruner.models.memory import limit_threads, release
 from qpruner.runs.events import Emit, Event
@@ -60,21 +59,29 @@ class ClusterExecutor:
         """Run the work on a node and return its result; run it again in a new process if the process dies."""
         from qpruner.cluster.tasks import run_tasks
 
-        stream: Callable[[int], Any] = partial(_stream, work)
-        jobs, held, check = [int(self._resources.get("cpu", 1.0))], self._gpu_time.add, self._check_node
+        jobs = [Streamed(work, int(self._resources.get("cpu", 1.0)))]
+        held, check = self._gpu_time.add, self._check_node
         result: Result
-        ((_, result),) = run_tasks(stream, jobs, self._resources, 1, True, check, on_held=held, on_event=emit)
+        ((_, result),) = run_tasks(run_streamed, jobs, self._resources, 1, True, check, on_held=held, on_event=emit)
         return result
 
 
 ModelExecutor = LocalExecutor | ClusterExecutor  # runs work on one model, and passes on its events and errors unchanged
 
 
-def _stream(work: Work[Result], torch_threads: int) -> Generator[Event, None, Result]:
-    """Run the work in another thread; yield each event at once, and return the result."""
+@dataclass(frozen=True)
+class Streamed(Generic[Result]):
+    """Work for `run_streamed`, and the threads of torch that it may use if there is no GPU."""
+
+    work: Work[Result]
+    torch_threads: int
+
+
+def run_streamed(job: Streamed[Result]) -> Any:
+    """Run work in another thread, as a job for `run_tasks`; yield each event at once, and return the result."""
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-    with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(torch_threads,)) as thread:
-        outcome = thread.submit(work, events.put)
+    with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(job.torch_threads,)) as thread:
+        outcome = thread.submit(job.work, events.put)
         outcome.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:
             yield event

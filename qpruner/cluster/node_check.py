@@ -139,6 +139,14 @@ def own_name() -> str:
     return f"{ray.util.get_node_ip_address()} ({platform.node()}, {ray.get_runtime_context().get_node_id()[:8]})"
 
 
+def own_device() -> str:
+    """Return the name of the GPU that Ray gave this process, with that of the node, or that of the node alone."""
+    import ray
+
+    gpus = ",".join(str(each) for each in ray.get_gpu_ids())
+    return f"GPU {gpus} of {own_name()}" if gpus else own_name()
+
+
 def versions() -> dict[str, str]:
     """Return the versions that must be equal on all nodes, without suffixes for a device as in `2.13.0+cpu`."""
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "qpruner's code": _code()}

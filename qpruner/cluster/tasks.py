@@ -4,6 +4,7 @@ import logging
 import math
 import socket
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -33,6 +34,8 @@ DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, 
 """Errors that mean that a worker died; the task of a process group ends with the RayActorError of a dead process."""
 MAX_DEATHS = 3  # deaths of workers in a row, on machines that stay and without progress, that fail a job
 QUIET_SECONDS = 20.0  # tell the user after so long that no worker has started
+PROCESS = "QPRUNER_PROCESS"
+"""Environment variable with an id of its own for each process that serves one job."""
 ANSWER_SECONDS = 2.0  # a machine that accepts no connection within this time counts as gone
 
 
@@ -66,20 +69,21 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
 
-    `resources` are for one job. Errors of `function` are raised here with their own type. With `own_process` each job
-    has a new process, in which its memory can be measured. `check_node` (see `packed_check`) raises on an unusable
-    node. `on_tick` is called each second, `on_held` with the GPU seconds of each finished job. `progress` returns what
-    a job has saved: after a change its deaths count from 0 again. With `on_event` the function is a generator.
+    `resources` are for one job. Errors of `function` are raised here with their own type. Each job with a GPU, and with
+    `own_process` each other job too, has a new process, in which its memory can be measured. `check_node` (see
+    `packed_check`) raises on an unusable node. `on_tick` is called each second, `on_held` with the GPU seconds of each
+    finished job. `progress` returns what a job has saved: after a change its deaths count from 0 again. With `on_event`
+    the function is a generator.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
     emit, work = on_event or (lambda event: None), partial(_timed, function, on_event is not None)
-    task, deaths = _located_task(getattr(function, "__name__", "task"), resources, own_process), DeathCounter(progress)
+    start, deaths = _starter(getattr(function, "__name__", "task"), resources, own_process), DeathCounter(progress)
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     quiet_until = time.monotonic() + QUIET_SECONDS
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position = waiting.popleft()
-            running[task.remote(cloudpickle.dumps(checked(check_node, partial(work, jobs[position]))))] = position
+            running[start(cloudpickle.dumps(checked(check_node, partial(work, jobs[position]))))] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         if not done and not nodes and time.monotonic() > quiet_until:
@@ -109,14 +113,23 @@ def run_tasks(
 
 
 def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iterator[Any]:
-    """Yield the events of a generator, then the function's result and its seconds."""
+    """Yield the events of a generator, then the function's result and its seconds; free the memory of the job."""
+    from qpruner.models.memory import release
+
     started, found = time.monotonic(), function(job)
     result = (yield from found) if is_generator else found
+    found = None
+    release()  # an idle process would keep it until its next job
     yield result, time.monotonic() - started
 
 
-def _located_task(name: str, resources: Mapping[str, float], own_process: bool) -> Any:
-    """Make the Ray task that yields the id of its node, then what the pickled work yields."""
+def _starter(name: str, resources: Mapping[str, float], own_process: bool) -> Callable[[bytes], Any]:
+    """Return a function that starts a Ray task, which yields the id of its node, then what the pickled work yields.
+
+    A process keeps the first GPU that it has used, whatever Ray writes into CUDA_VISIBLE_DEVICES later, so that a
+    process with a GPU serves one job. Ray (2.60) may run even that job in a process that has served tasks without a
+    GPU; an environment of its own gives it a new one.
+    """
 
     def located(work: bytes) -> Iterator[Any]:  # pickled by value, as it is nested: it runs before the node is checked
         from ray import cloudpickle
@@ -124,8 +137,17 @@ def _located_task(name: str, resources: Mapping[str, float], own_process: bool) 
         yield ray.get_runtime_context().get_node_id()
         yield from cloudpickle.loads(work)()
 
-    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": resources.get("gpu", 0.0), "num_returns": "streaming"}
-    return ray.remote(max_calls=1 if own_process else 0, max_retries=0, **options)(located).options(name=name)
+    gpus = resources.get("gpu", 0.0)
+    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": gpus, "num_returns": "streaming", "max_retries": 0}
+    if not (gpus or own_process):
+        return ray.remote(max_calls=0, **options)(located).options(name=name).remote  # type: ignore[no-any-return]
+    task = ray.remote(max_calls=1, **options)(located)
+
+    def start(work: bytes) -> Any:
+        environment = {"env_vars": {PROCESS: uuid.uuid4().hex}}
+        return task.options(name=name, runtime_env=environment).remote(work)
+
+    return start
 
 
 class DeathCounter:

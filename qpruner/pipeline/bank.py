@@ -6,23 +6,23 @@ It also gathers the Gram matrices by which GPTQ rounds. All other entries are ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpruner.cluster.executor import Streamed, run_streamed
 from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.models.memory import limit_threads
 from qpruner.pipeline.preflight import Inspection, left_out_text
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage, disk_bytes_in
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout
 from qpruner.quantization.formats import PAPER, format_of
 from qpruner.report.results import MUTUAL_INFORMATION
-from qpruner.runs.events import Emit, Progress
+from qpruner.runs.events import Emit, Event, GroupPacked, Progress
 from qpruner.runs.records import BankRecord
 from qpruner.runs.storage import fetch, files_in, for_each, remove
 
@@ -107,34 +107,47 @@ class Bank(Stage[BankRecord]):
         }
 
     def _fill(self) -> Made:
-        """Make the wanted entries that the bank lacks, on several workers if that saves time; return all wanted."""
+        """Make the wanted entries that the bank lacks, and return all wanted."""
         bank, wanted = self._bank, [(group, level) for group, levels in self._wanted.items() for level in levels]
         found = for_each(lambda key: bank.entry(*key), wanted)
         entries: Made = {key: entry for key, entry in zip(wanted, found, strict=True) if entry}
         missing = {
             group: tuple(each for each in of if (group, each) not in entries) for group, of in self._wanted.items()
         }
-        if jobs := [FillJob(bank, group, levels) for group, levels in missing.items() if levels]:
+        missing = {group: levels for group, levels in missing.items() if levels}
+        if missing:
             self.notify(f"{len(wanted) - len(entries)} entries to make")
-        for done, (job, made) in enumerate(self._filled(jobs), 1):
-            entries |= {(job.group, level): entry for level, entry in zip(job.levels, made, strict=True)}
-            self.context.emit(Progress(self.name, done, len(jobs), job.group))
+            entries |= self._make(missing)
         return {key: entries[key] for key in wanted}
 
-    def _filled(self, jobs: list[FillJob]) -> Iterator[tuple[FillJob, list[EntryRecord]]]:
-        """Run the jobs, on several workers if that saves time; yield each finished job with its entries' records."""
+    def _make(self, missing: Wanted) -> Made:
+        """Make the missing entries, on several workers if that saves time."""
         from qpruner.quantization.bank import FEW_WEIGHTS
 
-        context = self.context
-        is_small = sum(group.num_weights for group in self._layout.groups) < FEW_WEIGHTS and not context.address
-        resources, concurrent = ({}, 1) if is_small else context.task_resources(len(jobs))
-        if concurrent <= 1 and not context.address:  # on a cluster every work of the executor has a new process
-            for job in jobs:
-                yield job, context.executor.run(partial(fill, job), context.emit)
-            return
-        jobs = [replace(job, threads=int(resources.get("cpu", 1))) for job in jobs]
-        for position, made in context.run_tasks(fill, jobs, resources, concurrent, on_held=context.gpu_time.add):
-            yield jobs[position], made
+        context, done = self.context, 0
+
+        def emit(event: Event) -> None:
+            nonlocal done
+            if isinstance(event, GroupPacked):
+                done += 1
+                event = Progress(self.name, done, len(missing), event.group)
+            context.emit(event)
+
+        sizes = {group.name: group.num_weights for group in self._layout.groups}
+        is_small = sum(sizes.values()) < FEW_WEIGHTS and not context.address
+        resources, concurrent = ({}, 1) if is_small else context.task_resources(len(missing))
+        if concurrent <= 1:
+            return context.executor.run(partial(fill, FillJob(self._bank, missing)), emit)
+        # Each worker gets as many large groups as the others: a process with a GPU serves one job.
+        by_size = sorted(missing, key=sizes.__getitem__, reverse=True)
+        shares = [{group: missing[group] for group in by_size[first::concurrent]} for first in range(concurrent)]
+        threads = int(resources.get("cpu", 1))
+        jobs = [Streamed(partial(fill, FillJob(self._bank, share)), threads) for share in shares]
+        made: Made = {}
+        ran = context.run_tasks(run_streamed, jobs, resources, concurrent, on_held=context.gpu_time.add, on_event=emit)
+        for _, entries in ran:
+            made |= entries
+        return made
 
     def summary(self, record: BankRecord) -> str:
         means = {level: sum(of.values()) / len(of) for level, of in record.error.items() if of}
@@ -177,21 +190,26 @@ def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
 
 @dataclass(frozen=True)
 class FillJob:
-    """A group to pack in each of `levels`, in this process or on a worker."""
+    """Groups to pack, each in the formats that it lacks, in one process."""
 
     bank: BankSource
-    group: str
-    levels: tuple[str, ...]
-    threads: int | None = None
+    missing: Wanted
 
 
-def fill(job: FillJob, *_: Emit) -> list[EntryRecord]:
-    """Make the entries of a job, and return their records; an executor's events are not needed."""
+def fill(job: FillJob, emit: Emit) -> Made:
+    """Make the entries of a job, except those that a worker made before it died, and return their records."""
     from qpruner.quantization.bank import make_entries
 
-    if job.threads:
-        limit_threads(job.threads)
-    return [entry for entry, _ in make_entries(job.bank, job.group, job.levels)]
+    made: Made = {}
+    for group, levels in job.missing.items():
+        found = {level: job.bank.entry(group, level) for level in levels}
+        left = [level for level, entry in found.items() if entry is None]
+        made |= {(group, level): entry for level, entry in found.items() if entry}
+        if left:
+            entries = [entry for entry, _ in make_entries(job.bank, group, left)]
+            made |= {(group, level): entry for level, entry in zip(left, entries, strict=True)}
+        emit(GroupPacked(group))
+    return made
 
 
 def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -> None:

@@ -263,8 +263,9 @@ class Context:
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
         """Return a worker's resources (without GPUs tasks share the cores), and how many of `num_tasks` run at once."""
         resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
-        limit = max(self.config.search.max_concurrent or num_tasks * num_workers, num_workers)
-        room = max(slots.fits(resources), min(slots.at_most(resources), limit))
+        room = slots.at_most(resources)
+        if limit := self.config.search.max_concurrent:
+            room = min(room, limit)
         # While every machine is away, the tasks run one after the other.
         concurrent = min(max(room // num_workers, 1), num_tasks)
         if concurrent and not resources.get("gpu"):

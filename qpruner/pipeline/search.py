@@ -233,6 +233,7 @@ class Search(Stage[SearchRecord]):
             "best_cut": best.cut,
             "control_won": best.control,
             "rival": rival.index if rival else None,
+            "lost_controls": lost_controls(job, all_trials, outcome.ended),
             "resumed": resumed,
         }
 
@@ -348,3 +349,14 @@ def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob)
         stage.notify(text)
         confirmations.append(each)
     return confirmations, sum(score.gpu_seconds for score in scores)
+
+
+def lost_controls(job: SearchJob, trials: Sequence[TrialRecord], ended: str) -> dict[str, str]:
+    """Return the controls in the budget without a finished trial, and the reasons; `ended` is why the search ended."""
+    by_plan = {plan_of(trial): trial for trial in trials}
+    lost = {}
+    for origin, plan in job.controls:
+        trial = by_plan.get(plan)
+        if job.fits(plan.cut, job.layouts[plan.cut].plan_bytes(plan)) and not (trial and trial.status == "finished"):
+            lost[origin] = (trial and trial.reason) or f"not tried, because {ended}"
+    return lost

@@ -18,7 +18,8 @@ from qpruner.report.statistics import (
     paired,
     seeds_of,
 )
-from qpruner.runs.records import Results
+from qpruner.runs.records import Results, SearchRecord
+from qpruner.wording import counted
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,20 @@ def headline(results: Results) -> str:
         smaller = f"{smaller}. A plan that needs no search won: {control_title(search.best_origin)}"
     rival, row = rival_as_trial(search), rival_row(results)
     if rival is None or rival.difference is None:
-        return f"{smaller}; compared with no other plan"
+        return f"{smaller}; compared with no other plan{_lost(search)}"
     found = compared(results, row).differences if row else (rival.difference,)
     decisive = next(each for each in found if each.verdict)
     than = f"{decisive.verdict} {'from' if decisive.verdict == SAME else 'than'}"
     which = "the best simple alternative" if rival.control else "the best searched plan"
     where = "" if row else ", both as trials on the rows that chose the winner"
     by = f" ({decisive.short_text})" if decisive.short_text else ""
-    return f"{smaller}; {than} {which}{where}{by}"
+    return f"{smaller}; {than} {which}{where}{by}{_lost(search)}"
+
+
+def _lost(search: SearchRecord) -> str:
+    """Name the controls that were not measured: one of them may be better than the winner."""
+    lost = ", ".join(f"({control_title(name)})" for name in search.lost_controls)
+    return f"; {counted(len(search.lost_controls), 'simple alternative')} without a result {lost}" if lost else ""
 
 
 def claim(results: Results) -> str:
@@ -103,6 +110,8 @@ def claim(results: Results) -> str:
             items.append(
                 f"Against {rival.title}, as trials on the rows that chose the winner: {rival.difference.text}."
             )
+    for name, reason in results.search.lost_controls.items():
+        items.append(f"Without a result: {control_title(name)}, {reason}.")
     return "\n- ".join([f"{headline(results)}.", *items])
 
 

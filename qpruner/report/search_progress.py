@@ -1,5 +1,6 @@
 """Computes the progress of a search from its trials' records: counts, best scores and the time left."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -103,10 +104,17 @@ def search_lines(search: SearchState, now: SearchProgress, is_running: bool = Tr
     left += " once it goes on" if left and not is_running else ""
     now_busy = f"; {busy}" if busy else ""
     yield f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {counts}{now_busy}{left}", None
+    yield from ((line, None) for line in failing_devices(now.trials))
     for best in filter(None, (now.best, now.best_control)):
         name = "given plan" if best.is_given else "best control" if best.is_control else "best so far"
         reached = f"{score_title(search)} {score(best.rungs[-1], search.metric):.4f}, trial {best.index}"
         yield f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, {best.plan_bytes / 1e6:.1f} MB", best
+
+
+def failing_devices(trials: Iterable[TrialRecord]) -> list[str]:
+    """Name each device on which trials failed that then scored on another one, and count them."""
+    failed = Counter(device for trial in trials if trial.rungs for device in {*trial.failed_on} - {trial.device})
+    return [f"{counted(count, 'trial')} failed on {device} and ran elsewhere" for device, count in failed.items()]
 
 
 def best_so_far(over: Iterable[TrialRecord], metric: str) -> list[float | None]:

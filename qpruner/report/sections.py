@@ -14,7 +14,7 @@ from qpruner.report.finalists import finalists
 from qpruner.report.overview import overview
 from qpruner.report.plots.plans import kept_by_block, plan_bars
 from qpruner.report.plots.search import score_by_bytes
-from qpruner.report.search_progress import search_lines, search_progress
+from qpruner.report.search_progress import failing_devices, search_lines, search_progress
 from qpruner.report.served import served
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
@@ -82,7 +82,7 @@ def _in_base(run: Snapshot, cut: str, groups: Sequence[str]) -> tuple[str, ...]:
 
 def _search(run: Snapshot) -> Iterator[Part]:
     if search := run.results.search:
-        yield Paragraph(search_text(search))
+        yield Paragraph(" ".join([search_text(search), *(f"{line}." for line in failing_devices(run.own_trials))]))
         if not run.is_complete:  # else the claim has it
             yield tables.fresh_scores(search)
         if search.rungs:

@@ -89,6 +89,13 @@ class TrialChanged(Event):
 
 
 @dataclass(frozen=True)
+class GroupPacked(Event):
+    """All missing entries of a group are in the bank."""
+
+    group: str
+
+
+@dataclass(frozen=True)
 class StepsSeen(Event):
     """The latest step that each running trial reported, by trial index."""
 

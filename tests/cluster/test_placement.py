@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_searches import job_of
+from made_searches import CONTROLS, LAYOUT, job_of, plan_of
 from raylets import Raylets, raylets
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, search
+from qpruner.cluster.tune.devices import MAX_FAILURES
 from qpruner.cluster.tune.driver import MAX_ERRORS
+from qpruner.cluster.tune.worker import check_free_memory
 from qpruner.errors import StageError
-from qpruner.runs.events import Event, SlotsFound, TrialChanged
-from qpruner.runs.records import RungResult
+from qpruner.report.search_progress import failing_devices
+from qpruner.runs.events import Event, Message, SlotsFound, TrialChanged
+from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.trial_records import (
     Progress,
     Report,
@@ -34,6 +37,7 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 
+Fault = Callable[[], Callable[[TrialJob], None]]
 GPUS = (2, 1)
 """The GPUs of two nodes; a third node, the head, has no GPU and no core."""
 NUM_TRIALS = 8
@@ -134,30 +138,141 @@ def test_ctrl_c_starts_no_waiting_trial(slots: Slots, tmp_path: Path) -> None:
     assert sorted(found) == [("finished", True)] * 3 + [("running", False)] * 3
 
 
-@pytest.mark.slow
-def test_trials_that_failed_on_a_broken_gpu_are_retried(
-    joined: tuple[Raylets, Cluster], slots: Slots, tmp_path: Path
-) -> None:
-    """Trials on the other node wait until `MAX_ERRORS` trials have failed."""
-    broken, intact_trial = joined[0].nodes[1].node_id, recording_trial(tmp_path, 0)
-    wait = waiting(tmp_path, "failed-*", MAX_ERRORS)
+def on_device(folder: Path, fault: Callable[[TrialJob], None], only: str | None = None, seconds: float = 0.0) -> Trial:
+    """Make a trial that causes a fault on the GPU `only`, or on every one, and otherwise records where it runs."""
+    intact = recording_trial(folder, 0)
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
-        import ray
+        device = os.environ["CUDA_VISIBLE_DEVICES"]
+        (folder / f"tried-{device}-{time.monotonic_ns()}").touch()
+        if only in (None, device):
+            fault(job)
+        time.sleep(seconds)
+        intact(job, start, report, progress)
 
-        if ray.get_runtime_context().get_node_id() == broken and not (tmp_path / "mended").exists():
-            (tmp_path / f"failed-{time.monotonic_ns()}").touch()
+    return trial
+
+
+def out_of_memory() -> Callable[[TrialJob], None]:
+    """Make a fault: allocating more than a process may have, as on a small GPU, or on one that others use."""
+
+    def fault(job: TrialJob) -> None:
+        import resource
+
+        import torch
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, before[1]))
+        try:
+            torch.zeros(2**30)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    return fault
+
+
+def breakdown(mended: Path | None = None) -> Callable[[TrialJob], None]:
+    """Make a fault: the error of a GPU with a defect, until the file `mended` is there."""
+
+    def fault(job: TrialJob) -> None:
+        if not (mended and mended.exists()):
             raise RuntimeError("CUDA error: unspecified launch failure")
-        wait()
-        intact_trial(job, start, report, progress)
 
-    job = replace(search_of(tmp_path, slots), trial=trial)
-    with pytest.raises(StageError, match=rf"3 trials in a row failed on 127\.0\.0\.1 \(.*, {broken[:8]}\)") as caught:
-        search(job, lambda: 3, lambda event: None)
+    return fault
+
+
+def searched(job: SearchJob, room: int = 2) -> tuple[list[TrialRecord], list[str]]:
+    """Run a search; return its trials and the messages."""
+    events: list[Event] = []
+    outcome = search(job, lambda: room, events.append)
+    return outcome.trials, [event.text for event in events if isinstance(event, Message)]
+
+
+def on_gpus(folder: Path, trial: Trial, **settings: Any) -> SearchJob:
+    """Make a search of two controls and five random plans on a machine with two GPUs; no other has as many cores."""
+    job = job_of(folder, **{"searcher": "random", "first_rung": 4, "max_trials": 7} | settings)
+    return replace(job, trial=trial, resources={"cpu": 2.0, "gpu": 1.0})
+
+
+@pytest.fixture(scope="module")
+def two_gpus(joined: tuple[Raylets, Cluster]) -> Iterator[None]:
+    """Only the machine with two GPUs, which has four cores, can run a trial that takes two cores."""
+    joined[0].cluster.remove_node(joined[0].nodes.pop())
+    yield
+    joined[0].add(num_cpus=4, num_gpus=GPUS[1])
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path) -> None:
+    """With one of two slots too small, most trials were lost, controls too, and the command ended with a winner."""
+    trials, said = searched(on_gpus(tmp_path, on_device(tmp_path, out_of_memory(), "1"), max_trials=4))
+    assert [trial.status for trial in trials] == ["finished"] * 4, [trial.reason for trial in trials]
+    [moved] = [trial for trial in trials if trial.failed_on]
+    [device] = moved.failed_on
+    assert device.startswith("GPU 1 of 127.0.0.1") and (moved.device or "").startswith("GPU 0 of ")
+    assert moved.micro_batch_size is None, "the other GPU may hold the whole batch"
+    assert failing_devices(trials) == [f"1 trial failed on {device} and ran elsewhere"]
+    assert any(f"failed on {device} (out of memory: " in text for text in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [out_of_memory, breakdown])
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(kind: Fault, tmp_path: Path) -> None:
+    """Trials are longer than a worker takes to start, or the worker of the other GPU would take them all."""
+    trial = on_device(tmp_path, kind(), "1", seconds=10.0)
+    trials, said = searched(on_gpus(tmp_path, trial))
+    assert [trial.status for trial in trials] == ["finished"] * 7, [trial.reason for trial in trials]
+    moved = [trial for trial in trials if trial.failed_on]
+    assert len(moved) == MAX_FAILURES
+    [named] = [text for text in said if text.startswith("warning")]
+    assert "2 trials failed on GPU 1 of 127.0.0.1" in named and "gets no more trials" in named
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_gpus")
+def test_a_plan_too_large_for_every_gpu_is_the_only_one_lost(tmp_path: Path) -> None:
+    too_large, run_out = CONTROLS[1][1].as_dict(), out_of_memory()
+
+    def fault(job: TrialJob) -> None:
+        if dict(job.plan) == too_large:
+            run_out(job)
+
+    trials, said = searched(on_gpus(tmp_path, on_device(tmp_path, fault)))
+    [lost] = [trial for trial in trials if trial.status != "finished"]
+    assert (lost.index, lost.failure, len(lost.failed_on)) == (1, "infeasible", 1)
+    assert lost.device not in lost.failed_on, "tried on both"
+    assert not [text for text in said if text.startswith("warning")] and failing_devices(trials) == []
+    assert {trial.device for trial in trials if trial.index > 1} == {lost.device, *lost.failed_on}, "both go on"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_gpus")
+def test_with_one_device_the_plan_is_blamed_at_once(tmp_path: Path) -> None:
+    """The two GPUs of a trial are one device."""
+    job = on_gpus(tmp_path, on_device(tmp_path, out_of_memory()), max_trials=1)
+    [lost], _ = searched(replace(job, resources={"cpu": 4.0, "gpu": 2.0}), 1)
+    assert (lost.failure, lost.failed_on, len(list(tmp_path.glob("tried-*")))) == ("infeasible", (), 3)
+    assert lost.reason and "(micro-batch 1)" in lost.reason, "after two larger ones"
+
+
+def test_a_device_without_room_for_the_model_begins_no_trial() -> None:
+    check_free_memory(LAYOUT, plan_of("888888"))
+    with pytest.raises(MemoryError, match=r"GB are free, and the model takes at least 11529215\d\d.* GB"):
+        check_free_memory(replace(LAYOUT, ungrouped_bytes=2**60), plan_of("888888"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_gpus")
+def test_a_search_in_which_everything_fails_ends_and_loses_no_plan(tmp_path: Path) -> None:
+    job = on_gpus(tmp_path, on_device(tmp_path, breakdown(tmp_path / "mended")))
+    with pytest.raises(StageError, match=rf"{MAX_ERRORS} trials in a row failed, the last on GPU \d of") as caught:
+        searched(job)
     assert "unspecified launch failure" in caught.value.cause and "repair that machine" in caught.value.remedy
     (tmp_path / "mended").touch()
-    outcome = search(job, lambda: 3, lambda event: None)
-    assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS, "no plan was lost"
+    trials, _ = searched(job)
+    assert [trial.status for trial in trials] == ["finished"] * 7, "no plan was lost"
 
 
 def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: Path) -> None:

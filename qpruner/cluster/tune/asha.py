@@ -1,6 +1,7 @@
 """ASHA of Ray Tune, resumed from recorded trials."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from qpruner.cluster.ray_private import AshaBracket
+from qpruner.cluster.tune.callbacks import Hold
 from qpruner.cluster.tune.job import METRIC, TIME, params_to_plan
 from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import PrecisionPlan, plan_of
@@ -22,7 +24,8 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made without a search.
 
     Plans outside the space or over the budget, which only controls have, do not compete. `is_cancelled` says whether a
-    waiting trial must not start, by its id. `on_error` gets a trial's id and error before the searcher does.
+    waiting trial must not start, by its id. `on_error` gets a trial's id and error, and a function that holds its
+    worker, before the searcher does.
     """
 
     def __init__(
@@ -32,7 +35,7 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         controls: Collection[PrecisionPlan],
         recorded: Sequence[TrialRecord],
         is_cancelled: Callable[[str], bool],
-        on_error: Callable[[str, str], None] = lambda trial_id, error: None,
+        on_error: Callable[[str, str, Hold], None] = lambda trial_id, error, hold: None,
     ) -> None:
         settings = config.search
         super().__init__(
@@ -65,10 +68,12 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass the text of the error to `on_error`."""
+        """Pass the text of the error to `on_error`, and a function that holds the worker (`ActorManager.hold`)."""
         super().on_trial_error(tune_controller, trial)
+        # Tune (2.60) tells schedulers alone which worker a trial has.
+        hold = partial(tune_controller._actor_manager.hold, tune_controller._trial_to_actor.get(trial))
         # Only this file has the text. If Tune could not write the file, its session has ended before this call.
-        self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"))
+        self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"), hold)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether a trial continues after a rung; controls and protected trials do until the last rung."""

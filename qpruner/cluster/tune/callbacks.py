@@ -26,8 +26,47 @@ from qpruner.wording import counted
 KILLED_FOR_MEMORY = "Ray killed this worker because its machine ran out of memory"
 
 
+Hold = Callable[[], Callable[[], None]]
+"""Holds a worker that has failed (see `ActorManager.hold`), and returns the function that lets it go."""
+
+
 class ActorManager(RayActorManager):  # type: ignore[misc]
-    """Fails only the trial whose worker Ray killed for memory; Tune (2.60) would end the whole session."""
+    """Fails only the trial whose worker Ray killed for memory; Tune (2.60) would end the whole session.
+
+    A worker that has failed can be held: its process stays and keeps its device from other trials until it is let go.
+    Ray has no other way to leave out one GPU of a machine.
+    """
+
+    def __init__(self, resource_manager: Any) -> None:
+        super().__init__(resource_manager)
+        self._to_hold: set[Any] = set()
+        self._held: dict[Any, tuple[Any, Any]] = {}  # actor and its resources by Tune's tracked actor
+
+    def hold(self, tracked_actor: Any) -> Callable[[], None]:
+        """Hold a worker whose trial has failed, and return the function that lets it go."""
+        self._to_hold.add(tracked_actor)
+
+        def let_go() -> None:
+            self._to_hold.discard(tracked_actor)
+            if tracked_actor in self._held:
+                actor, resources = self._held.pop(tracked_actor)
+                ray.kill(actor)
+                self._resource_manager.free_resources(resources)
+
+        return let_go
+
+    def _cleanup_actor(self, tracked_actor: Any) -> None:
+        if tracked_actor not in self._to_hold:
+            super()._cleanup_actor(tracked_actor)
+            return
+        self._cleanup_actor_futures(tracked_actor)
+        self._held[tracked_actor] = self._live_actors_to_ray_actors_resources.pop(tracked_actor)
+        self._live_resource_cache = None
+
+    def cleanup(self) -> None:
+        """End all workers, those that are held too."""
+        self._live_actors_to_ray_actors_resources.update(self._held)
+        super().cleanup()
 
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):

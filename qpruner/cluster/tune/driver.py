@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,7 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qpruner.cluster import ray_private
 from qpruner.cluster.tasks import is_staying
-from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt
+from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, Hold
+from qpruner.cluster.tune.devices import Devices, count_devices
 from qpruner.cluster.tune.job import (
     METRIC,
     TIME,
@@ -39,7 +41,7 @@ from qpruner.search.searchers import Ledger, Observation, Suggestion
 MAX_KILLS = 3
 """Worker deaths in a row that fail a trial: without a checkpoint between them, on machines that stay. Deaths for memory
 are counted apart, because they say that the plan is infeasible."""
-MAX_ERRORS = 3  # trials in a row with an error on one machine, after which the machine counts as broken
+MAX_ERRORS = 3  # trials in a row that failed with an error wherever they were tried, which end the search
 KERNEL_SECONDS = 20.0
 """Time for a machine to report its kernel's kills: it was just out of memory, and has to start a process."""
 
@@ -65,7 +67,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._job, self._ledger, self._room, self._emit, self._halt = job, ledger, room, emit, halt
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
-        self._failed_on: dict[str | None, list[TrialRecord]] = {}
+        self._errors: list[TrialRecord] = []  # trials that failed with an error since the last score
+        self._devices = Devices(partial(count_devices, job.resources), emit)
         recorded = trial_records.read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
@@ -79,16 +82,21 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         finished: str = Searcher.FINISHED
         if self._halt.requested:
             return finished
-        if len(self._live) >= self._room():
+        if len(self._live) >= self._free_room():
             return None
-        suggestion = self._ledger.next()
-        record = self._record_of(suggestion) if suggestion else None
-        if suggestion is None or record is None:
+        if (suggestion := self._ledger.next()) is None:
+            return None if self._live else finished  # those may have to be resumed, or be tried on other devices
+        if (record := self._record_of(suggestion)) is None:
             return finished
         self._live[trial_id] = suggestion
         self._emit(TrialChanged(record))
         about = {"cut": record.cut, "plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
         return {"trial": suggestion.index, "origin": suggestion.origin, **about, **plan_to_params(suggestion.plan)}
+
+    def _free_room(self) -> int:
+        """Return how many trials may be in flight on the devices that are not held."""
+        room = self._room()
+        return max(1, room - self._devices.num_held) if room else 0
 
     def _record_of(self, suggestion: Suggestion) -> TrialRecord | None:
         """Read or create the record of a trial; None if another process has created it meanwhile."""
@@ -126,7 +134,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         is_new = self._ledger.observe(rung)
         record = trial_records.read_trial(self._job.trials, suggestion.index)
         if is_new:
-            self._failed_on.pop(record.node, None)
+            self._note_score(record)
         self._save_time(record)
         self._emit(TrialChanged(record))
 
@@ -145,6 +153,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._ledger.withdraw(suggestion)
             self._emit(TrialChanged(record, is_withdrawn=True))
             return
+        if record.failure in ("infeasible", "error") and self._devices.should_move(record, death.hold):
+            self._move(suggestion, record)
+            return
         if record.status == "running":
             # An error of the trial itself is in its record: here the process was killed, or never started.
             record = _after_death(record, death, self._job) if error else _stopped(record, self._job)
@@ -159,6 +170,16 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
         self._ledger.hand_out_again(suggestion)
 
+    def _move(self, suggestion: Suggestion, record: TrialRecord) -> None:
+        """Queue a trial that failed, to be resumed on another device; it begins with the configured micro-batch."""
+        update = {"status": "running", "failure": None, "reason": None, "micro_batch_size": None}
+        moved = record.model_copy(update={**update, "failed_on": (*record.failed_on, record.device)})
+        trial_records.write_trial(self._job.trials, moved)
+        text = f"trial {record.index} failed on {record.device} ({record.reason}) and is tried on another device"
+        self._emit(Message("search", text))
+        self._emit(TrialChanged(moved))
+        self._ledger.hand_out_again(suggestion)
+
     def _end_trial(self, suggestion: Suggestion, record: TrialRecord) -> None:
         """Add the scores of an ended trial to the `Ledger`, report the trial, and delete its old checkpoints."""
         if record.failure != "hung":  # the worker of a hung trial may still write
@@ -169,13 +190,20 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion, record.plan_failed)
+        if record.status in ("finished", "stopped"):
+            self._note_score(record)  # Tune reports the last rung with the trial's end alone
         self._done += 1
         self._emit(TrialChanged(record))
         self._emit(Progress("search", self._done, self._job.config.num_trials))
         if record.failure in ("storage", "damaged"):
             self._halt.requested = True
         elif record.failure == "error":
-            self._halt_on_broken_machine(record)
+            self._halt_after_errors(record)
+
+    def _note_score(self, record: TrialRecord) -> None:
+        """Note that a trial has reported a score, which is evidence about devices and earlier errors."""
+        self._errors.clear()
+        self._devices.has_scored(record)
 
     def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
@@ -212,10 +240,11 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._halt.end(StageError("search", cause, remedy))
         return self._is_over
 
-    def on_error_text(self, trial_id: str, error: str) -> None:
+    def on_error_text(self, trial_id: str, error: str, hold: Hold) -> None:
         """Store what the error of a trial says about the death of its worker; called before `on_trial_complete`."""
         self._halt.on_error_text(error)
         death = self._deaths.setdefault(trial_id, _Death())
+        death.hold = hold
         # Ray (2.60) writes `actor_id: ID` if an actor died, and `The actor ID is unavailable` if its connection broke.
         found = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
         table = ray_private.state.actor_table(found[1]) if found else {}
@@ -229,21 +258,20 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death = self._deaths.setdefault(trial_id, _Death())
         death.hung, death.never_started = is_running, not is_running
 
-    def _halt_on_broken_machine(self, record: TrialRecord) -> None:
-        """Halt the search after `MAX_ERRORS` trials in a row have failed on one machine.
+    def _halt_after_errors(self, record: TrialRecord) -> None:
+        """Halt the search after `MAX_ERRORS` trials in a row have failed, with no other device left to try them on.
 
-        The machine would also fail the next plans. The failed trials are retried when the command is repeated.
+        The next plans would fail too. The failed trials are retried when the command is repeated.
         """
-        failed = self._failed_on.setdefault(record.node, [])
-        failed.append(record)
-        if len(failed) < MAX_ERRORS:
+        self._errors.append(record)
+        if len(self._errors) < MAX_ERRORS:
             return
         self._halt.requested = True
-        text = f"{len(failed)} trials in a row failed on {record.node}"
-        for each in failed:
+        text = f"{len(self._errors)} trials in a row failed, the last on {record.device}"
+        for each in self._errors:
             reason = f"{text}, trial {each.index} with {each.reason}"
-            failed_there = each.model_copy(update={"failure": "machine", "reason": reason})
-            trial_records.write_trial(self._job.trials, failed_there)
+            failed = each.model_copy(update={"failure": "machine", "reason": reason})
+            trial_records.write_trial(self._job.trials, failed)
         self._emit(Message("search", f"warning: {text}; running trials stop at the next rung"))
 
     def save(self, checkpoint_path: str) -> None:
@@ -255,8 +283,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
 @dataclass
 class _Death:
-    """What the driver knows about the death of a trial's worker."""
+    """What the driver knows about the failure of a trial or the death of its worker."""
 
+    hold: Hold | None = None  # holds the worker, which is alive unless its process died
     node: str | None = None  # Ray's id of the worker's node
     storage: str = ""  # the message of a storage error
     by_ray: bool = False  # Ray killed the worker for memory

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+import traceback
 import uuid
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from typing import Any, Literal
 import ray
 from ray import tune
 
-from qpruner.cluster.node_check import own_name
+from qpruner.cluster.node_check import own_device, own_name
 from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged, first_line
-from qpruner.models.memory import PeakMemory, begin_job, is_out_of_memory, kernel_kills, release
+from qpruner.models.memory import PeakMemory, begin_job, free_bytes, is_out_of_memory, kernel_kills, release
+from qpruner.plans.plan import Layout, PrecisionPlan
 from qpruner.runs.records import Begun, RungResult, TrialPulse
 from qpruner.runs.storage import folder_digests, progress_seconds, remove, retry_storage, storage_at, storage_error
 from qpruner.search import trial_records
@@ -31,9 +33,15 @@ Failure = Literal["infeasible", "diverged", "storage", "damaged", "error"]
 def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
     """Run one trial from its last checkpoint to its end."""
     begin_job(int(job.resources.get("cpu", 1)))
-    trial = _RecordedTrial(params, job)
-    while not trial.run():
-        release()
+    try:
+        trial = _RecordedTrial(params, job)
+        while not trial.run():
+            release()
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        raise
+    finally:
+        release()  # this process may wait for its next trial, or keep its device from others
 
 
 def leave_if_drained() -> None:
@@ -61,7 +69,8 @@ class _RecordedTrial:
         self._beats, self._last_pulse = 0, float("-inf")
         begun = Begun(search=job.search, session=job.session, time=time.time(), seconds=self._before[0])
         times = {} if self._record.saved_step else {"times": (begun.time,)}  # waiting for a machine does not count
-        own = {"worker": uuid.uuid4().hex, "node": own_name(), "begun": (*self._record.begun, begun)}
+        own: dict[str, Any] = {"worker": uuid.uuid4().hex, "node": own_name(), "device": own_device()}
+        own["begun"] = (*self._record.begun, begun)
         self._record = self._record.model_copy(update=own | times)
         trial_records.write_trial(job.trials, self._record)
         self._progress(self._record.saved_step)
@@ -74,6 +83,7 @@ class _RecordedTrial:
         start = trial_records.checkpoint_of(self._job.trials, self._record)
         try:
             own, plan = self._job, self._plan
+            check_free_memory(own.layouts[plan.cut], plan)
             job = TrialJob(self._config(), own.materials, plan.as_dict(), plan.cut, own.save_seconds)
             own.trial(job, start, self._report, self._progress)
         except TakenOver:
@@ -198,6 +208,16 @@ class _RecordedTrial:
         seconds = time.monotonic() - self._started
         held = seconds * self._job.resources.get("gpu", 0.0)
         return {"seconds": self._before[0] + seconds, "gpu_seconds": self._before[1] + held}
+
+
+def check_free_memory(layout: Layout, plan: PrecisionPlan) -> None:
+    """Raise a `MemoryError` if this device has less free memory than a plan's tensors and Adam's moments take.
+
+    Activations come on top, so that a trial may still run out of memory later.
+    """
+    needed, free = layout.plan_bytes(plan) + 2 * layout.trained_bytes, free_bytes()
+    if free < needed:
+        raise MemoryError(f"{free / 1e9:.2f} GB are free, and the model takes at least {needed / 1e9:.2f} GB")
 
 
 def diagnosis(error: Exception) -> tuple[Failure, str]:

@@ -81,6 +81,10 @@ class TrialRecord(Recorded):
     """The latest worker process of the trial; earlier workers may no longer write."""
     node: str | None = None
     """The machine of `worker`."""
+    device: str | None = None
+    """The GPU of `worker` and its machine, or the machine alone if trials use no GPU."""
+    failed_on: tuple[str, ...] = ()
+    """Devices on which the trial failed, after which it was tried on another one."""
     micro_batch_size: int | None = None
     """Rows per micro-batch, if memory was too small for `training.micro_batch_size`."""
     kills: int = 0
@@ -254,6 +258,8 @@ class SearchRecord(Record):
     best_plan: dict[str, str]
     control_won: bool
     """Whether the winner is a control, because no plan of the searcher beat it on fresh rows."""
+    lost_controls: dict[str, str] = {}
+    """Origin of each control in the budget that has no finished trial -> the reason."""
     rival: int | None
     """Index of the finalist that the winner is compared with (see `search.roles.rival_of`); None if it is alone."""
     resumed: int

@@ -1,0 +1,101 @@
+"""Which devices are kept from trials after failures, as the driver of a search decides."""
+
+from collections.abc import Callable
+
+import pytest
+from made_searches import trial
+
+from qpruner.cluster.tune.devices import MAX_DEVICES, Devices
+from qpruner.runs.events import Event, Message
+from qpruner.runs.records import TrialRecord
+
+
+class Bench:
+    """Some devices, and the trials that fail and score on them."""
+
+    def __init__(self, number: int) -> None:
+        self.events: list[Event] = []
+        self.devices = Devices(lambda: number, self.events.append)
+        self.held: list[str] = []
+        self._records: dict[int, TrialRecord] = {}
+
+    def record(self, index: int, device: str) -> TrialRecord:
+        before = self._records.get(index, trial(index, "444444", []))
+        self._records[index] = before.model_copy(update={"device": device})
+        return self._records[index]
+
+    def fails(self, index: int, device: str) -> bool:
+        """Let a trial fail on a device; return whether it is to be tried on another one."""
+        record = self.record(index, device)
+        moves = self.devices.should_move(record, lambda: self._hold(device))
+        self._records[index] = record.model_copy(update={"failed_on": (*record.failed_on, device)})
+        return moves
+
+    def scores(self, index: int, device: str) -> None:
+        self.devices.has_scored(self.record(index, device))
+
+    def _hold(self, device: str) -> Callable[[], None]:
+        self.held.append(device)
+        return lambda: self.held.remove(device)
+
+
+def test_a_device_is_held_until_a_second_one_tells_whose_fault_it_was() -> None:
+    bench = Bench(2)
+    assert bench.fails(0, "a") and bench.held == ["a"] and bench.devices.num_held == 1
+    bench.scores(0, "b")
+    assert bench.held == [], "one failure may be chance"
+    assert bench.fails(1, "a")
+    bench.scores(1, "b")
+    assert bench.held == ["a"]
+    [named] = bench.events
+    assert isinstance(named, Message) and "2 trials failed on a and ran on other devices" in named.text
+
+
+def test_a_plan_that_fails_on_two_devices_is_at_fault() -> None:
+    bench = Bench(2)
+    assert bench.fails(0, "a") and not bench.fails(0, "b")
+    assert bench.held == [] and not bench.events
+
+
+def test_with_one_device_no_second_one_can_tell() -> None:
+    assert not Bench(1).fails(0, "a")
+
+
+def test_two_plans_too_large_for_both_devices_end() -> None:
+    """Both fail at once: a device that was held is let go, so that the other trial has one."""
+    bench = Bench(2)
+    assert bench.fails(0, "a") and bench.fails(1, "b") and bench.held == ["b"]
+    assert not bench.fails(1, "a") and bench.held == []
+    assert bench.fails(0, "a") and bench.held == ["a"], "it got the device on which it had failed"
+    assert not bench.fails(0, "b") and bench.held == []
+
+
+def test_a_trial_that_gets_the_same_device_again_and_again_ends() -> None:
+    bench = Bench(3)
+    assert [bench.fails(0, "a") for _ in range(MAX_DEVICES)] == [*[True] * (MAX_DEVICES - 1), False]
+    assert bench.held == []
+
+
+def test_of_many_devices_one_goes_on() -> None:
+    bench = Bench(8)
+    assert all(bench.fails(index, f"{index}") for index in range(8))
+    assert len(bench.held) == 7
+
+
+@pytest.mark.parametrize("device", ["a", "b"])
+def test_a_score_is_no_evidence_against_the_device_that_gave_it(device: str) -> None:
+    bench = Bench(2)
+    assert bench.fails(0, "a")
+    bench.scores(0, device)
+    assert bench.held == []
+    assert bench.fails(1, "a")
+    bench.scores(1, device)
+    assert bench.held == (["a"] if device == "b" else [])
+
+
+def test_a_device_that_was_left_out_is_not_counted_as_another() -> None:
+    bench = Bench(2)
+    for index in range(2):
+        assert bench.fails(index, "a")
+        bench.scores(index, "b")
+    assert bench.held == ["a"] and not bench.fails(2, "b")
