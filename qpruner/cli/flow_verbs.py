@@ -1,6 +1,7 @@
 """The verbs that run stages, all up to a given one."""
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
     if results.finetune and results.evaluate:
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]
-        figures["finalists"] = [vars(row) for row in finalists(results.search)] if results.search else []
+        figures["finalists"] = [asdict(row) for row in finalists(results.search)] if results.search else []
     return figures
 
 

@@ -99,7 +99,9 @@ def test_a_search_that_lost_a_trial_runs_again(lost: int, context: Context) -> N
         fields = {"index": index, "digest": search.trials_digest, "search": of, **about}
         write_trial(search.folder, TrialRecord.model_validate(fields))
     finalists = (made_confirmation(1, "gp", 2.0),)
-    run_dir.write_record("search", made_search({}, digest=search.digest, num_trials=1, confirmations=finalists))
+    run_dir.write_record(
+        "search", made_search({}, digest=search.digest, num_trials=1, confirmations=finalists, best_index=1)
+    )
     run_dir.stage("search").mkdir()
     search.begin()
     assert search.matching_record(search.digest)

@@ -35,7 +35,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
             if function is finetune_candidate:
                 (job.candidate.adapter).mkdir(parents=True)
                 (job.candidate.adapter / "adapter_model.safetensors").touch()
-                losses = dict.fromkeys(("train_loss", "confirmation_loss"), 2.0)
+                losses = dict.fromkeys(("train_loss", "confirmation_loss"), 2.0) | {"confirmation_losses": (2.0,)}
                 about = {"seconds": 8.0, "steps": 4, "measured_bytes": 1, "peak_memory_bytes": 1}
                 yield position, (losses | about | {"memory_counter": "rss"}, [])
             elif function is evaluate_candidate:

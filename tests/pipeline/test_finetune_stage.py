@@ -224,7 +224,7 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
 
 def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:
     """Make the record of a fine-tuned row."""
-    losses = dict.fromkeys(("train_loss", "confirmation_loss"), loss)
+    losses = dict.fromkeys(("train_loss", "confirmation_loss"), loss) | {"confirmation_losses": (loss,)}
     ones = dict.fromkeys(("seconds", "plan_bytes", "measured_bytes", "num_parameters", "peak_memory_bytes"), 1)
     about = {"digest": folder.name, "name": "", "origin": "", "seed": seed, "plan": {}, "mean_bits": 4.0, "steps": 4}
     return CandidateRecord.model_validate({**about, **ones, **losses, "memory_counter": "rss"})

@@ -27,15 +27,17 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     table, records, claim = report["table"], report["records"], report["claim"]
     names = [row["name"] for row in table]
     controls = ["unpruned-uniform", "unpruned-knapsack", "cut-20-uniform", "cut-20-knapsack", "paper"]
-    confirmed = {each["origin"]: each["loss"] for each in records["search"]["confirmations"]}
+    confirmed = {each["origin"]: each for each in records["search"]["confirmations"]}
     tuned = [name for name in controls if name in names]
     left_out = confirmed.keys() & {*controls} - {*tuned}
-    best = min(confirmed[name] for name in tuned if name in confirmed)
-    assert "paper" in tuned and all(confirmed[name] > best for name in left_out), "only controls that lost as trials"
+    [winner] = [each for each in confirmed.values() if each["index"] == records["search"]["best_index"]]
+    assert "paper" in tuned, "however bad it is"
+    assert all(confirmed[name]["loss"] > winner["loss"] for name in left_out), "only controls that the winner beat"
+    rival = ["best searched"] if records["search"]["control_won"] else []
     # An unpruned winner has no random plans; beside all groups in nf4 there may be no other plan of equal bytes.
     random = ["random"] if "random" in names else []
     pruned = ["pruned"] if table[-1]["cut"] != "base" else []
-    assert names == ["base", *pruned, *tuned, *random, "searched"]
+    assert names == ["base", *pruned, *tuned, *rival, *random, "searched"]
     instead = [each["origin"] for each in records["search"]["confirmations"] if each["control"]]
     assert {"unpruned-uniform", "cut-20-knapsack"} <= set(instead)
     assert told["status"] == "ok" and told["claim"] == claim

@@ -240,7 +240,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._halt.end(StageError("search", cause, remedy))
         return self._is_over
 
-    def on_error_text(self, trial_id: str, error: str, hold: Hold) -> None:
+    def on_error_text(self, trial_id: str, error: str, hold: Hold | None = None) -> None:
         """Store what the error of a trial says about the death of its worker; called before `on_trial_complete`."""
         self._halt.on_error_text(error)
         death = self._deaths.setdefault(trial_id, _Death())
