@@ -7,6 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
 [ $# -eq 1 ] || usage
 cluster=$(cluster_file "$1")
 cd "$repository"
+echo "== takes down $(sed -n 's/^cluster_name: *//p' "$cluster"): its head, all of its workers, and what runs there"
 # On-premise, `ray down` stops only the head, and not if its start failed. Stop the head first, because its autoscaler
 # would start the workers again.
 if grep -Eq '^ *type: *local' "$cluster"; then

@@ -1,16 +1,20 @@
 """Runs `qpruner run CONFIG --address auto` on the head of a cluster, in the folder that the cluster file installs.
 
 Usage: ray submit cluster.yaml launch/search.py CONFIG [options of `qpruner run`]     (Ray copies this file to the head)
-CONFIG is a path on the head, relative to ~/qpruner.
+CONFIG is a path on the head, relative to ~/qpruner. After `--percent-encoded` all arguments are, as submit.sh does it.
 """
 
 import os
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
-if len(sys.argv) < 2:
+arguments = sys.argv[1:]
+if arguments[:1] == ["--percent-encoded"]:
+    arguments = [unquote(each) for each in arguments[1:]]
+if not arguments:
     sys.exit("usage: search.py CONFIG [options of `qpruner run`]")
 os.chdir(Path.home() / "qpruner")
-command = ["qpruner", "run", sys.argv[1], "--address", "auto", *sys.argv[2:]]
+command = ["qpruner", "run", arguments[0], "--address", "auto", *arguments[1:]]
 print("==", *command, flush=True)
 os.execvp(command[0], command)

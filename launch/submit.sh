@@ -15,19 +15,19 @@ named=$1 given=$2
 shift 2
 [ -f "$given" ] || fail "there is no configuration $given"
 name=$(basename "$given")
-arguments=("tune_configs/$name" "$@")
-quoted=()
-for argument in "${arguments[@]}"; do
-  quoted+=("$(printf '%q' "$argument")")  # Ray joins them with spaces for the head's shell
-done
+# Up to three shells read the arguments, and Ray joins them without quoting `&` or `$` (2.60): percent-encoded, they have
+# no character that any of them would change. search.py decodes them.
+encoded=$(python -c 'import sys, urllib.parse as u; print(*(u.quote(each, safe="/=,:@+") for each in sys.argv[1:]))' \
+  "tune_configs/$name" "$@")
 run ray rsync-up "$cluster" "$given" "qpruner/tune_configs/$name"
 if [ -n "$attached" ]; then
-  run ray submit "$cluster" "$repository/launch/search.py" -- "${quoted[@]}"
+  # shellcheck disable=SC2086  # encoded arguments have no spaces
+  run ray submit "$cluster" "$repository/launch/search.py" -- --percent-encoded $encoded
 else
   job=$(printf %s "${name%.*}" | tr -c "A-Za-z0-9._-" -)-$(date -u +%Y%m%d-%H%M%S)
   # Over ssh, so that the job server only has to listen on the head's loopback.
   run ray exec "$cluster" \
-    "ray job submit --no-wait --submission-id $job -- python \$HOME/qpruner/launch/search.py ${quoted[*]}"
+    "ray job submit --no-wait --submission-id $job -- python \$HOME/qpruner/launch/search.py --percent-encoded $encoded"
   echo "== follow: bash launch/watch.sh $named $job"
   echo "== stop:   ray exec $named 'ray job stop $job'"
 fi

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Brings a cluster up, or updates one that is up: checks the file, then `ray up`.
+# Brings a cluster up, or updates one that is up: names it if it has no name, checks the file, then `ray up`.
 # Usage: bash launch/up.sh CLUSTER.yaml
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
 [ $# -eq 1 ] || usage
 cluster=$(cluster_file "$1")
 cd "$repository"
+if grep -q '^cluster_name: NAME-REPLACE' "$cluster"; then
+  name=$(printf 'qpruner-%s-%s' "$(id -un)" "$(basename "$repository")" | tr -c 'A-Za-z0-9-' - | cut -c -60)
+  sed -i "s/^cluster_name: NAME-REPLACE/cluster_name: $name/" "$cluster"
+  echo "== named the cluster $name, in $cluster"
+fi
 run python launch/check_cluster.py "$cluster"
 run ray up --yes "$cluster"
 echo "== up; workers join within minutes, see: bash launch/watch.sh $1"

@@ -1,6 +1,8 @@
 """The cluster files as Ray reads them, and the checks of the launch scripts before `ray up`."""
 
+import getpass
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,8 +116,15 @@ def check(path: Path, script: str = "check_cluster.py", **environment: str) -> s
 def filled(path: Path, folder: Path, **changes: str) -> Path:
     """Write a cluster file with its placeholders replaced, and a key that gives access to nothing."""
     values = {
-        AWS: {"ami": "ami-0abc", "subnet": "subnet-0abc", "sg": "sg-0abc", "head": "mine", "worker": "theirs"},
-        ON_PREMISE: {"HEAD": "127.0.0.1", "WORKER": "127.0.0.2", "USER": "nobody"},
+        AWS: {
+            "NAME": "tested",
+            "ami": "ami-0abc",
+            "subnet": "subnet-0abc",
+            "sg": "sg-0abc",
+            "head": "mine",
+            "worker": "theirs",
+        },
+        ON_PREMISE: {"NAME": "tested", "HEAD": "127.0.0.1", "WORKER": "127.0.0.2", "USER": "nobody"},
     }
     text = path.read_text()
     for placeholder, value in (values[path] | changes).items():
@@ -201,7 +210,7 @@ def test_remaining_aws_machines_are_named(tmp_path: Path) -> None:
     with object_store() as store:
         elsewhere = store.environment | {"AWS_DEFAULT_REGION": "eu-north-1"}
         ec2 = store.client("ec2", "us-west-2")
-        tags = [{"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "qpruner"}]}]
+        tags = [{"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "tested"}]}]
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         started = ec2.run_instances(ImageId=image, MinCount=2, MaxCount=2, TagSpecifications=tags)
         ids = [each["InstanceId"] for each in started["Instances"]]
@@ -211,7 +220,7 @@ def test_remaining_aws_machines_are_named(tmp_path: Path) -> None:
         assert all(each in done.stdout for each in ids), "the command that ends them"
         ec2.terminate_instances(InstanceIds=ids)
         done = check(path, "still_there.py", **elsewhere)
-        assert done.returncode == 0 and "no machine of qpruner is left in us-west-2" in done.stdout, done.stderr
+        assert done.returncode == 0 and "no machine of tested is left in us-west-2" in done.stdout, done.stderr
 
 
 # ---- the scripts
@@ -228,6 +237,19 @@ def test_scripts_are_valid_and_explain_their_usage(path: Path) -> None:
     if path.name in ("up.sh", "submit.sh", "watch.sh", "fetch.sh", "down.sh"):
         done = subprocess.run(["bash", path], env={"PATH": PATH}, capture_output=True, text=True, timeout=20)
         assert done.returncode == 2 and f"launch/{path.name} " in done.stderr
+
+
+@FILES
+def test_a_cluster_is_named_for_its_user_and_folder(path: Path, tmp_path: Path) -> None:
+    """Under one name two colleagues in one account would share a cluster, and one take down that of the other."""
+    (mine := tmp_path / path.name).write_text(path.read_text())
+    done = check(mine, "up.sh")
+    name = re.sub(r"[^A-Za-z0-9-]", "-", f"qpruner-{getpass.getuser()}-{ROOT.name}")[:60]
+    assert f"== named the cluster {name}, in {mine}" in done.stdout
+    assert f"\ncluster_name: {name}\n" in mine.read_text() and "NAME-REPLACE" not in done.stderr
+    assert "named the cluster" not in check(mine, "up.sh").stdout, "a name stays"
+    if path == AWS:  # without credentials, Ray ends at once
+        assert f"== takes down {name}: " in check(mine, "down.sh").stdout
 
 
 def test_results_in_google_storage_are_fetched_by_gcloud(tmp_path: Path) -> None:

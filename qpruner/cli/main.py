@@ -5,7 +5,9 @@ With `--json` the last line of stdout is one JSON object. Heavy imports stay ins
 
 from __future__ import annotations
 
+import codecs
 import functools
+import io
 import json
 import os
 import sys
@@ -35,6 +37,8 @@ VERBS: dict[str, tuple[type[Stage[Any]], str]] = {
     **{stage.name: (stage, stage.help) for stage in STAGES if stage.help},
 }
 """Verbs that run stages: the last stage of each verb, and its help text."""
+PLAIN = "qpruner_plain"
+"""Name of the handler of characters that the encoding of a terminal lacks."""
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray starts on this machine."
 ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
@@ -57,6 +61,17 @@ def main() -> None:
     """Make a large language model fit into your memory with the least loss of quality."""
     # Beside a busy process torch's spinning threads doubled a step's time. Read when torch loads: they sleep soon.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    codecs.register_error(PLAIN, _in_plain_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=PLAIN)
+
+
+def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    """Write `+-` for the sign of intervals, and `?` for other characters that a terminal's encoding lacks."""
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join("+-" if character == "±" else "?" for character in lacking), error.end
 
 
 def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None) -> None:

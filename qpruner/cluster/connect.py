@@ -1,7 +1,9 @@
 """Starts Ray on this machine, or joins a Ray cluster."""
 
+import atexit
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 from contextlib import suppress
@@ -13,7 +15,7 @@ import psutil
 import yaml
 
 from qpruner.cluster import ray_private
-from qpruner.cluster.slots import Node, Slots, size_of
+from qpruner.cluster.slots import Node, Slots, num_cores, size_of
 from qpruner.errors import RayNotStarted, UserError, first_line
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import CACHE, cache_root
@@ -90,8 +92,10 @@ def _start(options: dict[str, Any]) -> None:
     before = {each: os.environ.pop(each) for each in variables if each in os.environ}
     os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
     try:
-        _ensure_token()
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+        ensure_token()
+        # Ray (2.60) would count all cores of the machine, those outside this process's CPU affinity too.
+        options = {"num_cpus": num_cores(), "object_store_memory": OBJECT_STORE_BYTES, **options}
+        ray.init(address="local", include_dashboard=False, **options)
     except Exception as error:
         if "timed out" not in str(error).lower():
             raise
@@ -105,13 +109,27 @@ def _start(options: dict[str, Any]) -> None:
         os.environ.update(before)
 
 
-def _ensure_token() -> None:
-    """Write Ray's token file, readable by its owner only; Ray (2.60) would let every user of the machine read it."""
-    path = Path.home() / ".ray" / "auth_token"
+def ensure_token() -> None:
+    """Write Ray's token file, readable by its owner only; Ray (2.60) would let every user of the machine read it.
+
+    If the home folder cannot be written, the file is in a private temporary folder.
+    """
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if given or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
-    path.parent.mkdir(exist_ok=True)
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_token(path)
+    except OSError:
+        path = Path(tempfile.mkdtemp(prefix="qpruner-ray-")) / path.name
+        atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+        _write_token(path)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def _write_token(path: Path) -> None:
+    """Write a new token, unless there is one."""
     with suppress(FileExistsError), open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(secrets.token_hex(32))
 

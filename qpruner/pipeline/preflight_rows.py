@@ -1,5 +1,6 @@
 """Check the rows and questions of a run: they exist, do not overlap between uses, and can be encoded."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ class Rows:
 
 def check_rows(config: RunConfig) -> Rows:
     """Load all rows and questions of the run, with warnings; raise an error if two uses of the data overlap."""
+    check_cache()
     examples: dict[str, list[Example]]
     tasks: dict[str, dict[str, TaskQuestions]]
     examples, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
@@ -52,6 +54,20 @@ def check_rows(config: RunConfig) -> Rows:
     numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
     metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
     return Rows(examples, questions, numbers, metrics, (*_doubtful_rows(examples), *_few_tokens(config, examples)))
+
+
+def check_cache() -> None:
+    """Raise a `UserError` if the libraries of Hugging Face cannot write to their cache, through which all rows go."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    try:
+        Path(HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=HF_DATASETS_CACHE).close()
+    except OSError as error:
+        raise UserError(
+            f"the cache of Hugging Face libraries, {HF_DATASETS_CACHE}, cannot be written ({error.strerror}): set the "
+            "environment variable HF_HOME to a folder that can be"
+        ) from error
 
 
 def _load_splits(config: RunConfig) -> dict[str, list[Example]]:

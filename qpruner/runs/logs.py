@@ -39,7 +39,7 @@ def logging_to(root: Path) -> Iterator[None]:
         # A longer log on this machine stays: its driver is still running, or was killed before it uploaded the rest.
         if uploaded and not (log.is_file() and log.stat().st_size >= uploaded.size):
             fetch_file(log, log)
-        handler = logging.FileHandler(log)
+        handler = logging.FileHandler(log, encoding="utf-8")
     except OSError as error:
         if trouble := storage_error(error, root):
             raise trouble from error

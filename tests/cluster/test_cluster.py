@@ -7,6 +7,7 @@ import re
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ import pytest
 from raylets import Raylets, raylets
 
 from qpruner.cluster import ray_private
-from qpruner.cluster.connect import Cluster, connect, disconnect, read_growth
+from qpruner.cluster.connect import Cluster, connect, disconnect, ensure_token, read_growth
 from qpruner.cluster.slots import LOOK_SECONDS, Node, Room, Slots, worker_resources
 from qpruner.errors import UserError
 from qpruner.runs.events import Event, Message, SlotsFound
@@ -144,7 +145,7 @@ us = [psutil.Process(), *psutil.Process().children(recursive=True)]
 sockets = [each for one in us for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
 listens = sorted({each.laddr.ip for each in sockets})
 address = ray.get_runtime_context().gcs_address
-print(json.dumps([address, len(ray.nodes()), cluster.slots().largest.cpus > 0, listens]), flush=True)
+print(json.dumps([address, len(ray.nodes()), cluster.slots().largest.cpus, listens]), flush=True)
 sys.stdin.readline()
 print(ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
 disconnect()
@@ -154,11 +155,14 @@ disconnect()
 
 @contextmanager
 def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Start `LOCAL` without the variables by which conftest.py keeps Ray on loopback."""
+    """Start `LOCAL` on one core, without the variables by which conftest.py keeps Ray on loopback."""
     ours = ("RAY_AUTH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command, pipe = [sys.executable, "-c", LOCAL], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=kept | environment) as process:
+    core = min(os.sched_getaffinity(0))
+    with subprocess.Popen(
+        ["taskset", "-c", f"{core}", *command], stdin=pipe, stdout=pipe, text=True, env=kept | environment
+    ) as process:
         try:
             yield process
         finally:
@@ -174,9 +178,23 @@ def test_a_run_without_an_address_starts_its_own_ray(joined: tuple[Raylets, Clus
         both = [stack.enter_context(local_run(**head)) for _ in range(2)]
         said = [json.loads(process.stdout.readline()) for process in both if process.stdout]
         assert len({address, *(address for address, *_ in said)}) == 3
-        for _, nodes, has_cores, listens in said:
-            assert (nodes, has_cores) == (1, True)
+        for _, nodes, cores, listens in said:
+            assert (nodes, cores) == (1, 1), "the cores that the process may use, not all of the machine"
             assert listens and all(ip_address(each.removeprefix("::ffff:")).is_loopback for each in listens), listens
         assert [process.communicate("\n")[0] for process in both] == ["42\n", "42\n"]
     token = tmp_path / ".ray" / "auth_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and list(token.parent.iterdir()) == [token]
+
+
+def test_without_a_home_folder_the_token_is_in_a_private_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In /proc not even root can create folders; Ray would fail after hours of pruning."""
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")  # so that the end of the test restores what is set below
+        monkeypatch.delenv(name)
+    ensure_token()
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    first = token.read_text()
+    ensure_token()
+    assert len(first) == 64 and token.read_text() == first and token.parent.parent == Path(tempfile.gettempdir())

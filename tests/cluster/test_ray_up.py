@@ -6,11 +6,13 @@ for trials, so that all trials run on workers.
 """
 
 import importlib.util
+import itertools
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -38,16 +40,19 @@ class Cluster:
     machines: Machines
     file: Path
     shared: Path
+    modes: Iterator[str] = field(default_factory=lambda: itertools.cycle(("token", "disabled")))
+    """Of Ray's authentication on the laptop, for one script after the other: Ray 2.61 turns it on everywhere."""
 
     def laptop(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the repository on the laptop."""
+        """Run a command in the repository on the laptop, which has no token of its own."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         base = {"PATH": path, "HOME": "/root", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
         return self.machines.laptop.run(list(command), base | environment, ROOT, PATIENCE_SECONDS)
 
     def script(self, name: str, *arguments: str) -> str:
         """Run a launch script for this cluster on the laptop; return its output."""
-        done = self.laptop("bash", *f"launch/{name}".split(), str(self.file), *arguments)
+        mode = next(self.modes)
+        done = self.laptop("bash", *f"launch/{name}".split(), str(self.file), *arguments, RAY_AUTH_MODE=mode)
         print(done.stdout)
         assert done.returncode == 0, done.stdout[-5000:]
         return done.stdout
@@ -130,9 +135,12 @@ def test_a_job_resumes_a_search_that_was_run_attached(cluster: Cluster, tiny_mod
     config = small_config(tmp_path / "small.yaml", tiny_model, run)
     said = cluster.script("submit.sh --attached", str(config))
     assert "== qpruner run tune_configs/small.yaml --address auto" in said and num_trials(run) == 3
-    # One more trial; three shells must keep the space in this argument.
-    job = cluster.submit(config, "--set", "search.max_trials= 4")
+    # One more trial. Three shells must change nothing in these arguments.
+    odd = "R&D; \"$HOME\" `id` 100% '*' \\"
+    job = cluster.submit(config, "--set", "search.max_trials= 4", "--set", f"card.license_name={json.dumps(odd)}")
     assert "already recorded" in cluster.script("watch.sh", job) and num_trials(run) == 4
+    state = json.loads((run / "run.json").read_text())
+    assert state["config"]["card"]["license_name"] == odd
     assert "SUCCEEDED" in cluster.script("watch.sh")
     cluster.script("fetch.sh", str(run), str(tmp_path / "fetched"))
     fetched = {path.name for path in (tmp_path / "fetched").iterdir()}

@@ -3,12 +3,13 @@
 import json
 import logging
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -50,6 +51,64 @@ from qpruner.runs.storage.objects import mirror_of, objects_at
 def run(machine: Machine) -> RunDir:
     """A new run in the store, as a new machine sees it."""
     return machine("first")
+
+
+@pytest.fixture
+def use_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
+    """A function that makes this process use a proxy on loopback, which an environment variable names as many do."""
+
+    def use(name: str, port: int) -> None:
+        for each in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+            monkeypatch.delenv(each, raising=False)
+            monkeypatch.delenv(each.lower(), raising=False)
+        monkeypatch.setenv(name, f"127.0.0.1:{port}")
+        objects.open_bucket.cache_clear()
+
+    yield use
+    objects.open_bucket.cache_clear()
+
+
+def test_requests_go_through_the_proxy_of_the_environment(
+    run: RunDir, store: Store, use_proxy: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, gate = run.root / "through.json", Gate(store.port)
+    use_proxy("HTTP_PROXY", gate.port)
+    write_json(path, SearchClock(seconds=7.0))
+    gate.shut()
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+        storage_at(path).read()
+    monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
+    objects.open_bucket.cache_clear()
+    assert read_json(path, SearchClock) == SearchClock(seconds=7.0)
+
+
+def test_https_is_tunnelled_through_its_own_proxy(use_proxy: Callable[[str, int], None]) -> None:
+    asked = list[str]()
+
+    def refuse() -> None:
+        with suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                asked.append(connection.recv(2**16).partition(b"\r\n")[0].decode())
+                connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=refuse, daemon=True).start()
+        use_proxy("HTTPS_PROXY", listener.getsockname()[1])
+        there = f"127.0.0.1:{free_port()}"
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+            objects.open_bucket("s3", "runs", f"endpoint_override={there}&region=us-east-1").get_file_info("runs/key")
+    assert asked == [f"CONNECT {there} HTTP/1.1"]
+
+
+def test_behind_a_proxy_the_region_must_be_given(
+    use_proxy: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_proxy("HTTPS_PROXY", free_port())
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"region of runs .*proxy.*set AWS_REGION"):
+        objects.open_bucket("s3", "runs", "")
 
 
 def go_through(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from qpruner.errors import CorruptFile, StorageError, UserError
 from qpruner.runs.storage import base
@@ -85,9 +86,15 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
     # pyarrow 26 reads these variables only in `from_uri`, which cannot set time limits.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    options.setdefault("endpoint_override", endpoint)
-    options.setdefault("region", region or (None if options["endpoint_override"] else fs.resolve_s3_region(bucket)))
+    endpoint = options.setdefault("endpoint_override", endpoint)
+    proxy = _proxy_for(endpoint or f"{bucket}.s3.amazonaws.com", options.get("scheme", "https"))
+    if proxy and not (endpoint or options.get("region") or region):
+        raise UserError(
+            f"`output`: the region of {bucket} cannot be asked for through the proxy of HTTPS_PROXY: set AWS_REGION"
+        )
+    options.setdefault("region", region or (None if endpoint else fs.resolve_s3_region(bucket)))
     return fs.S3FileSystem(
+        proxy_options=proxy,
         connect_timeout=CONNECT_SECONDS,
         request_timeout=QUIET_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
@@ -96,6 +103,16 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
         background_writes=False,
         **options,
     )
+
+
+def _proxy_for(endpoint: str, scheme: str) -> str | None:
+    """Return the proxy that HTTPS_PROXY or HTTP_PROXY names, unless NO_PROXY excludes the host of the endpoint.
+
+    pyarrow (26) does not read these variables for S3.
+    """
+    parts = urlsplit(endpoint if "://" in endpoint else f"{scheme}://{endpoint}")
+    proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 class ObjectStorage(Storage):
