@@ -124,10 +124,10 @@ def filled(path: Path, folder: Path, **changes: str) -> Path:
             "head": "mine",
             "worker": "theirs",
         },
-        ON_PREMISE: {"NAME": "tested", "HEAD": "127.0.0.1", "WORKER": "127.0.0.2", "USER": "nobody"},
+        ON_PREMISE: {"HEAD": "127.0.0.1", "WORKER": "127.0.0.2", "USER": "nobody"},
     }
     text = path.read_text()
-    for placeholder, value in (values[path] | changes).items():
+    for placeholder, value in ({"NAME": "tested"} | values[path] | changes).items():
         assert f"{placeholder}-REPLACE" in text
         text = text.replace(f"{placeholder}-REPLACE", value)
     key, written = folder / "key", folder / path.name
