@@ -15,9 +15,9 @@ if [ "${1:-}" = --long ]; then
   rows=package:qpruner/demo/data/instructions
   more="{source: '$rows.jsonl', format: instruction, split: 'train[266:]'}, {source: '${rows}_confirmation.jsonl', format: instruction}"
   set -- --set "data.confirmation=[$more]" \
-    --set prune.rates=[0,0.1,0.2] --set sensitivity.methods=[mutual_information,second_order] \
+    --set "prune.rates=[0,0.1,0.2]" --set "sensitivity.methods=[mutual_information,second_order]" \
     --set search.max_trials=16 --set search.first_rung=4 --set search.confirm=3 --set search.confirm_seeds=1 \
-    --set finetune.seeds=3 --set evaluate.limit=135 --set serve.to=[gguf,gguf_merged] "$@"
+    --set finetune.seeds=3 --set evaluate.limit=135 --set "serve.to=[gguf,gguf_merged]" "$@"
 fi
 echo "== 4 to 9 minutes on two free cores, more on a slow network; after the installation it says how long it takes here$longer"
 bash launch/setup.sh demo demo-model

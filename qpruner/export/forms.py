@@ -69,10 +69,10 @@ class Exported(Compared):
     plan_bytes: int  # of weights and adapter of the final model
 
 
-def refusal(form: Form, config: Any, ragged: bool = False) -> str | None:
-    """Say why a model cannot be exported in a form, and what would work; None if it can (see `architecture_of`)."""
+def refusal(form: Form, config: Any, ragged: bool = False, uniform: str = architectures.UNIFORM) -> str | None:
+    """Say why a model cannot be exported in a form, and what would work; None if it can (`architectures.refusal`)."""
     if form.startswith("gguf"):
-        if reason := architectures.refusal(config, ragged):
+        if reason := architectures.refusal(config, ragged, uniform):
             return reason
         if importlib.util.find_spec("gguf") is None:
             return 'the package gguf is missing: run `pip install "qpruner[gguf]"`'

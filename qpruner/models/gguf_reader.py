@@ -1,19 +1,25 @@
-"""Read GGUF files at four times the speed of the gguf package (0.19), transformers' reads too.
+"""Read GGUF files at several times the speed of the gguf package (0.19), transformers' reads too.
 
-The package cuts every string of a vocabulary out of a `numpy.memmap`, whose slices are slow: 2 s for 49,152 tokens.
-transformers (5.24) has the map of tensor names made anew for every module: another 2 s for 30 blocks.
+The package cuts every string and number of a vocabulary out of a `numpy.memmap` in a call of its own: 7 s for the
+262,144 tokens of Gemma 3, here 0.6 s (2026-12-02). transformers (5.24) has the map of tensor names made anew for every
+module: another 2 s for 30 blocks.
 """
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
+
+HEAD_BYTES = 12
+"""Bytes before the items of an array: their type and their number."""
 
 
 @functools.cache
 def install() -> None:
-    """Make gguf slice plain arrays, and keep its maps of tensor names, in this process."""
+    """Make gguf slice plain arrays, read arrays of numbers at once, and keep its maps of names, in this process."""
     import gguf
     import numpy
+    from gguf import GGUFValueType
 
     class Reader(gguf.GGUFReader):
         @property
@@ -23,6 +29,27 @@ def install() -> None:
         @data.setter
         def data(self, mapped: numpy.memmap[Any, Any]) -> None:
             self._data = numpy.asarray(mapped) if mapped.mode == "r" else mapped
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            """Return the bytes of a field, its parts as arrays, the positions of its values among them, and types."""
+            if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
+                return super()._get_field_parts(orig_offs, raw_type)
+            head = [self._get(orig_offs, numpy.uint32), self._get(orig_offs + 4, numpy.uint64)]
+            kind, count, start = GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + HEAD_BYTES
+            types = [GGUFValueType.ARRAY, kind] if count else [GGUFValueType.ARRAY]
+            if dtype := self.gguf_scalar_to_np.get(kind):
+                values = self._get(start, dtype, count)
+                parts = [*head, *values.reshape(-1, 1)]
+                return HEAD_BYTES + values.nbytes, parts, list(range(2, len(parts))), types
+            if kind != GGUFValueType.STRING:
+                return super()._get_field_parts(orig_offs, raw_type)
+            parts, offset = head, start
+            for _ in range(count):
+                text = offset + 8
+                end = text + int.from_bytes(self.data[offset:text], sys.byteorder)
+                parts += [self.data[offset:text].view(numpy.uint64), self.data[text:end]]
+                offset = end
+            return offset - orig_offs, parts, list(range(3, len(parts), 2)), types
 
     gguf.GGUFReader = Reader  # type: ignore[misc]
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)

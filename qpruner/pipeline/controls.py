@@ -24,7 +24,10 @@ Control = tuple[str, PrecisionPlan]
 
 
 def controls(context: Context) -> list[Control]:
-    """List the controls of a run in the order in which they are tried."""
+    """List the controls of a run in the order in which they are tried.
+
+    Those that cannot win come last, and leave at least one trial to a plan that can.
+    """
     found, method = [], next((name for name in BEST_FIRST if name in context.record(SensitivityRecord).methods), None)
     for cut in dict.fromkeys((UNPRUNED, *context.cuts)):
         layout = context.layout_of(cut)
@@ -33,8 +36,16 @@ def controls(context: Context) -> list[Control]:
         space = context.space_of(cut)
         if cut == UNPRUNED or (context.may_win(cut) and space.is_feasible(space.smallest())):
             found += controls_of(space, shared(context, method, space.base_groups, space.levels))
-    paper = paper_plan(context)
-    return [*found, *([("paper", paper)] if paper else [])]
+    if paper := paper_plan(context):
+        found.append(("paper", paper))
+    able = [each for each in found if _can_win(context, each[1])]
+    others = [each for each in found if each not in able]
+    return [*able, *others[: max(0, context.config.search.max_trials - max(1, len(able)))]]
+
+
+def _can_win(context: Context, plan: PrecisionPlan) -> bool:
+    """Return True if a plan is within the budget, by bytes and by multiply-adds."""
+    return context.may_win(plan.cut) and context.layout_of(plan.cut).plan_bytes(plan) <= context.budget_bytes
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:

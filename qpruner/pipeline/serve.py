@@ -15,6 +15,7 @@ from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
+from qpruner.pruning.settings import uniform_remedy
 from qpruner.report.claim import rival_row
 from qpruner.report.results import SEARCHED
 from qpruner.report.served import commands, form_text
@@ -67,7 +68,8 @@ class Serve(Stage[ServeRecord]):
         reasons = [refusal(form, inspection.model_config)]
         for settings, expected in ((cut.settings, cut.expected) for cut in inspection.cuts.values()):
             is_free = settings.selection == "global" and not settings.uniform and bool(settings.width_units)
-            reasons.append(refusal(form, expected, is_free and not settings.is_off))
+            remedy = uniform_remedy(inspection.model_config, settings)
+            reasons.append(refusal(form, expected, is_free and not settings.is_off, remedy))
         return next(filter(None, reasons), None)
 
     def _check_tokenizer(self) -> None:

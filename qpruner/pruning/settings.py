@@ -71,8 +71,23 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
         )
     if not are_alike(model_config):
         raise UserError("`prune.uniform`: the blocks of the base model already differ: set `uniform: false`")
-    if ATTENTION in settings.width_units and len(plain_counts(model_config, 0)) < 2:
+    if not _fits_uniform(model_config, settings):
         raise UserError(
             f"`prune.uniform`: without qpruner a {family.model_type} model cannot have fewer heads, because all heads "
             f"together are as wide as its hidden states: set `prune.units: [{MLP}]`, or `uniform: false`"
         )
+
+
+def _fits_uniform(model_config: Any, settings: PruneConfig) -> bool:
+    """Return True if blocks load without qpruner after all have lost as many units; a single one always stays."""
+    kinds = {kind.name: kind.num_units for kind in unit_kinds_of(model_config, [0])[0]}
+    return ATTENTION not in settings.width_units or kinds[ATTENTION] == 1 or len(plain_counts(model_config, 0)) > 1
+
+
+def uniform_remedy(model_config: Any, settings: PruneConfig) -> str:
+    """Say what to set, all of it at once, so that the blocks of a cut have the same widths."""
+    keys = ["`prune.uniform: true`"]
+    keys += ["`prune.selection: per_layer`"] if settings.selection == "global" else []
+    keys += [] if _fits_uniform(model_config, settings) else [f"`prune.units: [{MLP}]`"]
+    listed = " and ".join([", ".join(keys[:-1]), keys[-1]] if len(keys) > 1 else keys)
+    return f"set {listed}, so that all blocks have the same widths"

@@ -42,6 +42,19 @@ def test_controls_that_no_budget_holds_are_the_smallest(context: Context) -> Non
     assert list(found) == ["unpruned-uniform", "paper"]
 
 
+def test_a_control_over_the_budget_takes_no_trial_of_a_plan_that_may_win(context: Context) -> None:
+    """Such a search ended with an error: its only trial, finished, was over the budget."""
+    least = context.layout_of("cut-20").plan_bytes(context.layout_of("cut-20").smallest())
+    for max_trials, expected in ((1, []), (20, ["unpruned-uniform"])):
+        given = in_budget(context, least)
+        search = given.config.search.model_copy(update={"max_trials": max_trials})
+        given.config = given.config.model_copy(update={"search": search})
+        size = {origin: given.layout_of(plan.cut).plan_bytes(plan) for origin, plan in controls(given)}
+        over = [origin for origin, plan_bytes in size.items() if plan_bytes > least]
+        assert len(over) < len(size) and over == [*size][len(size) - len(over) :], "those over the budget come last"
+        assert set(expected) <= set(over) and (expected or not over)
+
+
 def test_a_base_of_other_widths_is_no_control(context: Context) -> None:
     """The cut may have made widths that a format takes, which those of the base are not."""
     base = context.layout_of(UNPRUNED)

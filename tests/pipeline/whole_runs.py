@@ -21,7 +21,18 @@ NOT_COMPARED = {
     *("seconds", "search_seconds", "gpu_seconds", "confirmation_gpu_seconds", "times", "begun", "sessions", "resumed"),
     *("peak_memory_bytes", "inference", "inference_memory_bytes"),
     *("prefill_tokens_per_second", "decode_tokens_per_second"),
-    *("model_path", "output", "worker", "node", "checkpoint", "environment", "state", "standing", "record_digest"),
+    *(
+        "model_path",
+        "output",
+        "worker",
+        "node",
+        "device",
+        "checkpoint",
+        "environment",
+        "state",
+        "standing",
+        "record_digest",
+    ),
 }
 """Fields that may differ between two runs of one configuration, such as times, memory and folders."""
 TEST_QUESTIONS = {

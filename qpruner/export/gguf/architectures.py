@@ -91,33 +91,36 @@ def llama_cpp_format(name: str, columns: int) -> str:
     return nearest_format(name, columns, lambda each: bool(each.ggml_type))
 
 
-def refusal(config: Any, ragged: bool = False) -> str | None:
-    """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see `architecture_of`)."""
+def refusal(config: Any, ragged: bool = False, uniform: str = UNIFORM) -> str | None:
+    """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see `architecture_of`).
+
+    `uniform` says how to prune it so that all blocks have the same widths.
+    """
     family = families().get(config.model_type)
     if family is None or not family.gguf:
         written = "Llama, Mistral, Qwen2, Qwen3 and Gemma"
         return f"`{config.model_type}` models are not written as GGUF files, only {written} are; {ELSEWHERE}"
     architecture = architecture_of(config, ragged)
     if not architecture:
-        return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {UNIFORM}"
+        return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {uniform}"
     others = (f"{reason}; {ELSEWHERE}" for reason in _reasons(config, architecture))
-    return next(itertools.chain(_width_reasons(config, architecture), others), None)
+    return next(itertools.chain(_width_reasons(config, architecture, uniform), others), None)
 
 
 def _has_output_biases(config: Any) -> bool:
     return any(getattr(config, key, None) for key in ("attention_bias", "mlp_bias"))
 
 
-def _width_reasons(config: Any, architecture: str) -> Iterator[str]:
+def _width_reasons(config: Any, architecture: str, uniform: str) -> Iterator[str]:
     """Yield what an architecture cannot have, with a remedy: biases of outputs, an untied head, heads of many sizes."""
     if _has_output_biases(config) and architecture not in LLAMAS:
         yield f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {ELSEWHERE}"
     if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
-        remedy = UNIFORM if architecture == "openelm" else ELSEWHERE
+        remedy = uniform if architecture == "openelm" else ELSEWHERE
         yield f"llama.cpp's architecture `{architecture}` has no head of its own beside the embeddings; {remedy}"
     sizes = {head_size(config, block) for block in range(config.num_hidden_layers)}
     if len(sizes) > 1:
-        yield f"its blocks have heads of several sizes ({sorted(sizes)}), llama.cpp loads one; {UNIFORM}"
+        yield f"its blocks have heads of several sizes ({sorted(sizes)}), llama.cpp loads one; {uniform}"
 
 
 def _reasons(config: Any, architecture: str) -> Iterator[str]:
