@@ -8,9 +8,9 @@ Every row gets the same fine-tune (`finetune` and `training` of the file, so equ
 that no trial had. Its files are written as they are served, and everything in the row is of these files: bytes, loss on
 the judging rows, perplexity of WikiText-2 and C4, accuracy on `evaluate.tasks`, and speed on one thread. Quality of all
 rows is computed by transformers in bf16 from the weights in the files; `served loss` is llama.cpp's own for GGUF.
-Each row is compared with ours of the most bytes that are not more than its own, paired by row and seed; intervals are
-the wider of Student's over seeds and the normal one over rows. What is finished is kept in OUT/record.jsonl, a line a
-row and seed, and not measured again. Without `--rows` only the table is printed.
+Each row is compared with ours of the most bytes that are not more than its own, paired by row and seed; the 95 %
+intervals have the effects of both. What is finished is kept in OUT/record.jsonl, a line a row and seed, and not
+measured again. Without `--rows` only the table is printed.
 
 Row `autoround` needs an interpreter with `auto-round auto-round-lib` beside qpruner (the second is its kernel for CPUs;
 no version conflicts in November 2026), row `llm-pruner` a clone of LLM-Pruner and its interpreter (llm_pruner.py says

@@ -209,7 +209,8 @@ class SearchConfig(Section):
     """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or a method of
     `sensitivity.methods` for its seed plan. `--plan` sets it too."""
     max_concurrent: Positive | None = None
-    """Maximum trials at once; null: as many as fit on the cluster, including machines an autoscaler may start."""
+    """Maximum trials, fine-tunes or other jobs at once; null: as many as fit on the cluster, including machines that an
+    autoscaler may start."""
     steps: Positive = 16
     """Optimizer steps of a full trial; the last rung."""
     first_rung: Positive = 4
@@ -233,7 +234,8 @@ class SearchConfig(Section):
     trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """A trial without progress for this long (no forward pass, nothing loaded) is killed and recorded as hung."""
     retry_out_of_memory: bool = True
-    """Repeat a trial that runs out of memory with smaller micro-batches before its plan counts as infeasible."""
+    """Repeat a trial that runs out of memory with smaller micro-batches, then on another GPU, before its plan counts as
+    infeasible. With `false` the other GPU is tried at once."""
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -283,8 +285,7 @@ class FinetuneConfig(Section):
     num_workers: Positive = 1
     """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
     seeds: Positive = 3
-    """With `compare`: training seeds (data order and dropout) for the searched plan, the best control and the random
-    plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
+    """With `compare`: training seeds (data order and dropout) for the winner, its rival and the random plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
     random_plans: Annotated[int, Field(ge=0)] = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
 
