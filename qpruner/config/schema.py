@@ -285,7 +285,8 @@ class FinetuneConfig(Section):
     num_workers: Positive = 1
     """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
     seeds: Positive = 3
-    """With `compare`: training seeds (data order and dropout) for the winner, its rival and the random plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
+    """With `compare`: training seeds (data order and dropout) for the winner, its rival and the random plans, counted
+    from `seed` + 1. With one, the claim holds for one training seed only."""
     random_plans: Annotated[int, Field(ge=0)] = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
 

@@ -1,7 +1,10 @@
 """`qpruner status`, `trials`, `plan` and `compare`, which read only the files of a run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -357,3 +360,13 @@ def test_help_and_status_import_no_heavy_library(over: Path) -> None:
         "assert not heavy, heavy"
     )
     run_python(code)
+
+
+def test_a_terminal_of_ascii_gets_plain_signs(tmp_path: Path) -> None:
+    """Python would end with a UnicodeEncodeError at the sign of the first interval."""
+    for name in ("a", "b"):
+        MadeRun(tmp_path / name, num_trials=12, num_blocks=2)
+    command = [sys.executable, "-m", "qpruner", "compare", str(tmp_path / "a"), str(tmp_path / "b")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"(+- " in done.stdout and done.stdout.isascii()

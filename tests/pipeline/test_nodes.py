@@ -1,8 +1,10 @@
 """Problems of a node, found in its report without Ray."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from conftest import raw_config, with_key
 from plain_transformers import run_python
 
 from qpruner.cluster.node_check import NodeReport, _gpus, differences, versions
-from qpruner.cluster.slots import Node
+from qpruner.cluster.slots import Node, Slots
 from qpruner.config.load import validate_config
+from qpruner.pipeline.context import Context
 from qpruner.pipeline.nodes import row, troubles
 
 GIB = 1024**3
@@ -86,3 +89,17 @@ def test_gpus_that_ray_hides_are_seen() -> None:
     code = "import json; from qpruner.cluster.node_check import _gpus; print(json.dumps(_gpus(1)))"
     seen, told = json.loads(run_python(code, CUDA_VISIBLE_DEVICES="").splitlines()[-1])
     assert len(seen) == torch.cuda.device_count() > 0 and told == ""
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_workers", "expected"), [(None, 1, 6), (3, 1, 3), (1, 1, 1), (None, 2, 4), (5, 2, 2), (1, 2, 1)]
+)
+def test_no_stage_runs_more_jobs_at_once_than_asked(
+    limit: int | None, num_workers: int, expected: int, changed: Callable[[str, Any], Context]
+) -> None:
+    """On eight GPUs, of six jobs; troubleshooting advises a smaller number where memory is short."""
+    context = changed("search.max_concurrent", limit)
+    eight = Slots((Node(64, 8),))
+    context.__dict__["cluster"] = SimpleNamespace(slots=lambda: eight)
+    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 1.0}
+    assert context.task_resources(6, num_workers)[1] == expected

@@ -353,3 +353,10 @@ def test_a_repeated_confirmation_row_is_skipped(inspected: Any, tmp_path: Path) 
     (tmp_path / "rows.jsonl").write_text(jsonl(*({"text": text} for text in texts)))
     found = inspected({"data.confirmation": [{"source": str(tmp_path / "rows.jsonl"), "format": "text"}]})
     assert [row.response for row in found.examples["confirmation"]] == ["one and one", "two and two", "three and three"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(inspected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose HOME is read-only; in /proc not even root can create folders."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nohome/.cache/huggingface/datasets")
+    with pytest.raises(UserError, match=r"cache of Hugging Face libraries, /proc/nohome.* set the .* HF_HOME to"):
+        inspected({})

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny_decoders import logits_of, samples_of, settings_of, tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -15,6 +16,7 @@ from qpruner.errors import UserError
 from qpruner.models.layout import skeleton
 from qpruner.models.loading import check_reachable, load_dense
 from qpruner.pruning.prune import Pruned, num_parameters, planned_cut, prune
+from qpruner.pruning.settings import check_settings, uniform_remedy
 
 CHANNEL = 3 * 32
 """Parameters of one channel of the tiny Llama."""
@@ -247,6 +249,36 @@ def test_shared_weights_are_refused(other: str) -> None:
         prune(model, settings_of(rate=0.2), samples_of())
     assert all(f"model.{name}" in str(caught.value) for name in (other, "layers.2.mlp.up_proj.weight"))
     prune(model, PruneConfig(rate=0.0), samples_of())
+
+
+def test_a_single_key_value_group_stays_in_a_uniform_cut() -> None:
+    """As in Gemma 3 270M, whose heads together are wider than its hidden states; it was refused for the contrary."""
+    model = tiny("llama", num_attention_heads=4, num_key_value_heads=1)
+    pruned = prune(model, settings_of(rate=0.1, uniform=True), samples_of())
+    assert {kinds["attention"] for kinds in pruned.kept.values()} == {(0,)}
+    assert len({len(kinds["mlp"]) for kinds in pruned.kept.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "keys"),
+    [
+        ("llama", {}, "`prune.uniform: true`"),
+        ("llama", {"selection": "global"}, "`prune.uniform: true` and `prune.selection: per_layer`"),
+        ("opt", {}, "`prune.uniform: true` and `prune.units: [mlp]`"),
+        (
+            *("opt", {"selection": "global"}),
+            "`prune.uniform: true`, `prune.selection: per_layer` and `prune.units: [mlp]`",
+        ),
+    ],
+)
+def test_all_that_makes_a_cut_uniform_is_named_at_once(name: str, options: dict[str, Any], keys: str) -> None:
+    """What is named is accepted: nobody is led from one error to the next."""
+    model = tiny(name)
+    said = uniform_remedy(model.config, PruneConfig(**{"selection": "per_layer"} | options))
+    assert said == f"set {keys}, so that all blocks have the same widths"
+    named = dict(re.findall(r"`prune\.(\w+): ([^`]+)`", said))
+    changes = {key: yaml.safe_load(value) for key, value in named.items()}
+    check_settings(model.config, PruneConfig(**{"rate": 0.2, "selection": "per_layer"} | options | changes))
 
 
 @pytest.mark.parametrize(

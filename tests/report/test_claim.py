@@ -264,6 +264,17 @@ def test_a_winner_alone_claims_nothing_at_equal_bytes() -> None:
     assert others == ["- No other plan had this fine-tune, so nothing is claimed at equal bytes."]
 
 
+def test_a_control_without_a_result_is_in_the_headline() -> None:
+    lost = {RIVAL: "out of memory: no room (micro-batch 1)", "paper": "not tried, because x"}
+    results = results_of([*row_of(RIVAL, [2.0]), *searched_row([1.0])], lost_controls=lost)
+    said = "; 2 simple alternatives without a result (not pruned, knapsack), (the paper's flow)"
+    assert headline(results).endswith(said)
+    assert claim(results).splitlines()[-2:] == [
+        "- Without a result: not pruned, knapsack, out of memory: no room (micro-batch 1).",
+        "- Without a result: the paper's flow, not tried, because x.",
+    ]
+
+
 # ---- several tasks, and how often the claim speaks where there is nothing to say
 
 

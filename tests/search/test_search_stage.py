@@ -28,7 +28,7 @@ from qpruner.config.load import validate_config
 from qpruner.errors import StageError
 from qpruner.pipeline.confirm_seeds import FINALISTS, further_seeds
 from qpruner.pipeline.run import run
-from qpruner.pipeline.search import choose_finalists
+from qpruner.pipeline.search import choose_finalists, lost_controls
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress, TrialChanged
 from qpruner.runs.records import RungResult, SearchRecord, TrialPulse, TrialRecord
@@ -481,6 +481,19 @@ def test_a_search_without_a_finished_trial_says_why(tmp_path: Path) -> None:
     trials = [trial(0, "444444", [], status="failed", failure="diverged", reason="loss is nan at step 1")]
     with pytest.raises(StageError, match=r"none of 1 trial finished.*at step 1.*\n.*training.learning_rate"):
         choose_finalists(trials, job_of(tmp_path))
+
+
+def test_controls_without_a_result_are_kept_with_the_reason(tmp_path: Path) -> None:
+    """One of them may be better than the winner, and the headline names them."""
+    job = job_of(tmp_path)
+    (uniform, _), (knapsack, _) = job.controls
+    lost = trial(0, "444444", [], origin=uniform, status="failed", failure="infeasible", reason="out of memory: x")
+    ended = "1 hours were spent"
+    assert lost_controls(job, [lost], ended) == {uniform: "out of memory: x", knapsack: f"not tried, because {ended}"}
+    done = [trial(0, "444444", [3, 3, 3], origin=uniform), trial(1, SEED_PLAN, [3, 3, 3], origin=knapsack)]
+    assert lost_controls(job, done, ended) == {}
+    over = replace(job, controls=[("unpruned-uniform", plan_of("888888"))])
+    assert lost_controls(over, [], ended) == {}, "one over the budget could not win"
 
 
 def test_a_control_that_no_searched_plan_beats_is_returned() -> None:
