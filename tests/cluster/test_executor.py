@@ -91,6 +91,7 @@ def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
             assert getattr(caught.value, attribute, None) == getattr(error, attribute, None)
 
 
+@pytest.mark.slow
 def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> None:
     """After progress between two deaths, as between checkpoints of a fine-tune, deaths are counted anew."""
     marks, events = tmp_path / "killed", list[Event]()
@@ -209,6 +210,7 @@ def test_stages_share_the_only_gpu_of_a_cluster(one_gpu: str, tiny_model: Path, 
             assert of_each[0] == pytest.approx(of_each[1], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_workers_find_paths_relative_to_the_driver(
     one_gpu: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def search_of(folder: Path, slots: Slots, at_once: int = 0, **settings: Any) -> 
     return replace(job, trial=recording_trial(folder, at_once), resources=slots.resources_per_trial(None), controls=[])
 
 
+@pytest.mark.slow
 def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> None:
     job = search_of(tmp_path, slots, at_once=sum(GPUS))
     assert job.resources == {"cpu": 1.0, "gpu": 1.0}
@@ -121,6 +122,7 @@ def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> Non
     assert len({trial["pid"] for trial in ended}) < NUM_TRIALS, "reused workers keep their GPU"
 
 
+@pytest.mark.slow
 def test_ctrl_c_starts_no_waiting_trial(slots: Slots, tmp_path: Path) -> None:
     """There is room for six trials, as on a cluster that may grow, but for three of them no machine."""
     is_first = True
@@ -275,6 +277,7 @@ def test_a_search_in_which_everything_fails_ends_and_loses_no_plan(tmp_path: Pat
     assert [trial.status for trial in trials] == ["finished"] * 7, "no plan was lost"
 
 
+@pytest.mark.slow
 def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: Path) -> None:
     """As if its machine had been cut off for a while; another worker's id in the record stands for that worker."""
 
