@@ -169,6 +169,7 @@ def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
             process.terminate()  # the handler of Ray ends its other processes
 
 
+@pytest.mark.slow
 def test_a_run_without_an_address_starts_its_own_ray(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
     """This holds on the head of a cluster, whose variables name the cluster, and for two such runs at once. Ray listens
     on loopback only, and the first run makes a token that only its owner can read."""

@@ -114,6 +114,7 @@ def test_a_process_with_a_gpu_serves_one_job(four_gpus: None) -> None:
     assert len({pid for _, pid in run_tasks(job, range(4), ONE, 2, False, CHECK)}) == 4
 
 
+@pytest.mark.slow
 def test_a_job_with_its_own_process_begins_in_a_new_one(four_gpus: None) -> None:
     """Also without a GPU: the memory of earlier jobs would count as its own."""
 
