@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONDONTWRITEBYTECODE # the first process compiles modules, the others read them
 # Minutes on one core of an otherwise idle machine, with packages installed.
-CORE_MINUTES=13
+CORE_MINUTES=16
 cores=$(nproc)
 processes=$((cores < 8 ? cores : 8))
 echo "== about $(((CORE_MINUTES + processes - 1) / processes)) minutes on $cores cores, and the installation before it the first time"

@@ -62,6 +62,7 @@ def test_a_missing_or_old_python_is_named(version: str | None, problem: str, che
     assert done.returncode == 1 and f"{problem}; install Python 3.11 or newer" in done.stderr
 
 
+@pytest.mark.slow
 def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> None:
     """Workers of a cluster install the versions of their head; here without a network."""
     versions = tmp_path / "versions.txt"

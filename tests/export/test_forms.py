@@ -106,6 +106,7 @@ def test_a_full_disk_leaves_nothing(searched: Path, form: str, tmp_path: Path) -
         assert list(disk.iterdir()) == [filler] and digests(searched) == before
 
 
+@pytest.mark.slow
 def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(searched, tmp_path / "run"))
     before = digests(run)
@@ -118,6 +119,7 @@ def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
     assert digests(run) == before
 
 
+@pytest.mark.slow
 def test_an_export_that_is_told_to_end_leaves_nothing(searched: Path, tmp_path: Path) -> None:
     asked = [sys.executable, "-m", "qpruner", "export", str(searched), "--to", "gguf", "--out", str(tmp_path / "out")]
     with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as process:

@@ -17,6 +17,7 @@ from qpruner.runs.events import Event, Message
 from qpruner.runs.records import is_control
 
 
+@pytest.mark.slow
 def test_killed_between_cuts_and_repeated_gives_the_same(tiny_model: Path, tmp_path: Path) -> None:
     """Only the cuts that are missing are made again."""
     rates = {"prune": {"rates": [0.1, 0.2], "compensation": "none"}, "quantize.budget": {"bytes": 200_000}}

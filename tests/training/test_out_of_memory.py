@@ -65,6 +65,7 @@ def wide(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_command_out_of_memory_names_a_remedy(wide: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The system refuses address space to the loading of a model, to an export and to a generation."""
     run = finished_run(tiny_model, tmp_path / "run")

@@ -122,6 +122,7 @@ def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path
 SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
 
 
+@pytest.mark.slow
 @WITH_BOTH
 def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], rows: Any, tmp_path: Path) -> None:
     losses: dict[int, float] = {}
@@ -139,6 +140,7 @@ def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], rows:
         assert dict(each) == pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.slow
 @WITH_BOTH
 def test_a_tracker_that_goes_away_stops_no_fine_tune(fresh: Callable[..., Any], rows: Any, tmp_path: Path) -> None:
     def on_step(step: int, total: int, loss: float) -> None:
