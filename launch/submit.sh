@@ -16,9 +16,10 @@ shift 2
 [ -f "$given" ] || fail "there is no configuration $given"
 name=$(basename "$given")
 # Up to three shells read the arguments, and Ray joins them without quoting `&` or `$` (2.60): percent-encoded, they have
-# no character that any of them would change. search.py decodes them.
-encoded=$(python -c 'import sys, urllib.parse as u; print(*(u.quote(each, safe="/=,:@+") for each in sys.argv[1:]))' \
-  "tune_configs/$name" "$@")
+# no character that any of them would change. search.py decodes them. `quote` leaves `~`, which bash expands after `=`.
+encode='import sys, urllib.parse as u
+print(*(u.quote(each, safe="/=,:@+").replace("~", "%7E") for each in sys.argv[1:]))'
+encoded=$(python -c "$encode" "tune_configs/$name" "$@")
 run ray rsync-up "$cluster" "$given" "qpruner/tune_configs/$name"
 if [ -n "$attached" ]; then
   # shellcheck disable=SC2086  # encoded arguments have no spaces

@@ -74,7 +74,8 @@ def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
     V(residual) the part of both that is noise of single questions, and t Student's quantile (Banerjee 1960,
     "Approximate confidence interval for linear functions of means of k populations", Sankhya 22). Simulated with noise
     as in `benchmarks/record_rows.jsonl`, the interval holds the true mean in 94 to 98 % of cases, for 2 to 182
-    questions and 1 to 10 seeds; Satterthwaite's degrees of freedom gave 86 % for two seeds (2026-12-02).
+    questions and 1 to 10 seeds, but in 92 to 94 % for two seeds whose effect is five to eight times larger.
+    Satterthwaite's degrees of freedom gave 86 % for two seeds (2026-12-02).
 
     Args:
         by_seed: For each training seed, for each task, the difference on each question. With a single seed the

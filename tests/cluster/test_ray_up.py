@@ -124,7 +124,7 @@ def test_the_log_shows_a_mistake_in_the_configuration(cluster: Cluster, tmp_path
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("modle: {source: x}\n")
     # The shells of the laptop, of ssh and of the job change nothing in an argument.
-    argument = """output=R&D; "$HOME" `id` 100% '*' \\ end"""
+    argument = """output=~/R&D; "$HOME" `id` 100% '*' \\ end"""
     job = cluster.submit(wrong, "--set", argument)
     # If a job fails at once, `ray job logs --follow` may end before the last lines.
     wait_for(lambda: "modle" in cluster.script("watch.sh", job), "the mistake", PATIENCE_SECONDS)

@@ -111,6 +111,19 @@ def test_behind_a_proxy_the_region_must_be_given(
         objects.open_bucket("s3", "runs", "")
 
 
+@pytest.mark.parametrize(("excluded", "through"), [("eu-central-1", False), ("us-east-1", True)])
+def test_hosts_of_an_excluded_region_are_reached_directly(
+    excluded: str, through: bool, use_proxy: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind a proxy with an endpoint in the private network. This opens the bucket and asks it for nothing."""
+    port = free_port()
+    use_proxy("HTTPS_PROXY", port)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setenv("NO_PROXY", f".{excluded}.amazonaws.com")
+    opened = objects.open_bucket("s3", "runs", "region=eu-central-1")
+    assert (str(port) in repr(opened.__reduce__())) == through
+
+
 def go_through(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this process reach the store at an address."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")

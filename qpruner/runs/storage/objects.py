@@ -87,12 +87,15 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     endpoint = options.setdefault("endpoint_override", endpoint)
-    proxy = _proxy_for(endpoint or f"{bucket}.s3.amazonaws.com", options.get("scheme", "https"))
-    if proxy and not (endpoint or options.get("region") or region):
+    region = options.setdefault("region", region)
+    of_region = f"s3.{region}" if region else "s3"
+    proxy = _proxy_for(endpoint or f"{bucket}.{of_region}.amazonaws.com", options.get("scheme", "https"))
+    if proxy and not (endpoint or region):
         raise UserError(
             f"`output`: the region of {bucket} cannot be asked for through the proxy of HTTPS_PROXY: set AWS_REGION"
         )
-    options.setdefault("region", region or (None if endpoint else fs.resolve_s3_region(bucket)))
+    if not (endpoint or region):
+        options["region"] = fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(
         proxy_options=proxy,
         connect_timeout=CONNECT_SECONDS,
