@@ -127,17 +127,20 @@ class Room:
         self._num_slots: int | None = None
         self._room, self._next_look = 0, 0.0
 
-    def __call__(self) -> int:
-        """Return how many trials may be in flight; count anew after `LOOK_SECONDS`, and report a change of slots."""
+    def __call__(self, num_held: int) -> int:
+        """Return how many trials may be in flight while so many slots are held; report a change of slots.
+
+        The machines are counted anew after `LOOK_SECONDS`.
+        """
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            slots, limit = self._count_slots(), self._limit
-            self._room = min(slots.at_most(self._resources), limit)
-            num_slots = min(slots.fits(self._resources), limit)
+            slots = self._count_slots()
+            self._room = slots.at_most(self._resources)
+            num_slots = min(slots.fits(self._resources), self._limit)
             if num_slots != self._num_slots:
                 self._num_slots = num_slots
                 self._emit(SlotsFound(num_slots))
                 if not self._room:
                     self._emit(Message("search", "warning: no machine of the cluster can run a trial: add a machine"))
-        return self._room
+        return max(0, min(self._room - num_held, self._limit))

@@ -1,11 +1,11 @@
 """Which devices are kept from trials after failures, as the driver of a search decides."""
 
-from collections.abc import Callable
-
 import pytest
 from made_searches import trial
 
-from qpruner.cluster.tune.devices import MAX_DEVICES, Devices
+from qpruner.cluster.tune.callbacks import Holding
+from qpruner.cluster.tune.devices import MAX_TRIES, Devices
+from qpruner.errors import StageError
 from qpruner.runs.events import Event, Message
 from qpruner.runs.records import TrialRecord
 
@@ -15,8 +15,10 @@ class Bench:
 
     def __init__(self, number: int) -> None:
         self.events: list[Event] = []
-        self.devices = Devices(lambda: number, self.events.append)
+        self.nodes = {"node": number}
+        self.devices = Devices(lambda: self.nodes, self.events.append)
         self.held: list[str] = []
+        self.kept: list[str] = []
         self._records: dict[int, TrialRecord] = {}
 
     def record(self, index: int, device: str) -> TrialRecord:
@@ -34,9 +36,9 @@ class Bench:
     def scores(self, index: int, device: str) -> None:
         self.devices.has_scored(self.record(index, device))
 
-    def _hold(self, device: str) -> Callable[[], None]:
+    def _hold(self, device: str) -> Holding:
         self.held.append(device)
-        return lambda: self.held.remove(device)
+        return Holding("node", lambda: self.held.remove(device), lambda: self.kept.append(device))
 
 
 def test_a_device_is_held_until_a_second_one_tells_whose_fault_it_was() -> None:
@@ -72,7 +74,7 @@ def test_two_plans_too_large_for_both_devices_end() -> None:
 
 def test_a_trial_that_gets_the_same_device_again_and_again_ends() -> None:
     bench = Bench(3)
-    assert [bench.fails(0, "a") for _ in range(MAX_DEVICES)] == [*[True] * (MAX_DEVICES - 1), False]
+    assert [bench.fails(0, "a") for _ in range(MAX_TRIES)] == [*[True] * (MAX_TRIES - 1), False]
     assert bench.held == []
 
 
@@ -99,3 +101,52 @@ def test_a_device_that_was_left_out_is_not_counted_as_another() -> None:
         assert bench.fails(index, "a")
         bench.scores(index, "b")
     assert bench.held == ["a"] and not bench.fails(2, "b")
+
+
+def test_two_bad_devices_of_four_are_left_out_and_no_plan_is_blamed() -> None:
+    bench = Bench(4)
+    assert bench.fails(0, "c")
+    bench.scores(0, "a")
+    assert bench.fails(1, "d")
+    bench.scores(1, "b")
+    assert bench.fails(2, "c") and bench.fails(2, "d"), "each of the two has failed another trial"
+    bench.scores(2, "a")
+    assert bench.held == ["c", "d"] == bench.kept and len(bench.events) == 2
+
+
+def test_a_plan_too_large_for_all_of_many_devices_is_tried_on_three() -> None:
+    bench = Bench(8)
+    assert [bench.fails(0, device) for device in "abc"] == [True, True, False]
+    assert bench.held == []
+
+
+def test_if_the_good_device_leaves_the_suspect_gets_trials_again() -> None:
+    bench = Bench(2)
+    assert bench.fails(0, "a")
+    bench.devices.look()
+    assert bench.held == ["a"]
+    bench.nodes["node"] = 1
+    bench.devices.look()
+    assert bench.held == [] and bench.devices.num_held == 0
+
+
+def test_if_only_a_device_that_was_left_out_is_left_the_search_ends_and_names_it() -> None:
+    bench = Bench(2)
+    for index in range(2):
+        assert bench.fails(index, "a")
+        bench.scores(index, "b")
+    bench.devices.look()
+    bench.nodes["node"] = 1
+    with pytest.raises(StageError, match="no other device is left than a, where trials failed that ran elsewhere"):
+        bench.devices.look()
+
+
+def test_a_device_whose_node_has_left_is_held_no_more() -> None:
+    """Its placement group would move to another device."""
+    bench = Bench(2)
+    for index in range(2):
+        assert bench.fails(index, "a")
+        bench.scores(index, "b")
+    bench.nodes = {"another": 2}
+    bench.devices.look()
+    assert bench.held == [] and bench.devices.num_held == 0

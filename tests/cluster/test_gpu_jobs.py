@@ -87,7 +87,7 @@ def test_every_job_of_a_flow_runs_on_its_own_gpu(four_gpus: None, tmp_path: Path
     ClusterExecutor(ONE, GpuTime(), CHECK).run(alone, ignore)
     run_all("bank", [0.5, 0.3, 0.7, 0.4])
     of_search = job_of(tmp_path, searcher="random", first_rung=4, max_trials=5)
-    search(replace(of_search, trial=trial, resources=ONE, controls=[]), lambda: NUM_GPUS, ignore)
+    search(replace(of_search, trial=trial, resources=ONE, controls=[]), lambda held: NUM_GPUS, ignore)
     run_all("confirm", [0.3, 0.6, 0.2, 0.5])
     run_all("winner", [0.3], own_process=True)
     run_all("evaluate", [0.5, 0.3, 0.4])

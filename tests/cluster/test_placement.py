@@ -17,7 +17,9 @@ from made_searches import CONTROLS, LAYOUT, job_of, plan_of
 from raylets import Raylets, raylets
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
+from qpruner.cluster.node_check import packed_check
 from qpruner.cluster.slots import Room, Slots
+from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.tune.devices import MAX_FAILURES
 from qpruner.cluster.tune.driver import MAX_ERRORS
@@ -135,7 +137,7 @@ def test_ctrl_c_starts_no_waiting_trial(slots: Slots, tmp_path: Path) -> None:
 
     job = search_of(tmp_path, slots, at_once=sum(GPUS))
     with pytest.raises(KeyboardInterrupt):
-        search(job, lambda: 6, emit)
+        search(job, lambda held: 6, emit)
     found = [(trial.status, trial.has_begun) for trial in read_trials(job.trials)]
     assert sorted(found) == [("finished", True)] * 3 + [("running", False)] * 3
 
@@ -184,10 +186,20 @@ def breakdown(mended: Path | None = None) -> Callable[[TrialJob], None]:
     return fault
 
 
+def gpu_of_task() -> Callable[[float], str]:
+    """Make a job that takes so many seconds and returns the GPU that it sees."""
+
+    def gpu_of(seconds: float) -> str:
+        time.sleep(seconds)
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    return gpu_of
+
+
 def searched(job: SearchJob, room: int = 2) -> tuple[list[TrialRecord], list[str]]:
     """Run a search; return its trials and the messages."""
     events: list[Event] = []
-    outcome = search(job, lambda: room, events.append)
+    outcome = search(job, lambda held: room - held, events.append)
     return outcome.trials, [event.text for event in events if isinstance(event, Message)]
 
 
@@ -198,11 +210,19 @@ def on_gpus(folder: Path, trial: Trial, **settings: Any) -> SearchJob:
 
 
 @pytest.fixture(scope="module")
-def two_gpus(joined: tuple[Raylets, Cluster]) -> Iterator[None]:
+def one_machine(joined: tuple[Raylets, Cluster]) -> Iterator[str]:
     """Only the machine with two GPUs, which has four cores, can run a trial that takes two cores."""
     joined[0].cluster.remove_node(joined[0].nodes.pop())
-    yield
+    yield joined[0].address
     joined[0].add(num_cpus=4, num_gpus=GPUS[1])
+
+
+@pytest.fixture
+def two_gpus(one_machine: str) -> Iterator[None]:
+    """As above; a GPU that was left out is back after the test, because it is held until this process leaves."""
+    yield
+    disconnect()
+    connect(one_machine)
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -230,6 +250,24 @@ def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(kind: Fau
     assert len(moved) == MAX_FAILURES
     [named] = [text for text in said if text.startswith("warning")]
     assert "2 trials failed on GPU 1 of 127.0.0.1" in named and "gets no more trials" in named
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_that_kills_processes_gets_no_more_trials_and_no_later_job(tmp_path: Path) -> None:
+    """A faulty driver ends the process without an error of Python's."""
+
+    def fault(job: TrialJob) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    trial = on_device(tmp_path, fault, "1", seconds=10.0)
+    trials, said = searched(on_gpus(tmp_path, trial))
+    assert [trial.status for trial in trials] == ["finished"] * 7, [trial.reason for trial in trials]
+    assert len([trial for trial in trials if trial.failed_on]) == MAX_FAILURES
+    [named] = [text for text in said if text.startswith("warning")]
+    assert "2 trials failed on GPU 1 of 127.0.0.1" in named
+    later = run_tasks(gpu_of_task(), [1.0] * 4, {"cpu": 1.0, "gpu": 1.0}, 4, False, packed_check({}, None))
+    assert {gpus for _, gpus in later} == {"0"}
 
 
 @pytest.mark.slow
@@ -305,7 +343,7 @@ def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: 
     trials, folder = tmp_path / "trials", tmp_path / "trials" / "0000"
     others = folder / ".checkpoint-4.another"
     job = replace(search_of(tmp_path, slots, max_trials=1), trial=trial)
-    outcome = search(job, lambda: 1, lambda event: None)
+    outcome = search(job, lambda held: 1, lambda event: None)
     assert json.loads((tmp_path / "left").read_text()) == [[], "another", True]
     assert [trial.status for trial in outcome.trials] == ["finished"]
     left = sorted(path.name for path in folder.iterdir())

@@ -146,7 +146,7 @@ def test_a_late_node_that_differs_is_named_and_not_retried(cluster: Raylets, tmp
     joining = threading.Thread(target=join_once_the_first_has_begun, daemon=True)
     joining.start()
     with pytest.raises(NodeDiffers) as caught:
-        search(job, lambda: 2, tell)
+        search(job, lambda held: 2, tell)
     joining.join()
     assert f"`output`: {run} is not shared with this node" in caught.value.cause
     assert f"{late[0].node_id[:8]})" in caught.value.cause
@@ -156,5 +156,5 @@ def test_a_late_node_that_differs_is_named_and_not_retried(cluster: Raylets, tmp
     assert (second.status, second.kills, second.failure, second.worker) == ("running", 0, None, None)
 
     cluster.kill_machine(late[0])
-    outcome = search(job, lambda: 1, tell)
+    outcome = search(job, lambda held: 1, tell)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)] * 2

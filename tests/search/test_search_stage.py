@@ -22,6 +22,7 @@ from ray.tune.experiment import Trial
 
 from qpruner.cluster.tune import SearchJob
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, HangWatch
+from qpruner.cluster.tune.devices import Devices
 from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
 from qpruner.config.load import validate_config
@@ -58,7 +59,9 @@ class Searching:
         self.job, self.room, self.events = job, 2, list[Event]()
         self.ledger, _ = resume_search(job, proposer or RandomProposer(job.space, seed=0))
         self.halt = Halt(self.events.append)
-        self.searcher = PlanSearcher(job, self.ledger, lambda: self.room, self.events.append, self.halt)
+        devices = Devices(lambda: {"node": self.room}, self.events.append)
+        room, emit = lambda held: self.room - held, self.events.append
+        self.searcher = PlanSearcher(job, self.ledger, room, devices, emit, self.halt)
 
     def suggest(self, name: str) -> int | str | None:
         """Ask for a plan as Tune does: returns the number of its trial, or the answer that there is none."""

@@ -39,13 +39,13 @@ def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Ra
         disconnect()
 
 
-def within(room: Callable[[], int]) -> Callable[[], int]:
+def within(room: Callable[[int], int]) -> Callable[[int], int]:
     """The room for trials, which also fails the test if the search does not end in time."""
     deadline = time.monotonic() + SECONDS
 
-    def timed() -> int:
+    def timed(num_held: int) -> int:
         assert time.monotonic() < deadline, "the search does not end"
-        return room()
+        return room(num_held)
 
     return timed
 
@@ -117,9 +117,9 @@ def test_a_full_disk_of_the_driver_ends_the_search(
             filler.write_bytes(b"\0" * shutil.disk_usage(disk).free)
 
     with pytest.raises(StorageError, match="no space left"):
-        search(job, within(lambda: room), tell)
+        search(job, within(lambda held: room), tell)
     filler.unlink()
-    outcome = search(job, within(lambda: 1), lambda event: None)
+    outcome = search(job, within(lambda held: 1), lambda event: None)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
 
 
@@ -136,7 +136,7 @@ def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster
         reported(tmp_path, report, LAST)
 
     job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
-    outcome = search(job, within(lambda: 1), lambda event: None)
+    outcome = search(job, within(lambda held: 1), lambda event: None)
     assert [(trial.status, trial.reason, trial.kills) for trial in outcome.trials] == [("finished", None, 0)]
 
 
@@ -157,5 +157,5 @@ def test_a_worker_that_never_leaves_its_trial_is_killed(joined: tuple[Raylets, C
             kills.append(read_trials(job.trials)[1].kills)
 
     job = replace(job_of(tmp_path, max_trials=2, trial_timeout_seconds=20.0), trial=trial, resources=HELD)
-    outcome = search(job, within(lambda: 1), on_event)
+    outcome = search(job, within(lambda held: 1), on_event)
     assert ([trial.status for trial in outcome.trials], kills) == (["finished"] * 2, [0])

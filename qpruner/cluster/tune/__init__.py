@@ -33,6 +33,7 @@ from qpruner.cluster import ray_private
 from qpruner.cluster.tasks import checked
 from qpruner.cluster.tune.asha import RecordedAsha
 from qpruner.cluster.tune.callbacks import ActorManager, Halt, HangWatch
+from qpruner.cluster.tune.devices import Devices, count_devices
 from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import SearchJob, SearchOutcome, resume_search
 from qpruner.cluster.tune.ray_searchers import BayesOptProposer, HyperOptProposer
@@ -57,7 +58,7 @@ ray_private.tune_controller.RayActorManager = ActorManager
 __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
 
-def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
+def search(job: SearchJob, room: Callable[[int], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
     """Run or resume the search until it is over.
 
     If Tune ends while trials still have to be resumed, another session of Tune starts. If Tune cannot write, the search
@@ -71,20 +72,33 @@ def search(job: SearchJob, room: Callable[[], int], emit: Emit, trackers: Tracke
         StorageError: If the storage stays full or unreachable.
     """
     assert ray.is_initialized(), "without `connect`, Tune would choose a cluster itself"
-    halt = Halt(emit)
+    halt, devices = Halt(emit), Devices(partial(count_devices, job.resources), emit)
     job = replace(job, session=begin_session(job.trials, job.search))
-    while True:
-        ended = retry_storage(lambda: _fit(job, room, emit, halt, trackers), job.scratch, resumable=True)
-        if halt.interrupted:
-            raise KeyboardInterrupt
-        if halt.trouble:
-            raise halt.trouble
-        outcome = _outcome(job, ended or "")
-        if ended is not None and all(trial.is_over for trial in outcome.trials):
-            return outcome
+    config = job.config
+    try:
+        while True:
+            ended = retry_storage(lambda: _fit(job, room, devices, emit, halt, trackers), job.scratch, resumable=True)
+            if halt.interrupted:
+                raise KeyboardInterrupt
+            if halt.trouble:
+                raise halt.trouble
+            outcome = _outcome(job, ended or "")
+            if ended is not None and all(trial.is_over for trial in outcome.trials):
+                return outcome
+    finally:
+        # Later stages use a GPU that was left out only if they need all of a machine.
+        if not job.resources.get("gpu") or config.finetune.num_workers > 1 or config.model.device_map == "auto":
+            devices.end_search()
 
 
-def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, trackers: Trackers | None) -> str | None:
+def _fit(
+    job: SearchJob,
+    room: Callable[[int], int],
+    devices: Devices,
+    emit: Emit,
+    halt: Halt,
+    trackers: Trackers | None,
+) -> str | None:
     """Run one session of Ray Tune; return why there are no more trials, or None if there may be more."""
     settings = job.config.search
     has_more = job.config.is_searched and job.config.quantize.has_choice  # with one format all plans are controls
@@ -92,7 +106,7 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
     proposer = make_proposer(name, job.space, job.config.seed, job.priors)
     wait_for_storage(job.trials, job.search)
     ledger, recorded = resume_search(job, proposer)
-    searcher = PlanSearcher(job, ledger, room, emit, halt)
+    searcher = PlanSearcher(job, ledger, room, devices, emit, halt)
     watch = HangWatch(job, searcher.on_hung, emit)
     controls = [plan for _, plan in job.controls]
     attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
@@ -127,6 +141,8 @@ def _fit(job: SearchJob, room: Callable[[], int], emit: Emit, halt: Halt, tracke
         if disk_error is None:
             raise
         raise disk_error from error
+    finally:
+        devices.end_session()
     return ledger.ended
 
 

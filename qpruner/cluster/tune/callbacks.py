@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.stopper import Stopper
+from ray.util import placement_group_table, remove_placement_group
 
 from qpruner.cluster.ray_private import RayActorManager
+from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import LivesInDriver, SearchJob
 from qpruner.errors import NodeDiffers, QprunerError
 from qpruner.runs.events import Emit, Message, StepsSeen
@@ -26,52 +28,82 @@ from qpruner.wording import counted
 KILLED_FOR_MEMORY = "Ray killed this worker because its machine ran out of memory"
 
 
-Hold = Callable[[], Callable[[], None]]
-"""Holds a worker that has failed (see `ActorManager.hold`), and returns the function that lets it go."""
+class Holding(NamedTuple):
+    """A device that is kept from other trials."""
+
+    node: str
+    """Ray's id of the node that the device is part of."""
+    let_go: Callable[[], None]
+    """Gives the device to others again; a device that is not kept is theirs at the end of the session of Tune."""
+    keep: Callable[[], None]
+    """Keeps the device from others after the session of Tune too, until this process leaves the cluster."""
+
+
+Hold = Callable[[], Holding | None]
+"""Holds the device of a worker that has failed (see `ActorManager.hold`); returns None if its node has left."""
 
 
 class ActorManager(RayActorManager):  # type: ignore[misc]
     """Fails only the trial whose worker Ray killed for memory; Tune (2.60) would end the whole session.
 
-    A worker that has failed can be held: its process stays and keeps its device from other trials until it is let go.
-    Ray has no other way to leave out one GPU of a machine.
+    The device of a worker that has failed can be held: the process ends, but its placement group stays, and keeps the
+    device from other trials. Ray has no other way to leave out one GPU of a machine.
     """
 
     def __init__(self, resource_manager: Any) -> None:
         super().__init__(resource_manager)
+        self._failing: Any = None  # the worker whose process has just ended, while Tune handles that
         self._to_hold: set[Any] = set()
-        self._held: dict[Any, tuple[Any, Any]] = {}  # actor and its resources by Tune's tracked actor
+        self._held: dict[Any, Any] = {}  # resources by Tune's tracked actor
 
-    def hold(self, tracked_actor: Any) -> Callable[[], None]:
-        """Hold a worker whose trial has failed, and return the function that lets it go."""
-        self._to_hold.add(tracked_actor)
+    def hold(self, tracked_actor: Any) -> Holding | None:
+        """Hold the device of a worker whose trial has failed; Tune no longer knows a worker whose process has ended."""
+        worker = tracked_actor or self._failing
+        resources = self._held[worker] if worker in self._held else self._live_actors_to_ray_actors_resources[worker][1]
+        group = resources.placement_group
+        node = next(iter(placement_group_table(group)["bundles_to_node_id"].values()), "")
+        if not is_staying(node):
+            return None
+        self._to_hold.add(worker)
 
         def let_go() -> None:
-            self._to_hold.discard(tracked_actor)
-            if tracked_actor in self._held:
-                actor, resources = self._held.pop(tracked_actor)
-                ray.kill(actor)
-                self._resource_manager.free_resources(resources)
+            self._to_hold.discard(worker)
+            self._free_unless_held(worker)
+            remove_placement_group(group)  # if it is kept
 
-        return let_go
+        def keep() -> None:
+            self._held.pop(worker)
+            self._resource_manager._acquired_pgs.discard(group)  # which Tune would remove at the end of its session
+
+        return Holding(node, let_go, keep)
 
     def _cleanup_actor(self, tracked_actor: Any) -> None:
-        if tracked_actor not in self._to_hold:
-            super()._cleanup_actor(tracked_actor)
-            return
         self._cleanup_actor_futures(tracked_actor)
-        self._held[tracked_actor] = self._live_actors_to_ray_actors_resources.pop(tracked_actor)
+        _, self._held[tracked_actor] = self._live_actors_to_ray_actors_resources.pop(tracked_actor)
         self._live_resource_cache = None
+        if tracked_actor is not self._failing:
+            self._free_unless_held(tracked_actor)
+
+    def _free_unless_held(self, tracked_actor: Any) -> None:
+        if tracked_actor in self._held and tracked_actor not in self._to_hold:
+            self._resource_manager.free_resources(self._held.pop(tracked_actor))
 
     def cleanup(self) -> None:
-        """End all workers, those that are held too."""
-        self._live_actors_to_ray_actors_resources.update(self._held)
-        super().cleanup()
+        """End all workers, and let go of all devices but those that are kept."""
+        for resources in self._held.values():
+            self._resource_manager.free_resources(resources)
+        super().cleanup()  # begins anew, without any that are held
 
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
             exception = RayActorError(error_msg=f"{KILLED_FOR_MEMORY}: {exception}")
-        super()._actor_task_failed(tracked_actor_task, exception)
+        worker = tracked_actor_task._tracked_actor
+        self._failing = worker if isinstance(exception, RayActorError) else None
+        try:
+            super()._actor_task_failed(tracked_actor_task, exception)
+        finally:
+            self._failing = None
+            self._free_unless_held(worker)
 
 
 class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]

@@ -1,91 +1,150 @@
 """Decides whether a trial that failed is tried on another device, and which devices get no more trials.
 
 A device is a GPU, or a machine if trials use no GPU. A failure may be the plan's fault (it is too large for any device)
-or the device's (it is smaller than others, another program uses its memory, or it is broken). Only a second device can
-tell, so the first one gets no trials until the trial has reported a score from another one, or has failed there too.
+or the device's (it is smaller than others, another program uses its memory, or it is broken). Only other devices can
+tell, so a device where a trial has failed gets no trials until that trial has reported a score from another device, or
+the plan is blamed.
 """
 
-from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import ray
 
-from qpruner.cluster.slots import Node, size_of
+from qpruner.cluster.slots import size_of
 from qpruner.cluster.tune.callbacks import Hold
+from qpruner.errors import StageError
 from qpruner.runs.events import Emit, Message
 from qpruner.runs.records import TrialRecord
 
 MAX_FAILURES = 2
 """Trials that failed on a device and ran on another one, after which the device gets no more trials."""
-MAX_DEVICES = 3
-"""Failures of one trial that are its plan's fault, even if all were on the same device."""
+MAX_TRIES = 3
+"""Failures of one trial after which its plan is blamed. Those on a device count that has failed no other trial which
+then ran elsewhere, and every further one on the same device."""
 
 
-class _Suspect(NamedTuple):
-    """A device that is held, by the worker of a trial that failed there, and the function that lets it go."""
+@dataclass
+class _Held:
+    """A device that gets no trials, the node that it is part of, and the functions that end this (see `Holding`)."""
 
     device: str
+    node: str
     let_go: Callable[[], None]
+    keep: Callable[[], None]
 
 
 class Devices:
-    """Counts failures by device, and holds devices that fail where others succeed."""
+    """Counts failures by device, and holds devices that fail where others succeed.
 
-    def __init__(self, count: Callable[[], int], emit: Emit) -> None:
+    `count` returns the number of devices of each node that is in the cluster now, by the id of the node.
+    """
+
+    def __init__(self, count: Callable[[], Mapping[str, int]], emit: Emit) -> None:
         self._count, self._emit = count, emit
-        self._suspects: dict[int, _Suspect] = {}  # by the number of the trial that failed there
+        self._suspects: defaultdict[int, list[_Held]] = defaultdict(list)  # by the number of the trial that failed
         self._failures: Counter[str] = Counter()  # of trials that ran on another device
-        self._left_out: list[str] = []  # a device is listed once for each worker that holds it
+        self._left_out: list[_Held] = []  # several of one device, if trials share it
 
     @property
     def num_held(self) -> int:
         """The number of workers that keep a device from trials."""
-        return len(self._suspects) + len(self._left_out)
+        return len(self._left_out) + sum(map(len, self._suspects.values()))
 
-    def should_move(self, record: TrialRecord, hold: Hold | None) -> bool:
-        """Return True if a trial that failed is to be tried on another device; its own is then held.
-
-        `hold` holds the worker of the trial; None if its process has ended.
-        """
-        if suspect := self._suspects.pop(record.index, None):
-            suspect.let_go()
-        device = record.device
-        is_plans_fault = len({*record.failed_on, device}) > 1 or len(record.failed_on) + 1 >= MAX_DEVICES
-        if device is None or hold is None or is_plans_fault or not self._leaves_another(device):
+    def should_move(self, record: TrialRecord, hold: Hold) -> bool:
+        """Return True if a trial that failed is to be tried on another device; its own is then held."""
+        tried = [device for device in (*record.failed_on, record.device) if device is not None]
+        num_bad = sum(1 for device in {*tried} if self._failures[device])
+        if record.device is None or len(tried) - num_bad >= MAX_TRIES or not self._leaves_another(record):
+            self._release(record.index)
             return False
-        self._suspects[record.index] = _Suspect(device, hold())
-        return True
+        holding = hold()
+        if holding is not None:
+            self._suspects[record.index].append(_Held(record.device, *holding))
+        return holding is not None
 
     def has_scored(self, record: TrialRecord) -> None:
-        """Decide on the device on which a trial had failed before it reported a score, if there is one."""
-        suspect = self._suspects.pop(record.index, None)
-        if suspect is None or suspect.device == record.device:
-            if suspect:
-                suspect.let_go()
-            return
-        self._failures[suspect.device] += 1
-        if self._failures[suspect.device] < MAX_FAILURES:
-            suspect.let_go()
-            return
-        if suspect.device not in self._left_out:
-            text = f"{self._failures[suspect.device]} trials failed on {suspect.device} and ran on other devices"
-            self._emit(Message("search", f"warning: {text}: it gets no more trials of this command"))
-        self._left_out.append(suspect.device)
+        """Decide on the devices on which a trial had failed before it reported a score, if there are any."""
+        for held in self._suspects.pop(record.index, []):
+            if held.device == record.device:
+                held.let_go()
+                continue
+            self._failures[held.device] += 1
+            if self._failures[held.device] < MAX_FAILURES:
+                held.let_go()
+                continue
+            if held.device not in {each.device for each in self._left_out}:
+                text = f"{self._failures[held.device]} trials failed on {held.device} and ran on other devices"
+                self._emit(Message("search", f"warning: {text}: it gets no more trials of this command"))
+            held.keep()
+            self._left_out.append(held)
 
-    def _leaves_another(self, device: str) -> bool:
-        """Return True if another device may run trials while this one is held; let go of a suspect if needed."""
-        while len({*self._left_out, *(each.device for each in self._suspects.values()), device}) >= self._count():
-            others = [index for index, suspect in self._suspects.items() if suspect.device != device]
-            if not others:
+    def look(self) -> None:
+        """Let go of the devices of nodes that have left, and of suspects if no other device is left.
+
+        Raises:
+            StageError: If all devices that are left were left out.
+        """
+        count = self._count()
+        for index, suspects in list(self._suspects.items()):
+            self._suspects[index] = _in_cluster(suspects, count)
+        self._left_out = _in_cluster(self._left_out, count)
+        total = sum(count.values())
+        if not total or len(self._names()) < total:
+            return
+        for index in list(self._suspects):
+            self._release(index)
+        if len(names := self._names()) == total:
+            cause = f"no other device is left than {', '.join(sorted(names))}, where trials failed that ran elsewhere"
+            raise StageError("search", cause, "add a machine, or repair these and repeat the command: it resumes")
+
+    def end_session(self) -> None:
+        """Let go of all suspects, because no trial is left that could tell."""
+        for index in list(self._suspects):
+            self._release(index)
+
+    def end_search(self) -> None:
+        """Let go of all devices."""
+        self.end_session()
+        while self._left_out:
+            self._left_out.pop().let_go()
+
+    def _names(self) -> set[str]:
+        """Return the devices that are held."""
+        return {each.device for held in (self._left_out, *self._suspects.values()) for each in held}
+
+    def _release(self, index: int) -> None:
+        """Let go of the devices on which a trial has failed."""
+        for held in self._suspects.pop(index, []):
+            held.let_go()
+
+    def _leaves_another(self, record: TrialRecord) -> bool:
+        """Return True if another device may run a trial while its own is held; let go of other suspects if needed."""
+        total = sum(self._count().values())
+        tried = {*record.failed_on, record.device}
+        while len({*self._names(), record.device}) >= total:
+            suspects = ((index, held) for index, each in self._suspects.items() for held in each)
+            other = next(((index, held) for index, held in suspects if held.device not in tried), None)
+            if other is None:
                 return False
-            self._suspects.pop(others[0]).let_go()
+            index, held = other
+            self._suspects[index].remove(held)
+            held.let_go()
         return True
 
 
-def count_devices(resources: dict[str, float]) -> int:
-    """Count the devices of the machines that are now in the cluster and have room for a trial."""
-    nodes: list[Node] = [size_of(node) for node in ray.nodes() if node["Alive"]]
-    if not resources.get("gpu"):
-        return sum(1 for node in nodes if node.fits(resources))
-    return sum(min(node.fits(resources), int(node.gpus)) for node in nodes)
+def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
+    """Return those whose node is still in the cluster, and let go of the others: Ray would hold another device."""
+    for each in held:
+        if each.node not in count:
+            each.let_go()
+    return [each for each in held if each.node in count]
+
+
+def count_devices(resources: Mapping[str, float]) -> dict[str, int]:
+    """Count the devices of each node that is now in the cluster and has room for a trial, by the id of the node."""
+    nodes = {node["NodeID"]: size_of(node) for node in ray.nodes() if node["Alive"]}
+    room = {name: node.fits(resources) for name, node in nodes.items()}
+    most = {name: int(node.gpus) if resources.get("gpu") else 1 for name, node in nodes.items()}
+    return {name: min(room[name], most[name]) for name in nodes if room[name]}

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
@@ -19,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qpruner.cluster import ray_private
 from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, Hold
-from qpruner.cluster.tune.devices import Devices, count_devices
+from qpruner.cluster.tune.devices import Devices
 from qpruner.cluster.tune.job import (
     METRIC,
     TIME,
@@ -62,13 +61,21 @@ def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     """Gives Tune the plans that a `searchers.Ledger` suggests, and writes the record of each trial before it runs."""
 
-    def __init__(self, job: SearchJob, ledger: Ledger, room: Callable[[], int], emit: Emit, halt: Halt) -> None:
+    def __init__(
+        self,
+        job: SearchJob,
+        ledger: Ledger,
+        room: Callable[[int], int],
+        devices: Devices,
+        emit: Emit,
+        halt: Halt,
+    ) -> None:
         super().__init__(metric=METRIC, mode="min")
-        self._job, self._ledger, self._room, self._emit, self._halt = job, ledger, room, emit, halt
+        self._job, self._ledger, self._room, self._devices = job, ledger, room, devices
+        self._emit, self._halt = emit, halt
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
         self._errors: list[TrialRecord] = []  # trials that failed with an error since the last score
-        self._devices = Devices(partial(count_devices, job.resources), emit)
         recorded = trial_records.read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
         self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
@@ -78,11 +85,11 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the parameters of the next trial; None while no more may be in flight; FINISHED at the end."""
-        self._end_at_time_limit()
+        self._look()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
             return finished
-        if len(self._live) >= self._free_room():
+        if len(self._live) >= self._room(self._devices.num_held):
             return None
         if (suggestion := self._ledger.next()) is None:
             return None if self._live else finished  # those may have to be resumed, or be tried on other devices
@@ -92,11 +99,6 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._emit(TrialChanged(record))
         about = {"cut": record.cut, "plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
         return {"trial": suggestion.index, "origin": suggestion.origin, **about, **plan_to_params(suggestion.plan)}
-
-    def _free_room(self) -> int:
-        """Return how many trials may be in flight on the devices that are not held."""
-        room = self._room()
-        return max(1, room - self._devices.num_held) if room else 0
 
     def _record_of(self, suggestion: Suggestion) -> TrialRecord | None:
         """Read or create the record of a trial; None if another process has created it meanwhile."""
@@ -153,12 +155,16 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._ledger.withdraw(suggestion)
             self._emit(TrialChanged(record, is_withdrawn=True))
             return
-        if record.failure in ("infeasible", "error") and self._devices.should_move(record, death.hold):
-            self._move(suggestion, record)
-            return
+        num_kills = record.kills
         if record.status == "running":
             # An error of the trial itself is in its record: here the process was killed, or never started.
             record = _after_death(record, death, self._job) if error else _stopped(record, self._job)
+            failure = "its worker process died" if record.kills > num_kills and not record.is_over else None
+        else:
+            failure = record.reason if record.failure in ("infeasible", "error") else None
+        if failure and self._devices.should_move(record, death.hold):
+            self._move(suggestion, record, failure)
+            return
         if record.is_over:
             record = record.model_copy(update={"times": (*record.times, time.time())})
         trial_records.write_trial(self._job.trials, record)
@@ -170,12 +176,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
         self._ledger.hand_out_again(suggestion)
 
-    def _move(self, suggestion: Suggestion, record: TrialRecord) -> None:
+    def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
         """Queue a trial that failed, to be resumed on another device; it begins with the configured micro-batch."""
         update = {"status": "running", "failure": None, "reason": None, "micro_batch_size": None}
         moved = record.model_copy(update={**update, "failed_on": (*record.failed_on, record.device)})
         trial_records.write_trial(self._job.trials, moved)
-        text = f"trial {record.index} failed on {record.device} ({record.reason}) and is tried on another device"
+        text = f"trial {record.index} failed on {record.device} ({failure}) and is tried on another device"
         self._emit(Message("search", text))
         self._emit(TrialChanged(moved))
         self._ledger.hand_out_again(suggestion)
@@ -207,7 +213,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
-        is_over, suggestion = self._end_at_time_limit(), self._live.get(trial_id)
+        is_over, suggestion = self._look(), self._live.get(trial_id)
         if is_over and suggestion and not trial_records.read_trial(self._job.trials, suggestion.index).has_begun:
             return True
         return self._halt.requested
@@ -222,25 +228,34 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         if not trial_records.write_seconds(job.trials, job.search, self._seconds(), job.session):
             raise lock_lost("search", "the other began a session of this search")
 
-    def _end_at_time_limit(self) -> bool:
-        """Suggest no more after a time limit and return True; end the search if no machine left could run a trial."""
-        now, settings = time.monotonic(), self._job.config.search
-        if not self._is_over and now >= self._next_look:
+    def _look(self) -> bool:
+        """Return True after a time limit; end the search if no machine or device is left that could run a trial."""
+        now = time.monotonic()
+        if now >= self._next_look:
             self._next_look = now + 1.0
-            for seconds, limit, unit, key in (
-                (self._seconds(), settings.max_hours, "hours", "max_hours"),
-                (sum(self._gpu_seconds.values()), settings.max_gpu_hours, "GPU hours", "max_gpu_hours"),
-            ):
-                if not self._is_over and limit is not None and seconds / 3600 >= limit:
-                    self._is_over = True
-                    self._ledger.end(f"{seconds / 3600:.3g} {unit} were spent (`search.{key}` is {limit:g})")
-        if self._is_over and not self._room():
+            self._look_at_limits()
+            try:
+                self._devices.look()
+            except StageError as error:
+                self._halt.end(error)
+        if self._is_over and not self._room(0):
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
             remedy = "start machines again (`ray start` on them), then repeat the command: it resumes running trials"
             self._halt.end(StageError("search", cause, remedy))
         return self._is_over
 
-    def on_error_text(self, trial_id: str, error: str, hold: Hold | None = None) -> None:
+    def _look_at_limits(self) -> None:
+        """Suggest no more trials after a time limit."""
+        settings = self._job.config.search
+        for seconds, limit, unit, key in (
+            (self._seconds(), settings.max_hours, "hours", "max_hours"),
+            (sum(self._gpu_seconds.values()), settings.max_gpu_hours, "GPU hours", "max_gpu_hours"),
+        ):
+            if not self._is_over and limit is not None and seconds / 3600 >= limit:
+                self._is_over = True
+                self._ledger.end(f"{seconds / 3600:.3g} {unit} were spent (`search.{key}` is {limit:g})")
+
+    def on_error_text(self, trial_id: str, error: str, hold: Hold = lambda: None) -> None:
         """Store what the error of a trial says about the death of its worker; called before `on_trial_complete`."""
         self._halt.on_error_text(error)
         death = self._deaths.setdefault(trial_id, _Death())
@@ -285,7 +300,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 class _Death:
     """What the driver knows about the failure of a trial or the death of its worker."""
 
-    hold: Hold | None = None  # holds the worker, which is alive unless its process died
+    hold: Hold = lambda: None  # holds the device of the worker
     node: str | None = None  # Ray's id of the worker's node
     storage: str = ""  # the message of a storage error
     by_ray: bool = False  # Ray killed the worker for memory

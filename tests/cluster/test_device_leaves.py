@@ -1,0 +1,60 @@
+"""A search on two machines with one GPU each, of which the good one leaves."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_searches import job_of
+from raylets import raylets
+from test_placement import breakdown, recording_trial
+
+from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.tune import search
+from qpruner.cluster.tune.devices import MAX_FAILURES
+from qpruner.errors import StageError
+from qpruner.runs.events import Event, Message
+from qpruner.search.trial_records import Progress, Report, TrialJob, read_trials
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_failures", [1, MAX_FAILURES])
+def test_if_the_other_machine_leaves_the_search_ends(tmp_path: Path, num_failures: int) -> None:
+    """A GPU that may be at fault is tried again; one that was left out is not."""
+    with raylets(0) as cluster:
+        bad = cluster.add(num_cpus=2, num_gpus=1)
+        connect(cluster.address)
+        good = cluster.add(num_cpus=2, num_gpus=1)
+        intact, fail, of_bad = recording_trial(tmp_path, 0), breakdown(), bad.node_id
+
+        def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+            import ray
+
+            if ray.get_runtime_context().get_node_id() == of_bad:
+                fail(job)
+            time.sleep(8.0)
+            intact(job, start, report, progress)
+
+        said: list[str] = []
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Message):
+                said.append(event.text)
+                failed = [text for text in said if "is tried on another device" in text]
+                if (
+                    good in cluster.nodes
+                    and len(failed) == num_failures
+                    and (num_failures == 1 or "no more trials" in event.text)
+                ):
+                    cluster.kill_machine(good)
+
+        job = job_of(tmp_path, searcher="random", first_rung=4, max_trials=8)
+        job = replace(job, trial=trial, resources={"cpu": 1.0, "gpu": 1.0})
+        try:
+            with pytest.raises(StageError) as caught:
+                search(job, lambda held: 2 - held, emit)
+        finally:
+            disconnect()
+        trouble = "trials in a row failed" if num_failures == 1 else "no other device is left than GPU 0 of 127.0.0.1"
+        assert trouble in caught.value.cause
+        assert not [trial for trial in read_trials(job.trials) if trial.failure not in (None, "machine")]
