@@ -7,7 +7,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/ray_commands.sh"
 cluster=$(cluster_file "$1")
 cd "$repository"
 if grep -q '^cluster_name: NAME-REPLACE' "$cluster"; then
-  name=$(printf 'qpruner-%s-%s' "$(id -un)" "$(basename "$repository")" | tr -c 'A-Za-z0-9-' - | cut -c -60)
+  # The folder of a colleague, who may also be `ubuntu`, and another file of this folder need another name.
+  name=$(printf 'qpruner-%s-%s' "$(id -un)" "$(basename "$repository")" | tr -c 'A-Za-z0-9-' - | cut -c -50)
+  name=$name-$(od -An -N3 -tx1 /dev/urandom | tr -d ' \n')
   sed -i "s/^cluster_name: NAME-REPLACE/cluster_name: $name/" "$cluster"
   echo "== named the cluster $name, in $cluster"
 fi

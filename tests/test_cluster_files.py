@@ -242,11 +242,16 @@ def test_scripts_are_valid_and_explain_their_usage(path: Path) -> None:
 @FILES
 def test_a_cluster_is_named_for_its_user_and_folder(path: Path, tmp_path: Path) -> None:
     """Under one name two colleagues in one account would share a cluster, and one take down that of the other."""
-    (mine := tmp_path / path.name).write_text(path.read_text())
-    done = check(mine, "up.sh")
-    name = re.sub(r"[^A-Za-z0-9-]", "-", f"qpruner-{getpass.getuser()}-{ROOT.name}")[:60]
-    assert f"== named the cluster {name}, in {mine}" in done.stdout
-    assert f"\ncluster_name: {name}\n" in mine.read_text() and "NAME-REPLACE" not in done.stderr
+    names = []
+    for mine in (tmp_path / path.name, tmp_path / f"another-{path.name}"):
+        mine.write_text(path.read_text())
+        done = check(mine, "up.sh")
+        [name] = re.findall(r"^cluster_name: (.+)$", mine.read_text(), re.MULTILINE)
+        assert f"== named the cluster {name}, in {mine}" in done.stdout and "NAME-REPLACE" not in done.stderr
+        names.append(name)
+    begin = re.sub(r"[^A-Za-z0-9-]", "-", f"qpruner-{getpass.getuser()}-{ROOT.name}")[:50]
+    assert all(re.fullmatch(rf"{begin}-[0-9a-f]{{6}}", name) for name in names)
+    assert len({*names}) == 2, "both users may be `ubuntu`, with a folder of the same name"
     assert "named the cluster" not in check(mine, "up.sh").stdout, "a name stays"
     if path == AWS:  # without credentials, Ray ends at once
         assert f"== takes down {name}: " in check(mine, "down.sh").stdout

@@ -1,10 +1,11 @@
 """Counts the trials or tasks that fit on the present machines, and on those that an autoscaler may start."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from joblib import cpu_count
 
 from qpruner.errors import UserError
 from qpruner.runs.events import Emit, Message, SlotsFound
@@ -91,8 +92,8 @@ class Slots:
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use; on macOS, all cores."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the cores that this process may use, by its CPU affinity and by the quota of its container."""
+    return int(cpu_count())
 
 
 def local_slots() -> Slots:

@@ -52,8 +52,7 @@ def compared(results: Results, other: str) -> Comparison:
     assert results.search and results.evaluate
     by_name = fine_tunes(results)
     pairs = paired(by_name[SEARCHED], by_name[other])
-    by_accuracy = results.search.metric == "accuracy"
-    decisive = accuracy_name(results.evaluate.metrics) if by_accuracy else CONFIRMATION_LOSS
+    decisive = accuracy_name(results.evaluate.metrics) if results.search.by_accuracy else CONFIRMATION_LOSS
     found = differences(pairs, {**over_questions(pairs), **over_confirmation_rows(pairs)}, decisive)
     return Comparison(other, pairs[0][1][0].origin, seeds_of(pairs), more_bytes(pairs), found)
 
@@ -85,10 +84,15 @@ def headline(results: Results) -> str:
     rival, row = rival_as_trial(search), rival_row(results)
     if rival is None or rival.difference is None:
         return f"{smaller}; compared with no other plan{_lost(search)}"
+    which = "the best simple alternative" if rival.control else "the best searched plan"
+    if row is None and search.by_accuracy:
+        ours, theirs = search.winner.accuracy, search.finalist(rival.trial).accuracy
+        name = accuracy_name(search.metrics)
+        scores = f"{name} {ours:.3f} as a trial, that of {which} {theirs:.3f}, on the questions that chose the winner"
+        return f"{smaller}; {scores}{_lost(search)}"
     found = compared(results, row).differences if row else (rival.difference,)
     decisive = next(each for each in found if each.verdict)
     than = f"{decisive.verdict} {'from' if decisive.verdict == SAME else 'than'}"
-    which = "the best simple alternative" if rival.control else "the best searched plan"
     where = "" if row else ", both as trials on the rows that chose the winner"
     by = f" ({decisive.short_text})" if decisive.short_text else ""
     return f"{smaller}; {than} {which}{where}{by}{_lost(search)}"

@@ -76,7 +76,7 @@ def _finalist(finalist: Confirmation, search: SearchRecord) -> Finalist:
 
 
 def _difference(finalist: Confirmation, search: SearchRecord) -> Difference:
-    """Return the loss of the winner less that of another finalist."""
+    """Return the loss of the winner less that of another finalist; it decides nothing in a search by accuracy."""
     paired = compared(search.winner, finalist, len(search.confirmations))
     return Difference(
         measure=SELECTION_LOSS,
@@ -85,5 +85,5 @@ def _difference(finalist: Confirmation, search: SearchRecord) -> Difference:
         half_width=paired.less.half_width,
         num_pairs=len(next(iter(finalist.losses.values()))),
         seeds=paired.seeds,
-        verdict=verdict_of(SELECTION_LOSS, paired.less),
+        verdict=None if search.by_accuracy else verdict_of(SELECTION_LOSS, paired.less),
     )

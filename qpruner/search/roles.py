@@ -48,6 +48,11 @@ def compared(ours: Confirmation, theirs: Confirmation, num_finalists: int) -> Pa
 
 
 def is_beaten(finalist: Confirmation, search: SearchRecord) -> bool:
-    """Return True if a finalist was worse than the winner, beyond the interval of their difference."""
+    """Return True if a finalist's loss was above the winner's, beyond the interval of their difference.
+
+    In a search by accuracy no loss says that a finalist is worse.
+    """
+    if search.by_accuracy:
+        return False
     more = compared(finalist, search.winner, len(search.confirmations)).less
     return more.mean > 0 and more.excludes_zero

@@ -30,6 +30,7 @@ from qpruner.report.sections import search_text
 from qpruner.report.statistics import SAME, Difference
 from qpruner.report.tables import by_task
 from qpruner.runs.records import GIVEN, Results
+from qpruner.search.roles import is_beaten
 
 
 def line_about(results: Results, other: str) -> str:
@@ -109,6 +110,26 @@ def test_what_the_search_minimized_decides(metric: str, verdict: str) -> None:
     decided = {"loss": "confirmation loss", "accuracy": "acc"}[metric]
     assert [measure for measure, each in found.items() if each.verdict] == [decided]
     assert all(each.half_width for each in found.values())
+
+
+@pytest.mark.parametrize("is_tuned", [True, False])
+def test_a_search_by_accuracy_is_never_judged_by_its_loss(is_tuned: bool) -> None:
+    """The winner has the higher accuracy and, beyond every doubt, the higher loss."""
+    losses = [{0: tuple(mean + 0.001 * (at % 3) for at in range(64))} for mean in (2.0, 2.1)]
+    rival = made_confirmation(2, RIVAL, 2.0, plan=SEED_PLAN, losses=losses[0], accuracy=0.5, accuracy_stderr=0.1)
+    winner = made_confirmation(11, "gp", 2.1, plan=PLAN, losses=losses[1], accuracy=0.8, accuracy_stderr=0.1)
+    rows = row_of(RIVAL, [2.0] * 3, [score(answers(400, 100))] * 3) if is_tuned else []
+    rows += searched_row([2.1] * 3, [score(answers(400, 200))] * 3)
+    results = results_of(rows, metric="accuracy", confirmations=(rival, winner))
+    said = (
+        "better than the best simple alternative (+0.250 ± "
+        if is_tuned
+        else (
+            "accuracy 0.800 as a trial, that of the best simple alternative 0.500, on the questions that chose the winner"
+        )
+    )
+    assert f"; {said}" in headline(results) and "worse" not in claim(results)
+    assert results.search and not is_beaten(rival, results.search) and not is_beaten(winner, results.search)
 
 
 def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Scored:

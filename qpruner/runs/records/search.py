@@ -268,6 +268,11 @@ class SearchRecord(Record):
     """Number of sessions (see `SearchClock`) until the search ended."""
 
     @property
+    def by_accuracy(self) -> bool:
+        """Whether the search minimized errors on its tasks, and not the loss."""
+        return self.metric == "accuracy"
+
+    @property
     def winner(self) -> Confirmation:
         """The winner, as a trial on fresh rows."""
         return self.finalist(self.best_index)
