@@ -6,7 +6,10 @@ configuration alone causes: `tests/config/test_bad_input.py`.
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,8 +358,12 @@ def test_a_repeated_confirmation_row_is_skipped(inspected: Any, tmp_path: Path) 
     assert [row.response for row in found.examples["confirmation"]] == ["one and one", "two and two", "three and three"]
 
 
-def test_a_cache_that_cannot_be_written_is_named(inspected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_is_named(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
     """As in a container whose HOME is read-only; in /proc not even root can create folders."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nohome/.cache/huggingface/datasets")
-    with pytest.raises(UserError, match=r"cache of Hugging Face libraries, /proc/nohome.* set the .* HF_HOME to"):
-        inspected({})
+    (config := tmp_path / "small.yaml").write_text(yaml.safe_dump(tiny_raw))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    command = [sys.executable, "-m", "qpruner", "run", str(config)]
+    done = subprocess.run(command, env=kept | {"HOME": "/proc/nohome"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"cache of Hugging Face libraries, /proc/nohome.* set the .* HF_HOME to", done.stderr, re.DOTALL)
