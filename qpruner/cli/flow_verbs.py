@@ -7,6 +7,7 @@ from typing import Any
 
 from qpruner.cli.terminal import Terminal
 from qpruner.config.schema import RunConfig
+from qpruner.export.commands import commands as served_commands
 from qpruner.pipeline import run as pipeline
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
@@ -15,7 +16,6 @@ from qpruner.report.claim import claim, headline
 from qpruner.report.finalists import finalists
 from qpruner.report.results import rows
 from qpruner.report.sections import answer
-from qpruner.report.served import commands as served_commands
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tables import cuts
 from qpruner.runs.logs import logging_to

@@ -16,11 +16,11 @@ from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.plans.plan import budget_text, cut_title, plan_of
 from qpruner.report import run_views
-from qpruner.report.search_progress import score_title, score_with_step, search_lines, search_progress
 from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
 from qpruner.runs.logs import quiet_libraries
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
+from qpruner.search.progress import score_title, score_with_step, search_lines, search_progress
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration, nearest
 

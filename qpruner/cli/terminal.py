@@ -20,13 +20,13 @@ from rich.text import Text
 from qpruner.plans.plan import PrecisionPlan, cut_title, plan_of
 from qpruner.quantization.formats import format_of
 from qpruner.report import content
-from qpruner.report import search_progress as trials_now
 from qpruner.report.content import Cell, Paragraph, Part
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.text import text_plot
-from qpruner.report.search_progress import event_line, score, score_title
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
+from qpruner.search import progress as trials_now
+from qpruner.search.progress import event_line, score, score_title
 from qpruner.wording import duration
 
 SILENCE_SECONDS = 30.0  # without a live view, a count is printed after this many seconds without output

@@ -20,7 +20,7 @@ class DataSource(Section):
     """Rows from a data set or file."""
 
     source: Named
-    """Hub id, a local .jsonl / .json / .parquet / .txt file, or `package:NAME/FILE`."""
+    """Hub id, a local .jsonl / .json / .parquet / .csv / .txt file, or `package:NAME/FILE`."""
     format: Literal["instruction", "multiple_choice", "text"] = "instruction"
     """How a row is turned into a prompt and a response."""
     columns: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)

@@ -159,7 +159,8 @@ class TrainingConfig(Section):
 
 
 SensitivityMethod = Literal["mutual_information", "first_order", "fisher", "second_order", "kl", "loss"]
-INFORMATION = ("mutual_information",)
+MUTUAL_INFORMATION: SensitivityMethod = "mutual_information"
+INFORMATION = (MUTUAL_INFORMATION,)
 EXPANSION = ("first_order", "fisher", "second_order")
 MEASUREMENT = ("kl", "loss")
 """The constants above group the sensitivity methods by the passes over the rows that they need."""

@@ -1,5 +1,6 @@
 """Read rows from data files and from the hub, and map their columns to those of a row format (`COLUMNS`)."""
 
+import csv
 import json
 import logging
 import re
@@ -18,9 +19,9 @@ COLUMNS = {
     "multiple_choice": ("question", "choices", "answer"),
     "text": ("text",),
 }
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 """Suffixes of supported data files, and the builders of `datasets` that read them."""
-OTHER_SUFFIXES = {".csv", ".tsv", ".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
+OTHER_SUFFIXES = {".tsv", ".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
 """Suffixes of unsupported files; a relative path with such a suffix is refused instead of looked up on the hub."""
 SPLIT_REFUSALS = ("Unknown split", "corresponds to no data", "Unrecognized instruction", "Percent slice", "Split name")
 """Parts of the messages with which datasets (5.2) refuses a split."""
@@ -104,7 +105,14 @@ def _read_file(path: Path, split: str, key: str) -> Any:
         raise UserError(f"`{key}.source`: file {path} does not exist; name a data file or a hub id")
     if not path.stat().st_size:
         raise UserError(f"`{key}.source`: file {path} is empty; name another file")
-    return datasets.load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split=split)
+    builder, options = BUILDERS[path.suffix.lower()], dict[str, Any]()
+    if builder == "csv":
+        # Every cell is text: pandas would read `007` as the number 7, and `null` or `NA` as an empty cell.
+        with path.open(newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file))
+        options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
+        options["keep_default_na"] = False
+    return datasets.load_dataset(builder, data_files=str(path), split=split, **options)
 
 
 def _line_without_row(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.cluster.executor import Streamed, run_streamed
-from qpruner.config.schema import RunConfig
+from qpruner.config.schema import MUTUAL_INFORMATION, RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.preflight import Inspection, left_out_text
@@ -21,7 +21,6 @@ from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage, disk_bytes_in
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout
 from qpruner.quantization.formats import PAPER, format_of
-from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.events import Emit, Event, GroupPacked, Progress
 from qpruner.runs.records import BankRecord
 from qpruner.runs.storage import fetch, files_in, for_each, remove

@@ -14,12 +14,11 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
-from qpruner.report.results import BASE, BEST_SEARCHED, PRUNED, RANDOM, SEARCHED, title_of
 from qpruner.runs.events import Progress
-from qpruner.runs.records import PAPER, SearchRecord, digest_of
+from qpruner.runs.records import BASE, BEST_SEARCHED, PAPER, PRUNED, RANDOM, SEARCHED, SearchRecord, digest_of
 from qpruner.runs.storage import for_each, published_folders, read_progress
 from qpruner.search.choice import random_plans
-from qpruner.search.roles import is_beaten
+from qpruner.search.roles import is_beaten, title_of
 from qpruner.training.table_rows import Candidate, CandidateJob
 from qpruner.wording import counted
 

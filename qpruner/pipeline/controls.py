@@ -11,12 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from qpruner.config.schema import MUTUAL_INFORMATION
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import DENSE, PAPER, format_of
-from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import BankRecord, SensitivityRecord
 from qpruner.search.choice import BEST_FIRST, controls_of, seed_plan
 

@@ -12,8 +12,16 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import setting_aside_damaged_adapter
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.report.results import BASE, SEARCHED
-from qpruner.runs.records import EvalRecord, FinetuneRecord, Inference, InferenceSetting, RowScores, digest_of
+from qpruner.runs.records import (
+    BASE,
+    SEARCHED,
+    EvalRecord,
+    FinetuneRecord,
+    Inference,
+    InferenceSetting,
+    RowScores,
+    digest_of,
+)
 from qpruner.runs.storage import for_each, remove, write_json
 from qpruner.training.table_rows import Candidate, evaluate_candidate
 from qpruner.wording import counted, error_text

@@ -16,10 +16,9 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.report.results import SEARCHED
 from qpruner.runs import storage
 from qpruner.runs.events import Emit
-from qpruner.runs.records import CandidateRecord, FinetuneRecord, SearchRecord
+from qpruner.runs.records import SEARCHED, CandidateRecord, FinetuneRecord, SearchRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
 from qpruner.training.table_rows import Candidate, finetune_candidate

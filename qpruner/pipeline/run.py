@@ -30,7 +30,6 @@ from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.report import Report, report_unfinished
 from qpruner.pipeline.serve import Serve
 from qpruner.pipeline.stage import Stage
-from qpruner.report.search_progress import event_line
 from qpruner.runs import events
 from qpruner.runs.events import COMMAND, Emit, Event, Message
 from qpruner.runs.lock import hold_run
@@ -39,6 +38,7 @@ from qpruner.runs.records import Results, RunState, StageState
 from qpruner.runs.run_dir import LOG, RunDir
 from qpruner.runs.storage import CACHE, exists, progress_seconds
 from qpruner.runs.version import describe
+from qpruner.search.progress import event_line
 from qpruner.wording import as_called
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def run(
 
     Without an `address` Ray starts on this machine when a stage needs Ray. `command` is the command line to show users.
     """
-    from qpruner.report.tensorboard import FOLDER, Board  # loads torch
+    from qpruner.search.tensorboard import FOLDER, Board  # loads torch
 
     stages = stages_until(until)
     inspection = preflight.inspect(config, works_here=address is None, packs=Bank in stages)

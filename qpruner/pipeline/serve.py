@@ -9,6 +9,7 @@ from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
+from qpruner.export.commands import commands
 from qpruner.models.loading import check_source, load_tokenizer
 from qpruner.pipeline.comparison_rows import candidates_for
 from qpruner.pipeline.report import report_unfinished
@@ -16,11 +17,9 @@ from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
 from qpruner.pruning.settings import uniform_remedy
-from qpruner.report.claim import rival_row
-from qpruner.report.results import SEARCHED
-from qpruner.report.served import commands, form_text
-from qpruner.runs.records import FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
+from qpruner.runs.records import SEARCHED, FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
+from qpruner.search.roles import rival_row
 from qpruner.training.table_rows import Candidate
 
 COLUMNS = 4096  # columns that every format takes
@@ -122,7 +121,7 @@ class Serve(Stage[ServeRecord]):
 
     def summary(self, record: ServeRecord) -> str:
         found = [row for row in record.rows if row.name == SEARCHED]
-        sizes = [f"{form_text(row)} {row.file_bytes / 1e6:.1f} MB" for row in found]
+        sizes = [f"{row.title} {row.file_bytes / 1e6:.1f} MB" for row in found]
         return "; ".join([*sizes, *commands(record, display_name(self.context.run_dir.root))[:1]])
 
     def disk_bytes(self) -> int:

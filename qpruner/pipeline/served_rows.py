@@ -16,9 +16,8 @@ from qpruner.pipeline.finetune import write_final
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
 from qpruner.quantization.formats import format_of
-from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Emit, Message, Progress
-from qpruner.runs.records import CandidateRecord, ServedForm, ServedRow, ServeSetting
+from qpruner.runs.records import BASE, SEARCHED, CandidateRecord, ServedForm, ServedRow, ServeSetting
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import empty_folder, fetch, remove, storage_at, writing_folder
 from qpruner.training.table_rows import Candidate

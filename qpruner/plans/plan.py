@@ -7,6 +7,7 @@ import html
 import itertools
 import re
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,13 @@ def cut_title(cut: str) -> str:
         return "not pruned"
     kind, _, percent = cut.partition("-")
     return f"{percent} % {'of each block ' if kind == 'layers' else ''}pruned"
+
+
+def formats_text(plan: Mapping[str, str]) -> str:
+    """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one format."""
+    counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
+    of_blocks = list(counts) if len(counts) == 1 else [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
+    return ", ".join([*of_blocks, *(f"{group} {plan[group]}" for group in (EMBEDDINGS, HEAD) if group in plan)])
 
 
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:

@@ -11,9 +11,10 @@ from qpruner.data.sources import BUILDERS
 from qpruner.export.card import front_matter, loading_section
 from qpruner.plans.plan import cut_title
 from qpruner.report.content import code, markdown, prose
-from qpruner.report.results import SEARCHED, rows
+from qpruner.report.results import rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
+from qpruner.runs.records import SEARCHED
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 

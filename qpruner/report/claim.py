@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qpruner.data.measures import accuracy_name
 from qpruner.plans.plan import UNPRUNED
 from qpruner.report.finalists import rival_as_trial
-from qpruner.report.results import BEST_SEARCHED, RANDOM, SEARCHED, control_title, fine_tunes
+from qpruner.report.results import fine_tunes
 from qpruner.report.statistics import (
     CONFIRMATION_LOSS,
     SAME,
@@ -18,7 +18,8 @@ from qpruner.report.statistics import (
     paired,
     seeds_of,
 )
-from qpruner.runs.records import Results, SearchRecord
+from qpruner.runs.records import BEST_SEARCHED, RANDOM, SEARCHED, Results, SearchRecord
+from qpruner.search.roles import control_title, rival_row
 from qpruner.wording import counted
 
 
@@ -55,23 +56,6 @@ def compared(results: Results, other: str) -> Comparison:
     decisive = accuracy_name(results.evaluate.metrics) if results.search.by_accuracy else CONFIRMATION_LOSS
     found = differences(pairs, {**over_questions(pairs), **over_confirmation_rows(pairs)}, decisive)
     return Comparison(other, pairs[0][1][0].origin, seeds_of(pairs), more_bytes(pairs), found)
-
-
-def rival_row(results: Results) -> str | None:
-    """Name the row of the final table that has the rival's plan; None if its plan had no fine-tune.
-
-    The search chose the rival, on other rows than those that judge it here.
-    """
-    assert results.search
-    if results.search.rival is None:
-        return None
-    rival = results.search.finalist(results.search.rival)
-    same = (
-        name
-        for name, [(record, _), *_] in fine_tunes(results).items()
-        if name not in (SEARCHED, RANDOM) and (record.cut, record.plan) == (rival.cut, rival.plan)
-    )
-    return next(same, None)
 
 
 def headline(results: Results) -> str:

@@ -1,16 +1,12 @@
 """Compares the winner of a search with the other finalists, trials of equally many steps, on fresh rows."""
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from qpruner.plans.plan import EMBEDDINGS, HEAD
-from qpruner.quantization.formats import by_size
-from qpruner.report.results import SEARCHED, title_of
+from qpruner.plans.plan import formats_text
 from qpruner.report.statistics import SELECTION_LOSS, Difference, verdict_of
-from qpruner.runs.records import Confirmation, SearchRecord
-from qpruner.search.roles import compared
+from qpruner.runs.records import SEARCHED, Confirmation, SearchRecord
+from qpruner.search.roles import compared, title_of
 
 
 @dataclass(frozen=True)
@@ -47,13 +43,6 @@ def finalists(search: SearchRecord) -> list[Finalist]:
 def rival_as_trial(search: SearchRecord) -> Finalist | None:
     """Return the finalist that the winner is compared with; None without one."""
     return next((each for each in finalists(search) if each.trial == search.rival), None)
-
-
-def formats_text(plan: Mapping[str, str]) -> str:
-    """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one format."""
-    counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
-    of_blocks = list(counts) if len(counts) == 1 else [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
-    return ", ".join([*of_blocks, *(f"{group} {plan[group]}" for group in (EMBEDDINGS, HEAD) if group in plan)])
 
 
 def _finalist(finalist: Confirmation, search: SearchRecord) -> Finalist:

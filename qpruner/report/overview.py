@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name, over_tasks
-from qpruner.plans.plan import UNPRUNED, cut_title
-from qpruner.report.claim import compared, rival_row
+from qpruner.plans.plan import UNPRUNED, cut_title, formats_text
+from qpruner.report.claim import compared
 from qpruner.report.content import Compared, Paragraph, Table
-from qpruner.report.finalists import finalists, formats_text, rival_as_trial
-from qpruner.report.results import BASE, SEARCHED, Row, rows
+from qpruner.report.finalists import finalists, rival_as_trial
+from qpruner.report.results import Row, rows
 from qpruner.report.served import decode_in_llama_cpp
 from qpruner.report.statistics import ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS, Difference
-from qpruner.runs.records import Results
+from qpruner.runs.records import BASE, SEARCHED, Results
+from qpruner.search.roles import rival_row
 from qpruner.wording import counted
 
 SIZE, PERPLEXITY, LLAMA_CPP, TRANSFORMERS = "size, MB", "perplexity", "tokens/s, llama.cpp", "tokens/s, transformers"

@@ -7,23 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpruner.data import measures
-from qpruner.plans.plan import UNPRUNED, PrecisionPlan, cut_title
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.records import (
-    GIVEN,
-    PAPER,
     CandidateRecord,
     Results,
     RowScores,
-    SearchRecord,
     StandardError,
-    is_control,
 )
+from qpruner.search.roles import title_of
 
-BASE, PRUNED, RANDOM, SEARCHED = "base", "pruned", "random", "searched"
-"""Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
-BEST_SEARCHED = "best searched"
-"""Name of the row with the best plan that a searcher proposed, if a control won."""
-MUTUAL_INFORMATION = "mutual_information"
 FineTune = tuple[CandidateRecord, RowScores]  # the record of one fine-tune, and the scores of its model
 Speed = tuple[float, float, float]
 """Median, minimum and maximum of a row's repeated speed measurements, in tokens per second."""
@@ -65,26 +57,6 @@ class Row:
 def rows(results: Results) -> list[Row]:
     """Compute the rows of the final table, in the order of `fine_tunes`."""
     return [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
-
-
-def title_of(name: str, search: SearchRecord | None) -> str:
-    """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan or a control."""
-    if name != SEARCHED or search is None:
-        return control_title(name)
-    if search.best_origin == GIVEN:
-        known = (each.origin for each in search.confirmations if each.index == search.best_index and each.control)
-        return "".join(["given plan", *(f" ({origin})" for origin in known)])
-    return f"winner ({control_title(search.best_origin)})" if search.control_won else name
-
-
-def control_title(name: str) -> str:
-    """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
-    if name == PAPER:
-        return "the paper's flow"
-    if name == BEST_SEARCHED:
-        return "best searched plan"
-    cut, _, kind = name.rpartition("-")
-    return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:

@@ -6,10 +6,8 @@ from typing import Any
 
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
-from qpruner.plans.plan import plan_of
-from qpruner.report.finalists import formats_text
-from qpruner.report.results import SEARCHED, fine_tunes, rows
-from qpruner.report.search_progress import score, score_title, search_progress
+from qpruner.plans.plan import formats_text, plan_of
+from qpruner.report.results import fine_tunes, rows
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
     Difference,
@@ -21,7 +19,8 @@ from qpruner.report.statistics import (
     paired,
     seeds_of,
 )
-from qpruner.runs.records import Results, TrialRecord, flat
+from qpruner.runs.records import SEARCHED, Results, TrialRecord, flat
+from qpruner.search.progress import score, score_title, search_progress
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
 

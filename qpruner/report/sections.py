@@ -14,10 +14,10 @@ from qpruner.report.finalists import finalists
 from qpruner.report.overview import overview
 from qpruner.report.plots.plans import kept_by_block, plan_bars
 from qpruner.report.plots.search import score_by_bytes
-from qpruner.report.search_progress import failing_devices, search_lines, search_progress
 from qpruner.report.served import served
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
+from qpruner.search.progress import failing_devices, search_lines, search_progress
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, get_args
 
 from qpruner.errors import UserError
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
-from qpruner.report.search_progress import best_of, fits
 from qpruner.runs.lock import Driver, Holder, driver_of
 from qpruner.runs.records import GIVEN, Results, RunState, TrialRecord
 from qpruner.runs.run_dir import STATE, RunDir
 from qpruner.runs.storage import children
+from qpruner.search.progress import best_of, fits
 from qpruner.search.trial_records import read_trials
 from qpruner.wording import counted
 

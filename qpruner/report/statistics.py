@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from qpruner.data import measures
 from qpruner.data.measures import Answers, Interval, less
-from qpruner.report.results import RANDOM, FineTune
+from qpruner.report.results import FineTune
+from qpruner.runs.records import RANDOM
 from qpruner.wording import counted
 
 SAME = "not distinguishable"

@@ -9,11 +9,12 @@ from qpruner.plans.plan import UNPRUNED, cut_title, plan_of
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.content import Compared, Table
 from qpruner.report.finalists import Finalist, finalists
-from qpruner.report.results import RANDOM, SEARCHED, Row, rows, speed_text, title_of
-from qpruner.report.search_progress import score, score_title
+from qpruner.report.results import Row, rows, speed_text
 from qpruner.report.snapshot import STATUSES, Snapshot
-from qpruner.runs.records import PruneRecord, Results, RowScores, SearchRecord, TaskScore
+from qpruner.runs.records import RANDOM, SEARCHED, PruneRecord, Results, RowScores, SearchRecord, TaskScore
 from qpruner.search.choice import SAME_BYTES
+from qpruner.search.progress import score, score_title
+from qpruner.search.roles import title_of
 from qpruner.wording import counted, error_text
 
 TEST_ACCURACY = "test accuracy"

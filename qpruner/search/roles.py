@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qpruner.data.measures import Interval, interval, less
-from qpruner.runs.records import Confirmation, SearchRecord
+from qpruner.plans.plan import UNPRUNED, cut_title
+from qpruner.runs.records import (
+    BEST_SEARCHED,
+    GIVEN,
+    PAPER,
+    RANDOM,
+    SEARCHED,
+    Confirmation,
+    Results,
+    SearchRecord,
+    is_control,
+)
 from qpruner.search.choice import winner_position
 
 
@@ -56,3 +67,38 @@ def is_beaten(finalist: Confirmation, search: SearchRecord) -> bool:
         return False
     more = compared(finalist, search.winner, len(search.confirmations)).less
     return more.mean > 0 and more.excludes_zero
+
+
+def rival_row(results: Results) -> str | None:
+    """Name the row of the final table that has the rival's plan; None if its plan had no fine-tune.
+
+    The search chose the rival, on other rows than those that judge it there.
+    """
+    assert results.search
+    if results.search.rival is None:
+        return None
+    rival = results.search.finalist(results.search.rival)
+    for tuned in results.candidates:
+        if tuned.name not in (SEARCHED, RANDOM) and (tuned.cut, tuned.plan) == (rival.cut, rival.plan):
+            return tuned.name
+    return None
+
+
+def title_of(name: str, search: SearchRecord | None) -> str:
+    """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan or a control."""
+    if name != SEARCHED or search is None:
+        return control_title(name)
+    if search.best_origin == GIVEN:
+        known = (each.origin for each in search.confirmations if each.index == search.best_index and each.control)
+        return "".join(["given plan", *(f" ({origin})" for origin in known)])
+    return f"winner ({control_title(search.best_origin)})" if search.control_won else name
+
+
+def control_title(name: str) -> str:
+    """Return a control's name in reports, such as `not pruned, uniform`; other names stay."""
+    if name == PAPER:
+        return "the paper's flow"
+    if name == BEST_SEARCHED:
+        return "best searched plan"
+    cut, _, kind = name.rpartition("-")
+    return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name

@@ -25,9 +25,9 @@ from qpruner.cluster.tune.devices import MAX_FAILURES
 from qpruner.cluster.tune.driver import MAX_ERRORS
 from qpruner.cluster.tune.worker import check_free_memory
 from qpruner.errors import StageError
-from qpruner.report.search_progress import failing_devices
 from qpruner.runs.events import Event, Message, SlotsFound, TrialChanged
 from qpruner.runs.records import RungResult, TrialRecord
+from qpruner.search.progress import failing_devices
 from qpruner.search.trial_records import (
     Progress,
     Report,

@@ -67,12 +67,24 @@ def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(3)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.csv").write_text("instruction,output\nSay 0.,0\n\"Say 1.\",1\nSay 2.,2\n")
     expected = examples_of(tmp_path, rows)
-    for name in ("rows.parquet", "rows.json"):
+    for name in ("rows.parquet", "rows.json", "rows.csv"):
         assert examples_in(tmp_path / name) == expected
     (tmp_path / "plain.txt").write_text("The first line.\nThe second.\n")
     found = examples_in(tmp_path / "plain.txt", format="text")
     assert [each.response for each in found] == ["The first line.", "The second."]
+
+
+def test_a_cell_of_a_csv_file_stays_the_text_that_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,output\nWho is it?,007\n"Yes, or no?",null\n"Two\nlines",\nWhat is left?,NA\n')
+    assert [(each.prompt, each.response) for each in examples_in(path)] == [
+        ("Who is it?", "007"),
+        ("Yes, or no?", "null"),
+        ("Two\nlines", ""),
+        ("What is left?", "NA"),
+    ]
 
 
 def test_limit_and_split_select_rows(tmp_path: Path) -> None:
@@ -89,7 +101,9 @@ def test_limit_and_split_select_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.csv", "instruction,output\na,b\n", "is not a data file; give a .jsonl, .json, .parquet, .txt file"),
+        ("rows.tsv", "instruction\toutput\na\tb\n", "not a data file; give a .jsonl, .json, .parquet, .csv, .txt file"),
+        ("empty.csv", "\n", "no rows can be read"),
+        ("bytes.csv", b"instruction,output\n\xff\xfe,b\n", "no rows can be read"),
         ("other.jsonl", '{"prompt": "a"}\n', "the data have no column instruction, only prompt; name"),
         ("broken.jsonl", '{"instruction": "a"}\n\n{"output": }\n', "line 3 is not JSON: Expecting value"),
         ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is not a JSON object"),

@@ -24,9 +24,8 @@ from qpruner.pipeline import serve, served_rows
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.serve import Serve
-from qpruner.report.results import BASE, SEARCHED
 from qpruner.runs.events import Event, Message, StageSkipped
-from qpruner.runs.records import FinetuneRecord
+from qpruner.runs.records import BASE, SEARCHED, FinetuneRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.training.table_rows import Candidate
 

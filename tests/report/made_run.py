@@ -19,10 +19,13 @@ from made_records import made_confirmation, made_layer, made_prune, made_search
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
 from qpruner.quantization.formats import format_of
-from qpruner.report.results import BASE, PRUNED, RANDOM, SEARCHED
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
+    BASE,
+    PRUNED,
+    RANDOM,
+    SEARCHED,
     BankRecord,
     CandidateRecord,
     ComparisonRecord,

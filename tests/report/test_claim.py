@@ -25,11 +25,11 @@ from scipy import stats
 
 from qpruner.report.claim import claim, comparisons, headline
 from qpruner.report.content import Compared
-from qpruner.report.results import BEST_SEARCHED, RANDOM, SEARCHED, rows
+from qpruner.report.results import rows
 from qpruner.report.sections import search_text
 from qpruner.report.statistics import SAME, Difference
 from qpruner.report.tables import by_task
-from qpruner.runs.records import GIVEN, Results
+from qpruner.runs.records import BEST_SEARCHED, GIVEN, RANDOM, SEARCHED, Results
 from qpruner.search.roles import is_beaten
 
 

@@ -10,15 +10,17 @@ from made_records import made_confirmation, made_search
 from made_run import PLAN, RIVAL, Scored, results_of, row_of, searched_row, snapshot
 from scipy import stats
 
+from qpruner.plans.plan import formats_text
 from qpruner.report import tables
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim, comparisons, headline
 from qpruner.report.content import Compared, Paragraph, Table, report_md
-from qpruner.report.finalists import finalists, formats_text
+from qpruner.report.finalists import finalists
 from qpruner.report.overview import overview
-from qpruner.report.results import BEST_SEARCHED, control_title, rows
+from qpruner.report.results import rows
 from qpruner.report.sections import sections
-from qpruner.runs.records import Confirmation, Results, RungAgreement
+from qpruner.runs.records import BEST_SEARCHED, Confirmation, Results, RungAgreement
+from qpruner.search.roles import control_title
 
 BUDGET = 101_500_000
 NF4 = dict.fromkeys(PLAN, "nf4")

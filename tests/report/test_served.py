@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from made_run import results_of, row_of, searched_row, snapshot
 
+from qpruner.export.commands import commands
 from qpruner.report.content import report_md
-from qpruner.report.results import BASE, SEARCHED
 from qpruner.report.sections import sections
-from qpruner.report.served import commands, decode_in_llama_cpp, served
-from qpruner.runs.records import Results, ServedRow, ServeRecord, ServeSetting
+from qpruner.report.served import decode_in_llama_cpp, served
+from qpruner.runs.records import BASE, SEARCHED, Results, ServedRow, ServeRecord, ServeSetting
 
 
 def row(name: str, form: Any, format: str, bits: float, decode: float, **changes: Any) -> ServedRow:

@@ -18,8 +18,7 @@ from made_run import RIVAL, Scored, answers, candidate, results_of, score
 
 from qpruner.report.claim import comparisons, headline
 from qpruner.report.finalists import finalists
-from qpruner.report.results import BEST_SEARCHED, SEARCHED
-from qpruner.runs.records import Confirmation, Results
+from qpruner.runs.records import BEST_SEARCHED, SEARCHED, Confirmation, Results
 from qpruner.search.choice import contenders
 from qpruner.search.roles import best_of, rival_of
 

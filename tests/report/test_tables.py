@@ -25,9 +25,9 @@ from qpruner.report import tables
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim
 from qpruner.report.content import pipe_table, prose, report_md
-from qpruner.report.results import RANDOM, SEARCHED, rows
+from qpruner.report.results import rows
 from qpruner.report.sections import sections
-from qpruner.runs.records import Results, TaskScore
+from qpruner.runs.records import RANDOM, SEARCHED, Results, TaskScore
 
 
 @pytest.fixture

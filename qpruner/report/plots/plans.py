@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qpruner.config.schema import MUTUAL_INFORMATION
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, cut_title
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.plots.chart import Chart, Spec, Values, by_word, quantity, tooltip
-from qpruner.report.results import MUTUAL_INFORMATION
 from qpruner.runs.records import CutRecord, MethodScores, SensitivityRecord
 
 WIDTH, ROW_HEIGHT, COST_HEIGHT = 760, 22, 70

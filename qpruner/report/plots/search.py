@@ -4,14 +4,13 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from qpruner.plans.plan import cut_title, plan_of
-from qpruner.report.finalists import formats_text
+from qpruner.plans.plan import cut_title, formats_text, plan_of
 from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quantity, tooltip
-from qpruner.report.results import control_title
-from qpruner.report.search_progress import cost, score, score_title
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import TrialRecord
 from qpruner.search.choice import non_dominated
+from qpruner.search.progress import cost, score, score_title
+from qpruner.search.roles import control_title
 
 SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan", "stopped early", "failed"
 SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}

@@ -2,7 +2,7 @@
 
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.search import CONTROL, FAILED, STOPPED
-from qpruner.report.results import control_title
+from qpruner.search.roles import control_title
 
 COLUMNS, LINES, MARGIN, LEGEND = 44, 11, 8, 26
 """Size of the plot's area, and widths of scale and legend beside it."""

@@ -12,9 +12,14 @@ from qpruner.runs.records.base import Recorded as Recorded
 from qpruner.runs.records.base import StandardError as StandardError
 from qpruner.runs.records.base import digest_of as digest_of
 from qpruner.runs.records.base import flat as flat
+from qpruner.runs.records.search import BASE as BASE
+from qpruner.runs.records.search import BEST_SEARCHED as BEST_SEARCHED
 from qpruner.runs.records.search import GIVEN as GIVEN
 from qpruner.runs.records.search import OF_EVERY_CUT as OF_EVERY_CUT
 from qpruner.runs.records.search import PAPER as PAPER
+from qpruner.runs.records.search import PRUNED as PRUNED
+from qpruner.runs.records.search import RANDOM as RANDOM
+from qpruner.runs.records.search import SEARCHED as SEARCHED
 from qpruner.runs.records.search import Begun as Begun
 from qpruner.runs.records.search import Confirmation as Confirmation
 from qpruner.runs.records.search import FinalistScore as FinalistScore

@@ -16,6 +16,10 @@ class RungResult(Recorded):
     train_losses: tuple[float, ...] = ()
 
 
+BASE, PRUNED, RANDOM, SEARCHED = "base", "pruned", "random", "searched"
+"""Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
+BEST_SEARCHED = "best searched"
+"""Name of the row with the best plan that a searcher proposed, if a control won."""
 GIVEN = "given"
 """Origin of a plan that the user gave in place of a search."""
 PAPER = "paper"

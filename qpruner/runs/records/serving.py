@@ -3,9 +3,16 @@
 from typing import Literal
 
 from qpruner.runs.records.base import Record, Recorded
+from qpruner.runs.records.search import BASE, SEARCHED
 
 ServedForm = Literal["gguf", "gguf_merged", "vllm", "vllm_merged"]
 """Files for llama.cpp or vLLM, with the adapter in a file of its own or merged into the weights."""
+FORM_TITLES: dict[ServedForm, str] = {
+    "gguf": "GGUF, adapter beside it",
+    "gguf_merged": "GGUF, adapter merged",
+    "vllm": "vLLM, adapter beside it",
+    "vllm_merged": "vLLM, adapter merged",
+}
 
 
 class ServedRow(Recorded):
@@ -32,6 +39,11 @@ class ServedRow(Recorded):
     recoded: dict[str, str] = {}
     """Layer -> its format in these files, for layers that the server cannot take as the plan has them."""
 
+    @property
+    def title(self) -> str:
+        """The server and its files for people, such as `GGUF Q4_0`."""
+        return f"GGUF {self.format.upper()}" if self.name == BASE else FORM_TITLES[self.form]
+
 
 class ServeSetting(Recorded):
     """How the rows of a `ServeRecord` were measured."""
@@ -50,3 +62,9 @@ class ServeRecord(Record):
 
     rows: tuple[ServedRow, ...]
     setting: ServeSetting
+
+    @property
+    def best(self) -> ServedRow | None:
+        """The final model's row with the least loss of those that llama.cpp has measured; None without one."""
+        measured = [row for row in self.rows if row.name == SEARCHED and row.loss is not None]
+        return min(measured, key=lambda row: row.loss or 0.0, default=None)

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 from tensorboard_server import serving
 
-from qpruner.report.tensorboard import BEST, Board, run_name
 from qpruner.runs.events import StageSkipped, TrialChanged
+from qpruner.search.tensorboard import BEST, Board, run_name
 
 
 def show(root: Path, *events: Any, max_trials: int = 20) -> Board:

@@ -23,10 +23,10 @@ from tensorboardX.summary import text as text_summary
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.measures import accuracy_name
-from qpruner.report.finalists import formats_text
-from qpruner.report.search_progress import best_so_far, in_order_of_end, score_name
+from qpruner.plans.plan import formats_text
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
+from qpruner.search.progress import best_so_far, in_order_of_end, score_name
 
 logger = logging.getLogger(__name__)
 
