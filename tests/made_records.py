@@ -17,7 +17,7 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     ended = "all 9 trials were spent (`search.max_trials`)"
     fields |= {"ended": ended, "confirmations": finalists} | changes
     winner = next(each for each in fields["confirmations"] if each.index == fields["best_index"])
-    rival = rival_of(fields["confirmations"], winner, fields["metric"] == "accuracy")
+    rival = rival_of(fields["confirmations"], winner, fields["metric"])
     decided = {"rival": rival.index if rival else None, "control_won": winner.control}
     return SearchRecord(**decided | fields)
 

@@ -26,7 +26,7 @@ from qpruner.report.plots.text import text_plot
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.search import progress as trials_now
-from qpruner.search.progress import event_line, score, score_title
+from qpruner.search.progress import event_line, score_title
 from qpruner.wording import duration
 
 SILENCE_SECONDS = 30.0  # without a live view, a count is printed after this many seconds without output
@@ -192,7 +192,7 @@ def _search_view(
             cut_title(trial.cut),
             f"{trial.plan_bytes / 1e6:.1f} MB",
             f"{step}/{search.steps}",
-            trials_now.score_with_step(f"{score(last, search.metric):.4f}", last.step, step) if last else "-",
+            trials_now.score_with_step(f"{last.value(search.metric):.4f}", last.step, step) if last else "-",
             _bars(plan_of(trial)),
         )
     if len(now.running) > num_listed:

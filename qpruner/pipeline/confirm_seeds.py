@@ -16,7 +16,7 @@ from qpruner.runs.events import Progress
 from qpruner.runs.records import Confirmation, FreshScore, KeptScore, TrialRecord, digest_of
 from qpruner.runs.storage import for_each, remove, write_json
 from qpruner.search import choice
-from qpruner.search.trial_records import objective, trial_folder
+from qpruner.search.trial_records import trial_folder
 from qpruner.training.table_rows import Candidate, confirm_seed, confirm_trial
 from qpruner.wording import counted
 
@@ -38,7 +38,7 @@ def with_further_seeds(
     settings, config = job.config.search, job.config
     able = [at for at, each in enumerate(confirmations) if each.fits]
     fitting = [confirmations[at] for at in able]
-    scores, are_controls = [objective(each, config) for each in fitting], [each.control for each in fitting]
+    scores, are_controls = [each.cost(settings.metric) for each in fitting], [each.control for each in fitting]
     losses = [] if settings.by_accuracy else [each.losses[config.seed] for each in fitting]
     chosen = [able[at] for at in choice.contenders(scores, are_controls, settings.confirm, losses)]
     if len(chosen) < 2 or not settings.confirm_seeds:

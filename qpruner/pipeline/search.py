@@ -42,7 +42,6 @@ from qpruner.search.trial_records import (
     SETTING_REMEDIES,
     Materials,
     checkpoint_of,
-    objective,
     read_trials,
     restart_if_damaged,
     set_aside_damaged,
@@ -197,16 +196,15 @@ class Search(Stage[SearchRecord]):
         if self.given is None:
             confirmations, more_gpu_seconds = with_further_seeds(self, confirmations, by_index, job)
             gpu_seconds += more_gpu_seconds
-        by_accuracy = self.config.search.by_accuracy
-        best = best_of([each for each in confirmations if each.fits], by_accuracy)
+        best = best_of([each for each in confirmations if each.fits], self._metric)
         if best is None:
             raise StageError(
                 "search", "no trial that fits into the budget finished", "see the trials' reasons in the log"
             )
-        rival = rival_of(confirmations, best, by_accuracy)
+        rival = rival_of(confirmations, best, self._metric)
         write_json(scratch / "best.json", by_index[best.index])
         statuses, all_trials = [trial.status for trial in outcome.trials], (*outcome.trials, *outcome.reused)
-        scores = ((each.cut, {rung.step: objective(rung, self.config) for rung in each.rungs}) for each in all_trials)
+        scores = ((each.cut, {rung.step: rung.cost(self._metric) for rung in each.rungs}) for each in all_trials)
         return {
             "trials_digest": self.trials_digest,
             "searcher": self.config.search.searcher if self.config.is_searched else "none",
@@ -311,7 +309,7 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
             f"none of {counted(len(trials), 'trial')} finished; the first reason: {[*reasons, 'unknown'][0]}",
             f"{remedy} and repeat the command",
         )
-    scores = [objective(trial.rungs[-1], job.config) for trial in finished]
+    scores = [trial.rungs[-1].cost(job.config.search.metric) for trial in finished]
     are_controls = [job.control_of(plan_of(trial)) is not None for trial in finished]
     fit = [job.fits(trial.cut, trial.plan_bytes) for trial in finished]
     chosen = choice.finalist_positions(scores, are_controls, job.config.search.confirm, fit)

@@ -20,7 +20,7 @@ from qpruner.report.statistics import (
     seeds_of,
 )
 from qpruner.runs.records import SEARCHED, Results, TrialRecord, flat
-from qpruner.search.progress import score, score_title, search_progress
+from qpruner.search.progress import score_title, search_progress
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
 
@@ -140,7 +140,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "metric": config["search"]["metric"],
         "budget_bytes": search.budget_bytes if search else None,
         **{name: statuses.count(name) for name in ("finished", "stopped", "failed", "running")},
-        "best_control": score(control.rungs[-1], search.metric) if search and control else None,
+        "best_control": control.rungs[-1].value(search.metric) if search and control else None,
     }
     if record is None:
         return facts

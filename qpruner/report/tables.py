@@ -13,7 +13,7 @@ from qpruner.report.results import Row, rows, speed_text
 from qpruner.report.snapshot import STATUSES, Snapshot
 from qpruner.runs.records import RANDOM, SEARCHED, PruneRecord, Results, RowScores, SearchRecord, TaskScore
 from qpruner.search.choice import SAME_BYTES
-from qpruner.search.progress import score, score_title
+from qpruner.search.progress import score_title
 from qpruner.search.roles import title_of
 from qpruner.wording import counted, error_text
 
@@ -182,7 +182,7 @@ def trials(run: Snapshot) -> Table:
                 f"{trial.plan_bytes / 1e6:.2f}",
                 cut_title(trial.cut),
                 f"{trial.mean_bits:.2f}",
-                f"{score(last, run.metric):.4f}" if last else "-",
+                f"{last.value(run.metric):.4f}" if last else "-",
                 f"{last.step}" if last else "-",
                 f"{trial.seconds:.0f}",
                 plan_of(trial),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qpruner.data.measures import accuracy_name
 from qpruner.plans.plan import cut_title, plan_of
 from qpruner.runs import events
-from qpruner.runs.records import FreshScore, RungResult, SearchRecord, SearchState, TrialRecord
+from qpruner.runs.records import SearchRecord, SearchState, TrialRecord
 from qpruner.wording import counted, duration
 
 Line = tuple[str, TrialRecord | None]
@@ -60,7 +60,7 @@ def fits(trial: TrialRecord, search: SearchState) -> bool:
 
 def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     """Return the trial with the best score at its last rung; of equal scores, the first trial."""
-    return min(finished, key=lambda trial: (cost(trial.rungs[-1], metric), trial.index), default=None)
+    return min(finished, key=lambda trial: (trial.rungs[-1].cost(metric), trial.index), default=None)
 
 
 def score_name(search: SearchState | SearchRecord) -> str:
@@ -71,19 +71,6 @@ def score_name(search: SearchState | SearchRecord) -> str:
 def score_title(search: SearchState | SearchRecord) -> str:
     """Return the heading over trials' scores: `validation loss`, or lm-eval's name of the accuracy."""
     return f"{'validation ' if search.metric == 'loss' else ''}{score_name(search)}"
-
-
-def cost(rung: RungResult | FreshScore, metric: str) -> float:
-    """Return the value that the search minimizes: the loss, or the negative accuracy."""
-    return score(rung, metric) if metric == "loss" else -score(rung, metric)
-
-
-def score(rung: RungResult | FreshScore, metric: str) -> float:
-    """Return the score as reports show it: the loss, or the accuracy."""
-    if metric == "loss":
-        return rung.loss
-    assert rung.accuracy is not None, "a search by accuracy scores it at every rung"
-    return rung.accuracy
 
 
 def score_with_step(score_text: str, scored_step: int, current_step: int) -> str:
@@ -107,7 +94,7 @@ def search_lines(search: SearchState, now: SearchProgress, is_running: bool = Tr
     yield from ((line, None) for line in failing_devices(now.trials))
     for best in filter(None, (now.best, now.best_control)):
         name = "given plan" if best.is_given else "best control" if best.is_control else "best so far"
-        reached = f"{score_title(search)} {score(best.rungs[-1], search.metric):.4f}, trial {best.index}"
+        reached = f"{score_title(search)} {best.rungs[-1].value(search.metric):.4f}, trial {best.index}"
         yield f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, {best.plan_bytes / 1e6:.1f} MB", best
 
 
@@ -124,7 +111,7 @@ def best_so_far(over: Iterable[TrialRecord], metric: str) -> list[float | None]:
     for trial in over:
         if trial.status == "finished" and not trial.is_control:
             best = best_of([trial] if best is None else [best, trial], metric)
-        curve.append(score(best.rungs[-1], metric) if best else None)
+        curve.append(best.rungs[-1].value(metric) if best else None)
     return curve
 
 

@@ -30,14 +30,14 @@ class Paired(NamedTuple):
     less: Interval
 
 
-def best_of(finalists: Sequence[Confirmation], by_accuracy: bool) -> Confirmation | None:
+def best_of(finalists: Sequence[Confirmation], metric: str) -> Confirmation | None:
     """Return the finalist with the best score, see `choice.winner_position`; None without finalists."""
-    scores = [-(each.accuracy or 0.0) if by_accuracy else each.loss for each in finalists]
+    scores = [each.cost(metric) for each in finalists]
     position = winner_position(scores, [each.control for each in finalists], [len(each.losses) for each in finalists])
     return None if position is None else finalists[position]
 
 
-def rival_of(finalists: Sequence[Confirmation], winner: Confirmation, by_accuracy: bool) -> Confirmation | None:
+def rival_of(finalists: Sequence[Confirmation], winner: Confirmation, metric: str) -> Confirmation | None:
     """Return the finalist that the winner has to be compared with; None if no other may win.
 
     It is the best control if a searched plan won, and the best searched plan if a control won. If a control won and no
@@ -45,7 +45,7 @@ def rival_of(finalists: Sequence[Confirmation], winner: Confirmation, by_accurac
     """
     others = [each for each in finalists if each.fits and each.index != winner.index]
     searched = [each for each in others if not each.control] if winner.control else []
-    return best_of(searched or [each for each in others if each.control], by_accuracy)
+    return best_of(searched or [each for each in others if each.control], metric)
 
 
 def compared(ours: Confirmation, theirs: Confirmation, num_finalists: int) -> Paired:

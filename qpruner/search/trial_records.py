@@ -18,7 +18,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.runs import storage
-from qpruner.runs.records import FreshScore, RungResult, SearchClock, TrialPulse, TrialRecord
+from qpruner.runs.records import RungResult, SearchClock, TrialPulse, TrialRecord
 from qpruner.training import checkpoints
 
 if TYPE_CHECKING:
@@ -216,14 +216,6 @@ def begin_session(trials: Path, search: str) -> int:
 def wait_for_storage(trials: Path, search: str) -> None:
     """Wait until the clock of a search can be read: a storage that is away may show an empty folder."""
     storage.read_existing(_clock_path(trials, search), SearchClock)
-
-
-def objective(result: RungResult | FreshScore, config: RunConfig) -> float:
-    """Return the score that a search minimizes: the loss, or one minus the accuracy."""
-    if config.search.metric == "loss":
-        return result.loss
-    assert result.accuracy is not None
-    return 1.0 - result.accuracy
 
 
 def _clock_path(trials: Path, search: str) -> Path:

@@ -67,7 +67,7 @@ def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(3)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "rows.csv").write_text("instruction,output\nSay 0.,0\n\"Say 1.\",1\nSay 2.,2\n")
+    (tmp_path / "rows.csv").write_text('instruction,output\nSay 0.,0\n"Say 1.",1\nSay 2.,2\n')
     expected = examples_of(tmp_path, rows)
     for name in ("rows.parquet", "rows.json", "rows.csv"):
         assert examples_in(tmp_path / name) == expected

@@ -82,9 +82,9 @@ def simulated(
     again = contenders([each.loss for each in found], [each.control for each in found], 3, rows)
     for at in again if len(again) > 1 else ():
         found[at] = _finalist(at, {0: choosing[at][0], FURTHER_SEED: choosing[at][1]})
-    winner = best_of(found, by_accuracy=False)
+    winner = best_of(found, metric="loss")
     assert winner
-    rival = rival_of(found, winner, by_accuracy=False)
+    rival = rival_of(found, winner, metric="loss")
     assert rival
     judging = noise.draw(generator, len(effects), len(judging_seeds), num_judging) + shifts
     scored = _tuned(SEARCHED, winner, judging, judging_seeds)

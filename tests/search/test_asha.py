@@ -20,7 +20,6 @@ from qpruner.config.schema import RunConfig
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.records import RungResult, TrialRecord
-from qpruner.search.trial_records import objective
 
 STOP, CONTINUE = "STOP", "CONTINUE"
 CONTROLS = range(3)
@@ -65,7 +64,7 @@ class Session:
             }
             self.trials[index] = SimpleNamespace(trial_id=f"ray-{index}", config=config)
             self.scheduler.on_trial_add(None, self.trials[index])
-        result = {METRIC: objective(rung, self.config), TIME: rung.step, "loss": rung.loss}
+        result = {METRIC: rung.cost(self.config.search.metric), TIME: rung.step, "loss": rung.loss}
         action = self.scheduler.on_trial_result(None, self.trials[index], result)
         if action == STOP:
             self.scheduler.on_trial_complete(None, self.trials[index], result)

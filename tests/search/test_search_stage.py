@@ -465,7 +465,7 @@ def test_a_search_by_accuracy_takes_the_most_accurate(tmp_path: Path) -> None:
         made_confirmation(at, "random", 3.0 - 0.1 * at).model_copy(update={"accuracy": 0.9 - 0.1 * at})
         for at in range(2)
     ]
-    best = best_of(fresh, by_accuracy=True)
+    best = best_of(fresh, metric="accuracy")
     assert best and best.index == 0
 
 
@@ -502,7 +502,7 @@ def test_controls_without_a_result_are_kept_with_the_reason(tmp_path: Path) -> N
 def test_a_control_that_no_searched_plan_beats_is_returned() -> None:
     for searched, winner in ((2.9, 4), (3.0, 5), (3.1, 5)):
         confirmed = [made_confirmation(4, "gp", searched), made_confirmation(5, "unpruned-knapsack", 3.0)]
-        best = best_of(confirmed, by_accuracy=False)
+        best = best_of(confirmed, metric="loss")
         assert best is not None and best.index == winner
 
 

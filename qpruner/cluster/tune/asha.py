@@ -17,7 +17,6 @@ from qpruner.plans.plan import PrecisionPlan, plan_of
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.rungs import Rungs
-from qpruner.search.trial_records import objective
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
@@ -56,9 +55,9 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
                 continue
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
-                self._rungs.add(record.index, record.cut, rung.step, objective(rung, config))
+                self._rungs.add(record.index, record.cut, rung.step, rung.cost(config.search.metric))
                 trial = SimpleNamespace(config={"trial": record.index, "cut": record.cut})
-                bracket.on_result(trial, rung.step, -objective(rung, config))
+                bracket.on_result(trial, rung.step, -rung.cost(config.search.metric))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stop cancelled trials that have not started, then choose the next; Tune can stop them in no other hook."""

@@ -11,7 +11,7 @@ from qpruner.plans.plan import Layout, PrecisionPlan, plan_of
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Suggestion
-from qpruner.search.trial_records import Materials, Trial, objective, read_trials, remove_old_checkpoints, write_trial
+from qpruner.search.trial_records import Materials, Trial, read_trials, remove_old_checkpoints, write_trial
 from qpruner.training import checkpoints
 
 METRIC = "score"  # the name of the score that Tune minimizes: the validation loss, or one minus the accuracy
@@ -99,7 +99,7 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
     """Return the score of a trial at every rung that it reached."""
     plan = plan_of(record)
-    return [Observation(record.index, plan, rung.step, objective(rung, config)) for rung in record.rungs]
+    return [Observation(record.index, plan, rung.step, rung.cost(config.search.metric)) for rung in record.rungs]
 
 
 def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:

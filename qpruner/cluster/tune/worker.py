@@ -23,7 +23,7 @@ from qpruner.plans.plan import Layout, PrecisionPlan
 from qpruner.runs.records import Begun, RungResult, TrialPulse
 from qpruner.runs.storage import folder_digests, progress_seconds, remove, retry_storage, storage_at, storage_error
 from qpruner.search import trial_records
-from qpruner.search.trial_records import TrialJob, objective
+from qpruner.search.trial_records import TrialJob
 
 logger = logging.getLogger(__name__)
 
@@ -239,4 +239,4 @@ def _metrics(result: RungResult, config: RunConfig) -> dict[str, float]:
     """Return the values of a rung that are reported to Tune."""
     names = ("loss", "accuracy", "accuracy_stderr", "train_loss")
     values = {name: value for name in names if (value := getattr(result, name)) is not None}
-    return {METRIC: objective(result, config), TIME: result.step, **values}
+    return {METRIC: result.cost(config.search.metric), TIME: result.step, **values}

@@ -9,7 +9,7 @@ from qpruner.report.plots.chart import HALO, Chart, Spec, Values, by_word, quant
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import TrialRecord
 from qpruner.search.choice import non_dominated
-from qpruner.search.progress import cost, score, score_title
+from qpruner.search.progress import score_title
 from qpruner.search.roles import control_title
 
 SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan", "stopped early", "failed"
@@ -32,7 +32,7 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     place = {"x": quantity("megabytes", "size in MB", tickCount=6), "y": _score_axis(run.metric, title, points)}
     _space_names(points, place["y"]["scale"].get("domain") or [point["score"] for point in points])
     finished = [trial for trial in scored if trial.status == "finished"]
-    costs = [(trial.plan_bytes, cost(trial.rungs[-1], run.metric)) for trial in finished]
+    costs = [(trial.plan_bytes, trial.rungs[-1].cost(run.metric)) for trial in finished]
     best = [_point(run, finished[at], finished[at] is winner) for at in non_dominated(costs)]
     rule = {"mark": {"type": "rule", "color": "var(--muted)", "strokeDash": [2, 3]}}
     label = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
@@ -73,7 +73,7 @@ def _point(run: Snapshot, trial: TrialRecord, is_best: bool) -> Spec:
         "formats": formats_text(trial.plan),
         "megabytes": trial.plan_bytes / 1e6,
         "mean_bits": trial.mean_bits,
-        "score": score(trial.rungs[-1], run.metric),
+        "score": trial.rungs[-1].value(run.metric),
         "step": trial.rungs[-1].step,
         "best": is_best,
         "name": ", ".join(filter(None, [run.best_title if is_best else "", name])),

@@ -5,13 +5,29 @@ from typing import Literal
 from qpruner.runs.records.base import Record, Recorded, StandardError
 
 
-class RungResult(Recorded):
-    """The score of a trial at one rung."""
+class Score(Recorded):
+    """A loss, in nats per token, and the accuracy on tasks, None in a search without tasks."""
 
-    step: int
     loss: float
     accuracy: float | None = None
     accuracy_stderr: float | None = None
+
+    def value(self, metric: str) -> float:
+        """Return the loss or the accuracy: what the search compares, as reports show it."""
+        if metric == "loss":
+            return self.loss
+        assert self.accuracy is not None, "a search by accuracy measures it wherever it compares"
+        return self.accuracy
+
+    def cost(self, metric: str) -> float:
+        """Return what the search minimizes: the loss, or one minus the accuracy."""
+        return self.loss if metric == "loss" else 1.0 - self.value(metric)
+
+
+class RungResult(Score):
+    """The score of a trial at one rung."""
+
+    step: int
     train_loss: float | None = None
     train_losses: tuple[float, ...] = ()
 
@@ -168,14 +184,13 @@ class SearchClock(Recorded):
     sessions: int = 0
 
 
-class FreshScore(Recorded):
-    """The score of a finished trial on fresh rows and questions, on which the search itself scores no trial."""
+class FreshScore(Score):
+    """The score of a finished trial on fresh rows and questions, on which the search itself scores no trial.
 
-    loss: float
-    """Nats per token on the fresh rows: the half of the `data.confirmation` rows that selects the winner."""
+    The fresh rows are the half of the `data.confirmation` rows that selects the winner.
+    """
+
     stderr: StandardError
-    accuracy: float | None = None
-    accuracy_stderr: float | None = None
 
 
 class FinalistScore(FreshScore):
