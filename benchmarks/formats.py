@@ -50,26 +50,43 @@ class Rows:
         self.data = self.prepared.stage("prepare") / "data"
         names = tuple(formats())
         wide = tuple(name for name in names if format_of(name).holds_embeddings)
-        quantize = config.quantize.model_copy(update={"formats": names, "bits": None, "embeddings": wide})
-        self.layout = layout_of(checkpoint_config(self.model), quantize, 2, config.lora.rank, torch.cuda.is_available())
+        quantize = config.quantize.model_copy(
+            update={"formats": names, "bits": None, "embeddings": wide}
+        )
+        self.layout = layout_of(
+            checkpoint_config(self.model), quantize, 2, config.lora.rank, torch.cuda.is_available()
+        )
 
     def plan(self, row: str) -> PrecisionPlan:
         """Return the plan of a row."""
         name, _, rest = row.partition(":")
         if name == "best":
             size, _, named = rest.removesuffix(":gptq").partition(":")
-            return self._best(int(float(size)), tuple(named.split(",")), "gptq" if row.endswith(":gptq") else "nearest")
+            return self._best(
+                int(float(size)),
+                tuple(named.split(",")),
+                "gptq" if row.endswith(":gptq") else "nearest",
+            )
         block, _, table = name.partition("+")
         tables = {EMBEDDINGS: table or "bf16", HEAD: table or "bf16"}
-        return PrecisionPlan.from_dict({group.name: tables.get(group.name, block) for group in self.layout.groups})
+        return PrecisionPlan.from_dict(
+            {group.name: tables.get(group.name, block) for group in self.layout.groups}
+        )
 
     def _best(self, size: int, names: tuple[str, ...], rounding: str) -> PrecisionPlan:
-        offered = [replace(each, formats=tuple(n for n in each.formats if n in names)) for each in self.layout.groups]
+        offered = [
+            replace(each, formats=tuple(n for n in each.formats if n in names))
+            for each in self.layout.groups
+        ]
         layout = replace(self.layout, groups=tuple(offered))
         bank = self.bank(rounding, {each.name: each.formats for each in offered})
 
         def rise(group: Any, level: str) -> float:
-            entry = bank.entry(group.name, level) if level in group.formats and format_of(level).is_packed else None
+            entry = (
+                bank.entry(group.name, level)
+                if level in group.formats and format_of(level).is_packed
+                else None
+            )
             return group.num_weights * entry.error if entry else 0.0
 
         rises = {level: [rise(each, level) for each in offered] for level in layout.levels}
@@ -79,18 +96,26 @@ class Rows:
         """Make what a bank lacks of the wanted entries, and return it."""
         config, gptq = self.config, rounding == "gptq"
         places = self.out / f"bank-{rounding}", self.model
-        bank = BankSource(*places, config.quantize.group, config.model.dtype, config.lora, 0, uses_grams=gptq)
+        bank = BankSource(
+            *places, config.quantize.group, config.model.dtype, config.lora, 0, uses_grams=gptq
+        )
         if not bank.has_grams():
             self._gather(bank)
         for name, levels in wanted.items():
-            packed = [level for level in levels if format_of(level).is_packed and not bank.entry(name, level)]
+            packed = [
+                level
+                for level in levels
+                if format_of(level).is_packed and not bank.entry(name, level)
+            ]
             list(make_entries(bank, name, packed))
         return bank
 
     def _gather(self, bank: BankSource) -> None:
         model = load_dense(str(self.model), self.config.model.dtype)
         pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
-        samples = Samples(list(load_encoded(self.data / "importance")), pad_id, self.config.calibration.batch_size)
+        samples = Samples(
+            list(load_encoded(self.data / "importance")), pad_id, self.config.calibration.batch_size
+        )
         for grams in gather(model, samples):
             write_grams(bank, grams)
 
@@ -110,7 +135,9 @@ class Rows:
         with tempfile.TemporaryDirectory() as work:
             schedule = Schedule(steps, rungs=(steps,))
             listener = Listener(on_rung=lambda step, checkpoint, loss: None)
-            finetune(model, train, config.training, schedule, Path(work), seed, pad_id, listener=listener)
+            finetune(
+                model, train, config.training, schedule, Path(work), seed, pad_id, listener=listener
+            )
         seconds = time.monotonic() - started
         cast_adapters(model)
         return {
@@ -128,7 +155,9 @@ class Rows:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--steps", type=int, nargs="+", default=[8])
@@ -137,7 +166,9 @@ def main() -> None:
     args = parser.parse_args()
     run_folder = f"output={args.out / 'run'}"
     rows = Rows(load_config(args.config, [run_folder, "prune.rates=[0]"]), args.out)
-    print("| row | MB | steps | seed | before | validation | confirmation | start s | fine-tune s |")
+    print(
+        "| row | MB | steps | seed | before | validation | confirmation | start s | fine-tune s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     with (args.out / "rows.jsonl").open("a") as lines:
         for row in args.rows:
@@ -146,9 +177,17 @@ def main() -> None:
                     found = rows.measure(row, steps, seed)
                     lines.write(json.dumps(found) + "\n")
                     lines.flush()
-                    losses = " | ".join(f"{found[name]:.3f}" for name in ("before", "validation", "confirmation"))
-                    size, times = found["bytes"] / 1e6, f"{found['start_seconds']:.1f} | {found['seconds']:.1f}"
-                    print(f"| {row} | {size:.1f} | {steps} | {seed} | {losses} | {times} |", flush=True)
+                    losses = " | ".join(
+                        f"{found[name]:.3f}" for name in ("before", "validation", "confirmation")
+                    )
+                    size, times = (
+                        found["bytes"] / 1e6,
+                        f"{found['start_seconds']:.1f} | {found['seconds']:.1f}",
+                    )
+                    print(
+                        f"| {row} | {size:.1f} | {steps} | {seed} | {losses} | {times} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -58,14 +58,18 @@ def run(part: str, shape: str, folder: Path, seconds: float) -> Line:
 
 
 def lines_of(results: Path) -> list[Line]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    return (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    )
 
 
 def row(line: Line) -> str:
     """A part's lines of the table: its error, or its figures."""
     told = [f"error: {line['error']}"] if "error" in line else list(figures(line))
     head = f"{line['part']:10} {line.get('seconds', 0):6.1f} s  "
-    return textwrap.fill("; ".join(told), 120, initial_indent=head, subsequent_indent=" " * len(head))
+    return textwrap.fill(
+        "; ".join(told), 120, initial_indent=head, subsequent_indent=" " * len(head)
+    )
 
 
 def figures(found: dict[str, Any], unit: str = "") -> Iterator[str]:
@@ -82,10 +86,14 @@ def figures(found: dict[str, Any], unit: str = "") -> Iterator[str]:
 
 def main() -> None:
     """Run the parts while there is time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--work", type=Path, default=Path("runs/gpu_7b"), help="parts hand over through this folder")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/gpu_7b"), help="parts hand over through this folder"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="for all parts together")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -94,7 +102,11 @@ def main() -> None:
         left = 60 * arguments.minutes - (time.monotonic() - started)
         lines.append(run(part, arguments.shape, arguments.work.absolute(), min(left, PART_SECONDS)))
     print("\n".join(map(row, lines)))
-    print(json.dumps({"shape": arguments.shape, "seconds": time.monotonic() - started, "parts": lines}))
+    print(
+        json.dumps(
+            {"shape": arguments.shape, "seconds": time.monotonic() - started, "parts": lines}
+        )
+    )
 
 
 if __name__ == "__main__":

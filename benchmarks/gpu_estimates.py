@@ -26,15 +26,19 @@ def estimates(setup: Setup) -> Figures:
         "prune": found("prune", "cut"),
         "search": found("trial", "training_and_scoring"),
     }
-    training, scoring = memory.training_memory(config, inspection), memory.scoring_memory(config, inspection)
+    training, scoring = (
+        memory.training_memory(config, inspection),
+        memory.scoring_memory(config, inspection),
+    )
     held = {
         "prune": (memory.prune_memory(config, inspection).total, found("prune", "peak_bytes")),
         "step": (training.total, found("memory", "qpruner_4_and_8_bits_bytes")),
         "trial": (max(training.total, scoring.total), found("trial", "peak_bytes")),
     }
-    return {f"{name}_seconds": {"check": expected[name], "measured": seconds} for name, seconds in lasted.items()} | {
-        f"{name}_memory": {"check": size, "measured": peak} for name, (size, peak) in held.items()
-    }
+    return {
+        f"{name}_seconds": {"check": expected[name], "measured": seconds}
+        for name, seconds in lasted.items()
+    } | {f"{name}_memory": {"check": size, "measured": peak} for name, (size, peak) in held.items()}
 
 
 def inspected(setup: Setup) -> Any:
@@ -56,8 +60,15 @@ def inspected(setup: Setup) -> Any:
     )
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     train, validation = setup.train_rows, setup.validation_rows
-    splits = {"train": train, "validation": validation, "confirmation": validation[:1], "calibration": train[:1]}
-    texts = {name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()}
+    splits = {
+        "train": train,
+        "validation": validation,
+        "confirmation": validation[:1],
+        "calibration": train[:1],
+    }
+    texts = {
+        name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()
+    }
     preflight.check_device(capability, config, packs=True)
     preflight.check_cut(on_gpu, config, cut)
     derived = {"reference": shapes.reference, "expected": shapes.expected}
@@ -74,5 +85,7 @@ def measured(setup: Setup) -> Callable[[str, str], Any]:
     """Looks up a figure of the newest line of a part that did not fail."""
     results = setup.work / "results.jsonl"
     lines = map(json.loads, results.read_text().splitlines() if results.is_file() else ())
-    newest = {line["part"]: line for line in lines if "error" not in line and line["shape"] == setup.shape}
+    newest = {
+        line["part"]: line for line in lines if "error" not in line and line["shape"] == setup.shape
+    }
     return lambda part, figure: newest.get(part, {}).get(figure)

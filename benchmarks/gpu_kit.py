@@ -39,7 +39,9 @@ ROOTS = (
 """Packages that qpruner imports in the benchmark."""
 THERE = ("numpy", "torch")
 """Packages that the machine has already."""
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (5, 12, 17, 24, 26, 27, 28)] + ["manylinux2014_x86_64"]
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (5, 12, 17, 24, 26, 27, 28)] + [
+    "manylinux2014_x86_64"
+]
 LARGEST_BYTES = 60_000_000
 LIBRARY = re.compile(r"bitsandbytes/libbitsandbytes_(\w+)\.so")
 
@@ -53,7 +55,11 @@ def required(roots: Iterable[str], left_out: Collection[str] = ()) -> list[str]:
         if name not in found and name not in left_out:
             found.add(name)
             asked = map(Requirement, requires(name) or ())
-            left += [each.name for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})]
+            left += [
+                each.name
+                for each in asked
+                if each.marker is None or each.marker.evaluate({"extra": ""})
+            ]
     return sorted(found)
 
 
@@ -66,7 +72,11 @@ def download(wheels: Path, python: str) -> None:
     options = ["--quiet", "--no-deps", "--only-binary=:all:", *tags, "--dest", str(wheels)]
     subprocess.run([sys.executable, "-m", "pip", "download", *options, *packages], check=True)
     # By way of a source archive: a build in place would take up modules that an earlier one left.
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(wheels), str(ROOT)], check=True, stdout=DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(wheels), str(ROOT)],
+        check=True,
+        stdout=DEVNULL,
+    )
     for archive in wheels.glob("*.tar.gz"):
         archive.unlink()
 
@@ -77,13 +87,19 @@ def keep_one_library(wheel: Path, cuda: str) -> None:
         files = {name: archive.read(name) for name in archive.namelist()}
     libraries = {name: found[1] for name in files if (found := LIBRARY.fullmatch(name))}
     if f"cuda{cuda}" not in libraries.values():
-        known = sorted(name.removeprefix("cuda") for name in libraries.values() if name.startswith("cuda"))
-        raise SystemExit(f"{wheel.name} has no library for CUDA {cuda}: give one of {', '.join(known)}")
+        known = sorted(
+            name.removeprefix("cuda") for name in libraries.values() if name.startswith("cuda")
+        )
+        raise SystemExit(
+            f"{wheel.name} has no library for CUDA {cuda}: give one of {', '.join(known)}"
+        )
     for name, kind in libraries.items():
         if kind not in ("cpu", f"cuda{cuda}"):
             del files[name]
     (record,) = (name for name in files if name.endswith(".dist-info/RECORD"))
-    rows = [row for row in csv.reader(io.StringIO(files[record].decode())) if row and row[0] in files]
+    rows = [
+        row for row in csv.reader(io.StringIO(files[record].decode())) if row and row[0] in files
+    ]
     listed = io.StringIO()
     csv.writer(listed, lineterminator="\n").writerows(rows)
     files[record] = listed.getvalue().encode()
@@ -105,7 +121,9 @@ def copy_sources(folder: Path) -> None:
 
 def main() -> None:
     """Make the folder, weigh it, pack it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cuda", help="such as 128 for CUDA 12.8")
     parser.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}")
     parser.add_argument("--out", type=Path, default=Path("dist/gpu_kit"))
@@ -125,7 +143,9 @@ def main() -> None:
         raise SystemExit(
             f"{packed} has {size / 1e6:.1f} MB, more than {LARGEST_BYTES / 1e6:.0f}: see what is large above"
         )
-    print(f"{size / 1e6:6.1f} MB  {packed}: there, unpack it and run `bash {folder.name}/install.sh PYTHON`")
+    print(
+        f"{size / 1e6:6.1f} MB  {packed}: there, unpack it and run `bash {folder.name}/install.sh PYTHON`"
+    )
 
 
 if __name__ == "__main__":

@@ -45,8 +45,12 @@ def prune(setup: Setup) -> Figures:
     for folder in (aside, setup.pruned, setup.bank):
         shutil.rmtree(folder, ignore_errors=True)
     shape = (calibration.num_samples, calibration.max_length)
-    ids = torch.randint(3, base.vocab_size, shape, generator=torch.Generator().manual_seed(1)).tolist()
-    samples = Samples([{"input_ids": row, "labels": row} for row in ids], PAD_ID, calibration.batch_size)
+    ids = torch.randint(
+        3, base.vocab_size, shape, generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    samples = Samples(
+        [{"input_ids": row, "labels": row} for row in ids], PAD_ID, calibration.batch_size
+    )
     figures: Figures = {}
     peak, laps = PeakMemory(), Laps()
 
@@ -54,7 +58,9 @@ def prune(setup: Setup) -> Figures:
     laps.end("build")
     pruned = prune_model(model, setup.config.prune, samples)
     laps.end("cut")
-    figures.update(before=pruned.parameters_before, after=pruned.parameters_after, peak_bytes=peak.bytes())
+    figures.update(
+        before=pruned.parameters_before, after=pruned.parameters_after, peak_bytes=peak.bytes()
+    )
     save_checkpoint(pruned.model, tokenizer(), aside)
     laps.end("save")
     aside.rename(setup.pruned)
@@ -65,7 +71,9 @@ def bank(setup: Setup) -> Figures:
     """Pack every (group, format) with its LoftQ start."""
     made, peak, laps = list[EntryRecord](), PeakMemory(), Laps()
     for name in setup.groups:
-        made += [entry for entry, _ in make_entries(setup.source, name, setup.config.quantize.levels)]
+        made += [
+            entry for entry, _ in make_entries(setup.source, name, setup.config.quantize.levels)
+        ]
     laps.end("pack")
     size = sum(path.stat().st_size for path in setup.bank.rglob("*.safetensors"))
     left = statistics.mean(entry.residual_ratio for entry in made)
@@ -93,19 +101,31 @@ def one_trial(setup: Setup) -> Figures:
     job = TrialJob(setup.config, materials, setup.plan(*setup.config.quantize.levels))
     trial.run_trial(job, None, report)
     first, second = laps.seconds.values()
-    return {"start": first - second, "training_and_scoring": 2 * second, "peak_bytes": peak.bytes(), "losses": losses}
+    return {
+        "start": first - second,
+        "training_and_scoring": 2 * second,
+        "peak_bytes": peak.bytes(),
+        "losses": losses,
+    }
 
 
 def gpu_tests(setup: Setup) -> Figures:
     """The tests marked `gpu`; where there is no GPU they are only collected."""
     if importlib.util.find_spec("pytest") is None:
         raise RuntimeError("pytest is not installed here")
-    marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    marked = [
+        str(path)
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "mark.gpu" in path.read_text()
+    ]
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     options += [] if torch.cuda.is_available() else ["--collect-only"]
     command = [sys.executable, "-m", "pytest", *options, *marked]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    return {"summary": printed[-1], "failed": [line for line in printed if line.startswith(("FAILED", "ERROR "))]}
+    return {
+        "summary": printed[-1],
+        "failed": [line for line in printed if line.startswith(("FAILED", "ERROR "))],
+    }
 
 
 PARTS: dict[str, tuple[Callable[[Setup], Figures], str]] = {
@@ -126,12 +146,20 @@ def run_part(name: str, setup: Setup, facts: Figures) -> None:
     started = time.monotonic()
     try:
         if needed and not (setup.pruned if needed == "prune" else setup.bank).exists():
-            raise RuntimeError(f"{setup.work} has nothing of the part {needed} yet: run that one first")
+            raise RuntimeError(
+                f"{setup.work} has nothing of the part {needed} yet: run that one first"
+            )
         figures = part(setup)
     except Exception as error:  # its text goes into the line, and the next part begins
         traceback.print_exc()
         figures = {"error": f"{type(error).__name__}: {error}"}
-    line = {"part": name, "shape": setup.shape, "seconds": time.monotonic() - started, **figures, **facts}
+    line = {
+        "part": name,
+        "shape": setup.shape,
+        "seconds": time.monotonic() - started,
+        **figures,
+        **facts,
+    }
     with (setup.work / "results.jsonl").open("a") as file:
         file.write(f"{json.dumps(line)}\n")
     print(json.dumps(line), flush=True)
@@ -145,7 +173,9 @@ def about() -> Figures:
         "device": torch.cuda.get_device_name() if has_gpu else "cpu",
         "device_bytes": torch.cuda.get_device_properties(0).total_memory if has_gpu else None,
         "cuda": torch.version.cuda,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")
+        },
         "qpruner": describe(),
     }
 

@@ -73,23 +73,48 @@ class Setup:
     @property
     def source(self) -> BankSource:
         quantize, config = self.config.quantize, self.config
-        return BankSource(self.bank, self.pruned, quantize.group, config.model.dtype, config.lora, config.seed)
+        return BankSource(
+            self.bank, self.pruned, quantize.group, config.model.dtype, config.lora, config.seed
+        )
 
     @property
     def config(self) -> RunConfig:
         """LLM-Pruner's cut and fine-tune as the Llama-2-7B recipe has them, and a trial of 8 steps; nothing is read."""
         rows, (first, last) = [{"source": "none.jsonl", "format": "text"}], self.cut_blocks
-        cut = {"rate": 0.2, "importance": "taylor", "selection": "per_layer", "compensation": "none"}
+        cut = {
+            "rate": 0.2,
+            "importance": "taylor",
+            "selection": "per_layer",
+            "compensation": "none",
+        }
         return RunConfig.model_validate(
             {
                 "output": str(self.work),
                 "model": {"source": str(self.pruned)},
-                "data": {"train": rows, "validation": rows, "confirmation": rows, "max_length": self.tokens[1]},
-                "calibration": {"packing": False, "num_samples": 10, "batch_size": 10, "max_length": 64},
+                "data": {
+                    "train": rows,
+                    "validation": rows,
+                    "confirmation": rows,
+                    "max_length": self.tokens[1],
+                },
+                "calibration": {
+                    "packing": False,
+                    "num_samples": 10,
+                    "batch_size": 10,
+                    "max_length": 64,
+                },
                 "prune": {**cut, "first_layer": first, "last_layer": last},
-                "quantize": {"group": "block", "formats": ["nf4_double", "int8"], "budget": {"fraction": 0.5}},
+                "quantize": {
+                    "group": "block",
+                    "formats": ["nf4_double", "int8"],
+                    "budget": {"fraction": 0.5},
+                },
                 "lora": {"rank": 8, "alpha": 16, "dropout": 0.05},
-                "training": {"batch_size": self.batch_size, "micro_batch_size": 4, "gradient_checkpointing": True},
+                "training": {
+                    "batch_size": self.batch_size,
+                    "micro_batch_size": 4,
+                    "gradient_checkpointing": True,
+                },
                 "search": {"max_trials": 1, "steps": 8, "first_rung": 4},
                 "finetune": {"steps": 4, "compare": False},
                 "evaluate": {"tasks": ["none"]},
@@ -112,7 +137,9 @@ class Setup:
 
     def _rows(self, count: int, seed: int) -> Rows:
         drawn, (mean, most) = random.Random(seed), self.tokens
-        lengths = [drawn.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD) for _ in range(count)]
+        lengths = [
+            drawn.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD) for _ in range(count)
+        ]
         return [self._row(min(most, max(4, round(length))), drawn) for length in lengths]
 
     def _row(self, length: int, drawn: random.Random) -> dict[str, list[int]]:
@@ -132,8 +159,17 @@ class Setup:
 
 
 SHAPES = {
-    "7b": partial(Setup, base=llama_7b, cut_blocks=(4, 29), tokens=(110, 256), batch_size=64, num_validation=256),
-    "tiny": partial(Setup, base=llama_tiny, cut_blocks=(0, -1), tokens=(14, 32), batch_size=8, num_validation=8),
+    "7b": partial(
+        Setup,
+        base=llama_7b,
+        cut_blocks=(4, 29),
+        tokens=(110, 256),
+        batch_size=64,
+        num_validation=256,
+    ),
+    "tiny": partial(
+        Setup, base=llama_tiny, cut_blocks=(0, -1), tokens=(14, 32), batch_size=8, num_validation=8
+    ),
 }
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import peft
 import torch
 from gpu_setup import PAD_ID, Figures, Rows, Setup, now
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 import qpruner.hf  # noqa: F401  (plain transformers then loads blocks of different widths)
@@ -43,7 +49,9 @@ def train_ours(setup: Setup, model: Any, rows: Rows) -> float:
     clock, config = Clock(), setup.config
     schedule = Schedule(steps=len(rows) // setup.batch_size)
     with working_folder("qpruner-gpu-") as folder:
-        finetune(model, rows, config.training, schedule, folder, config.seed, PAD_ID, callbacks=[clock])
+        finetune(
+            model, rows, config.training, schedule, folder, config.seed, PAD_ID, callbacks=[clock]
+        )
     return clock.seconds
 
 
@@ -58,7 +66,9 @@ def plain_model(setup: Setup, bits: int, checkpointing: bool = True) -> Any:
     options = {"quantization_config": nf4} if bits == 4 else {}
     # A bare "cuda" is another device to Trainer than its own.
     place = {"": 0 if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(setup.pruned, dtype=torch.bfloat16, device_map=place, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        setup.pruned, dtype=torch.bfloat16, device_map=place, **options
+    )
     model.config.use_cache = False
     if bits == 4:
         model = peft.prepare_model_for_kbit_training(model, checkpointing, {"use_reentrant": False})
@@ -66,7 +76,11 @@ def plain_model(setup: Setup, bits: int, checkpointing: bool = True) -> Any:
         model.enable_input_require_grads()
     lora, targets = setup.config.lora, "all-linear"  # but the head
     adapters = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, adapters)
 
@@ -93,7 +107,9 @@ def train_plainly(model: Any, rows: Rows, setup: Setup, checkpointing: bool = Tr
             disable_tqdm=True,
         )
         collator = partial(collate, pad_id=PAD_ID)
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
+        trainer = Trainer(
+            model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock]
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return clock.seconds
@@ -120,7 +136,9 @@ def peaks(setup: Setup) -> Figures:
     """Peak memory of a step on the longest rows, weights included; null for what the GPU has too little memory for."""
     rows = setup.longest_rows
     arms: dict[str, Callable[[], float]] = {
-        "qpruner_4_and_8_bits": lambda: train_ours(setup, our_model(setup, "nf4_double", "int8"), rows),
+        "qpruner_4_and_8_bits": lambda: train_ours(
+            setup, our_model(setup, "nf4_double", "int8"), rows
+        ),
         "plain_qlora": lambda: train_plainly(plain_model(setup, 4), rows, setup),
         "bf16_lora": lambda: train_plainly(plain_model(setup, 16), rows, setup),
         # As its post_training.py: weights in half precision, no checkpointing.

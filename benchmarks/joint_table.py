@@ -41,7 +41,9 @@ Plan = tuple[str, ...]  # a cut, and a format for each of the table's groups
 
 def opened(config: RunConfig) -> Context:
     """Open a run that has its sensitivities."""
-    context = Context(config, RunDir(config.output, create=False), lambda event: None, None, inspect(config))
+    context = Context(
+        config, RunDir(config.output, create=False), lambda event: None, None, inspect(config)
+    )
     recorded(context)
     context.record(SensitivityRecord)
     return context
@@ -73,17 +75,28 @@ def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines:
     materials = Materials({cut: context.bank_of(cut) for cut in context.cuts}, context.data)
     for plan, seed in todo:
         cut, *levels = plan
-        formats = {name: level for each, level in zip(of.values(), levels, strict=True) for name in each}
-        ordered = {name: formats[name] for name in (group.name for group in context.layout_of(cut).groups)}
+        formats = {
+            name: level for each, level in zip(of.values(), levels, strict=True) for name in each
+        }
+        ordered = {
+            name: formats[name] for name in (group.name for group in context.layout_of(cut).groups)
+        }
         losses, started = dict[int, float](), time.monotonic()
 
-        def report(result: RungResult | None, checkpoint: Path, losses: dict[int, float] = losses) -> None:
+        def report(
+            result: RungResult | None, checkpoint: Path, losses: dict[int, float] = losses
+        ) -> None:
             if result:
                 losses[result.step] = result.loss
 
         own = context.worker_config.model_copy(update={"seed": config.seed + seed})
         run_trial(TrialJob(own, materials, ordered, cut), None, report)
-        found = {"plan": plan, "seed": seed, "losses": losses, "seconds": time.monotonic() - started}
+        found = {
+            "plan": plan,
+            "seed": seed,
+            "losses": losses,
+            "seconds": time.monotonic() - started,
+        }
         with open(lines, "a") as file:
             file.write(json.dumps(found) + "\n")
 
@@ -99,13 +112,25 @@ def table(
 ) -> dict[str, Any]:
     """Put the measured losses and the bytes of all plans into one record."""
     first = {plan: each["losses"] for (plan, seed), each in found.items() if seed == 0}
-    names, levels, sizes = list(of), sorted({level for plan in first for level in plan[1:]}), dict[str, Any]()
+    names, levels, sizes = (
+        list(of),
+        sorted({level for plan in first for level in plan[1:]}),
+        dict[str, Any](),
+    )
     for cut in context.cuts:
         layout = context.layout_of(cut)
-        sizes[cut] = {"fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes, "group_bytes": {}}
+        sizes[cut] = {
+            "fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes,
+            "group_bytes": {},
+        }
         for level in levels:
-            packed = {group.name: group.packed_bytes(level, layout.element_bytes) for group in layout.groups}
-            sizes[cut]["group_bytes"][level] = [sum(packed[name] for name in each) for each in of.values()]
+            packed = {
+                group.name: group.packed_bytes(level, layout.element_bytes)
+                for group in layout.groups
+            }
+            sizes[cut]["group_bytes"][level] = [
+                sum(packed[name] for name in each) for each in of.values()
+            ]
     made = context.record(PruneRecord).cuts
     methods = context.record(SensitivityRecord).methods
     error = of_groups(context, of, None, levels)
@@ -115,11 +140,15 @@ def table(
         "multiply_adds": {cut: made[cut].multiply_adds for cut in context.cuts},
         "after_cut": {cut: round(made[cut].loss, 6) for cut in context.cuts},
         "plans": list(first),
-        "rungs": {step: [round(losses[step], 6) for losses in first.values()] for step in next(iter(first.values()))},
+        "rungs": {
+            step: [round(losses[step], 6) for losses in first.values()]
+            for step in next(iter(first.values()))
+        },
         "loss_noise": float(f"{noise_of(found, str(context.config.search.steps)):.4g}"),
         "sensitivities": {method: of_groups(context, of, method, levels) for method in methods},
         "damage": {
-            level: [each / len(of[name]) for name, each in zip(of, error[level], strict=True)] for level in levels
+            level: [each / len(of[name]) for name, each in zip(of, error[level], strict=True)]
+            for level in levels
         },
         "seconds": round(statistics.fmean(each["seconds"] for each in found.values()), 1),
     }
@@ -142,7 +171,10 @@ def of_groups(
     """Sum a sensitivity, or without a `method` the error of weights, over each group: level -> values by group."""
     values = shared(context, method, [name for each in of.values() for name in each], levels)
     counts = np.cumsum([len(each) for each in of.values()])[:-1]
-    return {level: [float(f"{part.sum():.6g}") for part in np.split(values[level], counts)] for level in levels}
+    return {
+        level: [float(f"{part.sum():.6g}") for part in np.split(values[level], counts)]
+        for level in levels
+    }
 
 
 def main() -> None:
@@ -168,9 +200,13 @@ def main() -> None:
     print(f"{len(wanted)} fine-tunes, {len(todo)} to measure", flush=True)
     with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
         parts = [todo[start :: asked.processes] for start in range(asked.processes)]
-        for done in [pool.submit(measure, config, asked.groups, part, str(lines)) for part in parts if part]:
+        for done in [
+            pool.submit(measure, config, asked.groups, part, str(lines)) for part in parts if part
+        ]:
             done.result()
-    asked.out.write_text(json.dumps(table(context, of, read_lines(lines)), separators=(",", ":")) + "\n")
+    asked.out.write_text(
+        json.dumps(table(context, of, read_lines(lines)), separators=(",", ":")) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ import torch
 RATIO, FIRST, LAST = 0.34, 4, 25
 GROUPED = "grouped heads"
 CRITERIA = {
-    "taylor first": (["--pruner_type", "taylor", "--taylor", "param_first"], {"importance": "taylor"}),
+    "taylor first": (
+        ["--pruner_type", "taylor", "--taylor", "param_first"],
+        {"importance": "taylor"},
+    ),
     "taylor vector": (
         ["--pruner_type", "taylor", "--taylor", "vectorize"],
         {"importance": "taylor", "aggregation": "vector"},
@@ -54,15 +57,22 @@ def run_peer(peer: Path, model: Path, tokens: Path, out: Path, arguments: list[s
 
     sys.path.insert(0, str(peer))
     rows = torch.tensor(json.loads(tokens.read_text()))
-    base, pruned = (transformers.LlamaForCausalLM.from_pretrained(model, torch_dtype=torch.float32) for _ in range(2))
+    base, pruned = (
+        transformers.LlamaForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
+        for _ in range(2)
+    )
     given = {
         "transformers": {
             # It would ask for float16, and for accelerate to place it.
             "LlamaForCausalLM": SimpleNamespace(from_pretrained=lambda *_, **__: pruned),
-            "AutoTokenizer": SimpleNamespace(from_pretrained=lambda *_, **__: SimpleNamespace(pad_token_id=0)),
+            "AutoTokenizer": SimpleNamespace(
+                from_pretrained=lambda *_, **__: SimpleNamespace(pad_token_id=0)
+            ),
         },
         "LLMPruner.datasets.example_samples": {"get_examples": lambda *_, **__: rows},
-        "LLMPruner.evaluator.ppl": {"PPLMetric": lambda *_, **__: "not measured: its texts are on the hub"},
+        "LLMPruner.evaluator.ppl": {
+            "PPLMetric": lambda *_, **__: "not measured: its texts are on the hub"
+        },
     }
     for module, values in given.items():
         for name, value in values.items():
@@ -70,7 +80,12 @@ def run_peer(peer: Path, model: Path, tokens: Path, out: Path, arguments: list[s
     sys.argv = ["llama3.py", "--block_wise", "--device", "cpu", "--eval_device", "cpu", *arguments]
     sys.argv += ["--pruning_ratio", str(RATIO), "--num_examples", str(len(rows))]
     for part in ("attention", "mlp"):
-        sys.argv += [f"--block_{part}_layer_start", str(FIRST), f"--block_{part}_layer_end", str(LAST + 1)]
+        sys.argv += [
+            f"--block_{part}_layer_start",
+            str(FIRST),
+            f"--block_{part}_layer_end",
+            str(LAST + 1),
+        ]
     runpy.run_path(str(peer / "llama3.py"), run_name="__main__")
     out.write_text(json.dumps(_kept(base, pruned)))
 
@@ -93,7 +108,9 @@ def _kept(base: Any, pruned: Any) -> Kept:
 
 def _rows(old: Any, new: Any) -> list[int]:
     positions = {tuple(row): position for position, row in enumerate(old.weight.tolist())}
-    assert len(positions) == len(old.weight), "two equal rows: nobody could say which of them stayed"
+    assert len(positions) == len(old.weight), (
+        "two equal rows: nobody could say which of them stayed"
+    )
     return [positions[tuple(row)] for row in new.weight.tolist()]
 
 
@@ -120,7 +137,10 @@ def run_ours(model: Path, tokens: Path, query_heads: str, keys: dict[str, str]) 
         }
     )
     pruned = prune(load_dense(str(model), "float32"), settings, Samples(rows, 0, len(rows)))
-    return {index: {kind: list(units) for kind, units in kinds.items()} for index, kinds in pruned.kept.items()}
+    return {
+        index: {kind: list(units) for kind, units in kinds.items()}
+        for index, kinds in pruned.kept.items()
+    }
 
 
 def make_models(folder: Path, evaldata: Path) -> dict[str, Path]:
@@ -132,7 +152,9 @@ def make_models(folder: Path, evaldata: Path) -> dict[str, Path]:
     model, tokenizer = load_dense(source, "float32"), load_tokenizer(source)
     text = (evaldata / "text" / "wikitext2_valid.txt").read_text()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    (folder / "tokens.json").write_text(json.dumps([ids[start : start + 64] for start in range(0, 640, 64)]))
+    (folder / "tokens.json").write_text(
+        json.dumps([ids[start : start + 64] for start in range(0, 640, 64)])
+    )
     folders = {GROUPED: folder / "grouped", "multi-head": folder / "multi"}
     save_checkpoint(model, tokenizer, folders[GROUPED])
     save_checkpoint(_every_query_its_own(model), tokenizer, folders["multi-head"])
@@ -145,7 +167,9 @@ def spell_for_peer(folder: Path) -> None:
     """Rewrite the config of a float32 checkpoint as transformers 4 spells it."""
     config = json.loads((folder / "config.json").read_text())
     theta = config.pop("rope_parameters", {}).get("rope_theta", config.get("rope_theta"))
-    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": theta, "torch_dtype": "float32"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"rope_theta": theta, "torch_dtype": "float32"})
+    )
 
 
 def _every_query_its_own(model: Any) -> Any:
@@ -157,9 +181,15 @@ def _every_query_its_own(model: Any) -> Any:
     state = model.state_dict()
     for name, weight in state.items():
         if name.endswith(("k_proj.weight", "v_proj.weight")):
-            grouped = weight.view(-1, head, weight.shape[1]).repeat_interleave(repeats, dim=0).flatten(0, 1)
+            grouped = (
+                weight.view(-1, head, weight.shape[1])
+                .repeat_interleave(repeats, dim=0)
+                .flatten(0, 1)
+            )
             state[name] = grouped * (1 + 0.01 * torch.randn(grouped.shape, generator=generator))
-    multi = type(config).from_dict(config.to_dict() | {"num_key_value_heads": config.num_attention_heads})
+    multi = type(config).from_dict(
+        config.to_dict() | {"num_key_value_heads": config.num_attention_heads}
+    )
     other = AutoModelForCausalLM.from_config(multi)
     other.load_state_dict(state)
     return other
@@ -172,8 +202,12 @@ def compare(theirs: Kept, ours: Kept) -> dict[str, Any]:
         "blocks": len(blocks),
         "same_channels": sum(theirs[index]["mlp"] == ours[index]["mlp"] for index in blocks),
         "channels_kept": len(ours[FIRST]["mlp"]),
-        "channels_only_ours": sum(len(set(ours[index]["mlp"]) - set(theirs[index]["mlp"])) for index in blocks),
-        "same_heads": sum(theirs[index]["attention"] == ours[index]["attention"] for index in blocks),
+        "channels_only_ours": sum(
+            len(set(ours[index]["mlp"]) - set(theirs[index]["mlp"])) for index in blocks
+        ),
+        "same_heads": sum(
+            theirs[index]["attention"] == ours[index]["attention"] for index in blocks
+        ),
         "heads_kept": len(ours[FIRST]["attention"]),
     }
 
@@ -182,7 +216,9 @@ def main() -> None:
     """Both programs on both models, criterion by criterion."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", type=Path, required=True, help="a clone of LLM-Pruner")
-    parser.add_argument("--peer-python", type=Path, required=True, help="an interpreter with transformers 4.43.4")
+    parser.add_argument(
+        "--peer-python", type=Path, required=True, help="an interpreter with transformers 4.43.4"
+    )
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--inside", nargs="+", help=argparse.SUPPRESS)
@@ -198,7 +234,9 @@ def main() -> None:
             for criterion in arguments.criteria:
                 theirs = in_peer(arguments, model_folder, folder, criterion)
                 for query_heads in ("modulo", "served") if heads == GROUPED else ("served",):
-                    ours = run_ours(model_folder, folder / "tokens.json", query_heads, CRITERIA[criterion][1])
+                    ours = run_ours(
+                        model_folder, folder / "tokens.json", query_heads, CRITERIA[criterion][1]
+                    )
                     row = {"heads": heads, "criterion": criterion, "query_heads": query_heads}
                     row |= compare(theirs, ours)
                     rows.append(row)
@@ -222,9 +260,22 @@ def in_peer(arguments: argparse.Namespace, model: Path, folder: Path, criterion:
     out = folder / "kept.json"
     given = [str(model), str(folder / "tokens.json"), str(out), criterion]
     python = str(arguments.peer_python.absolute())
-    command = [python, __file__, "--peer", str(arguments.peer.resolve()), "--peer-python", python, "--inside", *given]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    command = [
+        python,
+        __file__,
+        "--peer",
+        str(arguments.peer.resolve()),
+        "--peer-python",
+        python,
+        "--inside",
+        *given,
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
+    finished = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if finished.returncode:
         raise SystemExit(f"LLM-Pruner failed:\n{finished.stderr}")
     return {int(index): kinds for index, kinds in json.loads(out.read_text()).items()}

@@ -53,7 +53,11 @@ class Peak:
 
 def resident_bytes() -> int:
     """Resident memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -111,7 +115,9 @@ def prune_folder(base: Path, folder: Path, settings: PruneConfig, steps: Steps) 
     model = load_dense(str(base), "bfloat16")
     copy_weights(model)
     steps.end("load")
-    pruned = prune(model, settings, Samples([{"input_ids": row, "labels": row} for row in rows], 0, 10))
+    pruned = prune(
+        model, settings, Samples([{"input_ids": row, "labels": row} for row in rows], 0, 10)
+    )
     steps.end("cut")
     save_checkpoint(pruned.model, tokenizer(), folder)
     steps.end("save")
@@ -123,12 +129,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--num-layers", type=int, default=32)
-    parser.add_argument("--default", action="store_true", help="of the prune section's keys give the rate alone")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the prune section")
-    parser.add_argument("--scratch", type=Path, help="make the folders of weights here; else where temporary files go")
+    parser.add_argument(
+        "--default", action="store_true", help="of the prune section's keys give the rate alone"
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the prune section"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="make the folders of weights here; else where temporary files go",
+    )
     arguments = parser.parse_args()
     keys = {} if arguments.default else {"importance": "taylor", "compensation": "none"}
-    settings = PruneConfig(rate=arguments.rate, **keys | dict(each.split("=", 1) for each in arguments.set))
+    settings = PruneConfig(
+        rate=arguments.rate, **keys | dict(each.split("=", 1) for each in arguments.set)
+    )
     steps = Steps()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         base, folder = Path(scratch, "base"), Path(scratch, "pruned")

@@ -89,7 +89,10 @@ first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 %
 go."""
 DEFAULT = ("default", "global", "least_squares")
 """What a configuration that says nothing gets."""
-WITH_BLOCKS = {f"fisher, {share:.0%} in blocks": (CRITERIA["fisher"], share) for share in (0.06, 0.08, 0.1, 0.14)}
+WITH_BLOCKS = {
+    f"fisher, {share:.0%} in blocks": (CRITERIA["fisher"], share)
+    for share in (0.06, 0.08, 0.1, 0.14)
+}
 """Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest; at other rates than
 20 % the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as
 long as another."""
@@ -135,7 +138,16 @@ PEER_RATE = 0.196
 """Of all parameters, by LLM-Pruner's setting, which names none."""
 NUM_KEYS = 7
 """Fields of a row that say what was measured."""
-COLUMNS = ("per_layer 4-25", "per_layer", "global", "none", "bias", "least_squares", PEER_RATE, *RATES)
+COLUMNS = (
+    "per_layer 4-25",
+    "per_layer",
+    "global",
+    "none",
+    "bias",
+    "least_squares",
+    PEER_RATE,
+    *RATES,
+)
 """In a table's order."""
 
 
@@ -185,13 +197,21 @@ class Bench:
             web = self._tokens("\n\n".join(json.loads(line)["text"] for line in lines))
         else:
             data = files("qpruner") / "demo" / "data"
-            rows = [json.loads(line) for line in (data / "instructions.jsonl").read_text().splitlines()]
+            rows = [
+                json.loads(line) for line in (data / "instructions.jsonl").read_text().splitlines()
+            ]
             ids = self._tokens("\n\n".join(" ".join(map(str, row.values())) for row in rows))
             web = []
         half = len(ids) // 2
         first = min(NUM_EVALUATED * CONTEXT, half // 2)  # the demo's own text is short
-        texts = {"same text": _rows(ids[half:], CONTEXT)} | ({"web text": _rows(web, CONTEXT)} if web else {})
-        return {"evaluated": _rows(ids[:first], CONTEXT), "training": _rows(ids[first:half], CONTEXT), **texts}
+        texts = {"same text": _rows(ids[half:], CONTEXT)} | (
+            {"web text": _rows(web, CONTEXT)} if web else {}
+        )
+        return {
+            "evaluated": _rows(ids[:first], CONTEXT),
+            "training": _rows(ids[first:half], CONTEXT),
+            **texts,
+        }
 
     @property
     def texts(self) -> list[str]:
@@ -203,7 +223,9 @@ class Bench:
         size, _, text = calibration.rpartition(", ")
         if size:
             number, length = map(int, size.split(" x "))
-            tokens = [token for row in self.windows[text][:NUM_CALIBRATION] for token in row["input_ids"]]
+            tokens = [
+                token for row in self.windows[text][:NUM_CALIBRATION] for token in row["input_ids"]
+            ]
             return Samples(_rows(tokens, length)[:number], self.pad_id, number)
         rows = self.windows[calibration]
         number = min(NUM_CALIBRATION, len(rows))
@@ -222,29 +244,49 @@ class Bench:
     def prune(self, settings: PruneConfig, calibration: str, seed: int = 0) -> Any:
         """The pruned model; importance is measured once for each criterion and text."""
         settings = settled(self.base.config, settings)
-        return prune_by(Remembered(self, settings, calibration, seed), copy.deepcopy(self.base), settings).model
+        return prune_by(
+            Remembered(self, settings, calibration, seed), copy.deepcopy(self.base), settings
+        ).model
 
     def pruned(self, task: Task) -> Any:
         """A task's pruned model, kept where the fine-tune starts from it too."""
-        if task.settings.rate != RATES[0] or task.part not in ("compensation", "spread", "finetune"):
+        if task.settings.rate != RATES[0] or task.part not in (
+            "compensation",
+            "spread",
+            "finetune",
+        ):
             return self.prune(task.settings, task.calibration, task.seed)
         name = "-".join(map(str, task.key[1:])).replace(" ", "")
         folder = self._scratch / name
         if not folder.exists():
             unfinished = self._scratch / f"{name}.{os.getpid()}"
-            save_checkpoint(self.prune(task.settings, task.calibration, task.seed), self.tokenizer, unfinished)
+            save_checkpoint(
+                self.prune(task.settings, task.calibration, task.seed), self.tokenizer, unfinished
+            )
             unfinished.rename(folder)
         return load_dense(str(folder), "bfloat16").eval()
 
     def scores(self, settings: PruneConfig, calibration: str, seed: int) -> Scores:
         """Importance of every unit of every block of the base model."""
-        keys = (settings.importance, settings.order, settings.aggregation, settings.norm, settings.query_heads)
+        keys = (
+            settings.importance,
+            settings.order,
+            settings.aggregation,
+            settings.norm,
+            settings.query_heads,
+        )
         names = (*keys, calibration, str(seed))
         file = self._scratch / f"{'-'.join(names).replace(' ', '')}.safetensors"
         if not file.exists():
             every = range(self.base.config.num_hidden_layers)
-            found = score(copy.deepcopy(self.base), every, settings, self.samples(calibration, seed), seed)
-            flat = {f"{index}.{kind}": each for index, kinds in found.items() for kind, each in kinds.items()}
+            found = score(
+                copy.deepcopy(self.base), every, settings, self.samples(calibration, seed), seed
+            )
+            flat = {
+                f"{index}.{kind}": each
+                for index, kinds in found.items()
+                for kind, each in kinds.items()
+            }
             save_file(flat, file.with_suffix(f".{os.getpid()}"))
             file.with_suffix(f".{os.getpid()}").rename(file)
         scores: Scores = {}
@@ -281,7 +323,11 @@ def evaluated_text(evaldata: Path) -> str:
 def _rows(ids: Sequence[int], length: int) -> list[dict[str, list[int]]]:
     whole = range(0, len(ids) - length + 1, length)
     return [
-        {"input_ids": list(ids[start : start + length]), "labels": list(ids[start : start + length])} for start in whole
+        {
+            "input_ids": list(ids[start : start + length]),
+            "labels": list(ids[start : start + length]),
+        }
+        for start in whole
     ]
 
 
@@ -330,7 +376,9 @@ def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2)
         keys = {"steps": 1, **several, **(blocks if share else {"units": ("attention", "mlp")})}
     if selection.endswith(MIDDLE):
         keys |= ENDS_KEPT
-    return PruneConfig(rate=rate, selection=selection.removesuffix(MIDDLE), compensation=compensation, **keys)
+    return PruneConfig(
+        rate=rate, selection=selection.removesuffix(MIDDLE), compensation=compensation, **keys
+    )
 
 
 def quality(texts: Sequence[str]) -> list[Task]:
@@ -342,7 +390,8 @@ def quality(texts: Sequence[str]) -> list[Task]:
             for selection in ("per_layer", "global")
             for criterion, keys in CRITERIA.items()
             for text in texts
-            if text == texts[0] or keys["importance"] not in ("magnitude", "random")  # they do not look at any text
+            if text == texts[0]
+            or keys["importance"] not in ("magnitude", "random")  # they do not look at any text
             for seed in (SEEDS if criterion == "random" else SEEDS[:1])
         ]
     )
@@ -350,7 +399,11 @@ def quality(texts: Sequence[str]) -> list[Task]:
 
 def peers(part: str, texts: Sequence[str]) -> list[Task]:
     """LLM-Pruner's own setting."""
-    return [Task(part, name, LLM_PRUNER, f"{size}, {text}") for name, size in PEERS.items() for text in texts]
+    return [
+        Task(part, name, LLM_PRUNER, f"{size}, {text}")
+        for name, size in PEERS.items()
+        for text in texts
+    ]
 
 
 def ends_kept(texts: Sequence[str]) -> list[Task]:
@@ -365,12 +418,20 @@ def ends_kept(texts: Sequence[str]) -> list[Task]:
 
 
 def compensated(
-    texts: Sequence[str], chosen: Sequence[tuple[str, ...]], rates: Sequence[float], with_blocks: Sequence[str]
+    texts: Sequence[str],
+    chosen: Sequence[tuple[str, ...]],
+    rates: Sequence[float],
+    with_blocks: Sequence[str],
 ) -> list[Task]:
     """Criteria and selections with every compensation; the default; and fisher with whole blocks beside, in steps."""
     recipes = [
-        (criterion, selection, method) for criterion, selection in chosen for method in ("least_squares", "none")
-    ] + [(criterion, "global", "least_squares") for criterion in (DEFAULT[0], *with_blocks, *IN_STEPS)]
+        (criterion, selection, method)
+        for criterion, selection in chosen
+        for method in ("least_squares", "none")
+    ] + [
+        (criterion, "global", "least_squares")
+        for criterion in (DEFAULT[0], *with_blocks, *IN_STEPS)
+    ]
     return [
         Task("compensation", criterion, recipe(criterion, selection, method, rate), text)
         for rate in rates
@@ -390,7 +451,9 @@ def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[T
     ]
 
 
-def finetuned(texts: Sequence[str], recipes: Sequence[tuple[str, ...]], once: Sequence[tuple[str, ...]]) -> list[Task]:
+def finetuned(
+    texts: Sequence[str], recipes: Sequence[tuple[str, ...]], once: Sequence[tuple[str, ...]]
+) -> list[Task]:
     """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune; some with one choice of
     calibration windows alone."""
     return peers("finetune", texts) + [
@@ -407,7 +470,9 @@ def ranked(rows: Sequence[Row], *keys: str) -> list[tuple[str, ...]]:
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row.criterion in CRITERIA.keys() | BESIDE and row.rate == RATES[0]:
-            found.setdefault(tuple(getattr(row, key) for key in keys), []).append(math.log(row.perplexity))
+            found.setdefault(tuple(getattr(row, key) for key in keys), []).append(
+                math.log(row.perplexity)
+            )
     recipes = sorted(found, key=lambda recipe: statistics.mean(found[recipe]))
     beside = [recipe for recipe in recipes if recipe[0] in BESIDE]
     return [recipe for recipe in recipes if recipe not in beside[1:]]
@@ -416,7 +481,9 @@ def ranked(rows: Sequence[Row], *keys: str) -> list[tuple[str, ...]]:
 def _finetune(bench: Bench, model: Any) -> Any:
     """LoRA of rank 8 on every linear layer, 30 steps of 4 x 128 tokens, merged."""
     lora = LoraConfig(rank=8, alpha=16, init="plain")
-    training = TrainingConfig(learning_rate=1e-3, batch_size=4, micro_batch_size=4, warmup_ratio=0.1)
+    training = TrainingConfig(
+        learning_rate=1e-3, batch_size=4, micro_batch_size=4, warmup_ratio=0.1
+    )
     peft_model = attach_adapters(model, {}, lora, "block", seed=0)
     with tempfile.TemporaryDirectory() as folder:
         finetune(
@@ -443,24 +510,45 @@ def say(row: Row) -> None:
 
 def tables(rows: Sequence[Row]) -> str:
     """What docs/pruning.md shows, in Markdown: multiples of the unpruned model's perplexity."""
-    by_part = {part: [row for row in rows if row.part == part] for part in {row.part for row in rows}}
+    by_part = {
+        part: [row for row in rows if row.part == part] for part in {row.part for row in rows}
+    }
     tuned = by_part.get("finetune", [])
     recipes = {(row.criterion, row.selection, row.compensation) for row in tuned}
     # One of the middle blocks' recipes that is among the best has its first row there.
-    ends = [row for row in by_part.get("ends", []) if (row.criterion, row.selection, row.compensation) in recipes]
+    ends = [
+        row
+        for row in by_part.get("ends", [])
+        if (row.criterion, row.selection, row.compensation) in recipes
+    ]
     made_up_for = by_part.get("compensation", [])
     known = {row.measured[1:] for row in made_up_for}
-    compensated = made_up_for + [row for row in ends if row.measured[1:] not in known] + by_part.get("spread", [])
+    compensated = (
+        made_up_for
+        + [row for row in ends if row.measured[1:] not in known]
+        + by_part.get("spread", [])
+    )
     peer = [row for row in by_part.get("quality", []) if row.criterion in PEERS]
     before = [
         row
         for row in (*peer, *compensated)
-        if (row.criterion, row.selection, row.compensation) in recipes and row.rate in (PEER_RATE, RATES[0])
+        if (row.criterion, row.selection, row.compensation) in recipes
+        and row.rate in (PEER_RATE, RATES[0])
     ]
     of_one = ("criterion", "selection", "compensation")
     found: list[tuple[str, list[Row], tuple[str, ...], str]] = [
-        ("Every criterion, nothing made up for", by_part.get("quality", []), ("criterion",), "selection"),
-        ("Blocks 4 to 25 alone", by_part.get("ends", []), ("criterion", "selection"), "compensation"),
+        (
+            "Every criterion, nothing made up for",
+            by_part.get("quality", []),
+            ("criterion",),
+            "selection",
+        ),
+        (
+            "Blocks 4 to 25 alone",
+            by_part.get("ends", []),
+            ("criterion", "selection"),
+            "compensation",
+        ),
         ("By rate and compensation", compensated, of_one, "rate"),
         ("Before the fine-tune", before, of_one, "rate"),
         ("After it", tuned, of_one, "rate"),
@@ -471,17 +559,27 @@ def tables(rows: Sequence[Row]) -> str:
 def table(title: str, rows: Sequence[Row], down: Sequence[str], across: str) -> str:
     """A row for each value of some fields, a column for each of another; in a cell the texts, the geometric mean over
     the seeds, with the least and the most of several."""
-    columns = sorted({getattr(row, across) for row in rows}, key=lambda value: (*COLUMNS, value).index(value))
+    columns = sorted(
+        {getattr(row, across) for row in rows}, key=lambda value: (*COLUMNS, value).index(value)
+    )
     cells: dict[tuple[str, ...], dict[Any, dict[str, list[float]]]] = {}
     for row in rows:
         text = row.calibration.rpartition(", ")[2]
-        cell = cells.setdefault(tuple(getattr(row, field) for field in down), {}).setdefault(getattr(row, across), {})
+        cell = cells.setdefault(tuple(getattr(row, field) for field in down), {}).setdefault(
+            getattr(row, across), {}
+        )
         cell.setdefault(text, []).append(row.ratio)
     texts = sorted({row.calibration.rpartition(", ")[2] for row in rows})
     lines = [f"{title} ({' / '.join(texts)})", ""]
-    lines += ["| " + " | ".join([*down, *map(str, columns)]) + " |", "|---" * (len(down) + len(columns)) + "|"]
+    lines += [
+        "| " + " | ".join([*down, *map(str, columns)]) + " |",
+        "|---" * (len(down) + len(columns)) + "|",
+    ]
     for names, found in cells.items():
-        told = [" / ".join(_ratio(ratios) for _, ratios in sorted(found.get(column, {}).items())) for column in columns]
+        told = [
+            " / ".join(_ratio(ratios) for _, ratios in sorted(found.get(column, {}).items()))
+            for column in columns
+        ]
         lines.append("| " + " | ".join([*names, *told]) + " |")
     return "\n".join(lines)
 
@@ -564,7 +662,9 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
     ends = measured.rows(ends_kept(texts))
     rows = measured.rows(quality(texts)) + ends
     not_made_up_for = [row for row in rows if row.compensation == "none"]
-    chosen = list(dict.fromkeys([*ranked(not_made_up_for, "criterion", "selection")[:3], PEER_CRITERION]))
+    chosen = list(
+        dict.fromkeys([*ranked(not_made_up_for, "criterion", "selection")[:3], PEER_CRITERION])
+    )
     at_first = measured.rows(compensated(texts, chosen, first, list(WITH_BLOCKS)))
     best = ranked(at_first + ends, "criterion", "selection", "compensation")[:4]
     with_blocks = [recipe for recipe in best if recipe[0] in BESIDE]
@@ -576,7 +676,9 @@ def every_part(measured: Measurements, texts: Sequence[str]) -> list[Row]:
 
 
 @contextmanager
-def measurements(evaldata: Path, scratch: Path, file: Path, minutes: float) -> Iterator[Measurements]:
+def measurements(
+    evaldata: Path, scratch: Path, file: Path, minutes: float
+) -> Iterator[Measurements]:
     """With processes that end with it."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // num_processes())
@@ -588,7 +690,9 @@ def arguments_of(given: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
-    parser.add_argument("--rows", type=Path, default=ROWS, help="keep rows here, and take those that are there")
+    parser.add_argument(
+        "--rows", type=Path, default=ROWS, help="keep rows here, and take those that are there"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after that")
     parser.add_argument(
         "--scratch",
@@ -601,16 +705,22 @@ def arguments_of(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure what is not known yet."""
     arguments = arguments_of()
-    texts = ["same text", "web text"] if evaluated_text(arguments.evaldata) == PUBLIC else ["same text"]
+    texts = (
+        ["same text", "web text"] if evaluated_text(arguments.evaldata) == PUBLIC else ["same text"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         scratch = arguments.scratch or Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)
-        with measurements(arguments.evaldata, scratch, arguments.rows, arguments.minutes) as measured:
+        with measurements(
+            arguments.evaldata, scratch, arguments.rows, arguments.minutes
+        ) as measured:
             try:
                 rows = every_part(measured, texts)
             except OutOfTime as missing:
                 print(tables(measured.known), flush=True)
-                raise SystemExit(f"the minutes are over: {missing}; the same command goes on") from None
+                raise SystemExit(
+                    f"the minutes are over: {missing}; the same command goes on"
+                ) from None
     print(tables(rows))
     print(json.dumps([asdict(row) for row in rows]))
 

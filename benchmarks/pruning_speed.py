@@ -64,9 +64,14 @@ LLAMA_1B = {
 }
 
 
-def prepare(folder: Path, shape: str, recipes: Sequence[str], evaldata: Path, scratch: Path) -> dict[str, Path]:
+def prepare(
+    folder: Path, shape: str, recipes: Sequence[str], evaldata: Path, scratch: Path
+) -> dict[str, Path]:
     """The models as checkpoints in `folder`; those that are there are taken as they are."""
-    folders = {name: folder / shape / name.replace(" ", "-").replace(",", "") for name in ("base", *recipes)}
+    folders = {
+        name: folder / shape / name.replace(" ", "-").replace(",", "")
+        for name in ("base", *recipes)
+    }
     missing = {name: path for name, path in folders.items() if not path.is_dir()}
     if missing:
         (_make_random if shape == "llama-1b" else _make_smollm2)(missing, evaldata, scratch)
@@ -76,7 +81,9 @@ def prepare(folder: Path, shape: str, recipes: Sequence[str], evaldata: Path, sc
 def _make_smollm2(folders: dict[str, Path], evaldata: Path, scratch: Path) -> None:
     bench = Bench(evaldata, scratch)
     for name, path in folders.items():
-        settings = PruneConfig(rate=0.2, **RECIPES[name]) if name in RECIPES else PruneConfig(rate=0.0)
+        settings = (
+            PruneConfig(rate=0.2, **RECIPES[name]) if name in RECIPES else PruneConfig(rate=0.0)
+        )
         save_checkpoint(bench.prune(settings, bench.texts[0]), bench.tokenizer, path)
 
 
@@ -87,7 +94,9 @@ def _make_random(folders: dict[str, Path], evaldata: Path, scratch: Path) -> Non
     tokenizer = load_tokenizer(resolve_source(SOURCE, "model.source"))
     for name, path in folders.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA_1B), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", **LLAMA_1B), dtype=torch.bfloat16
+        )
         keys = {"rate": 0.2, **RECIPES[name]} if name in RECIPES else {"rate": 0.0}
         settings = settled(model.config, PruneConfig(selection="per_layer", **keys))
         save_checkpoint(prune_by(Criteria(settings), model, settings).model, tokenizer, path)
@@ -116,16 +125,22 @@ class Clock:
         self._model, self._context, self._now = model, context, now
         generator = torch.Generator().manual_seed(0)
         length = context or NUM_PREFILLED
-        self._ids = torch.randint(3, model.config.vocab_size, (batch_size, length), generator=generator)
+        self._ids = torch.randint(
+            3, model.config.vocab_size, (batch_size, length), generator=generator
+        )
         self._ids = self._ids.to(model.device)
-        self._output = model(input_ids=self._ids, use_cache=True, logits_to_keep=1) if context else None
+        self._output = (
+            model(input_ids=self._ids, use_cache=True, logits_to_keep=1) if context else None
+        )
         self.num_tokens = batch_size * (1 if context else length)
 
     @torch.no_grad()
     def seconds(self) -> float:
         """Of one step."""
         if self._output is None:
-            return self._timed(lambda: self._model(input_ids=self._ids, use_cache=True, logits_to_keep=1))
+            return self._timed(
+                lambda: self._model(input_ids=self._ids, use_cache=True, logits_to_keep=1)
+            )
         cache = self._output.past_key_values
         if grown := cache.get_seq_length() - self._context:
             cache.crop(-grown)
@@ -143,7 +158,9 @@ def without_products() -> Iterator[None]:
     """Linear layers answer at once, with anything."""
     product = torch.nn.functional.linear
 
-    def nothing(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def nothing(
+        inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return inputs.new_zeros((*inputs.shape[:-1], len(weight)))
 
     torch.nn.functional.linear = nothing  # type: ignore[assignment]
@@ -154,13 +171,19 @@ def without_products() -> Iterator[None]:
 
 
 def measure(
-    models: dict[str, Any], workloads: Sequence[str], num_turns: int, now: Callable[[], float], compiled: bool
+    models: dict[str, Any],
+    workloads: Sequence[str],
+    num_turns: int,
+    now: Callable[[], float],
+    compiled: bool,
 ) -> list[dict[str, Any]]:
     """Every model at every workload, in turns; the first `NUM_WARM_UP` are not counted.
 
     Compiled models are not run without their products: those would be other programs.
     """
-    shares = {name: bytes_read(model) / bytes_read(models["base"]) for name, model in models.items()}
+    shares = {
+        name: bytes_read(model) / bytes_read(models["base"]) for name, model in models.items()
+    }
     rows = []
     for workload in workloads:
         clocks = {name: Clock(model, *WORKLOADS[workload], now) for name, model in models.items()}
@@ -192,7 +215,10 @@ def measure(
             told = ""
             if fixed:
                 overhead = statistics.median(fixed)
-                row |= {"possible": base / (overhead + share * (base - overhead)), "fixed_share": overhead / base}
+                row |= {
+                    "possible": base / (overhead + share * (base - overhead)),
+                    "fixed_share": overhead / base,
+                }
                 told = f"; possible {row['possible']:.3f}, fixed {row['fixed_share']:.0%}"
             rows.append(row)
             print(
@@ -218,18 +244,28 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--processor-time", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="the first turn compiles: minutes a model")
-    parser.add_argument("--models", type=Path, help="keep the checkpoints here, and take those that are there")
-    parser.add_argument("--prepare", action="store_true", help="make the checkpoints and measure nothing")
+    parser.add_argument(
+        "--compile", action="store_true", help="the first turn compiles: minutes a model"
+    )
+    parser.add_argument(
+        "--models", type=Path, help="keep the checkpoints here, and take those that are there"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="make the checkpoints and measure nothing"
+    )
     parser.add_argument("--evaldata", type=Path, default=Path("../shared/evaldata"))
-    parser.add_argument("--scratch", type=Path, help="as in pruning.py: importance that is known already")
+    parser.add_argument(
+        "--scratch", type=Path, help="as in pruning.py: importance that is known already"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, scratch = arguments.models or Path(name), arguments.scratch or Path(name)
         folders = prepare(folder, arguments.shape, arguments.recipes, arguments.evaldata, scratch)
         if arguments.prepare:
             return
-        models = {name: load_dense(str(path), arguments.dtype).eval() for name, path in folders.items()}
+        models = {
+            name: load_dense(str(path), arguments.dtype).eval() for name, path in folders.items()
+        }
         if arguments.processor_time:
             torch.set_num_threads(1)
         if arguments.compile:
@@ -237,7 +273,11 @@ def main() -> None:
                 model.forward = torch.compile(model.forward)
         now = time.thread_time if arguments.processor_time else time.perf_counter
         rows = measure(models, arguments.workloads, arguments.turns, now, arguments.compile)
-    told = {"device": device(), "threads": torch.get_num_threads(), "processor_time": arguments.processor_time}
+    told = {
+        "device": device(),
+        "threads": torch.get_num_threads(),
+        "processor_time": arguments.processor_time,
+    }
     told |= {"shape": arguments.shape, "compiled": arguments.compile, "dtype": arguments.dtype}
     print(json.dumps(told | {"rows": rows}))
 

@@ -43,7 +43,10 @@ def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
     """Name the plans to compare: what the search returned, the best control, and the paper's if it is in the budget."""
     searched = context.record(SearchRecord)
     controls = [each for each in searched.confirmations if each.control and each.fits]
-    returned = (searched.best_origin, PrecisionPlan.from_dict(searched.best_plan, searched.best_cut))
+    returned = (
+        searched.best_origin,
+        PrecisionPlan.from_dict(searched.best_plan, searched.best_cut),
+    )
     found = {"returned": returned}
     if searched.control_won:
         found["control"] = returned
@@ -56,16 +59,22 @@ def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
     return found
 
 
-def tuned(context: Context, candidates: Sequence[Candidate], out: Path, processes: int) -> dict[str, list[float]]:
+def tuned(
+    context: Context, candidates: Sequence[Candidate], out: Path, processes: int
+) -> dict[str, list[float]]:
     """Fine-tune what is not yet, and return the loss of each judging row by candidate folder."""
     out.mkdir(parents=True, exist_ok=True)
     files = {each.folder.name: out / f"{each.folder.name}.json" for each in candidates}
     left = {each.folder.name: each for each in candidates if not files[each.folder.name].exists()}
-    jobs = [CandidateJob(context.worker_config, each, context.data, threads=1) for each in left.values()]
+    jobs = [
+        CandidateJob(context.worker_config, each, context.data, threads=1) for each in left.values()
+    ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for name, (measured, _) in zip(left, pool.map(finetune_candidate, jobs), strict=True):
             files[name].write_text(json.dumps(measured))
-    return {name: json.loads(file.read_text())["confirmation_losses"] for name, file in files.items()}
+    return {
+        name: json.loads(file.read_text())["confirmation_losses"] for name, file in files.items()
+    }
 
 
 def compared(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
@@ -91,23 +100,33 @@ def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
         "cut": searched.best_cut,
         "origins": {name: origin for name, (origin, _) in named.items()},
         "plans": {name: str(plan) for name, (_, plan) in named.items()},
-        "bytes": {name: context.layout_of(plan.cut).plan_bytes(plan) for name, (_, plan) in named.items()},
+        "bytes": {
+            name: context.layout_of(plan.cut).plan_bytes(plan) for name, (_, plan) in named.items()
+        },
         "losses": {name: [sum(each) / len(each) for each in own] for name, own in by_name.items()},
         # To compare settings.
-        "row_losses": {name: [[round(each, 4) for each in own] for own in of] for name, of in by_name.items()},
+        "row_losses": {
+            name: [[round(each, 4) for each in own] for own in of] for name, of in by_name.items()
+        },
     }
     found["against"] = {
-        name: compared(by_name["returned"], own) for name, own in by_name.items() if own != by_name["returned"]
+        name: compared(by_name["returned"], own)
+        for name, own in by_name.items()
+        if own != by_name["returned"]
     }
     return found
 
 
 def main() -> None:
     """Measure all settings that are not yet in OUT/reach.jsonl, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[60, 75, 90, 110, 127], help="in MB")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[60, 75, 90, 110, 127], help="in MB"
+    )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
@@ -125,8 +144,15 @@ def main() -> None:
                 blocks, embeddings = FORMATS[formats]
                 # Of llama.cpp's formats the smallest plan of the 20 % cut takes 68 MB.
                 rates = "[0,0.2,0.4]" if budget < 70 else "[0,0.1,0.2]"
-                given = [f"output={asked.out / 'run'}", f"quantize.budget.bytes={round(budget * 1e6)}"]
-                given += [f"quantize.formats=[{blocks}]", f"quantize.embeddings=[{embeddings}]", f"prune.rates={rates}"]
+                given = [
+                    f"output={asked.out / 'run'}",
+                    f"quantize.budget.bytes={round(budget * 1e6)}",
+                ]
+                given += [
+                    f"quantize.formats=[{blocks}]",
+                    f"quantize.embeddings=[{embeddings}]",
+                    f"prune.rates={rates}",
+                ]
                 config = load_config(asked.config, [*given, *asked.overrides])
                 for name in ("trials", "records/search.json"):  # those of another setting
                     remove(asked.out / "run" / name)
@@ -141,7 +167,9 @@ def show(found: dict[str, Any]) -> None:
     """Print the rows of one search."""
     means = {name: sum(each) / len(each) for name, each in found["losses"].items()}
     setting = f"{found['setting']['formats']} | {found['setting']['budget']:g}"
-    about = f"{found['trials']} ({found['stopped']}) | {found['origins']['returned']}, {found['cut']}"
+    about = (
+        f"{found['trials']} ({found['stopped']}) | {found['origins']['returned']}, {found['cut']}"
+    )
     for name in found["against"] or [""]:
         other = found["origins"].get(name, "is the best control")
         less, half_width = found["against"].get(name, (0.0, 0.0))

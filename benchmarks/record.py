@@ -48,7 +48,14 @@ from qpruner.hf import load
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.finetune import write_final
 from qpruner.pipeline.run import run
-from qpruner.pipeline.served_rows import NEW_TOKENS, NUM_TURNS, PROMPT_TOKENS, Served, ServeJob, measure_in_turns
+from qpruner.pipeline.served_rows import (
+    NEW_TOKENS,
+    NUM_TURNS,
+    PROMPT_TOKENS,
+    Served,
+    ServeJob,
+    measure_in_turns,
+)
 from qpruner.runs.records import ServedRow
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.version import commit
@@ -92,7 +99,9 @@ def measure(job: Job) -> dict[str, Any]:
     files = row.serve(bench, job.start, work / "final", work / "served")
     packing = time.monotonic() - started
     is_gguf = files.loaded.suffix == ".gguf"
-    model = (load_dense(str(files.loaded), config.model.dtype) if is_gguf else load(files.loaded)).eval()
+    model = (
+        load_dense(str(files.loaded), config.model.dtype) if is_gguf else load(files.loaded)
+    ).eval()
     found = {
         "row": job.name,
         "seed": job.seed,
@@ -117,25 +126,38 @@ def scores(bench: Bench, model: Any) -> dict[str, Any]:
     texts = {"confirmation": load_confirmation(bench.data, "judge")}
     for source in config.evaluate.text or ():
         examples = load_examples([source], "evaluate.text")
-        windows = text_windows([each.response for each in examples], tokenizer, config.data.max_length)
+        windows = text_windows(
+            [each.response for each in examples], tokenizer, config.data.max_length
+        )
         texts[Path(source.source).stem] = windows[: config.evaluate.limit]
     pad_id, size = int(tokenizer.pad_token_id), config.evaluate.batch_size
-    losses = {name: list(mean_loss(model, rows, pad_id, size).by_row) for name, rows in texts.items()}
-    found = score_tasks(model, tokenizer, config.evaluate.tasks, config.evaluate, config.evaluate.limit)
-    return {"losses": losses, "correct": {f"{each.task} {each.metric}": list(each.correct) for each in found}}
+    losses = {
+        name: list(mean_loss(model, rows, pad_id, size).by_row) for name, rows in texts.items()
+    }
+    found = score_tasks(
+        model, tokenizer, config.evaluate.tasks, config.evaluate, config.evaluate.limit
+    )
+    return {
+        "losses": losses,
+        "correct": {f"{each.task} {each.metric}": list(each.correct) for each in found},
+    }
 
 
 def speeds(bench: Bench, files: Files, model: Any) -> dict[str, Any]:
     """Tokens a second on one thread, and the loss in llama.cpp, of the program that serves these files."""
     if files.gguf:
         about = ServedRow(name="record", form="gguf", format="plan", mean_bits=0.0, file_bytes=0)
-        job: Any = ServeJob(bench.config, bench.asked.out, bench.model, bench.data, files.folder, 1, None, None)  # type: ignore[arg-type]
+        job: Any = ServeJob(
+            bench.config, bench.asked.out, bench.model, bench.data, files.folder, 1, None, None
+        )  # type: ignore[arg-type]
         *_, last = isolated(measure_in_turns, job, [Served(about, *files.gguf)])
         [served] = last["rows"]
         prefill, decode = served.prefill_tokens_per_second, served.decode_tokens_per_second
         told = {"served_by": last["setting"].build, "served_loss": served.loss}
     else:
-        ids = [token for row in load_encoded(bench.data / "confirmation") for token in row["input_ids"]]
+        ids = [
+            token for row in load_encoded(bench.data / "confirmation") for token in row["input_ids"]
+        ]
         turns = [take_turn(model, ids[:PROMPT_TOKENS], NEW_TOKENS)[:2] for _ in range(NUM_TURNS)]
         prefill, decode = zip(*turns, strict=True)
         told = {"served_by": f"transformers {transformers.__version__}"}
@@ -143,7 +165,10 @@ def speeds(bench: Bench, files: Files, model: Any) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, str]:
-    cpu = dict(line.partition("\t")[::2] for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    cpu = dict(
+        line.partition("\t")[::2]
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    )
     name = cpu["model name"].strip("\t: ") + (" with AVX-512" if "avx512f" in cpu["flags"] else "")
     return {
         "commit": commit() or "unknown",
@@ -160,12 +185,16 @@ def table(lines: list[dict[str, Any]]) -> None:
     """Print the rows of which all seeds are measured, then their differences to ours of as many bytes."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in ROWS:
-        of_row = sorted((each for each in lines if each["row"] == name), key=lambda each: each["seed"])
+        of_row = sorted(
+            (each for each in lines if each["row"] == name), key=lambda each: each["seed"]
+        )
         if [each["seed"] for each in of_row] == list(SEEDS):
             rows[name] = of_row
     rows = dict(sorted(rows.items(), key=lambda item: item[1][0]["bytes"]))
     if not rows:
-        raise SystemExit(f"no row has all seeds yet; {len(lines)} of {len(ROWS) * len(SEEDS)} lines are measured")
+        raise SystemExit(
+            f"no row has all seeds yet; {len(lines)} of {len(ROWS) * len(SEEDS)} lines are measured"
+        )
     texts = list(next(iter(rows.values()))[0]["losses"])
     measured = " | ".join([*texts, "accuracy"])
     print(f"| row | MB | {measured} | MB of fine-tune | minutes | prefill | decode | served by |")
@@ -175,7 +204,11 @@ def table(lines: list[dict[str, Any]]) -> None:
     print(f"\n| row | minus ours | {measured} | who wins |")
     print("|---" * (4 + len(texts)) + "|")
     for name, of_row in rows.items():
-        fit = [other for other in rows if rows[other][0]["bytes"] <= SLACK * of_row[0]["bytes"] and is_ours(other)]
+        fit = [
+            other
+            for other in rows
+            if rows[other][0]["bytes"] <= SLACK * of_row[0]["bytes"] and is_ours(other)
+        ]
         if fit and not is_ours(name):
             print(f"| {name} | {fit[-1]} | {' | '.join(against(of_row, rows[fit[-1]], texts))} |")
 
@@ -189,11 +222,18 @@ def row_cells(name: str, of_row: list[dict[str, Any]], texts: list[str]) -> list
     cells = [f"{name}: {ROWS[name].title}", f"{first['bytes'] / 1e6:.1f}"]
     for text in texts:
         mean, half = interval([[each["losses"][text]] for each in of_row])
-        low_high = f"{math.exp(mean):.2f} ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
+        low_high = (
+            f"{math.exp(mean):.2f} ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
+        )
         cells.append(f"{mean:.3f} ± {half:.3f}" if text == "confirmation" else low_high)
-    cells.append("{:.3f} ± {:.3f}".format(*interval([list(each["correct"].values()) for each in of_row])))
+    cells.append(
+        "{:.3f} ± {:.3f}".format(*interval([list(each["correct"].values()) for each in of_row]))
+    )
     seconds = {part: fmean(each["seconds"][part] for each in of_row) for part in first["seconds"]}
-    cells += [f"{max(each['peak_memory_bytes'] for each in of_row) / 1e6:.0f}", f"{sum(seconds.values()) / 60:.1f}"]
+    cells += [
+        f"{max(each['peak_memory_bytes'] for each in of_row) / 1e6:.0f}",
+        f"{sum(seconds.values()) / 60:.1f}",
+    ]
     return [*cells, f"{first['prefill']:.0f}", f"{first['decode']:.0f}", first["served_by"]]
 
 
@@ -204,9 +244,14 @@ def interval(seeds: list[list[list[float]]]) -> tuple[float, float]:
     return found.mean, found.half_width
 
 
-def against(of_row: list[dict[str, Any]], ours: list[dict[str, Any]], texts: list[str]) -> list[str]:
+def against(
+    of_row: list[dict[str, Any]], ours: list[dict[str, Any]], texts: list[str]
+) -> list[str]:
     """Return the differences of a row to ours, and who wins where the interval excludes 0."""
-    found = [compared(*([each["losses"][text] for each in rows] for rows in (of_row, ours))) for text in texts]
+    found = [
+        compared(*([each["losses"][text] for each in rows] for rows in (of_row, ours)))
+        for text in texts
+    ]
     differences = [
         [[one - two for one, two in zip(*both, strict=True)]
          for both in zip(row["correct"].values(), other["correct"].values(), strict=True)]
@@ -218,7 +263,9 @@ def against(of_row: list[dict[str, Any]], ours: list[dict[str, Any]], texts: lis
     for text, sign, (mean, half) in zip([*texts, "accuracy"], signs, found, strict=True):
         if abs(mean) > half:
             by_winner["this row" if sign * mean < 0 else "ours"].append(text)
-    wins = "; ".join(f"{winner}: {', '.join(where)}" for winner, where in by_winner.items() if where)
+    wins = "; ".join(
+        f"{winner}: {', '.join(where)}" for winner, where in by_winner.items() if where
+    )
     return [*(f"{less:+.3f} ± {width:.3f}" for less, width in found), wins or "neither"]
 
 
@@ -229,12 +276,16 @@ def prepared(config: RunConfig, asked: argparse.Namespace) -> Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[])
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--libllama", type=Path, help="a folder with libllama's build of node-llama-cpp below it")
+    parser.add_argument(
+        "--libllama", type=Path, help="a folder with libllama's build of node-llama-cpp below it"
+    )
     parser.add_argument("--peer", type=Path, help="a clone of LLM-Pruner")
     parser.add_argument("--peer-python", type=Path, help="an interpreter with transformers 4.43.4")
     parser.add_argument("--processes", type=int, default=2)
@@ -248,18 +299,27 @@ def main() -> None:
     known = {(each["row"], each["seed"]) for each in lines}
     settings, text = asked.out / "config.json", config.model_dump_json()
     if settings.exists() and settings.read_text() != text:
-        raise SystemExit(f"`--out`: {asked.out} has rows of another configuration: name another folder")
+        raise SystemExit(
+            f"`--out`: {asked.out} has rows of another configuration: name another folder"
+        )
     asked.out.mkdir(parents=True, exist_ok=True)
     settings.write_text(text)
-    wanted = {name: [seed for seed in asked.seeds if (name, seed) not in known] for name in asked.rows}
+    wanted = {
+        name: [seed for seed in asked.seeds if (name, seed) not in known] for name in asked.rows
+    }
     left = {name: seeds for name, seeds in wanted.items() if seeds}
     if left:
         bench = prepared(config, asked)
     for name, seeds in left.items():
         start = ROWS[name].start(bench)
         # The first seed alone: its speeds are measured with nothing beside.
-        for part in ([seed for seed in seeds if seed == SEEDS[0]], [seed for seed in seeds if seed != SEEDS[0]]):
-            with ProcessPoolExecutor(asked.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for part in (
+            [seed for seed in seeds if seed == SEEDS[0]],
+            [seed for seed in seeds if seed != SEEDS[0]],
+        ):
+            with ProcessPoolExecutor(
+                asked.processes, get_context("spawn"), max_tasks_per_child=1
+            ) as pool:
                 for found in pool.map(measure, [Job(bench, name, start, seed) for seed in part]):
                     lines.append(found)
                     with file.open("a") as stream:

@@ -37,10 +37,20 @@ from qpruner.runs.records import SearchRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import remove
 
-METADATA = 2_000_000  # bytes of our GGUF files beside the plan's: tokenizer, names, norms in float32
+METADATA = (
+    2_000_000  # bytes of our GGUF files beside the plan's: tokenizer, names, norms in float32
+)
 FILE_TYPES = {"q4_0": 2, "q4_k_m": 15, "q5_k_m": 17}  # llama.h, `llama_ftype`
 PAPER = Path("tune_configs/paper")
-AUTOROUND = {"bits": 4, "group_size": 64, "iters": 50, "lr": 5e-3, "nsamples": 64, "seqlen": 128, "batch_size": 4}
+AUTOROUND = {
+    "bits": 4,
+    "group_size": 64,
+    "iters": 50,
+    "lr": 5e-3,
+    "nsamples": 64,
+    "seqlen": 128,
+    "batch_size": 4,
+}
 """Its own recipe "auto-round-light" (50 iterations), with as many samples of as many tokens as our calibration."""
 
 
@@ -75,13 +85,20 @@ class Bench:
     def bank(self, name: str, checkpoint: Path, **lora: Any) -> BankSource:
         settings = self.config.lora.model_copy(update=lora)
         place = self.asked.out / "banks" / name
-        return BankSource(place, checkpoint, "block", self.config.model.dtype, settings, self.config.seed, name)
+        return BankSource(
+            place, checkpoint, "block", self.config.model.dtype, settings, self.config.seed, name
+        )
 
     def run_config(self, source: Path, folder: str, *overrides: str) -> RunConfig:
         """Load a configuration with the rows, the fine-tune and the scores of this benchmark."""
-        same = {name: getattr(self.config, name) for name in ("model", "data", "training", "finetune", "evaluate")}
+        same = {
+            name: getattr(self.config, name)
+            for name in ("model", "data", "training", "finetune", "evaluate")
+        }
         given = [f"{name}={each.model_dump_json()}" for name, each in same.items()]
-        return load_config(source, [*given, f"output={self.asked.out / folder}", *overrides, *self.asked.overrides])
+        return load_config(
+            source, [*given, f"output={self.asked.out / folder}", *overrides, *self.asked.overrides]
+        )
 
 
 # ---- what is fine-tuned
@@ -89,7 +106,9 @@ class Bench:
 
 def dense_plan(bench: Bench, checkpoint: Path) -> dict[str, str]:
     config = checkpoint_config(checkpoint)
-    return layout_of(config, bench.config.quantize, 2, bench.config.lora.rank, False).dense().as_dict()
+    return (
+        layout_of(config, bench.config.quantize, 2, bench.config.lora.rank, False).dense().as_dict()
+    )
 
 
 def base(bench: Bench) -> Start:
@@ -98,7 +117,9 @@ def base(bench: Bench) -> Start:
 
 def nf4_base(bench: Bench) -> Start:
     """QLoRA: bitsandbytes' layers in all blocks, adapters from zero."""
-    plan = dense_plan(bench, bench.model) | dict.fromkeys(group_linears(checkpoint_config(bench.model), "block"), "nf4")
+    plan = dense_plan(bench, bench.model) | dict.fromkeys(
+        group_linears(checkpoint_config(bench.model), "block"), "nf4"
+    )
     return Start(bench.bank("nf4", bench.model, init="plain"), plan)
 
 
@@ -107,7 +128,11 @@ def paper(bench: Bench, variant: str) -> Start:
 
 
 def paper_config(bench: Bench, variant: str) -> RunConfig:
-    text = {"source": bench.config.data.train[0].source, "format": "text", "columns": {"text": "output"}}
+    text = {
+        "source": bench.config.data.train[0].source,
+        "format": "text",
+        "columns": {"text": "output"},
+    }
     calibration = f"calibration.data={json.dumps([text | {'split': 'train[:218]'}])}"
     return bench.run_config(PAPER / f"smollm2_135m_{variant}.yaml", f"paper-{variant}", calibration)
 
@@ -118,11 +143,18 @@ def ours(bench: Bench, megabytes: float, formats: str, plan: str = "") -> Start:
     # Of llama.cpp's formats the smallest plan of the 20 % cut takes 68 MB.
     rates = "[0,0.2,0.4]" if megabytes < 70 else "[0,0.1,0.2]"
     size = round(megabytes * 1e6) - METADATA
-    given = [f"quantize.formats=[{blocks}]", f"quantize.embeddings=[{embeddings}]", f"prune.rates={rates}"]
+    given = [
+        f"quantize.formats=[{blocks}]",
+        f"quantize.embeddings=[{embeddings}]",
+        f"prune.rates={rates}",
+    ]
     folder = f"ours-{formats}-{'small' if megabytes < 70 else 'large'}"
     if plan:
         methods = f"sensitivity.methods=[mutual_information,{plan}]"
-        given, folder = [*given[:2], "prune.rates=[0]", f"search.plan={plan}", methods], f"{plan}-{formats}"
+        given, folder = (
+            [*given[:2], "prune.rates=[0]", f"search.plan={plan}", methods],
+            f"{plan}-{formats}",
+        )
     config = bench.run_config(bench.asked.config, folder, f"quantize.budget.bytes={size}", *given)
     return searched(config, f"{megabytes:g}")
 
@@ -139,7 +171,11 @@ def searched(config: RunConfig, name: str, pruned: bool = False) -> Start:
         results = run(config, lambda event: None, until="search")
         found = results.search
         assert isinstance(found, SearchRecord)
-        seconds = sum(record.seconds for _, record in results if record) - found.seconds + found.total_seconds
+        seconds = (
+            sum(record.seconds for _, record in results if record)
+            - found.seconds
+            + found.total_seconds
+        )
         plan, cut = found.best_plan, found.best_cut
         if pruned and cut == UNPRUNED:  # a control won, which the paper's flow does not have
             others = [each for each in found.confirmations if each.cut != UNPRUNED and each.fits]
@@ -154,7 +190,9 @@ def llm_pruner(bench: Bench) -> Start:
     """LLM-Pruner's own program cuts the model; its rows are rows of the base, so the units that it kept say all."""
     folder, started = bench.asked.out / "llm-pruner", time.monotonic()
     if not (bench.asked.peer and bench.asked.peer_python):
-        raise SystemExit("row `llm-pruner` needs `--peer` and `--peer-python`: see benchmarks/llm_pruner.py")
+        raise SystemExit(
+            "row `llm-pruner` needs `--peer` and `--peer-python`: see benchmarks/llm_pruner.py"
+        )
     if not (folder / "cut" / "config.json").exists():
         base_folder = folder / "base"
         base_folder.mkdir(parents=True, exist_ok=True)
@@ -164,21 +202,33 @@ def llm_pruner(bench: Bench) -> Start:
         config = paper_config(bench, "uniform")
         run(config, lambda event: None, until="prepare")
         samples = RunDir(config.output).stage("prepare") / "data" / "importance"
-        (folder / "tokens.json").write_text(json.dumps([row["input_ids"] for row in load_encoded(samples)]))
+        (folder / "tokens.json").write_text(
+            json.dumps([row["input_ids"] for row in load_encoded(samples)])
+        )
         kept = in_peer(bench.asked, base_folder, folder, "taylor first")
         model = load_dense(str(bench.model), bench.config.model.dtype)
         shared = model.config.num_attention_heads // model.config.num_key_value_heads
         for units in kept.values():
-            whole = [head * shared + query for head in units["attention"] for query in range(shared)]
-            assert units["queries"] == whole, "LLM-Pruner kept query heads of a key/value head that it cut"
+            whole = [
+                head * shared + query for head in units["attention"] for query in range(shared)
+            ]
+            assert units["queries"] == whole, (
+                "LLM-Pruner kept query heads of a key/value head that it cut"
+            )
         cut(
-            model, {index: {name: tuple(units[name]) for name in ("attention", "mlp")} for index, units in kept.items()}
+            model,
+            {
+                index: {name: tuple(units[name]) for name in ("attention", "mlp")}
+                for index, units in kept.items()
+            },
         )
         save_checkpoint(model, tokenizer, folder / "cut")
         (folder / "seconds.json").write_text(json.dumps(time.monotonic() - started))
     plan = dense_plan(bench, folder / "cut")
     return Start(
-        bench.bank("llm-pruner", folder / "cut"), plan, seconds=json.loads((folder / "seconds.json").read_text())
+        bench.bank("llm-pruner", folder / "cut"),
+        plan,
+        seconds=json.loads((folder / "seconds.json").read_text()),
     )
 
 
@@ -207,7 +257,9 @@ def source_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     model, adapter = folder / "model.gguf", folder / "adapter.gguf"
     shutil.copy(resolve_source(bench.config.model.source, "model.source"), model)
     write_adapter(final, adapter)
-    return Files(folder, final, (model, adapter))  # the weights that transformers unpacks, rounded to bf16
+    return Files(
+        folder, final, (model, adapter)
+    )  # the weights that transformers unpacks, rounded to bf16
 
 
 def one_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
@@ -257,16 +309,28 @@ class _Parameters(ctypes.Structure):
 def llama_quantize(place: Path | None, source: Path, target: Path, kind: str) -> None:
     found = sorted(place.rglob("linux-x64/libllama.*so")) if place else []
     if not found:
-        raise SystemExit(f"`--libllama`: no libllama.*.so below {place}: `npm install --prefix` it, as --help says")
+        raise SystemExit(
+            f"`--libllama`: no libllama.*.so below {place}: `npm install --prefix` it, as --help says"
+        )
     library = ctypes.CDLL(str(found[0]))
-    ctypes.CDLL(str(next(found[0].parent.glob("libggml.*so")))).ggml_backend_load_all_from_path(bytes(found[0].parent))
+    ctypes.CDLL(str(next(found[0].parent.glob("libggml.*so")))).ggml_backend_load_all_from_path(
+        bytes(found[0].parent)
+    )
     library.llama_model_quantize_default_params.restype = _Parameters
-    library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Parameters)]
+    library.llama_model_quantize.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.POINTER(_Parameters),
+    ]
     library.llama_backend_init()
     parameters = library.llama_model_quantize_default_params()
     parameters.fields[0], parameters.fields[1] = 1, FILE_TYPES[kind]
-    if status := library.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(parameters)):
-        raise SystemExit(f"llama.cpp cannot quantize {source} to {kind}: status {status}, its messages are above")
+    if status := library.llama_model_quantize(
+        bytes(source), bytes(target), ctypes.byref(parameters)
+    ):
+        raise SystemExit(
+            f"llama.cpp cannot quantize {source} to {kind}: status {status}, its messages are above"
+        )
 
 
 def autoround(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
@@ -276,15 +340,22 @@ def autoround(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
 
     dense, texts = merged(final), final.with_name(f"{final.name}.jsonl")
     rows = load_examples(bench.config.data.train[:1], "data.train")
-    lines = (json.dumps({"text": "\n".join((row.prompt, row.context, row.response))}) for row in rows)
+    lines = (
+        json.dumps({"text": "\n".join((row.prompt, row.context, row.response))}) for row in rows
+    )
     texts.write_text("\n".join(lines))
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=bench.config.model.dtype)
-    rounding = AutoRound(model, load_tokenizer(str(dense)), dataset=str(texts), device_map="cpu", **AUTOROUND)
+    rounding = AutoRound(
+        model, load_tokenizer(str(dense)), dataset=str(texts), device_map="cpu", **AUTOROUND
+    )
     rounding.quantize_and_save(str(dense / "saved"), format="auto_round")
     [saved] = (dense / "saved").iterdir()
     # Where the CPU has no bf16 it saves embeddings and norms in float32, exactly the bf16 values that they had.
     state = load_file(saved / "model.safetensors")
-    state = {name: each.bfloat16() if each.dtype == torch.float32 else each for name, each in state.items()}
+    state = {
+        name: each.bfloat16() if each.dtype == torch.float32 else each
+        for name, each in state.items()
+    }
     (saved / "model.safetensors").unlink()
     save_file(state, saved / "model.safetensors", metadata={"format": "pt"})
     saved.rename(folder)
@@ -305,31 +376,59 @@ class Row:
 ROWS = {
     "dense": Row("dense", base, as_it_is, "not pruned, not quantized, LoRA"),
     **{
-        name: Row("dense", base, partial(quantized, kind=name), f"not pruned, LoRA, then llama.cpp's {name.upper()}")
+        name: Row(
+            "dense",
+            base,
+            partial(quantized, kind=name),
+            f"not pruned, LoRA, then llama.cpp's {name.upper()}",
+        )
         for name in FILE_TYPES
     },
-    "q4_1": Row("dense", base, source_file, "the Q4_1 file that the base was unpacked from, LoRA beside it"),
+    "q4_1": Row(
+        "dense", base, source_file, "the Q4_1 file that the base was unpacked from, LoRA beside it"
+    ),
     "autoround": Row("dense", base, autoround, "not pruned, LoRA, then AutoRound's 4 bits"),
     "nf4": Row("nf4", nf4_base, as_it_is, "not pruned, bitsandbytes' NF4, then LoRA"),
     "llm-pruner": Row("llm-pruner", llm_pruner, nf4_after, "LLM-Pruner's cut, LoRA, then NF4"),
     **{
-        f"paper-{name}": Row(f"paper-{name}", partial(paper, variant=name), as_it_is, f"the paper's flow, {name}")
+        f"paper-{name}": Row(
+            f"paper-{name}", partial(paper, variant=name), as_it_is, f"the paper's flow, {name}"
+        )
         for name in ("uniform", "mutual_information", "bayesian")
     },
     **{
-        f"ours-{size:g}": Row(f"ours-{size:g}", partial(ours, megabytes=size, formats="llama.cpp"), beside, "ours")
+        f"ours-{size:g}": Row(
+            f"ours-{size:g}", partial(ours, megabytes=size, formats="llama.cpp"), beside, "ours"
+        )
         for size in (60, 91.7, 105.4, 112.1, 125)
     },
     **{
         f"{name}-{size:g}": Row(
-            f"{tuned}-{size:g}", partial(ours, megabytes=size, formats="llama.cpp", plan=method), serve, what
+            f"{tuned}-{size:g}",
+            partial(ours, megabytes=size, formats="llama.cpp", plan=method),
+            serve,
+            what,
         )
         for size in (91.7, 105.4, 112.1, 125)
         for name, tuned, method, serve, what in (
-            ("unsearched", "unsearched", "second_order", beside, "ours without a search, not pruned"),
-            ("one-file", "unsearched", "second_order", one_file, "the same, adapter merged by GPTQ"),
+            (
+                "unsearched",
+                "unsearched",
+                "second_order",
+                beside,
+                "ours without a search, not pruned",
+            ),
+            (
+                "one-file",
+                "unsearched",
+                "second_order",
+                one_file,
+                "the same, adapter merged by GPTQ",
+            ),
             ("kl", "kl", "kl", beside, "ours without a search by kl, not pruned"),
         )
     },
-    "ours-60-all": Row("ours-60-all", partial(ours, megabytes=60, formats="all"), as_it_is, "ours, eight kinds"),
+    "ours-60-all": Row(
+        "ours-60-all", partial(ours, megabytes=60, formats="all"), as_it_is, "ours, eight kinds"
+    ),
 }

@@ -55,7 +55,9 @@ VARIES = (
 
 def run(commit: str, place: Path, config: str, overrides: list[str]) -> Path:
     """Run a commit's code in a checkout of its own; return its run folder, which is reused if `place` has it."""
-    parsed = subprocess.run(["git", "rev-parse", commit], check=True, capture_output=True, text=True)  # noqa: S607
+    parsed = subprocess.run(
+        ["git", "rev-parse", commit], check=True, capture_output=True, text=True
+    )  # noqa: S607
     folder = place / parsed.stdout.strip()
     code, output = folder / "code", folder / "run"
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,9 @@ def tensors(run: Path) -> dict[str, str]:
     for stage in ("cuts", "bank", "banks", "final"):
         for file in sorted((run / stage).rglob("*.safetensors")):
             for key, tensor in load_file(file).items():
-                digest = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+                digest = hashlib.sha256(
+                    tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                ).hexdigest()
                 found[f"{file.relative_to(run)}:{key}"] = digest
     return found
 
@@ -114,21 +118,30 @@ def compare(kind: str, old: dict[str, Any], new: dict[str, Any]) -> int:
         for key in sorted(mine.keys() - other.keys())[:20]:
             print(f"{name}: {key}")
     stages = Counter(key.split(".")[0].split("/")[0] for key in both)
-    print(f"{kind}: {len(both) - len(different)} of {len(both)} equal ({dict(sorted(stages.items()))})")
+    print(
+        f"{kind}: {len(both) - len(different)} of {len(both)} equal ({dict(sorted(stages.items()))})"
+    )
     return len(different)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old")
     parser.add_argument("new", nargs="?", default="HEAD")
     parser.add_argument("--config", default=RECIPE)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--keep", type=Path, help="where the runs stay; a temporary folder without it")
+    parser.add_argument(
+        "--keep", type=Path, help="where the runs stay; a temporary folder without it"
+    )
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = asked.keep or Path(temporary)
-        runs = [run(commit, place, asked.config, [*SMALL, *asked.overrides]) for commit in (asked.old, asked.new)]
+        runs = [
+            run(commit, place, asked.config, [*SMALL, *asked.overrides])
+            for commit in (asked.old, asked.new)
+        ]
         different = compare("tensors", *(tensors(each) for each in runs)) + compare(
             "numbers", *(numbers(each) for each in runs)
         )

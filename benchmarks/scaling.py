@@ -32,22 +32,36 @@ NUM_EMPTY, NUM_SIZES = 2000, 20
 
 def fixed(config: RunConfig, output: Path) -> RunConfig:
     """The configuration of a search whose plans are the same on any number of workers, with no trial stopped."""
-    update = {"searcher": "random", "max_trials": NUM_PLANS, "first_rung": config.search.steps, "confirm": 1}
-    return config.model_copy(update={"output": str(output), "search": config.search.model_copy(update=update)})
+    update = {
+        "searcher": "random",
+        "max_trials": NUM_PLANS,
+        "first_rung": config.search.steps,
+        "confirm": 1,
+    }
+    return config.model_copy(
+        update={"output": str(output), "search": config.search.model_copy(update=update)}
+    )
 
 
 Plans = list[tuple[dict[str, str], str]]
 """Plans with their cuts."""
 
 
-def search_seconds(config: RunConfig, run: Path, num_raylets: int, work: Path) -> tuple[float, Path, Plans]:
+def search_seconds(
+    config: RunConfig, run: Path, num_raylets: int, work: Path
+) -> tuple[float, Path, Plans]:
     """Seconds of the search, Tune's and its workers' start included, its run folder, and the plans."""
     from ray.cluster_utils import Cluster
 
     from qpruner.search.trial_records import read_trials
 
     output = work / f"search-{num_raylets}-{time.time_ns()}"
-    shutil.copytree(run, output, copy_function=os.link, ignore=shutil.ignore_patterns("trials", "tune", "search*"))
+    shutil.copytree(
+        run,
+        output,
+        copy_function=os.link,
+        ignore=shutil.ignore_patterns("trials", "tune", "search*"),
+    )
     (output / "records" / "search.json").unlink(missing_ok=True)
     head = {"num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -96,7 +110,16 @@ def bare_seconds(config: RunConfig, run: Path, plans: Plans, num_processes: int)
     settings = json.dumps(fixed(config, run).model_dump(mode="json"))
     started = time.monotonic()
     processes = [
-        subprocess.Popen([sys.executable, "-c", BARE, str(run), settings, json.dumps(plans[start::num_processes])])
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                BARE,
+                str(run),
+                settings,
+                json.dumps(plans[start::num_processes]),
+            ]
+        )
         for start in range(num_processes)
     ]
     codes = [process.wait() for process in processes]
@@ -144,10 +167,19 @@ def resident_bytes() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", help="a run up to `sensitivity`; left out, only the empty trials")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        help="a run up to `sensitivity`; left out, only the empty trials",
+    )
     parser.add_argument("--config", type=Path, help="the run's configuration file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `qpruner search`")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of `qpruner search`"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--empty", type=int, default=NUM_EMPTY, help="trials that do nothing")
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
@@ -156,7 +188,9 @@ def main() -> None:
         print(json.dumps(empty_trials(options.resume, options.empty)))
         return
     found: dict[str, object] = {}
-    with tempfile.TemporaryDirectory(prefix="qpruner-scaling-", dir=options.run and options.run.parent) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="qpruner-scaling-", dir=options.run and options.run.parent
+    ) as name:
         work = Path(name)
         if options.run:
             config = load_config(options.config, options.set)
@@ -174,10 +208,16 @@ def main() -> None:
                     f"one process, {both:.1f} s in two: {alone / both:.2f}x; share {ratios[-1]:.2f}",
                     flush=True,
                 )
-            found["speed_up"] = {"search": searches, "bare": bares, "share": statistics.median(ratios)}
+            found["speed_up"] = {
+                "search": searches,
+                "bare": bares,
+                "share": statistics.median(ratios),
+            }
         child = [sys.executable, __file__, "--resume", str(work / "empty"), "--empty"]
         for title, number in (("begun", options.empty), ("taken up", options.empty + 2)):
-            told = subprocess.run([*child, str(number)], check=True, stdout=subprocess.PIPE, text=True).stdout
+            told = subprocess.run(
+                [*child, str(number)], check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
             found[title] = json.loads(told.splitlines()[-1])
             print(f"{title}: {json.dumps(found[title])}", flush=True)
     print(json.dumps(found))

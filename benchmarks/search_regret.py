@@ -34,7 +34,11 @@ MOST_GROUPS = {"bayesopt": 40}  # above so many groups a proposal takes it minut
 GOAL = 0.02  # nats
 STEP = 5_000_000  # bytes between the budgets of `knapsacks`
 GOAL_TRIALS = 16  # after which the goal counts
-FRACTIONS = (0.25, 0.5, 0.75)  # budgets by default: so far from the smallest plan's bytes to the largest's
+FRACTIONS = (
+    0.25,
+    0.5,
+    0.75,
+)  # budgets by default: so far from the smallest plan's bytes to the largest's
 
 
 def budgets_of(table: Table, megabytes: Sequence[float], flops_fraction: float) -> list[int]:
@@ -85,8 +89,13 @@ def regret_row(found: Sequence[Replay], ours: Sequence[Replay]) -> dict[str, Any
     return {
         "searcher": found[0].task.searcher,
         "controls": statistics.median_high(num_controls),
-        "after them": spread([after(each, max(1, count)) for each, count in zip(found, num_controls, strict=True)]),
-        **{f"after {number}": spread([after(each, number) for each in found]) for number in (8, GOAL_TRIALS, 32)},
+        "after them": spread(
+            [after(each, max(1, count)) for each, count in zip(found, num_controls, strict=True)]
+        ),
+        **{
+            f"after {number}": spread([after(each, number) for each in found])
+            for number in (8, GOAL_TRIALS, 32)
+        },
         f"<= {GOAL} after {GOAL_TRIALS}": f"{sum(each <= GOAL for each in at_goal)} of {len(found)}",
         f"trials to {GOAL}": spread([at_or_below(each, GOAL) for each in regrets], ".0f"),
         f"to gp's after {GOAL_TRIALS}": spread(
@@ -108,7 +117,11 @@ def asha_row(stopping: Sequence[Replay], full: Sequence[Replay], number: int) ->
         own.append(len(ends) / max(1, len(searched)))
         stopped.append(len(ends) / len(trials))
         spent.append(trials[-1].spent / full_steps / len(trials))
-        winner, ideal, elsewhere = each.returned(number), each.returned(number, True), other.returned(number)
+        winner, ideal, elsewhere = (
+            each.returned(number),
+            each.returned(number, True),
+            other.returned(number),
+        )
         assert winner and ideal and elsewhere
         same += winner.plan == ideal.plan
         alike += winner.plan == elsewhere.plan
@@ -131,15 +144,24 @@ def print_aligned(rows: Sequence[dict[str, Any]]) -> None:
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
 
 
 def about(table: Table, task: Task) -> dict[str, Any]:
     """Describe the plans inside a budget: how many, the best of each cut, and how well rungs rank them."""
     space = table.space(task.budget, task.flops_fraction)
     inside = [plan for plan in table.plans if space.is_feasible(plan)]
-    best = {cut: min((table.loss(plan) for plan in inside if plan.cut == cut), default=math.nan) for cut in space.cuts}
-    controls = [plan for _, plan in table.controls(task.budget, task.flops_fraction) if space.is_feasible(plan)]
+    best = {
+        cut: min((table.loss(plan) for plan in inside if plan.cut == cut), default=math.nan)
+        for cut in space.cuts
+    }
+    controls = [
+        plan
+        for _, plan in table.controls(task.budget, task.flops_fraction)
+        if space.is_feasible(plan)
+    ]
     return {
         "table": table.name,
         "MB": f"{task.budget / 1e6:.1f}",
@@ -148,7 +170,8 @@ def about(table: Table, task: Task) -> dict[str, Any]:
         "best control": f"{min(map(table.loss, controls), default=math.nan):.3f}",
         "noise": table.content["loss_noise"],
         "Kendall's tau of rungs": ", ".join(
-            f"{each.step}: {each.within} within, {each.across} across" for each in agreement(table, space)
+            f"{each.step}: {each.within} within, {each.across} across"
+            for each in agreement(table, space)
         )
         or "-",
     }
@@ -158,8 +181,14 @@ def knapsacks(table: Table) -> Iterator[dict[str, Any]]:
     """Describe each cut's knapsacks: by each sensitivity their regret among the cut's plans, in budgets 5 MB apart."""
     for cut in table.cuts if table.plans else ():
         sizes = [table.space_of(cut, 0).plan_bytes(plan) for plan in table.plans if plan.cut == cut]
-        spaces = [table.space_of(cut, budget) for budget in range(STEP * -(-min(sizes) // STEP), max(sizes), STEP)]
-        best = [min(table.loss(plan) for plan in table.plans if space.is_feasible(plan)) for space in spaces]
+        spaces = [
+            table.space_of(cut, budget)
+            for budget in range(STEP * -(-min(sizes) // STEP), max(sizes), STEP)
+        ]
+        best = [
+            min(table.loss(plan) for plan in table.plans if space.is_feasible(plan))
+            for space in spaces
+        ]
         row: dict[str, Any] = {"table": table.name, "cut": cut, "budgets": len(spaces)}
         for method, values in table.content["sensitivities"].items():
             losses = [table.loss(choice.seed_plan(values, space)) for space in spaces]
@@ -169,9 +198,15 @@ def knapsacks(table: Table) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Replay, then tell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, action="append", help=f"repeatable; default: every file in {TABLES}")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[], help="in MB; default: three of each table")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--table", type=Path, action="append", help=f"repeatable; default: every file in {TABLES}"
+    )
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[], help="in MB; default: three of each table"
+    )
     parser.add_argument("--flops-fraction", type=float, default=1.0)
     parser.add_argument("--searchers", nargs="+", choices=SEARCHERS, default=SEARCHERS)
     parser.add_argument("--seeds", type=int, default=10)
@@ -180,12 +215,27 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     asked = parser.parse_args()
-    shown: dict[str, list[dict[str, Any]]] = {"tables": [], "knapsacks": [], "regret": [], "asha": []}
+    shown: dict[str, list[dict[str, Any]]] = {
+        "tables": [],
+        "knapsacks": [],
+        "regret": [],
+        "asha": [],
+    }
     for path in asked.table or sorted(TABLES.glob("*.json")):
         table = Table.read(path)
         shown["knapsacks"] += knapsacks(table)
         for budget in budgets_of(table, asked.budgets, asked.flops_fraction):
-            first = Task(path, budget, "gp", 0, asked.trials, asked.in_flight, True, asked.flops_fraction, asked.blind)
+            first = Task(
+                path,
+                budget,
+                "gp",
+                0,
+                asked.trials,
+                asked.in_flight,
+                True,
+                asked.flops_fraction,
+                asked.blind,
+            )
             shown["tables"].append(about(table, first))
             where = {"table": table.name, "MB": f"{budget / 1e6:.1f}"}
             ours = list[Replay]()
@@ -198,7 +248,10 @@ def main() -> None:
                 shown["regret"].append(where | regret_row(found, ours))
                 if name == "gp" and len(table.steps) > 1:
                     full = list(replays([replace(task, asha=False) for task in tasks], asked.jobs))
-                    shown["asha"] += [where | asha_row(found, full, number) for number in (GOAL_TRIALS, asked.trials)]
+                    shown["asha"] += [
+                        where | asha_row(found, full, number)
+                        for number in (GOAL_TRIALS, asked.trials)
+                    ]
                 print(f"{table.name}, {budget / 1e6:.1f} MB, {name}", file=sys.stderr, flush=True)
     for name, rows in shown.items():
         if rows:

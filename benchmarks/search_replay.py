@@ -52,13 +52,18 @@ class Table:
         odd = [step for step, losses in found.rungs.items() if not np.isfinite(losses).all()]
         odd += [step for step, losses in found.rungs.items() if len(losses) != len(found.plans)]
         if odd or len(set(found.plans)) < len(found.plans):
-            raise ValueError(f"{path}: `rungs` must have a number for each plan, and `plans` each plan once")
+            raise ValueError(
+                f"{path}: `rungs` must have a number for each plan, and `plans` each plan once"
+            )
         return found
 
     @cached_property
     def rungs(self) -> dict[int, list[float]]:
         """The losses of all plans, by step."""
-        return {int(step): losses for step, losses in sorted(self.content.get("rungs", {"0": []}).items())}
+        return {
+            int(step): losses
+            for step, losses in sorted(self.content.get("rungs", {"0": []}).items())
+        }
 
     @cached_property
     def steps(self) -> list[int]:
@@ -69,11 +74,16 @@ class Table:
     def plans(self) -> tuple[PrecisionPlan, ...]:
         """All plans; none if the table is additive."""
         groups = tuple(self.content["groups"])
-        return tuple(PrecisionPlan(groups, tuple(levels), cut) for cut, *levels in self.content.get("plans", ()))
+        return tuple(
+            PrecisionPlan(groups, tuple(levels), cut)
+            for cut, *levels in self.content.get("plans", ())
+        )
 
     @cached_property
     def _losses(self) -> dict[int, dict[PrecisionPlan, float]]:
-        return {step: dict(zip(self.plans, losses, strict=True)) for step, losses in self.rungs.items()}
+        return {
+            step: dict(zip(self.plans, losses, strict=True)) for step, losses in self.rungs.items()
+        }
 
     def loss(self, plan: PrecisionPlan, step: int | None = None) -> float:
         """Return the loss of a plan at a rung, the last one by default, without noise."""
@@ -92,11 +102,15 @@ class Table:
     def offered(self) -> dict[tuple[str, int], set[str]]:
         """The formats of each (cut, group) in any plan."""
         every = [set(self.content["sensitivities"][self.method])] if not self.plans else []
-        of_plans = {(plan.cut, at): set[str]() for plan in self.plans for at in range(len(plan.groups))}
+        of_plans = {
+            (plan.cut, at): set[str]() for plan in self.plans for at in range(len(plan.groups))
+        }
         for plan in self.plans:
             for at, level in enumerate(plan.formats):
                 of_plans[plan.cut, at].add(level)
-        return of_plans or {(cut, at): every[0] for cut in self.cuts for at in range(len(self.content["groups"]))}
+        return of_plans or {
+            (cut, at): every[0] for cut in self.cuts for at in range(len(self.content["groups"]))
+        }
 
     @property
     def cuts(self) -> list[str]:
@@ -110,7 +124,11 @@ class Table:
 
     def space_of(self, cut: str, budget: int) -> PlanSpace:
         """Return the plans of a cut."""
-        about, damage, groups = self.content["cuts"][cut], self.content.get("damage", {}), self.content["groups"]
+        about, damage, groups = (
+            self.content["cuts"][cut],
+            self.content.get("damage", {}),
+            self.content["groups"],
+        )
         levels = by_size(tuple(set().union(*self.offered.values())))
 
         def rows(values: dict[str, list[Any]]) -> tuple[tuple[Any, ...], ...]:
@@ -131,7 +149,9 @@ class Table:
 
     def space(self, budget: int, flops_fraction: float = 1.0) -> SearchSpace:
         """Return what is searched, as `Context.space` does."""
-        spaces = [self.space_of(cut, budget) for cut in self.cuts if self.may_win(cut, flops_fraction)]
+        spaces = [
+            self.space_of(cut, budget) for cut in self.cuts if self.may_win(cut, flops_fraction)
+        ]
         fitting = tuple(space for space in spaces if space.is_feasible(space.smallest()))
         return SearchSpace(fitting, self.content.get("after_cut", {}))
 
@@ -149,7 +169,9 @@ class Table:
         space = self.space(budget, flops_fraction)
         if self.plans:
             return min(self.loss(plan) for plan in self.plans if space.is_feasible(plan))
-        return min(self.loss(choice.seed_plan(self.content["additive"], each)) for each in space.spaces)
+        return min(
+            self.loss(choice.seed_plan(self.content["additive"], each)) for each in space.spaces
+        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +195,9 @@ class EndedTrial:
 
     plan: PrecisionPlan
     loss: float  # at the last rung, also of a stopped trial, without noise
-    scores: tuple[float, float]  # at the last rung under the seed of the trials and under a further one
+    scores: tuple[
+        float, float
+    ]  # at the last rung under the seed of the trials and under a further one
     control: bool
     fits: bool  # may win
     finished: bool
@@ -195,10 +219,18 @@ class Replay:
         scores, fit = [trial.scores[0] for trial in done], [trial.fits for trial in done]
         chosen = choice.finalist_positions(scores, are_controls, SETTINGS.confirm, fit)
         finalists = [done[at] for at in chosen if done[at].fits]
-        fresh, are_controls = [trial.scores[0] for trial in finalists], [trial.control for trial in finalists]
+        fresh, are_controls = (
+            [trial.scores[0] for trial in finalists],
+            [trial.control for trial in finalists],
+        )
         again = choice.contenders(fresh, are_controls, SETTINGS.confirm)
-        means = [sum(each.scores) / 2 if at in again else each.scores[0] for at, each in enumerate(finalists)]
-        position = choice.winner_position(means, are_controls, [1 + (at in again) for at in range(len(means))])
+        means = [
+            sum(each.scores) / 2 if at in again else each.scores[0]
+            for at, each in enumerate(finalists)
+        ]
+        position = choice.winner_position(
+            means, are_controls, [1 + (at in again) for at in range(len(means))]
+        )
         return None if position is None else finalists[position]
 
     def regrets(self) -> list[float]:
@@ -212,7 +244,9 @@ class Replay:
 class _Asha:
     """The scheduler of a run, called as Ray Tune's controller calls it."""
 
-    def __init__(self, table: Table, space: SearchSpace, controls: Collection[PrecisionPlan]) -> None:
+    def __init__(
+        self, table: Table, space: SearchSpace, controls: Collection[PrecisionPlan]
+    ) -> None:
         settings = SearchConfig(steps=table.steps[-1], first_rung=table.steps[0])
         # Of the configuration it reads `search` alone, and a whole one would name a model.
         config = RunConfig.model_construct(search=settings)
@@ -224,10 +258,17 @@ class _Asha:
         index, plan = suggestion.index, suggestion.plan
         if index not in self._trials:
             plan_bytes = self._table.space_of(plan.cut, self._space.budget_bytes).plan_bytes(plan)
-            about = {"trial": index, "cut": plan.cut, "plan_bytes": plan_bytes, **plan_to_params(plan)}
+            about = {
+                "trial": index,
+                "cut": plan.cut,
+                "plan_bytes": plan_bytes,
+                **plan_to_params(plan),
+            }
             self._trials[index] = SimpleNamespace(trial_id=str(index), config=about)
             self._scheduler.on_trial_add(None, self._trials[index])
-        action = self._scheduler.on_trial_result(None, self._trials[index], {METRIC: score, TIME: step})
+        action = self._scheduler.on_trial_result(
+            None, self._trials[index], {METRIC: score, TIME: step}
+        )
         return bool(action == RecordedAsha.STOP)
 
 
@@ -277,7 +318,11 @@ def replay(task: Task) -> Replay:
             continue
         spent += step - (steps[rung - 1] if rung else 0)
         own, further = (table.noise(plan, f"{task.seed} {which}") for which in ("own", "further"))
-        score, loss, finished = table.loss(plan, step) + own, table.loss(plan), rung == len(steps) - 1
+        score, loss, finished = (
+            table.loss(plan, step) + own,
+            table.loss(plan),
+            rung == len(steps) - 1,
+        )
         ledger.observe(Observation(index, plan, step, score))
         if finished or (asha and asha.stops(suggestion, step, score)):
             ledger.close(suggestion)

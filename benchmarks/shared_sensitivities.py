@@ -37,7 +37,11 @@ def main(first: str, *others: str) -> None:
             ours, theirs = (each.methods[method].values for each in (reference, record))
             for level in filter(lambda name: format_of(name).is_packed, ours):
                 rows = zip(record.groups, ours[level], theirs[level], strict=True)
-                pairs = [(a, b) for name, a, b in rows if name not in (EMBEDDINGS, HEAD) and None not in (a, b)]
+                pairs = [
+                    (a, b)
+                    for name, a, b in rows
+                    if name not in (EMBEDDINGS, HEAD) and None not in (a, b)
+                ]
                 same, found = map(list, zip(*pairs, strict=True))
                 sums = f"sum {sum(same):.3g} -> {sum(found):.3g}"
                 print(f"{run} {method} {level}: {spearmanr(same, found).statistic:.2f}, {sums}")

@@ -67,7 +67,9 @@ class Sleeper:
     mean_seconds: float
     diary: Path
 
-    def __call__(self, job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+    def __call__(
+        self, job: TrialJob, start: Path | None, report: Report, progress: Progress
+    ) -> None:
         bits = [int(format_of(job.plan[name]).bits) for name in NAMES]
         generator = np.random.default_rng(bits)
         length = self.mean_seconds * generator.lognormal(-(SIGMA**2) / 2, SIGMA)

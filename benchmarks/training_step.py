@@ -45,7 +45,9 @@ def padded(lengths: Sequence[int], dealt: MicroBatches) -> float:
     return sum(len(rows) * max(lengths[row] for row in rows) for rows in dealt) / len(lengths)
 
 
-def step(model: Any, rows: Rows, dealt: MicroBatches, pad_id: int, all_logits: bool = False) -> float:
+def step(
+    model: Any, rows: Rows, dealt: MicroBatches, pad_id: int, all_logits: bool = False
+) -> float:
     """Forward and backward of one optimizer batch; returns its loss."""
     batches = [collate([rows[row] for row in micro_batch], pad_id) for micro_batch in dealt]
     count = sum(len(predicted_labels(batch["labels"])) for batch in batches)
@@ -68,7 +70,9 @@ def validate_with_all_logits(model: Any, rows: Rows, pad_id: int, size: int) -> 
     """As `mean_loss` scores, which computes logits at labelled tokens only."""
     model.eval()
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    batches = [collate(ordered[start : start + size], pad_id) for start in range(0, len(rows), size)]
+    batches = [
+        collate(ordered[start : start + size], pad_id) for start in range(0, len(rows), size)
+    ]
     count = sum(len(predicted_labels(batch["labels"])) for batch in batches)
     return sum(float(model(**batch, num_items_in_batch=count).loss) for batch in batches)
 
@@ -83,7 +87,10 @@ def in_turns(work: dict[str, Callable[[], float]], turns: int) -> dict[str, dict
             losses[name] = run()
             if turn:  # the first warms up
                 seconds[name].append(time.process_time() - started)
-    return {name: {"seconds": statistics.median(taken), "loss": losses[name]} for name, taken in seconds.items()}
+    return {
+        name: {"seconds": statistics.median(taken), "loss": losses[name]}
+        for name, taken in seconds.items()
+    }
 
 
 def measure(config: RunConfig, steps: int, turns: int) -> dict[str, Any]:
@@ -91,7 +98,10 @@ def measure(config: RunConfig, steps: int, turns: int) -> dict[str, Any]:
     settings, pad_id = config.training, int(tokenizer.pad_token_id)
     train, validation = (
         encode(load_examples(sources, key), tokenizer, config.data.max_length, config.data.template)
-        for sources, key in ((config.data.train, "data.train"), (config.data.validation, "data.validation"))
+        for sources, key in (
+            (config.data.train, "data.train"),
+            (config.data.validation, "data.validation"),
+        )
     )
     lengths = [len(row["input_ids"]) for row in train]
     sorted_, random = (
@@ -105,12 +115,18 @@ def measure(config: RunConfig, steps: int, turns: int) -> dict[str, Any]:
     for number in range(steps):
         here = slice(number * each, (number + 1) * each)
         work[f"step {number}"] = lambda here=here: step(model.train(), train, sorted_[here], pad_id)
-        work[f"step {number}, all logits"] = lambda here=here: step(model.train(), train, sorted_[here], pad_id, True)
+        work[f"step {number}, all logits"] = lambda here=here: step(
+            model.train(), train, sorted_[here], pad_id, True
+        )
         if each > 1:
-            work[f"step {number}, random order"] = lambda here=here: step(model.train(), train, random[here], pad_id)
+            work[f"step {number}, random order"] = lambda here=here: step(
+                model.train(), train, random[here], pad_id
+            )
     size = config.evaluate.batch_size
     work["validation"] = lambda: mean_loss(model, validation, pad_id, size).mean
-    work["validation, all logits"] = lambda: validate_with_all_logits(model, validation, pad_id, size)
+    work["validation, all logits"] = lambda: validate_with_all_logits(
+        model, validation, pad_id, size
+    )
     tokens = {
         "mean": float(np.mean(lengths)),
         "padded": padded(lengths, sorted_),
@@ -120,7 +136,9 @@ def measure(config: RunConfig, steps: int, turns: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps that are timed")

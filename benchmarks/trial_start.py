@@ -53,7 +53,11 @@ def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, str]) -> t
         weights = {path: model.get_submodule(path).weight for path in paths}
         [entry] = build_entries(weights, [format_of(plan[name])], config.lora, config.seed)
         for path in paths:
-            own = {key.removeprefix(f"{path}."): value for key, value in entry.tensors.items() if key.startswith(path)}
+            own = {
+                key.removeprefix(f"{path}."): value
+                for key, value in entry.tensors.items()
+                if key.startswith(path)
+            }
             starts |= {f"{path}.{key}": own.pop(key) for key in ("lora_A", "lora_B")}
             linear: Any = model.get_submodule(path)
             model.set_submodule(path, packed_layer(linear, plan[name], own, dtype))
@@ -67,11 +71,20 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
     return time.monotonic() - started, time.process_time() - busy
 
 
-def measure(config: RunConfig, run: Path, turn: int, banked: bool) -> dict[str, tuple[float, float]]:
+def measure(
+    config: RunConfig, run: Path, turn: int, banked: bool
+) -> dict[str, tuple[float, float]]:
     """Time how a trial starts in this process, which must not have built a model before."""
     cut, offered = next(iter(config.prune.cuts)), banked_formats(config, run)
     checkpoint = run / ("prepare/model" if cut == UNPRUNED else f"cuts/{cut}")
-    bank = BankSource(run / "starts", checkpoint, config.quantize.group, config.model.dtype, config.lora, config.seed)
+    bank = BankSource(
+        run / "starts",
+        checkpoint,
+        config.quantize.group,
+        config.model.dtype,
+        config.lora,
+        config.seed,
+    )
     freeze_libraries()
     generator = random.Random(turn)
     offered |= {name: [DENSE] for name in table_paths(checkpoint_config(checkpoint))}
@@ -88,11 +101,16 @@ def make_rows(count: int, folder: Path) -> None:
     prompts = generator.lognormal(np.log(45), 0.25, count).astype(int).clip(38, 200)
     responses = generator.lognormal(np.log(42), 0.95, count).astype(int).clip(2, 400)
     ids = [
-        generator.integers(0, 32000, prompt + rest).tolist() for prompt, rest in zip(prompts, responses, strict=True)
+        generator.integers(0, 32000, prompt + rest).tolist()
+        for prompt, rest in zip(prompts, responses, strict=True)
     ]
     masks = [[-100] * prompt for prompt in prompts]
     save_encoded(
-        [{"input_ids": row, "labels": mask + row[len(mask) :]} for row, mask in zip(ids, masks, strict=True)], folder
+        [
+            {"input_ids": row, "labels": mask + row[len(mask) :]}
+            for row, mask in zip(ids, masks, strict=True)
+        ],
+        folder,
     )
 
 
@@ -103,7 +121,9 @@ def read_rows(folder: Path) -> tuple[float, float, float]:
 
     def start() -> None:
         rows = load_encoded(folder)
-        kept.extend((rows, collate([rows[index] for index in range(0, len(rows), len(rows) // 64)], 0)))
+        kept.extend(
+            (rows, collate([rows[index] for index in range(0, len(rows), len(rows) // 64)], 0))
+        )
 
     before = psutil.Process().memory_info().rss
     return *seconds(start), (psutil.Process().memory_info().rss - before) / 1e6
@@ -119,25 +139,36 @@ def measure_rows(count: int, repeats: int) -> None:
                 found.append(pool.submit(read_rows, folder).result())
     columns = dict(zip(("s", "s of processor time", "MB"), zip(*found, strict=True), strict=True))
     for name, values in columns.items():
-        print(f"{count} rows {statistics.median(values):8.3f} {name} ({min(values):.3f} to {max(values):.3f})")
+        print(
+            f"{count} rows {statistics.median(values):8.3f} {name} ({min(values):.3f} to {max(values):.3f})"
+        )
     print(json.dumps({"rows": count, "repeats": repeats, **columns}))
 
 
 def banked_formats(config: RunConfig, run: Path) -> dict[str, list[str]]:
     """The packed formats of each group in a block."""
     found: dict[str, list[str]] = {}
-    for path in sorted((run / "banks" / next(iter(config.prune.cuts))).glob("*/layers.*.safetensors")):
+    for path in sorted(
+        (run / "banks" / next(iter(config.prune.cuts))).glob("*/layers.*.safetensors")
+    ):
         found.setdefault(path.stem, []).append(path.parent.name)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--config", type=Path, help="the run's configuration file")
     parser.add_argument("--rows", type=int, help="measure reading so many training rows instead")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs=2, metavar=("TURN", "KIND"), help="one repeat in this process: bank or scratch")
+    parser.add_argument(
+        "--only",
+        nargs=2,
+        metavar=("TURN", "KIND"),
+        help="one repeat in this process: bank or scratch",
+    )
     arguments = parser.parse_args()
     if arguments.rows:
         measure_rows(arguments.rows, arguments.repeats)
@@ -152,13 +183,23 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     for turn in range(arguments.repeats):
         for part in ("scratch", "bank"):
-            command = [sys.executable, __file__, str(arguments.run), "--config", str(arguments.config)]
-            done = subprocess.run([*command, "--only", str(turn), part], check=True, stdout=subprocess.PIPE)
+            command = [
+                sys.executable,
+                __file__,
+                str(arguments.run),
+                "--config",
+                str(arguments.config),
+            ]
+            done = subprocess.run(
+                [*command, "--only", str(turn), part], check=True, stdout=subprocess.PIPE
+            )
             for kind, taken in json.loads(done.stdout.splitlines()[-1]).items():
                 found.setdefault(kind, []).append(taken)
     slowest = [statistics.median(each) for each in zip(*found["from scratch"], strict=True)]
     for kind, values in found.items():
-        for name, column, scratch in zip(("s", "s of processor time"), zip(*values, strict=True), slowest, strict=True):
+        for name, column, scratch in zip(
+            ("s", "s of processor time"), zip(*values, strict=True), slowest, strict=True
+        ):
             middle = statistics.median(column)
             told = f"{middle:7.2f} {name} ({min(column):.2f} to {max(column):.2f})"
             print(f"{kind:22} {told:44} {scratch / middle:6.1f}x")

@@ -63,13 +63,17 @@ def measure(slots: int, mean_seconds: float, num_trials: int, searcher: str) -> 
     with tempfile.TemporaryDirectory(prefix="qpruner-utilisation-") as name:
         folder = Path(name)
         started, cpu = time.time(), time.process_time()
-        outcome = run_search(folder, searcher, num_trials, slots, mean_seconds, {"cpu": 1.0, "gpu": 1.0})
+        outcome = run_search(
+            folder, searcher, num_trials, slots, mean_seconds, {"cpu": 1.0, "gpu": 1.0}
+        )
         ended, cpu = time.time(), time.process_time() - cpu
         slept = sleeps(folder / "diary")
     ray.shutdown()
     first, last = all_busy(slept, slots), max(trial.times[0] for trial in outcome.trials)
     if first >= last:
-        raise SystemExit(f"the {slots} slots were not all busy before the last suggestion: give more trials a slot")
+        raise SystemExit(
+            f"the {slots} slots were not all busy before the last suggestion: give more trials a slot"
+        )
     busy = sum(max(0.0, min(each.end, last) - max(each.start, first)) for each in slept)
     return Usage(
         slots=slots,
@@ -79,8 +83,12 @@ def measure(slots: int, mean_seconds: float, num_trials: int, searcher: str) -> 
         window_seconds=last - first,
         ramp_seconds=first - started,
         tail_seconds=ended - last,
-        rung_gap_ms=spread([after.start - before.end for before, after in gaps(slept) if after.step > FIRST_RUNG]),
-        trial_gap_ms=spread([after.start - before.end for before, after in gaps(slept) if after.step == FIRST_RUNG]),
+        rung_gap_ms=spread(
+            [after.start - before.end for before, after in gaps(slept) if after.step > FIRST_RUNG]
+        ),
+        trial_gap_ms=spread(
+            [after.start - before.end for before, after in gaps(slept) if after.step == FIRST_RUNG]
+        ),
         driver_ms=1000 * cpu / len(outcome.trials),
     )
 
@@ -88,7 +96,9 @@ def measure(slots: int, mean_seconds: float, num_trials: int, searcher: str) -> 
 def all_busy(slept: Sequence[Slept], slots: int) -> float:
     """The first moment at which so many sleep at once."""
     asleep = 0
-    for moment, change in sorted([(each.start, 1) for each in slept] + [(each.end, -1) for each in slept]):
+    for moment, change in sorted(
+        [(each.start, 1) for each in slept] + [(each.end, -1) for each in slept]
+    ):
         asleep += change
         if asleep == slots:
             return moment
@@ -98,7 +108,9 @@ def all_busy(slept: Sequence[Slept], slots: int) -> float:
 def gaps(slept: Sequence[Slept]) -> list[tuple[Slept, Slept]]:
     """Sleeps that follow each other in one process."""
     ordered = sorted(slept, key=lambda each: (each.process, each.start))
-    return [(before, after) for before, after in pairwise(ordered) if before.process == after.process]
+    return [
+        (before, after) for before, after in pairwise(ordered) if before.process == after.process
+    ]
 
 
 def spread(seconds: Sequence[float]) -> tuple[float, float]:
@@ -109,19 +121,27 @@ def spread(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--slots", type=int, help="one setting of your own instead of the table's")
     parser.add_argument("--seconds", type=float, default=10.0, help="mean length of a trial there")
     parser.add_argument("--trials-per-slot", type=int, default=12)
     parser.add_argument("--searcher", default="gp")
     options = parser.parse_args()
-    settings = ((options.slots, options.seconds, options.trials_per_slot),) if options.slots else SETTINGS
-    print("slots  mean s  trials  busy   window s  ramp s  tail s  rung gap ms (95 %)  trial gap ms (95 %)  driver ms")
+    settings = (
+        ((options.slots, options.seconds, options.trials_per_slot),) if options.slots else SETTINGS
+    )
+    print(
+        "slots  mean s  trials  busy   window s  ramp s  tail s  rung gap ms (95 %)  trial gap ms (95 %)  driver ms"
+    )
     found = []
     for slots, seconds, trials_per_slot in settings:
         usage = measure(slots, seconds, max(24, trials_per_slot * slots), options.searcher)
         found.append(usage)
-        rung, trial = (f"{median:.0f} ({high:.0f})" for median, high in (usage.rung_gap_ms, usage.trial_gap_ms))
+        rung, trial = (
+            f"{median:.0f} ({high:.0f})" for median, high in (usage.rung_gap_ms, usage.trial_gap_ms)
+        )
         print(
             f"{slots:5}  {seconds:6g}  {usage.trials:6}  {100 * usage.busy:4.1f}%  {usage.window_seconds:8.0f}  "
             f"{usage.ramp_seconds:6.1f}  {usage.tail_seconds:6.1f}  {rung:>18}  {trial:>19}  {usage.driver_ms:9.1f}",

@@ -55,7 +55,9 @@ class Screen(io.StringIO):
 def terminal_picture(run: Snapshot) -> str:
     """Draw the search as `qpruner run` showed it when most trials were past their first rung and not over, as SVG."""
     moment = moment_of(run.own_trials)
-    timed = sorted((*events_of_stages(run, moment), *events_of_trials(run, moment)), key=lambda each: each[0])
+    timed = sorted(
+        (*events_of_stages(run, moment), *events_of_trials(run, moment)), key=lambda each: each[0]
+    )
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     with contextlib.redirect_stdout(Screen()), patch.object(terminal, "time", clock):
         view = terminal.Terminal(quiet=False)
@@ -80,7 +82,10 @@ def unwrapped(print_: Callable[..., None], *what: Any, **options: Any) -> None:
 def moment_of(trials: Sequence[TrialRecord]) -> float:
     """Return the last time that as many trials as ever were past their first rung and not over."""
     spans = [(trial.times[1], trial.times[-1]) for trial in trials if trial.rungs]
-    return max((begin for begin, _ in spans), key=lambda now: (sum(begin <= now < end for begin, end in spans), now))
+    return max(
+        (begin for begin, _ in spans),
+        key=lambda now: (sum(begin <= now < end for begin, end in spans), now),
+    )
 
 
 def events_of_stages(run: Snapshot, until: float) -> Iterator[TimedEvent]:
@@ -89,7 +94,10 @@ def events_of_stages(run: Snapshot, until: float) -> Iterator[TimedEvent]:
         if stage.started <= until:
             yield stage.started, events.StageStarted(name, "begun")
             if stage.seconds is not None and stage.started + stage.seconds <= until:
-                yield stage.started + stage.seconds, events.StageFinished(name, stage.seconds, stage.text)
+                yield (
+                    stage.started + stage.seconds,
+                    events.StageFinished(name, stage.seconds, stage.text),
+                )
 
 
 def events_of_trials(run: Snapshot, until: float) -> Iterator[TimedEvent]:
@@ -101,7 +109,9 @@ def events_of_trials(run: Snapshot, until: float) -> Iterator[TimedEvent]:
     yield min(trial.times[0] for trial in begun), planned
     if search.slots:
         yield min(trial.times[0] for trial in begun), events.SlotsFound(search.slots)
-    over = sorted((trial for trial in begun if trial.times[-1] <= until), key=lambda trial: trial.times[-1])
+    over = sorted(
+        (trial for trial in begun if trial.times[-1] <= until), key=lambda trial: trial.times[-1]
+    )
     for number, trial in enumerate(over, 1):
         yield trial.times[-1], events.TrialChanged(trial)
         yield trial.times[-1], events.Progress("search", number, search.max_trials)
@@ -113,7 +123,12 @@ def events_of_trials(run: Snapshot, until: float) -> Iterator[TimedEvent]:
 def as_of(trial: TrialRecord, moment: float) -> TrialRecord:
     """Return the record of a trial under way, with the rungs that it had reached."""
     reached = sum(when <= moment for when in trial.times[1:-1])
-    update = {"status": "running", "rungs": trial.rungs[:reached], "times": trial.times[: 1 + reached], "reason": None}
+    update = {
+        "status": "running",
+        "rungs": trial.rungs[:reached],
+        "times": trial.times[: 1 + reached],
+        "reason": None,
+    }
     return trial.model_copy(update=update)
 
 
@@ -137,7 +152,9 @@ def browser_pictures(run: Snapshot, root: Path) -> None:
         page.screenshot(path=IMAGES / "tensorboard.png")
         for name, (width, height) in {"report-phone": (390, 844), "report": (1280, 800)}.items():
             for scheme, ending in (("dark", "-dark"), ("light", "")):
-                page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+                page = browser.new_page(
+                    viewport={"width": width, "height": height}, color_scheme=scheme
+                )
                 page.goto((root / "report.html").resolve().as_uri())
                 page.screenshot(path=IMAGES / f"{name}{ending}.png")
         page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")

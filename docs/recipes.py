@@ -30,7 +30,12 @@ USABLE = 0.9
 
 def shapes() -> dict[str, PretrainedConfig]:
     """The models' configurations by hub id, without the hub."""
-    llama = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
+    llama = {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    }
     return {
         "meta-llama/Llama-2-7b-hf": LlamaConfig(**llama, intermediate_size=11008, num_hidden_layers=32),
         "Qwen/Qwen3-8B": Qwen3Config(
@@ -64,7 +69,9 @@ def peaks(config: RunConfig) -> dict[str, int]:
 
 def memory_line(found: dict[str, int]) -> str:
     """The header's line for the peaks of a command."""
-    parts = ", ".join(f"{name.removeprefix('trial, ')} {size / 1e9:.1f} GB" for name, size in found.items())
+    parts = ", ".join(
+        f"{name.removeprefix('trial, ')} {size / 1e9:.1f} GB" for name, size in found.items()
+    )
     card = next((size for size in CARDS if max(found.values()) <= USABLE * size * GIB), None)
     return f"{MEMORY}   {parts}: {f'fits a GPU with {card} GiB' if card else 'fits no single GPU'}"
 

@@ -28,7 +28,11 @@ def commands() -> str:
         for line in _options(verb):
             by_line.setdefault(line, []).append(str(verb.name))
     shared = {line: names for line, names in by_line.items() if len(names) > 2}
-    of_config = {str(verb.name) for verb in verbs if any(option.name == "overrides" for option in verb.params)}
+    of_config = {
+        str(verb.name)
+        for verb in verbs
+        if any(option.name == "overrides" for option in verb.params)
+    }
     lines = [
         *("# Commands", "", MADE, ""),
         "After this page you know what each verb and option does; `qpruner VERB --help` says the same. Exit codes: 0 "
@@ -41,7 +45,14 @@ def commands() -> str:
         _, *arguments = verb.collect_usage_pieces(click.Context(verb))
         usage = " ".join([f"Usage: qpruner {verb.name}", *arguments])
         own = [line for line in _options(verb) if line not in shared]
-        lines += ["", f"## qpruner {verb.name}", "", f"{_text(verb.help)} `{usage}`", *([""] if own else []), *own]
+        lines += [
+            "",
+            f"## qpruner {verb.name}",
+            "",
+            f"{_text(verb.help)} `{usage}`",
+            *([""] if own else []),
+            *own,
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -83,7 +94,9 @@ def configuration() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(path: str, schema: dict[str, Any], defined: dict[str, Any], shown: dict[str, str]) -> Iterator[str]:
+def _section(
+    path: str, schema: dict[str, Any], defined: dict[str, Any], shown: dict[str, str]
+) -> Iterator[str]:
     """Yield a section's keys, then the sections inside it that are not `shown` yet, each under the first path to it."""
     yield from (f"## {path.rstrip('.') or 'The file'}", "", _text(schema.get("description")), "")
     required, inner = schema.get("required", ()), []
@@ -123,7 +136,9 @@ def _type(field: dict[str, Any]) -> str:
         return f"`{field['const']}`"
     kind = field["type"]
     if kind == "array":
-        return f"list of {_type(field['items']) or 'sections'}" + (", not empty" if field.get("minItems") else "")
+        return f"list of {_type(field['items']) or 'sections'}" + (
+            ", not empty" if field.get("minItems") else ""
+        )
     if kind == "object":
         return f"mapping to {_type(field.get('additionalProperties', {}))}"
     bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]

@@ -36,10 +36,23 @@ vLLM on a CPU takes 4 bits only.
 """
 FORMS: dict[Form, str] = {"gguf": "`--to gguf`", "vllm": "`--to vllm`"}
 SERVERS = ("xllamacpp", "vLLM")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "olmo2", "phi3")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "olmo2",
+    "phi3",
+)
 TRIED: dict[Form, str] = {"gguf": "q4_0", "vllm": "w4_g32"}
 """The format in which every family is tried."""
-GEMMA_2 = {"query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GEMMA_2 = {
+    "query_pre_attn_scalar": 32,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 """As in real ones: llama.cpp loads no Gemma 2 without a sliding window."""
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 """Sizes that the k-quants take."""
@@ -48,16 +61,32 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 def page(tokenizer: Path) -> str:
     """Try everything, and return the page."""
     # Formats that differ in their codes, not in their layout, are one row.
-    names = [name for name, each in formats().items() if name != DENSE and not name.endswith(("_hqq", "_double"))]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:  # two cores are what CI has
-        asked = {name: [("llama", False, name, form, tokenizer) for form in FORMS] for name in names}
+    names = [
+        name
+        for name, each in formats().items()
+        if name != DENSE and not name.endswith(("_hqq", "_double"))
+    ]
+    with ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn")
+    ) as pool:  # two cores are what CI has
+        asked = {
+            name: [("llama", False, name, form, tokenizer) for form in FORMS] for name in names
+        }
         asked |= {
-            name: [(name, ragged, TRIED[form], form, tokenizer) for form in FORMS for ragged in (False, True)]
+            name: [
+                (name, ragged, TRIED[form], form, tokenizer)
+                for form in FORMS
+                for ragged in (False, True)
+            ]
             for name in FAMILIES
         }
-        running = {name: [pool.submit(tried, *each) for each in cells] for name, cells in asked.items()}
+        running = {
+            name: [pool.submit(tried, *each) for each in cells] for name, cells in asked.items()
+        }
         cells = {name: tuple(each.result() for each in row) for name, row in running.items()}
-    headings = (f"{title}{blocks}" for title in FORMS.values() for blocks in (", alike", ", ragged"))
+    headings = (
+        f"{title}{blocks}" for title in FORMS.values() for blocks in (", alike", ", ragged")
+    )
     return "\n".join(
         [
             HEAD,
@@ -74,7 +103,11 @@ def tried(family: str, is_ragged: bool, name: str, form: Form, tokenizer: Path) 
     sizes = (WIDE if name.endswith("_k") else {}) | (GEMMA_2 if family == "gemma2" else {})
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
-        run_of(pruned_model(family, tokenizer, Path(folder) / "pruned", is_ragged, **sizes), root, (name,))
+        run_of(
+            pruned_model(family, tokenizer, Path(folder) / "pruned", is_ragged, **sizes),
+            root,
+            (name,),
+        )
         try:
             done = export(RunDir(root), form, root / "out")
         except UserError:
@@ -102,7 +135,9 @@ def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def byte_tokenizer(folder: Path) -> Path:
     """Write a byte-level tokenizer of 512 tokens at most."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([HEAD], vocab_size=512, special_tokens=["<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(
+        [HEAD], vocab_size=512, special_tokens=["<s>", "</s>"], show_progress=False
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )

@@ -61,9 +61,15 @@ def refused_by_ray(config: Any) -> list[str]:
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    if not isinstance(config, dict) or not isinstance(config.get("provider"), dict) or "type" not in config["provider"]:
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("provider"), dict)
+        or "type" not in config["provider"]
+    ):
         return ["a cluster file needs at least `cluster_name` and `provider: {type: ...}`"]
-    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # Ray warns that mounted files are not folders
+    logging.getLogger("ray.autoscaler").setLevel(
+        logging.ERROR
+    )  # Ray warns that mounted files are not folders
     try:
         validate_config(prepare_config(config))
     except ValidationError as error:
@@ -78,7 +84,9 @@ def refused_by_ray(config: Any) -> list[str]:
 def missing_files(config: dict[str, Any]) -> list[str]:
     """Return the files that the cluster file names and that do not exist on this machine."""
     named = [("auth.ssh_private_key", config.get("auth", {}).get("ssh_private_key"))]
-    named += [(f"file_mounts.{remote}", local) for remote, local in config.get("file_mounts", {}).items()]
+    named += [
+        (f"file_mounts.{remote}", local) for remote, local in config.get("file_mounts", {}).items()
+    ]
     return [
         f"`{key}`: there is no {local} (looked from {Path.cwd()})"
         for key, local in named
@@ -137,12 +145,16 @@ def hosts(config: dict[str, Any]) -> list[str]:
     auth, provider = config["auth"], config["provider"]
     head = provider.get("external_head_ip") or provider["head_ip"]
     if provider["head_ip"] in provider["worker_ips"]:
-        return [f"`provider.worker_ips` has the head, {provider['head_ip']}: leave it out; the head runs trials, too"]
+        return [
+            f"`provider.worker_ips` has the head, {provider['head_ip']}: leave it out; the head runs trials, too"
+        ]
     found = host_problem(auth, head)
     if found:
         return [found]
     with ThreadPoolExecutor(16) as pool:
-        answers = pool.map(lambda worker: host_problem(auth, worker, by_way_of=head), provider["worker_ips"])
+        answers = pool.map(
+            lambda worker: host_problem(auth, worker, by_way_of=head), provider["worker_ips"]
+        )
     return [answer for answer in answers if answer]
 
 
@@ -162,7 +174,14 @@ def on_host(
 ) -> subprocess.CompletedProcess[str]:
     """Run a bash command on a host over ssh as Ray does: same account and key, no check of host keys, no questions."""
     key = auth.get("ssh_private_key")
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}", "-o", "StrictHostKeyChecking=no"]
+    options = [
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        f"ConnectTimeout={SSH_SECONDS}",
+        "-o",
+        "StrictHostKeyChecking=no",
+    ]
     options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
     options += ["-o", "IdentitiesOnly=yes", "-i", str(Path(key).expanduser())] if key else []
     proxy = auth.get("ssh_proxy_command")
@@ -180,7 +199,9 @@ def on_host(
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as error:
-        return subprocess.CompletedProcess(error.cmd, 255, "", f"no answer within {seconds * 2:g} s")
+        return subprocess.CompletedProcess(
+            error.cmd, 255, "", f"no answer within {seconds * 2:g} s"
+        )
 
 
 def main() -> None:

@@ -11,7 +11,10 @@ STARTS, PRODUCTS = 150.0, 18_000
 
 cpu.install()
 torch.set_num_threads(1)
-inputs, weight = torch.ones(1024, 576, dtype=torch.bfloat16), torch.ones(1536, 576, dtype=torch.bfloat16)
+inputs, weight = (
+    torch.ones(1024, 576, dtype=torch.bfloat16),
+    torch.ones(1536, 576, dtype=torch.bfloat16),
+)
 taken = []
 for _ in range(20):
     start = time.perf_counter()

@@ -22,14 +22,26 @@ def main() -> None:
     ec2 = boto3.client("ec2", region_name=provider["region"])
     named = [{"Name": "tag:ray-cluster-name", "Values": [config["cluster_name"]]}]
     pages = ec2.get_paginator("describe_instances").paginate(Filters=named)
-    machines = [each for page in pages for group in page["Reservations"] for each in group["Instances"]]
-    left = {each["InstanceId"]: each["State"]["Name"] for each in machines if each["State"]["Name"] not in GONE}
+    machines = [
+        each for page in pages for group in page["Reservations"] for each in group["Instances"]
+    ]
+    left = {
+        each["InstanceId"]: each["State"]["Name"]
+        for each in machines
+        if each["State"]["Name"] not in GONE
+    }
     if left:
         ids = " ".join(left)
-        print(f"error: {len(left)} machines are left in {provider['region']}: {left}", file=sys.stderr)
-        print(f"  end them: aws ec2 terminate-instances --region {provider['region']} --instance-ids {ids}")
+        print(
+            f"error: {len(left)} machines are left in {provider['region']}: {left}", file=sys.stderr
+        )
+        print(
+            f"  end them: aws ec2 terminate-instances --region {provider['region']} --instance-ids {ids}"
+        )
         sys.exit(1)
-    print(f"== no machine of {config['cluster_name']} is left in {provider['region']}; file systems and buckets are")
+    print(
+        f"== no machine of {config['cluster_name']} is left in {provider['region']}; file systems and buckets are"
+    )
 
 
 if __name__ == "__main__":

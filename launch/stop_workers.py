@@ -18,7 +18,9 @@ def main() -> None:
     workers = config["provider"]["worker_ips"]
 
     def stop(host: str) -> subprocess.CompletedProcess[str]:
-        return on_host(config["auth"], host, "source ~/qpruner/launch/node_env.sh; ray stop", seconds=60)
+        return on_host(
+            config["auth"], host, "source ~/qpruner/launch/node_env.sh; ray stop", seconds=60
+        )
 
     with ThreadPoolExecutor(16) as pool:
         done = dict(zip(workers, pool.map(stop, workers), strict=True))

@@ -20,8 +20,22 @@ SAME = {
     "default-timeout": "UV_HTTP_TIMEOUT",
 }
 """uv's variable for a setting of pip; several values are separated by blanks, of UV_FIND_LINKS by commas."""
-NO_MATTER = {"disable-pip-version-check", "no-input", "no-color", "quiet", "verbose", "progress-bar", "retries"}
-NO_MATTER |= {"no-cache-dir", "cache-dir", "require-virtualenv", "break-system-packages", "config-file"}
+NO_MATTER = {
+    "disable-pip-version-check",
+    "no-input",
+    "no-color",
+    "quiet",
+    "verbose",
+    "progress-bar",
+    "retries",
+}
+NO_MATTER |= {
+    "no-cache-dir",
+    "cache-dir",
+    "require-virtualenv",
+    "break-system-packages",
+    "config-file",
+}
 
 
 def refuse(why: str) -> None:
@@ -29,11 +43,16 @@ def refuse(why: str) -> None:
     sys.exit(f"== {why}, so pip installs")
 
 
-found = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_NATIVE_TLS": "1"}  # as pip: newest of all indexes, certificates
+found = {
+    "UV_INDEX_STRATEGY": "unsafe-best-match",
+    "UV_NATIVE_TLS": "1",
+}  # as pip: newest of all indexes, certificates
 lines = [line.partition("=") for line in sys.stdin.read().splitlines()]
 for section in ("global.", "install.", ":env:."):  # later ones win
     own: dict[str, str] = {}
-    for name, value in ((key.removeprefix(section), value) for key, _, value in lines if key.startswith(section)):
+    for name, value in (
+        (key.removeprefix(section), value) for key, _, value in lines if key.startswith(section)
+    ):
         values = [os.path.expanduser(each) for each in str(ast.literal_eval(value)).split()]
         if not values or name in NO_MATTER:
             continue

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from qpruner.report.snapshot import Snapshot
 
 
-def run(config: str | Path, *overrides: str, until: str = "report", address: str | None = None) -> Snapshot:
+def run(
+    config: str | Path, *overrides: str, until: str = "report", address: str | None = None
+) -> Snapshot:
     """Start or continue the run of a configuration file, as `qpruner run` does; return a snapshot of its folder.
 
     An override is `section.key=value`, `until` the last stage, `address` a Ray cluster to join. Raises UserError if the
@@ -25,7 +27,9 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     if until not in verbs:
         raise UserError(f"`until` must be one of {', '.join(verbs)}, got {until!r}")
     if not isinstance(config, str | Path):
-        raise UserError(f"`config` must be the path of a YAML file, got {type(config).__name__}: keys are overrides")
+        raise UserError(
+            f"`config` must be the path of a YAML file, got {type(config).__name__}: keys are overrides"
+        )
     loaded = load_config(Path(config), list(overrides))
     quiet_libraries()
     from qpruner.cli.terminal import Terminal
@@ -33,9 +37,17 @@ def run(config: str | Path, *overrides: str, until: str = "report", address: str
     from qpruner.runs.storage import run_root
 
     # The process's own command line may be that of a notebook.
-    options = [part for each in overrides for part in ("--set", each)] + (["--address", address] if address else [])
+    options = [part for each in overrides for part in ("--set", each)] + (
+        ["--address", address] if address else []
+    )
     with logging_to(run_root(loaded.output)), Terminal(quiet=False) as terminal:
-        run_flow(loaded, terminal.emit, address, until, shlex.join(["qpruner", verbs[until], str(config), *options]))
+        run_flow(
+            loaded,
+            terminal.emit,
+            address,
+            until,
+            shlex.join(["qpruner", verbs[until], str(config), *options]),
+        )
     return read_run(loaded.output)
 
 

@@ -37,7 +37,9 @@ class ConfigError(UserError):
         self.problems, self.source = tuple(problems), source
         heading = f"{source}: " if source else ""
         lines = [f"\n  - {problem}" for problem in self.problems]
-        super().__init__(f"{heading}{counted(len(lines), 'problem')} in the configuration:{''.join(lines)}")
+        super().__init__(
+            f"{heading}{counted(len(lines), 'problem')} in the configuration:{''.join(lines)}"
+        )
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
@@ -51,7 +53,9 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        problems = [error.problems if isinstance(error, ConfigError) else [str(error)] for error in errors]
+        problems = [
+            error.problems if isinstance(error, ConfigError) else [str(error)] for error in errors
+        ]
         raise ConfigError(itertools.chain(*problems))
     return found
 

@@ -41,7 +41,11 @@ def as_called() -> str:
     """Return the command line of this process for a shell, with the path of a program that is not on PATH."""
     called, *arguments = sys.argv
     name = Path(called).name
-    program = ["python", "-m", "qpruner"] if name == "__main__.py" else [name if shutil.which(name) else called]
+    program = (
+        ["python", "-m", "qpruner"]
+        if name == "__main__.py"
+        else [name if shutil.which(name) else called]
+    )
     return shlex.join([*program, *arguments])
 
 

@@ -24,11 +24,21 @@ def copy_checkout(into: Path) -> Path:
 
 def environment_with(environment: Path, *source: object) -> Path:
     """Make a virtual environment with what `pip install` finds at a source: a wheel, an archive or a checkout."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60
+    )
     (site,) = environment.glob("lib/python*/site-packages")
     # Shares the installed dependencies, but not the editable qpruner: .pth files there are not followed.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    pip = (sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install", "--quiet")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        environment / "bin" / "python",
+        "install",
+        "--quiet",
+    )
     options = ("--no-index", "--no-deps", "--no-build-isolation")
     subprocess.run([*pip, *options, *map(str, source)], check=True, timeout=120)
     return environment
@@ -36,6 +46,8 @@ def environment_with(environment: Path, *source: object) -> Path:
 
 def git(folder: Path, *arguments: str) -> str:
     """Run a git command, and return its output."""
-    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

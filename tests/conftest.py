@@ -64,14 +64,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"Question: {row['question']}\nAnswer: {' '.join(row['choices']['text'])}"
         for row in demo_rows("questions_train.jsonl")
     ]
-    bpe.train_from_iterator(texts, vocab_size=512, special_tokens=["<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(
+        texts, vocab_size=512, special_tokens=["<s>", "</s>"], show_progress=False
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+    }
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 256,
+    }
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = LlamaConfig(**sizes, **heads, **tokens, tie_word_embeddings=True, dtype="bfloat16")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -102,7 +114,10 @@ def rows(tiny_model: Path) -> list[dict[str, list[int]]]:
     from qpruner.models.loading import load_tokenizer
 
     questions = demo_rows("questions_train.jsonl")[:24]
-    examples = [Example("multiple_choice", row["question"], "", row["choices"]["text"][0]) for row in questions]
+    examples = [
+        Example("multiple_choice", row["question"], "", row["choices"]["text"][0])
+        for row in questions
+    ]
     return encode(examples, load_tokenizer(str(tiny_model)), 64)
 
 
@@ -114,7 +129,13 @@ def raw_config(model: Path, output: Path) -> dict[str, Any]:
         "model": {"source": str(model)},
         "data": {
             **{
-                name: [{"source": f"{source}/questions_{name}.jsonl", "format": "multiple_choice", "limit": limit}]
+                name: [
+                    {
+                        "source": f"{source}/questions_{name}.jsonl",
+                        "format": "multiple_choice",
+                        "limit": limit,
+                    }
+                ]
                 for name, limit in {"train": 48, "validation": 16, "confirmation": 16}.items()
             },
             "max_length": 64,
@@ -138,7 +159,9 @@ def raw_config(model: Path, output: Path) -> dict[str, Any]:
 
 def _mount(option: str, folder: Path) -> None:
     """Mount a file system in memory on a folder; skip the test if that is not permitted."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "qpruner-test", folder], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", option, "qpruner-test", folder], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
 

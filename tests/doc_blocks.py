@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+]
 FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -21,7 +26,10 @@ class Block:
     @property
     def first(self) -> str:
         """Return the first line that is no comment, which identifies the block."""
-        return next((line for line in self.text.splitlines() if line.strip() and not line.startswith("#")), "")
+        return next(
+            (line for line in self.text.splitlines() if line.strip() and not line.startswith("#")),
+            "",
+        )
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -30,7 +38,12 @@ class Block:
 def blocks() -> list[Block]:
     """Return all fenced blocks, page by page."""
     return [
-        Block(str(page.relative_to(ROOT)), text[: found.start()].count("\n") + 1, found["language"], found["text"])
+        Block(
+            str(page.relative_to(ROOT)),
+            text[: found.start()].count("\n") + 1,
+            found["language"],
+            found["text"],
+        )
         for page in PAGES
         for text in [page.read_text(encoding="utf-8")]
         for found in FENCE.finditer(text)

@@ -56,14 +56,21 @@ def _app(hub: Hub) -> Flask:
         if name in hub.repositories:
             return {"error": "You already created this model repo", **made}, 409
         # The key of huggingface_hub 1.x, and that of 2.x.
-        hub.repositories[name] = Repository(bool(asked.get("private")) or asked.get("visibility") == "private")
+        hub.repositories[name] = Repository(
+            bool(asked.get("private")) or asked.get("visibility") == "private"
+        )
         return made
 
     @app.post("/api/models/<owner>/<name>/preupload/main")
     def preupload(owner: str, name: str) -> Any:
         paths = [each["path"] for each in request.get_json(force=True)["files"]]
         modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
-        return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
+        return {
+            "files": [
+                {"path": path, "uploadMode": mode, "shouldIgnore": False}
+                for path, mode in modes.items()
+            ]
+        }
 
     @app.post("/<owner>/<name>.git/info/lfs/objects/batch")
     def batch(owner: str, name: str) -> Any:
@@ -93,7 +100,11 @@ def _app(hub: Hub) -> Flask:
                 files[value["path"]] = hub.objects[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        return {"success": True, "commitUrl": f"{hub.endpoint}/{owner}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+        return {
+            "success": True,
+            "commitUrl": f"{hub.endpoint}/{owner}/{name}/commit/{COMMIT}",
+            "commitOid": COMMIT,
+        }
 
     @app.get("/api/models/<owner>/<name>")
     @app.get("/api/models/<owner>/<name>/<part>/<path:revision>")
@@ -103,7 +114,12 @@ def _app(hub: Hub) -> Flask:
             return missing("RepoNotFound")
         if part == "tree":
             return [
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(content),
+                    "oid": hashlib.sha1(content).hexdigest(),
+                }
                 for path, content in repository.files.items()
             ]
         siblings = [{"rfilename": path} for path in repository.files]

@@ -9,11 +9,31 @@ from qpruner.search.roles import rival_of
 
 def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     """Make a search of nine trials by `gp`, in which trial 7 with this plan beat the control of trial 2."""
-    fields: dict[str, Any] = {"digest": "c" * 16, "trials_digest": "1" * 16, "searcher": "gp", "metric": "loss"}
-    fields |= {"budget_bytes": 101_500_000, "seconds": 600.0, "search_seconds": 500.0, "gpu_seconds": 0.0}
-    fields |= {"num_trials": 9, "num_finished": 6, "num_stopped": 2, "num_failed": 1, "num_reused": 0, "resumed": 0}
+    fields: dict[str, Any] = {
+        "digest": "c" * 16,
+        "trials_digest": "1" * 16,
+        "searcher": "gp",
+        "metric": "loss",
+    }
+    fields |= {
+        "budget_bytes": 101_500_000,
+        "seconds": 600.0,
+        "search_seconds": 500.0,
+        "gpu_seconds": 0.0,
+    }
+    fields |= {
+        "num_trials": 9,
+        "num_finished": 6,
+        "num_stopped": 2,
+        "num_failed": 1,
+        "num_reused": 0,
+        "resumed": 0,
+    }
     fields |= {"best_index": 7, "best_origin": "gp", "best_plan": plan, "best_cut": "cut-20"}
-    finalists = (made_confirmation(2, "unpruned-knapsack", 2.125), made_confirmation(7, "gp", 2.0625, plan=plan))
+    finalists = (
+        made_confirmation(2, "unpruned-knapsack", 2.125),
+        made_confirmation(7, "gp", 2.0625, plan=plan),
+    )
     ended = "all 9 trials were spent (`search.max_trials`)"
     fields |= {"ended": ended, "confirmations": finalists} | changes
     winner = next(each for each in fields["confirmations"] if each.index == fields["best_index"])
@@ -25,7 +45,12 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
     """Make a finalist with this loss on both of two rows; it is a control if its origin is the name of one."""
     control = is_control(origin)
-    fields: dict[str, Any] = {"control": control, "cut": "cut-20", "reused": False, "stderr": 0.0625}
+    fields: dict[str, Any] = {
+        "control": control,
+        "cut": "cut-20",
+        "reused": False,
+        "stderr": 0.0625,
+    }
     fields |= {"losses": {0: (loss, loss)}}
     fields |= {"plan": {"layers.0": "nf4", "layers.1": "int8"}, "plan_bytes": 100_000_000}
     return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
@@ -33,14 +58,24 @@ def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> C
 
 def made_layer(index: int, groups: int, channels: int) -> LayerWidths:
     """Make a block of 4 groups and 200 channels that keeps the first ones of each."""
-    base = {"base_kv_groups": 4, "base_mlp_channels": 200, "heads_per_group": 2, "base_parameters": 1000}
+    base = {
+        "base_kv_groups": 4,
+        "base_mlp_channels": 200,
+        "heads_per_group": 2,
+        "base_parameters": 1000,
+    }
     kept = {"kept_kv_groups": tuple(range(groups)), "kept_mlp_channels": tuple(range(channels))}
     return LayerWidths(layer=index, kept_parameters=5 * channels, **base, **kept)
 
 
 def made_cut(*layers: LayerWidths, **changes: Any) -> CutRecord:
     """Make a record of a cut from 150 to 120.24 million parameters."""
-    fields: dict[str, Any] = {"digest": "0" * 16, "seconds": 1.5, "dropped_blocks": (), "layers": layers}
+    fields: dict[str, Any] = {
+        "digest": "0" * 16,
+        "seconds": 1.5,
+        "dropped_blocks": (),
+        "layers": layers,
+    }
     fields |= {"importance": "taylor", "selection": "global", "compensation": "none"}
     fields |= {"target": "target 20.00% of all parameters", "achieved_rate": 0.1984}
     fields |= {"parameters_before": 150_000_000, "parameters_after": 120_240_000}
@@ -55,7 +90,12 @@ def made_prune(*layers: LayerWidths, **changes: Any) -> PruneRecord:
     cut = made_cut(*layers, **changes)
     kept = {name: getattr(cut, name) for name in ("parameters_before", "bytes_before")}
     whole = {name.replace("before", "after"): size for name, size in kept.items()}
-    base = cut.model_copy(update={**whole, "target": "no cut", "achieved_rate": 0.0, "dropped_blocks": ()})
+    base = cut.model_copy(
+        update={**whole, "target": "no cut", "achieved_rate": 0.0, "dropped_blocks": ()}
+    )
     return PruneRecord(
-        digest=cut.digest, seconds=cut.seconds, gpu_seconds=cut.gpu_seconds, cuts={"base": base, "cut-20": cut}
+        digest=cut.digest,
+        seconds=cut.seconds,
+        gpu_seconds=cut.gpu_seconds,
+        cuts={"base": base, "cut-20": cut},
     )

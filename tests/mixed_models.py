@@ -51,10 +51,15 @@ def groups_of(bank: BankSource) -> list[str]:
 def bank_of_run(config: RunConfig) -> BankSource:
     """Return the bank of a run's last cut."""
     run_dir = RunDir(config.output)
-    prepared, pruned = run_dir.read_record("prepare", PrepareRecord), run_dir.read_record("prune", PruneRecord)
+    prepared, pruned = (
+        run_dir.read_record("prepare", PrepareRecord),
+        run_dir.read_record("prune", PruneRecord),
+    )
     assert pruned
     records, unknown = Results(prepare=prepared, prune=pruned), cast(Any, None)
-    return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(list(pruned.cuts)[-1])
+    return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(
+        list(pruned.cuts)[-1]
+    )
 
 
 def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
@@ -62,7 +67,9 @@ def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
     return {name: pattern[position % len(pattern)] for position, name in enumerate(names)}
 
 
-def row_job(config: RunConfig, folder: Path, pattern: tuple[str, ...] = LEVELS, seed: int | None = 0) -> CandidateJob:
+def row_job(
+    config: RunConfig, folder: Path, pattern: tuple[str, ...] = LEVELS, seed: int | None = 0
+) -> CandidateJob:
     """Make the job of a row whose plan repeats the formats, in a run that has a bank."""
     bank = bank_of_run(config)
     plan = mixed_plan(groups_of(bank), pattern)
@@ -113,5 +120,8 @@ def finished_run(tiny_model: Path, root: Path) -> Path:
     """Write the parts of a run folder that an export reads: a final model and confirmation rows."""
     final_model(tiny_model, root)
     rows = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
-    save_encoded([{"input_ids": row, "labels": row} for row in rows], root / "prepare" / "data" / "confirmation")
+    save_encoded(
+        [{"input_ids": row, "labels": row} for row in rows],
+        root / "prepare" / "data" / "confirmation",
+    )
     return root

@@ -20,7 +20,11 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import objects
 
 BUCKET = "runs"
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 Machine = Callable[[str], RunDir]
 
 
@@ -90,7 +94,9 @@ class Store:
         from pyarrow.fs import S3FileSystem
 
         place = {"region": "us-east-1", "endpoint_override": f"http://127.0.0.1:{self.port}"}
-        return S3FileSystem(access_key="test", secret_key="test", allow_bucket_creation=True, **place)
+        return S3FileSystem(
+            access_key="test", secret_key="test", allow_bucket_creation=True, **place
+        )
 
 
 @contextmanager
@@ -107,7 +113,9 @@ def object_store(**settings: str) -> Iterator[Store]:
     try:
         deadline = time.monotonic() + 30
         while True:
-            assert process.poll() is None and time.monotonic() < deadline, "the server does not start"
+            assert process.poll() is None and time.monotonic() < deadline, (
+                "the server does not start"
+            )
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 break
             time.sleep(0.05)
@@ -139,7 +147,11 @@ def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
 @pytest.fixture(params=["folder", "uri"])
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
     """An empty run: once in a folder, and once at a URI."""
-    found: RunDir = request.getfixturevalue("machine")("first") if request.param == "uri" else RunDir(tmp_path / "run")
+    found: RunDir = (
+        request.getfixturevalue("machine")("first")
+        if request.param == "uri"
+        else RunDir(tmp_path / "run")
+    )
     return found
 
 

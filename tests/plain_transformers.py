@@ -72,7 +72,10 @@ def run_python(program: str, *arguments: str, folder: Path | None = None, **vari
 
 
 def plain_transformers_answers(
-    prompt: Sequence[Sequence[int]], folders: Iterable[Path], working_folder: Path, ragged: Iterable[Path] = ()
+    prompt: Sequence[Sequence[int]],
+    folders: Iterable[Path],
+    working_folder: Path,
+    ragged: Iterable[Path] = (),
 ) -> list[dict[str, Any]]:
     """Return logits in float32, greedily generated tokens and the number of layers, or the error, for each folder.
 
@@ -80,6 +83,10 @@ def plain_transformers_answers(
     """
     arguments = json.dumps([prompt, *(list(map(str, each)) for each in (folders, ragged))])
     written = run_python(
-        PROGRAM, arguments, folder=working_folder, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(working_folder)
+        PROGRAM,
+        arguments,
+        folder=working_folder,
+        HF_HUB_OFFLINE="1",
+        HF_MODULES_CACHE=str(working_folder),
     )
     return [json.loads(line) for line in written.splitlines()]

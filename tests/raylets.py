@@ -32,7 +32,9 @@ class Raylets:
 
     def add(self, **resources: Any) -> Any:
         """Start a node with one core, or with the given arguments of `add_node` in Ray."""
-        node = self.cluster.add_node(**{"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES} | resources)
+        node = self.cluster.add_node(
+            **{"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES} | resources
+        )
         self.nodes.append(node)
         return node
 
@@ -65,13 +67,20 @@ class Raylets:
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-        reason, deadline = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), int((time.time() + seconds) * 1000)
-        accepted, why_not = GcsClient(address=self.address).drain_node(node_id, reason, "spot notice", deadline)
+        reason, deadline = (
+            DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            int((time.time() + seconds) * 1000),
+        )
+        accepted, why_not = GcsClient(address=self.address).drain_node(
+            node_id, reason, "spot notice", deadline
+        )
         assert accepted, why_not
 
     def kill_machine(self, node: Any) -> None:
         """Kill a raylet and all processes that it has started (SIGKILL)."""
-        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
+        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children(
+            recursive=True
+        )
         self.kill(node)
         for worker in workers:
             worker.kill()
@@ -89,7 +98,11 @@ def raylets(number: int, **resources: Any) -> Iterator[Raylets]:
     import ray
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "node_ip_address": "127.0.0.1"}
+    head = {
+        "num_cpus": 0,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "node_ip_address": "127.0.0.1",
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head | {"include_dashboard": False})
     try:
         found = Raylets(cluster)

@@ -50,8 +50,12 @@ class Driver:
         """Wait for a condition while the process runs; return its value."""
         deadline = time.monotonic() + minutes * MINUTES
         while not (found := condition()):
-            assert self.process.poll() is None, f"the run ended before {what}: {self.said()[-3000:]}"
-            assert time.monotonic() < deadline, f"no {what} after {minutes} minutes: {self.said()[-3000:]}"
+            assert self.process.poll() is None, (
+                f"the run ended before {what}: {self.said()[-3000:]}"
+            )
+            assert time.monotonic() < deadline, (
+                f"no {what} after {minutes} minutes: {self.said()[-3000:]}"
+            )
             time.sleep(0.02)
         return found
 
@@ -76,11 +80,20 @@ class Driver:
 
 @contextmanager
 def driver(
-    config: Path, *options: str, verb: str = "search", inside: Sequence[str] = (), before: str = "", **environment: str
+    config: Path,
+    *options: str,
+    verb: str = "search",
+    inside: Sequence[str] = (),
+    before: str = "",
+    **environment: str,
 ) -> Iterator[Driver]:
     """Start a command, with `inside` before it and after the Python `before`; kill all its processes at the end."""
     run = Path(yaml.safe_load(config.read_text())["output"])
-    program = ("-c", f"{before}\nfrom qpruner.cli.main import main\nmain()") if before else ("-m", "qpruner")
+    program = (
+        ("-c", f"{before}\nfrom qpruner.cli.main import main\nmain()")
+        if before
+        else ("-m", "qpruner")
+    )
     # Not in the folder, which may be a file system that a test fills.
     out = config.parent.parent / f"out-{time.monotonic_ns()}.txt"
     with out.open("w") as file:

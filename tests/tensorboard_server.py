@@ -31,11 +31,16 @@ def serving(
         deadline = time.monotonic() + 240
         while True:
             try:
-                if awaited in urllib.request.urlopen(f"{address}/data/runs", timeout=10).read().decode():
+                if (
+                    awaited
+                    in urllib.request.urlopen(f"{address}/data/runs", timeout=10).read().decode()
+                ):
                     break
             except OSError:
                 pass
-            assert server.poll() is None and time.monotonic() < deadline, "TensorBoard does not answer"
+            assert server.poll() is None and time.monotonic() < deadline, (
+                "TensorBoard does not answer"
+            )
             time.sleep(1)
         yield address
     finally:

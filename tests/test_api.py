@@ -21,7 +21,10 @@ WriteYaml = Callable[[dict[str, Any]], Path]
 
 
 def test_a_run_continues_after_a_stage_and_logs(
-    tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_raw: dict[str, Any],
+    write_yaml: WriteYaml,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The stages up to the sensitivities need no Ray; recorded stages do not run again."""
     config = write_yaml(with_key(tiny_raw, "sensitivity.methods", ["fisher"]))
@@ -35,11 +38,24 @@ def test_a_run_continues_after_a_stage_and_logs(
     further = qpruner.run(config, "prune.rate=0.3", until="sensitivity")
     assert further.results.prune == pruned.results.prune and further.results.sensitivity
     states = {name: stage.state for name, stage in further.state.stages.items()}
-    assert states == {"prepare": "recorded", "prune": "recorded", "bank": "done", "sensitivity": "done"}
+    assert states == {
+        "prepare": "recorded",
+        "prune": "recorded",
+        "bank": "done",
+        "sensitivity": "done",
+    }
     assert "prune" in capsys.readouterr().out
     said = (tmp_path / "run" / "qpruner.log").read_text()
-    assert said.count("[prune] done in") == 1 and "[prune] already recorded: " in said and "[bank] done in" in said
-    assert (logging.getLogger().handlers, logging.getLogger().level, warnings.showwarning) == before, "as it was"
+    assert (
+        said.count("[prune] done in") == 1
+        and "[prune] already recorded: " in said
+        and "[bank] done in" in said
+    )
+    assert (
+        logging.getLogger().handlers,
+        logging.getLogger().level,
+        warnings.showwarning,
+    ) == before, "as it was"
     assert gc.get_freeze_count(), "what the caller excluded stays so"
 
 
@@ -56,8 +72,13 @@ def test_an_unexpected_error_has_a_remedy(
     config, log = write_yaml(tiny_raw), tmp_path / "run" / "qpruner.log"
     done = command("prepare", config, "--json")
     assert done.exit_code == 1
-    told = "ZeroDivisionError: nobody foresaw this\n  remedy: this is most likely a defect of qpruner"
-    assert told in done.stderr and f"please report it with {log}, which has the whole traceback" in done.stderr
+    told = (
+        "ZeroDivisionError: nobody foresaw this\n  remedy: this is most likely a defect of qpruner"
+    )
+    assert (
+        told in done.stderr
+        and f"please report it with {log}, which has the whole traceback" in done.stderr
+    )
     assert done.stderr.count("remedy:") == 1
     assert "can be repeated" in json.loads(done.stdout.splitlines()[-1])["error"]
     state = RunDir(tmp_path / "run").read_state(RunState)
@@ -66,7 +87,9 @@ def test_an_unexpected_error_has_a_remedy(
     with pytest.raises(ZeroDivisionError) as caught:
         qpruner.run(config, "seed=1", until="prepare")
     state = RunDir(tmp_path / "run").read_state(RunState)
-    assert state and state.command == f"qpruner prepare {config} --set seed=1", "the command of a call from Python"
+    assert state and state.command == f"qpruner prepare {config} --set seed=1", (
+        "the command of a call from Python"
+    )
     assert [str(log) in note for note in caught.value.__notes__] == [True]
     assert log.read_text().count(told) == 2
     with pytest.raises(ZeroDivisionError):
@@ -75,13 +98,21 @@ def test_an_unexpected_error_has_a_remedy(
     assert state and state.command == f"qpruner run {config}", "`serve` is no command"
 
 
-def test_an_unexpected_error_without_a_run_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unexpected_error_without_a_run_has_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("qpruner.cli.run_verbs.read_snapshot", broken)
     done = command("status", tmp_path)
-    assert done.exit_code == 1 and done.stderr.rstrip().endswith("please report it with the output above")
+    assert done.exit_code == 1 and done.stderr.rstrip().endswith(
+        "please report it with the output above"
+    )
 
 
-def test_an_output_without_write_access_is_refused(tiny_raw: dict[str, Any], write_yaml: WriteYaml) -> None:
+def test_an_output_without_write_access_is_refused(
+    tiny_raw: dict[str, Any], write_yaml: WriteYaml
+) -> None:
     """In /proc not even root can create folders."""
-    with pytest.raises(UserError, match=r"`output`: /proc/1/run cannot be written .*; name another folder"):
+    with pytest.raises(
+        UserError, match=r"`output`: /proc/1/run cannot be written .*; name another folder"
+    ):
         qpruner.run(write_yaml(with_key(tiny_raw, "output", "/proc/1/run")), until="prepare")

@@ -46,7 +46,12 @@ class Account:
     def run(self, *command: str, code: int = 0) -> str:
         """Run a command in the checkout, which must exit with this code; return its stderr."""
         done = subprocess.run(
-            command, cwd=self.checkout, env=self.environment, capture_output=True, text=True, timeout=180
+            command,
+            cwd=self.checkout,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
         )
         assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stderr
@@ -54,7 +59,9 @@ class Account:
     def follow(self, *starts: str, options: tuple[str, ...] = ("-euo", "pipefail")) -> None:
         """Run blocks of docs/cluster.md in one shell, found by their first words."""
         found = [block for block in blocks() if block.page == "docs/cluster.md"]
-        texts = [next(block.text for block in found if block.first.startswith(start)) for start in starts]
+        texts = [
+            next(block.text for block in found if block.first.startswith(start)) for start in starts
+        ]
         self.run("bash", *options, "-c", "\n".join(texts))
 
 
@@ -65,10 +72,16 @@ def account(tmp_path: Path) -> Iterator[Account]:
         pytest.skip("needs the AWS CLI: pip install 'qpruner[dev]'")
     checkout, bin = copy_checkout(tmp_path / "checkout"), tmp_path / "bin"
     images = tmp_path / "images.json"
-    image = {"ami_id": "ami-0123456789abcdef0", "name": f"{IMAGE} 20261101", "creation_date": "2026-11-01T00:00:00Z"}
+    image = {
+        "ami_id": "ami-0123456789abcdef0",
+        "name": f"{IMAGE} 20261101",
+        "creation_date": "2026-11-01T00:00:00Z",
+    }
     images.write_text(json.dumps([image]))
     bin.mkdir()
-    (bin / "curl").write_text("#!/bin/sh\necho 198.51.100.7\n")  # the public address of this machine
+    (bin / "curl").write_text(
+        "#!/bin/sh\necho 198.51.100.7\n"
+    )  # the public address of this machine
     (bin / "curl").chmod(0o755)
     with object_store(MOTO_AMIS_PATH=str(images), MOTO_IAM_LOAD_MANAGED_POLICIES="true") as store:
         own = {"PATH": f"{bin}:{tools}", "HOME": str(tmp_path), "AWS_PAGER": ""}
@@ -82,37 +95,62 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
     (bucket,) = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} - set(before)
     for role in ("qpruner-head", "qpruner-worker"):
         policy = iam.get_role_policy(RoleName=role, PolicyName="bucket")["PolicyDocument"]
-        assert policy["Statement"][0]["Resource"] == [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+        assert policy["Statement"][0]["Resource"] == [
+            f"arn:aws:s3:::{bucket}",
+            f"arn:aws:s3:::{bucket}/*",
+        ]
 
     files = [account.checkout / name for name in ("aws_ids.sh", "cluster.yaml")]
     names, edited = (file.read_text() for file in files)
     assert "None" not in names, "the AWS CLI prints None for missing things"
     files[1].write_text(edited.replace("ami-0123456789abcdef0", "").replace("subnet-", "None-"))
-    account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=())  # without -e, as in a terminal
+    account.follow(
+        "export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=()
+    )  # without -e, as in a terminal
     assert [file.read_text() for file in files] == [names, edited], "a second time gives the same"
     if shutil.which("rsync"):  # the script needs it
         account.run(sys.executable, "launch/check_cluster.py", "cluster.yaml")
     account.run(sys.executable, "-c", START)
-    machines = [each for group in ec2.describe_instances()["Reservations"] for each in group["Instances"]]
+    machines = [
+        each for group in ec2.describe_instances()["Reservations"] for each in group["Instances"]
+    ]
     tags = [{tag["Key"]: tag["Value"] for tag in machine["Tags"]} for machine in machines]
     roles = {
         tag["ray-user-node-type"]: machine["IamInstanceProfile"]["Arn"].rpartition("/")[2]
         for tag, machine in zip(tags, machines, strict=True)
     }
-    assert roles == {"head": "qpruner-head", "gpu_on_demand": "qpruner-worker", "gpu_spot": "qpruner-worker"}
+    assert roles == {
+        "head": "qpruner-head",
+        "gpu_on_demand": "qpruner-worker",
+        "gpu_spot": "qpruner-worker",
+    }
 
     assert len(ec2.describe_key_pairs()["KeyPairs"]) == 1, "Ray's"
     ec2.terminate_instances(InstanceIds=[machine["InstanceId"] for machine in machines])
     s3.put_object(Bucket=bucket, Key="runs/mine/run.json", Body=b"{}")
     account.follow("source aws_ids.sh")
     assert [each["Name"] for each in s3.list_buckets()["Buckets"]] == before
-    assert iam.list_roles()["Roles"] == [] and iam.list_instance_profiles()["InstanceProfiles"] == []
-    assert [each for each in ec2.describe_security_groups()["SecurityGroups"] if each["GroupName"] == "qpruner"] == []
-    assert ec2.describe_key_pairs()["KeyPairs"] == [] and not list((tmp_path / ".ssh").glob("*.pem"))
+    assert (
+        iam.list_roles()["Roles"] == [] and iam.list_instance_profiles()["InstanceProfiles"] == []
+    )
+    assert [
+        each
+        for each in ec2.describe_security_groups()["SecurityGroups"]
+        if each["GroupName"] == "qpruner"
+    ] == []
+    assert ec2.describe_key_pairs()["KeyPairs"] == [] and not list(
+        (tmp_path / ".ssh").glob("*.pem")
+    )
 
 
 def test_results_in_a_bucket_are_fetched(account: Account, tmp_path: Path) -> None:
-    expected = {"report.html", "report.md", "pictures/kept.png", "results.json", "records/prune.json"}
+    expected = {
+        "report.html",
+        "report.md",
+        "pictures/kept.png",
+        "results.json",
+        "records/prune.json",
+    }
     expected |= {"final/adapter/weights"}
     for name in (*expected, "bank/large", "records.txt", "finals/x"):
         account.store.write(f"runs/mine/{name}", name.encode())

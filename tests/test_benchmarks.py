@@ -35,8 +35,12 @@ def test_without_public_data_the_demo_text_is_divided(pruning_benchmark: Any) ->
     bench.evaluated, bench.pad_id = pruning_benchmark.OWN, 0
     bench.tokenizer = load_tokenizer(resolve_source(pruning_benchmark.SOURCE, "model.source"))
     assert bench.texts == ["same text"]
-    parts = {name: {tuple(row["input_ids"]) for row in rows} for name, rows in bench.windows.items()}
-    assert all(len(rows) >= 10 for rows in parts.values()), {name: len(rows) for name, rows in parts.items()}
+    parts = {
+        name: {tuple(row["input_ids"]) for row in rows} for name, rows in bench.windows.items()
+    }
+    assert all(len(rows) >= 10 for rows in parts.values()), {
+        name: len(rows) for name, rows in parts.items()
+    }
     assert parts["evaluated"].isdisjoint(parts["training"] | parts["same text"])
     assert parts["training"].isdisjoint(parts["same text"])
     assert len(bench.samples("same text", 0).rows) >= 10

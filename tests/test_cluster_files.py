@@ -17,7 +17,9 @@ from object_store import object_store
 ROOT = Path(__file__).resolve().parent.parent
 AWS, ON_PREMISE = ROOT / "cluster.yaml", ROOT / "launch" / "cluster_onprem.yaml"
 FILES = pytest.mark.parametrize("path", [AWS, ON_PREMISE], ids=lambda path: path.stem)
-SCRIPTS = sorted(path for path in [*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch"])
+SCRIPTS = sorted(
+    path for path in [*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch"]
+)
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
@@ -33,13 +35,25 @@ def prepared(path: Path) -> dict[str, Any]:
 @FILES
 def test_ray_accepts_the_file_and_mounts_the_package(path: Path) -> None:
     config, mounts = prepared(path), prepared(path)["file_mounts"]
-    assert all(remote == f"~/qpruner/{local}" and (ROOT / local).exists() for remote, local in mounts.items())
+    assert all(
+        remote == f"~/qpruner/{local}" and (ROOT / local).exists()
+        for remote, local in mounts.items()
+    )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {"pyproject.toml", "qpruner", "launch", "tune_configs", project["readme"], *project["license-files"]}
+    needed = {
+        "pyproject.toml",
+        "qpruner",
+        "launch",
+        "tune_configs",
+        project["readme"],
+        *project["license-files"],
+    }
     assert set(mounts.values()) == needed
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
     # Ray puts each command in parentheses, and a shell takes double parentheses for arithmetic.
-    commands = [each for key, value in config.items() if key.endswith("_commands") for each in value]
+    commands = [
+        each for key, value in config.items() if key.endswith("_commands") for each in value
+    ]
     assert commands and not [each for each in commands if each.lstrip().startswith("(")]
 
 
@@ -54,12 +68,18 @@ def test_both_cluster_files_set_machines_up_alike() -> None:
 
 def test_a_token_becomes_readable_for_its_owner_only(tmp_path: Path) -> None:
     """An earlier `ray.init()` may have left a readable token; the head keeps its value."""
-    [command] = [each for each in yaml.safe_load(AWS.read_text())["head_setup_commands"] if "get-auth-token" in each]
+    [command] = [
+        each
+        for each in yaml.safe_load(AWS.read_text())["head_setup_commands"]
+        if "get-auth-token" in each
+    ]
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("a" * 64)
     token.chmod(0o644)
-    subprocess.run(["bash", "-c", f"({command})"], env={"HOME": str(tmp_path), "PATH": PATH}, check=True)  # as Ray does
+    subprocess.run(
+        ["bash", "-c", f"({command})"], env={"HOME": str(tmp_path), "PATH": PATH}, check=True
+    )  # as Ray does
     assert (token.read_text(), f"{token.stat().st_mode & 0o777:o}") == ("a" * 64, "600")
 
 
@@ -67,13 +87,19 @@ def test_keys_are_in_a_file_that_git_ignores(tmp_path: Path) -> None:
     """Every shell of a machine reads `launch/node_secrets.sh` if it exists."""
     installed = tmp_path / "qpruner" / "launch"
     shutil.copytree(ROOT / "launch", installed)
-    ask = ["bash", "-euc", 'source ~/qpruner/launch/node_env.sh; echo "$RAY_AUTH_MODE ${MY_KEY:-none}"']
+    ask = [
+        "bash",
+        "-euc",
+        'source ~/qpruner/launch/node_env.sh; echo "$RAY_AUTH_MODE ${MY_KEY:-none}"',
+    ]
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     assert subprocess.check_output(ask, env=environment, text=True) == "token none\n"
     (installed / "node_secrets.sh").write_text("export MY_KEY=secret\n")
     assert subprocess.check_output(ask, env=environment, text=True) == "token secret\n"
     if (ROOT / ".git").exists():
-        subprocess.run(["git", "check-ignore", "--quiet", "launch/node_secrets.sh"], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "check-ignore", "--quiet", "launch/node_secrets.sh"], cwd=ROOT, check=True
+        )
 
 
 def ec2_complaints(node_config: dict[str, Any]) -> str:
@@ -81,18 +107,27 @@ def ec2_complaints(node_config: dict[str, Any]) -> str:
     from botocore.session import get_session
     from botocore.validate import ParamValidator
 
-    given = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # a key of Ray, not of AWS
+    given = {
+        key: value for key, value in node_config.items() if key != "SubnetIds"
+    }  # a key of Ray, not of AWS
     run_instances = get_session().get_service_model("ec2").operation_model("RunInstances")
-    report = ParamValidator().validate({**given, "MinCount": 1, "MaxCount": 1}, run_instances.input_shape)
+    report = ParamValidator().validate(
+        {**given, "MinCount": 1, "MaxCount": 1}, run_instances.input_shape
+    )
     return str(report.generate_report())
 
 
 def test_aws_machines_start_on_demand_and_end_when_idle() -> None:
     pytest.importorskip("botocore", reason="needs boto3: pip install 'qpruner[cluster]'")
     config = prepared(AWS)
-    assert 0 < config["idle_timeout_minutes"] <= 30 and config["provider"]["cache_stopped_nodes"] is False
+    assert (
+        0 < config["idle_timeout_minutes"] <= 30
+        and config["provider"]["cache_stopped_nodes"] is False
+    )
     for name, kind in config["available_node_types"].items():
-        assert kind["min_workers"] == 0 and (kind["max_workers"] > 0) == (name != config["head_node_type"])
+        assert kind["min_workers"] == 0 and (kind["max_workers"] > 0) == (
+            name != config["head_node_type"]
+        )
         assert ec2_complaints(kind["node_config"]) == ""
     assert "InstanceTyp" in ec2_complaints({"InstanceTyp": "g6e.2xlarge"})
 
@@ -100,7 +135,9 @@ def test_aws_machines_start_on_demand_and_end_when_idle() -> None:
 # ---- checks before `ray up`
 
 
-def check(path: Path, script: str = "check_cluster.py", **environment: str) -> subprocess.CompletedProcess[str]:
+def check(
+    path: Path, script: str = "check_cluster.py", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script on a cluster file, without the AWS credentials of this machine."""
     base = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
     return subprocess.run(
@@ -153,7 +190,9 @@ def with_programs(tmp_path: Path) -> dict[str, str]:
 def test_an_unedited_file_is_named_line_by_line(path: Path) -> None:
     done = check(path)
     assert done.returncode == 2
-    places = [number for number, line in enumerate(path.read_text().splitlines(), 1) if "-REPLACE" in line]
+    places = [
+        number for number, line in enumerate(path.read_text().splitlines(), 1) if "-REPLACE" in line
+    ]
     assert places and all(f"{path}:{number}: replace " in done.stderr for number in places)
 
 
@@ -162,16 +201,25 @@ def test_a_machine_without_ssh_is_refused(path: Path, tmp_path: Path) -> None:
     done = check(filled(path, tmp_path), PATH="/nowhere")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"error: {program} is not installed on this machine: `ray up` needs it" for program in ("ssh", "rsync")
+        f"error: {program} is not installed on this machine: `ray up` needs it"
+        for program in ("ssh", "rsync")
     ]
 
 
 MISTAKES = [
-    pytest.param(AWS, "idle_timeout_minutes", "idle_timeout_minuts", "idle_timeout_minuts", id="unknown-key"),
-    pytest.param(AWS, "", "", "no AWS credentials were found", id="credentials"),
-    pytest.param(ON_PREMISE, "/key", "/not-there", "`auth.ssh_private_key`: there is no ", id="key"),
     pytest.param(
-        ON_PREMISE, "[127.0.0.2]", "[127.0.0.1]", "`provider.worker_ips` has the head, 127.0.0.1", id="head-as-worker"
+        AWS, "idle_timeout_minutes", "idle_timeout_minuts", "idle_timeout_minuts", id="unknown-key"
+    ),
+    pytest.param(AWS, "", "", "no AWS credentials were found", id="credentials"),
+    pytest.param(
+        ON_PREMISE, "/key", "/not-there", "`auth.ssh_private_key`: there is no ", id="key"
+    ),
+    pytest.param(
+        ON_PREMISE,
+        "[127.0.0.2]",
+        "[127.0.0.1]",
+        "`provider.worker_ips` has the head, 127.0.0.1",
+        id="head-as-worker",
     ),
     # No sshd here, or one that refuses the key; Ray would try for 15 minutes.
     pytest.param(ON_PREMISE, "", "", "nobody@127.0.0.1 cannot be reached over ssh", id="host"),
@@ -198,9 +246,17 @@ def test_an_impossible_aws_id_is_reported(tmp_path: Path, with_programs: dict[st
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert len(lines) == 3, "once for all types of machines"
-    wrong = [("ImageId", "ami-", "'None'"), ("SubnetIds", "subnet-", "'None'"), ("SecurityGroupIds", "sg-", "None")]
+    wrong = [
+        ("ImageId", "ami-", "'None'"),
+        ("SubnetIds", "subnet-", "'None'"),
+        ("SecurityGroupIds", "sg-", "None"),
+    ]
     for key, begins, got in wrong:
-        (line,) = [line for line in lines if f"node_config.{key}` must be {begins} and hexadecimal digits" in line]
+        (line,) = [
+            line
+            for line in lines
+            if f"node_config.{key}` must be {begins} and hexadecimal digits" in line
+        ]
         assert f"got {got}: see what step 1 of docs/cluster.md printed" in line
 
 
@@ -210,17 +266,23 @@ def test_remaining_aws_machines_are_named(tmp_path: Path) -> None:
     with object_store() as store:
         elsewhere = store.environment | {"AWS_DEFAULT_REGION": "eu-north-1"}
         ec2 = store.client("ec2", "us-west-2")
-        tags = [{"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "tested"}]}]
+        tags = [
+            {"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "tested"}]}
+        ]
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         started = ec2.run_instances(ImageId=image, MinCount=2, MaxCount=2, TagSpecifications=tags)
         ids = [each["InstanceId"] for each in started["Instances"]]
         ec2.stop_instances(InstanceIds=ids[:1])
         done = check(path, "still_there.py", **elsewhere)
-        assert done.returncode == 1 and "2 machines are left in us-west-2" in done.stderr, done.stderr
+        assert done.returncode == 1 and "2 machines are left in us-west-2" in done.stderr, (
+            done.stderr
+        )
         assert all(each in done.stdout for each in ids), "the command that ends them"
         ec2.terminate_instances(InstanceIds=ids)
         done = check(path, "still_there.py", **elsewhere)
-        assert done.returncode == 0 and "no machine of tested is left in us-west-2" in done.stdout, done.stderr
+        assert (
+            done.returncode == 0 and "no machine of tested is left in us-west-2" in done.stdout
+        ), done.stderr
 
 
 # ---- the scripts
@@ -230,12 +292,16 @@ def test_remaining_aws_machines_are_named(tmp_path: Path) -> None:
 def test_scripts_are_valid_and_explain_their_usage(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     if shellcheck := shutil.which("shellcheck"):
-        done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", path], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [shellcheck, "-x", "-P", "SCRIPTDIR", path], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout
     if path.name not in ("node_env.sh", "ray_commands.sh"):
         assert "# Usage" in path.read_text()
     if path.name in ("up.sh", "submit.sh", "watch.sh", "fetch.sh", "down.sh"):
-        done = subprocess.run(["bash", path], env={"PATH": PATH}, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["bash", path], env={"PATH": PATH}, capture_output=True, text=True, timeout=20
+        )
         assert done.returncode == 2 and f"launch/{path.name} " in done.stderr
 
 
@@ -247,7 +313,10 @@ def test_a_cluster_is_named_for_its_user_and_folder(path: Path, tmp_path: Path) 
         mine.write_text(path.read_text())
         done = check(mine, "up.sh")
         [name] = re.findall(r"^cluster_name: (.+)$", mine.read_text(), re.MULTILINE)
-        assert f"== named the cluster {name}, in {mine}" in done.stdout and "NAME-REPLACE" not in done.stderr
+        assert (
+            f"== named the cluster {name}, in {mine}" in done.stdout
+            and "NAME-REPLACE" not in done.stderr
+        )
         names.append(name)
     begin = re.sub(r"[^A-Za-z0-9-]", "-", f"qpruner-{getpass.getuser()}-{ROOT.name}")[:50]
     assert all(re.fullmatch(rf"{begin}-[0-9a-f]{{6}}", name) for name in names)

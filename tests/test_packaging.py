@@ -38,7 +38,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     checkout = copy_checkout(folder / "checkout")
     git(checkout, "init", "--quiet")
     git(checkout, "add", "--all")
-    git(checkout, "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "all")
+    git(
+        checkout,
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@localhost",
+        "commit",
+        "--quiet",
+        "--message",
+        "all",
+    )
     # Builds the source archive, unpacks it where no git is, and builds the wheel from that.
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", checkout]
     subprocess.run(build, check=True, timeout=120)
@@ -55,7 +65,11 @@ def environment(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run_in(environment: Path, *command: object, minutes: float = 1, **variables: str) -> str:
     """Run a command in a virtual environment, without access to the checkout, and return its output."""
-    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    bare = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
     path = f"{environment / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
         [str(each) for each in command],
@@ -78,8 +92,13 @@ def test_an_installation_is_complete_and_names_its_commit(
         environment = environment_with(tmp_path / "environment", getattr(built, source))
     commit = git(built.checkout, "rev-parse", "HEAD")
     for command in (["qpruner"], ["python", "-m", "qpruner"]):
-        assert _run_in(environment, *command, "--version") == f"qpruner, version {VERSION} (commit {commit[:12]})\n"
-    package = Path(_run_in(environment, "python", "-c", "import qpruner; print(qpruner.__path__[0])").strip())
+        assert (
+            _run_in(environment, *command, "--version")
+            == f"qpruner, version {VERSION} (commit {commit[:12]})\n"
+        )
+    package = Path(
+        _run_in(environment, "python", "-c", "import qpruner; print(qpruner.__path__[0])").strip()
+    )
     assert package.is_relative_to(environment)
     there = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
     tracked = git(built.checkout / "qpruner", "ls-files").splitlines()
@@ -110,7 +129,11 @@ def test_a_checkout_names_its_commit_and_changes(built: Built, tmp_path: Path) -
 
 def test_bash_completes_verbs_options_choices_and_files(environment: Path) -> None:
     """The shell itself completes files."""
-    completions = {"qpruner st": "status", "qpruner run --a": "--address", "qpruner export --to m": "merged"}
+    completions = {
+        "qpruner st": "status",
+        "qpruner run --a": "--address",
+        "qpruner export --to m": "merged",
+    }
     for typed, offered in completions.items():
         script = (
             'eval "$(_QPRUNER_COMPLETE=bash_source qpruner)"\n'
@@ -133,14 +156,26 @@ def interpreter(version: str) -> str:
     for python in filter(None, found):
         # pyenv has a `python3.x` that fails for versions that are not selected.
         probe = f"import sys, venv, ensurepip; print('{version}' == '%d.%d' % sys.version_info[:2])"
-        if subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=60).stdout == "True\n":
+        if (
+            subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=60).stdout
+            == "True\n"
+        ):
             return str(python)
     pytest.skip(f"there is no Python {version} here")
 
 
 @pytest.mark.parametrize("version", OTHERS)
 def test_every_module_compiles(version: str, tmp_path: Path) -> None:
-    command = [interpreter(version), "-W", "error", "-m", "compileall", "-q", "-f", str(ROOT / "qpruner")]
+    command = [
+        interpreter(version),
+        "-W",
+        "error",
+        "-m",
+        "compileall",
+        "-q",
+        "-f",
+        str(ROOT / "qpruner"),
+    ]
     variables = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
@@ -150,7 +185,11 @@ def test_every_module_compiles(version: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", OTHERS)
 def test_it_works_with_another_python_from_an_index(
-    version: str, built: Built, tiny_raw: dict[str, Any], write_yaml: Callable[..., Path], tmp_path: Path
+    version: str,
+    built: Built,
+    tiny_raw: dict[str, Any],
+    write_yaml: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """A real installation of some minutes and 7 GB: the demo's check, and the tiny model pruned."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
@@ -159,7 +198,18 @@ def test_it_works_with_another_python_from_an_index(
     try:
         subprocess.run([python, "-m", "venv", folder], check=True, timeout=2 * MINUTES)
         try:
-            _run_in(folder, "python", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder / "x", "click")
+            _run_in(
+                folder,
+                "python",
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                folder / "x",
+                "click",
+            )
         except (AssertionError, subprocess.TimeoutExpired):
             pytest.skip("no package index answers")
         _run_in(folder, *pip, f"{built.wheel}[demo]", minutes=30)

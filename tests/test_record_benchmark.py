@@ -34,12 +34,19 @@ def test_rows_are_compared_with_ours_of_as_many_bytes(capsys: pytest.CaptureFixt
         "nf4": (125, 1.9),
         "ours-112.1": (112, 1.7),
     }
-    lines = [measured(name, size, loss, seed) for name, (size, loss) in sizes.items() for seed in record.SEEDS]
+    lines = [
+        measured(name, size, loss, seed)
+        for name, (size, loss) in sizes.items()
+        for seed in record.SEEDS
+    ]
     record.table([*lines, measured("dense", 270, 1.6, 1)])  # two of its seeds are not measured yet
     shown, compared = (
-        [line.split(" | ") for line in part.split("\n")] for part in capsys.readouterr().out.split("\n\n")
+        [line.split(" | ") for line in part.split("\n")]
+        for part in capsys.readouterr().out.split("\n\n")
     )
-    assert len({len(row) for row in shown}) == 2  # all rows as the heading; the rule below it has no spaces
+    assert (
+        len({len(row) for row in shown}) == 2
+    )  # all rows as the heading; the rule below it has no spaces
     rows = [row[0].removeprefix("| ").partition(":")[0] for row in shown[2:]]
     assert rows == ["ours-60", "ours-91.7", "q4_0", "ours-112.1", "nf4"]
     assert [(row[0], row[1], row[-1]) for row in compared[2:] if row[0]] == [

@@ -46,7 +46,8 @@ def test_the_reference_is_current(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1.0, "1 row"), (0.5, "0.5 rows")]
+    ("number", "text"),
+    [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1.0, "1 row"), (0.5, "0.5 rows")],
 )
 def test_only_one_is_singular(number: float, text: str) -> None:
     assert counted(number, "row") == text

@@ -26,18 +26,35 @@ from qpruner.wording import counted
 
 
 def check(
-    config: RunConfig, address: str | None, quiet: bool, measure: bool, for_gpus: bool, show_config: bool
+    config: RunConfig,
+    address: str | None,
+    quiet: bool,
+    measure: bool,
+    for_gpus: bool,
+    show_config: bool,
 ) -> dict[str, Any]:
     """Print and return the sizes, memory and time of a planned run; raise a `UserError` if the run cannot work."""
     if measure and for_gpus:
-        raise UserError("`--measure` times this machine, `--gpu` assumes another one: give only one of them")
+        raise UserError(
+            "`--measure` times this machine, `--gpu` assumes another one: give only one of them"
+        )
     with Terminal(quiet=quiet) as terminal:
-        found = check_run(config, terminal.emit, address, gpu_is_elsewhere=for_gpus and address is None)
+        found = check_run(
+            config, terminal.emit, address, gpu_is_elsewhere=for_gpus and address is None
+        )
     inspection, resources = found.inspection, found.resources
     rates = _measured_rates(config, found) if measure else None
     gpus = resources.get("gpu") or (1.0 if for_gpus else None)
-    is_here = address is None and not for_gpus and config.model.device_map == "single" and (gpus or 0) <= 1
-    free, disk = free_bytes() if is_here else None, dict(zip(("disk_needed", "disk_free"), found.disk, strict=True))
+    is_here = (
+        address is None
+        and not for_gpus
+        and config.model.device_map == "single"
+        and (gpus or 0) <= 1
+    )
+    free, disk = (
+        free_bytes() if is_here else None,
+        dict(zip(("disk_needed", "disk_free"), found.disk, strict=True)),
+    )
     estimated = estimate.facts(config, inspection, rates, found.slots, gpus)
     facts = _facts(config, inspection, found.slots) | {"memory_free": free} | disk | estimated
     driver = driver_text(RunDir(config.output, create=False))
@@ -79,13 +96,20 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
         "formats": {name: _offered(config, layout, name) for name in levels},
-        **{f"bytes_all_{name}": layout.plan_bytes(layout.uniform(name)) for name in config.quantize.levels},
+        **{
+            f"bytes_all_{name}": layout.plan_bytes(layout.uniform(name))
+            for name in config.quantize.levels
+        },
         "bytes_budget": inspection.budget_bytes,
-        "bytes_plan": None if plan is None else {UNPRUNED: base, **inspection.layouts}[plan.cut].plan_bytes(plan),
+        "bytes_plan": None
+        if plan is None
+        else {UNPRUNED: base, **inspection.layouts}[plan.cut].plan_bytes(plan),
         "concurrent_trials": min(slots, config.num_trials),
         "rungs": list(config.search.rungs),
         "rows": {name: len(rows) for name, rows in inspection.examples.items()},
-        "rows_cut": {name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS},
+        "rows_cut": {
+            name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS
+        },
         "questions": inspection.num_questions,
     }
 
@@ -94,16 +118,29 @@ def _offered(config: RunConfig, layout: Layout, name: str) -> dict[str, Any]:
     """Return the groups that may have a format, and those that cannot take it, with the reason."""
     lacking = {}
     for group in layout.groups:
-        asked = config.quantize.embedding_levels if group.name in (EMBEDDINGS, HEAD) else config.quantize.levels
+        asked = (
+            config.quantize.embedding_levels
+            if group.name in (EMBEDDINGS, HEAD)
+            else config.quantize.levels
+        )
         if name in asked and name not in group.formats:
-            lacking[group.name] = (refusals(name, group.linears, True) or refusals(name, group.linears, False))[0]
-    return {"groups": [group.name for group in layout.groups if name in group.formats], "lacking": lacking}
+            lacking[group.name] = (
+                refusals(name, group.linears, True) or refusals(name, group.linears, False)
+            )[0]
+    return {
+        "groups": [group.name for group in layout.groups if name in group.formats],
+        "lacking": lacking,
+    }
 
 
 def _format_text(name: str, offered: dict[str, Any]) -> str:
     having, lacking = offered["groups"], list(offered["lacking"].items())
     text = f"{name} for {', '.join(having) if len(having) <= 2 else counted(len(having), 'group')}"
-    return f"{text}, not for {counted(len(lacking), 'group')} ({': '.join(lacking[0])})" if lacking else text
+    return (
+        f"{text}, not for {counted(len(lacking), 'group')} ({': '.join(lacking[0])})"
+        if lacking
+        else text
+    )
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
@@ -113,7 +150,9 @@ def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
     cores = max(1, int(found.resources.get("cpu", 1)))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if found.resources.get("gpu") and not gpu:
-        raise UserError("`--measure` times this machine, which has no GPU, but trials would use one: run it on theirs")
+        raise UserError(
+            "`--measure` times this machine, which has no GPU, but trials would use one: run it on theirs"
+        )
     return hours.measured_rates(config, found.inspection, cores, gpu or counted(cores, "CPU core"))
 
 
@@ -121,8 +160,12 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     search, size = config.search, facts["bytes_plan"]
     if search.plan is None or search.plan_method:
         return []
-    parts = [] if size is None else [f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}"]
-    parts += ["its bytes are compared with the budget once the model is pruned"] * facts["is_estimate"]
+    parts = (
+        [] if size is None else [f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}"]
+    )
+    parts += ["its bytes are compared with the budget once the model is pruned"] * facts[
+        "is_estimate"
+    ]
     return [f"your plan:   {'; '.join(parts)}"]
 
 
@@ -131,13 +174,23 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     origin = f"from {rows['calibration']} rows of {'`calibration.data`' if calibration.data else '`data.train`'}"
     if calibration.packing:
         origin = f"of {calibration.max_length} tokens packed {origin}"
-    measured = counted(calibration.num_sensitivity_samples, "row") if config.measured_methods else "none"
+    measured = (
+        counted(calibration.num_sensitivity_samples, "row") if config.measured_methods else "none"
+    )
     chosen = (rows["confirmation"] + 1) // 2
     scored = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
-    scored += [f"{_questions(questions['fresh'])}, fresh, choose the winner"] if questions["fresh"] else []
+    scored += (
+        [f"{_questions(questions['fresh'])}, fresh, choose the winner"]
+        if questions["fresh"]
+        else []
+    )
     text = [f"{counted(rows['text'], 'row')} of text (`evaluate.text`)"] if "text" in rows else []
     cut = [f"{number} {name}" for name, number in facts["rows_cut"].items() if number]
-    ends = f"; about {', '.join(cut)} lose their ends (`data.max_length` {config.data.max_length})" if cut else ""
+    ends = (
+        f"; about {', '.join(cut)} lose their ends (`data.max_length` {config.data.max_length})"
+        if cut
+        else ""
+    )
     return [
         f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
         f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
@@ -168,8 +221,14 @@ def _cut_lines(facts: dict[str, Any], limit: float | None) -> Iterator[str]:
 
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
     """Format the estimates and sizes of a run as the lines that `check` prints."""
-    about = " (estimate: the exact widths are known once the model is pruned)" if facts["is_estimate"] else ""
-    sizes = [f"all {name} {facts[f'bytes_all_{name}'] / 1e6:.1f} MB" for name in config.quantize.levels]
+    about = (
+        " (estimate: the exact widths are known once the model is pruned)"
+        if facts["is_estimate"]
+        else ""
+    )
+    sizes = [
+        f"all {name} {facts[f'bytes_all_{name}'] / 1e6:.1f} MB" for name in config.quantize.levels
+    ]
     trials = f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",

@@ -40,7 +40,11 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             terminal.say(where_next(root))
             for command in served_commands(results.serve, storage_at(root).address):
                 terminal.say(f"Talk to it, once its program is installed: `{command}`")
-    figures: dict[str, Any] = {"status": "ok", "run": storage_at(root).address, "seconds": results.seconds}
+    figures: dict[str, Any] = {
+        "status": "ok",
+        "run": storage_at(root).address,
+        "seconds": results.seconds,
+    }
     if results.search:
         figures |= {"best_plan": results.search.best_plan, "best_cut": results.search.best_cut}
     if results.serve:
@@ -48,7 +52,9 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
     if results.finetune and results.evaluate:
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]
-        figures["finalists"] = [asdict(row) for row in finalists(results.search)] if results.search else []
+        figures["finalists"] = (
+            [asdict(row) for row in finalists(results.search)] if results.search else []
+        )
     return figures
 
 

@@ -44,7 +44,9 @@ ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
 ABOUT_TEMPLATE = "Around each prompt: the tokenizer's chat template (or none if it lacks one), Alpaca's, or none."
 TEMPLATES = ["chat", "alpaca", "alpaca_short", "none"]
-ABOUT_TO = "gguf: for llama.cpp, Ollama; vllm; merged: a dense model; peft: adapter and quantized model."
+ABOUT_TO = (
+    "gguf: for llama.cpp, Ollama; vllm; merged: a dense model; peft: adapter and quantized model."
+)
 ABOUT_DAMAGE = "repeat `qpruner run` to write it again, or fetch it again if the file is yours"
 """Remedy for a damaged file in a verb that runs no stages; the error of a stage has a more exact remedy."""
 
@@ -56,7 +58,14 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help=ABOUT_VERSION)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help=ABOUT_VERSION,
+)
 def main() -> None:
     """Make a large language model fit into your memory with the least loss of quality."""
     # Beside a busy process torch's spinning threads doubled a step's time. Read when torch loads: they sleep soon.
@@ -74,7 +83,9 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
     return "".join("+-" if character == "±" else "?" for character in lacking), error.end
 
 
-def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None) -> None:
+def _guarded(
+    as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None
+) -> None:
     """Run a verb; turn a `QprunerError` into an exit code and a message (naming `--plan` if `plan_file` is given)."""
     try:
         outcome, code = work(), 0
@@ -88,7 +99,14 @@ def _guarded(as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path 
     except BrokenPipeError:
         raise  # click exits quietly if the reader closes the pipe, as in `qpruner trials RUN | head`
     except Exception as error:
-        outcome, code = {"status": "error", "kind": type(error).__name__, "error": f"{error}\n{note_defect(error)}"}, 1
+        outcome, code = (
+            {
+                "status": "error",
+                "kind": type(error).__name__,
+                "error": f"{error}\n{note_defect(error)}",
+            },
+            1,
+        )
         traceback.print_exc()
     except KeyboardInterrupt:
         outcome, code = {"status": "interrupted", "resume": as_called()}, 130
@@ -114,11 +132,15 @@ def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]
     return register
 
 
-_json_last = click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+_json_last = click.option(
+    "--json", "as_json", is_flag=True, help="End stdout with one JSON object."
+)
 
 
 def _config_options(about_address: str) -> tuple[Any, ...]:
-    about_set = "Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` restores the default."
+    about_set = (
+        "Override a key: search.max_trials=20, data.train.0.limit=8; `KEY=` restores the default."
+    )
     return (
         click.option("--quiet", is_flag=True, help="Print the result only."),
         _json_last,
@@ -130,7 +152,9 @@ def _config_options(about_address: str) -> tuple[Any, ...]:
 
 def _plan_option(does: str) -> Any:
     about = f"{does}: a file as `qpruner plan` prints it, or the name of a sensitivity for its seed plan."
-    return click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help=about)
+    return click.option(
+        "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help=about
+    )
 
 
 def _load(config: str, overrides: tuple[str, ...], plan_file: Path | None) -> RunConfig:
@@ -165,14 +189,34 @@ for _name, (_last, _text) in VERBS.items():
 
 
 @_verb(
-    *_config_options("Ray cluster to check (auto or HOST:PORT); if not given, this machine is checked."),
-    click.option("--measure", is_flag=True, help="Time a few steps on this machine and estimate the hours from them."),
-    click.option("--gpu", "for_gpus", is_flag=True, help="Assume a machine with GPUs, even if this one has none."),
-    click.option("--show-config", is_flag=True, help="Print every key of the configuration, defaults included."),
+    *_config_options(
+        "Ray cluster to check (auto or HOST:PORT); if not given, this machine is checked."
+    ),
+    click.option(
+        "--measure",
+        is_flag=True,
+        help="Time a few steps on this machine and estimate the hours from them.",
+    ),
+    click.option(
+        "--gpu",
+        "for_gpus",
+        is_flag=True,
+        help="Assume a machine with GPUs, even if this one has none.",
+    ),
+    click.option(
+        "--show-config",
+        is_flag=True,
+        help="Print every key of the configuration, defaults included.",
+    ),
     _plan_option("Check this plan too"),
 )
 def check(
-    config: str, overrides: tuple[str, ...], plan_file: Path | None, as_json: bool, quiet: bool, **options: Any
+    config: str,
+    overrides: tuple[str, ...],
+    plan_file: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> dict[str, Any]:
     """Validate a configuration and estimate what its run would need; loads no weights."""
     loaded = _load(config, overrides, plan_file)
@@ -196,7 +240,13 @@ _verb(
 )(run_verbs.trials)
 _verb(
     _run_folder,
-    click.option("--trial", "index", type=int, metavar="NUMBER", help="Print this trial's plan, not the winner's."),
+    click.option(
+        "--trial",
+        "index",
+        type=int,
+        metavar="NUMBER",
+        help="Print this trial's plan, not the winner's.",
+    ),
     _json,
 )(run_verbs.plan)
 _verb(_run_folder, _json_last)(run_verbs.report)
@@ -217,8 +267,18 @@ def schema(results: bool) -> None:
 
 @_verb(
     _run_folder,
-    click.option("--to", "form", type=click.Choice(("gguf", "vllm", "merged", "peft")), required=True, help=ABOUT_TO),
-    click.option("--merge", is_flag=True, help="With gguf and vllm: merge the adapter into the packed weights."),
+    click.option(
+        "--to",
+        "form",
+        type=click.Choice(("gguf", "vllm", "merged", "peft")),
+        required=True,
+        help=ABOUT_TO,
+    ),
+    click.option(
+        "--merge",
+        is_flag=True,
+        help="With gguf and vllm: merge the adapter into the packed weights.",
+    ),
     click.option("--out", type=click.Path(), help="Folder to write; by default RUN/export/FORM."),
     _json_last,
 )
@@ -234,18 +294,36 @@ _verb(
     _run_folder,
     click.argument("repo_id", metavar="OWNER/NAME"),
     click.option("--public/--private", "is_public", default=False, help="Visibility."),
-    click.option("--what", type=click.Choice(("final", "merged", "peft")), default="final", help="Form to upload."),
+    click.option(
+        "--what",
+        type=click.Choice(("final", "merged", "peft")),
+        default="final",
+        help="Form to upload.",
+    ),
     _json_last,
 )(run_verbs.push)
 
 
 @_verb(
     click.argument("place", metavar="RUN_OR_FOLDER", type=click.Path()),
-    click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt to answer; may be repeated."),
-    click.option("--which", metavar="NAMES", help="Models of a run, such as base,cut-20,final; default: all."),
-    click.option("--max-tokens", type=click.IntRange(min=1), default=128, help="Maximum tokens of an answer."),
     click.option(
-        "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 always takes the likeliest token."
+        "--prompt",
+        "prompts",
+        multiple=True,
+        metavar="TEXT",
+        help="Prompt to answer; may be repeated.",
+    ),
+    click.option(
+        "--which", metavar="NAMES", help="Models of a run, such as base,cut-20,final; default: all."
+    ),
+    click.option(
+        "--max-tokens", type=click.IntRange(min=1), default=128, help="Maximum tokens of an answer."
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        help="0 always takes the likeliest token.",
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the sampling."),
     click.option("--template", type=click.Choice(TEMPLATES), default="chat", help=ABOUT_TEMPLATE),

@@ -23,17 +23,25 @@ MERGEABLE = ("gguf", "vllm")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def generate(place: str, which: str | None, prompts: Sequence[str], as_json: bool, **sampling: Any) -> dict[str, Any]:
+def generate(
+    place: str, which: str | None, prompts: Sequence[str], as_json: bool, **sampling: Any
+) -> dict[str, Any]:
     """Print the answer of every model of a run or folder to every prompt; `sampling` has the fields of `Sampling`."""
     if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError("`--prompt TEXT` is missing or empty: give at least one, each with some text")
+        raise UserError(
+            "`--prompt TEXT` is missing or empty: give at least one, each with some text"
+        )
     root = Path(place).expanduser()
-    names = list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
+    names = (
+        list(dict.fromkeys(name.strip() for name in which.split(","))) if which is not None else []
+    )
     # A command that still works on the run may replace the models.
     if (root / STATE).is_file() and (warning := warning_of_driver(RunDir(root, create=False))):
         click.echo(warning, err=True)
     models = sources(place, names)
-    answers = [answer for source in models for answer in _answers(source, prompts, Sampling(**sampling))]
+    answers = [
+        answer for source in models for answer in _answers(source, prompts, Sampling(**sampling))
+    ]
     if not as_json:
         for number, prompt in enumerate(prompts):
             if len(prompts) > 1:
@@ -42,7 +50,10 @@ def generate(place: str, which: str | None, prompts: Sequence[str], as_json: boo
                 if answer["prompt"] == number:
                     heading = f"[{answer['model']}]\n" if len(models) > 1 else ""
                     click.echo(f"{heading}{printable(answer['text'])}")
-    described = [{"name": each.name, "folder": str(each.folder), "bytes": each.weight_bytes} for each in models]
+    described = [
+        {"name": each.name, "folder": str(each.folder), "bytes": each.weight_bytes}
+        for each in models
+    ]
     return {"status": "ok", "models": described, "prompts": list(prompts), "answers": answers}
 
 
@@ -69,16 +80,33 @@ def printable(text: str) -> str:
 def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> dict[str, Any]:
     """Write the final model for another program, and print where it is and what differs."""
     if merge and form not in MERGEABLE:
-        how = "this form is merged already" if form == "merged" else "for a merged model use `--to merged`"
-        raise UserError(f"`--merge` goes with `--to gguf` and `--to vllm`, not with `--to {form}`: {how}")
+        how = (
+            "this form is merged already"
+            if form == "merged"
+            else "for a merged model use `--to merged`"
+        )
+        raise UserError(
+            f"`--merge` goes with `--to gguf` and `--to vllm`, not with `--to {form}`: {how}"
+        )
     if out and "://" in out:
-        raise UserError(f"`--out` must be a folder on this machine, got {out}: write there, and copy it afterwards")
-    folder, wanted = RunDir(run, create=False), cast(forms.Form, f"{form}_merged" if merge else form)
-    place = Path(out).expanduser() if out else folder.require_folder("name a folder with `--out`") / "export" / wanted
+        raise UserError(
+            f"`--out` must be a folder on this machine, got {out}: write there, and copy it afterwards"
+        )
+    folder, wanted = (
+        RunDir(run, create=False),
+        cast(forms.Form, f"{form}_merged" if merge else form),
+    )
+    place = (
+        Path(out).expanduser()
+        if out
+        else folder.require_folder("name a folder with `--out`") / "export" / wanted
+    )
     if warning := warning_of_driver(folder):
         click.echo(warning, err=True)
     with _interrupted_by_sigterm(), Terminal(quiet=False) as terminal:
-        done = forms.export(folder, wanted, place.resolve(), loading_progress(terminal.emit, "export"))
+        done = forms.export(
+            folder, wanted, place.resolve(), loading_progress(terminal.emit, "export")
+        )
     click.echo("\n".join(_described(done)))
     return {"status": "ok", **vars(done), "folder": str(done.folder)}
 
@@ -87,7 +115,9 @@ def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> 
 def _interrupted_by_sigterm() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, which deletes what is half written."""
     told = dict[int, Any]()
-    before = signal.signal(signal.SIGTERM, lambda *now: (told.setdefault(*now), signal.default_int_handler(*now)))
+    before = signal.signal(
+        signal.SIGTERM, lambda *now: (told.setdefault(*now), signal.default_int_handler(*now))
+    )
     try:
         yield
     except Exception as error:  # torch makes a ValueError of an interrupt in its C code

@@ -39,7 +39,13 @@ def status(run: str, as_json: bool) -> dict[str, Any]:
         terminal = Terminal(quiet=False)
         terminal.say(_headline(facts))
         rows = [
-            (each["stage"], each["state"], _figure("seconds", each["seconds"]), each["steps"] or "", each["text"])
+            (
+                each["stage"],
+                each["state"],
+                _figure("seconds", each["seconds"]),
+                each["steps"] or "",
+                each["text"],
+            )
             for each in facts["stages"]
         ]
         terminal.table(("stage", "state", "time", "steps", ""), rows)
@@ -51,7 +57,10 @@ def status(run: str, as_json: bool) -> dict[str, Any]:
 
 
 def _headline(facts: dict[str, Any]) -> str:
-    text, quiet = f"{facts['run']}: {facts['outcome']}", duration(facts["seconds_since_sign_of_life"])
+    text, quiet = (
+        f"{facts['run']}: {facts['outcome']}",
+        duration(facts["seconds_since_sign_of_life"]),
+    )
     process = f"on {facts['host']} (process {facts['pid']})"
     if facts["outcome"] == "done":
         return text
@@ -110,14 +119,21 @@ def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
         shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
         terminal = Terminal(quiet=False)
         plans = {trial.index: plan_of(trial) for trial in snapshot.trials}
-        body = [[plans[row["trial"]] if name == "plan" else _cell(name, row) for name in shown] for row in rows]
+        body = [
+            [plans[row["trial"]] if name == "plan" else _cell(name, row) for name in shown]
+            for row in rows
+        ]
         terminal.table(shown, body)
     return {"status": "ok", "trials": rows}
 
 
 def _cell(name: str, row: dict[str, Any]) -> str:
     shown = _figure(name, row[name])
-    return score_with_step(shown, row["rung"], row["step"]) if name in ("loss", "accuracy") and row["rung"] else shown
+    return (
+        score_with_step(shown, row["rung"], row["step"])
+        if name in ("loss", "accuracy") and row["rung"]
+        else shown
+    )
 
 
 def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
@@ -158,15 +174,24 @@ def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
         headings = ["", *(names if len(set(names)) == len(set(places)) else places)]
         terminal.table(headings, body)
         for name, found in zip(headings[2:], apart, strict=True):
-            terminal.say(f"{name} minus {headings[1]}: {run_views.against_text(found)}.", is_prose=True)
+            terminal.say(
+                f"{name} minus {headings[1]}: {run_views.against_text(found)}.", is_prose=True
+            )
         if settings:
             terminal.say("Settings that differ:")
-            terminal.table(headings, [[key, *map(_setting, values)] for key, values in settings.items()])
+            terminal.table(
+                headings, [[key, *map(_setting, values)] for key, values in settings.items()]
+            )
         elif len(views) > 1:
             terminal.say("All settings are the same.")
     ends = ({"run": each["run"], "other": facts[0]["run"]} for each in facts[1:])
     differences = [end | asdict(found) for end, found in zip(ends, apart, strict=True)]
-    return {"status": "ok", "runs": facts, "differences": differences, "differing_settings": settings}
+    return {
+        "status": "ok",
+        "runs": facts,
+        "differences": differences,
+        "differing_settings": settings,
+    }
 
 
 def _setting(value: Any) -> str:
@@ -206,10 +231,14 @@ def push(run: str, repo_id: str, what: Any, is_public: bool, as_json: bool) -> d
     from qpruner.export.card import missing_remark
 
     folder = RunDir(run, create=False)
-    done = hub.push(folder, repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True))
+    done = hub.push(
+        folder, repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
+    )
     visibility = "private" if done.is_private else "public"
     removed = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
-    click.echo(f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {removed}{visibility}")
+    click.echo(
+        f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {removed}{visibility}"
+    )
     if remark := missing_remark(done.card_lacks):
         click.echo(remark, err=True)
     return {"status": "ok", **vars(done)}

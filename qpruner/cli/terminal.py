@@ -29,7 +29,9 @@ from qpruner.search import progress as trials_now
 from qpruner.search.progress import event_line, score_title
 from qpruner.wording import duration
 
-SILENCE_SECONDS = 30.0  # without a live view, a count is printed after this many seconds without output
+SILENCE_SECONDS = (
+    30.0  # without a live view, a count is printed after this many seconds without output
+)
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
 """The time left is estimated from the steps of the last 10 minutes: one step of a large model may take a minute."""
@@ -42,9 +44,13 @@ class Terminal:
     """Prints events of a run, all to stdout or all to stderr; with `quiet` it prints results only."""
 
     def __init__(self, quiet: bool, stderr: bool = False) -> None:
-        self._console = console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
+        self._console = console = Console(
+            highlight=False, emoji=False, soft_wrap=True, stderr=stderr
+        )
         # Whether the cursor cannot move. With `FORCE_COLOR` rich alone would take a pipe for a terminal.
-        self._is_plain = not (console.file.isatty() and console.is_terminal and not console.is_dumb_terminal)
+        self._is_plain = not (
+            console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
+        )
         self._quiet = quiet
         self._bars: dict[str, progress.TaskID] = {}
         self._stages: dict[str, float | str] = {}
@@ -62,7 +68,10 @@ class Terminal:
         self._live: Live | None = None
         if not (self._is_plain or quiet):
             self._live = Live(
-                get_renderable=self._view, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
+                get_renderable=self._view,
+                console=console,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                transient=True,
             )
 
     def __enter__(self) -> Terminal:
@@ -106,7 +115,9 @@ class Terminal:
                 self._steps = steps
         line = event_line(event, self._search.steps if self._search else 0)
         # The live view already shows the rungs of a running trial.
-        is_in_view = self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
+        is_in_view = (
+            self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
+        )
         if line and not is_in_view:
             self.say(line)
 
@@ -118,9 +129,18 @@ class Terminal:
             for cells in rows:
                 self.say("  ".join(map(set_cell_size, cells, widths)).rstrip())
             return
-        table = Table(*(Column(Text(each), overflow="fold") for each in headings), box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            *(Column(Text(each), overflow="fold") for each in headings),
+            box=None,
+            padding=(0, 2, 0, 0),
+        )
         for row in body:
-            table.add_row(*(_bars(cell) if isinstance(cell, PrecisionPlan) else Text(str(cell)) for cell in row))
+            table.add_row(
+                *(
+                    _bars(cell) if isinstance(cell, PrecisionPlan) else Text(str(cell))
+                    for cell in row
+                )
+            )
         self._console.print(table)
 
     def show(self, parts: Iterable[Part]) -> None:
@@ -142,14 +162,18 @@ class Terminal:
 
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
         if stage != "search" or detail:  # the view of the search already counts trials
-            before = next((task for task in self._progress.tasks if task.id == self._bars.get(stage)), None)
+            before = next(
+                (task for task in self._progress.tasks if task.id == self._bars.get(stage)), None
+            )
             if before and (before.total != total or before.completed >= done):
                 # A stage may count several things in turn: each gets a new bar, with its own pace and total.
                 self._progress.remove_task(before.id)
                 before = None
             if before is None:
                 self._bars[stage] = self._progress.add_task(stage, total=total)
-            self._progress.update(self._bars[stage], completed=done, description=f"{stage} {detail}".strip())
+            self._progress.update(
+                self._bars[stage], completed=done, description=f"{stage} {detail}".strip()
+            )
         if not self._live and time.monotonic() - self._last_line >= SILENCE_SECONDS:
             self.say(f"[{stage}] {detail or 'done'}: {done} of {total}")
 
@@ -164,13 +188,20 @@ class Terminal:
         """Render the live view; rich cuts off the lines below the window."""
         now = time.monotonic()
         stages = [
-            f"{stage} {outcome}" if isinstance(outcome, str) else f"{stage} running, {duration(now - outcome)}"
+            f"{stage} {outcome}"
+            if isinstance(outcome, str)
+            else f"{stage} running, {duration(now - outcome)}"
             for stage, outcome in tuple(self._stages.items())
         ]
-        parts: list[RenderableType] = [Text(" | ".join(stages), style="bold", **FOLDED), self._progress]
+        parts: list[RenderableType] = [
+            Text(" | ".join(stages), style="bold", **FOLDED),
+            self._progress,
+        ]
         if self._search and "search" in self._stages:
             num_listed = max(1, self._console.size.height - LINES_ABOVE)
-            parts += _search_view(self._search, tuple(self._trials.values()), self._steps, num_listed)
+            parts += _search_view(
+                self._search, tuple(self._trials.values()), self._steps, num_listed
+            )
         return Group(*parts)
 
 
@@ -180,8 +211,13 @@ def _search_view(
     """Render a search: counts, time left, the best trials and the running trials."""
     now = trials_now.search_progress(search, trials)
     for line, best in trials_now.search_lines(search, now):
-        yield Text(f"{line}  " if best else line, **FOLDED).append(_bars(plan_of(best)) if best else "")
-    figures = [Column(name, no_wrap=True) for name in ("trial", "from", "cut", "bytes", "step", score_title(search))]
+        yield Text(f"{line}  " if best else line, **FOLDED).append(
+            _bars(plan_of(best)) if best else ""
+        )
+    figures = [
+        Column(name, no_wrap=True)
+        for name in ("trial", "from", "cut", "bytes", "step", score_title(search))
+    ]
     table = Table(*figures, Column("plan", overflow="fold"), box=None, header_style="dim")
     for trial in now.running[:num_listed]:
         last = trial.rungs[-1] if trial.rungs else None
@@ -192,7 +228,9 @@ def _search_view(
             cut_title(trial.cut),
             f"{trial.plan_bytes / 1e6:.1f} MB",
             f"{step}/{search.steps}",
-            trials_now.score_with_step(f"{last.value(search.metric):.4f}", last.step, step) if last else "-",
+            trials_now.score_with_step(f"{last.value(search.metric):.4f}", last.step, step)
+            if last
+            else "-",
             _bars(plan_of(trial)),
         )
     if len(now.running) > num_listed:
@@ -205,5 +243,8 @@ def _bars(plan: PrecisionPlan) -> Text:
     """Render a plan: the letter of every group's format on the format's colour."""
     text = Text()
     for name, groups in plan.runs:
-        text.append(format_of(name).letter * len(groups), f"{format_of(name).ink} on {format_of(name).colour}")
+        text.append(
+            format_of(name).letter * len(groups),
+            f"{format_of(name).ink} on {format_of(name).colour}",
+        )
     return text

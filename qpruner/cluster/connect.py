@@ -52,9 +52,15 @@ def connect(address: str | None) -> Cluster:
     variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if address:
         # Each machine fetches a file of the bank once for all its workers, because the run's storage is remote.
-        variables[BANK_CACHE] = os.environ.get(BANK_CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}")
+        variables[BANK_CACHE] = os.environ.get(
+            BANK_CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}"
+        )
         variables[CACHE] = str(cache_root())  # every path of a run at a URI begins with this folder
-    options = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
+    options = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "runtime_env": {"env_vars": variables},
+    }
     was_joined = ray.is_initialized()
     if was_joined:
         present = ray.get_runtime_context().gcs_address
@@ -130,7 +136,10 @@ def ensure_token() -> None:
 
 def _write_token(path: Path) -> None:
     """Write a new token, unless there is one."""
-    with suppress(FileExistsError), open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+    with (
+        suppress(FileExistsError),
+        open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file,
+    ):
         file.write(secrets.token_hex(32))
 
 
@@ -140,7 +149,9 @@ def _join(address: str, options: dict[str, Any]) -> None:
 
     if address.startswith("ray://"):
         remedy = "repeat the command on the head node with `--address auto`, or submit it with `ray job submit`"
-        raise UserError(f"--address {address}: qpruner does not work through a Ray client; {remedy}")
+        raise UserError(
+            f"--address {address}: qpruner does not work through a Ray client; {remedy}"
+        )
     try:
         # Connect first: this fails at once where nothing listens, while Ray would log many attempts.
         host, _, port = ray_private.canonicalize_address_or_die(address).rpartition(":")
@@ -163,7 +174,9 @@ def _growth() -> Slots:
     session, option = ray.get_runtime_context().get_session_name(), "--autoscaling-config="
     heads = [size_of(node) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
     for command in (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])):
-        files = [argument.removeprefix(option) for argument in command if argument.startswith(option)]
+        files = [
+            argument.removeprefix(option) for argument in command if argument.startswith(option)
+        ]
         if heads and files and any(f"/{session}/" in argument for argument in command):
             return read_growth(Path(files[0]).expanduser(), heads[0])
     return Slots(())

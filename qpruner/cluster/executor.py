@@ -52,7 +52,9 @@ class LocalExecutor:
 class ClusterExecutor:
     """Runs each work in a new process on a node; this process, the driver, holds no model. See also `run_tasks`."""
 
-    def __init__(self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes) -> None:
+    def __init__(
+        self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes
+    ) -> None:
         self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
@@ -62,11 +64,15 @@ class ClusterExecutor:
         jobs = [Streamed(work, int(self._resources.get("cpu", 1.0)))]
         held, check = self._gpu_time.add, self._check_node
         result: Result
-        ((_, result),) = run_tasks(run_streamed, jobs, self._resources, 1, True, check, on_held=held, on_event=emit)
+        ((_, result),) = run_tasks(
+            run_streamed, jobs, self._resources, 1, True, check, on_held=held, on_event=emit
+        )
         return result
 
 
-ModelExecutor = LocalExecutor | ClusterExecutor  # runs work on one model, and passes on its events and errors unchanged
+ModelExecutor = (
+    LocalExecutor | ClusterExecutor
+)  # runs work on one model, and passes on its events and errors unchanged
 
 
 @dataclass(frozen=True)

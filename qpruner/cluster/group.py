@@ -72,13 +72,17 @@ def _run(
             use_gpu=bool(resources.get("gpu")),
             resources_per_worker={name.upper(): amount for name, amount in resources.items()},
         ),
-        run_config=RunConfig(name=name, storage_path=str(scratch), callbacks=[_GroupHooks(nodes, check_node)]),
+        run_config=RunConfig(
+            name=name, storage_path=str(scratch), callbacks=[_GroupHooks(nodes, check_node)]
+        ),
     )
     try:
         return trainer.fit().return_value
     except WorkerGroupError as error:
         cause = _first_cause(error.worker_failures)
-        if isinstance(cause, RayActorError) and not all(map(is_staying, (read_progress(nodes) or "").split())):
+        if isinstance(cause, RayActorError) and not all(
+            map(is_staying, (read_progress(nodes) or "").split())
+        ):
             raise NodeDiedError(str(cause)) from error
         raise cause from error
     except ControllerError as error:
@@ -98,7 +102,9 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """End the run where Ray Train would start the group again; this counts like any other death."""
         if self._held:
-            raise WorkerGroupError("", {0: RayActorError(error_msg="a process died, or its machine leaves")})
+            raise WorkerGroupError(
+                "", {0: RayActorError(error_msg="a process died, or its machine leaves")}
+            )
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """Check the nodes before Ray Train (2.60) sends them `self`: another version of qpruner may lack its class."""
@@ -118,9 +124,15 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
     """Return the failure that caused the others: the death of a process, or an error that is no broken connection."""
-    causes: list[Exception] = [getattr(failure, "health_check_failure", failure) for failure in failures.values()]
+    causes: list[Exception] = [
+        getattr(failure, "health_check_failure", failure) for failure in failures.values()
+    ]
     died = [cause for cause in causes if isinstance(cause, RayActorError)]
-    own = [cause for cause in causes if not (type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause))]
+    own = [
+        cause
+        for cause in causes
+        if not (type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause))
+    ]
     first: Exception = [*died, *own, RayActorError(error_msg=str(causes[0]))][0]
     return first
 

@@ -59,8 +59,12 @@ def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> 
         task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look_at_one)
         strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         answers = [
-            task.options(scheduling_strategy=strategy).remote(str(storage), driver, node["NodeID"], own, node_size.gpus)
-            for node, node_size, strategy in zip(nodes, map(size_of, nodes), strategies, strict=True)
+            task.options(scheduling_strategy=strategy).remote(
+                str(storage), driver, node["NodeID"], own, node_size.gpus
+            )
+            for node, node_size, strategy in zip(
+                nodes, map(size_of, nodes), strategies, strict=True
+            )
         ]
     ray.wait(answers, num_returns=len(answers), timeout=seconds)
     reports = []
@@ -70,8 +74,14 @@ def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> 
             answer = ray.get(reference, timeout=0)
         except (RayError, TimeoutError) as error:
             ray.cancel(reference, force=True)
-            has_left = isinstance(error, NodeDiedError | TaskUnschedulableError)  # known before Ray's table says so
-            why = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else str(error).partition("\n")[0]
+            has_left = isinstance(
+                error, NodeDiedError | TaskUnschedulableError
+            )  # known before Ray's table says so
+            why = (
+                f"no answer in {seconds:g} s"
+                if isinstance(error, TimeoutError)
+                else str(error).partition("\n")[0]
+            )
             remedy = "see Ray's log there, or take the node out of the cluster (`ray stop`)"
             answer = {"problems": {"no answer": f"it could not be checked: {why}; {remedy}"}}
         name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node_id[:8]})"
@@ -126,7 +136,9 @@ def check_node(driver_versions: Mapping[str, str], place: tuple[str, str, str, s
     """
     trouble = differences(driver_versions)
     if place and not trouble:  # reading the storage needs the driver's qpruner
-        unreadable = _storage_trouble(Path(place[0]), *place[2:])  # waits for the storage as long as a trial does
+        unreadable = _storage_trouble(
+            Path(place[0]), *place[2:]
+        )  # waits for the storage as long as a trial does
         trouble = f"`output`: {place[1]} {unreadable}" if unreadable else ""
     if trouble := trouble or _unseen_gpus():
         raise RuntimeError(f"{REFUSAL}{own_name()}: {trouble}")
@@ -162,7 +174,11 @@ def differences(driver_versions: Mapping[str, str]) -> str:
     """Describe the versions that differ between this node and the driver; empty if none does."""
     own = versions() if driver_versions else {}
     pairs = ((name, own[name], wanted) for name, wanted in driver_versions.items())
-    return ", ".join(f"{name} is {there} there and {wanted} here" for name, there, wanted in pairs if there != wanted)
+    return ", ".join(
+        f"{name} is {there} there and {wanted} here"
+        for name, there, wanted in pairs
+        if there != wanted
+    )
 
 
 def _code() -> str:
@@ -210,25 +226,36 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
     try:
         import torch
 
-        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        found = [
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+        ]
         if found:
             from bitsandbytes.cextension import lib
 
             if not lib.compiled_with_cuda:
                 library = torch.version.cuda or torch.version.hip
-                raise RuntimeError(f"bitsandbytes has no library for CUDA or ROCm {library}, which torch uses")
+                raise RuntimeError(
+                    f"bitsandbytes has no library for CUDA or ROCm {library}, which torch uses"
+                )
     except (ImportError, OSError, RuntimeError) as error:
         text = str(error).strip().partition("\n")[0]
         remedy = "install a torch for its GPU driver there, and a bitsandbytes for this torch"
-        return [], f"torch or bitsandbytes cannot use its GPUs: {type(error).__name__}: {text}; {remedy}"
+        return (
+            [],
+            f"torch or bitsandbytes cannot use its GPUs: {type(error).__name__}: {text}; {remedy}",
+        )
     seen = [(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in found]
     if len(seen) < counted and (seen or _has_hardware()):
-        remedy = "install a torch for its GPU driver (`nvidia-smi` shows the version), or a newer driver"
+        remedy = (
+            "install a torch for its GPU driver (`nvidia-smi` shows the version), or a newer driver"
+        )
         return seen, f"Ray counts {counted:g} GPUs, torch sees {len(seen)}; {remedy}"
     return seen, ""
 
 
-def _storage_trouble(folder: Path, driver: str, text: str, own: str = "", seconds: float | None = None) -> str:
+def _storage_trouble(
+    folder: Path, driver: str, text: str, own: str = "", seconds: float | None = None
+) -> str:
     """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a file `own`."""
     action = "read"
     try:

@@ -46,7 +46,9 @@ class Slots:
 
     nodes: tuple[Node, ...]
     head: Node = Node(0, 0)  # of a cluster with an autoscaler; it is also one of `nodes`
-    workers: tuple[Node, ...] = ()  # all that the autoscaler may start; each type repeated up to its own limit
+    workers: tuple[
+        Node, ...
+    ] = ()  # all that the autoscaler may start; each type repeated up to its own limit
     max_workers: int = 0  # how many of `workers` may run at once
 
     @property
@@ -65,8 +67,12 @@ class Slots:
 
     def at_most(self, resources: Mapping[str, float]) -> int:
         """Count the tasks that fit at once after the autoscaler has started all machines that it may start."""
-        by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)[: self.max_workers]
-        return max(self.fits(resources), self.head.fits(resources) + sum(by_worker) if by_worker else 0)
+        by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)[
+            : self.max_workers
+        ]
+        return max(
+            self.fits(resources), self.head.fits(resources) + sum(by_worker) if by_worker else 0
+        )
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
         """Return the resources of one trial: those asked for; by default one core, and one GPU if a machine has one."""
@@ -77,7 +83,16 @@ class Slots:
     def cores_each(self, num_tasks: int) -> float:
         """Return the largest number of cores per task at which this many tasks fit at once; at least 1."""
         most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
-        return float(next((cores for cores in range(most, 1, -1) if self.at_most({"cpu": cores}) >= num_tasks), 1))
+        return float(
+            next(
+                (
+                    cores
+                    for cores in range(most, 1, -1)
+                    if self.at_most({"cpu": cores}) >= num_tasks
+                ),
+                1,
+            )
+        )
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
         """Return how many trials may be in flight (see `Room`), up to `limit`; raise `UserError` if none ever fits."""
@@ -112,7 +127,9 @@ def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
     """Return the resources of each worker; several that train one model together need whole GPUs (NCCL)."""
-    return {**trial, "gpu": 1.0} if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1 else dict(trial)
+    return (
+        {**trial, "gpu": 1.0} if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1 else dict(trial)
+    )
 
 
 class Room:
@@ -122,9 +139,18 @@ class Room:
     """
 
     def __init__(
-        self, count_slots: Callable[[], Slots], resources: Mapping[str, float], limit: int | None, emit: Emit
+        self,
+        count_slots: Callable[[], Slots],
+        resources: Mapping[str, float],
+        limit: int | None,
+        emit: Emit,
     ) -> None:
-        self._count_slots, self._resources, self._limit, self._emit = count_slots, resources, limit or 10**6, emit
+        self._count_slots, self._resources, self._limit, self._emit = (
+            count_slots,
+            resources,
+            limit or 10**6,
+            emit,
+        )
         self._num_slots: int | None = None
         self._room, self._next_look = 0, 0.0
 
@@ -143,5 +169,10 @@ class Room:
                 self._num_slots = num_slots
                 self._emit(SlotsFound(num_slots))
                 if not self._room:
-                    self._emit(Message("search", "warning: no machine of the cluster can run a trial: add a machine"))
+                    self._emit(
+                        Message(
+                            "search",
+                            "warning: no machine of the cluster can run a trial: add a machine",
+                        )
+                    )
         return max(0, min(self._room - num_held, self._limit))

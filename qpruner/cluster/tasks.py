@@ -32,7 +32,9 @@ Result = TypeVar("Result")
 
 DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError)
 """Errors that mean that a worker died; the task of a process group ends with the RayActorError of a dead process."""
-MAX_DEATHS = 3  # deaths of workers in a row, on machines that stay and without progress, that fail a job
+MAX_DEATHS = (
+    3  # deaths of workers in a row, on machines that stay and without progress, that fail a job
+)
 QUIET_SECONDS = 20.0  # tell the user after so long that no worker has started
 PROCESS = "QPRUNER_PROCESS"
 """Environment variable with an id of its own for each process that serves one job."""
@@ -77,13 +79,18 @@ def run_tasks(
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
     emit, work = on_event or (lambda event: None), partial(_timed, function, on_event is not None)
-    start, deaths = _starter(getattr(function, "__name__", "task"), resources, own_process), DeathCounter(progress)
+    start, deaths = (
+        _starter(getattr(function, "__name__", "task"), resources, own_process),
+        DeathCounter(progress),
+    )
     waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
     quiet_until = time.monotonic() + QUIET_SECONDS
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position = waiting.popleft()
-            running[start(cloudpickle.dumps(checked(check_node, partial(work, jobs[position]))))] = position
+            running[
+                start(cloudpickle.dumps(checked(check_node, partial(work, jobs[position]))))
+            ] = position
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
         if not done and not nodes and time.monotonic() > quiet_until:
@@ -123,7 +130,9 @@ def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iter
     yield result, time.monotonic() - started
 
 
-def _starter(name: str, resources: Mapping[str, float], own_process: bool) -> Callable[[bytes], Any]:
+def _starter(
+    name: str, resources: Mapping[str, float], own_process: bool
+) -> Callable[[bytes], Any]:
     """Return a function that starts a Ray task, which yields the id of its node, then what the pickled work yields.
 
     A process keeps the first GPU that it has used, whatever Ray writes into CUDA_VISIBLE_DEVICES later, so that a
@@ -131,14 +140,21 @@ def _starter(name: str, resources: Mapping[str, float], own_process: bool) -> Ca
     GPU; an environment of its own gives it a new one.
     """
 
-    def located(work: bytes) -> Iterator[Any]:  # pickled by value, as it is nested: it runs before the node is checked
+    def located(
+        work: bytes,
+    ) -> Iterator[Any]:  # pickled by value, as it is nested: it runs before the node is checked
         from ray import cloudpickle
 
         yield ray.get_runtime_context().get_node_id()
         yield from cloudpickle.loads(work)()
 
     gpus = resources.get("gpu", 0.0)
-    options = {"num_cpus": resources.get("cpu", 1.0), "num_gpus": gpus, "num_returns": "streaming", "max_retries": 0}
+    options = {
+        "num_cpus": resources.get("cpu", 1.0),
+        "num_gpus": gpus,
+        "num_returns": "streaming",
+        "max_retries": 0,
+    }
     if not (gpus or own_process):
         return ray.remote(max_calls=0, **options)(located).options(name=name).remote  # type: ignore[no-any-return]
     task = ray.remote(max_calls=1, **options)(located)
@@ -180,7 +196,9 @@ def is_staying(node_id: str) -> bool:
     if node is None or not node["Alive"] or node_id in ray_private.state.get_draining_nodes():
         return False
     try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
+        socket.create_connection(
+            (node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS
+        ).close()
     except OSError:
         return False
     return True

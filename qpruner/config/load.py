@@ -27,7 +27,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key `{key}` is given twice", key_node.start_mark
+                )
             seen.append(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -44,17 +46,25 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     (`data.train.0.limit=8`). `section.key=` removes the key, so that its default holds.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give a configuration file (of a run, the file that started it)")
+        raise UserError(
+            f"{path} is a folder; give a configuration file (of a run, the file that started it)"
+        )
     examples = "see tune_configs/ for complete examples"
     if not path.is_file():
         raise UserError(f"configuration file {path} does not exist; {examples}")
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        remedy = "replace its tabs by spaces, two for each level" if "'\\t'" in str(error) else "correct it"
+        remedy = (
+            "replace its tabs by spaces, two for each level"
+            if "'\\t'" in str(error)
+            else "correct it"
+        )
         raise UserError(f"{path} is not valid YAML: {error}; {remedy}, or {examples}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a mapping of sections, got {type(raw).__name__}; {examples}")
+        raise UserError(
+            f"{path} must be a mapping of sections, got {type(raw).__name__}; {examples}"
+        )
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_config(raw, f"{path}, overrides included" if overrides else str(path))
@@ -66,7 +76,9 @@ def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         # If items of a list are wrong, pydantic also reports the list as too short.
-        problems = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
+        problems = [
+            each for each in error.errors() if each["type"] != "too_short" or not each["input"]
+        ]
         raise ConfigError(map(_explain, problems), source) from error
 
 
@@ -78,11 +90,15 @@ def config_schema() -> str:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"--set takes section.key=value, such as search.max_trials=20; got {override!r}")
+        raise UserError(
+            f"--set takes section.key=value, such as search.max_trials=20; got {override!r}"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML: {error}; put text in quotes") from error
+        raise UserError(
+            f"--set {override}: the value is not valid YAML: {error}; put text in quotes"
+        ) from error
     *sections, last = key.split(".")
     here: Any = raw
     for section in sections:
@@ -142,9 +158,17 @@ def _unknown_key(location: list[str | int]) -> str | None:
         above, known = location[:end], _known_keys(location[:end])
         if isinstance(part, str) and known and part not in known:
             prefix = "".join(f"{each}." for each in above)
-            inside = [f"{section}.{part}" for section in known if part in _known_keys([*above, section])]
-            nearest = inside or [f"{prefix}{key}" for key in difflib.get_close_matches(part, known, n=1, cutoff=0.5)]
-            hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys: {', '.join(sorted(known))}"
+            inside = [
+                f"{section}.{part}" for section in known if part in _known_keys([*above, section])
+            ]
+            nearest = inside or [
+                f"{prefix}{key}" for key in difflib.get_close_matches(part, known, n=1, cutoff=0.5)
+            ]
+            hint = (
+                f"did you mean `{nearest[0]}`?"
+                if nearest
+                else f"known keys: {', '.join(sorted(known))}"
+            )
             return f"`{prefix}{part}` is not a known key; {hint}"
     return None
 

@@ -84,11 +84,16 @@ class PruneConfig(Section):
     layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Instead of `rates`: the share of its units that each block loses (LLM-Pruner's ratio). It changes the defaults to
     `selection: per_layer`, `round_to: 1` and `query_heads: modulo`, which keep the same units as LLM-Pruner."""
-    units: Annotated[tuple[Literal["block", "attention", "mlp"], ...], Field(min_length=1)] = ("attention", "mlp")
+    units: Annotated[tuple[Literal["block", "attention", "mlp"], ...], Field(min_length=1)] = (
+        "attention",
+        "mlp",
+    )
     """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP channels."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Part of `rate` to cut as whole blocks beside other units; null: half of it, at most a tenth of all parameters."""
-    importance: Literal["fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"] = "fisher"
+    importance: Literal[
+        "fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"
+    ] = "fisher"
     """How units are ranked, see [pruning](pruning.md#how-units-are-ranked)."""
     order: Literal["first", "second", "mixed"] = "first"
     """Taylor only: gradient, squared gradient, or both."""
@@ -126,10 +131,16 @@ class PruneConfig(Section):
     def cuts(self) -> dict[str, PruneConfig]:
         """The cuts by name, each with one `rate` or `layer_rate`, the one that removes least first."""
         if self.layer_rate is not None:
-            return {f"layers-{_percent(self.layer_rate)}": self.model_copy(update={"rates": None, "rate": None})}
+            return {
+                f"layers-{_percent(self.layer_rate)}": self.model_copy(
+                    update={"rates": None, "rate": None}
+                )
+            }
         rates = self.rates or (self.rate or 0.0,)
         copies = {rate: self.model_copy(update={"rates": None, "rate": rate}) for rate in rates}
-        return {f"cut-{_percent(rate)}" if rate else UNPRUNED: copy for rate, copy in copies.items()}
+        return {
+            f"cut-{_percent(rate)}" if rate else UNPRUNED: copy for rate, copy in copies.items()
+        }
 
     @property
     def is_off(self) -> bool:
@@ -176,7 +187,9 @@ class PruneConfig(Section):
             return 0.0
         if not self.width_units:
             return rate
-        return min(rate / 2, MOST_OF_BLOCKS) if self.depth_share is None else rate * self.depth_share
+        return (
+            min(rate / 2, MOST_OF_BLOCKS) if self.depth_share is None else rate * self.depth_share
+        )
 
     @model_validator(mode="before")
     @classmethod

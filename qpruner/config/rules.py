@@ -11,7 +11,16 @@ from qpruner.config.pruning import RATES, REDUCING
 from qpruner.config.section import Idle
 from qpruner.quantization.formats import DENSE, GridFormat, formats
 
-OF_UNITS = ("importance", "order", "aggregation", "norm", "reduction", "query_heads", "round_to", "depth_share")
+OF_UNITS = (
+    "importance",
+    "order",
+    "aggregation",
+    "norm",
+    "reduction",
+    "query_heads",
+    "round_to",
+    "depth_share",
+)
 """Keys of `prune` that apply to units inside blocks only."""
 OF_SEARCHING = ("searcher", "max_trials", "max_hours", "max_gpu_hours", "confirm", "confirm_seeds")
 """Keys of `search` that apply only if several plans are tried."""
@@ -32,7 +41,9 @@ def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
     if len(given) != 1:
         got = f"several: {take_out(*(f'prune.{key}' for key in given))}" if given else "none"
         yield f"give one of `rates`, `rate` and `layer_rate`, got {got}"
-    if prune.rates and (list(prune.rates) != sorted(prune.rates) or len(prune.cuts) < len(prune.rates)):
+    if prune.rates and (
+        list(prune.rates) != sorted(prune.rates) or len(prune.cuts) < len(prune.rates)
+    ):
         yield f"`rates` must be different shares in ascending order, got {list(prune.rates)}"
     if by_rate and prune.drops_blocks:
         yield "`layer_rate` applies to units inside blocks only: take `block` out of `units`"
@@ -60,7 +71,10 @@ def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
         yield f"give `formats` or `bits`, not both: {take_out('quantize.formats', 'quantize.bits')}"
     if bits and list(bits) != sorted(set(bits)):
         yield f"`bits` must be different bit-widths in ascending order, got {list(bits)}"
-    for key, names in {"formats": quantize.formats or (), "embeddings": quantize.embeddings}.items():
+    for key, names in {
+        "formats": quantize.formats or (),
+        "embeddings": quantize.embeddings,
+    }.items():
         holds = [name for name, each in known.items() if key == "formats" or each.holds_embeddings]
         for name in names:
             if name not in known:
@@ -98,7 +112,11 @@ def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
 
 def _finetune_rules(finetune: schema.FinetuneConfig) -> Iterator[str]:
     if (finetune.steps is None) == (finetune.epochs is None):
-        given = "neither" if finetune.steps is None else f"both: {take_out('finetune.steps', 'finetune.epochs')}"
+        given = (
+            "neither"
+            if finetune.steps is None
+            else f"both: {take_out('finetune.steps', 'finetune.epochs')}"
+        )
         yield f"give exactly one of `steps` and `epochs`, got {given}"
 
 
@@ -110,7 +128,11 @@ def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
 def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     method, levels, training = run.search.plan_method, run.quantize.levels, run.training
     if run.quantize.rounding == "gptq" and run.lora.init == "plain":
-        grids = [name for name, each in formats().items() if isinstance(each, GridFormat) and each.takes_gptq]
+        grids = [
+            name
+            for name, each in formats().items()
+            if isinstance(each, GridFormat) and each.takes_gptq
+        ]
         if not set(grids) & set(levels):
             yield (
                 f"`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats "
@@ -129,7 +151,11 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
         )
     (size, value), several = run.quantize.budget.size, len(run.prune.cuts) > 1
     if size in ("fraction", "mean_bits") and (several or run.quantize.embedding_levels != (DENSE,)):
-        which = "several cuts (`prune.rates`)" if several else "packed embeddings (`quantize.embeddings`)"
+        which = (
+            "several cuts (`prune.rates`)"
+            if several
+            else "packed embeddings (`quantize.embeddings`)"
+        )
         yield (
             f"`quantize.budget.{size}` has no one meaning with {which}, got {value:g}"
             f"{', the default' * ('budget' not in run.quantize.model_fields_set)}: give the size that you want, "
@@ -169,7 +195,11 @@ def _idle_in_prune(prune: schema.PruneConfig) -> tuple[Idle, ...]:
         (blocks_only and prune.steps != 1, only, ("steps",)),
         (blocks_only and not prune.uniform, only, ("selection",)),
         (not prune.drops_blocks, "`prune.units` does not name block", ("depth_share",)),
-        (prune.compensates_by != "least_squares", f"`prune.compensation` is {prune.compensation}", ("ridge",)),
+        (
+            prune.compensates_by != "least_squares",
+            f"`prune.compensation` is {prune.compensation}",
+            ("ridge",),
+        ),
         (prune.importance != "taylor", importance, ("order",)),
         (prune.importance not in ("fisher", "taylor"), importance, ("aggregation",)),
         (prune.importance != "magnitude", importance, ("norm",)),
@@ -186,7 +216,10 @@ def _idle_in_quantize(quantize: schema.QuantizeConfig) -> tuple[Idle, ...]:
 def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, ...]:
     methods = set(sensitivity.methods)
     of_information = ("num_components", "num_neighbors", "num_shuffles", "max_positions")
-    by_methods = ((schema.INFORMATION, of_information), (schema.MEASUREMENT, ("num_measured_samples",)))
+    by_methods = (
+        (schema.INFORMATION, of_information),
+        (schema.MEASUREMENT, ("num_measured_samples",)),
+    )
     return (
         (not methods, "`sensitivity.methods` is empty", ("batch_size",)),
         *(
@@ -215,12 +248,16 @@ schema.PruneConfig.rules, schema.PruneConfig.idle_keys = _prune_rules, _idle_in_
 schema.BudgetConfig.rules = _budget_rules
 schema.QuantizeConfig.rules = _quantize_rules
 schema.QuantizeConfig.idle_keys = _idle_in_quantize
-schema.LoraConfig.idle_keys = lambda own: ((own.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),)
+schema.LoraConfig.idle_keys = lambda own: (
+    (own.init == "plain", "`lora.init` is plain", ("loftq_iterations", "svd")),
+)
 schema.TrainingConfig.rules = _training_rules
 schema.SensitivityConfig.idle_keys = _idle_in_sensitivity
 schema.ResourcesConfig.rules = _resources_rules
 schema.SearchConfig.rules = _search_rules
-schema.SearchConfig.idle_keys = lambda own: ((not own.tasks, "`search.tasks` is empty", ("limit",)),)
+schema.SearchConfig.idle_keys = lambda own: (
+    (not own.tasks, "`search.tasks` is empty", ("limit",)),
+)
 schema.FinetuneConfig.rules = _finetune_rules
 schema.FinetuneConfig.idle_keys = lambda own: (
     (not own.compare, "`finetune.compare` is false", ("seeds", "random_plans")),

@@ -77,7 +77,9 @@ class BudgetConfig(Section):
     @property
     def size(self) -> tuple[str, float]:
         """The key that gives the size, and its value."""
-        return next((name, value) for name, value in self if value is not None and name != "flops_fraction")
+        return next(
+            (name, value) for name, value in self if value is not None and name != "flops_fraction"
+        )
 
 
 class QuantizeConfig(Section):
@@ -158,7 +160,9 @@ class TrainingConfig(Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
 
 
-SensitivityMethod = Literal["mutual_information", "first_order", "fisher", "second_order", "kl", "loss"]
+SensitivityMethod = Literal[
+    "mutual_information", "first_order", "fisher", "second_order", "kl", "loss"
+]
 MUTUAL_INFORMATION: SensitivityMethod = "mutual_information"
 INFORMATION = (MUTUAL_INFORMATION,)
 EXPANSION = ("first_order", "fisher", "second_order")
@@ -328,7 +332,11 @@ class ServeConfig(Section):
     @property
     def how(self) -> str:
         """Say what is measured of the forms, to follow their list."""
-        return "; those for llama.cpp are measured beside the base model, on the CPU" if self.uses_llama_cpp else ""
+        return (
+            "; those for llama.cpp are measured beside the base model, on the CPU"
+            if self.uses_llama_cpp
+            else ""
+        )
 
 
 class CardConfig(Section):

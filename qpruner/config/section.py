@@ -13,7 +13,9 @@ Idle = tuple[bool, str, tuple[str, ...]]
 class Section(BaseModel):
     """Base of every section: frozen; refuses unknown keys, infinities, and booleans in place of other values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
     rules: ClassVar[Callable[[Any], Iterable[str]]] = lambda _: ()
     """Yields a message for each broken rule between keys; `qpruner.config.rules` sets it."""
     idle_keys: ClassVar[Callable[[Any], tuple[Idle, ...]]] = lambda _: ()
@@ -34,20 +36,29 @@ class Section(BaseModel):
 
     def in_effect(self) -> Self:
         """Return a copy of the section in which every key without effect is set to its default."""
-        return self.model_copy(update={key: type(self).model_fields[key].default for key in self.ignored()})
+        return self.model_copy(
+            update={key: type(self).model_fields[key].default for key in self.ignored()}
+        )
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            rule = f"must not be a boolean, got {value} (YAML reads yes, no, on and off as booleans)"
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            rule = (
+                f"must not be a boolean, got {value} (YAML reads yes, no, on and off as booleans)"
+            )
             raise ValueError(f"{rule}: give a number, or quote a word such as 'no'")
         return value
 
     @field_validator("*")
     @classmethod
     def _name_each_once(cls, value: Any) -> Any:
-        names = [each for each in value if isinstance(each, str)] if isinstance(value, tuple) else []
+        names = (
+            [each for each in value if isinstance(each, str)] if isinstance(value, tuple) else []
+        )
         if len(set(names)) < len(names):
             raise ValueError(f"must name each once, got {', '.join(names)}")
         return value

@@ -58,7 +58,9 @@ def visit_gradients(
             assert gradient is not None
             # A NaN or infinity makes the sum NaN or infinite; testing each entry takes a tenth of a pass on a CPU.
             if not gradient.sum(dtype=torch.float32).isfinite():
-                raise TrainingDiverged(f"the gradient of {name} is NaN or infinite on the calibration samples")
+                raise TrainingDiverged(
+                    f"the gradient of {name} is NaN or infinite on the calibration samples"
+                )
             visit(name, parameter, gradient)  # type: ignore[arg-type]
 
         return hook
@@ -88,14 +90,26 @@ def visit_mask_gradients(
 
     def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
         linear, dim = linears[name]
-        masked = values.float() if dim == 1 or linear.bias is None else values.float() - linear.bias.float()
+        masked = (
+            values.float()
+            if dim == 1 or linear.bias is None
+            else values.float() - linear.bias.float()
+        )
         by_sample = (masked * gradients.float()).sum(dim=1)
         if not torch.isfinite(by_sample).all():
-            raise TrainingDiverged(f"the gradient at {name} is NaN or infinite on the calibration samples")
+            raise TrainingDiverged(
+                f"the gradient at {name} is NaN or infinite on the calibration samples"
+            )
         visit(name, by_sample)
 
     places = {name: (linear, dim == 1, dim == 1) for name, (linear, dim) in linears.items()}
-    _visit_activations(model, places, samples, lambda losses, counts: (losses.sum(dim=1) / counts).sum(), visit_both)
+    _visit_activations(
+        model,
+        places,
+        samples,
+        lambda losses, counts: (losses.sum(dim=1) / counts).sum(),
+        visit_both,
+    )
 
 
 def visit_linear_gradients(
@@ -120,19 +134,29 @@ def _visit_activations(
     num_rows = 0
 
     def hook_for(name: str, of_inputs: bool, at_inputs: bool) -> Callable[..., None]:
-        def listen(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def listen(
+            module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> None:
             # Detached: a hook with a reference to its own tensor would keep the graph alive until garbage collection.
             values = (inputs[0] if of_inputs else output).detach()
 
             def on_gradient(gradient: torch.Tensor) -> None:
-                visit(name, *(each.reshape(num_rows, -1, each.shape[-1]) for each in (values, gradient)))
+                visit(
+                    name,
+                    *(each.reshape(num_rows, -1, each.shape[-1]) for each in (values, gradient)),
+                )
 
             (inputs[0] if at_inputs else output).register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
         return listen
 
-    reach = model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: output.requires_grad_(True))
-    hooks = [linear.register_forward_hook(hook_for(name, *which)) for name, (linear, *which) in places.items()]
+    reach = model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, output: output.requires_grad_(True)
+    )
+    hooks = [
+        linear.register_forward_hook(hook_for(name, *which))
+        for name, (linear, *which) in places.items()
+    ]
     with hooked([reach, *hooks]), _gradients_of(model, ()):
         for batch in samples.batches(model.device):
             num_rows = len(batch["input_ids"])
@@ -147,7 +171,9 @@ def _backward(model: PreTrainedModel, batch: dict[str, torch.Tensor], loss: Loss
 
 
 @contextmanager
-def _gradients_of(model: PreTrainedModel, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+def _gradients_of(
+    model: PreTrainedModel, parameters: Iterable[torch.nn.Parameter]
+) -> Iterator[None]:
     """Enable gradients for these parameters only, and restore all flags afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wanted = {id(parameter) for parameter in parameters}
@@ -201,11 +227,17 @@ def visit_inputs(
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, inputs: visit(name, at_tokens(inputs[0], tokens))
 
-    with hooked(module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()):
+    with hooked(
+        module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()
+    ):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             # The base model has no head: no logits are needed.
-            model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model.base_model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            )
 
 
 def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -243,6 +275,8 @@ def visit_outputs(
             logits = predicted_logits(model, batch)
             for name, output in (outputs | {"model.lm_head": logits}).items():
                 if not torch.isfinite(output).all():
-                    raise TrainingDiverged(f"the output of {name} is NaN or infinite on the calibration samples")
+                    raise TrainingDiverged(
+                        f"the output of {name} is NaN or infinite on the calibration samples"
+                    )
             visit(outputs, logits.argmax(dim=-1).cpu())
             outputs.clear()

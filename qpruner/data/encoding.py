@@ -40,22 +40,40 @@ def encode(
     response_only: bool = True,
 ) -> list[Row]:
     """Tokenize rows, cut at `max_length`, label the response or all tokens, and drop rows without a labelled token."""
-    encoded = list(_cut((_labelled(example, tokenizer, template, response_only) for example in examples), max_length))
+    encoded = list(
+        _cut(
+            (_labelled(example, tokenizer, template, response_only) for example in examples),
+            max_length,
+        )
+    )
     if not encoded:
-        raise UserError(f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: raise it")
+        raise UserError(
+            f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: raise it"
+        )
     return encoded
 
 
-def importance_samples(config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
+def importance_samples(
+    config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer
+) -> list[Row]:
     """Make the samples for measuring importance from shuffled rows, packed or not."""
-    keys, packing = ("calibration.num_samples", "calibration.max_length"), config.calibration.packing
-    return _calibration_samples(config, examples, tokenizer, *keys, config.data.response_only, packing)
+    keys, packing = (
+        ("calibration.num_samples", "calibration.max_length"),
+        config.calibration.packing,
+    )
+    return _calibration_samples(
+        config, examples, tokenizer, *keys, config.data.response_only, packing
+    )
 
 
-def sensitivity_samples(config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
+def sensitivity_samples(
+    config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer
+) -> list[Row]:
     """Make the samples that show what a group's format does to the loss: shuffled rows, labels on responses."""
     keys = ("calibration.num_sensitivity_samples", "data.max_length")
-    return _calibration_samples(config, examples, tokenizer, *keys, response_only=True, packing=False)
+    return _calibration_samples(
+        config, examples, tokenizer, *keys, response_only=True, packing=False
+    )
 
 
 def _calibration_samples(
@@ -71,8 +89,12 @@ def _calibration_samples(
     count, length = (attrgetter(key)(config) for key in (count_key, length_key))
     shuffled = list(examples)
     random.Random(config.seed).shuffle(shuffled)
-    rows = (_labelled(example, tokenizer, config.data.template, response_only) for example in shuffled)
-    samples = list(itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count))
+    rows = (
+        _labelled(example, tokenizer, config.data.template, response_only) for example in shuffled
+    )
+    samples = list(
+        itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count)
+    )
     if len(samples) < count:
         remedy = "shorter, or set `calibration.packing: false`" if packing else "longer"
         raise UserError(
@@ -109,7 +131,11 @@ def _labelled(
     # Prompt and response are tokenized as one text, as in lm-eval: some tokenizers add a space before a separate
     # response.
     ids: list[int] = tokenizer(prompt + response, add_special_tokens=special)["input_ids"]
-    prompt_length = len(tokenizer(prompt, add_special_tokens=special)["input_ids"]) if prompt and response_only else 0
+    prompt_length = (
+        len(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        if prompt and response_only
+        else 0
+    )
     return ids, [IGNORED_LABEL] * prompt_length + ids[prompt_length:]
 
 
@@ -123,10 +149,14 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
     if template in ("alpaca", "alpaca_short"):
         return alpaca_prompt(example.prompt, example.context, template == "alpaca_short"), response
     if not tokenizer.chat_template:
-        raise UserError("`data.template: chat` needs a tokenizer with a chat template, but got none: set `alpaca`")
+        raise UserError(
+            "`data.template: chat` needs a tokenizer with a chat template, but got none: set `alpaca`"
+        )
     content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
     messages = [{"role": "user", "content": content}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), response
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ), response
 
 
 def alpaca_prompt(instruction: str, context: str = "", is_short: bool = False) -> str:
@@ -143,13 +173,18 @@ def pack(rows: Sequence[Row], length: int) -> list[Row]:
     ids = [token for row in rows for token in row["input_ids"]]
     # The first token of a row has no label: it would be predicted from the previous row.
     labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
-    chunks = ((ids[start : start + length], labels[start : start + length]) for start in range(0, len(ids), length))
+    chunks = (
+        (ids[start : start + length], labels[start : start + length])
+        for start in range(0, len(ids), length)
+    )
     return list(_cut(chunks, length))
 
 
 def text_windows(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Row]:
     """Join texts with blank lines and cut windows of `length` tokens; all but the first token of each are predicted."""
-    ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     parts = [ids[start : start + length] for start in range(0, len(ids), length)]
     return [{"input_ids": part, "labels": part} for part in parts if len(part) > 1]
 
@@ -190,9 +225,19 @@ def load_encoded(folder: Path) -> EncodedRows:
     import datasets
 
     try:
-        return retry_storage(lambda: EncodedRows(datasets.load_from_disk(str(fetch(folder)))), folder, was_there=True)
-    except (OSError, ValueError, KeyError, AttributeError, NotImplementedError) as error:  # pyarrow raises any of these
-        raise CorruptFile(f"the encoded rows in {folder} cannot be read: {error}", folder) from error
+        return retry_storage(
+            lambda: EncodedRows(datasets.load_from_disk(str(fetch(folder)))), folder, was_there=True
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        NotImplementedError,
+    ) as error:  # pyarrow raises any of these
+        raise CorruptFile(
+            f"the encoded rows in {folder} cannot be read: {error}", folder
+        ) from error
 
 
 def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
@@ -209,7 +254,9 @@ class EncodedRows(Sequence[Row]):
 
         rows.data.validate(full=True)  # wrong offsets in a damaged file could point outside of it
         self._rows = rows
-        self.lengths: list[int] = list_value_length(rows.data["input_ids"]).to_pylist()  # reads no tokens
+        self.lengths: list[int] = list_value_length(
+            rows.data["input_ids"]
+        ).to_pylist()  # reads no tokens
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -222,4 +269,6 @@ class EncodedRows(Sequence[Row]):
 
 def row_lengths(rows: Sequence[Mapping[str, list[int]]]) -> list[int]:
     """Return the number of tokens of each row."""
-    return rows.lengths if isinstance(rows, EncodedRows) else [len(row["input_ids"]) for row in rows]
+    return (
+        rows.lengths if isinstance(rows, EncodedRows) else [len(row["input_ids"]) for row in rows]
+    )

@@ -58,10 +58,15 @@ def loss_result(sums: Sequence[float], counts: Sequence[int]) -> LossResult:
     return LossResult(mean, tuple(mean + each * len(sums) / tokens for each in deviations))
 
 
-def batches(rows: Rows, batch_size: int, pad_id: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    rows: Rows, batch_size: int, pad_id: int, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yield padded batches on a device, in order."""
     for start in range(0, len(rows), batch_size):
-        yield {name: tensor.to(device) for name, tensor in collate(rows[start : start + batch_size], pad_id).items()}
+        yield {
+            name: tensor.to(device)
+            for name, tensor in collate(rows[start : start + batch_size], pad_id).items()
+        }
 
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -88,7 +93,13 @@ def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None
     """Make the head run only at positions whose next token has a label; logits are ``(positions, vocabulary)``."""
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    with hooked([head.register_forward_pre_hook(lambda _, inputs: inputs[0][positions.to(inputs[0].device)])]):
+    with hooked(
+        [
+            head.register_forward_pre_hook(
+                lambda _, inputs: inputs[0][positions.to(inputs[0].device)]
+            )
+        ]
+    ):
         yield
 
 
@@ -104,7 +115,9 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def returning(modules: Sequence[torch.nn.Module], outputs: Iterable[Callable[..., Any]]) -> Iterator[None]:
+def returning(
+    modules: Sequence[torch.nn.Module], outputs: Iterable[Callable[..., Any]]
+) -> Iterator[None]:
     """Make each module return the output of a function instead of running."""
     before = [vars(module).get("forward") for module in modules]
     for module, output in zip(modules, outputs, strict=True):

@@ -47,7 +47,10 @@ def over_tasks(tasks: Answers) -> Estimate:
 
 def averaged(models: Sequence[Answers]) -> list[list[float]]:
     """Average the values of several models for each question."""
-    return [[sum(values) / len(models) for values in zip(*task, strict=True)] for task in zip(*models, strict=True)]
+    return [
+        [sum(values) / len(models) for values in zip(*task, strict=True)]
+        for task in zip(*models, strict=True)
+    ]
 
 
 class Interval(NamedTuple):

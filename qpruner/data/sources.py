@@ -23,7 +23,13 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 """Suffixes of supported data files, and the builders of `datasets` that read them."""
 OTHER_SUFFIXES = {".tsv", ".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
 """Suffixes of unsupported files; a relative path with such a suffix is refused instead of looked up on the hub."""
-SPLIT_REFUSALS = ("Unknown split", "corresponds to no data", "Unrecognized instruction", "Percent slice", "Split name")
+SPLIT_REFUSALS = (
+    "Unknown split",
+    "corresponds to no data",
+    "Unrecognized instruction",
+    "Percent slice",
+    "Split name",
+)
 """Parts of the messages with which datasets (5.2) refuses a split."""
 
 
@@ -44,14 +50,20 @@ class Example:
 
 def normalized(text: str) -> str:
     """Lower the case and drop punctuation and extra spaces, but keep operators, because 7 + 5 is not 7 * 5."""
-    return " ".join(re.findall(r"[^\W_]+|-(?=\d)|[+*/=<>#%$^&|~\u20ac\u00a3\u00d7\u00f7]", text.lower()))
+    return " ".join(
+        re.findall(r"[^\W_]+|-(?=\d)|[+*/=<>#%$^&|~\u20ac\u00a3\u00d7\u00f7]", text.lower())
+    )
 
 
 def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
     """Read the rows of all sources under the configuration key `key`, and map their columns."""
-    read = together(*(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources)))
+    read = together(
+        *(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources))
+    )
     if not (examples := [example for rows in read for example in rows]):
-        raise UserError(f"`{key}` has no rows: name a source with rows, or raise the `limit` of one")
+        raise UserError(
+            f"`{key}` has no rows: name a source with rows, or raise the `limit` of one"
+        )
     return examples
 
 
@@ -64,7 +76,9 @@ def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
             if shared := rows & other_rows:
                 rows_in_both = f"{counted(len(shared), 'row')}, such as {min(shared)[:90]!r}"
                 remedy = "select other rows or another split"
-                raise UserError(f"{other} and {name} share {rows_in_both}; they must not overlap: {remedy}")
+                raise UserError(
+                    f"{other} and {name} share {rows_in_both}; they must not overlap: {remedy}"
+                )
         checked.append((name, rows))
 
 
@@ -81,16 +95,24 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
         if suffix in BUILDERS:
             rows = _read_file(Path(path), source.split, key)
         elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
-            raise UserError(f"`{key}.source`: {path} is not a data file; give a {', '.join(BUILDERS)} file or a hub id")
+            raise UserError(
+                f"`{key}.source`: {path} is not a data file; give a {', '.join(BUILDERS)} file or a hub id"
+            )
         else:
             rows = datasets.load_dataset(path, source.subset, split=source.split)
     except UserError:
         raise
-    except Exception as error:  # datasets raises many types for unreadable files and unreachable hubs
-        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(error.__cause__ or error)
+    except (
+        Exception
+    ) as error:  # datasets raises many types for unreadable files and unreachable hubs
+        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(
+            error.__cause__ or error
+        )
         if any(words in reason for words in SPLIT_REFUSALS):
             why = f"{source.split!r} selects no rows of {source.source!r} ({reason})"
-            raise UserError(f"`{key}.split`: {why}; name a split of it, such as `train[:100]`") from error
+            raise UserError(
+                f"`{key}.split`: {why}; name a split of it, such as `train[:100]`"
+            ) from error
         why = f"no rows can be read from {source.source!r}: {reason}"
         raise UserError(f"`{key}.source`: {why}; correct the source or name another") from error
     _check_columns(rows.column_names, source, key)
@@ -110,7 +132,9 @@ def _read_file(path: Path, split: str, key: str) -> Any:
         # Every cell is text: pandas would read `007` as the number 7, and `null` or `NA` as an empty cell.
         with path.open(newline="", encoding="utf-8") as file:
             columns = next(csv.reader(file))
-        options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
+        options["features"] = datasets.Features(
+            {column: datasets.Value("string") for column in columns}
+        )
         options["keep_default_na"] = False
     return datasets.load_dataset(builder, data_files=str(path), split=split, **options)
 
@@ -136,7 +160,9 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
     for column in known:
         mapped = _mapped(source, column, available)
         if len(mapped) > 1 and column != "choices":
-            raise UserError(f"`{key}.columns.{column}` must name one column, got {', '.join(mapped)}")
+            raise UserError(
+                f"`{key}.columns.{column}` must name one column, got {', '.join(mapped)}"
+            )
         missing = [name for name in mapped if name not in available]
         if missing and not (column == "input" and column not in source.columns):
             why = f"the data have no column {', '.join(missing)}, only {', '.join(available)}"
@@ -146,7 +172,9 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
 
 def _mapped(source: DataSource, column: str, available: Collection[str]) -> tuple[str, ...]:
     other = "answerKey" if column == "answer" else column  # the name in ARC
-    value = source.columns.get(column, column if column in available or other not in available else other)
+    value = source.columns.get(
+        column, column if column in available or other not in available else other
+    )
     return (value,) if isinstance(value, str) else tuple(value)
 
 
@@ -162,7 +190,9 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     columns = _mapped(source, "choices", row)
     if len(columns) == 1 and not isinstance(row[columns[0]], (list, dict)):
         why = f"column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}"
-        raise UserError(f"`{key}.columns.choices`: {why}; if each choice has its own column, list these columns")
+        raise UserError(
+            f"`{key}.columns.choices`: {why}; if each choice has its own column, list these columns"
+        )
     choices, labels = _choices(row, columns)
     answer = row[_mapped(source, "answer", row)[0]]
     if isinstance(answer, str) and answer in labels:
@@ -171,7 +201,9 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
         index = int(answer)
     else:
         why = f"{answer!r} is none of the labels {', '.join(labels)} and no position from 0 to {len(choices) - 1}"
-        raise UserError(f"`{key}.columns.answer`: {why}; correct the row {value('question')[:90]!r}")
+        raise UserError(
+            f"`{key}.columns.answer`: {why}; correct the row {value('question')[:90]!r}"
+        )
     return Example("multiple_choice", value("question"), "", choices[index])
 
 
@@ -180,4 +212,6 @@ def _choices(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[str], 
     found = [row[column] for column in columns] if len(columns) > 1 else row[columns[0]]
     if isinstance(found, dict):
         return list(found["text"]), list(found["label"])
-    return [str(text) for text in found], [chr(ord("A") + position) for position in range(len(found))]
+    return [str(text) for text in found], [
+        chr(ord("A") + position) for position in range(len(found))
+    ]

@@ -18,16 +18,24 @@ def facts(
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")
-    at_once = {name: each.total * (sharing if name.startswith(in_slots) else 1) for name, each in memory.items()}
+    at_once = {
+        name: each.total * (sharing if name.startswith(in_slots) else 1)
+        for name, each in memory.items()
+    }
     return {
-        "memory": {name: {"at": each.about, "parts": each.parts, "total": each.total} for name, each in memory.items()},
+        "memory": {
+            name: {"at": each.about, "parts": each.parts, "total": each.total}
+            for name, each in memory.items()
+        },
         "memory_at_once": max(at_once.values()),
         "trials_sharing_memory": sharing,
         "hours": None if rates is None else _hours(config, inspection, rates, slots, gpus),
     }
 
 
-def _hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int, gpus: float | None) -> dict[str, Any]:
+def _hours(
+    config: RunConfig, inspection: Inspection, rates: Rates, slots: int, gpus: float | None
+) -> dict[str, Any]:
     """Return hours elapsed (`wall`) and hours of use: of GPUs or, without GPUs, of slots (the room for one trial)."""
     held = 1.0 if gpus is None else gpus
     times = stage_times(config, inspection, rates, slots)
@@ -44,7 +52,10 @@ def _hours(config: RunConfig, inspection: Inspection, rates: Rates, slots: int, 
 
 def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], memory_of.Memory]]:
     """Return, for each kind of work by name, the function that estimates its memory."""
-    counters = {"trial, training": memory_of.training_memory, "trial, scoring": memory_of.scoring_memory}
+    counters = {
+        "trial, training": memory_of.training_memory,
+        "trial, scoring": memory_of.scoring_memory,
+    }
     counters["prune"] = memory_of.prune_memory
     if config.quantize.rounding == "gptq":
         counters["bank"] = memory_of.rounding_memory
@@ -71,7 +82,9 @@ def memory_text(found: Mapping[str, Any]) -> list[str]:
 def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     """Format the hours as lines: the totals with each stage, and the timed steps."""
     if (time := found["hours"]) is None:
-        return ["time:        not estimated; `--measure` times a few steps of these shapes on this machine"]
+        return [
+            "time:        not estimated; `--measure` times a few steps of these shapes on this machine"
+        ]
     wall, total, kind = _taken(time["wall"]), _taken(time["total"]), "GPU" if has_gpu else "slot"
     return [
         f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time: "

@@ -37,7 +37,9 @@ class Rates:
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, machine: str) -> Rates:
     """Time a micro-batch on this machine, with every block in its smallest format."""
     examples = inspection.examples["train"]
-    labelled = sum(about_labelled(row, config.data) for row in examples) / sum(_lengths(config, examples))
+    labelled = sum(about_labelled(row, config.data) for row in examples) / sum(
+        _lengths(config, examples)
+    )
     training, scoring = measure(config, inspection.expected, min(1.0, labelled), threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     took = f"{training:.3g} s forward and backward, {scoring:.3g} s forward"
@@ -56,9 +58,15 @@ class StageTime(NamedTuple):
     slots: int
 
 
-def stage_times(config: RunConfig, inspection: Inspection, rates: Rates, slots: int) -> dict[str, StageTime]:
+def stage_times(
+    config: RunConfig, inspection: Inspection, rates: Rates, slots: int
+) -> dict[str, StageTime]:
     """Estimate the time of the stages that take longest, without starts, loading, packing and saving."""
-    count, workers, compared = _Tokens(config, inspection), config.finetune.num_workers, num_compared(config)
+    count, workers, compared = (
+        _Tokens(config, inspection),
+        config.finetune.num_workers,
+        num_compared(config),
+    )
     judged = count.split("confirmation") / 2
     finetune = count.training(count.finetune_steps()) * rates.training
     finetune += (count.split("validation") + judged) * rates.scoring
@@ -70,7 +78,10 @@ def stage_times(config: RunConfig, inspection: Inspection, rates: Rates, slots: 
         Search: (search, min(slots, config.num_trials)),
         Finetune: (finetune, workers),
         Evaluate: ((1 + UNTUNED) * evaluation, min(slots, 1 + UNTUNED)),
-        Comparison: (compared * (finetune + evaluation), max(1, min(slots // workers, compared)) * workers),
+        Comparison: (
+            compared * (finetune + evaluation),
+            max(1, min(slots // workers, compared)) * workers,
+        ),
     }
     wanted = [stage for stage in STAGES if stage in times and stage.is_wanted(config)]
     return {stage.name: StageTime(times[stage][0] / 3600, times[stage][1]) for stage in wanted}
@@ -84,10 +95,14 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
     search = config.search
     controls = min(config.num_trials, most_controls(config))
     shares = [search.reduction_factor**-position for position in range(len(search.rungs))]
-    lengths = [after - before for before, after in zip((0, *search.rungs), search.rungs, strict=False)]
+    lengths = [
+        after - before for before, after in zip((0, *search.rungs), search.rungs, strict=False)
+    ]
     others = config.num_trials - controls
     steps = sum(share * length for share, length in zip(shares, lengths, strict=True))
-    return controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(shares)
+    return controls * search.steps + others * steps, controls * len(search.rungs) + others * sum(
+        shares
+    )
 
 
 def num_confirmed_again(config: RunConfig) -> int:
@@ -111,7 +126,9 @@ class _Tokens:
 
     def __init__(self, config: RunConfig, inspection: Inspection) -> None:
         self._config, self._inspection = config, inspection
-        self._lengths = {name: _lengths(config, examples) for name, examples in inspection.examples.items()}
+        self._lengths = {
+            name: _lengths(config, examples) for name, examples in inspection.examples.items()
+        }
 
     def training(self, steps: float) -> float:
         lengths, mean = self._lengths["train"], float(self._config.data.max_length)
@@ -121,7 +138,9 @@ class _Tokens:
 
     def finetune_steps(self) -> float:
         settings, batch = self._config.finetune, self._config.training.batch_size
-        return settings.steps or (settings.epochs or 0) * math.ceil(len(self._lengths["train"]) / batch)
+        return settings.steps or (settings.epochs or 0) * math.ceil(
+            len(self._lengths["train"]) / batch
+        )
 
     def split(self, name: str) -> float:
         return sum(self._lengths[name])
@@ -133,7 +152,9 @@ class _Tokens:
         # A given plan is the only finalist to score: an earlier search has already scored the controls.
         best = min(search.max_trials, search.confirm + most_controls(self._config))
         finalists = (best if self._config.is_searched else 1) + num_confirmed_again(self._config)
-        return rungs * rung + finalists * (self.split("confirmation") / 2 + self._questions("search"))
+        return rungs * rung + finalists * (
+            self.split("confirmation") / 2 + self._questions("search")
+        )
 
     def evaluation(self) -> float:
         return self._questions("evaluate") + sum(self._lengths.get("text", ()))
@@ -143,9 +164,13 @@ class _Tokens:
         passes = 0
         asked = [cut.settings for cut in self._inspection.cuts.values() if not cut.settings.is_off]
         for number, settings in enumerate(asked):
-            importance = {"fisher": 3, "taylor": 3, "fluctuation": 1, "activation_norm": 1}.get(settings.importance, 0)
+            importance = {"fisher": 3, "taylor": 3, "fluctuation": 1, "activation_norm": 1}.get(
+                settings.importance, 0
+            )
             each = importance + (0 if settings.compensates_by == "none" else 2)
-            passes += each * settings.num_steps - bool(number) * importance if settings.width_units else 0
+            passes += (
+                each * settings.num_steps - bool(number) * importance if settings.width_units else 0
+            )
             passes += 5 if settings.drops_blocks else 0
         return passes * self._config.calibration.num_samples * self._config.calibration.max_length
 

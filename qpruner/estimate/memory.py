@@ -52,7 +52,10 @@ class Memory:
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate a step of the largest trials, those of the unpruned model, with a plan as large as the budget."""
-    about, layout = "(`training.micro_batch_size`), in the final fine-tune too", _largest_trial(config, inspection)
+    about, layout = (
+        "(`training.micro_batch_size`), in the final fine-tune too",
+        _largest_trial(config, inspection),
+    )
     return _step(config, inspection, layout, _trial_bytes(layout, inspection), about)
 
 
@@ -63,7 +66,9 @@ def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
     return _step(config, inspection, base, base.plan_bytes(base.dense()), about)
 
 
-def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int, about: str) -> Memory:
+def _step(
+    config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int, about: str
+) -> Memory:
     """Estimate a training step of a model whose weights and adapters take `plan_bytes`."""
     training, hidden_size = config.training, int(inspection.model_config.hidden_size)
     rows, length = training.micro_batch_size, config.data.max_length
@@ -72,18 +77,33 @@ def _step(config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes:
     activations = activation_bytes(layout, hidden_size, rows * length, rank, checkpointing)
     parts = {"activations": activations, "logits": logit_bytes(inspection, labelled)}
     parts |= _unpacked(layout, plan_bytes)
-    return Memory(f"a step of {rows} rows x {length} tokens {about}", _held(layout, plan_bytes) | parts)
+    return Memory(
+        f"a step of {rows} rows x {length} tokens {about}", _held(layout, plan_bytes) | parts
+    )
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the scoring of a trial at a rung, beside the state of its optimizer."""
-    layout, rows, length = _largest_trial(config, inspection), config.evaluate.batch_size, config.data.max_length
+    layout, rows, length = (
+        _largest_trial(config, inspection),
+        config.evaluate.batch_size,
+        config.data.max_length,
+    )
     labelled = length  # of tasks: lm-eval pads answers
     if not config.search.tasks:
         labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
-    a_logit, vocabulary = inspection.base.element_bytes + 2 * FLOAT32_BYTES, int(inspection.model_config.vocab_size)
-    scored = {"activations": _widest(layout, rows * length), "logits": a_logit * rows * labelled * vocabulary}
-    about, size = f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)", _trial_bytes(layout, inspection)
+    a_logit, vocabulary = (
+        inspection.base.element_bytes + 2 * FLOAT32_BYTES,
+        int(inspection.model_config.vocab_size),
+    )
+    scored = {
+        "activations": _widest(layout, rows * length),
+        "logits": a_logit * rows * labelled * vocabulary,
+    }
+    about, size = (
+        f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)",
+        _trial_bytes(layout, inspection),
+    )
     return Memory(about, _held(layout, size) | scored | _unpacked(layout, size))
 
 
@@ -106,17 +126,26 @@ def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
     """Count what a packed layer needs in a pass: all its weights by bitsandbytes, else a piece of them with copies."""
     if plan_bytes >= layout.plan_bytes(layout.dense()):
         return {}
-    largest, piece = _largest(_blocks(layout)), PIECE["other" if torch.cuda.is_available() else "cpu"]
+    largest, piece = (
+        _largest(_blocks(layout)),
+        PIECE["other" if torch.cuda.is_available() else "cpu"],
+    )
     in_pieces = min(largest, piece) * (layout.element_bytes + 2 * FLOAT32_BYTES)
     return {"unpacked weights": max(largest * layout.element_bytes, in_pieces)}
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the cut: the dense model, and the larger of importance and compensation."""
-    if not (settings := [cut.settings for cut in inspection.cuts.values() if not cut.settings.is_off]):
+    if not (
+        settings := [cut.settings for cut in inspection.cuts.values() if not cut.settings.is_off]
+    ):
         return Memory("the base model", _weights(inspection.base))
     works = [_importance_memory(config, inspection, each) for each in settings]
-    works += [_compensation_memory(config, inspection, each) for each in settings if each.compensates_by != "none"]
+    works += [
+        _compensation_memory(config, inspection, each)
+        for each in settings
+        if each.compensates_by != "none"
+    ]
     return max(works, key=lambda memory: memory.total)
 
 
@@ -131,12 +160,19 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
         sizes = unit_sizes(skeleton(inspection.model_config), layers, settings.width_units)
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
     length, tokens = calibration.max_length, calibration.batch_size * calibration.max_length
-    parts["gradient"] = FLOAT32_BYTES * _largest(_blocks(base))  # only one parameter's gradient is held at a time
+    parts["gradient"] = FLOAT32_BYTES * _largest(
+        _blocks(base)
+    )  # only one parameter's gradient is held at a time
     parts |= {"activations": _kept_dense(base, tokens), "logits": logit_bytes(inspection, tokens)}
-    return Memory(f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)", parts)
+    return Memory(
+        f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)",
+        parts,
+    )
 
 
-def _compensation_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
+def _compensation_memory(
+    config: RunConfig, inspection: Inspection, settings: PruneConfig
+) -> Memory:
     parts, widest = _by_block(config, inspection), _widest_input(inspection.base)
     if settings.compensates_by == "least_squares":
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
@@ -180,13 +216,19 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     works = [weights]
     if set(settings.methods) & set(INFORMATION):
         works.append(weights | _by_information(config, inspection, tokens))
-    measured = [group for group in dense.groups if any(format_of(name).is_packed for name in group.formats)]
-    if not set(settings.methods) & set(MEASUREMENT):  # embeddings and head take their place in no other pass
+    measured = [
+        group for group in dense.groups if any(format_of(name).is_packed for name in group.formats)
+    ]
+    if not set(settings.methods) & set(
+        MEASUREMENT
+    ):  # embeddings and head take their place in no other pass
         measured = [group for group in measured if group.name in (EMBEDDINGS, HEAD)]
     if set(settings.methods) & set(EXPANSION):
         # The gradients of the logits are freed before those of the layers are needed.
         largest = max(logit_bytes(inspection, tokens), BYTES_A_WEIGHT * _largest(_blocks(dense)))
-        works.append(weights | {"activations": _kept_dense(dense, tokens), "logits or gradients": largest})
+        works.append(
+            weights | {"activations": _kept_dense(dense, tokens), "logits or gradients": largest}
+        )
     if measured and set(settings.methods) & {*MEASUREMENT, *EXPANSION}:
         works.append(weights | _by_measurement(inspection, measured, tokens))
     about = f"passes of {settings.batch_size} rows x {config.data.max_length} tokens (`sensitivity.batch_size`)"
@@ -214,18 +256,28 @@ def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int
     `log-probabilities` is the larger of two peaks: when those of the unquantized model are made, or compared.
     """
     dense, config = inspection.reference, inspection.model_config
-    quantized = [dense.element_bytes * each.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([each]) for each in groups]
+    quantized = [
+        dense.element_bytes * each.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([each])
+        for each in groups
+    ]
     making = (dense.element_bytes + 2 * FLOAT32_BYTES) * tokens
-    comparing = (dense.element_bytes + FLOAT32_BYTES) * tokens + 4 * FLOAT32_BYTES * min(tokens, POSITIONS)
+    comparing = (dense.element_bytes + FLOAT32_BYTES) * tokens + 4 * FLOAT32_BYTES * min(
+        tokens, POSITIONS
+    )
     return {
-        "block outputs": int(config.num_hidden_layers) * tokens * int(config.hidden_size) * dense.element_bytes,
+        "block outputs": int(config.num_hidden_layers)
+        * tokens
+        * int(config.hidden_size)
+        * dense.element_bytes,
         "activations": _widest(dense, tokens),
         "quantized group": max(quantized),
         "log-probabilities": int(config.vocab_size) * max(making, comparing),
     }
 
 
-def activation_bytes(layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool) -> int:
+def activation_bytes(
+    layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool
+) -> int:
     """Count the bytes that a forward pass with adapters keeps for the backward pass."""
     blocks: dict[str, list[LinearShape]] = {}  # a group's name begins with its block's, `layers.07`
     for group in _blocks(layout):
@@ -245,13 +297,17 @@ def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank:
     """Count the bytes that layers keep for the backward pass; without a rank they have no adapters."""
     adapter = 0 if rank is None else FLOAT32_BYTES
     return tokens * sum(
-        element_bytes * (linear.rows + linear.columns) + adapter * (linear.columns + (rank or 0)) for linear in linears
+        element_bytes * (linear.rows + linear.columns) + adapter * (linear.columns + (rank or 0))
+        for linear in linears
     )
 
 
 def _kept_dense(dense: Layout, tokens: int) -> int:
     """Count the bytes that a model without adapters keeps for the backward pass."""
-    return int(DENSE * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in _blocks(dense)))
+    return int(
+        DENSE
+        * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in _blocks(dense))
+    )
 
 
 def _weights(dense: Layout) -> dict[str, int]:
@@ -270,4 +326,6 @@ def _largest(groups: Iterable[Group]) -> int:
 
 def _widest(layout: Layout, tokens: int) -> int:
     """Count the bytes that a pass without gradients holds at once: inputs and outputs of the widest group's layers."""
-    return max(_kept(group.linears, tokens, layout.element_bytes, None) for group in _blocks(layout))
+    return max(
+        _kept(group.linears, tokens, layout.element_bytes, None) for group in _blocks(layout)
+    )

@@ -30,7 +30,9 @@ FEW, MORE = 1, 5
 REPEATS = 3
 
 
-def measure(config: RunConfig, model_config: Any, share_labelled: float, threads: int) -> tuple[float, float]:
+def measure(
+    config: RunConfig, model_config: Any, share_labelled: float, threads: int
+) -> tuple[float, float]:
     """Return the seconds of training and of scoring on a micro-batch of full rows, with labels at a share of tokens."""
     limit_threads(threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
@@ -44,14 +46,23 @@ def measure(config: RunConfig, model_config: Any, share_labelled: float, threads
     for count in {few, more}:
         timed[count] = _timed(small_model(config, model_config, count), batch)
         release()
-    each = [max(0.0, most - less) / max(1, more - few) for less, most in zip(timed[few], timed[more], strict=True)]
-    training, scoring = (most + (blocks - more) * block for most, block in zip(timed[more], each, strict=True))
+    each = [
+        max(0.0, most - less) / max(1, more - few)
+        for less, most in zip(timed[few], timed[more], strict=True)
+    ]
+    training, scoring = (
+        most + (blocks - more) * block for most, block in zip(timed[more], each, strict=True)
+    )
     return training, scoring
 
 
 def _timed(model: Any, batch: Batch) -> tuple[float, float]:
     # The Trainer uses the same precision.
-    mixed = torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else contextlib.nullcontext()
+    mixed = (
+        torch.autocast("cuda", torch.bfloat16)
+        if torch.cuda.is_available()
+        else contextlib.nullcontext()
+    )
 
     def train() -> None:
         with mixed:

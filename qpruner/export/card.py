@@ -24,7 +24,9 @@ _CODE_BESIDE = (
     "Plain transformers loads them. Blocks have different widths: `modeling_ragged.py` beside the weights builds them, "
     "about thirty lines to read before you let transformers run them by `trust_remote_code=True`.\n"
 )
-_IMPORT = "import qpruner.hf  # registers the mixed-precision quantizer and blocks of different widths\n"
+_IMPORT = (
+    "import qpruner.hf  # registers the mixed-precision quantizer and blocks of different widths\n"
+)
 _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{place}"{options})  # with a GPU: add .to("cuda")
@@ -61,15 +63,19 @@ def missing_remark(keys: Sequence[str]) -> str | None:
     """Return a message that names the missing metadata and the configuration keys to set; None if `keys` is empty."""
     if not keys:
         return None
-    names, stated_by = ", ".join(STATED[key] for key in keys), ", ".join(f"`card.{key}`" for key in keys)
+    names, stated_by = (
+        ", ".join(STATED[key] for key in keys),
+        ", ".join(f"`card.{key}`" for key in keys),
+    )
     return f"the model card does not state: {names}; set {stated_by} and repeat `qpruner run`, which rewrites the card"
 
 
 def loading_section(form: Form, place: str = "this folder") -> str:
     """Return the section of a card with the code that loads the model from a folder or repository."""
-    how = {"merged and plain": "Plain transformers loads them.\n", "merged with code": _CODE_BESIDE}.get(
-        form, _NEEDS_US
-    )
+    how = {
+        "merged and plain": "Plain transformers loads them.\n",
+        "merged with code": _CODE_BESIDE,
+    }.get(form, _NEEDS_US)
     lead = f"{_MERGED} {how}" if form.startswith("merged") else how
     imports = _IMPORT if how == _NEEDS_US else ""
     options = ", trust_remote_code=True" if form == "merged with code" else ""

@@ -15,7 +15,10 @@ def commands(record: ServeRecord | None, run: str) -> list[str]:
     folder, first = f"{run}/{PurePath(row.files[0]).parent}", []
     if "://" in run:  # servers read files of this machine alone
         merge = " --merge" if row.form.endswith("merged") else ""
-        folder, first = "FOLDER", [f"qpruner export {shlex.quote(run)} --to gguf{merge} --out FOLDER"]
+        folder, first = (
+            "FOLDER",
+            [f"qpruner export {shlex.quote(run)} --to gguf{merge} --out FOLDER"],
+        )
     names = [PurePath(file).name for file in sorted(row.files, key=len) if file.endswith(".gguf")]
     model, *adapter = (shlex.quote(f"{folder}/{name}") for name in names)
     lora = f" --lora {adapter[0]}" if adapter else ""

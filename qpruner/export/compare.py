@@ -21,7 +21,10 @@ MOST_PERPLEXITY, MOST_LOST = 0.01, 0.25
 """Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in the demo in
 llama.cpp, 2026-11-29); both beyond three standard errors."""
 TOP = 64  # number of the likeliest tokens whose probabilities a server gives
-LEAST_LIMIT, MOST_ROUNDING = 5e-4, 3.0  # largest divergence of a server in nats per token, and in units of rounding
+LEAST_LIMIT, MOST_ROUNDING = (
+    5e-4,
+    3.0,
+)  # largest divergence of a server in nats per token, and in units of rounding
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Predictions(NamedTuple):
     actual: Any  # (tokens - 1,): of the next token
 
 
-def compare(final: Path, exported: Path, samples: Rows, on_progress: OnWork = ignore_progress) -> Compared:
+def compare(
+    final: Path, exported: Path, samples: Rows, on_progress: OnWork = ignore_progress
+) -> Compared:
     """Compare predictions of an export in transformers with those of the final model; see `compare_served`."""
     model, found = load(exported, on_progress).eval(), []
     for sample in samples:
@@ -53,13 +58,19 @@ def compare(final: Path, exported: Path, samples: Rows, on_progress: OnWork = ig
         actual = values.gather(1, torch.tensor(sample[1:])[:, None])[:, 0]
         found.append(Predictions(ids.numpy(), likeliest.numpy(), actual.numpy()))
     del model
-    return compare_served(final, samples, found, f"transformers {transformers.__version__}", in_its_type, on_progress)
+    return compare_served(
+        final, samples, found, f"transformers {transformers.__version__}", in_its_type, on_progress
+    )
 
 
 @contextmanager
 def in_its_type(model: Any) -> Iterator[None]:
     """Let a model compute in its own type, and not in float32."""
-    exact = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
+    exact = {
+        parameter: parameter.data
+        for parameter in model.parameters()
+        if parameter.is_floating_point()
+    }
     tables = [layer for layer in model.modules() if isinstance(layer, PackedEmbedding)]
     for parameter, data in exact.items():
         parameter.data = data.to(model.config.dtype)
@@ -109,14 +120,22 @@ def compare_served(
             without = predicted(sample, ids)
             for adapter in adapters:
                 adapter.enable_adapters(True)
-        losses = -torch.stack([all_before.gather(1, torch.tensor(sample[1:])[:, None])[:, 0], actual.float()], 1)
+        losses = -torch.stack(
+            [all_before.gather(1, torch.tensor(sample[1:])[:, None])[:, 0], actual.float()], 1
+        )
         is_same = before[:, 0] == all_before.amax(1)  # of two equal logits either may come first
-        rows.append((before, _with_rest(likeliest.float()), rounded, without, losses, is_same.float()))
+        rows.append(
+            (before, _with_rest(likeliest.float()), rounded, without, losses, is_same.float())
+        )
         on_progress("comparing predictions", done, len(samples))
-    before, after, rounded, without, losses, is_same = (torch.cat(each) for each in zip(*rows, strict=True))
+    before, after, rounded, without, losses, is_same = (
+        torch.cat(each) for each in zip(*rows, strict=True)
+    )
     limit = max(LEAST_LIMIT, MOST_ROUNDING * _divergence(before, rounded))
     if not (divergence := _divergence(before, after)) <= limit:
-        raise export_error(f"predictions in {by} diverge by {divergence:.2g} nats per token, more than {limit:.2g}")
+        raise export_error(
+            f"predictions in {by} diverge by {divergence:.2g} nats per token, more than {limit:.2g}"
+        )
     # Errors of rounding do not point along the effect.
     effect = before - without
     lost, size = ((before - after) * effect).sum(-1), effect.square().sum()
@@ -126,7 +145,9 @@ def compare_served(
     stderr = float((losses[:, 0] - losses[:, 1]).std()) / len(losses) ** 0.5
     if not abs(loss - loss_before) <= math.log1p(MOST_PERPLEXITY) + 3 * stderr:
         change = math.expm1(loss - loss_before)
-        raise export_error(f"the perplexity in {by} differs by {change:+.1%}, more than {MOST_PERPLEXITY:.0%}")
+        raise export_error(
+            f"the perplexity in {by} differs by {change:+.1%}, more than {MOST_PERPLEXITY:.0%}"
+        )
     return Compared(divergence, float(is_same.mean()), len(before), loss_before, loss, by)
 
 
@@ -142,14 +163,19 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 def loss_of(model: Any, samples: Rows) -> float:
     """Compute the mean loss of the tokens that follow others."""
-    losses = (-log_probabilities(model, each)[:-1].gather(1, torch.tensor(each[1:])[:, None]) for each in samples)
+    losses = (
+        -log_probabilities(model, each)[:-1].gather(1, torch.tensor(each[1:])[:, None])
+        for each in samples
+    )
     return float(torch.cat(list(losses)).mean())
 
 
 def export_error(difference: str) -> StageError:
     """Build the error for an export that differs."""
     remedy = "use the final folder instead, and report this error with the run's results.json"
-    return StageError("export", f"the exported model differs from the final model: {difference}", remedy)
+    return StageError(
+        "export", f"the exported model differs from the final model: {difference}", remedy
+    )
 
 
 @torch.no_grad()

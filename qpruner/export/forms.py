@@ -62,14 +62,18 @@ class Exported(Compared):
     form: Form
     folder: Path
     is_plain: bool  # whether it loads without qpruner
-    recoded: Mapping[str, str]  # layers that the server cannot take in the plan's format, each with its format here
+    recoded: Mapping[
+        str, str
+    ]  # layers that the server cannot take in the plan's format, each with its format here
     remarks: tuple[str, ...]  # what differs from the final model, for people
     file_bytes: int  # of all files that a server reads
     tensor_bytes: int  # of weights and adapter in these formats; the rest is tokenizer and metadata
     plan_bytes: int  # of weights and adapter of the final model
 
 
-def refusal(form: Form, config: Any, ragged: bool = False, uniform: str = architectures.UNIFORM) -> str | None:
+def refusal(
+    form: Form, config: Any, ragged: bool = False, uniform: str = architectures.UNIFORM
+) -> str | None:
     """Say why a model cannot be exported in a form, and what would work; None if it can (`architectures.refusal`)."""
     if form.startswith("gguf"):
         if reason := architectures.refusal(config, ragged, uniform):
@@ -81,7 +85,9 @@ def refusal(form: Form, config: Any, ragged: bool = False, uniform: str = archit
 
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
-def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_progress) -> Exported:
+def export(
+    run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_progress
+) -> Exported:
     """Export the final model of a run to a new folder; raise `StageError` if the export and the model differ.
 
     The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the quantized model in a
@@ -99,8 +105,19 @@ def export(run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_p
         raise UserError(f"this model cannot be exported as {form}: {reason}")
     rows = run.stage("prepare") / "data" / "confirmation"
     with _hidden_folder(target) as scratch:
-        work = _Work(form, final, scratch, target, PurePath(run.place).name, rows, on_progress, _grams_of(run, final))
-        write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[form.partition("_")[0]]
+        work = _Work(
+            form,
+            final,
+            scratch,
+            target,
+            PurePath(run.place).name,
+            rows,
+            on_progress,
+            _grams_of(run, final),
+        )
+        write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[
+            form.partition("_")[0]
+        ]
         exported: Exported = write(work)
         write_json(scratch / MARK, record)
         storage_at(target).publish(scratch)
@@ -111,7 +128,11 @@ def _grams_of(run: RunDir, final: Path) -> GramOf:
     """Return the `GramOf` of a run: it reads the matrices by which GPTQ rounded the final model; None without GPTQ."""
     tuned, config = run.read_record("finetune", FinetuneRecord), checkpoint_config(final)
     row = tuned and tuned.candidates[0]
-    return lambda path: read_grams(run.bank(row.cut), row.bank, config, [path]).get(path) if row and row.bank else None
+    return lambda path: (
+        read_grams(run.bank(row.cut), row.bank, config, [path]).get(path)
+        if row and row.bank
+        else None
+    )
 
 
 @contextmanager
@@ -124,9 +145,13 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         retry_storage(lambda: place.mkdir(parents=True, exist_ok=True), place)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{target} is being written by another command: name another folder with `--out`") from error
+        raise UserError(
+            f"{target} is being written by another command: name another folder with `--out`"
+        ) from error
     except OSError as error:
-        raise UserError(f"{target} cannot be made ({error.strerror}): name another folder with `--out`") from error
+        raise UserError(
+            f"{target} cannot be made ({error.strerror}): name another folder with `--out`"
+        ) from error
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
         yield folder
@@ -153,13 +178,17 @@ class _Work:
         """Token ids of the rows on which predictions are compared."""
         return [list(row["input_ids"][:LONGEST]) for row in load_encoded(self.rows)[:NUM_ROWS]]
 
-    def recoded(self, new_format: NewFormat, fixed: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
+    def recoded(
+        self, new_format: NewFormat, fixed: Mapping[str, str]
+    ) -> tuple[Path, dict[str, str]]:
         """Return a checkpoint in other formats, merged if the form wants it, and the layers that changed."""
         merge = self.form.endswith("merged")
         if not merge and not changes(self.final, new_format, fixed):
             return self.final, {}
         folder = self.folder / RECODED
-        return folder, recode(self.final, folder, new_format, merge, self.on_progress, fixed, self.gram_of)
+        return folder, recode(
+            self.final, folder, new_format, merge, self.on_progress, fixed, self.gram_of
+        )
 
     def exported(
         self,
@@ -181,8 +210,13 @@ class _Work:
             folder=self.target,
             is_plain=self.form != "peft" and not needs_us,
             recoded=recoded,
-            remarks=(*_format_changes(formats_of(checkpoint_config(self.final)), recoded), *filter(None, remarks)),
-            file_bytes=sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
+            remarks=(
+                *_format_changes(formats_of(checkpoint_config(self.final)), recoded),
+                *filter(None, remarks),
+            ),
+            file_bytes=sum(
+                file.stat().st_size for file in self.folder.rglob("*") if file.is_file()
+            ),
             tensor_bytes=tensor_bytes(self.folder),
             plan_bytes=tensor_bytes(self.final),
         )
@@ -191,7 +225,10 @@ class _Work:
 def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """Tell how many layers changed from which format to which."""
     counts = Counter((old[path], name) for path, name in new.items())
-    return [f"{counted(count, 'layer')} from {before} to {after}" for (before, after), count in counts.items()]
+    return [
+        f"{counted(count, 'layer')} from {before} to {after}"
+        for (before, after), count in counts.items()
+    ]
 
 
 def _merged(work: _Work) -> Exported:
@@ -202,13 +239,17 @@ def _merged(work: _Work) -> Exported:
         return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
     described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
     retry_storage(lambda: for_vllm.write_config(described, config, work.folder), work.folder)
-    return work.exported(in_vllm.check(work.final, work.folder, work.samples, work.on_progress, "transformers"))
+    return work.exported(
+        in_vllm.check(work.final, work.folder, work.samples, work.on_progress, "transformers")
+    )
 
 
 def _peft(work: _Work) -> Exported:
     """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in `target`."""
     base, left_out = work.folder / PEFT_BASE, shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
-    retry_storage(lambda: shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True), work.target)
+    retry_storage(
+        lambda: shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True), work.target
+    )
     copy_adapter(work.final, work.folder, work.target / PEFT_BASE)
     retry_storage(lambda: load_tokenizer(str(work.final)).save_pretrained(work.folder), work.target)
     return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
@@ -230,7 +271,9 @@ def _gguf(work: _Work) -> Exported:
     config, tokenizer = checkpoint_config(checkpoint), load_tokenizer(str(checkpoint))
     names = model.name, adapter.name if adapter else None
     text = modelfile(*names, tokenizer, stop_ids(checkpoint), architectures.context_length(config))
-    retry_storage(lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder)
+    retry_storage(
+        lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder
+    )
     found = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
     remarks = architectures.remark(config), same_tokens.remark(tokenizer)
     return work.exported(found, checkpoint, recoded, remarks)
@@ -238,6 +281,10 @@ def _gguf(work: _Work) -> Exported:
 
 def _vllm(work: _Work) -> Exported:
     """Write a checkpoint of compressed-tensors."""
-    checkpoint, recoded = work.recoded(for_vllm.vllm_format, for_vllm.dense_paths(checkpoint_config(work.final)))
+    checkpoint, recoded = work.recoded(
+        for_vllm.vllm_format, for_vllm.dense_paths(checkpoint_config(work.final))
+    )
     for_vllm.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
-    return work.exported(in_vllm.check(checkpoint, work.folder, work.samples, work.on_progress), checkpoint, recoded)
+    return work.exported(
+        in_vllm.check(checkpoint, work.folder, work.samples, work.on_progress), checkpoint, recoded
+    )

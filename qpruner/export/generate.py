@@ -60,13 +60,22 @@ class Generator:
         """Generate an answer to a prompt."""
         ids = self._encoded(prompt, sampling.template).to(self._model.device)
         length = ids.shape[1]
-        context = getattr(self._model.config, "max_position_embeddings", None) or length + sampling.max_tokens
+        context = (
+            getattr(self._model.config, "max_position_embeddings", None)
+            or length + sampling.max_tokens
+        )
         if length >= context:
-            raise UserError(f"the prompt has {length} tokens, but the model's context {context}: shorten the prompt")
+            raise UserError(
+                f"the prompt has {length} tokens, but the model's context {context}: shorten the prompt"
+            )
         # An answer ends at the end token of the tokenizer or at one in the model's generation_config.json.
         eos = self._model.generation_config.eos_token_id
-        ends = sorted({*(eos if isinstance(eos, list) else [eos]), self._tokenizer.eos_token_id} - {None})
-        options: dict[str, Any] = {"temperature": sampling.temperature} if sampling.temperature else {}
+        ends = sorted(
+            {*(eos if isinstance(eos, list) else [eos]), self._tokenizer.eos_token_id} - {None}
+        )
+        options: dict[str, Any] = (
+            {"temperature": sampling.temperature} if sampling.temperature else {}
+        )
         torch.manual_seed(sampling.seed)
         written = self._model.generate(
             input_ids=ids,
@@ -88,11 +97,15 @@ class Generator:
         has_chat = template == "chat" and self._tokenizer.chat_template
         if has_chat:
             messages = [{"role": "user", "content": prompt}]
-            prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            prompt = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
         elif template in ("alpaca", "alpaca_short"):
             prompt = alpaca_prompt(prompt, is_short=template == "alpaca_short")
         # A chat template writes the special tokens itself.
-        ids: torch.Tensor = self._tokenizer(prompt, add_special_tokens=not has_chat, return_tensors="pt")["input_ids"]
+        ids: torch.Tensor = self._tokenizer(
+            prompt, add_special_tokens=not has_chat, return_tensors="pt"
+        )["input_ids"]
         return ids
 
 
@@ -115,25 +128,33 @@ class Source:
         try:
             with raising_out_of_memory(AGAINST_SHORTAGE):
                 if self.settings:
-                    model = load_dense(str(self.folder), self.settings.dtype, self.settings, on_progress)
+                    model = load_dense(
+                        str(self.folder), self.settings.dtype, self.settings, on_progress
+                    )
                 else:
                     model = load(self.folder, on_progress)
                 return Generator(model, load_tokenizer(str(self.folder), self.settings))
         except (OSError, ValueError, ImportError) as error:
             remedy = "give a folder with a tokenizer and a model that transformers can load"
-            raise UserError(f"{self.folder} cannot be loaded: {first_line(error)}; {remedy}") from error
+            raise UserError(
+                f"{self.folder} cannot be loaded: {first_line(error)}; {remedy}"
+            ) from error
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     """Find the models of a run that `which` names (all if `which` is empty), or the single model in a folder."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
-        raise UserError(f"models are loaded from a folder: download the final model with `{command}`, then name FOLDER")
+        raise UserError(
+            f"models are loaded from a folder: download the final model with `{command}`, then name FOLDER"
+        )
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
         found = _of_run(RunDir(place, create=False), which)
     elif which:
         remedy = "omit `--which`, or name a run folder"
-        raise UserError(f"`--which` selects models of a run, but {place} is not a run folder (no {STATE}): {remedy}")
+        raise UserError(
+            f"`--which` selects models of a run, but {place} is not a run folder (no {STATE}): {remedy}"
+        )
     elif not place.is_dir():
         raise UserError(f"{place} is not a folder: name a run folder or a model folder")
     else:
@@ -143,7 +164,9 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
         has_adapter = (source.folder / "adapter_config.json").is_file()
         if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
             remedy = "pickled adapters are not read: save the adapter with peft's save_pretrained"
-            raise UserError(f"the {source.name} model: {source.folder} has no adapter_model.safetensors ({remedy})")
+            raise UserError(
+                f"the {source.name} model: {source.folder} has no adapter_model.safetensors ({remedy})"
+            )
     return found
 
 
@@ -152,9 +175,13 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
     settings = ModelConfig.model_validate(state.config["model"])
-    names = list(dict.fromkeys((UNPRUNED, *PruneConfig.model_validate(state.config["prune"]).cuts, FINAL)))
+    names = list(
+        dict.fromkeys((UNPRUNED, *PruneConfig.model_validate(state.config["prune"]).cuts, FINAL))
+    )
     if unknown := [name for name in which if name not in names]:
-        raise UserError(f"`--which`: a run has no model {unknown[0]!r}; {nearest(unknown[0], names, 'its models are')}")
+        raise UserError(
+            f"`--which`: a run has no model {unknown[0]!r}; {nearest(unknown[0], names, 'its models are')}"
+        )
     folders = {name: run.cut(name) for name in names} | {FINAL: run.root / FINAL}
     if prepared:
         folders[UNPRUNED] = run.base_model(prepared)
@@ -166,5 +193,7 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     wanted = which or list(existing) or names
     if missing := [name for name in wanted if name not in existing]:
         hint = f", or use `--which {','.join(existing)}`" if existing else ""
-        raise UserError(f"{run.root} has no {missing[0]} model (yet): repeat `qpruner run` to make it{hint}")
+        raise UserError(
+            f"{run.root} has no {missing[0]} model (yet): repeat `qpruner run` to make it{hint}"
+        )
     return [existing[name] for name in wanted]

@@ -22,8 +22,12 @@ from qpruner.runs.storage import retry_storage
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_BYTES = 10**9
 
-GramOf = Callable[[str], torch.Tensor | None]  # maps a layer to the Gram matrix of its inputs, if GPTQ rounds it
-NewFormat = Callable[[str, int], str]  # maps a packed layer's format and its columns to the format that it shall get
+GramOf = Callable[
+    [str], torch.Tensor | None
+]  # maps a layer to the Gram matrix of its inputs, if GPTQ rounds it
+NewFormat = Callable[
+    [str, int], str
+]  # maps a packed layer's format and its columns to the format that it shall get
 
 
 def dense(name: str, columns: int) -> str:
@@ -60,7 +64,9 @@ def recode(
     state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))
     todo = [path for path in widths if path in changed or path in adapter]
     for done, path in enumerate(todo, 1):
-        weight = format_of(old.get(path, DENSE)).unpack(take_weight(state, path), widths[path], torch.float32)
+        weight = format_of(old.get(path, DENSE)).unpack(
+            take_weight(state, path), widths[path], torch.float32
+        )
         if path in adapter:
             weight = weight + adapter[path]()
         found = format_of(new.get(path, DENSE))
@@ -76,11 +82,15 @@ def recode(
     return changed
 
 
-def changes(final: Path, new_format: NewFormat, fixed: Mapping[str, str] | None = None) -> dict[str, str]:
+def changes(
+    final: Path, new_format: NewFormat, fixed: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """List the layers to which `recode` would give another format, each with its new format."""
     config = checkpoint_config(final)
     old, widths = formats_of(config), columns_of(config)
-    wanted = {path: new_format(name, widths[path]) for path, name in old.items()} | dict(fixed or {})
+    wanted = {path: new_format(name, widths[path]) for path, name in old.items()} | dict(
+        fixed or {}
+    )
     return {path: name for path, name in wanted.items() if name != old.get(path, DENSE)}
 
 
@@ -93,7 +103,11 @@ def columns_of(config: Any) -> dict[str, int]:
     """Map the paths of all layers to the columns of their weights."""
     parameters = skeleton(config).named_parameters()
     suffix = ".weight"
-    return {name.removesuffix(suffix): each.shape[-1] for name, each in parameters if name.endswith(suffix)}
+    return {
+        name.removesuffix(suffix): each.shape[-1]
+        for name, each in parameters
+        if name.endswith(suffix)
+    }
 
 
 def take_weight(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
@@ -109,11 +123,15 @@ def _adapter(final: Path) -> dict[str, Callable[[], torch.Tensor]]:
     scale, end = settings["lora_alpha"] / settings["r"], ".lora_A.weight"
 
     def added(path: str) -> torch.Tensor:
-        lora_a, lora_b = (tensors[f"{PEFT_PREFIX}{path}.lora_{side}.weight"].float() for side in "AB")
+        lora_a, lora_b = (
+            tensors[f"{PEFT_PREFIX}{path}.lora_{side}.weight"].float() for side in "AB"
+        )
         product: torch.Tensor = scale * (lora_b @ lora_a)
         return product
 
-    paths = [name.removeprefix(PEFT_PREFIX).removesuffix(end) for name in tensors if name.endswith(end)]
+    paths = [
+        name.removeprefix(PEFT_PREFIX).removesuffix(end) for name in tensors if name.endswith(end)
+    ]
     return {path: partial(added, path) for path in paths}
 
 
@@ -128,7 +146,9 @@ def copy_other_files(final: Path, folder: Path, also: Sequence[str] = ()) -> Non
     """Copy all but weights, card and config; of the adapter those named in `also`."""
     left_out = {*ADAPTER_FILES, "README.md", "config.json"} - {*also}
     ignored = shutil.ignore_patterns("model*.safetensors*", *left_out)
-    retry_storage(lambda: shutil.copytree(final, folder, ignore=ignored, dirs_exist_ok=True), folder)
+    retry_storage(
+        lambda: shutil.copytree(final, folder, ignore=ignored, dirs_exist_ok=True), folder
+    )
 
 
 def copy_adapter(final: Path, folder: Path, base: Path) -> None:

@@ -59,7 +59,10 @@ def prepare_base(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns, fetched = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"], folder
+    patterns, fetched = (
+        ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
+        folder,
+    )
     with suppress(LocalEntryNotFoundError):
         path = snapshot_download(
             source,
@@ -100,7 +103,10 @@ def _reporting_bar(on_progress: OnWork) -> Any:
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, on_progress: OnWork = ignore_progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    on_progress: OnWork = ignore_progress,
 ) -> None:
     """Write weights (as safetensors shards), config (with `per_layer_config`) and tokenizer."""
     with reporting_tensors(on_progress):
@@ -117,7 +123,11 @@ def read_tensors(
         try:
             with safe_open(shard, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118
-                    name = f"{RENAMED[1]}{rest}" if (rest := stored.removeprefix(RENAMED[0])) != stored else stored
+                    name = (
+                        f"{RENAMED[1]}{rest}"
+                        if (rest := stored.removeprefix(RENAMED[0])) != stored
+                        else stored
+                    )
                     if wanted(name):
                         tensors[name] = file.get_tensor(stored)
                         on_piece()

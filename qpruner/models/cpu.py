@@ -48,29 +48,47 @@ def widen() -> None:
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for product in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm):
             kernels.impl(product.default, _widened(product.out), "CPU")  # type: ignore[no-untyped-call]
-    AttentionInterface.register("sdpa", functools.partial(_widened_attention, sdpa_attention_forward))
+    AttentionInterface.register(
+        "sdpa", functools.partial(_widened_attention, sdpa_attention_forward)
+    )
 
 
-_KEPT: list[torch.library.Library] = []  # keeps libraries alive, because torch removes the kernels of a deleted library
+_KEPT: list[
+    torch.library.Library
+] = []  # keeps libraries alive, because torch removes the kernels of a deleted library
 
 
 def _widened(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def kernel(*tensors: torch.Tensor, **scalars: Any) -> torch.Tensor:
         first = tensors[-2]
-        if first.shape[-2] < WORTH_WIDENING or any(tensor.dtype is not torch.bfloat16 for tensor in tensors):
+        if first.shape[-2] < WORTH_WIDENING or any(
+            tensor.dtype is not torch.bfloat16 for tensor in tensors
+        ):
             return product(*tensors, **scalars, out=first.new_empty(0))
-        wide = product(*(tensor.float() for tensor in tensors), **scalars, out=first.new_empty(0, dtype=torch.float32))
+        wide = product(
+            *(tensor.float() for tensor in tensors),
+            **scalars,
+            out=first.new_empty(0, dtype=torch.float32),
+        )
         return wide.to(torch.bfloat16)
 
     return kernel
 
 
 def _widened_attention(
-    attention: Callable[..., Any], module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
+    attention: Callable[..., Any],
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    **options: Any,
 ) -> Any:
     if query.dtype is not torch.bfloat16 or query.device.type != "cpu":
         return attention(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
-    attended, *rest = attention(module, query.float(), key.float(), value.float(), attention_mask, **options)
+    attended, *rest = attention(
+        module, query.float(), key.float(), value.float(), attention_mask, **options
+    )
     return attended.to(query.dtype), *rest

@@ -14,7 +14,10 @@ from qpruner.quantization.formats import format_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEW_GPU = (99, 0)  # a compute capability that every format takes; `preflight.check_gpu` looks at the real one
+NEW_GPU = (
+    99,
+    0,
+)  # a compute capability that every format takes; `preflight.check_gpu` looks at the real one
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -47,7 +50,9 @@ def logits_path(config: Any) -> str:
 
 def group_paths(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
     """Map each group, embeddings and head included, to the paths of its layers."""
-    return group_linears(config, grouping) | {name: (path,) for name, path in table_paths(config).items()}
+    return group_linears(config, grouping) | {
+        name: (path,) for name, path in table_paths(config).items()
+    }
 
 
 def output_modules(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
@@ -60,12 +65,19 @@ def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], 
     for index in range(count):
         layer, block = f"layers.{index:0{len(str(count - 1))}d}", family.block_path(index)
         for name, of_group in family.groups(grouping).items():
-            linears, outputs = (tuple(f"{block}.{path}".rstrip(".") for path in paths) for paths in of_group)
+            linears, outputs = (
+                tuple(f"{block}.{path}".rstrip(".") for path in paths) for paths in of_group
+            )
             yield f"{layer}.{name}".rstrip("."), linears, outputs
 
 
 def layout_of(
-    config: Any, quantize: QuantizeConfig, element_bytes: int, lora_rank: int, on_gpu: bool, cut: str = UNPRUNED
+    config: Any,
+    quantize: QuantizeConfig,
+    element_bytes: int,
+    lora_rank: int,
+    on_gpu: bool,
+    cut: str = UNPRUNED,
 ) -> Layout:
     """List groups with weight shapes and the formats that each takes; count the bytes of all other parts.
 
@@ -89,7 +101,8 @@ def layout_of(
     return Layout(
         groups=tuple(groups),
         ungrouped_bytes=(num_parameters - grouped) * element_bytes,
-        adapter_bytes=sum(lora_rank * (linear.rows + linear.columns) for linear in adapted) * element_bytes,
+        adapter_bytes=sum(lora_rank * (linear.rows + linear.columns) for linear in adapted)
+        * element_bytes,
         element_bytes=element_bytes,
         num_parameters=num_parameters,
         multiply_adds=multiply_adds(model),
@@ -107,5 +120,8 @@ def multiply_adds(model: PreTrainedModel) -> int:
 
 def refusals(level: str, linears: Iterable[LinearShape], on_gpu: bool) -> list[str]:
     """List the layers that a format cannot hold, each with the reason."""
-    found = [(linear, format_of(level).refusal(linear.columns, NEW_GPU if on_gpu else None)) for linear in linears]
+    found = [
+        (linear, format_of(level).refusal(linear.columns, NEW_GPU if on_gpu else None))
+        for linear in linears
+    ]
     return [f"{linear.name}: {reason}" for linear, reason in found if reason]

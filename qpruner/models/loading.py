@@ -48,11 +48,15 @@ def resolve_source(source: str, key: str) -> str:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"`{key}`: Python package `{package}` is not installed; install it or name another source")
+        raise UserError(
+            f"`{key}`: Python package `{package}` is not installed; install it or name another source"
+        )
     folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / inner
     if not path.exists():
-        raise UserError(f"`{key}`: package `{package}` has no file `{inner}`; name one below {folder}")
+        raise UserError(
+            f"`{key}`: package `{package}` has no file `{inner}`; name one below {folder}"
+        )
     return str(path)
 
 
@@ -69,7 +73,9 @@ def check_source(model: ModelConfig) -> str:
         if not path.is_file():
             raise UserError(f"`model.source`: file {source} does not exist; {remedy}")
         if importlib.util.find_spec("gguf") is None:
-            raise UserError("`model.source`: reading .gguf files needs the gguf package: pip install 'qpruner[gguf]'")
+            raise UserError(
+                "`model.source`: reading .gguf files needs the gguf package: pip install 'qpruner[gguf]'"
+            )
     elif path.is_dir():
         check_folder(path, "`model.source`")
     elif path.exists():
@@ -89,13 +95,21 @@ def load_model_config(model: ModelConfig) -> Any:
     try:
         config = AutoConfig.from_pretrained(**_options(source, model))
     except Exception as error:  # a broken config or .gguf header ends in many types
-        remedy = "the file may be truncated: fetch it again" if source.endswith(".gguf") else "repair its config.json"
+        remedy = (
+            "the file may be truncated: fetch it again"
+            if source.endswith(".gguf")
+            else "repair its config.json"
+        )
         if not (path := Path(source).absolute()).exists():
             remedy = f"check that the hub has this id and answers, or name a model folder ({path} does not exist)"
-        told = f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}"
+        told = (
+            f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}"
+        )
         raise UserError(f"{told}; {remedy}") from error
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
-        raise UserError(f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint")
+        raise UserError(
+            f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint"
+        )
     if not Path(source).exists():
         check_hub_files(model)
     return config
@@ -110,7 +124,9 @@ def check_hub_files(model: ModelConfig) -> None:
     except Exception:  # the client changes its error types between releases
         return
     names = [file.rfilename for file in listed or ()]
-    if listed is not None and not any(name.endswith(".safetensors") and "/" not in name for name in names):
+    if listed is not None and not any(
+        name.endswith(".safetensors") and "/" not in name for name in names
+    ):
         lacks = f"has no .safetensors weights in revision {model.revision or 'main'}"
         remedy = f"name one that has them in `model.revision`, or {CONVERT} and name the new folder"
         raise UserError(f"`model.source`: {model.source} on the hub {lacks}; {remedy}")
@@ -138,13 +154,22 @@ def load_dense(
     ragged.install()
     cpu.install()
     is_gguf, is_spread = source.endswith(".gguf"), model is not None and model.device_map == "auto"
-    options = _options(source, model) | {"dtype": getattr(torch, dtype), "device_map": "auto" if is_spread else None}
-    options |= {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {"use_safetensors": True}
+    options = _options(source, model) | {
+        "dtype": getattr(torch, dtype),
+        "device_map": "auto" if is_spread else None,
+    }
+    options |= (
+        {"quantization_config": GgufConfig(dequantize=True)}
+        if is_gguf
+        else {"use_safetensors": True}
+    )
     try:
         with reporting_tensors(on_progress):
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**options)
     except (SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not transformers' "no such file"
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # of the disk, not transformers' "no such file"
             raise
         raise _damaged(Path(source), error) from error
     if not is_spread:
@@ -160,8 +185,12 @@ def check_reachable(model: PreTrainedModel) -> None:
     for name, place in places.items():
         if place in unreachable:
             left = f"{name or 'the model'} on {place}, where weights cannot be scored or cut"
-            remedy = "use more or larger GPUs, or hide all (`CUDA_VISIBLE_DEVICES=`) and prune on a CPU"
-            raise UserError(f"`model.device_map`: auto left {left}, as the devices have no room; {remedy}")
+            remedy = (
+                "use more or larger GPUs, or hide all (`CUDA_VISIBLE_DEVICES=`) and prune on a CPU"
+            )
+            raise UserError(
+                f"`model.device_map`: auto left {left}, as the devices have no room; {remedy}"
+            )
 
 
 @contextmanager
@@ -169,7 +198,9 @@ def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
     """Report the tensors that transformers loads and the files it saves, instead of showing progress bars."""
     from transformers.utils import logging
 
-    before = logging.set_tqdm_hook(lambda factory, args, kwargs: _reported(on_progress, *args, **kwargs))
+    before = logging.set_tqdm_hook(
+        lambda factory, args, kwargs: _reported(on_progress, *args, **kwargs)
+    )
     try:
         yield
     finally:
@@ -220,8 +251,13 @@ def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
     options: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):
         gguf_reader.install()
-        options = {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name}
-    return options | ({"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {})
+        options = {
+            "pretrained_model_name_or_path": str(Path(source).parent),
+            "gguf_file": Path(source).name,
+        }
+    return options | (
+        {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {}
+    )
 
 
 def check_folder(path: Path, named: str) -> None:
@@ -233,11 +269,15 @@ def check_folder(path: Path, named: str) -> None:
             f"{named}: folder {path} has no .safetensors weights (pickled .bin weights are not read; {CONVERT})"
         )
     index = path / "model.safetensors.index.json"
-    if index.is_file() and not (path / "model.safetensors").is_file():  # transformers prefers the single file
+    if (
+        index.is_file() and not (path / "model.safetensors").is_file()
+    ):  # transformers prefers the single file
         try:
             shards = set(json.loads(index.read_bytes())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again") from error
+            raise UserError(
+                f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again"
+            ) from error
         if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
             lacks = f"{counted(len(missing), 'weight file')}: {', '.join(missing)}"
             raise UserError(f"{named}: folder {path} lacks {lacks}; fetch the model again")
@@ -252,7 +292,13 @@ def _is_complete(file: Path) -> bool:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, file.stat().st_size)))
-        end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        end = (
+            8
+            + length
+            + max(
+                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+            )
+        )
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         return False
     return bool(end == file.stat().st_size)

@@ -76,7 +76,11 @@ def free_bytes() -> int:
     import psutil
     import torch
 
-    return int(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available)
+    return int(
+        torch.cuda.mem_get_info()[0]
+        if torch.cuda.is_available()
+        else psutil.virtual_memory().available
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -121,7 +125,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = int(torch.cuda.memory_allocated())
             return
-        with contextlib.suppress(OSError):  # Linux resets VmHWM to the present size when 5 is written here
+        with contextlib.suppress(
+            OSError
+        ):  # Linux resets VmHWM to the present size when 5 is written here
             Path("/proc/self/clear_refs").write_text("5")
         self._before = _most_resident_bytes()
 
@@ -130,7 +136,9 @@ class PeakMemory:
         import torch
 
         highest = int(torch.cuda.max_memory_allocated()) if self._cuda else _most_resident_bytes()
-        return max(0, highest - self._before)  # Linux counts pages per core: 57 kB below the start were seen
+        return max(
+            0, highest - self._before
+        )  # Linux counts pages per core: 57 kB below the start were seen
 
 
 def _most_resident_bytes() -> int:

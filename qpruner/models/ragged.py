@@ -24,7 +24,9 @@ logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
 
 def install(family: Family | None = None) -> None:
     """Make block i of a family (None: of all families) be built from `config.per_layer_config[i]`; idempotent."""
-    for each in families().values() if family is None else (family,):  # to import all modules takes 0.2 s
+    for each in (
+        families().values() if family is None else (family,)
+    ):  # to import all modules takes 0.2 s
         block_class = getattr(importlib.import_module(each.module), each.decoder_layer)
         if not getattr(block_class.__init__, "reads_per_layer_config", False):
             block_class.__init__ = _ragged(each, block_class.__init__)
@@ -83,7 +85,9 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
 
 def keep_blocks(config: Any, kept: Sequence[int]) -> None:
     """Remove all blocks from a config except `kept`, which lists their indices in ascending order."""
-    overrides: Mapping[int, Any] = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
+    overrides: Mapping[int, Any] = (
+        config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
+    )
     config.per_layer_config = None
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[index] for index in kept]

@@ -83,16 +83,25 @@ class Bank(Stage[BankRecord]):
         context = self.context
         for cut, reason in context.unfit.items():
             self.notify(f"warning: {left_out_text(cut, reason)}")
-        _ = context.budget_bytes, context.plan_in_file  # raise errors, now that the widths are known
+        _ = (
+            context.budget_bytes,
+            context.plan_in_file,
+        )  # raise errors, now that the widths are known
         for bank in self._banks:
             _remove_stale(bank)
             if not bank.has_grams():
-                context.executor.run(partial(_gather_grams, bank, self.config, context.data), context.emit)
+                context.executor.run(
+                    partial(_gather_grams, bank, self.config, context.data), context.emit
+                )
         bank, entries = self._bank, self._fill()
-        files = {str(bank.file(*key).relative_to(bank.folder)): entry.sha256 for key, entry in entries.items()}
+        files = {
+            str(bank.file(*key).relative_to(bank.folder)): entry.sha256
+            for key, entry in entries.items()
+        }
         sizes = files_in(bank.folder)
         by_level = {
-            level: {group: each for (group, name), each in entries.items() if name == level} for level in self._levels
+            level: {group: each for (group, name), each in entries.items() if name == level}
+            for level in self._levels
         }
         return {
             "cut": context.reference,
@@ -100,18 +109,26 @@ class Bank(Stage[BankRecord]):
             "files": files,
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": {
-                level: {name: each.residual_ratio for name, each in of.items()} for level, of in by_level.items()
+                level: {name: each.residual_ratio for name, each in of.items()}
+                for level, of in by_level.items()
             },
-            "error": {level: {name: each.error for name, each in of.items()} for level, of in by_level.items()},
+            "error": {
+                level: {name: each.error for name, each in of.items()}
+                for level, of in by_level.items()
+            },
         }
 
     def _fill(self) -> Made:
         """Make the wanted entries that the bank lacks, and return all wanted."""
-        bank, wanted = self._bank, [(group, level) for group, levels in self._wanted.items() for level in levels]
+        bank, wanted = (
+            self._bank,
+            [(group, level) for group, levels in self._wanted.items() for level in levels],
+        )
         found = for_each(lambda key: bank.entry(*key), wanted)
         entries: Made = {key: entry for key, entry in zip(wanted, found, strict=True) if entry}
         missing = {
-            group: tuple(each for each in of if (group, each) not in entries) for group, of in self._wanted.items()
+            group: tuple(each for each in of if (group, each) not in entries)
+            for group, of in self._wanted.items()
         }
         missing = {group: levels for group, levels in missing.items() if levels}
         if missing:
@@ -139,11 +156,16 @@ class Bank(Stage[BankRecord]):
             return context.executor.run(partial(fill, FillJob(self._bank, missing)), emit)
         # Each worker gets as many large groups as the others: a process with a GPU serves one job.
         by_size = sorted(missing, key=sizes.__getitem__, reverse=True)
-        shares = [{group: missing[group] for group in by_size[first::concurrent]} for first in range(concurrent)]
+        shares = [
+            {group: missing[group] for group in by_size[first::concurrent]}
+            for first in range(concurrent)
+        ]
         threads = int(resources.get("cpu", 1))
         jobs = [Streamed(partial(fill, FillJob(self._bank, share)), threads) for share in shares]
         made: Made = {}
-        ran = context.run_tasks(run_streamed, jobs, resources, concurrent, on_held=context.gpu_time.add, on_event=emit)
+        ran = context.run_tasks(
+            run_streamed, jobs, resources, concurrent, on_held=context.gpu_time.add, on_event=emit
+        )
         for _, entries in ran:
             made |= entries
         return made
@@ -156,14 +178,20 @@ class Bank(Stage[BankRecord]):
 
     def disk_used(self) -> int:
         # After a search the entries are there that its plans need, not all that could be needed.
-        return self.disk_bytes() if self.context.records.search else disk_bytes_in(self.context.run_dir.root / "banks")
+        return (
+            self.disk_bytes()
+            if self.context.records.search
+            else disk_bytes_in(self.context.run_dir.root / "banks")
+        )
 
     def disk_bytes(self) -> int:
         from qpruner.pruning.grams import gram_bytes
 
         found, size = self.context.inspection, bank_bytes(self.config, self.context.inspection)
         if self.config.quantize.rounding == "gptq":
-            of_cuts = {name: (found.layouts[name], cut.expected) for name, cut in found.cuts.items()}
+            of_cuts = {
+                name: (found.layouts[name], cut.expected) for name, cut in found.cuts.items()
+            }
             of_cuts[UNPRUNED] = (found.base, found.model_config)
             size += sum(sum(gram_bytes(*each)) for each in of_cuts.values())
         return size
@@ -177,9 +205,14 @@ def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
             if format_of(level).is_packed:
                 size += sum(each or 0 for each in layout.group_bytes(level)) + layout.trained_bytes
     extra = [level for level in PAPER if level not in pruned.levels]
-    if extra and MUTUAL_INFORMATION in config.measured_methods:  # one plan of formats that are not the run's
+    if (
+        extra and MUTUAL_INFORMATION in config.measured_methods
+    ):  # one plan of formats that are not the run's
         blocks = [group for group in pruned.groups if group.name not in (EMBEDDINGS, HEAD)]
-        size += sum(group.packed_bytes(extra[-1], pruned.element_bytes) for group in blocks) + pruned.trained_bytes
+        size += (
+            sum(group.packed_bytes(extra[-1], pruned.element_bytes) for group in blocks)
+            + pruned.trained_bytes
+        )
     if UNPRUNED not in inspection.layouts:  # two plans, each in the budget or the smallest
         smallest, largest = base.plan_bytes(base.smallest()), base.plan_bytes(base.largest())
         plan_bytes = max(smallest, min(inspection.budget_bytes, largest))
@@ -220,7 +253,9 @@ def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -
     on_progress = loading_progress(emit, "bank")
     model = load_dense(str(fetch(bank.checkpoint)), bank.dtype, on_progress=on_progress)
     pad_id = int(load_tokenizer(str(bank.checkpoint)).pad_token_id)
-    samples = Samples(list(load_encoded(data / "importance")), pad_id, config.calibration.batch_size)
+    samples = Samples(
+        list(load_encoded(data / "importance")), pad_id, config.calibration.batch_size
+    )
     samples = replace(samples, on_progress=partial(on_progress, "inputs of the layers"))
     for grams in gather(model, samples):
         write_grams(bank, grams)
@@ -231,6 +266,10 @@ def _remove_stale(bank: BankSource) -> None:
     kept = set()
     for name in (files := files_in(bank.folder)):
         path = bank.folder / name
-        if path.suffix == ".safetensors" and not path.name.startswith(".") and bank.is_current(path):
+        if (
+            path.suffix == ".safetensors"
+            and not path.name.startswith(".")
+            and bank.is_current(path)
+        ):
             kept |= {path, path.with_suffix(".json")}
     for_each(remove, [bank.folder / name for name in files if bank.folder / name not in kept])

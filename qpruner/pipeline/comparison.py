@@ -45,7 +45,9 @@ class Comparison(Stage[ComparisonRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
-        text = context.run_dir.stage("evaluate") / "text" if context.record(EvalRecord).text else None
+        text = (
+            context.run_dir.stage("evaluate") / "text" if context.record(EvalRecord).text else None
+        )
         with setting_aside_damaged_adapter(context.run_dir, self.name):
             tuned = finetune_jobs(self, jobs)
             scored = score_jobs(self, models, text)
@@ -53,7 +55,9 @@ class Comparison(Stage[ComparisonRecord]):
             setting, taken = measure_in_turns(self, models)
         own = {each.digest for each in context.record(FinetuneRecord).candidates}
         held = {each.digest: each.gpu_seconds for each in tuned if each.digest not in own}
-        scoring = sum(scored[job.folder].gpu_seconds for job in models if job.folder.name not in own)
+        scoring = sum(
+            scored[job.folder].gpu_seconds for job in models if job.folder.name not in own
+        )
         return {
             "candidates": tuned,
             "rows": rows_of(jobs, scored, taken),
@@ -62,8 +66,15 @@ class Comparison(Stage[ComparisonRecord]):
         }
 
     def summary(self, record: ComparisonRecord) -> str:
-        titles, first = {job.name: job.title for job in self.jobs}, min(each.seed for each in record.candidates)
-        losses = [f"{titles[row.name]} {row.confirmation_loss:.4f}" for row in record.candidates if row.seed == first]
+        titles, first = (
+            {job.name: job.title for job in self.jobs},
+            min(each.seed for each in record.candidates),
+        )
+        losses = [
+            f"{titles[row.name]} {row.confirmation_loss:.4f}"
+            for row in record.candidates
+            if row.seed == first
+        ]
         return f"training seed {first}: confirmation loss {', '.join(losses)}"
 
     def disk_bytes(self) -> int:

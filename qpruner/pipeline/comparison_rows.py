@@ -15,7 +15,16 @@ from qpruner.pipeline.controls import controls
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
 from qpruner.runs.events import Progress
-from qpruner.runs.records import BASE, BEST_SEARCHED, PAPER, PRUNED, RANDOM, SEARCHED, SearchRecord, digest_of
+from qpruner.runs.records import (
+    BASE,
+    BEST_SEARCHED,
+    PAPER,
+    PRUNED,
+    RANDOM,
+    SEARCHED,
+    SearchRecord,
+    digest_of,
+)
 from qpruner.runs.storage import for_each, published_folders, read_progress
 from qpruner.search.choice import random_plans
 from qpruner.search.roles import is_beaten, title_of
@@ -42,7 +51,11 @@ def winner_row(context: Context) -> Row:
     """
     searched = context.record(SearchRecord)
     plan = PrecisionPlan.from_dict(searched.best_plan, searched.best_cut)
-    return Row(SEARCHED, f"{searched.best_origin}, trial {searched.best_index}", ((context.config.seed + 1, plan),))
+    return Row(
+        SEARCHED,
+        f"{searched.best_origin}, trial {searched.best_index}",
+        ((context.config.seed + 1, plan),),
+    )
 
 
 def table_rows(context: Context) -> list[Row]:
@@ -56,7 +69,11 @@ def table_rows(context: Context) -> list[Row]:
     [(first, plan)] = winner.plans
     seeds = range(first, first + config.finetune.seeds)
     rival = None if searched.rival is None else searched.finalist(searched.rival)
-    beaten = {(each.cut, *each.plan.items()) for each in searched.confirmations if is_beaten(each, searched)}
+    beaten = {
+        (each.cut, *each.plan.items())
+        for each in searched.confirmations
+        if is_beaten(each, searched)
+    }
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
         return Row(name, origin, tuple((seed, plan) for seed in under))
@@ -65,29 +82,45 @@ def table_rows(context: Context) -> list[Row]:
     dense = {each for row in rows for _, each in row.plans}
     for name, each in controls(context):
         is_rival = rival is not None and plan_of(rival) == each
-        if each not in dense and (is_rival or name == PAPER or (each.cut, *each.as_dict().items()) not in beaten):
+        if each not in dense and (
+            is_rival or name == PAPER or (each.cut, *each.as_dict().items()) not in beaten
+        ):
             rows.append(same(name, name, each, seeds if is_rival else seeds[:1]))
     if rival is not None and not rival.control:
-        rows.append(same(BEST_SEARCHED, f"{rival.origin}, trial {rival.index}", plan_of(rival), seeds))
+        rows.append(
+            same(BEST_SEARCHED, f"{rival.origin}, trial {rival.index}", plan_of(rival), seeds)
+        )
     space = context.space_of(plan.cut)
-    drawn = random_plans(space, plan, config.finetune.random_plans, config.seed) if plan in space else []
+    drawn = (
+        random_plans(space, plan, config.finetune.random_plans, config.seed)
+        if plan in space
+        else []
+    )
     if drawn:
-        rows.append(Row(RANDOM, counted(len(drawn), "random plan"), tuple(itertools.product(seeds, drawn))))
+        rows.append(
+            Row(RANDOM, counted(len(drawn), "random plan"), tuple(itertools.product(seeds, drawn)))
+        )
     return [*rows, same(SEARCHED, winner.origin, plan, seeds)]
 
 
 def _unquantized(context: Context, winner: PrecisionPlan) -> list[tuple[str, PrecisionPlan]]:
     """List the base model, and the pruned model that the winner quantizes, without formats."""
     rows = [(BASE, context.layout_of(UNPRUNED).dense())]
-    return rows if winner.cut == UNPRUNED else [*rows, (PRUNED, context.layout_of(winner.cut).dense())]
+    return (
+        rows if winner.cut == UNPRUNED else [*rows, (PRUNED, context.layout_of(winner.cut).dense())]
+    )
 
 
 def untuned_candidates(context: Context, winner: PrecisionPlan) -> list[Candidate]:
     """List the models without a fine-tune: base, pruned, and quantized by the winning plan."""
-    return candidates_for(context, [(*each, None) for each in (*_unquantized(context, winner), (SEARCHED, winner))])
+    return candidates_for(
+        context, [(*each, None) for each in (*_unquantized(context, winner), (SEARCHED, winner))]
+    )
 
 
-def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]) -> list[Candidate]:
+def candidates_for(
+    context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]
+) -> list[Candidate]:
     """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed (None: untuned)."""
     config, run = context.config, context.run_dir
     searched, length = context.record(SearchRecord), (config.finetune.steps, config.finetune.epochs)
@@ -96,7 +129,9 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, 
     for name, plan, seed in wanted:
         bank, formats = context.bank_of(plan.cut), plan.as_dict()
         # Everything that a fine-tune depends on.
-        digest = digest_of(bank.inputs, bank.digests(formats.values()), *settings, plan.cut, formats, seed)
+        digest = digest_of(
+            bank.inputs, bank.digests(formats.values()), *settings, plan.cut, formats, seed
+        )
         folder, title = run.candidates / digest, title_of(name, searched)
         found.append(Candidate(name, title, bank, formats, folder, seed, cut=plan.cut))
     return found
@@ -105,7 +140,11 @@ def candidates_for(context: Context, wanted: Iterable[tuple[str, PrecisionPlan, 
 def jobs_of(context: Context, rows: Iterable[Row]) -> list[Candidate]:
     """Make a job for each fine-tune of each row."""
     wanted = [(row.origin, [(row.name, plan, seed) for seed, plan in row.plans]) for row in rows]
-    return [replace(job, origin=origin) for origin, each in wanted for job in candidates_for(context, each)]
+    return [
+        replace(job, origin=origin)
+        for origin, each in wanted
+        for job in candidates_for(context, each)
+    ]
 
 
 def job_keys(jobs: Iterable[Candidate]) -> list[tuple[str, str, int | None, str]]:
@@ -140,19 +179,26 @@ def run_jobs(
     more["progress"] = lambda position: sorted(published_folders(left[position].checkpoints))
     resources, concurrent = context.task_resources(len(left), num_workers)
     threads = int(resources.get("cpu", 1))
-    tasks = [CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers) for job in left]
+    tasks = [
+        CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers)
+        for job in left
+    ]
     if num_workers == 1:
         results = context.run_tasks(function, tasks, resources, concurrent, own_process, **more)
     else:
         from qpruner.cluster.group import run_groups
 
         scratch, check = context.run_dir.scratch("train"), context.check_node
-        results = run_groups(function, tasks, resources, num_workers, concurrent, scratch, check, **more)
+        results = run_groups(
+            function, tasks, resources, num_workers, concurrent, scratch, check, **more
+        )
     for position, result in results:
         yield left[position], result
 
 
-def job_progress(stage: Stage[Any], files: list[Path], num_jobs: int, unit: str) -> Callable[[], None]:
+def job_progress(
+    stage: Stage[Any], files: list[Path], num_jobs: int, unit: str
+) -> Callable[[], None]:
     """Return a callback that emits the progress of equally long jobs, summed from the progress files of workers.
 
     `files` are those of the unfinished jobs, each with the text `done total`; `num_jobs` counts finished jobs too.

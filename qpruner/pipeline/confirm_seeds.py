@@ -29,7 +29,10 @@ APART = 1000
 
 
 def with_further_seeds(
-    stage: Stage[Any], confirmations: Sequence[Confirmation], trials: Mapping[int, TrialRecord], job: SearchJob
+    stage: Stage[Any],
+    confirmations: Sequence[Confirmation],
+    trials: Mapping[int, TrialRecord],
+    job: SearchJob,
 ) -> tuple[list[Confirmation], float]:
     """Score the `choice.contenders` among the finalists in the budget under `search.confirm_seeds` further seeds.
 
@@ -38,7 +41,10 @@ def with_further_seeds(
     settings, config = job.config.search, job.config
     able = [at for at, each in enumerate(confirmations) if each.fits]
     fitting = [confirmations[at] for at in able]
-    scores, are_controls = [each.cost(settings.metric) for each in fitting], [each.control for each in fitting]
+    scores, are_controls = (
+        [each.cost(settings.metric) for each in fitting],
+        [each.control for each in fitting],
+    )
     losses = [] if settings.by_accuracy else [each.losses[config.seed] for each in fitting]
     chosen = [able[at] for at in choice.contenders(scores, are_controls, settings.confirm, losses)]
     if len(chosen) < 2 or not settings.confirm_seeds:
@@ -51,11 +57,16 @@ def with_further_seeds(
     wanted = {}
     for trial, seed in itertools.product((trials[confirmations[at].index] for at in chosen), seeds):
         folder = trial_folder(job.trials, trial.index) / f"seed-{seed}"
-        wanted[folder.with_suffix(".json")] = (candidate_of(stage, trial, folder, seed), (trial.cut, trial.plan, seed))
+        wanted[folder.with_suffix(".json")] = (
+            candidate_of(stage, trial, folder, seed),
+            (trial.cut, trial.plan, seed),
+        )
     found = kept_scores(stage, wanted, trains=True)
     confirmed, left = list(confirmations), iter(found)
     for at in chosen:
-        confirmed[at] = _averaged(confirmations[at], dict(zip(seeds, itertools.islice(left, len(seeds)), strict=True)))
+        confirmed[at] = _averaged(
+            confirmations[at], dict(zip(seeds, itertools.islice(left, len(seeds)), strict=True))
+        )
     return confirmed, sum(each.gpu_seconds for each in found)
 
 
@@ -66,7 +77,14 @@ def further_seeds(config: RunConfig) -> range:
 
 def candidate_of(stage: Stage[Any], trial: TrialRecord, folder: Path, seed: int) -> Candidate:
     """Describe a finalist as a job for `run_jobs`."""
-    about = (trial.origin, f"trial {trial.index}", stage.context.bank_of(trial.cut), trial.plan, folder, seed)
+    about = (
+        trial.origin,
+        f"trial {trial.index}",
+        stage.context.bank_of(trial.cut),
+        trial.plan,
+        folder,
+        seed,
+    )
     return Candidate(*about, cut=trial.cut, micro_batch_size=trial.micro_batch_size)
 
 
@@ -85,7 +103,9 @@ def _averaged(finalist: Confirmation, more: Mapping[int, KeptScore]) -> Confirma
 
 
 def kept_scores(
-    stage: Stage[Any], wanted: Mapping[Path, tuple[Candidate, tuple[Any, ...]]], trains: bool = False
+    stage: Stage[Any],
+    wanted: Mapping[Path, tuple[Candidate, tuple[Any, ...]]],
+    trains: bool = False,
 ) -> list[KeptScore]:
     """Score candidates on fresh rows, after a training or not, and keep each score in its file in a trial's folder.
 
@@ -108,7 +128,9 @@ def kept_scores(
         context.emit(Progress(stage.name, len(found), len(files), FINALISTS))
     function, unit = (confirm_seed, "steps of finalists") if trains else (confirm_trial, FINALISTS)
     for job, score in run_jobs(stage, function, jobs, found, unit, on_held=held.append):
-        found[job.folder] = KeptScore(**score.model_dump(), digest=digests[job.folder], gpu_seconds=held[-1])
+        found[job.folder] = KeptScore(
+            **score.model_dump(), digest=digests[job.folder], gpu_seconds=held[-1]
+        )
         write_json(files[job.folder], found[job.folder])
         if trains:
             remove(job.folder)

@@ -83,7 +83,9 @@ class Context:
             return cut
 
         made = self.record(PruneRecord).cuts
-        return preflight.makeable({name: name for name in self.inspection.cuts if name in made}, usable)
+        return preflight.makeable(
+            {name: name for name in self.inspection.cuts if name in made}, usable
+        )
 
     @property
     def reference(self) -> str:
@@ -104,14 +106,26 @@ class Context:
         """Describe the bank of a cut; its entries depend on all that `inputs` is a digest of, and on their formats."""
         from qpruner.quantization.bank import VERSION, BankSource
 
-        config, quantize, made = self.config, self.config.quantize, self.record(PruneRecord).cuts[cut]
+        config, quantize, made = (
+            self.config,
+            self.config.quantize,
+            self.record(PruneRecord).cuts[cut],
+        )
         starts = config.lora.model_copy(update={"dropout": 0.0})
         uses_grams = quantize.rounding == "gptq"
         calibration = (config.calibration, self.record(PrepareRecord).digest) if uses_grams else ()
         settings = (quantize.group, quantize.rounding, calibration, starts, config.seed, VERSION)
         inputs = digest_of(cut, made.digest, made.weights, *settings)
         places = (self.run_dir.bank(cut), self.model_folder(cut))
-        return BankSource(*places, quantize.group, config.model.dtype, config.lora, config.seed, inputs, uses_grams)
+        return BankSource(
+            *places,
+            quantize.group,
+            config.model.dtype,
+            config.lora,
+            config.seed,
+            inputs,
+            uses_grams,
+        )
 
     @cached_property
     def worker_config(self) -> RunConfig:
@@ -151,7 +165,9 @@ class Context:
     def layout_of(self, cut: str) -> Layout:
         """Return the groups of a cut (layers that share a format), to compute the bytes of any plan."""
         if cut not in self._layouts:
-            self._layouts[cut] = preflight.layout_for(self.config, self.config_of(cut), self.on_gpu, cut)
+            self._layouts[cut] = preflight.layout_for(
+                self.config, self.config_of(cut), self.on_gpu, cut
+            )
         return self._layouts[cut]
 
     @property
@@ -174,13 +190,20 @@ class Context:
         """Return the same with the measured error of weights, see `PlanSpace.of`."""
         spaces = (self.space_of(cut, error=error) for cut in self._fast_enough)
         losses = {cut: made.loss for cut, made in self.record(PruneRecord).cuts.items()}
-        return SearchSpace(tuple(space for space in spaces if space.is_feasible(space.smallest())), losses)
+        return SearchSpace(
+            tuple(space for space in spaces if space.is_feasible(space.smallest())), losses
+        )
 
     def space_of(
-        self, cut: str, layout: Layout | None = None, error: Mapping[str, Mapping[str, float]] | None = None
+        self,
+        cut: str,
+        layout: Layout | None = None,
+        error: Mapping[str, Mapping[str, float]] | None = None,
     ) -> PlanSpace:
         """Return all plans of a cut within the budget; `layout` if other formats are offered than those of the run."""
-        return PlanSpace.of(layout or self.layout_of(cut), self.budget_bytes, error, self.base_groups_of(cut))
+        return PlanSpace.of(
+            layout or self.layout_of(cut), self.budget_bytes, error, self.base_groups_of(cut)
+        )
 
     @cached_property
     def budget_bytes(self) -> int:
@@ -193,12 +216,16 @@ class Context:
 
     @property
     def _fast_enough(self) -> dict[str, Layout]:
-        return preflight.fast_enough(self.config, {cut: self.layout_of(cut) for cut in self.cuts}, self.inspection.base)
+        return preflight.fast_enough(
+            self.config, {cut: self.layout_of(cut) for cut in self.cuts}, self.inspection.base
+        )
 
     @cached_property
     def plan_in_file(self) -> PrecisionPlan | None:
         """The plan of the file in `search.plan`, or None without a file."""
-        return preflight.plan_in_file(self.config, self._fast_enough, self.layout_of(UNPRUNED), self.budget_bytes)
+        return preflight.plan_in_file(
+            self.config, self._fast_enough, self.layout_of(UNPRUNED), self.budget_bytes
+        )
 
     @cached_property
     def trackers(self) -> Trackers | None:
@@ -206,7 +233,9 @@ class Context:
         names, root = self.config.trackers, self.run_dir.root
         if not names:
             return None
-        return Trackers(names, display_name(root).rstrip("/").rpartition("/")[2], root, check_trackers(names))
+        return Trackers(
+            names, display_name(root).rstrip("/").rpartition("/")[2], root, check_trackers(names)
+        )
 
     @cached_property
     def cluster(self) -> Cluster:
@@ -236,7 +265,9 @@ class Context:
             return LocalExecutor(present if is_spread else min(present, 1.0), self.gpu_time)
         resources, largest = self.trial_resources, self.slots.largest
         if resources.get("gpu"):
-            resources = resources | {"gpu": largest.gpus if is_spread else max(1.0, resources["gpu"])}
+            resources = resources | {
+                "gpu": largest.gpus if is_spread else max(1.0, resources["gpu"])
+            }
         else:
             resources = {"cpu": float(int(largest.cpus))}
         return ClusterExecutor(resources, self.gpu_time, self.check_node)
@@ -284,12 +315,17 @@ class Context:
         """Run `function(job)` for all jobs on nodes that pass `check_node`; yield position and result of each job."""
         from qpruner.cluster.tasks import run_tasks
 
-        return run_tasks(function, jobs, resources, concurrent, own_process, self.check_node, **more)
+        return run_tasks(
+            function, jobs, resources, concurrent, own_process, self.check_node, **more
+        )
 
     def check_lock(self, stage: str) -> None:
         """Raise an error if another driver took over the lock, for example while this process was suspended."""
         if not self.holds_run():
-            raise lock_lost(stage, f"{display_name(self.run_dir.root / LOCK)} belongs to another driver, or is missing")
+            raise lock_lost(
+                stage,
+                f"{display_name(self.run_dir.root / LOCK)} belongs to another driver, or is missing",
+            )
 
     def forget(self, stage: str) -> None:
         """Delete the record of a stage."""

@@ -28,10 +28,19 @@ def controls(context: Context) -> list[Control]:
 
     Those that cannot win come last, and leave at least one trial to a plan that can.
     """
-    found, method = [], next((name for name in BEST_FIRST if name in context.record(SensitivityRecord).methods), None)
+    found, method = (
+        [],
+        next(
+            (name for name in BEST_FIRST if name in context.record(SensitivityRecord).methods), None
+        ),
+    )
     for cut in dict.fromkeys((UNPRUNED, *context.cuts)):
         layout = context.layout_of(cut)
-        if any(refusals(level, group.linears, context.on_gpu) for group in layout.groups for level in group.formats):
+        if any(
+            refusals(level, group.linears, context.on_gpu)
+            for group in layout.groups
+            for level in group.formats
+        ):
             continue  # the base of a model whose cut takes other formats
         space = context.space_of(cut)
         if cut == UNPRUNED or (context.may_win(cut) and space.is_feasible(space.smallest())):
@@ -45,7 +54,10 @@ def controls(context: Context) -> list[Control]:
 
 def _can_win(context: Context, plan: PrecisionPlan) -> bool:
     """Return True if a plan is within the budget, by bytes and by multiply-adds."""
-    return context.may_win(plan.cut) and context.layout_of(plan.cut).plan_bytes(plan) <= context.budget_bytes
+    return (
+        context.may_win(plan.cut)
+        and context.layout_of(plan.cut).plan_bytes(plan) <= context.budget_bytes
+    )
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
@@ -56,12 +68,18 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
     """
     if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None
-    spaces = [space for cut in context.cuts if cut != UNPRUNED and (space := _paper_space(context, cut))]
+    spaces = [
+        space for cut in context.cuts if cut != UNPRUNED and (space := _paper_space(context, cut))
+    ]
     for space in spaces:
         if context.may_win(space.cut) and space.is_feasible(space.smallest()):
             level = space.levels[0]  # the information is the same in all formats
-            shares = shared(context, MUTUAL_INFORMATION, space.base_groups, (level,), factor_per_bit=1.0)[level]
-            return seed_plan({**dict.fromkeys((*PAPER, DENSE), [0.0] * len(shares)), PAPER[0]: shares}, space)
+            shares = shared(
+                context, MUTUAL_INFORMATION, space.base_groups, (level,), factor_per_bit=1.0
+            )[level]
+            return seed_plan(
+                {**dict.fromkeys((*PAPER, DENSE), [0.0] * len(shares)), PAPER[0]: shares}, space
+            )
     return spaces[-1].smallest() if spaces else None
 
 
@@ -78,7 +96,11 @@ def _paper_space(context: Context, cut: str) -> PlanSpace | None:
 
 
 def shared(
-    context: Context, method: str | None, groups: Sequence[str], levels: Sequence[str], factor_per_bit: float = 4.0
+    context: Context,
+    method: str | None,
+    groups: Sequence[str],
+    levels: Sequence[str],
+    factor_per_bit: float = 4.0,
 ) -> dict[str, list[float]]:
     """Predict a sensitivity, or without a `method` the error of weights, for groups of any cut: level -> by group.
 
@@ -89,12 +111,20 @@ def shared(
     names = context.space_of(context.reference).base_groups
     known: dict[str, dict[str, float]] = {}
     if method is None:
-        of_base = dict(zip((group.name for group in context.layout_of(context.reference).groups), names, strict=True))
+        of_base = dict(
+            zip(
+                (group.name for group in context.layout_of(context.reference).groups),
+                names,
+                strict=True,
+            )
+        )
         for level, of in context.record(BankRecord).error.items():
             known[level] = {of_base[name]: value for name, value in of.items()}
     else:
         for level, values in context.record(SensitivityRecord).methods[method].values.items():
-            known[level] = {name: each for name, each in zip(names, values, strict=True) if each is not None}
+            known[level] = {
+                name: each for name, each in zip(names, values, strict=True) if each is not None
+            }
 
     def value(group: str, level: str) -> float:
         if not format_of(level).is_packed:
@@ -102,7 +132,9 @@ def shared(
         for other in sorted(known, key=lambda name: name != level):
             if format_of(other).is_packed and known[other]:
                 factor = math.pow(factor_per_bit, format_of(other).bits - format_of(level).bits)
-                return factor * known[other].get(group, sum(known[other].values()) / len(known[other]))
+                return factor * known[other].get(
+                    group, sum(known[other].values()) / len(known[other])
+                )
         return 0.0
 
     return {level: [value(group, level) for group in groups] for level in levels}

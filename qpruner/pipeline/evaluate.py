@@ -7,7 +7,12 @@ from typing import Any
 
 from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
 from qpruner.models.loading import load_tokenizer
-from qpruner.pipeline.comparison_rows import candidates_for, job_progress, run_jobs, untuned_candidates
+from qpruner.pipeline.comparison_rows import (
+    candidates_for,
+    job_progress,
+    run_jobs,
+    untuned_candidates,
+)
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import setting_aside_damaged_adapter
 from qpruner.pipeline.stage import Stage
@@ -70,7 +75,9 @@ class Evaluate(Stage[EvalRecord]):
 
     def summary(self, record: EvalRecord) -> str:
         scores = {(row.name, row.seed is None): scores_line(row) for row in record.rows}
-        return f"{self.jobs[-1].label} {scores[SEARCHED, False]}; base as it is {scores[BASE, True]}"
+        return (
+            f"{self.jobs[-1].label} {scores[SEARCHED, False]}; base as it is {scores[BASE, True]}"
+        )
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
@@ -99,11 +106,17 @@ def scores_digest(context: Context) -> str:
     texts = [row.response for row in context.inspection.examples.get("text", ())]
     metrics = context.inspection.metrics["evaluate"]
     return digest_of(
-        context.config.evaluate, context.task_digest("evaluate"), metrics, texts, context.config.data.max_length
+        context.config.evaluate,
+        context.task_digest("evaluate"),
+        metrics,
+        texts,
+        context.config.data.max_length,
     )
 
 
-def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> dict[Path, RowScores]:
+def score_jobs(
+    stage: Stage[Any], jobs: list[Candidate], text: Path | None
+) -> dict[Path, RowScores]:
     """Score models on `evaluate.tasks` and `text`, unless recorded; return the scores of all models by job folder."""
     context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
@@ -112,8 +125,12 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
         record = stage.read_intact(file, RowScores, place, f"{job.label} is scored again")
         if record and record.digest == digest:
             found[job.folder] = record
-    for_each(remove, [job.progress for job in jobs if job.folder not in found])  # files of an interrupted command
-    for job, (scores, seconds) in run_jobs(stage, evaluate_candidate, jobs, found, "answers", text=text):
+    for_each(
+        remove, [job.progress for job in jobs if job.folder not in found]
+    )  # files of an interrupted command
+    for job, (scores, seconds) in run_jobs(
+        stage, evaluate_candidate, jobs, found, "answers", text=text
+    ):
         held = seconds * context.gpus_held()
         record = RowScores(digest=digest, name=job.name, seed=job.seed, gpu_seconds=held, **scores)
         write_json(job.folder / "scores.json", record)
@@ -124,13 +141,19 @@ def score_jobs(stage: Stage[Any], jobs: list[Candidate], text: Path | None) -> d
 
 def scores_line(row: RowScores) -> str:
     """Format the score of a row on every task, such as `arc_easy acc_norm 0.650 (se 0.048)`."""
-    return ", ".join(f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}" for each in row.scores)
+    return ", ".join(
+        f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}"
+        for each in row.scores
+    )
 
 
-def rows_of(jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dict[Path, Inference]) -> list[RowScores]:
+def rows_of(
+    jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dict[Path, Inference]
+) -> list[RowScores]:
     """List the scores of the jobs under their row names, with memory and speed where they were measured."""
     return [
-        scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)}) for job in jobs
+        scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)})
+        for job in jobs
     ]
 
 
@@ -154,10 +177,22 @@ def measure_in_turns(
     alone = tuple(same[0] for same in models.values())
     stage.notify(f"{counted(len(alone), 'model')} in turns: memory and tokens a second")
     progress = context.run_dir.candidates / "turns"
-    task = InferenceJob(context.worker_config, alone, context.data, int(resources.get("cpu", 1)), progress)
+    task = InferenceJob(
+        context.worker_config, alone, context.data, int(resources.get("cpu", 1)), progress
+    )
     remove(progress)  # the file of an earlier command
     on_tick = job_progress(stage, [progress], 1, "memory and tokens a second")
     [(_, (setting, found))] = context.run_tasks(
-        measure_inference, [task], resources, 1, own_process=True, on_tick=on_tick, on_held=context.gpu_time.add
+        measure_inference,
+        [task],
+        resources,
+        1,
+        own_process=True,
+        on_tick=on_tick,
+        on_held=context.gpu_time.add,
     )
-    return setting, {job.folder: taken for same, taken in zip(models.values(), found, strict=True) for job in same}
+    return setting, {
+        job.folder: taken
+        for same, taken in zip(models.values(), found, strict=True)
+        for job in same
+    }

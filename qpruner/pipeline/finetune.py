@@ -56,12 +56,20 @@ class Finetune(Stage[FinetuneRecord]):
 
     def begin(self) -> None:
         final = self.context.run_dir.root / "final"
-        if not (have_rows(self.jobs) and final in storage.published_folders(final.parent) and self.is_complete(final)):
+        if not (
+            have_rows(self.jobs)
+            and final in storage.published_folders(final.parent)
+            and self.is_complete(final)
+        ):
             self.context.forget(self.name)
 
     def detail(self) -> str:
         settings = self.config.finetune
-        length = counted(settings.steps, "step") if settings.steps else counted(settings.epochs or 0.0, "epoch")
+        length = (
+            counted(settings.steps, "step")
+            if settings.steps
+            else counted(settings.epochs or 0.0, "epoch")
+        )
         return f"the winner, {length}, with another training seed, and so another loss, than in its trial"
 
     def run(self, scratch: Path) -> dict[str, Any]:
@@ -95,7 +103,9 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
     """Run the fine-tunes that have no record, each in new processes; return a record for every job."""
     context, models = stage.context, distinct(jobs)
     found: dict[Path, CandidateRecord] = {}
-    for job, each in zip(models, storage.for_each(_recorded, [job.folder for job in models]), strict=True):
+    for job, each in zip(
+        models, storage.for_each(_recorded, [job.folder for job in models]), strict=True
+    ):
         if isinstance(each, CandidateRecord):
             found[job.folder] = each
         elif each:
@@ -107,7 +117,9 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
         for checkpoint in filter(is_damaged, storage.published_folders(job.checkpoints)):
             stage.notify(f"warning: {checkpoint} is damaged; {job.label} does not resume from it")
     num_workers = context.config.finetune.num_workers
-    tuned = run_jobs(stage, finetune_candidate, models, found, "steps", num_workers, own_process=True)
+    tuned = run_jobs(
+        stage, finetune_candidate, models, found, "steps", num_workers, own_process=True
+    )
     for job, (measured, tracker_errors) in tuned:
         record = found[job.folder] = _record_of(context, job, measured)
         storage.write_json(job.folder / "record.json", record)
@@ -116,7 +128,10 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
         stage.notify(f"{text}, peak memory {record.peak_memory_bytes / 1e6:.0f} MB")
         for error in tracker_errors:
             stage.notify(f"warning: {job.label}: {error}")
-    return [found[job.folder].model_copy(update={"name": job.name, "origin": job.origin}) for job in jobs]
+    return [
+        found[job.folder].model_copy(update={"name": job.name, "origin": job.origin})
+        for job in jobs
+    ]
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
@@ -165,10 +180,15 @@ def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
             raise
         row = run.candidates / error.path.relative_to(run.candidates).parts[0]
         if isinstance(_recorded(row), CandidateRecord):
-            state, remedy = "the driver finds the file intact", "make `output` visible to all machines, then repeat"
+            state, remedy = (
+                "the driver finds the file intact",
+                "make `output` visible to all machines, then repeat",
+            )
             raise StageError(stage, f"{error}; {state}", f"{remedy} the command") from error
         cause = f"{error}; set aside in {storage.quarantine(row, run.candidates)}"
-        raise StageError(stage, cause, "repeat the command: only that row is fine-tuned again") from error
+        raise StageError(
+            stage, cause, "repeat the command: only that row is fine-tuned again"
+        ) from error
 
 
 def write_final(winner: Candidate, folder: Path, emit: Emit) -> None:

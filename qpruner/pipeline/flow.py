@@ -30,7 +30,18 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, exists, storage_error
 
 Stages = tuple[type[Stage[Any]], ...]
-STAGES: Stages = (Prepare, Prune, Bank, Sensitivity, Search, Finetune, Evaluate, Comparison, Serve, Report)
+STAGES: Stages = (
+    Prepare,
+    Prune,
+    Bank,
+    Sensitivity,
+    Search,
+    Finetune,
+    Evaluate,
+    Comparison,
+    Serve,
+    Report,
+)
 
 
 def stages_until(until: str) -> Stages:
@@ -89,7 +100,9 @@ def recorded(context: Context) -> None:
             continue
         stage, record = kind(context), None
         with suppress(CorruptFile):
-            if exists(context.run_dir.record_path(stage.name)):  # computing the digest of the inputs takes time
+            if exists(
+                context.run_dir.record_path(stage.name)
+            ):  # computing the digest of the inputs takes time
                 record = stage.matching_record(stage.digest)
         if record is None:
             return
@@ -105,7 +118,9 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
         raise
     except TrainingDiverged as error:
         remedy = "the weights of the base model are broken or too large for `model.dtype`: use another copy or dtype"
-        remedy = "lower `training.learning_rate`, or use bfloat16 or float32" if stage.trains else remedy
+        remedy = (
+            "lower `training.learning_rate`, or use bfloat16 or float32" if stage.trains else remedy
+        )
         raise StageError(stage.name, str(error), remedy) from error
     except CorruptFile as error:
         raise StageError(stage.name, str(error), _damage_remedy(error.path, root)) from error
@@ -117,7 +132,9 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
         if trouble := storage_error(error, root):
             raise StageError(stage.name, trouble.cause, trouble.remedy) from error
         if is_out_of_memory(error):
-            raise StageError(stage.name, shortage_text(error), f"lower {stage.memory_keys}") from error
+            raise StageError(
+                stage.name, shortage_text(error), f"lower {stage.memory_keys}"
+            ) from error
         if type(error).__name__ != "SafetensorError":
             raise
         remedy = "repeat the command, which replaces damaged files of the run; if your own model is damaged, replace it"
@@ -131,7 +148,9 @@ def _damage_remedy(path: Path | None, root: Path | None) -> str:
     parts = path.relative_to(root).parts
     if parts[0] in ("trials", "cuts", "banks", "sensitivities", Prepare.name):
         return "repeat the command: the damaged file is set aside, and only that file is made again"
-    doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])  # each candidate has its own folder
+    doomed = root.joinpath(
+        *parts[: 2 if parts[0] == "candidates" else 1]
+    )  # each candidate has its own folder
     if parts[0] in Results.model_fields:  # without its record the stage runs again
         doomed = RunDir(root, create=False).record_path(parts[0])
     return f"delete {display_name(doomed)}, then repeat the command: its contents are made again"

@@ -25,14 +25,21 @@ def look_at_nodes(context: Context) -> None:
     with _test_file(root) as (folder, driver):
         reports = look_at_all(folder, driver)
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
-    found = {report.id: troubles(report, config, resources, root, report.id in unseen) for report in reports}
+    found = {
+        report.id: troubles(report, config, resources, root, report.id in unseen)
+        for report in reports
+    }
     rows = tuple(row(report, found[report.id]) for report in reports)
     context.emit(TableMade(("node", "CPUs", "GPUs", "state"), rows))
-    if problems := [f"{report.name}: {text}" for report in reports for text in found[report.id].values()]:
+    if problems := [
+        f"{report.name}: {text}" for report in reports for text in found[report.id].values()
+    ]:
         lines = "\n".join(f"  - {line}" for line in problems)
         raise UserError(f"{counted(len(problems), 'problem')} with the cluster's nodes:\n{lines}")
     # Ray finds no GPUs on a node without a GPU driver, so these GPUs were declared by hand.
-    declared = [report for report in reports if report.size.gpus and not report.gpus and not report.has_left]
+    declared = [
+        report for report in reports if report.size.gpus and not report.gpus and not report.has_left
+    ]
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
         check_device(None, config, inspection.packs)
 
@@ -49,7 +56,9 @@ def _test_file(storage: Path) -> Iterator[tuple[Path, str]]:
     try:
         write_text(folder / driver, driver)
     except OSError as error:
-        raise UserError(f"`output`: {storage} cannot be written ({error.strerror}); name another folder") from error
+        raise UserError(
+            f"`output`: {storage} cannot be written ({error.strerror}); name another folder"
+        ) from error
     try:
         yield folder, driver
     finally:
@@ -60,7 +69,11 @@ def _test_file(storage: Path) -> Iterator[tuple[Path, str]]:
 
 
 def troubles(
-    report: NodeReport, config: RunConfig, resources: Mapping[str, float], storage: Path, is_unseen: bool
+    report: NodeReport,
+    config: RunConfig,
+    resources: Mapping[str, float],
+    storage: Path,
+    is_unseen: bool,
 ) -> dict[str, str]:
     """Return the problems of a node: sentences by keyword, such as `storage` or `GPUs`.
 
@@ -78,7 +91,10 @@ def troubles(
             except UserError as error:
                 found["GPUs"] = f"{kind}: {error}, or remove the node from the cluster"
     if is_unseen:
-        found.setdefault("storage", "is not shared with this node: the driver cannot see the file that the node wrote")
+        found.setdefault(
+            "storage",
+            "is not shared with this node: the driver cannot see the file that the node wrote",
+        )
     if "storage" in found:
         place = storage_at(storage)
         found["storage"] = f"`output`: {place.name} {found['storage']}; {place.access_remedy}"

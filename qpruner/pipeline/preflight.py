@@ -17,7 +17,16 @@ from qpruner.models.families import family_of
 from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.pipeline.preflight_rows import Rows, check_encoding, check_rows
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, LinearShape, PrecisionPlan, cut_title, read_plan
+from qpruner.plans.plan import (
+    EMBEDDINGS,
+    HEAD,
+    UNPRUNED,
+    Layout,
+    LinearShape,
+    PrecisionPlan,
+    cut_title,
+    read_plan,
+)
 from qpruner.pruning.settings import Cut, are_alike
 from qpruner.quantization.formats import Capability, by_size, format_of, formats
 from qpruner.runs.storage import run_root
@@ -36,7 +45,9 @@ class Shapes:
 
     model_config: Any
     base: Layout
-    cuts: Mapping[str, Cut]  # the cuts that the search may choose, by name, the one that removes least first
+    cuts: Mapping[
+        str, Cut
+    ]  # the cuts that the search may choose, by name, the one that removes least first
     layouts: Mapping[str, Layout]  # the groups of each of these cuts
     left_out: Mapping[str, str]  # name of a cut that cannot be made -> the reason
     is_estimate: bool  # whether the pruned shapes depend on scores, as with global selection or dropped blocks
@@ -70,7 +81,9 @@ def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> I
     shapes: Shapes
     rows: Rows
     _, shapes, rows = together(
-        lambda: run_root(config.output), lambda: shapes_of(config, works_here, packs), lambda: check_rows(config)
+        lambda: run_root(config.output),
+        lambda: shapes_of(config, works_here, packs),
+        lambda: check_rows(config),
     )
     _check_positions(config, shapes)
     check_encoding(config, rows.examples)
@@ -100,7 +113,9 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     on_gpu = torch.cuda.is_available() or not works_here
     base = layout_for(config, model_config, on_gpu, UNPRUNED)
     if works_here:
-        check_device(torch.cuda.get_device_capability() if torch.cuda.is_available() else None, config, packs)
+        check_device(
+            torch.cuda.get_device_capability() if torch.cuda.is_available() else None, config, packs
+        )
 
     key = next(key for key in RATES if getattr(config.prune, key) is not None)
 
@@ -119,13 +134,20 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     is_estimate = any(each.selection == "global" or each.drops_blocks for each in settings)
     # If blocks of different sizes are dropped, the number of dropped blocks depends on scores.
     are_groups_known = not any(each.drops_blocks for each in settings) or are_alike(model_config)
-    plan = plan_in_file(config, fast, base, None if is_estimate else budget) if are_groups_known else None
+    plan = (
+        plan_in_file(config, fast, base, None if is_estimate else budget)
+        if are_groups_known
+        else None
+    )
     return Shapes(model_config, base, cuts, layouts, left_out, is_estimate, budget, plan, packs)
 
 
 def is_fast(config: RunConfig, layout: Layout, base: Layout, margin: float = 0.0) -> bool:
     """Return True if a token takes no more multiply-adds on a cut than `budget.flops_fraction` allows."""
-    return layout.multiply_adds <= ((config.quantize.budget.flops_fraction or 1.0) + margin) * base.multiply_adds
+    return (
+        layout.multiply_adds
+        <= ((config.quantize.budget.flops_fraction or 1.0) + margin) * base.multiply_adds
+    )
 
 
 def fast_enough(
@@ -135,7 +157,11 @@ def fast_enough(
 
     `margin` is added to it, because widths that depend on scores may differ from the expected ones.
     """
-    if not (kept := {cut: layout for cut, layout in layouts.items() if is_fast(config, layout, base, margin)}):
+    if not (
+        kept := {
+            cut: layout for cut, layout in layouts.items() if is_fast(config, layout, base, margin)
+        }
+    ):
         share = min(layout.multiply_adds for layout in layouts.values()) / base.multiply_adds
         raise UserError(
             f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
@@ -145,7 +171,9 @@ def fast_enough(
     return kept
 
 
-def makeable(wanted: Mapping[str, Asked], make: Callable[[Asked], Made]) -> tuple[dict[str, Made], dict[str, str]]:
+def makeable(
+    wanted: Mapping[str, Asked], make: Callable[[Asked], Made]
+) -> tuple[dict[str, Made], dict[str, str]]:
     """Make the cuts that can be made, and map the others to the reason; raise the first error if none can be made."""
     cuts, errors = dict[str, Made](), dict[str, UserError]()
     for name, asked in wanted.items():
@@ -176,7 +204,10 @@ def plan_in_file(
     only = next(iter(layouts)) if len(layouts) == 1 else ""
     layouts = {**layouts, UNPRUNED: base} if is_fast(config, base, base) else layouts
     plan = read_plan(file, {name: layout.offered for name, layout in layouts.items()}, only)
-    if budget_bytes is not None and (plan_bytes := layouts[plan.cut].plan_bytes(plan)) > budget_bytes:
+    if (
+        budget_bytes is not None
+        and (plan_bytes := layouts[plan.cut].plan_bytes(plan)) > budget_bytes
+    ):
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
             f"the plan in {file} takes {plan_bytes / 1e6:.2f} MB, {excess:.4f} MB more than the budget of "
@@ -205,7 +236,14 @@ def most_controls(config: RunConfig) -> int:
 
 def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
     """List the groups of a model (layers that share a format), to compute the bytes of plans, adapters included."""
-    return layout_of(model_config, config.quantize, DTYPE_BYTES[config.model.dtype], config.lora.rank, on_gpu, cut)
+    return layout_of(
+        model_config,
+        config.quantize,
+        DTYPE_BYTES[config.model.dtype],
+        config.lora.rank,
+        on_gpu,
+        cut,
+    )
 
 
 def is_pruned(model_config: Any) -> bool:
@@ -237,7 +275,9 @@ def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
     `fraction` and `mean_bits` are those of the only cut.
     """
     size = _asked_bytes(config.quantize.budget, next(iter(layouts.values())))
-    least, formats = min((each.plan_bytes(plan := each.smallest()), plan.formats) for each in layouts.values())
+    least, formats = min(
+        (each.plan_bytes(plan := each.smallest()), plan.formats) for each in layouts.values()
+    )
     if size < least:
         name, value = config.quantize.budget.size
         raise UserError(
@@ -283,7 +323,9 @@ def check_gpu(config: RunConfig, capability: Capability) -> None:
 def check_device(capability: Capability | None, config: RunConfig, packs: bool) -> None:
     """Raise an error if a GPU of this compute capability, or a CPU (None), cannot run type and formats of a model."""
     if capability is None and config.model.dtype == "float16":
-        raise UserError("`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32")
+        raise UserError(
+            "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32"
+        )
     if packs and capability is not None:
         check_gpu(config, capability)
 
@@ -303,21 +345,32 @@ def check_offers(config: RunConfig, layout: Layout, on_gpu: bool) -> None:
     """Raise an error if a group takes none of the formats."""
     for group in layout.groups:
         if all(refusals(name, group.linears, on_gpu) for name in group.formats):
-            raise UserError(_refused(group.formats, group.linears, on_gpu, f"group {group.name} takes none of"))
+            raise UserError(
+                _refused(group.formats, group.linears, on_gpu, f"group {group.name} takes none of")
+            )
 
 
 def _check_formats(config: RunConfig, layouts: Iterable[Layout], on_gpu: bool) -> None:
     """Raise an error if no group of any cut takes one of the formats."""
-    blocks = [group for layout in layouts for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
+    blocks = [
+        group
+        for layout in layouts
+        for group in layout.groups
+        if group.name not in (EMBEDDINGS, HEAD)
+    ]
     linears = [linear for group in blocks for linear in group.linears]
     for name in config.quantize.levels:
         if all(refusals(name, group.linears, on_gpu) for group in blocks):
             raise UserError(_refused((name,), linears, on_gpu, "no group takes"))
 
 
-def _refused(levels: Sequence[str], linears: Sequence[LinearShape], on_gpu: bool, state: str) -> str:
+def _refused(
+    levels: Sequence[str], linears: Sequence[LinearShape], on_gpu: bool, state: str
+) -> str:
     """Say why layers refuse formats, and which formats they take."""
-    reasons = dict.fromkeys(reason for level in levels for reason in refusals(level, linears, on_gpu))
+    reasons = dict.fromkeys(
+        reason for level in levels for reason in refusals(level, linears, on_gpu)
+    )
     taken = [name for name in formats() if not refusals(name, linears, on_gpu)]
     return (
         f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of {', '.join(taken)}; "

@@ -31,7 +31,9 @@ class Rows:
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
-    num_questions: dict[str, dict[str, int]]  # number of questions by use (`search`, `fresh`, `test`) and task
+    num_questions: dict[
+        str, dict[str, int]
+    ]  # number of questions by use (`search`, `fresh`, `test`) and task
     metrics: dict[str, dict[str, str]]
     warnings: tuple[str, ...]
 
@@ -45,15 +47,31 @@ def check_rows(config: RunConfig) -> Rows:
     limit = config.search.limit
     asked = {
         "search": {name: task.texts[:limit] for name, task in tasks["search"].items()},
-        "fresh": {name: task.texts[limit:] for name, task in tasks["search"].items() if config.search.by_accuracy},
+        "fresh": {
+            name: task.texts[limit:]
+            for name, task in tasks["search"].items()
+            if config.search.by_accuracy
+        },
         "evaluate": {name: task.texts for name, task in tasks["evaluate"].items()},
     }
-    questions = {use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked}
+    questions = {
+        use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked
+    }
     _check_overlap(config, examples, questions)
     uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
-    numbers = {name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()}
-    metrics = {use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()}
-    return Rows(examples, questions, numbers, metrics, (*_doubtful_rows(examples), *_few_tokens(config, examples)))
+    numbers = {
+        name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()
+    }
+    metrics = {
+        use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()
+    }
+    return Rows(
+        examples,
+        questions,
+        numbers,
+        metrics,
+        (*_doubtful_rows(examples), *_few_tokens(config, examples)),
+    )
 
 
 def check_cache() -> None:
@@ -133,7 +151,9 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterat
         return
     uses = {
         "`data.validation` scores the trials": examples["validation"],
-        "half of `data.confirmation` chooses the winner, and half judges it,": examples["confirmation"][1::2],
+        "half of `data.confirmation` chooses the winner, and half judges it,": examples[
+            "confirmation"
+        ][1::2],
     }
     for use, rows in uses.items():
         tokens = sum(about_labelled(row, config.data) for row in rows)
@@ -150,7 +170,9 @@ def _tokens_of(text: str) -> int:
     return len(text) - num_latin + num_latin // CHARACTERS_A_TOKEN
 
 
-def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], questions: dict[str, list[str]]) -> None:
+def _check_overlap(
+    config: RunConfig, examples: dict[str, list[Example]], questions: dict[str, list[str]]
+) -> None:
     """Raise an error if two uses of the data share rows, such as training and testing."""
     identities = {f"`data.{name}`": [row.identity for row in examples[name]] for name in SPLITS}
     identities["`evaluate.tasks`"] = questions["evaluate"]
@@ -163,7 +185,11 @@ def _check_overlap(config: RunConfig, examples: dict[str, list[Example]], questi
         for name in ("`data.validation`", "`data.confirmation`", "`evaluate.tasks`"):
             check_disjoint({"`calibration.data`": rows, name: identities[name]})
     # Many texts share short lines, such as headings.
-    text = [row.identity for row in examples.get("text", ()) if len(row.identity.split()) > LONGEST_HEADING]
+    text = [
+        row.identity
+        for row in examples.get("text", ())
+        if len(row.identity.split()) > LONGEST_HEADING
+    ]
     for name in SPLITS:
         check_disjoint({f"`data.{name}`": identities[f"`data.{name}`"], "`evaluate.text`": text})
 
@@ -188,7 +214,9 @@ def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
     if search.tasks:
         wanted = (search.num_questions, search.named_metric)
         loads["search"] = partial(task_questions, search.tasks, folder, "search.tasks", *wanted)
-    loads["evaluate"] = partial(task_questions, evaluate.tasks, folder, "evaluate.tasks", evaluate.limit)
+    loads["evaluate"] = partial(
+        task_questions, evaluate.tasks, folder, "evaluate.tasks", evaluate.limit
+    )
     found: dict[str, dict[str, TaskQuestions]] = {"search": {}}
     found |= zip(loads, together(*loads.values()), strict=True)
     for name, task in found["search"].items() if search.by_accuracy else ():
@@ -219,7 +247,9 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
         # Encode a few rows of each format, or all rows if none of these fits.
         sample = [*rows[:64], *{row.format: row for row in rows}.values()]
         try:
-            encode(sample, tokenizer, settings.max_length, settings.template, settings.response_only)
+            encode(
+                sample, tokenizer, settings.max_length, settings.template, settings.response_only
+            )
         except UserError:
             encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
     importance_samples(config, examples["calibration"], tokenizer)

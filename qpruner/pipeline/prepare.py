@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import DataSource, ModelConfig, RunConfig
-from qpruner.data.encoding import encode, importance_samples, pack, save_encoded, sensitivity_samples
+from qpruner.data.encoding import (
+    encode,
+    importance_samples,
+    pack,
+    save_encoded,
+    sensitivity_samples,
+)
 from qpruner.models.checkpoint import Base, prepare_base
 from qpruner.models.loading import OnWork, load_tokenizer, resolve_source
 from qpruner.pipeline.context import Context
@@ -26,7 +32,13 @@ class Prepare(Stage[PrepareRecord]):
 
     def inputs(self) -> tuple[Any, ...]:
         config = self.config
-        return (config.model, config.data, config.calibration, config.seed, *_source_digests(config))
+        return (
+            config.model,
+            config.data,
+            config.calibration,
+            config.seed,
+            *_source_digests(config),
+        )
 
     def detail(self) -> str:
         return f"base model {self.config.model.source}, encoding the data"
@@ -71,7 +83,13 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
     config, settings = context.config, context.config.data
     tokenizer, examples = load_tokenizer(model_path), context.inspection.examples
     splits = {
-        name: encode(examples[name], tokenizer, settings.max_length, settings.template, settings.response_only)
+        name: encode(
+            examples[name],
+            tokenizer,
+            settings.max_length,
+            settings.template,
+            settings.response_only,
+        )
         for name in ("train", "validation", "confirmation")
     }
     if settings.packing:
@@ -85,7 +103,11 @@ def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str,
 
 def _source_digests(config: RunConfig) -> list[str]:
     """List the sha256 of every local file that the stage reads; sources on the hub have none."""
-    sources: list[DataSource] = [*config.data.train, *config.data.validation, *config.data.confirmation]
+    sources: list[DataSource] = [
+        *config.data.train,
+        *config.data.validation,
+        *config.data.confirmation,
+    ]
     sources += config.calibration.data or ()
     names = [source.source for source in sources] + [config.model.source]
     paths = [Path(resolve_source(name, "source")) for name in names]

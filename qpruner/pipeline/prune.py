@@ -82,15 +82,25 @@ class Prune(Stage[PruneRecord]):
     def _wanted(self) -> dict[str, Wanted]:
         """Describe the cuts, the one that removes least first; the base model is always among them."""
         context, found = self.context, self.context.inspection
-        asked = {UNPRUNED: uncut(self.config.prune)} | {name: cut.settings for name, cut in found.cuts.items()}
+        asked = {UNPRUNED: uncut(self.config.prune)} | {
+            name: cut.settings for name, cut in found.cuts.items()
+        }
         prepared = context.record(PrepareRecord).digest
-        digests = {name: digest_of("cut", prepared, settled(found.model_config, each)) for name, each in asked.items()}
-        return {name: Wanted(each, digests[name], context.run_dir.cut(name)) for name, each in asked.items()}
+        digests = {
+            name: digest_of("cut", prepared, settled(found.model_config, each))
+            for name, each in asked.items()
+        }
+        return {
+            name: Wanted(each, digests[name], context.run_dir.cut(name))
+            for name, each in asked.items()
+        }
 
     def detail(self) -> str:
         cuts = self.context.inspection.cuts
         most = list(cuts.values())[-1].settings
-        return describe(most, ", ".join(map(cut_title, cuts)) if len(cuts) > 1 else target_text(most))
+        return describe(
+            most, ", ".join(map(cut_title, cuts)) if len(cuts) > 1 else target_text(most)
+        )
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, wanted = self.context, self._wanted()
@@ -99,7 +109,9 @@ class Prune(Stage[PruneRecord]):
         made, left_out = self._made_earlier(wanted), dict[str, str]()
         if missing := {name: each for name, each in wanted.items() if name not in made}:
             saved = [wanted[name].folder for name in made if name != UNPRUNED]
-            work = partial(make_cuts, self.config, context.model_folder(UNPRUNED), context.data, missing, saved)
+            work = partial(
+                make_cuts, self.config, context.model_folder(UNPRUNED), context.data, missing, saved
+            )
             new, left_out = context.executor.run(work, context.emit)
             for name in new:
                 require_arrived(wanted[name].folder)
@@ -116,7 +128,9 @@ class Prune(Stage[PruneRecord]):
         root, found = self.context.run_dir.root, dict[str, CutRecord]()
         for name, each in wanted.items():
             if super().is_complete(each.folder) and storage_at(each.folder).read_list():
-                record = self.read_intact(each.folder / CUT_FILE, CutRecord, root, "the cut is made again")
+                record = self.read_intact(
+                    each.folder / CUT_FILE, CutRecord, root, "the cut is made again"
+                )
                 if record and record.digest == each.digest:
                     found[name] = record
         return found
@@ -132,11 +146,17 @@ class Prune(Stage[PruneRecord]):
     def matching_record(self, digest: str) -> PruneRecord | None:
         record, cut = super().matching_record(digest), self.context.run_dir.cut
         # A killed command may have made other cuts since.
-        return record if record and all(read_cut(cut(name)) == each for name, each in record.cuts.items()) else None
+        return (
+            record
+            if record and all(read_cut(cut(name)) == each for name, each in record.cuts.items())
+            else None
+        )
 
     def is_complete(self, folder: Path) -> bool:
         cuts = [self.context.run_dir.cut(name) for name in self.context.inspection.cuts]
-        are_intact = [super(Prune, self).is_complete(each) for each in cuts]  # each damaged one is set aside
+        are_intact = [
+            super(Prune, self).is_complete(each) for each in cuts
+        ]  # each damaged one is set aside
         return all(are_intact)
 
     def unfinished(self) -> Iterable[Path]:
@@ -144,7 +164,9 @@ class Prune(Stage[PruneRecord]):
 
     def disk_bytes(self) -> int:
         layouts = self.context.inspection.layouts.values()
-        return sum(each.num_parameters * each.element_bytes for each in layouts if each.cut != UNPRUNED)
+        return sum(
+            each.num_parameters * each.element_bytes for each in layouts if each.cut != UNPRUNED
+        )
 
 
 def read_cut(folder: Path) -> CutRecord | None:
@@ -155,7 +177,12 @@ def read_cut(folder: Path) -> CutRecord | None:
 
 
 def make_cuts(
-    config: RunConfig, base: Path, data: Path, wanted: Mapping[str, Wanted], saved: Sequence[Path], emit: Emit
+    config: RunConfig,
+    base: Path,
+    data: Path,
+    wanted: Mapping[str, Wanted],
+    saved: Sequence[Path],
+    emit: Emit,
 ) -> Made:
     """Make the cuts of the base model, each in its folder; the importances in the folders `saved` are used again."""
     made, left_out = dict[str, CutRecord](), dict[str, str]()
@@ -180,15 +207,22 @@ def make_cuts(
 class Cutter:
     """Makes cuts of a base model, one after the other; one model is in memory."""
 
-    def __init__(self, config: RunConfig, base: Path, data: Path, saved: Sequence[Path], emit: Emit) -> None:
+    def __init__(
+        self, config: RunConfig, base: Path, data: Path, saved: Sequence[Path], emit: Emit
+    ) -> None:
         from qpruner.data.calibration import Samples
         from qpruner.pruning.prune import FirstScores, load_importance
 
         self._config, self._source, self._emit = config, str(fetch(base)), emit
-        self._tokenizer, self._on_work = load_tokenizer(self._source), loading_progress(emit, "prune")
+        self._tokenizer, self._on_work = (
+            load_tokenizer(self._source),
+            loading_progress(emit, "prune"),
+        )
         self._pad_id = int(self._tokenizer.pad_token_id)
         # Lists, because a stored exception would keep a mapped file open.
-        samples, self._rows = (list(load_encoded(data / name)) for name in ("importance", "sensitivity"))
+        samples, self._rows = (
+            list(load_encoded(data / name)) for name in ("importance", "sensitivity")
+        )
         self._samples = Samples(samples, self._pad_id, config.calibration.batch_size)
         self._first = FirstScores()
         for folder in saved:
@@ -198,7 +232,9 @@ class Cutter:
     def load(self) -> PreTrainedModel:
         """Load the base model, into memory of its own."""
         release()  # the cut before
-        model = load_dense(self._source, self._config.model.dtype, self._config.model, self._on_work)
+        model = load_dense(
+            self._source, self._config.model.dtype, self._config.model, self._on_work
+        )
         copy_weights(model)
         return model
 
@@ -212,11 +248,17 @@ class Cutter:
             here.mkdir(parents=True, exist_ok=True)
             if name != UNPRUNED:
                 save_checkpoint(pruned.model, self._tokenizer, here, self._on_work)
-                retry_storage(lambda: save_importance(here, pruned.scores, pruned.block_scores), here)
+                retry_storage(
+                    lambda: save_importance(here, pruned.scores, pruned.block_scores), here
+                )
         if name != UNPRUNED:
             listed = Storage(wanted.folder).read_list()
             assert listed, "writing_folder wrote the list"
-            weights = {file: sha256 for file, sha256 in listed.sha256.items() if file.endswith(".safetensors")}
+            weights = {
+                file: sha256
+                for file, sha256 in listed.sha256.items()
+                if file.endswith(".safetensors")
+            }
             record = record.model_copy(update={"weights": digest_of(weights)})
             after = f"{pruned.parameters_after / 1e6:.1f}M parameters, loss {record.loss:.4f}"
             self._emit(Message("prune", f"{cut_title(name)}: {after}"))
@@ -243,7 +285,8 @@ class Cutter:
             selection=settings.selection,
             compensation=settings.compensates_by,
             target=target_text(settings),
-            achieved_rate=(pruned.parameters_before - pruned.parameters_after) / pruned.parameters_before,
+            achieved_rate=(pruned.parameters_before - pruned.parameters_after)
+            / pruned.parameters_before,
             parameters_before=pruned.parameters_before,
             parameters_after=pruned.parameters_after,
             bytes_before=pruned.parameters_before * element_bytes,
@@ -284,14 +327,22 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWid
     """List the kept units (indices) and parameters of each block; `before` has their parameters before the cut."""
     from qpruner.pruning.prune import block_sizes
 
-    family, after = family_of(base), block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers))
-    position = {old: new for new, old in enumerate(sorted(set(range(len(before))) - set(pruned.dropped_blocks)))}
+    family, after = (
+        family_of(base),
+        block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers)),
+    )
+    position = {
+        old: new
+        for new, old in enumerate(sorted(set(range(len(before))) - set(pruned.dropped_blocks)))
+    }
     layers = []
     for index, parameters in enumerate(before):
         layer_config = base.per_layer_config[index]
         kinds = {kind.name: kind for kind in family.unit_kinds(layer_config)}
         is_dropped = index in pruned.dropped_blocks
-        kept = {name: () if is_dropped else tuple(range(kind.num_units)) for name, kind in kinds.items()}
+        kept = {
+            name: () if is_dropped else tuple(range(kind.num_units)) for name, kind in kinds.items()
+        }
         kept |= {} if is_dropped else pruned.kept.get(index, {})
         layers.append(
             LayerWidths(

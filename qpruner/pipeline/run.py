@@ -42,7 +42,16 @@ from qpruner.search.progress import event_line
 from qpruner.wording import as_called
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "botorch", "hyperopt", "lm_eval")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "ray",
+    "botorch",
+    "hyperopt",
+    "lm_eval",
+)
 SMALL_FILES = 2**20  # bytes that every command needs for records, log and report
 
 
@@ -56,7 +65,9 @@ class Checked:
     disk: tuple[int, int]  # needed bytes at most, and free bytes
 
 
-def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_elsewhere: bool = False) -> Checked:
+def check(
+    config: RunConfig, emit: Emit, address: str | None = None, gpu_is_elsewhere: bool = False
+) -> Checked:
     """Raise the errors that `run` would raise before its first stage; return what `run` would do.
 
     Without an `address` the run is planned for this machine. With `gpu_is_elsewhere` it is planned for a machine with
@@ -65,7 +76,9 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
     inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
     run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
     assumed = assumed_slots(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
-    with contextlib.closing(Context(config, run_dir, emit, address, inspection, assumed=assumed)) as context:
+    with contextlib.closing(
+        Context(config, run_dir, emit, address, inspection, assumed=assumed)
+    ) as context:
         disk = _check_room(context)
         for stage in STAGES:
             stage(context).check()
@@ -74,21 +87,30 @@ def check(config: RunConfig, emit: Emit, address: str | None = None, gpu_is_else
         recorded(context)
         inspection, known = context.inspection, dict[str, Any]()
         if pruned := context.records.prune:
-            cuts = {cut: replace(inspection.cuts[cut], expected=context.config_of(cut)) for cut in context.cuts}
+            cuts = {
+                cut: replace(inspection.cuts[cut], expected=context.config_of(cut))
+                for cut in context.cuts
+            }
             layouts = {cut: context.layout_of(cut) for cut in context.cuts}
             known = {"left_out": pruned.left_out | context.unfit}
             known |= {"cuts": cuts, "layouts": layouts, "is_estimate": False}
             known |= {"budget_bytes": context.budget_bytes, "plan": context.plan_in_file}
         inspection = replace(inspection, **known)
         told = starmap(preflight.left_out_text, inspection.left_out.items())
-        inspection = replace(inspection, warnings=(*inspection.warnings, *told, *Serve(context).warnings()))
+        inspection = replace(
+            inspection, warnings=(*inspection.warnings, *told, *Serve(context).warnings())
+        )
         resources = context.trial_resources
         slots = context.known_slots.concurrent(resources, config.search.max_concurrent)
         return Checked(inspection, slots, resources, disk)
 
 
 def run(
-    config: RunConfig, emit: Emit, address: str | None = None, until: str = Report.name, command: str | None = None
+    config: RunConfig,
+    emit: Emit,
+    address: str | None = None,
+    until: str = Report.name,
+    command: str | None = None,
 ) -> Results:
     """Run the flow up to the stage `until`, skip recorded stages, and return all records.
 
@@ -98,7 +120,9 @@ def run(
 
     stages = stages_until(until)
     inspection = preflight.inspect(config, works_here=address is None, packs=Bank in stages)
-    with contextlib.closing(Context(config, RunDir(config.output, create=False), emit, address, inspection)) as planned:
+    with contextlib.closing(
+        Context(config, RunDir(config.output, create=False), emit, address, inspection)
+    ) as planned:
         _check_room(planned)
     run_dir = RunDir(config.output)
     with (
@@ -124,13 +148,19 @@ def run(
         except BaseException as error:
             # A report would wait again for a storage that does not answer.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
-            if progress.has_begun and not is_away and holds_run():  # else keep the report of an earlier command
+            if (
+                progress.has_begun and not is_away and holds_run()
+            ):  # else keep the report of an earlier command
                 report_unfinished(run_dir)
             raise
         finally:
             unfreeze()
         # If no stage ran, an earlier report may be more complete.
-        if until != Report.name and holds_run() and (progress.has_begun or not exists(run_dir.root / "report.html")):
+        if (
+            until != Report.name
+            and holds_run()
+            and (progress.has_begun or not exists(run_dir.root / "report.html"))
+        ):
             on_event(Message(Report.name, report_unfinished(run_dir)))
         return results
 
@@ -139,11 +169,18 @@ def _check_room(context: Context) -> tuple[int, int]:
     """Raise an error if the disk is too small for the run; return the bytes needed at most, and the free bytes."""
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
-    wanted = [stage(context) for stage in STAGES if stage.record and stage.is_wanted(context.config)]
-    free, needed = shutil.disk_usage(existing).free, SMALL_FILES + sum(stage.disk_bytes() for stage in wanted)
+    wanted = [
+        stage(context) for stage in STAGES if stage.record and stage.is_wanted(context.config)
+    ]
+    free, needed = (
+        shutil.disk_usage(existing).free,
+        SMALL_FILES + sum(stage.disk_bytes() for stage in wanted),
+    )
     if free < needed:  # subtract existing files, which takes time to find
         recorded(context)
-        needed = SMALL_FILES + sum(max(0, stage.disk_bytes() - stage.disk_used()) for stage in wanted)
+        needed = SMALL_FILES + sum(
+            max(0, stage.disk_bytes() - stage.disk_used()) for stage in wanted
+        )
     if free < needed:
         other = "" if run.storage.fills_this_disk else f" by {CACHE}"
         raise UserError(
@@ -174,7 +211,12 @@ class RunProgress:
     """
 
     def __init__(
-        self, run: RunDir, config: RunConfig, until: str, command: str | None, holds_run: Callable[[], bool]
+        self,
+        run: RunDir,
+        config: RunConfig,
+        until: str,
+        command: str | None,
+        holds_run: Callable[[], bool],
     ) -> None:
         now, before = time.time(), None
         with contextlib.suppress(CorruptFile):
@@ -204,18 +246,29 @@ class RunProgress:
             case events.StageFinished(stage, seconds, figures):
                 self._update(stage, {"state": "done", "seconds": seconds, "text": figures})
             case events.StageSkipped(stage, figures, seconds):
-                self._set(stage, StageState(state="recorded", started=time.time(), seconds=seconds, text=figures))
+                self._set(
+                    stage,
+                    StageState(
+                        state="recorded", started=time.time(), seconds=seconds, text=figures
+                    ),
+                )
             case events.SearchPlanned(search):
                 self._state = self._state.model_copy(update={"search": search})
             case events.SlotsFound(slots) if self._state.search:
                 search = self._state.search.model_copy(update={"slots": slots})
                 self._state = self._state.model_copy(update={"search": search})
             case events.Progress(stage, done, total, detail):
-                self._update(stage, {"done": done, "total": total} | ({"text": detail} if detail else {}))
-        is_small = isinstance(event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen)
+                self._update(
+                    stage, {"done": done, "total": total} | ({"text": detail} if detail else {})
+                )
+        is_small = isinstance(
+            event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen
+        )
         begins_steps = isinstance(event, events.Progress) and event.done == 0
         if self.has_begun and (
-            not is_small or begins_steps or time.monotonic() - self._written >= progress_seconds(self._run.root)
+            not is_small
+            or begins_steps
+            or time.monotonic() - self._written >= progress_seconds(self._run.root)
         ):
             self._write()
 
@@ -230,7 +283,9 @@ class RunProgress:
             outcome, text = "failed", str(error)
             raise
         except Exception as error:
-            note = note_defect(error, f"{self._run.place.rstrip('/')}/{LOG}, which has the whole traceback")
+            note = note_defect(
+                error, f"{self._run.place.rstrip('/')}/{LOG}, which has the whole traceback"
+            )
             outcome, text = "failed", f"{type(error).__name__}: {error}\n{note}"
             raise
         finally:
@@ -239,7 +294,9 @@ class RunProgress:
                 self._write()
 
     def _set(self, stage: str, state: StageState) -> None:
-        self._state = self._state.model_copy(update={"stages": {**self._state.stages, stage: state}})
+        self._state = self._state.model_copy(
+            update={"stages": {**self._state.stages, stage: state}}
+        )
 
     def _update(self, stage: str, update: dict[str, object]) -> None:
         if stage in self._state.stages:
@@ -255,7 +312,8 @@ class RunProgress:
         except (OSError, StorageError) as error:
             # If the disk is full, the stage itself raises a better error.
             logger.warning(
-                "run.json could not be written: %s; `qpruner status` shows an older state until it can", error
+                "run.json could not be written: %s; `qpruner status` shows an older state until it can",
+                error,
             )
 
 
@@ -276,7 +334,9 @@ def _environment() -> dict[str, str]:
 def _cpu_model(cpuinfo: Path) -> str:
     """Return the CPU name from the kernel, or from Python on ARM and other systems."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE):
+        if found := re.search(
+            r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE
+        ):
             return found[1]
     return platform.processor() or platform.machine()
 

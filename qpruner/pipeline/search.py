@@ -71,7 +71,9 @@ class Search(Stage[SearchRecord]):
         """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
         space, method = self.context.space.spaces[0], self.config.search.plan_method
         if method:
-            return choice.seed_plan(shared(self.context, method, space.base_groups, space.levels), space)
+            return choice.seed_plan(
+                shared(self.context, method, space.base_groups, space.levels), space
+            )
         if self.context.plan_in_file or self.config.has_choice:
             return self.context.plan_in_file
         return space.smallest()
@@ -103,17 +105,28 @@ class Search(Stage[SearchRecord]):
         So a further cut starts from the trials of the others.
         """
         context, config, settings = self.context, self.config, self.config.search
-        scored = (settings.steps, settings.rungs, settings.tasks, settings.limit, config.evaluate.batch_size)
+        scored = (
+            settings.steps,
+            settings.rungs,
+            settings.tasks,
+            settings.limit,
+            config.evaluate.batch_size,
+        )
         quantize, base = config.quantize, context.bank_of(UNPRUNED)
         return digest_of(
             "trials",
-            [base.digest(level) for level in sorted({*quantize.levels, *quantize.embedding_levels, *PAPER})],
+            [
+                base.digest(level)
+                for level in sorted({*quantize.levels, *quantize.embedding_levels, *PAPER})
+            ],
             config.prune.model_copy(update=dict.fromkeys(RATES)),
             config.training,
             config.lora,
             config.seed,
             scored,
-            (context.task_digest("search"), context.inspection.metrics["search"]) if settings.tasks else "",
+            (context.task_digest("search"), context.inspection.metrics["search"])
+            if settings.tasks
+            else "",
         )
 
     @property
@@ -129,7 +142,13 @@ class Search(Stage[SearchRecord]):
     def inputs(self) -> tuple[Any, ...]:
         settings = self.config.search
         ends = (settings.max_trials, settings.max_hours, settings.max_gpu_hours)
-        return (self.trials_digest, self.search_digest, *ends, settings.confirm, settings.confirm_seeds)
+        return (
+            self.trials_digest,
+            self.search_digest,
+            *ends,
+            settings.confirm,
+            settings.confirm_seeds,
+        )
 
     def warnings(self) -> Iterable[str]:
         return self.context.inspection.warnings
@@ -148,17 +167,26 @@ class Search(Stage[SearchRecord]):
         """Emit the recorded trials; delete the record of the search if one of its trials is set aside or not over."""
         context, settings = self.context, self.config.search
         set_aside_damaged(self.folder, self.search_digest, self.notify)
-        set_aside_others(self.folder, {cut: context.bank_of(cut).inputs for cut in self._cuts}, self.notify)
+        set_aside_others(
+            self.folder, {cut: context.bank_of(cut).inputs for cut in self._cuts}, self.notify
+        )
         trials = read_trials(self.folder)
-        own = [trial for trial in trials if trial.search == self.search_digest][: settings.max_trials]
+        own = [trial for trial in trials if trial.search == self.search_digest][
+            : settings.max_trials
+        ]
         with contextlib.suppress(CorruptFile):  # `run_stage` reports it
-            record, over = self.matching_record(self.digest), {trial.index for trial in trials if trial.is_over}
+            record, over = (
+                self.matching_record(self.digest),
+                {trial.index for trial in trials if trial.is_over},
+            )
             if record and not (
                 len(own) >= record.num_trials
                 and all(trial.is_over for trial in own)
                 and over.issuperset(each.index for each in record.confirmations)
             ):
-                context.forget("search")  # a damaged trial has to run again, or its number gets another plan
+                context.forget(
+                    "search"
+                )  # a damaged trial has to run again, or its number gets another plan
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,
@@ -177,7 +205,11 @@ class Search(Stage[SearchRecord]):
 
     def detail(self) -> str:
         settings = self.config.search
-        trials = "the given plan" if self.given else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
+        trials = (
+            "the given plan"
+            if self.given
+            else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
+        )
         return f"{trials}, {counted(settings.steps, 'step')} each, budget {self.context.budget_bytes / 1e6:.1f} MB"
 
     def run(self, scratch: Path) -> dict[str, Any]:
@@ -199,12 +231,20 @@ class Search(Stage[SearchRecord]):
         best = best_of([each for each in confirmations if each.fits], self._metric)
         if best is None:
             raise StageError(
-                "search", "no trial that fits into the budget finished", "see the trials' reasons in the log"
+                "search",
+                "no trial that fits into the budget finished",
+                "see the trials' reasons in the log",
             )
         rival = rival_of(confirmations, best, self._metric)
         write_json(scratch / "best.json", by_index[best.index])
-        statuses, all_trials = [trial.status for trial in outcome.trials], (*outcome.trials, *outcome.reused)
-        scores = ((each.cut, {rung.step: rung.cost(self._metric) for rung in each.rungs}) for each in all_trials)
+        statuses, all_trials = (
+            [trial.status for trial in outcome.trials],
+            (*outcome.trials, *outcome.reused),
+        )
+        scores = (
+            (each.cut, {rung.step: rung.cost(self._metric) for rung in each.rungs})
+            for each in all_trials
+        )
         return {
             "trials_digest": self.trials_digest,
             "searcher": self.config.search.searcher if self.config.is_searched else "none",
@@ -244,7 +284,9 @@ class Search(Stage[SearchRecord]):
         error, space = {}, context.space
         if context.record(BankRecord).error:
             values = shared(context, None, space.groups, space.levels)
-            error = {level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()}
+            error = {
+                level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()
+            }
         measured = context.record(SensitivityRecord).methods
         return SearchJob(
             config=context.worker_config,
@@ -254,7 +296,9 @@ class Search(Stage[SearchRecord]):
             space=context.space_with(error),
             may_win=list(filter(context.may_win, self._cuts)),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
-            priors={method: shared(context, method, space.groups, space.levels) for method in measured},
+            priors={
+                method: shared(context, method, space.groups, space.levels) for method in measured
+            },
             trials=self.folder,
             scratch=context.run_dir.tune,
             digest=self.trials_digest,
@@ -269,13 +313,21 @@ class Search(Stage[SearchRecord]):
         from qpruner.cluster.slots import Room
 
         context = self.context
-        room = Room(lambda: context.slots, job.resources, self.config.search.max_concurrent, context.emit)
+        room = Room(
+            lambda: context.slots, job.resources, self.config.search.max_concurrent, context.emit
+        )
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
             self.notify(f"ended: {outcome.ended}")
-            usable = [each for each in (*outcome.trials, *outcome.reused) if job.may_run(plan_of(each))]
-            finalists = choose_finalists([each for each in usable if self.given in (None, plan_of(each))], job)
-            if not [trial for trial in finalists if restart_if_damaged(job.trials, trial, self.notify)]:
+            usable = [
+                each for each in (*outcome.trials, *outcome.reused) if job.may_run(plan_of(each))
+            ]
+            finalists = choose_finalists(
+                [each for each in usable if self.given in (None, plan_of(each))], job
+            )
+            if not [
+                trial for trial in finalists if restart_if_damaged(job.trials, trial, self.notify)
+            ]:
                 return outcome, finalists
 
     def summary(self, record: SearchRecord) -> str:
@@ -297,9 +349,16 @@ class Search(Stage[SearchRecord]):
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
     """Choose the best finished trials, all controls (plans that need no search)."""
     if not trials:
-        cause, remedy = "`search.max_hours` passed before any trial could start", "find out why with `ray status`"
-        raise StageError("search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command")
-    finished = sorted((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index)
+        cause, remedy = (
+            "`search.max_hours` passed before any trial could start",
+            "find out why with `ray status`",
+        )
+        raise StageError(
+            "search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command"
+        )
+    finished = sorted(
+        (trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index
+    )
     if not finished:
         reasons = [trial.reason for trial in trials if trial.reason]
         kinds = {trial.failure for trial in trials}
@@ -316,14 +375,19 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     return [finished[position] for position in chosen]
 
 
-def confirm(stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob) -> tuple[list[Confirmation], float]:
+def confirm(
+    stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob
+) -> tuple[list[Confirmation], float]:
     """Score the finalists on rows that no trial has used; return the scores and the GPU seconds that scoring used."""
     context, confirmations, wanted = stage.context, [], {}
     for trial in finalists:
         checkpoint = checkpoint_of(job.trials, trial)
         assert checkpoint is not None, "a finished trial has a checkpoint"
         candidate = candidate_of(stage, trial, checkpoint, context.config.seed)
-        wanted[trial_folder(job.trials, trial.index) / "fresh.json"] = (candidate, (trial.checkpoint,))
+        wanted[trial_folder(job.trials, trial.index) / "fresh.json"] = (
+            candidate,
+            (trial.checkpoint,),
+        )
     scores = kept_scores(stage, wanted)
     for trial, score in zip(finalists, scores, strict=True):
         control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
@@ -355,6 +419,8 @@ def lost_controls(job: SearchJob, trials: Sequence[TrialRecord], ended: str) -> 
     lost = {}
     for origin, plan in job.controls:
         trial = by_plan.get(plan)
-        if job.fits(plan.cut, job.layouts[plan.cut].plan_bytes(plan)) and not (trial and trial.status == "finished"):
+        if job.fits(plan.cut, job.layouts[plan.cut].plan_bytes(plan)) and not (
+            trial and trial.status == "finished"
+        ):
             lost[origin] = (trial and trial.reason) or f"not tried, because {ended}"
     return lost

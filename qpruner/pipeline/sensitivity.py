@@ -48,7 +48,10 @@ class Sensitivity(Stage[SensitivityRecord]):
             self.context.record(BankRecord).digest,
             config.sensitivity.model_copy(update={"methods": ()}),
             config.quantize.group,
-            {group.name: group.formats for group in self.context.layout_of(self.context.reference).groups},
+            {
+                group.name: group.formats
+                for group in self.context.layout_of(self.context.reference).groups
+            },
             config.seed,
         )
 
@@ -56,7 +59,11 @@ class Sensitivity(Stage[SensitivityRecord]):
         return ", ".join(self.config.measured_methods) or "nothing to measure"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, ending, methods = self.context, f"-{self._scores_digest()}.json", self.config.measured_methods
+        context, ending, methods = (
+            self.context,
+            f"-{self._scores_digest()}.json",
+            self.config.measured_methods,
+        )
         folder, found = context.run_dir.root / FOLDER, dict[str, MethodScores]()
         for name in children(folder):
             if not name.endswith(ending):
@@ -81,7 +88,8 @@ class Sensitivity(Stage[SensitivityRecord]):
 def _range(method: str, scores: MethodScores) -> str:
     """Format the smallest and largest difference of any group: its score in its smallest format minus the largest."""
     offered = [
-        [value for value in of_group if value is not None] for of_group in zip(*scores.values.values(), strict=True)
+        [value for value in of_group if value is not None]
+        for of_group in zip(*scores.values.values(), strict=True)
     ]
     rises = [values[0] - values[-1] for values in offered if len(values) > 1] or [0.0]
     return f"{method} {min(rises):.3g} to {max(rises):.3g}"
@@ -98,7 +106,9 @@ def _scored(
     from qpruner.sensitivity import methods as scoring
 
     config = context.config
-    rows = list(load_encoded(context.data / "sensitivity"))  # a mapped file cannot be sent to other machines
+    rows = list(
+        load_encoded(context.data / "sensitivity")
+    )  # a mapped file cannot be sent to other machines
     pad_id = int(load_tokenizer(str(context.checkpoint_of(context.reference))).pad_token_id)
     subject = scoring.Subject(
         samples=Samples(rows, pad_id, config.sensitivity.batch_size),
@@ -108,7 +118,9 @@ def _scored(
     few_rows = replace(subject.samples, rows=rows[: config.sensitivity.num_measured_samples])
     measured = replace(subject, samples=few_rows.by_length)
     if missing.intersection(INFORMATION):
-        by_information = partial(scoring.by_information, settings=config.sensitivity, seed=config.seed)
+        by_information = partial(
+            scoring.by_information, settings=config.sensitivity, seed=config.seed
+        )
         yield from _on_model(context, subject, INFORMATION, by_information).items()
     if missing.intersection(MEASUREMENT):
         known = _on_model(context, measured, MEASUREMENT, scoring.by_measurement)
@@ -117,24 +129,41 @@ def _scored(
         if not known.keys() >= set(MEASUREMENT):
             measured, known = measured.tables, {}
         if measured.groups and not known:
-            known = _on_model(context, measured, [group.name for group in measured.groups], scoring.by_measurement)
-        by_expansion = partial(scoring.by_expansion, tables=scoring.table_rises(known, measured.groups))
+            known = _on_model(
+                context, measured, [group.name for group in measured.groups], scoring.by_measurement
+            )
+        by_expansion = partial(
+            scoring.by_expansion, tables=scoring.table_rises(known, measured.groups)
+        )
         yield from _on_model(context, subject, EXPANSION, by_expansion).items()
 
 
-def _on_model(context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]) -> Result:
+def _on_model(
+    context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]
+) -> Result:
     """Score groups on the pruned model in the executor, and report progress under the names of the methods."""
     work = partial(
-        _score, context.checkpoint_of(context.reference), context.config.model.dtype, subject, ", ".join(methods), score
+        _score,
+        context.checkpoint_of(context.reference),
+        context.config.model.dtype,
+        subject,
+        ", ".join(methods),
+        score,
     )
     return context.executor.run(work, context.emit)
 
 
-def _score(checkpoint: Path, dtype: str, subject: Subject, names: str, score: Score[Result], emit: Emit) -> Result:
+def _score(
+    checkpoint: Path, dtype: str, subject: Subject, names: str, score: Score[Result], emit: Emit
+) -> Result:
     """Load the pruned model and score its groups; `names` is the text of the progress."""
-    model = load_dense(str(fetch(checkpoint)), dtype, on_progress=loading_progress(emit, "sensitivity"))
+    model = load_dense(
+        str(fetch(checkpoint)), dtype, on_progress=loading_progress(emit, "sensitivity")
+    )
     samples = replace(subject.samples, on_progress=_progress(emit, names))
-    return score(model, replace(subject, samples=samples, on_group=_progress(emit, f"{names} by group")))
+    return score(
+        model, replace(subject, samples=samples, on_group=_progress(emit, f"{names} by group"))
+    )
 
 
 def _progress(emit: Emit, work: str) -> Callable[[int, int], None]:

@@ -65,8 +65,14 @@ class Serve(Stage[ServeRecord]):
 
         inspection = self.context.inspection
         reasons = [refusal(form, inspection.model_config)]
-        for settings, expected in ((cut.settings, cut.expected) for cut in inspection.cuts.values()):
-            is_free = settings.selection == "global" and not settings.uniform and bool(settings.width_units)
+        for settings, expected in (
+            (cut.settings, cut.expected) for cut in inspection.cuts.values()
+        ):
+            is_free = (
+                settings.selection == "global"
+                and not settings.uniform
+                and bool(settings.width_units)
+            )
             remedy = uniform_remedy(inspection.model_config, settings)
             reasons.append(refusal(form, expected, is_free and not settings.is_off, remedy))
         return next(filter(None, reasons), None)
@@ -77,16 +83,24 @@ class Serve(Stage[ServeRecord]):
         source = check_source(self.config.model)
         if source.endswith(".gguf"):  # takes 15 s to convert, and comes from llama.cpp
             return
-        tokenizer, config = load_tokenizer(source, self.config.model), self.context.inspection.model_config
+        tokenizer, config = (
+            load_tokenizer(source, self.config.model),
+            self.context.inspection.model_config,
+        )
         ends = config.eos_token_id
         try:
-            vocabulary(tokenizer, config.vocab_size, [ends] if isinstance(ends, int) else ends or ())
+            vocabulary(
+                tokenizer, config.vocab_size, [ends] if isinstance(ends, int) else ends or ()
+            )
         except UserError as error:
             raise UserError(f"`serve.to`: {error}; or set `serve.to: []`") from error
 
     def inputs(self) -> tuple[Any, ...]:
         prepared, tuned = self.context.record(PrepareRecord), self.context.record(FinetuneRecord)
-        about = [each.adapter_sha256 for each in tuned.candidates], self._rival and self._rival[0].folder.name
+        about = (
+            [each.adapter_sha256 for each in tuned.candidates],
+            self._rival and self._rival[0].folder.name,
+        )
         return (prepared.digest, tuned.digest, about, self.config.serve, _versions())
 
     @cached_property
@@ -131,7 +145,9 @@ class Serve(Stage[ServeRecord]):
         tables = [each for each in inspection.base.groups if each.name in (EMBEDDINGS, HEAD)]
         unpacked = 2 * sum(linear.num_weights for group in tables for linear in group.linears)
         forms += 2 * unpacked * sum(form.startswith("vllm") for form in self.config.serve.to)
-        return forms + self.config.serve.uses_llama_cpp * BASE_BYTES * inspection.base.num_parameters
+        return (
+            forms + self.config.serve.uses_llama_cpp * BASE_BYTES * inspection.base.num_parameters
+        )
 
 
 def _versions() -> dict[str, str]:

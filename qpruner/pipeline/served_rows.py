@@ -17,7 +17,14 @@ from qpruner.pipeline.prepare import loading_progress
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Layout
 from qpruner.quantization.formats import format_of
 from qpruner.runs.events import Emit, Message, Progress
-from qpruner.runs.records import BASE, SEARCHED, CandidateRecord, ServedForm, ServedRow, ServeSetting
+from qpruner.runs.records import (
+    BASE,
+    SEARCHED,
+    CandidateRecord,
+    ServedForm,
+    ServedRow,
+    ServeSetting,
+)
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import empty_folder, fetch, remove, storage_at, writing_folder
 from qpruner.training.table_rows import Candidate
@@ -27,7 +34,9 @@ UNPACKED = "f16"  # format of the base model's file
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 32, 16
 NUM_TURNS = 3
 PLAN = "plan"  # `ServedRow.format` of a fine-tuned model
-Turn = tuple[float, float, float | None]  # tokens per second of prefill and of decode, and the loss in the first turn
+Turn = tuple[
+    float, float, float | None
+]  # tokens per second of prefill and of decode, and the loss in the first turn
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
     on_progress, settings = loading_progress(emit, "serve"), job.config.serve
     forms = [_export(job, form, emit, on_progress) for form in settings.to]
     if not settings.uses_llama_cpp:
-        setting = ServeSetting(threads=job.threads, build="", prompt_tokens=0, new_tokens=0, num_rows=0)
+        setting = ServeSetting(
+            threads=job.threads, build="", prompt_tokens=0, new_tokens=0, num_rows=0
+        )
         return {"rows": [each.row for each in forms], "setting": setting}
     work = storage_at(job.scratch / "base").staging
     try:
@@ -84,7 +95,9 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
     remove(place)  # of a worker that died
     with writing_folder(place) as folder:
         done = export(RunDir(job.root, create=False), form, folder, on_progress)
-    names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
+    names = [
+        path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()
+    ]
     same = f"{done.agreement:.1%} of {counted(done.num_positions, 'prediction')}"
     alike = f"{same} are those of the same weights in transformers"
     row = ServedRow(
@@ -97,7 +110,12 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
         check=f"loaded again by {done.by}: {alike}, KL divergence {done.divergence:.2g} nats",
         recoded=dict(done.recoded),
     )
-    emit(Message("serve", f"{form}: {row.file_bytes / 1e6:.1f} MB, {'; '.join((row.check, *done.remarks))}"))
+    emit(
+        Message(
+            "serve",
+            f"{form}: {row.file_bytes / 1e6:.1f} MB, {'; '.join((row.check, *done.remarks))}",
+        )
+    )
     return Served(row, *(place / name for name in sorted(names, key=len) if name.endswith(".gguf")))
 
 
@@ -106,7 +124,10 @@ def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
     bits, total = 0.0, 0
     for group in job.layout.groups:
         for linear in group.linears if group.name not in (EMBEDDINGS, HEAD) else ():
-            bits += linear.num_weights * format_of(recoded.get(linear.name, job.winner.plan[group.name])).bits
+            bits += (
+                linear.num_weights
+                * format_of(recoded.get(linear.name, job.winner.plan[group.name])).bits
+            )
             total += linear.num_weights
     return bits / total
 
@@ -118,7 +139,10 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
     """Write the base model as a GGUF file in float16."""
     from qpruner.export.gguf.writing import write_gguf
 
-    model, tokenizer = load_dense(str(base), config.model.dtype, config.model, on_progress), load_tokenizer(str(base))
+    model, tokenizer = (
+        load_dense(str(base), config.model.dtype, config.model, on_progress),
+        load_tokenizer(str(base)),
+    )
     file = folder / f"base-{UNPACKED}.gguf"
     save_checkpoint(model.half(), tokenizer, folder / UNPACKED)
     del model
@@ -126,7 +150,9 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
     return _in_llama_cpp(BASE, UNPACKED, 16.0, file)
 
 
-def write_rival(rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork) -> list[Served]:
+def write_rival(
+    rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork
+) -> list[Served]:
     """Write the best simple alternative, fine-tuned, as GGUF files; return no row if llama.cpp lacks its formats."""
     from qpruner.export.gguf import writing
 
@@ -141,13 +167,18 @@ def write_rival(rival: Candidate, mean_bits: float, folder: Path, on_progress: O
 
 def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -> Served:
     size = sum(file.stat().st_size for file in files)
-    return Served(ServedRow(name=name, form="gguf", format=format_name, mean_bits=mean_bits, file_bytes=size), *files)
+    return Served(
+        ServedRow(name=name, form="gguf", format=format_name, mean_bits=mean_bits, file_bytes=size),
+        *files,
+    )
 
 
 # ---- measurement
 
 
-def measure_in_turns(job: ServeJob, served: Sequence[Served]) -> Iterator[tuple[int, int] | dict[str, Any]]:
+def measure_in_turns(
+    job: ServeJob, served: Sequence[Served]
+) -> Iterator[tuple[int, int] | dict[str, Any]]:
     """Measure speed, and the loss in the first turn; yield done and total turns, then the setting and all rows."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llama.cpp may be a build for GPUs
     from qpruner.data.encoding import load_confirmation, load_encoded
@@ -195,7 +226,9 @@ def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float | None:
     from qpruner.export.gguf.llama_cpp import Llama
 
     assert served.model
-    with Llama(served.model, served.adapter, job.threads, max(len(row["input_ids"]) for row in rows)) as llama:
+    with Llama(
+        served.model, served.adapter, job.threads, max(len(row["input_ids"]) for row in rows)
+    ) as llama:
         found = [llama.loss(row["input_ids"], row["labels"]) for row in rows]
     if not all(math.isfinite(total) for total, _ in found):
         return None  # llama.cpp rounds the inputs of F16 weights to F16, where those of some models are infinite

@@ -94,22 +94,32 @@ class Stage(ABC, Generic[RecordType]):
         """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
-        is_there = not self.keeps_files or not run.storage.fills_this_disk or run.stage(self.name).is_dir()
+        is_there = (
+            not self.keeps_files or not run.storage.fills_this_disk or run.stage(self.name).is_dir()
+        )
         return record if record and record.digest == digest and is_there else None
 
     def is_complete(self, folder: Path) -> bool:
         """Return True if the checksums of a folder and its subfolders match; else set the damaged folder aside."""
-        inner = [folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)]
+        inner = [
+            folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)
+        ]
         for part in (folder, *inner):
             try:
                 storage_at(part).verify()
             except CorruptFile as error:
-                where = f"set aside in {quarantine(part, self.context.run_dir.root)}, " if files_in(part) else ""
+                where = (
+                    f"set aside in {quarantine(part, self.context.run_dir.root)}, "
+                    if files_in(part)
+                    else ""
+                )
                 self.notify(f"warning: {error}; {where}the stage runs again")
                 return False
         return True
 
-    def read_intact(self, file: Path, kind: type[FileType], place: Path, remedy: str) -> FileType | None:
+    def read_intact(
+        self, file: Path, kind: type[FileType], place: Path, remedy: str
+    ) -> FileType | None:
         """Read a JSON file; return None if it is missing or damaged. Set a damaged file aside in `place`."""
         try:
             return read_json(file, kind)

@@ -50,8 +50,14 @@ def cut_title(cut: str) -> str:
 def formats_text(plan: Mapping[str, str]) -> str:
     """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one format."""
     counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
-    of_blocks = list(counts) if len(counts) == 1 else [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
-    return ", ".join([*of_blocks, *(f"{group} {plan[group]}" for group in (EMBEDDINGS, HEAD) if group in plan)])
+    of_blocks = (
+        list(counts)
+        if len(counts) == 1
+        else [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
+    )
+    return ", ".join(
+        [*of_blocks, *(f"{group} {plan[group]}" for group in (EMBEDDINGS, HEAD) if group in plan)]
+    )
 
 
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
@@ -76,7 +82,9 @@ class Group:
     def packed_bytes(self, name: str, element_bytes: int) -> int:
         """Count the bytes of its weights in a format, offered or not, without biases."""
         each = format_of(name)
-        return sum(each.packed_bytes(linear.rows, linear.columns, element_bytes) for linear in self.linears)
+        return sum(
+            each.packed_bytes(linear.rows, linear.columns, element_bytes) for linear in self.linears
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,11 @@ class PrecisionPlan:
     def from_dict(cls, formats: Mapping[str, str], cut: str = UNPRUNED) -> PrecisionPlan:
         """Make a plan from a mapping of groups to formats."""
         # Interned to save memory: a searcher keeps every plan, and each record would have its own copy of the names.
-        return cls(tuple(map(sys.intern, formats)), tuple(map(sys.intern, formats.values())), sys.intern(cut))
+        return cls(
+            tuple(map(sys.intern, formats)),
+            tuple(map(sys.intern, formats.values())),
+            sys.intern(cut),
+        )
 
     def as_dict(self) -> dict[str, str]:
         """Return the plan as a mapping of groups to formats."""
@@ -105,7 +117,10 @@ class PrecisionPlan:
     def runs(self) -> list[tuple[str, tuple[str, ...]]]:
         """The plan as it is drawn: each format with the neighbouring groups that have it."""
         pairs = zip(self.formats, self.groups, strict=True)
-        return [(name, tuple(group for _, group in of)) for name, of in itertools.groupby(pairs, lambda each: each[0])]
+        return [
+            (name, tuple(group for _, group in of))
+            for name, of in itertools.groupby(pairs, lambda each: each[0])
+        ]
 
     @property
     def bars(self) -> str:
@@ -115,7 +130,9 @@ class PrecisionPlan:
             each, ends = format_of(name), " to ".join(dict.fromkeys((groups[0], groups[-1])))
             style = f"background:{each.colour};color:{each.ink}"
             letters = html.escape(each.letter * len(groups))
-            spans.append(f'<span title="{html.escape(ends)}: {name}" style="{style}">{letters}</span>')
+            spans.append(
+                f'<span title="{html.escape(ends)}: {name}" style="{style}">{letters}</span>'
+            )
         return "".join(spans)
 
     def _repr_html_(self) -> str:
@@ -135,7 +152,9 @@ def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) ->
     """Return the groups of a cut by their names in the base model of `num_blocks`: blocks `dropped` shift numbers."""
     kept = sorted(set(range(num_blocks)) - set(dropped))
     names = {f"{new}": f"{old:0{len(str(num_blocks - 1))}d}" for new, old in enumerate(kept)}
-    return tuple(re.sub(r"\d+", lambda found: names[f"{int(found[0])}"], name, count=1) for name in groups)
+    return tuple(
+        re.sub(r"\d+", lambda found: names[f"{int(found[0])}"], name, count=1) for name in groups
+    )
 
 
 def next_format(name: str, offered: Sequence[str]) -> str:
@@ -182,26 +201,38 @@ class Layout:
 
     def smallest(self) -> PrecisionPlan:
         """Return the plan with the fewest bytes."""
-        return self._plan(min(each.formats, key=lambda name: self._bytes(each, name)) for each in self.groups)
+        return self._plan(
+            min(each.formats, key=lambda name: self._bytes(each, name)) for each in self.groups
+        )
 
     def largest(self) -> PrecisionPlan:
         """Return the plan with the most bytes."""
-        return self._plan(max(each.formats, key=lambda name: self._bytes(each, name)) for each in self.groups)
+        return self._plan(
+            max(each.formats, key=lambda name: self._bytes(each, name)) for each in self.groups
+        )
 
     def group_bytes(self, name: str) -> list[int | None]:
         """Return the bytes of each group in a format, in model order; None where it is not offered."""
-        return [self._bytes(group, name) if name in group.formats else None for group in self.groups]
+        return [
+            self._bytes(group, name) if name in group.formats else None for group in self.groups
+        ]
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
         """Count the bytes of the whole model under `plan`: groups, all other weights and adapters."""
-        assert plan.groups == tuple(group.name for group in self.groups), "a plan names the groups in the model's order"
-        grouped = sum(self._bytes(group, name) for group, name in zip(self.groups, plan.formats, strict=True))
+        assert plan.groups == tuple(group.name for group in self.groups), (
+            "a plan names the groups in the model's order"
+        )
+        grouped = sum(
+            self._bytes(group, name) for group, name in zip(self.groups, plan.formats, strict=True)
+        )
         return grouped + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
         """Return the average bits of a weight in the blocks' groups; scales, embeddings and head do not count."""
         of_groups = zip(self.groups, plan.formats, strict=True)
-        counted = [(group, name) for group, name in of_groups if group.name not in (EMBEDDINGS, HEAD)]
+        counted = [
+            (group, name) for group, name in of_groups if group.name not in (EMBEDDINGS, HEAD)
+        ]
         total = sum(group.num_weights for group, _ in counted)
         return sum(group.num_weights * format_of(name).bits for group, name in counted) / total
 
@@ -212,7 +243,9 @@ class Layout:
         return group.packed_bytes(name, self.element_bytes)
 
 
-def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]], only: str = "") -> PrecisionPlan:
+def read_plan(
+    path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]], only: str = ""
+) -> PrecisionPlan:
     """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under the key `plan`.
 
     A key `cut` beside the groups or the plan names the cut; without it the cut is `only`, the single one of a run.
@@ -222,32 +255,52 @@ def read_plan(path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]], on
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise PlanRefused(f"{path} does not exist: write one with `qpruner plan RUN > {path.name}`") from error
+        raise PlanRefused(
+            f"{path} does not exist: write one with `qpruner plan RUN > {path.name}`"
+        ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PlanRefused(f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan") from error
+        raise PlanRefused(
+            f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan"
+        ) from error
     cut = str(raw.pop("cut", only)) if isinstance(raw, dict) else only
     if cut not in offered:
         got = f"got {cut or 'none'}: `cut: NAME`, of {', '.join(offered)}"
-        raise PlanRefused(f"{path} must name one of the cuts of this run that `quantize.budget` allows, {got}")
+        raise PlanRefused(
+            f"{path} must name one of the cuts of this run that `quantize.budget` allows, {got}"
+        )
     of_groups = offered[cut]
     plan = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(plan, dict):
         got = "an empty file" if raw is None else type(plan).__name__
-        raise PlanRefused(f"{path} must map every group to its format, got {got}; `qpruner plan RUN` prints a plan")
+        raise PlanRefused(
+            f"{path} must map every group to its format, got {got}; `qpruner plan RUN` prints a plan"
+        )
     named: dict[Any, Any] = {
-        group: ALIASES.get(value, value) if type(value) is int else value for group, value in plan.items()
+        group: ALIASES.get(value, value) if type(value) is int else value
+        for group, value in plan.items()
     }
     if problems := _problems(plan, named, of_groups):
-        raise PlanRefused(f"{path} is not a valid plan for this model:\n" + "\n".join(f"  - {p}" for p in problems))
-    return PrecisionPlan.from_dict({group: named.get(group, levels[0]) for group, levels in of_groups.items()}, cut)
+        raise PlanRefused(
+            f"{path} is not a valid plan for this model:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+        )
+    return PrecisionPlan.from_dict(
+        {group: named.get(group, levels[0]) for group, levels in of_groups.items()}, cut
+    )
 
 
-def _problems(plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str, Sequence[str]]) -> list[str]:
+def _problems(
+    plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str, Sequence[str]]
+) -> list[str]:
     problems, groups = [], list(offered)
     for group, value in named.items():
         if group not in groups:
             nearest = difflib.get_close_matches(str(group), groups, n=1)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else f"the groups are {groups[0]} to {groups[-1]}"
+            hint = (
+                f"did you mean `{nearest[0]}`?"
+                if nearest
+                else f"the groups are {groups[0]} to {groups[-1]}"
+            )
             problems.append(f"`{group}` is not a group of this model; {hint}")
         elif value not in offered[group]:
             key = "embeddings" if group in (EMBEDDINGS, HEAD) else "formats"
@@ -255,6 +308,10 @@ def _problems(plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str,
             problems.append(f"`{group}` must be {among} (`quantize.{key}`), got {plan[group]!r}")
     if missing := [group for group in groups if group not in plan and len(offered[group]) > 1]:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        remedy = "; `qpruner plan RUN` prints a plan with all groups" if len(missing) > len(groups) / 2 else ""
+        remedy = (
+            "; `qpruner plan RUN` prints a plan with all groups"
+            if len(missing) > len(groups) / 2
+            else ""
+        )
         problems.append(f"{len(missing)} of {len(groups)} groups are missing: {shown}{remedy}")
     return problems

@@ -44,7 +44,9 @@ class PlanSpace:
 
     groups: tuple[str, ...]  # names, in model order
     levels: tuple[str, ...]  # formats, smallest first
-    group_bytes: tuple[tuple[int | None, ...], ...]  # (groups, levels); None where a group is not offered a level
+    group_bytes: tuple[
+        tuple[int | None, ...], ...
+    ]  # (groups, levels); None where a group is not offered a level
     fixed_bytes: int  # the same in all plans
     budget_bytes: int
     cut: str = UNPRUNED
@@ -74,14 +76,29 @@ class PlanSpace:
         known, damage = error or {}, []
         for group, name in zip(layout.groups, base_groups or groups, strict=True) if known else ():
             of_packed = {level: known.get(level, {}).get(name) for level in group.formats}
-            of_group = {level: each if format_of(level).is_packed else 0.0 for level, each in of_packed.items()}
+            of_group = {
+                level: each if format_of(level).is_packed else 0.0
+                for level, each in of_packed.items()
+            }
             damage.append(tuple(map(of_group.get, levels)))
-        return cls(groups, levels, group_bytes, fixed_bytes, budget_bytes, layout.cut, tuple(damage), base_groups)
+        return cls(
+            groups,
+            levels,
+            group_bytes,
+            fixed_bytes,
+            budget_bytes,
+            layout.cut,
+            tuple(damage),
+            base_groups,
+        )
 
     @cached_property
     def offered(self) -> tuple[tuple[int, ...], ...]:
         """The indices in `levels` that each group may have, ascending."""
-        return tuple(tuple(at for at, size in enumerate(sizes) if size is not None) for sizes in self.group_bytes)
+        return tuple(
+            tuple(at for at, size in enumerate(sizes) if size is not None)
+            for sizes in self.group_bytes
+        )
 
     @cached_property
     def _formats(self) -> tuple[dict[str, int], ...]:
@@ -93,9 +110,14 @@ class PlanSpace:
 
     def __contains__(self, plan: object) -> bool:
         """Return True for a plan of this cut whose groups all have formats they are offered, over budget or not."""
-        if not isinstance(plan, PrecisionPlan) or (plan.cut, plan.groups) != (self.cut, self.groups):
+        if not isinstance(plan, PrecisionPlan) or (plan.cut, plan.groups) != (
+            self.cut,
+            self.groups,
+        ):
             return False
-        return all(name in offered for name, offered in zip(plan.formats, self._formats, strict=True))
+        return all(
+            name in offered for name, offered in zip(plan.formats, self._formats, strict=True)
+        )
 
     def uniform(self, name: str) -> PrecisionPlan:
         """Return the plan with every group in one format; one that is not offered it takes its next larger one."""
@@ -116,7 +138,9 @@ class PlanSpace:
     def plan_bytes(self, plan: PrecisionPlan) -> int:
         """Count the bytes of the whole model under `plan`; raise `ValueError` for a plan outside this space."""
         if plan not in self:
-            raise ValueError(f"the plan {plan} of the cut {plan.cut} is not in the space of the cut {self.cut}")
+            raise ValueError(
+                f"the plan {plan} of the cut {plan.cut} is not in the space of the cut {self.cut}"
+            )
         sizes = zip(plan.formats, self._formats, strict=True)
         return sum(offered[name] for name, offered in sizes) + self.fixed_bytes
 
@@ -137,7 +161,9 @@ class PlanSpace:
             raise ValueError(f"no plan fits in {self.budget_bytes} bytes")
         return plan
 
-    def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:
+    def nearest_feasible(
+        self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()
+    ) -> PrecisionPlan | None:
         """Return the plan that fits into the budget, is not in `avoid`, and differs from `plan` in the fewest groups.
 
         Of equally near plans the one with the most bytes is returned; None if no plan is left.
@@ -148,14 +174,19 @@ class PlanSpace:
         # The byte terms of all groups sum to less than one, so they only break ties between equally near plans.
         limit = 1.0 + sum(max(offered.values()) for offered in self._formats)
         gains = [
-            [(level == wanted) + (size or 0) / limit for level, size in zip(self.levels, sizes, strict=True)]
+            [
+                (level == wanted) + (size or 0) / limit
+                for level, size in zip(self.levels, sizes, strict=True)
+            ]
             for wanted, sizes in zip(plan.formats, self.group_bytes, strict=True)
         ]
         # Excluding plans makes the problem larger, and most proposals do not need it: solve it without them first.
         found = self._solve(gains, ())
         return self._solve(gains, avoided) if found in avoided else found
 
-    def _solve(self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
+    def _solve(
+        self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]
+    ) -> PrecisionPlan | None:
         """Return the plan in the budget, not in `avoid`, with the largest sum of gains; None if there is no such plan.
 
         HiGHS accepts plans that exceed the budget by up to a millionth of it. If it returns one, it is run again with
@@ -187,13 +218,22 @@ class PlanSpace:
 
         sizes = np.array(self.group_bytes, dtype=float)
         is_offered = ~np.isnan(sizes)  # None is NaN
-        gain, sizes = np.where(is_offered, np.array(gains, dtype=float), 0.0), np.where(is_offered, sizes, 0.0)
+        gain, sizes = (
+            np.where(is_offered, np.array(gains, dtype=float), 0.0),
+            np.where(is_offered, sizes, 0.0),
+        )
         num_groups, num_levels = gain.shape
         capacity = float(self.budget_bytes - self.fixed_bytes)
-        budget = LinearConstraint(sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin)
+        budget = LinearConstraint(
+            sizes.ravel()[None, :] / max(capacity, 1.0), -np.inf, 1.0 - margin
+        )
         constraints = [LinearConstraint(np.kron(np.eye(num_groups), np.ones(num_levels)), 1, 1)]
-        if excluded := [[name == level for name in other.formats for level in self.levels] for other in avoid]:
-            constraints.append(LinearConstraint(np.array(excluded, dtype=float), -np.inf, num_groups - 1))
+        if excluded := [
+            [name == level for name in other.formats for level in self.levels] for other in avoid
+        ]:
+            constraints.append(
+                LinearConstraint(np.array(excluded, dtype=float), -np.inf, num_groups - 1)
+            )
         with _native_output_dropped():
             solution = milp(
                 c=-gain.ravel(),
@@ -263,7 +303,9 @@ class SearchSpace:
         """Return True if the plan is in this space and fits into the budget."""
         return any(space.is_feasible(plan) for space in self.spaces)
 
-    def nearest_feasible(self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()) -> PrecisionPlan | None:
+    def nearest_feasible(
+        self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()
+    ) -> PrecisionPlan | None:
         """Return the nearest plan of the same cut in the budget that is not in `avoid`, see `PlanSpace`.
 
         If that cut has none left, return one of the next cut; None if no cut has one.
@@ -279,7 +321,10 @@ class SearchSpace:
         """Return the row of a plan ``(groups + 1,)``, see the class."""
         formats = dict(zip(self.of_cut(plan.cut).base_groups, plan.formats, strict=True))
         named = zip(self.groups, self.whole.offered, strict=True)
-        levels = (self.levels.index(formats[name]) if name in formats else offered[-1] for name, offered in named)
+        levels = (
+            self.levels.index(formats[name]) if name in formats else offered[-1]
+            for name, offered in named
+        )
         return (*levels, self.cuts.index(plan.cut))
 
     def plan_of(self, indices: Iterable[int]) -> PrecisionPlan:
@@ -300,18 +345,29 @@ class SearchSpace:
             sizes |= _cells(space, space.group_bytes)
             damage |= _cells(space, space.damage)
         of_levels = _rows(groups, levels, damage) if damage else ()
-        return PlanSpace(groups, levels, _rows(groups, levels, sizes), 0, self.budget_bytes, damage=of_levels)
+        return PlanSpace(
+            groups, levels, _rows(groups, levels, sizes), 0, self.budget_bytes, damage=of_levels
+        )
 
     @cached_property
     def aligned(self) -> tuple[PlanSpace, ...]:
         """The plans of each cut, over the groups and levels of all cuts."""
-        lost = {(name, self.levels[at[-1]]): 0 for name, at in zip(self.groups, self.whole.offered, strict=True)}
+        lost = {
+            (name, self.levels[at[-1]]): 0
+            for name, at in zip(self.groups, self.whole.offered, strict=True)
+        }
         found = []
         for space in self.spaces:
             kept = _cells(space, space.group_bytes)
-            sizes = {cell: size for cell, size in lost.items() if cell[0] not in space.base_groups} | kept
+            sizes = {
+                cell: size for cell, size in lost.items() if cell[0] not in space.base_groups
+            } | kept
             rows = _rows(self.groups, self.levels, sizes)
-            found.append(PlanSpace(self.groups, self.levels, rows, space.fixed_bytes, space.budget_bytes, space.cut))
+            found.append(
+                PlanSpace(
+                    self.groups, self.levels, rows, space.fixed_bytes, space.budget_bytes, space.cut
+                )
+            )
         return tuple(found)
 
 

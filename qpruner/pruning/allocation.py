@@ -12,12 +12,15 @@ from qpruner.models.families import ATTENTION, MLP
 from qpruner.pruning.units import KindSize, Sizes, available, smallest_step
 
 
-def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False) -> dict[int, dict[str, int]]:
+def counts_per_layer(
+    sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False
+) -> dict[int, dict[str, int]]:
     """Count the units to remove: `target` parameters in all, about the same share of each kind in each block."""
     if uniform:
         return dict.fromkeys(sizes, _uniform_counts(sizes, target, round_to))
     heads, channels = (
-        {index: kinds[name] for index, kinds in sizes.items() if name in kinds} for name in (ATTENTION, MLP)
+        {index: kinds[name] for index, kinds in sizes.items() if name in kinds}
+        for name in (ATTENTION, MLP)
     )
     if not channels:
         wanted = max(round(target / next(iter(heads.values())).parameters), 0)
@@ -35,14 +38,23 @@ def counts_per_layer(sizes: Sizes, target: int, round_to: int = 1, uniform: bool
 
 
 def _head_counts(
-    heads: Mapping[int, KindSize], channels: Mapping[int, KindSize], target: int, share: float, round_to: int
+    heads: Mapping[int, KindSize],
+    channels: Mapping[int, KindSize],
+    target: int,
+    share: float,
+    round_to: int,
 ) -> dict[int, int]:
     """Count the attention units to remove per block: their share, but more where channels cannot fill the rest."""
     gone = {index: min(int(share * size.count + 0.5), size.most) for index, size in heads.items()}
     # Channels can remove more afterwards, but cannot give anything back.
-    while (num_removed := sum(count * heads[index].parameters for index, count in gone.items())) > target:
+    while (
+        num_removed := sum(count * heads[index].parameters for index, count in gone.items())
+    ) > target:
         gone = {index: max(count - 1, 0) for index, count in gone.items()}
-    left, most = target - num_removed, sum((size.count - round_to) * size.parameters for size in channels.values())
+    left, most = (
+        target - num_removed,
+        sum((size.count - round_to) * size.parameters for size in channels.values()),
+    )
     half_a_bundle = min(size.parameters for size in channels.values()) * round_to / 2
     while left > most + half_a_bundle:
         candidates = [(count, index) for index, count in gone.items() if count < heads[index].most]
@@ -61,10 +73,19 @@ def _channel_counts(channels: Mapping[int, KindSize], target: int, round_to: int
     """Count the channels to remove per block: equal shares in multiples of `round_to`, `target` parameters in all."""
     share = max(target, 0) / sum(size.parameters * size.count for size in channels.values())
     bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
-    stays = {index: min(max(int(bundles[index]), 1), size.count // round_to) for index, size in channels.items()}
+    stays = {
+        index: min(max(int(bundles[index]), 1), size.count // round_to)
+        for index, size in channels.items()
+    }
     # Give bundles back until the target is nearest, first to blocks that lost the most by rounding.
     order = sorted(stays, key=lambda index: (stays[index] - bundles[index], index))
-    over = sum((size.count - stays[index] * round_to) * size.parameters for index, size in channels.items()) - target
+    over = (
+        sum(
+            (size.count - stays[index] * round_to) * size.parameters
+            for index, size in channels.items()
+        )
+        - target
+    )
     has_changed = True
     while over > 0 and has_changed:
         has_changed = False
@@ -99,14 +120,19 @@ def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
         return max(missed, near), max(of_heads - share, 0), abs(of_heads - share), missed
 
     # Try every number of heads of a plain checkpoint, with the channels nearest to the rest.
-    for count in [heads.count - each for each in heads.plain or range(1, heads.count + 1)] if heads else [0]:
+    for count in (
+        [heads.count - each for each in heads.plain or range(1, heads.count + 1)] if heads else [0]
+    ):
         counts, left = {ATTENTION: count} if heads else {}, target / len(sizes)
         if channels is None:
             found.append(counts)
             continue
         left -= count * heads.parameters if heads else 0
         bundles = (channels.count - left / channels.parameters) / round_to
-        nearest = {min(max(round_(bundles), 1), channels.count // round_to) for round_ in (math.floor, math.ceil)}
+        nearest = {
+            min(max(round_(bundles), 1), channels.count // round_to)
+            for round_ in (math.floor, math.ceil)
+        }
         found += [counts | {MLP: channels.count - stays * round_to} for stays in sorted(nearest)]
     if target > (most := max(map(removed, found))) + near:
         raise UserError(

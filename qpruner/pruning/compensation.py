@@ -38,7 +38,9 @@ class BlockStream:
         self._model, self._blocks = model, list(map(model.get_submodule, paths))
         self._on_progress = samples.on_progress
         self._hidden: list[torch.Tensor] = []
-        self._batches = list(batches(samples.rows, samples.batch_size, samples.pad_id, model.device))
+        self._batches = list(
+            batches(samples.rows, samples.batch_size, samples.pad_id, model.device)
+        )
         self._tokens = [batch["attention_mask"].bool() for batch in self._batches]
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
@@ -59,7 +61,9 @@ class BlockStream:
                 self._base(batch)
 
     @torch.no_grad()
-    def visit(self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()) -> None:
+    def visit(
+        self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()
+    ) -> None:
         """Run block `index` and pass the inputs ``(tokens, features)`` of a linear layer to `visit`, batch by batch.
 
         `visit` also gets the sum ``(tokens, hidden)`` of what the blocks `behind` it, if any, add to the hidden states.
@@ -68,7 +72,11 @@ class BlockStream:
         for batch, tokens in enumerate(self._tokens):
             captured: list[torch.Tensor] = []
 
-            def hook(module: torch.nn.Module, args: tuple[Any, ...], captured: list[torch.Tensor] = captured) -> None:
+            def hook(
+                module: torch.nn.Module,
+                args: tuple[Any, ...],
+                captured: list[torch.Tensor] = captured,
+            ) -> None:
                 captured.append(args[0])
                 if not behind:
                     raise _InputsCaptured
@@ -82,7 +90,9 @@ class BlockStream:
             visit(at_tokens(captured[0], tokens), *added)
 
     @torch.no_grad()
-    def advance(self, index: int, on_batch: Callable[[torch.Tensor], None] = lambda tokens: None) -> None:
+    def advance(
+        self, index: int, on_batch: Callable[[torch.Tensor], None] = lambda tokens: None
+    ) -> None:
         """Replace the hidden states before block `index` by those after it; give `on_batch` the mask of its tokens."""
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
@@ -99,7 +109,9 @@ class BlockStream:
         """After the last block, yield the inputs ``(tokens, features)`` of the head, batch by batch."""
         for inputs, tokens, hidden in zip(self._batches, self._tokens, self._hidden, strict=True):
             # The base model applies what lies between the blocks and the head, such as a norm.
-            with returning(self._blocks, [lambda *args, hidden=hidden, **kwargs: hidden] * len(self._blocks)):
+            with returning(
+                self._blocks, [lambda *args, hidden=hidden, **kwargs: hidden] * len(self._blocks)
+            ):
                 found = self._base(inputs)
             yield at_tokens(found, tokens)
 
@@ -125,7 +137,11 @@ class _Grams(list[torch.Tensor]):
 
 
 def compensate_blocks(
-    model: PreTrainedModel, dropped: Collection[int], layers: Collection[int], ridge: float, samples: Samples
+    model: PreTrainedModel,
+    dropped: Collection[int],
+    layers: Collection[int],
+    ridge: float,
+    samples: Samples,
 ) -> None:
     """Make the MLP output projection (down) before dropped blocks add what these added, if its block is in `layers`.
 
@@ -175,13 +191,20 @@ def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Sample
                 removed = is_removed.nonzero().flatten()
                 grams = _Grams()
                 stream.visit(index, linear, grams.add)
-                _solve(weight, stays, removed, grams[0], ridge, f"{family.block_path(index)}.{linear}")
+                _solve(
+                    weight, stays, removed, grams[0], ridge, f"{family.block_path(index)}.{linear}"
+                )
                 weight[:, removed] = 0
             stream.advance(index)
 
 
 def _solve(
-    weight: torch.Tensor, stays: torch.Tensor, removed: torch.Tensor, gram: torch.Tensor, ridge: float, name: str
+    weight: torch.Tensor,
+    stays: torch.Tensor,
+    removed: torch.Tensor,
+    gram: torch.Tensor,
+    ridge: float,
+    name: str,
 ) -> None:
     """Replace the kept columns of `weight` by the least-squares solution; `gram` is ``G``.
 
@@ -194,7 +217,9 @@ def _solve(
     weight[:, stays] = (weight[:, stays].float() + change).to(weight.dtype)
 
 
-def _ridge_solution(gram: torch.Tensor, given: torch.Tensor, ridge: float, name: str) -> torch.Tensor:
+def _ridge_solution(
+    gram: torch.Tensor, given: torch.Tensor, ridge: float, name: str
+) -> torch.Tensor:
     """Compute ``given (gram + lambda I)^-1``, where lambda is `ridge` times the mean of the diagonal of `gram`."""
     penalty = max(ridge * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(penalty)

@@ -27,7 +27,9 @@ def gather(model: PreTrainedModel, samples: Samples) -> Iterator[Grams]:
     groups, stream = group_linears(model.config, "projection").values(), BlockStream(model, samples)
     for index in range(model.config.num_hidden_layers):
         block = f"{family_of(model.config).block_path(index)}."
-        yield _of_block(model, stream, index, [paths for paths in groups if paths[0].startswith(block)])
+        yield _of_block(
+            model, stream, index, [paths for paths in groups if paths[0].startswith(block)]
+        )
     yield {(logits_path(model.config),): _of_head(model, stream)}
 
 
@@ -35,14 +37,18 @@ def gram_bytes(layout: Layout, config: Any) -> list[int]:
     """Count the bytes of the Gram matrices of each block of a model, then of the head's."""
     columns = {linear.name: linear.columns for group in layout.groups for linear in group.linears}
     sizes: dict[str, int] = {}
-    for name, paths in group_linears(config, "projection").items():  # the layers of one share their input
+    for name, paths in group_linears(
+        config, "projection"
+    ).items():  # the layers of one share their input
         block = ".".join(name.split(".")[:2])
         sizes[block] = sizes.get(block, 0) + 4 * columns[paths[0]] ** 2
     return [*sizes.values(), 4 * columns[logits_path(config)] ** 2]
 
 
 @torch.no_grad()
-def _of_block(model: PreTrainedModel, stream: BlockStream, index: int, groups: list[tuple[str, ...]]) -> Grams:
+def _of_block(
+    model: PreTrainedModel, stream: BlockStream, index: int, groups: list[tuple[str, ...]]
+) -> Grams:
     """Run a block once and sum the products of the inputs of each projection, whose layers share them."""
     inputs: dict[tuple[str, ...], torch.Tensor] = {}
     sums: Grams = {}
@@ -59,7 +65,9 @@ def _of_block(model: PreTrainedModel, stream: BlockStream, index: int, groups: l
             sums[paths] = sums[paths].addmm_(rows.T, rows) if paths in sums else rows.T @ rows
         inputs.clear()
 
-    with hooked(model.get_submodule(paths[0]).register_forward_pre_hook(hook_for(paths)) for paths in groups):
+    with hooked(
+        model.get_submodule(paths[0]).register_forward_pre_hook(hook_for(paths)) for paths in groups
+    ):
         stream.advance(index, on_batch)
     return {paths: gram / count for paths, gram in sums.items()}
 

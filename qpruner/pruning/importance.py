@@ -37,23 +37,37 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models.families import UnitKind, family_of
 from qpruner.pruning.units import unit_kinds_of
 
-Scores = dict[int, dict[str, torch.Tensor]]  # block index -> kind of unit -> scores ``(units,)``, float64 on the CPU
+Scores = dict[
+    int, dict[str, torch.Tensor]
+]  # block index -> kind of unit -> scores ``(units,)``, float64 on the CPU
 Kinds = Mapping[int, Sequence[UnitKind]]  # block index -> kinds of unit to score
 
 
 def score(
-    model: PreTrainedModel, layers: Sequence[int], settings: PruneConfig, samples: Samples, seed: int = 0
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    settings: PruneConfig,
+    samples: Samples,
+    seed: int = 0,
 ) -> Scores:
     """Score the units of the blocks in `layers` by `settings.importance`; raise `TrainingDiverged` at a NaN."""
-    kinds, importance = unit_kinds_of(model.config, layers, settings.width_units), settings.importance
+    kinds, importance = (
+        unit_kinds_of(model.config, layers, settings.width_units),
+        settings.importance,
+    )
     if importance == "random":
         generator = torch.Generator().manual_seed(seed)
         return {
-            index: {kind.name: torch.rand(kind.num_units, generator=generator, dtype=torch.float64) for kind in some}
+            index: {
+                kind.name: torch.rand(kind.num_units, generator=generator, dtype=torch.float64)
+                for kind in some
+            }
             for index, some in kinds.items()
         }
     if settings.looks_at_linears:
-        return _by_output(model, kinds, samples, "variance" if importance == "fluctuation" else "mean_square")
+        return _by_output(
+            model, kinds, samples, "variance" if importance == "fluctuation" else "mean_square"
+        )
     if importance == "magnitude":
         scores = UnitScores(model, kinds)
         for name, parameter in scores.matrices.items():
@@ -62,7 +76,9 @@ def score(
             scores.add(name, weight.abs() if settings.norm == "l1" else weight.square())
     else:
         order = "second" if importance == "fisher" else settings.order
-        scores = (_by_vector if settings.aggregation == "vector" else _by_element)(model, kinds, samples, order)
+        scores = (_by_vector if settings.aggregation == "vector" else _by_element)(
+            model, kinds, samples, order
+        )
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
 
 
@@ -70,9 +86,13 @@ def _by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: st
     """Score by the gradients of masks on rows and columns, in one pass for any `order`."""
     scores = UnitScores(model, kinds)
     dims = scores.dims.items()
-    linears: dict[str, Any] = {name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in dims}
+    linears: dict[str, Any] = {
+        name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in dims
+    }
     # The loss of all samples is a mean over tokens, so each sample is weighted by its number of predicted tokens.
-    counts = torch.tensor([int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows])
+    counts = torch.tensor(
+        [int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows]
+    )
     shares = counts / counts.sum()
     sums: Any = dict.fromkeys(linears, 0)
     squares: Any = dict.fromkeys(linears, 0)
@@ -119,7 +139,10 @@ def _by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: s
 def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
     """Compute ``w g`` in float32; overwrite a float32 gradient, which is not needed afterwards."""
     salience = gradient.float().contiguous()
-    pieces = (torch.split(each.detach().view(-1), ENTRIES_AT_ONCE) for each in (salience, parameter.contiguous()))
+    pieces = (
+        torch.split(each.detach().view(-1), ENTRIES_AT_ONCE)
+        for each in (salience, parameter.contiguous())
+    )
     for piece, weights in zip(*pieces, strict=True):
         piece.mul_(weights)  # in pieces, to hold no float32 copy of the whole matrix
     return salience
@@ -133,7 +156,11 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
     ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1), the output error when feature j is replaced by zero.
     """
     path, scores = family_of(model.config).block_path, Scores()
-    outputs = {f"{path(index)}.{kind.output_linear}": (index, kind) for index, some in kinds.items() for kind in some}
+    outputs = {
+        f"{path(index)}.{kind.output_linear}": (index, kind)
+        for index, some in kinds.items()
+        for kind in some
+    }
     moments = {name: InputMoments() for name in outputs}
     linears = {name: model.get_submodule(name) for name in outputs}
     visit_inputs(model, linears, samples, lambda name, inputs: moments[name].add(inputs))
@@ -172,7 +199,9 @@ class UnitScores:
         """Add the entries of a matrix ``(rows, columns)`` to the units that own them."""
         for index, kind, position in self._owners[name]:
             item = kind.slices[position]
-            owned = entries.sum(dim=1 - item.dim)[item.offset : item.offset + kind.num_units * item.width]
+            owned = entries.sum(dim=1 - item.dim)[
+                item.offset : item.offset + kind.num_units * item.width
+            ]
             by_head = owned.double().reshape(-1, item.width // item.heads).sum(dim=1).cpu()
             check_finite(by_head, f"the importance of {name}")
             scores = self._scores[index, kind]
@@ -183,7 +212,9 @@ class UnitScores:
         scores: Scores = {}
         for (index, kind), by_matrix in self._scores.items():
             by_unit = [
-                heads.view(-1, kind.num_units).sum(dim=0) if modulo else heads.view(kind.num_units, -1).sum(dim=1)
+                heads.view(-1, kind.num_units).sum(dim=0)
+                if modulo
+                else heads.view(kind.num_units, -1).sum(dim=1)
                 for _, heads in sorted(by_matrix.items())
             ]
             scores.setdefault(index, {})[kind.name] = REDUCTIONS[reduction](torch.stack(by_unit))
@@ -203,7 +234,9 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def check_finite(values: torch.Tensor, what: str) -> None:
     """Raise `TrainingDiverged` if any value is NaN or infinite."""
-    least_and_most = torch.stack(torch.aminmax(values.detach()))  # NaN if any is; `isfinite` of all takes 5 bytes each
+    least_and_most = torch.stack(
+        torch.aminmax(values.detach())
+    )  # NaN if any is; `isfinite` of all takes 5 bytes each
     if not torch.isfinite(least_and_most).all():
         raise TrainingDiverged(f"{what} is NaN or infinite")
 
@@ -212,7 +245,9 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 
 
 @torch.no_grad()
-def block_importance(model: PreTrainedModel, layers: Sequence[int], samples: Samples) -> dict[int, float]:
+def block_importance(
+    model: PreTrainedModel, layers: Sequence[int], samples: Samples
+) -> dict[int, float]:
     """Score blocks by one minus the mean cosine between input and output (ShortGPT, arXiv 2403.03853, eq. 1)."""
     family = family_of(model.config)
     sums = dict.fromkeys(layers, 0.0)
@@ -220,24 +255,35 @@ def block_importance(model: PreTrainedModel, layers: Sequence[int], samples: Sam
     count = 0
 
     def hook_for(index: int) -> Callable[..., None]:
-        def hook(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(
+            block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             before = block_inputs(args, kwargs)
             after = output[0] if isinstance(output, tuple) else output
             # In a model spread over devices, the input may lie on the device of the block before.
-            pair = at_tokens(before.to(after.device), tokens).float(), at_tokens(after, tokens).float()
+            pair = (
+                at_tokens(before.to(after.device), tokens).float(),
+                at_tokens(after, tokens).float(),
+            )
             sums[index] += float(torch.nn.functional.cosine_similarity(*pair).sum())
 
         return hook
 
     hooks = (
-        model.get_submodule(family.block_path(index)).register_forward_hook(hook_for(index), with_kwargs=True)
+        model.get_submodule(family.block_path(index)).register_forward_hook(
+            hook_for(index), with_kwargs=True
+        )
         for index in layers
     )
     with hooked(hooks):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             count += int(tokens.sum())
-            model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model.base_model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            )
     scores = {index: 1.0 - total / count for index, total in sums.items()}
     for index, value in scores.items():
         check_finite(torch.tensor(value), f"the importance of {family.block_path(index)}")

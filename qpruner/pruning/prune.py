@@ -96,7 +96,9 @@ class Criteria:
             self._first.blocks = block_importance(model, layers, samples)
         return self._first.blocks
 
-    def compensate_blocks(self, model: PreTrainedModel, dropped: Collection[int], layers: Sequence[int]) -> None:
+    def compensate_blocks(
+        self, model: PreTrainedModel, dropped: Collection[int], layers: Sequence[int]
+    ) -> None:
         """Compensate for the blocks to drop if `prune.compensation` is least_squares."""
         self._dropped = tuple(sorted(dropped))
         samples = self._samples_for("compensation of blocks")
@@ -108,11 +110,16 @@ class Criteria:
         self._step += 1
         if (samples := self._samples_for("importance")) is None:
             kinds = unit_kinds_of(model.config, layers, self._settings.width_units)
-            return {index: {kind.name: torch.zeros(kind.num_units) for kind in some} for index, some in kinds.items()}
+            return {
+                index: {kind.name: torch.zeros(kind.num_units) for kind in some}
+                for index, some in kinds.items()
+            }
         if self._step > 1:
             return score(model, layers, self._settings, samples, self._seed)
         if self._dropped not in self._first.units:
-            self._first.units[self._dropped] = score(model, layers, self._settings, samples, self._seed)
+            self._first.units[self._dropped] = score(
+                model, layers, self._settings, samples, self._seed
+            )
         return self._first.units[self._dropped]
 
     def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
@@ -140,8 +147,12 @@ class Pruned:
     parameters_before: int  # tied parameters count once
     parameters_after: int
     dropped_blocks: tuple[int, ...] = ()
-    scores: Scores = field(default_factory=dict)  # after blocks were dropped, before the first units were cut
-    block_scores: dict[int, float] = field(default_factory=dict)  # of every block that could have been dropped
+    scores: Scores = field(
+        default_factory=dict
+    )  # after blocks were dropped, before the first units were cut
+    block_scores: dict[int, float] = field(
+        default_factory=dict
+    )  # of every block that could have been dropped
 
 
 def prune(
@@ -175,7 +186,10 @@ def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
         return Cut(settings, model_config)
     check_settings(model_config, settings)
     equal = settings.model_copy(update={"selection": "per_layer", "steps": 1})
-    return Cut(settings, prune_by(Criteria(equal), skeleton(copy.deepcopy(model_config)), equal).model.config)
+    return Cut(
+        settings,
+        prune_by(Criteria(equal), skeleton(copy.deepcopy(model_config)), equal).model.config,
+    )
 
 
 def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) -> Pruned:
@@ -204,12 +218,25 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
         try:
             kept, scores = _cut_widths(criteria, model, settings, layers, target)
         except RateTooHigh as error:
-            most = math.floor(1000 * (round((settings.rate or 0.0) * before) - target + error.most) / before) / 1000
-            highest = "" if dropped else f"; with the other keys as they are, the highest rate is {most:g}"
+            most = (
+                math.floor(
+                    1000 * (round((settings.rate or 0.0) * before) - target + error.most) / before
+                )
+                / 1000
+            )
+            highest = (
+                ""
+                if dropped
+                else f"; with the other keys as they are, the highest rate is {most:g}"
+            )
             raise UserError(f"{error}{highest}") from error
-        except TrainingDiverged as error:  # it names a block by its number after blocks were dropped
+        except (
+            TrainingDiverged
+        ) as error:  # it names a block by its number after blocks were dropped
             number = rf"(?<={re.escape(family_of(model.config).blocks)}\.)\d+"
-            raise TrainingDiverged(re.sub(number, lambda found: str(blocks[int(found[0])]), str(error))) from error
+            raise TrainingDiverged(
+                re.sub(number, lambda found: str(blocks[int(found[0])]), str(error))
+            ) from error
     return Pruned(
         model,
         {blocks[index]: by_kind for index, by_kind in kept.items()},
@@ -222,14 +249,24 @@ def prune_by(criteria: Criteria, model: PreTrainedModel, settings: PruneConfig) 
 
 
 def _cut_widths(
-    criteria: Criteria, model: PreTrainedModel, settings: PruneConfig, layers: Sequence[int], target: int
+    criteria: Criteria,
+    model: PreTrainedModel,
+    settings: PruneConfig,
+    layers: Sequence[int],
+    target: int,
 ) -> tuple[Kept, Scores]:
     """Cut units in `settings.num_steps` steps, and score the remaining units before each step."""
     sizes = unit_sizes(model, layers, settings.width_units)
     alive: Kept = {
-        index: {name: tuple(range(size.count)) for name, size in kinds.items()} for index, kinds in sizes.items()
+        index: {name: tuple(range(size.count)) for name, size in kinds.items()}
+        for index, kinds in sizes.items()
     }
-    rate, round_to, uniform, num_steps = settings.layer_rate, settings.round_to, settings.uniform, settings.num_steps
+    rate, round_to, uniform, num_steps = (
+        settings.layer_rate,
+        settings.round_to,
+        settings.uniform,
+        settings.num_steps,
+    )
     first: Scores = {}
     for step in range(1, num_steps + 1):
         scores = criteria.score_units(model, layers)

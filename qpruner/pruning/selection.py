@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, MLP
 from qpruner.pruning.allocation import counts_per_layer
-from qpruner.pruning.units import Kept, KindSize, RateTooHigh, Sizes, Values, most_removable, smallest_step
+from qpruner.pruning.units import (
+    Kept,
+    KindSize,
+    RateTooHigh,
+    Sizes,
+    Values,
+    most_removable,
+    smallest_step,
+)
 
 Place = tuple[int, str]  # block index and kind of unit
 
@@ -36,11 +44,18 @@ def select(
         raise RateTooHigh(target, most)
     if selection == "global":
         return _select_global(values, sizes, round(target * progress), round_to)
-    return _keep_most_important(values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress)
+    return _keep_most_important(
+        values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress
+    )
 
 
 def select_rate(
-    values: Values, sizes: Sizes, layer_rate: float, round_to: int = 1, uniform: bool = False, progress: float = 1.0
+    values: Values,
+    sizes: Sizes,
+    layer_rate: float,
+    round_to: int = 1,
+    uniform: bool = False,
+    progress: float = 1.0,
 ) -> Kept:
     """Select the units to keep when every block loses the share `layer_rate` of its units, rounded as in LLM-Pruner.
 
@@ -51,13 +66,19 @@ def select_rate(
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
     for index, kinds in sizes.items():
         for name, size in kinds.items():
-            removed[index][name] = count = units_at_rate(size, layer_rate, round_to if name == MLP else 1)
+            removed[index][name] = count = units_at_rate(
+                size, layer_rate, round_to if name == MLP else 1
+            )
             if count > size.most:
-                raise UserError(f"`prune.layer_rate` {layer_rate:g} leaves no {name} unit in block {index}: lower it")
+                raise UserError(
+                    f"`prune.layer_rate` {layer_rate:g} leaves no {name} unit in block {index}: lower it"
+                )
             if uniform and size.plain and size.count - count not in size.plain:
                 left = f"{size.count - count} key/value groups in a block, not {' or '.join(map(str, size.plain))}"
                 why = f"`layer_rate` {layer_rate:g} leaves {left}, with which the model loads without qpruner"
-                raise UserError(f"`prune.uniform`: {why}: give `prune.rate` instead, or set `prune.uniform: false`")
+                raise UserError(
+                    f"`prune.uniform`: {why}: give `prune.rate` instead, or set `prune.uniform: false`"
+                )
     if not any(count for of_block in removed.values() for count in of_block.values()):
         remedy = "raise the rate, lower `prune.round_to`, or add mlp to `prune.units`"
         whole = "as only whole ones, and channels in multiples of `prune.round_to`, can be"
@@ -66,9 +87,13 @@ def select_rate(
 
 
 def _check_round_to(sizes: Sizes, round_to: int) -> None:
-    narrowest = min((kinds[MLP].count for kinds in sizes.values() if MLP in kinds), default=round_to)
+    narrowest = min(
+        (kinds[MLP].count for kinds in sizes.values() if MLP in kinds), default=round_to
+    )
     if round_to > narrowest:
-        raise UserError(f"`prune.round_to` must be at most {narrowest}, the narrowest block's channels, got {round_to}")
+        raise UserError(
+            f"`prune.round_to` must be at most {narrowest}, the narrowest block's channels, got {round_to}"
+        )
 
 
 def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
@@ -81,7 +106,11 @@ def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
 
 
 def _keep_most_important(
-    values: Values, sizes: Sizes, removed: Mapping[int, Mapping[str, int]], round_to: int, progress: float
+    values: Values,
+    sizes: Sizes,
+    removed: Mapping[int, Mapping[str, int]],
+    round_to: int,
+    progress: float,
 ) -> Kept:
     """Keep the most important units of each block; remove only the share `progress` of the counts in `removed`."""
     bundles, num_cut = {}, {}
@@ -90,12 +119,16 @@ def _keep_most_important(
             size, multiple = sizes[index][name], round_to if name == MLP else 1
             bundles[index, name] = _bundles(scores, size, 1)
             # After every step the number of kept channels is a multiple of `round_to`.
-            stays = math.ceil((size.count - int(removed[index][name] * progress)) / multiple) * multiple
+            stays = (
+                math.ceil((size.count - int(removed[index][name] * progress)) / multiple) * multiple
+            )
             num_cut[index, name] = max(size.count - stays, 0)
     return _kept_units(bundles, num_cut)
 
 
-def _kept_units(bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mapping[Place, int]) -> Kept:
+def _kept_units(
+    bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mapping[Place, int]
+) -> Kept:
     """List the units that stay when each block and kind (`Place`) loses its first `num_cut` bundles (`_bundles`)."""
     kept: Kept = {}
     for (index, name), ordered in bundles.items():
@@ -129,12 +162,18 @@ class _Ranking:
         for index, by_kind in values.items():
             for name, scores in by_kind.items():
                 size = sizes[index][name]
-                bundles = self.bundles[index, name] = _bundles(scores, size, round_to if name == MLP else 1)
-                num_cut = self.num_cut[index, name] = sum(scores[bundle[0]] == float("-inf") for bundle in bundles)
+                bundles = self.bundles[index, name] = _bundles(
+                    scores, size, round_to if name == MLP else 1
+                )
+                num_cut = self.num_cut[index, name] = sum(
+                    scores[bundle[0]] == float("-inf") for bundle in bundles
+                )
                 for position, bundle in enumerate(bundles):
                     self.parameters[(index, name), position] = size.parameters * len(bundle)
                     if num_cut <= position < len(bundles) - 1:
-                        score = sum(scores[unit] for unit in bundle) / (size.parameters * len(bundle))
+                        score = sum(scores[unit] for unit in bundle) / (
+                            size.parameters * len(bundle)
+                        )
                         ranked.append((score, index, name, position))
         self.order = [((index, name), position) for _, index, name, position in sorted(ranked)]
 
@@ -143,7 +182,11 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
     """Remove the bundles of least importance per parameter, from any block."""
     ranking = _Ranking(values, sizes, round_to)
     finest, num_cut = smallest_step(sizes, round_to), dict(ranking.num_cut)
-    removed = sum(ranking.parameters[place, position] for place, count in num_cut.items() for position in range(count))
+    removed = sum(
+        ranking.parameters[place, position]
+        for place, count in num_cut.items()
+        for position in range(count)
+    )
     for place, position in ranking.order:
         parameters = ranking.parameters[place, position]
         # The bundles of a place are removed in order, so a bundle that is too large also keeps its successors.

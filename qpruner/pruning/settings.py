@@ -26,7 +26,9 @@ def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
         return settings
-    cannot = not settings.width_units and family_of(model_config).residual_factor(model_config) is None
+    cannot = (
+        not settings.width_units and family_of(model_config).residual_factor(model_config) is None
+    )
     return settings.model_copy(update={"compensation": "none" if cannot else "least_squares"})
 
 
@@ -70,7 +72,9 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
             "`prune.first_layer` and `prune.last_layer` out, or set `uniform: false`"
         )
     if not are_alike(model_config):
-        raise UserError("`prune.uniform`: the blocks of the base model already differ: set `uniform: false`")
+        raise UserError(
+            "`prune.uniform`: the blocks of the base model already differ: set `uniform: false`"
+        )
     if not _fits_uniform(model_config, settings):
         raise UserError(
             f"`prune.uniform`: without qpruner a {family.model_type} model cannot have fewer heads, because all heads "
@@ -81,7 +85,11 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
 def _fits_uniform(model_config: Any, settings: PruneConfig) -> bool:
     """Return True if blocks load without qpruner after all have lost as many units; a single one always stays."""
     kinds = {kind.name: kind.num_units for kind in unit_kinds_of(model_config, [0])[0]}
-    return ATTENTION not in settings.width_units or kinds[ATTENTION] == 1 or len(plain_counts(model_config, 0)) > 1
+    return (
+        ATTENTION not in settings.width_units
+        or kinds[ATTENTION] == 1
+        or len(plain_counts(model_config, 0)) > 1
+    )
 
 
 def uniform_remedy(model_config: Any, settings: PruneConfig) -> str:

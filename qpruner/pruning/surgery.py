@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda done, total: None) -> PreTrainedModel:
+def cut(
+    model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda done, total: None
+) -> PreTrainedModel:
     """Remove every unit that is not kept, in place.
 
     A cut block is rebuilt from its own config around the same tensors, so no parameter exists twice. Blocks and unit
@@ -31,7 +33,10 @@ def cut(model: PreTrainedModel, kept: Kept, on_progress: OnProgress = lambda don
             if kind.name in by_kind:
                 _cut_kind(block, kind, by_kind[kind.name])
         on_progress(done, len(kept))
-    num_units = {index: {name: len(units) for name, units in by_kind.items()} for index, by_kind in kept.items()}
+    num_units = {
+        index: {name: len(units) for name, units in by_kind.items()}
+        for index, by_kind in kept.items()
+    }
     ragged.set_widths(config, num_units)
     for index in kept:
         _rebuild_block(model, index)
@@ -57,7 +62,9 @@ def check_not_shared(model: PreTrainedModel) -> None:
     family = family_of(model.config)
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = owners.setdefault(id(parameter) if parameter.is_meta else parameter.data_ptr(), name)
+        other = owners.setdefault(
+            id(parameter) if parameter.is_meta else parameter.data_ptr(), name
+        )
         if other != name and any(path.startswith(f"{family.blocks}.") for path in (name, other)):
             raise UserError(
                 f"`model.source`: {other} and {name} are one shared (tied) weight, so cutting one would break the "
@@ -81,10 +88,16 @@ def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) ->
         stays = _stays(parameter.shape[dim], items, kind.num_units, units).to(parameter.device)
         data = parameter.data.index_select(dim, stays)
         owner, _, name = path.rpartition(".")
-        setattr(block.get_submodule(owner), name, torch.nn.Parameter(data, requires_grad=parameter.requires_grad))
+        setattr(
+            block.get_submodule(owner),
+            name,
+            torch.nn.Parameter(data, requires_grad=parameter.requires_grad),
+        )
 
 
-def _stays(length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]) -> torch.Tensor:
+def _stays(
+    length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]
+) -> torch.Tensor:
     """List the indices of a dimension to keep: indices of kept units, and indices that no unit owns."""
     stays = torch.ones(length, dtype=torch.bool)
     for item in items:

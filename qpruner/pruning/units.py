@@ -7,9 +7,13 @@ from typing import Any
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, MLP, UnitKind, family_of, owned_parameters
 
-Kept = dict[int, dict[str, tuple[int, ...]]]  # block index -> kind of unit -> indices of the units that stay, ascending
+Kept = dict[
+    int, dict[str, tuple[int, ...]]
+]  # block index -> kind of unit -> indices of the units that stay, ascending
 
-Values = Mapping[int, Mapping[str, Sequence[float]]]  # block index -> kind of unit -> importance of each unit
+Values = Mapping[
+    int, Mapping[str, Sequence[float]]
+]  # block index -> kind of unit -> importance of each unit
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,9 @@ class KindSize:
     parameters: int  # of one unit, biases included
     count: int  # units
     rows: int = 1  # rows of the key projection per unit (the head size); 1 for channels
-    plain: tuple[int, ...] = ()  # numbers with which a block loads without qpruner; empty for channels
+    plain: tuple[
+        int, ...
+    ] = ()  # numbers with which a block loads without qpruner; empty for channels
 
     @property
     def most(self) -> int:
@@ -27,7 +33,9 @@ class KindSize:
         return self.count - 1
 
 
-Sizes = Mapping[int, Mapping[str, KindSize]]  # block index -> kind of unit -> number and size of these units
+Sizes = Mapping[
+    int, Mapping[str, KindSize]
+]  # block index -> kind of unit -> number and size of these units
 
 
 class RateTooHigh(UserError):
@@ -47,19 +55,30 @@ def unit_kinds_of(
 ) -> dict[int, tuple[UnitKind, ...]]:
     """List the unit kinds named in `units` for each block in `layers`."""
     family, configs = family_of(config), config.per_layer_config
-    return {index: tuple(kind for kind in family.unit_kinds(configs[index]) if kind.name in units) for index in layers}
+    return {
+        index: tuple(kind for kind in family.unit_kinds(configs[index]) if kind.name in units)
+        for index in layers
+    }
 
 
-def unit_sizes(model: Any, layers: Sequence[int], units: Sequence[str]) -> dict[int, dict[str, KindSize]]:
+def unit_sizes(
+    model: Any, layers: Sequence[int], units: Sequence[str]
+) -> dict[int, dict[str, KindSize]]:
     """Count the units of every kind in `units`, and the parameters of each."""
     family = family_of(model.config)
     sizes: dict[int, dict[str, KindSize]] = {index: {} for index in layers}
     for index, kinds in unit_kinds_of(model.config, layers, units).items():
-        block, layer_config = model.get_submodule(family.block_path(index)), model.config.per_layer_config[index]
+        block, layer_config = (
+            model.get_submodule(family.block_path(index)),
+            model.config.per_layer_config[index],
+        )
         for kind in kinds:
             is_attention, owned = kind.name == ATTENTION, owned_parameters(block, kind)
             sizes[index][kind.name] = KindSize(
-                sum(parameter.numel() // parameter.shape[item.dim] * item.width for item, parameter in owned),
+                sum(
+                    parameter.numel() // parameter.shape[item.dim] * item.width
+                    for item, parameter in owned
+                ),
                 kind.num_units,
                 rows=family.head_dim(layer_config) if is_attention else 1,
                 plain=plain_counts(model.config, index) if is_attention else (),
@@ -95,5 +114,7 @@ def most_removable(sizes: Sizes, round_to: int) -> int:
 def smallest_step(sizes: Sizes, round_to: int) -> int:
     """Count the parameters of the smallest removable part: an attention unit or `round_to` channels."""
     return min(
-        size.parameters * (round_to if name == MLP else 1) for kinds in sizes.values() for name, size in kinds.items()
+        size.parameters * (round_to if name == MLP else 1)
+        for kinds in sizes.values()
+        for name, size in kinds.items()
     )

@@ -49,11 +49,15 @@ def assemble(
     formats = {path: name for group, name in formats_by_group.items() for path in paths[group]}
     packed_paths = {path for path, name in formats.items() if format_of(name).is_packed}
     banked = read_plan(bank, formats_by_group, on_piece)
-    starts = {name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))}
+    starts = {
+        name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))
+    }
     packed = {name: tensor for name, tensor in banked.items() if name not in starts}
     left_out = {f"{path}.weight" for path in packed_paths}
     if HEAD not in table_paths(config) and family_of(config).embeddings in packed_paths:
-        left_out.add(f"{family_of(config).head}.weight")  # some checkpoints have it although it is tied
+        left_out.add(
+            f"{family_of(config).head}.weight"
+        )  # some checkpoints have it although it is tied
     state = read_tensors(checkpoint, lambda name: name not in left_out, on_piece) | packed
     if packed_paths:
         config.quantization_config = MixedPrecisionConfig(formats).to_dict()
@@ -66,7 +70,9 @@ def assemble(
     return _placed(model), starts
 
 
-def plan_model(bank: BankSource, plan: Mapping[str, str], seed: int, on_piece: OnPiece = lambda: None) -> PeftModel:
+def plan_model(
+    bank: BankSource, plan: Mapping[str, str], seed: int, on_piece: OnPiece = lambda: None
+) -> PeftModel:
     """Build the model of a plan (group -> format) with its initial adapters."""
     model, starts = assemble(bank, plan, on_piece)
     return attach_adapters(model, starts, bank.lora, bank.grouping, seed)
@@ -74,7 +80,11 @@ def plan_model(bank: BankSource, plan: Mapping[str, str], seed: int, on_piece: O
 
 @torch.no_grad()
 def attach_adapters(
-    model: PreTrainedModel, starts: Mapping[str, torch.Tensor], lora: LoraConfig, grouping: str, seed: int
+    model: PreTrainedModel,
+    starts: Mapping[str, torch.Tensor],
+    lora: LoraConfig,
+    grouping: str,
+    seed: int,
 ) -> PeftModel:
     """Add a LoRA adapter to every linear layer of the groups in blocks, packed or not, and set its initial values.
 
@@ -103,8 +113,12 @@ def attach_adapters(
             continue
         # Each layer has its own generator, so that its initial values do not depend on the formats of other layers.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
-        random_a = torch.nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=math.sqrt(5), generator=generator)
-        lora_a.copy_(random_a / random_a.norm(dim=1, keepdim=True) if lora.init == "loftq" else random_a)
+        random_a = torch.nn.init.kaiming_uniform_(
+            torch.empty(lora_a.shape), a=math.sqrt(5), generator=generator
+        )
+        lora_a.copy_(
+            random_a / random_a.norm(dim=1, keepdim=True) if lora.init == "loftq" else random_a
+        )
         lora_b.zero_()
     torch.manual_seed(seed)
     return peft_model
@@ -139,9 +153,14 @@ def measured_bytes(model: Any) -> int:
 
     Adapters are trained in float32 and saved in the model's type.
     """
-    sizes, uncounted = {}, tuple(f".{name}" for found in formats().values() for name in found.uncounted)
+    sizes, uncounted = (
+        {},
+        tuple(f".{name}" for found in formats().values() for name in found.uncounted),
+    )
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor) and not name.endswith(uncounted):
-            element_bytes = model.config.dtype.itemsize if ".lora_" in name else tensor.element_size()
+            element_bytes = (
+                model.config.dtype.itemsize if ".lora_" in name else tensor.element_size()
+            )
             sizes[tensor.data_ptr()] = tensor.numel() * element_bytes
     return sum(sizes.values())

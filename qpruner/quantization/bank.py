@@ -82,7 +82,9 @@ class BankSource:
     def digest(self, level: str) -> str:
         """Compute the digest of all that an entry depends on: of the inputs, and of what packs its format."""
         packing = format_of(level)
-        return digest_of(self.inputs, level, packing.version, version(packing.package) if packing.package else "")
+        return digest_of(
+            self.inputs, level, packing.version, version(packing.package) if packing.package else ""
+        )
 
     def digests(self, levels: Iterable[str]) -> list[str]:
         """List the `digest` of each packed format among `levels`."""
@@ -101,9 +103,16 @@ class BankSource:
         if not self.uses_grams:
             return True
         config = checkpoint_config(storage.fetch(self.checkpoint))
-        firsts = [logits_path(config), *(paths[0] for paths in group_linears(config, self.grouping).values())]
+        firsts = [
+            logits_path(config),
+            *(paths[0] for paths in group_linears(config, self.grouping).values()),
+        ]
         paths = {grams_file(self.folder, path) for path in firsts}
-        return all(storage.for_each(lambda path: self.is_current(path) and storage.exists(path), sorted(paths)))
+        return all(
+            storage.for_each(
+                lambda path: self.is_current(path) and storage.exists(path), sorted(paths)
+            )
+        )
 
     def is_current(self, path: Path) -> bool:
         """Return True if a file in the folder is an entry of the present inputs, or Gram matrices."""
@@ -111,7 +120,11 @@ class BankSource:
         if level == GRAMS:
             record = _read_record(path, FileRecord)
             return record is not None and record.inputs == self.inputs
-        return level in formats() and not format_of(level).missing() and self.entry(group, level) is not None
+        return (
+            level in formats()
+            and not format_of(level).missing()
+            and self.entry(group, level) is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -147,12 +160,17 @@ def build_entries(
         for path, packed in layers.items():
             weight, gram = weights[path], gram_of[path]
             if lora is None or lora.init == "plain":
-                error = change_size(weight.float() - packing.unpack(packed, weight.shape[1], torch.float32), gram)
+                error = change_size(
+                    weight.float() - packing.unpack(packed, weight.shape[1], torch.float32), gram
+                )
                 plain, left = plain + error**2, left + error**2
             else:
                 start = loftq_start(weight, packed, packing, lora, seed, gram)
                 packed = start.packed
-                tensors |= {f"{path}.lora_A": start.lora_a.contiguous(), f"{path}.lora_B": start.lora_b.contiguous()}
+                tensors |= {
+                    f"{path}.lora_A": start.lora_a.contiguous(),
+                    f"{path}.lora_B": start.lora_b.contiguous(),
+                }
                 plain, left = plain + start.plain_error**2, left + start.error**2
             tensors |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -171,7 +189,10 @@ def make_entries(
     for name in names:
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
-    weights = {names[name]: tensor.to(device(), getattr(torch, bank.dtype)) for name, tensor in stored.items()}
+    weights = {
+        names[name]: tensor.to(device(), getattr(torch, bank.dtype))
+        for name, tensor in stored.items()
+    }
     grams = read_grams(bank.folder, bank.inputs, config, paths) if bank.uses_grams else None
     lora = None if group in (EMBEDDINGS, HEAD) else bank.lora
     entries = build_entries(weights, map(format_of, levels), lora, bank.seed, grams)
@@ -182,8 +203,13 @@ def make_entries(
 
 def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> EntryRecord:
     """Write an entry, then its record, which makes it count."""
-    path, errors = bank.file(group, level), {"residual_ratio": entry.residual_ratio, "error": entry.error}
-    record = EntryRecord(inputs=bank.digest(level), sha256=_write_tensors(path, entry.tensors), **errors)
+    path, errors = (
+        bank.file(group, level),
+        {"residual_ratio": entry.residual_ratio, "error": entry.error},
+    )
+    record = EntryRecord(
+        inputs=bank.digest(level), sha256=_write_tensors(path, entry.tensors), **errors
+    )
     storage.write_json(record_path(path), record)
     return record
 
@@ -192,14 +218,23 @@ def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor])
     """Write the Gram matrices of a block or the head, each under the paths of the layers that share the input."""
     path = grams_file(bank.folder, next(iter(grams))[0])
     named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
-    storage.write_json(record_path(path), FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named)))
+    storage.write_json(
+        record_path(path), FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named))
+    )
 
 
-def read_plan(bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lambda: None) -> Tensors:
+def read_plan(
+    bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lambda: None
+) -> Tensors:
     """Read the tensors of all groups that a plan packs; make the entries that are missing or damaged."""
     tensors: Tensors = {}
-    made, wanted = 0, [(group, level) for group, level in plan.items() if format_of(level).is_packed]
-    random.SystemRandom().shuffle(wanted)  # trials that begin together make different entries, and find each other's
+    made, wanted = (
+        0,
+        [(group, level) for group, level in plan.items() if format_of(level).is_packed],
+    )
+    random.SystemRandom().shuffle(
+        wanted
+    )  # trials that begin together make different entries, and find each other's
     for group, level in wanted:
         found = _read_tensors(bank.file(group, level), bank.digest(level), EntryRecord, on_piece)
         if found is None:
@@ -223,8 +258,13 @@ def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> 
     if (stored := _read_tensors(path, inputs, FileRecord)) is None:
         if (record := _read_record(path, FileRecord)) and record.inputs == inputs:
             storage.remove(record_path(path))
-        raise CorruptFile(f"{storage.display_name(path)}, by which GPTQ rounds, is missing, damaged or changed", path)
-    grams = {names: gram.to(device()) for names, gram in stored.items() if {*names.split()} & {*paths}}
+        raise CorruptFile(
+            f"{storage.display_name(path)}, by which GPTQ rounds, is missing, damaged or changed",
+            path,
+        )
+    grams = {
+        names: gram.to(device()) for names, gram in stored.items() if {*names.split()} & {*paths}
+    }
     return {path: gram for names, gram in grams.items() for path in names.split() if path in paths}
 
 
@@ -248,15 +288,21 @@ class Starts:
     """
 
     def __init__(
-        self, bank: BankSource, groups: Mapping[str, Sequence[str]], offered: Mapping[str, Sequence[str]]
+        self,
+        bank: BankSource,
+        groups: Mapping[str, Sequence[str]],
+        offered: Mapping[str, Sequence[str]],
     ) -> None:
         self.groups = groups
         self.offered = {
-            group: tuple(level for level in levels if format_of(level).is_packed) for group, levels in offered.items()
+            group: tuple(level for level in levels if format_of(level).is_packed)
+            for group, levels in offered.items()
         }
         self._scaling = bank.lora.alpha / bank.lora.rank
         self._entries = {
-            (group, level): read_plan(bank, {group: level}) for group in groups for level in self.offered[group]
+            (group, level): read_plan(bank, {group: level})
+            for group in groups
+            for level in self.offered[group]
         }
 
     def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
@@ -290,13 +336,17 @@ def _read_record(path: Path, kind: type[Kind]) -> Kind | None:
         return None
 
 
-def _read_tensors(path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None) -> Tensors | None:
+def _read_tensors(
+    path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None
+) -> Tensors | None:
     """Read a tensor file of these inputs; None if it is missing, and also if it is damaged, which is logged."""
     record = _read_record(path, kind)
     if record is None or record.inputs != inputs:
         return None
     with suppress(FileNotFoundError, SafetensorError):
-        if source := storage.retry_storage(functools.partial(_verified, path, record.sha256, on_piece), path):
+        if source := storage.retry_storage(
+            functools.partial(_verified, path, record.sha256, on_piece), path
+        ):
             tensors: Tensors = storage.retry_storage(functools.partial(load_file, source), path)
             return tensors
     logger.warning("%s is damaged and made again", storage.display_name(path))
@@ -313,7 +363,9 @@ def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
         return copy
     with storage.exclusive(copy, on_piece):
         if not _is_intact(copy, sha256):
-            aside = copy.with_name(f"{copy.name}.part")  # the next reader overwrites what a killed reader left
+            aside = copy.with_name(
+                f"{copy.name}.part"
+            )  # the next reader overwrites what a killed reader left
             if storage.fetch_file(path, aside, on_piece) != sha256:
                 aside.unlink()
                 return None

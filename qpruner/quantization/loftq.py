@@ -28,7 +28,9 @@ from qpruner.config.schema import LoraConfig
 from qpruner.quantization.formats import Format
 from qpruner.quantization.rounding import gram_root, kept, pack
 
-OVERSAMPLING = 8  # directions that the randomized SVD computes beyond the rank (Halko et al., arXiv 0909.4061)
+OVERSAMPLING = (
+    8  # directions that the randomized SVD computes beyond the rank (Halko et al., arXiv 0909.4061)
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def loftq_start(
     best: LoftqStart | None = None
     for iteration in range(lora.loftq_iterations):
         if best:
-            packed = pack(packing, (target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), gram)
+            packed = pack(
+                packing, (target - scaling * best.lora_b @ best.lora_a).to(weight.dtype), gram
+            )
         residual = target - packing.unpack(packed, weight.shape[1], torch.float32)
         lora_a, lora_b = _factorize(residual, gram, rank, scaling, lora.svd, seed + iteration)
         plain_error, error = _errors(residual, lora_a, scaling * lora_b, gram)
@@ -85,12 +89,20 @@ def _errors(
         return float(residual.norm()), float((residual - lora_b @ lora_a).norm())
     outputs = residual @ gram  # the one product of full size
     plain = float((outputs * residual).sum())
-    gained = 2 * (lora_b * (outputs @ lora_a.T)).sum() - ((lora_b.T @ lora_b) * (lora_a @ gram @ lora_a.T)).sum()
+    gained = (
+        2 * (lora_b * (outputs @ lora_a.T)).sum()
+        - ((lora_b.T @ lora_b) * (lora_a @ gram @ lora_a.T)).sum()
+    )
     return max(plain, 0.0) ** 0.5, max(plain - float(gained), 0.0) ** 0.5
 
 
 def _factorize(
-    residual: torch.Tensor, gram: torch.Tensor | None, rank: int, scaling: float, svd: str, seed: int
+    residual: torch.Tensor,
+    gram: torch.Tensor | None,
+    rank: int,
+    scaling: float,
+    svd: str,
+    seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factorize `residual` into about ``scaling * B A``.
 
@@ -105,10 +117,14 @@ def _factorize(
         lengths = rows.norm(dim=1)
     else:
         wanted = (count - count // 2, svd, seed)
-        inputs = kept(gram, ("leading", *wanted), lambda: _leading(gram, *wanted))  # (columns, directions)
+        inputs = kept(
+            gram, ("leading", *wanted), lambda: _leading(gram, *wanted)
+        )  # (columns, directions)
         along = residual @ inputs
         rest = residual - along @ inputs.T
-        repairs = _leading(rest @ kept(gram, ("root",), lambda: gram_root(gram)), count // 2, svd, seed)
+        repairs = _leading(
+            rest @ kept(gram, ("root",), lambda: gram_root(gram)), count // 2, svd, seed
+        )
         rows, left = torch.cat([inputs.T, repairs.T @ rest]), torch.cat([along, repairs], dim=1)
         lengths = (((rows @ gram) * rows).sum(dim=1) / gram.diagonal().mean()).clamp(min=0).sqrt()
     lengths = lengths.clamp(min=torch.finfo(torch.float32).tiny)

@@ -25,11 +25,18 @@ METHOD = "qpruner"
 
 def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
     """Select the tensors named `<path>.<name>` of one layer, and return them by `<name>`."""
-    return {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items() if name.startswith(f"{path}.")}
+    return {
+        name.removeprefix(f"{path}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{path}.")
+    }
 
 
 def packed_layer(
-    module: torch.nn.Module, format_name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    module: torch.nn.Module,
+    format_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
 ) -> torch.nn.Module:
     """Build a layer from the tensors that `Format.pack` returned, as `from_pretrained` would.
 
@@ -60,7 +67,9 @@ class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, formats: Mapping[str, str], quant_method: str = METHOD, **_: Any) -> None:
         self.quant_method = quant_method
-        self.formats = {path: name for path, name in formats.items() if _known(name, path).is_packed}
+        self.formats = {
+            path: name for path, name in formats.items() if _known(name, path).is_packed
+        }
 
 
 def _known(name: str, path: str) -> Format:
@@ -97,12 +106,18 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
         return self
 
     def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Convert the stored tensors of one layer into its parameters."""
         if len(input_dict) == 1:
             return input_dict
-        tensors = {name: each[0] if isinstance(each, list) else each for name, each in input_dict.items()}
+        tensors = {
+            name: each[0] if isinstance(each, list) else each for name, each in input_dict.items()
+        }
         layer, _ = get_module_from_name(model, full_layer_name)
         format_of(self._formats[full_layer_name.removesuffix(".weight")]).fill(layer, tensors)
         layer._is_hf_initialized = True
@@ -115,7 +130,11 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
     serialized_names = {
-        "weight": list(dict.fromkeys(["weight", *[name for each in formats().values() for name in each.more_tensors]]))
+        "weight": list(
+            dict.fromkeys(
+                ["weight", *[name for each in formats().values() for name in each.more_tensors]]
+            )
+        )
     }
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -124,15 +143,24 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         is_packed = not module.weight.is_floating_point() if name == "weight" else False
         return is_packed and not isinstance(module, PackedLinear | PackedEmbedding)
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
         """Cast unpacked weights only: `dtype` is that of the empty layer, and packed layers have whole numbers."""
         return dtype if dtype is not None and dtype.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         # The model is on the meta device here: transformers loads the weights, and ties the head, afterwards.
         dtype, names = model.dtype, dict(self.quantization_config.formats)
-        tied = {head.removesuffix(".weight"): source for head, source in model.all_tied_weights_keys.items()}
-        names |= {head: names[source] for head, key in tied.items() if (source := key.removesuffix(".weight")) in names}
+        tied = {
+            head.removesuffix(".weight"): source
+            for head, source in model.all_tied_weights_keys.items()
+        }
+        names |= {
+            head: names[source]
+            for head, key in tied.items()
+            if (source := key.removesuffix(".weight")) in names
+        }
         for path, name in names.items():
             module = model.get_submodule(path)
             with torch.device("meta"):
@@ -145,7 +173,10 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
-            if not any(isinstance(operation, _Deserialize) for operation in getattr(conversion, "operations", ()))
+            if not any(
+                isinstance(operation, _Deserialize)
+                for operation in getattr(conversion, "operations", ())
+            )
         ]
         return model
 

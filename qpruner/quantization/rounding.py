@@ -17,11 +17,15 @@ from qpruner.quantization.formats import Format, GridFormat
 DAMPING = (0.01, 0.1, 1.0, 10.0)
 """Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky succeeds."""
 BLOCK = 128  # columns whose errors are carried to all later columns in one product
-ROWS = 2**14  # rows that are rounded at once, so that a large table of embeddings takes little memory
+ROWS = (
+    2**14
+)  # rows that are rounded at once, so that a large table of embeddings takes little memory
 _KEPT: Any = WeakTensorKeyDictionary()  # Gram matrix -> what was computed from it; ends with it
 
 
-def pack(format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def pack(
+    format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Pack a weight ``(rows, columns)``: by GPTQ if there is a Gram matrix and the format has grids, else to nearest.
 
     `gram` is ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter. Return the tensors of
@@ -49,7 +53,9 @@ def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
     """
     if gram is None:
         return float(change.norm())
-    return float(((change @ gram.to(change.device, torch.float32)) * change).sum().clamp(min=0).sqrt())
+    return float(
+        ((change @ gram.to(change.device, torch.float32)) * change).sum().clamp(min=0).sqrt()
+    )
 
 
 def kept(gram: torch.Tensor, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
@@ -79,7 +85,9 @@ def gram_root(gram: torch.Tensor) -> torch.Tensor:
         if not failed and factor.isfinite().all():
             root: torch.Tensor = factor.flip(0, 1)
             return root
-    raise TrainingDiverged("GPTQ: the inputs of a layer are NaN or infinite on the calibration samples")
+    raise TrainingDiverged(
+        "GPTQ: the inputs of a layer are NaN or infinite on the calibration samples"
+    )
 
 
 def _round(
@@ -94,7 +102,9 @@ def _round(
     """
     size = format_.group_size or len(gram)
     order, makes_up = kept(gram, ("order", size), lambda: _order_and_inverse(gram, size))
-    parts = [_round_rows(format_, part.float(), order, makes_up) for part in torch.split(weight, ROWS)]
+    parts = [
+        _round_rows(format_, part.float(), order, makes_up) for part in torch.split(weight, ROWS)
+    ]
     codes, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
     return codes, scales, zeros
 
@@ -111,7 +121,9 @@ def _round_rows(
         errors = torch.empty(end - start, rows, device=weight.device)
         for column in range(start, end):
             if column % size == 0:
-                scale, zero = grids[int(order[column]) // size] = format_.grid(current[column : column + size].T)
+                scale, zero = grids[int(order[column]) // size] = format_.grid(
+                    current[column : column + size].T
+                )
             own = current[column].unsqueeze(1)
             code = format_.codes(own, scale, zero)
             codes[column] = code.squeeze(1)
@@ -119,7 +131,10 @@ def _round_rows(
             current[column + 1 : end].addr_(makes_up[column, column + 1 : end], error, alpha=-1)
             errors[column - start] = error
         current[end:].addmm_(makes_up[start:end, end:].T, errors, alpha=-1)
-    scales, zeros = (torch.cat(each, dim=1) for each in zip(*(grids[group] for group in sorted(grids)), strict=True))
+    scales, zeros = (
+        torch.cat(each, dim=1)
+        for each in zip(*(grids[group] for group in sorted(grids)), strict=True)
+    )
     return codes[order.argsort()].T.contiguous(), scales, zeros
 
 
@@ -130,7 +145,9 @@ def _order_and_inverse(gram: torch.Tensor, size: int) -> tuple[torch.Tensor, tor
     """
     order = _order(gram.diagonal(), size)
     root = gram_root(gram[order][:, order])
-    return order, torch.linalg.solve_triangular(root, torch.eye(len(gram), device=root.device), upper=True)
+    return order, torch.linalg.solve_triangular(
+        root, torch.eye(len(gram), device=root.device), upper=True
+    )
 
 
 def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
@@ -138,7 +155,9 @@ def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
     groups = torch.split(torch.arange(len(diagonal), device=diagonal.device), size)
     means = [float(diagonal[group].mean()) for group in groups]
     first = sorted(range(len(groups)), key=lambda index: (len(groups[index]) < size, -means[index]))
-    return torch.cat([groups[index][diagonal[groups[index]].argsort(descending=True)] for index in first])
+    return torch.cat(
+        [groups[index][diagonal[groups[index]].argsort(descending=True)] for index in first]
+    )
 
 
 def _blocks(columns: int, size: int) -> list[tuple[int, int]]:

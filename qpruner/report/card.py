@@ -18,7 +18,10 @@ from qpruner.runs.records import SEARCHED
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
-METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}  # metric's name in lm-eval -> its name on the hub
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy",
+}  # metric's name in lm-eval -> its name on the hub
 
 
 def model_card(run: Snapshot) -> str:
@@ -29,7 +32,9 @@ def model_card(run: Snapshot) -> str:
     stated = {name: value for name, value in config.get("card", {}).items() if value is not None}
     base_card = ""
     if "license" not in stated:
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # an unreadable card must not fail the report
+        with contextlib.suppress(
+            OSError, UnicodeDecodeError
+        ):  # an unreadable card must not fail the report
             base_card = read_text(run.run_dir.base_model(run.results.prepare) / "README.md") or ""
     data = ModelCardData(
         **_known(config, Path(run.state.folder), base_card) | stated,
@@ -47,13 +52,18 @@ def model_card(run: Snapshot) -> str:
     )
     head = f"---\n{data.to_yaml()}\n---"
     title, parts = f"# {prose(run.name)}", markdown(measured(run.results))
-    return "\n\n".join([head, title, about, loading_section("packed").rstrip(), "## Measured", *parts]) + "\n"
+    return (
+        "\n\n".join([head, title, about, loading_section("packed").rstrip(), "## Measured", *parts])
+        + "\n"
+    )
 
 
 def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
     """Yield the final model's score on each task; the final model is the winner under the first training seed."""
     assert run.results.evaluate
-    row = next(row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None)
+    row = next(
+        row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None
+    )
     for score in row.scores:
         yield EvalResult(
             task_type="text-generation",
@@ -81,8 +91,16 @@ def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, An
     base = source if _is_hub_id(source, folder) else None
     data = dict.fromkeys(each["source"] for each in config["data"]["train"])
     metadata = front_matter(base_card)
-    licence = {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
+    licence = {
+        name: metadata[name]
+        for name in ("license", "license_name", "license_link")
+        if metadata.get(name)
+    }
     link = licence.get("license_link")
     if link and "://" not in str(link) and base:  # a path in the base model's repository
         licence["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
-    return {"base_model": base, "datasets": [each for each in data if _is_hub_id(each, folder)] or None, **licence}
+    return {
+        "base_model": base,
+        "datasets": [each for each in data if _is_hub_id(each, folder)] or None,
+        **licence,
+    }

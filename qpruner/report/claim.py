@@ -41,8 +41,13 @@ class Comparison:
 def comparisons(results: Results) -> list[Comparison]:
     """Compare the winner with its rival, then with random plans of equal bytes."""
     # The spread of random plans needs at least two of them.
-    several = len({tuple(record.plan.items()) for record, _ in fine_tunes(results).get(RANDOM, ())}) > 1
-    return [compared(results, other) for other in filter(None, (rival_row(results), RANDOM if several else None))]
+    several = (
+        len({tuple(record.plan.items()) for record, _ in fine_tunes(results).get(RANDOM, ())}) > 1
+    )
+    return [
+        compared(results, other)
+        for other in filter(None, (rival_row(results), RANDOM if several else None))
+    ]
 
 
 def compared(results: Results, other: str) -> Comparison:
@@ -53,7 +58,9 @@ def compared(results: Results, other: str) -> Comparison:
     assert results.search and results.evaluate
     by_name = fine_tunes(results)
     pairs = paired(by_name[SEARCHED], by_name[other])
-    decisive = accuracy_name(results.evaluate.metrics) if results.search.by_accuracy else CONFIRMATION_LOSS
+    decisive = (
+        accuracy_name(results.evaluate.metrics) if results.search.by_accuracy else CONFIRMATION_LOSS
+    )
     found = differences(pairs, {**over_questions(pairs), **over_confirmation_rows(pairs)}, decisive)
     return Comparison(other, pairs[0][1][0].origin, seeds_of(pairs), more_bytes(pairs), found)
 
@@ -85,7 +92,11 @@ def headline(results: Results) -> str:
 def _lost(search: SearchRecord) -> str:
     """Name the controls that were not measured: one of them may be better than the winner."""
     lost = ", ".join(f"({control_title(name)})" for name in search.lost_controls)
-    return f"; {counted(len(search.lost_controls), 'simple alternative')} without a result {lost}" if lost else ""
+    return (
+        f"; {counted(len(search.lost_controls), 'simple alternative')} without a result {lost}"
+        if lost
+        else ""
+    )
 
 
 def claim(results: Results) -> str:

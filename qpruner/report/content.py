@@ -40,13 +40,18 @@ class Compared:
             return f"{self.figure}  {self.times}"
         middle, line = BAR_WIDTH // 2, [" "] * BAR_WIDTH
         # At least a character away from the middle: an interval that excludes zero must not touch it.
-        ends = [middle + int(math.copysign(max(1, round(abs(end) * middle)), end)) for end in self.difference.bar]
+        ends = [
+            middle + int(math.copysign(max(1, round(abs(end) * middle)), end))
+            for end in self.difference.bar
+        ]
         line[ends[0] : ends[2] + 1] = ["-"] * (ends[2] + 1 - ends[0])
         line[middle], line[ends[1]] = "|", "o"
         return f"{self.figure}  [{''.join(line)}]"
 
 
-Cell = str | PrecisionPlan | Compared  # a plan is drawn as a bar, or written with a letter per group
+Cell = (
+    str | PrecisionPlan | Compared
+)  # a plan is drawn as a bar, or written with a letter per group
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,18 @@ class Table:
     def are_numbers(self) -> list[bool]:
         """Whether each column holds only numbers, which are then right-aligned."""
         columns = zip(*self.rows, strict=True) if self.rows else [("",)] * len(self.headings)
-        return [all(isinstance(cell, str) and NUMBER.fullmatch(cell) for cell in column) for column in columns]
+        return [
+            all(isinstance(cell, str) and NUMBER.fullmatch(cell) for cell in column)
+            for column in columns
+        ]
 
     def without_empty_columns(self) -> Table:
         """Drop the columns in which every cell is `-`."""
-        kept = [column for column in range(len(self.headings)) if any(row[column] != "-" for row in self.rows)]
+        kept = [
+            column
+            for column in range(len(self.headings))
+            if any(row[column] != "-" for row in self.rows)
+        ]
         rows = [tuple(row[column] for column in kept) for row in self.rows]
         return replace(self, headings=tuple(self.headings[column] for column in kept), rows=rows)
 
@@ -142,7 +154,10 @@ def _part(part: Part, pictures: str) -> list[str]:
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> str:
     """Render a table, with the cells' text escaped."""
-    texts = [[each.in_words if isinstance(each, Compared) else str(each) for each in row] for row in (headings, *body)]
+    texts = [
+        [each.in_words if isinstance(each, Compared) else str(each) for each in row]
+        for row in (headings, *body)
+    ]
     lines = [[_inline(text).replace("|", "\\|") for text in row] for row in texts]
     first, *others = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, "|" + "---|" * len(headings), *others])
@@ -161,7 +176,9 @@ def code(text: str) -> str:
 
 def _inline(text: str) -> str:
     parts = re.split(r"(?<!`)(`[^`\n]+`)(?!`)", text)
-    for index in range(0, len(parts), 2):  # the text outside code; an underscore inside a word needs no escape
+    for index in range(
+        0, len(parts), 2
+    ):  # the text outside code; an underscore inside a word needs no escape
         marked = re.sub(r"[\\`*~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", parts[index])
         parts[index] = marked.replace("&", "&amp;").replace("<", "&lt;")
     return "".join(parts).replace("\n", " ")

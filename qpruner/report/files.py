@@ -79,11 +79,16 @@ def summary_text(run: Snapshot) -> str:
         trials=run.trials,
         state=run.state,
     )
-    return json.dumps(without_nan(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
+    return (
+        json.dumps(without_nan(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
+    )
 
 
 def summary_schema() -> str:
     """Return the JSON schema of `results.json`, which `qpruner schema --results` prints."""
     schema = Summary.model_json_schema(mode="serialization")
-    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:qpruner:results:2"}
+    about = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:qpruner:results:2",
+    }
     return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"

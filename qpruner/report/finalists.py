@@ -37,7 +37,9 @@ class Finalist:
 def finalists(search: SearchRecord) -> list[Finalist]:
     """List the winner, then the other finalists in the budget by their loss, then those that exceed it."""
     found = [_finalist(each, search) for each in search.confirmations]
-    return sorted(found, key=lambda each: (each.difference is not None, not each.fits, each.loss, each.trial))
+    return sorted(
+        found, key=lambda each: (each.difference is not None, not each.fits, each.loss, each.trial)
+    )
 
 
 def rival_as_trial(search: SearchRecord) -> Finalist | None:

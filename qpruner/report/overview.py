@@ -17,7 +17,12 @@ from qpruner.runs.records import BASE, SEARCHED, Results
 from qpruner.search.roles import rival_row
 from qpruner.wording import counted
 
-SIZE, PERPLEXITY, LLAMA_CPP, TRANSFORMERS = "size, MB", "perplexity", "tokens/s, llama.cpp", "tokens/s, transformers"
+SIZE, PERPLEXITY, LLAMA_CPP, TRANSFORMERS = (
+    "size, MB",
+    "perplexity",
+    "tokens/s, llama.cpp",
+    "tokens/s, transformers",
+)
 DIGITS = {SIZE: 1, PERPLEXITY: 2, LLAMA_CPP: 1, TRANSFORMERS: 1}  # of the others: 3
 Figures = Mapping[str, float | None]
 
@@ -36,7 +41,9 @@ class _Rival:
         if (theirs := self.figures.get(measure)) is None:
             return "-"
         difference = next((each for each in self.differences if each.measure == measure), None)
-        return Compared(_text(measure, theirs), f"{ours / theirs:.2f}x" if theirs else "", difference)
+        return Compared(
+            _text(measure, theirs), f"{ours / theirs:.2f}x" if theirs else "", difference
+        )
 
 
 def overview(results: Results) -> Iterator[Paragraph | Table]:
@@ -44,14 +51,22 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
     assert results.search and results.evaluate
     search, row = results.search, next(row for row in rows(results) if row.name == SEARCHED)
     about = f"{row.title.capitalize()} ({row.origin}): {cut_title(row.cut)}, {formats_text(search.best_plan)}"
-    yield Paragraph(f"{about}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter included.", is_note=True)
+    yield Paragraph(
+        f"{about}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter included.", is_note=True
+    )
     rivals = list(_rivals(results))
     ours = {**_figures(row, results), SELECTION_LOSS: finalists(search)[0].loss}
     metric, body = accuracy_name(results.evaluate.metrics), []
     for measure, value in ours.items():
         cells = [rival.cell(measure, value) for rival in rivals] if value is not None else []
         if any(cell != "-" for cell in cells):
-            body.append((f"test {metric}" if measure == metric else measure, _text(measure, value or 0.0), *cells))
+            body.append(
+                (
+                    f"test {metric}" if measure == metric else measure,
+                    _text(measure, value or 0.0),
+                    *cells,
+                )
+            )
     headings = ("measure", "this model", *(rival.heading for rival in rivals))
     yield Table("This model beside the base and the plan that it has to beat", headings, body)
     yield Paragraph(_how_sure(rivals), is_note=True)
@@ -62,14 +77,24 @@ def _rivals(results: Results) -> Iterator[_Rival]:
     assert results.search and results.prune and results.evaluate
     tuned = {"base\nsame fine-tune": BASE}
     rival, row = rival_as_trial(results.search), rival_row(results)
-    heading = f"best simple alternative\n{rival.title}" if rival and rival.control else "best searched plan"
+    heading = (
+        f"best simple alternative\n{rival.title}"
+        if rival and rival.control
+        else "best searched plan"
+    )
     if row not in (None, BASE):
         tuned[heading] = row
     by_name = {row.name: row for row in rows(results)}
-    for base in (row for row in results.scores if row.name == BASE and row.seed is None and BASE not in by_name):
+    for base in (
+        row
+        for row in results.scores
+        if row.name == BASE and row.seed is None and BASE not in by_name
+    ):
         figures = {
             SIZE: results.prune.cuts[UNPRUNED].bytes_before / 1e6,
-            accuracy_name(results.evaluate.metrics): over_tasks([score.correct for score in base.scores]).mean,
+            accuracy_name(results.evaluate.metrics): over_tasks(
+                [score.correct for score in base.scores]
+            ).mean,
             PERPLEXITY: None if base.text_loss is None else math.exp(base.text_loss),
             LLAMA_CPP: decode_in_llama_cpp(results, BASE),
         }
@@ -77,10 +102,14 @@ def _rivals(results: Results) -> Iterator[_Rival]:
     for title, name in tuned.items():
         if name in by_name:
             found = compared(results, name)
-            yield _Rival(title, _figures(by_name[name], results), found.differences, len(found.seeds))
+            yield _Rival(
+                title, _figures(by_name[name], results), found.differences, len(found.seeds)
+            )
     if row is None and rival and rival.difference:
         figures = {SIZE: rival.plan_bytes / 1e6, SELECTION_LOSS: rival.loss}
-        yield _Rival(f"{heading}, as a trial", figures, (rival.difference,), len(rival.difference.seeds))
+        yield _Rival(
+            f"{heading}, as a trial", figures, (rival.difference,), len(rival.difference.seeds)
+        )
 
 
 def _figures(row: Row, results: Results) -> Figures:
@@ -93,7 +122,8 @@ def _figures(row: Row, results: Results) -> Figures:
         ANSWER_LOSS: row.answer_loss,
         PERPLEXITY: row.perplexity,
         LLAMA_CPP: decode_in_llama_cpp(results, row.name),
-        TRANSFORMERS: row.decode_tokens_per_second and statistics.median(row.decode_tokens_per_second),
+        TRANSFORMERS: row.decode_tokens_per_second
+        and statistics.median(row.decode_tokens_per_second),
     }
 
 
@@ -107,7 +137,11 @@ def _how_sure(rivals: Sequence[_Rival]) -> str:
     if not last.differences:
         return "How sure: nothing that one would do instead was measured beside it."
     numbers = {each.noun: each.num_pairs for each in last.differences if each.num_pairs}
-    seeds = f"{last.num_seeds} training seeds" if last.num_seeds > 1 else "one training seed, whose luck is in no bar"
+    seeds = (
+        f"{last.num_seeds} training seeds"
+        if last.num_seeds > 1
+        else "one training seed, whose luck is in no bar"
+    )
     behind = ", ".join([*(counted(number, noun) for noun, number in numbers.items()), seeds])
     return (
         "How sure: a bar is this model's difference with its 95 % interval, on its own scale: right of the line is "

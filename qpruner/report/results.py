@@ -16,7 +16,9 @@ from qpruner.runs.records import (
 )
 from qpruner.search.roles import title_of
 
-FineTune = tuple[CandidateRecord, RowScores]  # the record of one fine-tune, and the scores of its model
+FineTune = tuple[
+    CandidateRecord, RowScores
+]  # the record of one fine-tune, and the scores of its model
 Speed = tuple[float, float, float]
 """Median, minimum and maximum of a row's repeated speed measurements, in tokens per second."""
 
@@ -56,7 +58,9 @@ class Row:
 
 def rows(results: Results) -> list[Row]:
     """Compute the rows of the final table, in the order of `fine_tunes`."""
-    return [_row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()]
+    return [
+        _row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()
+    ]
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
@@ -78,7 +82,9 @@ def _row(title: str, found: list[FineTune]) -> Row:
     for name, values in {
         "confirmation_loss": [record.confirmation_loss for record in tuned],
         "accuracy": [measures.over_tasks(tasks).mean for tasks in correct],
-        "answer_loss": [measures.over_tasks(tasks).mean for tasks in answer_losses] if have_choices else [],
+        "answer_loss": [measures.over_tasks(tasks).mean for tasks in answer_losses]
+        if have_choices
+        else [],
         "perplexity": [math.exp(row.text_loss) for row in evaluated if row.text_loss is not None],
     }.items():
         spread[name] = statistics.fmean(values) if values else None
@@ -89,15 +95,21 @@ def _row(title: str, found: list[FineTune]) -> Row:
         origin=tuned[0].origin,
         cut=tuned[0].cut,
         seeds=tuple(dict.fromkeys(record.seed for record in tuned)),
-        plans=tuple(dict.fromkeys(str(PrecisionPlan.from_dict(record.plan, record.cut)) for record in tuned)),
+        plans=tuple(
+            dict.fromkeys(str(PrecisionPlan.from_dict(record.plan, record.cut)) for record in tuned)
+        ),
         num_parameters=tuned[0].num_parameters,
         measured_bytes=round(statistics.fmean(record.measured_bytes for record in tuned)),
         mean_bits=statistics.fmean(record.mean_bits for record in tuned),
         peak_memory_bytes=max(record.peak_memory_bytes for record in tuned),
         accuracy_stderr=measures.over_tasks(measures.averaged(correct)).stderr,
         inference_memory_bytes=max((each.memory_bytes for each in timings), default=None),
-        prefill_tokens_per_second=_speed([turn for each in timings for turn in each.prefill_tokens_per_second]),
-        decode_tokens_per_second=_speed([turn for each in timings for turn in each.decode_tokens_per_second]),
+        prefill_tokens_per_second=_speed(
+            [turn for each in timings for turn in each.prefill_tokens_per_second]
+        ),
+        decode_tokens_per_second=_speed(
+            [turn for each in timings for turn in each.decode_tokens_per_second]
+        ),
         **spread,
     )
 

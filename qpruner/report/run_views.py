@@ -30,14 +30,26 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
     for name in run.state.asked_stages:
         if (state := run.state.stages.get(name)) is None:
-            stages.append({"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""})
+            stages.append(
+                {"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""}
+            )
             continue
         is_running = state.state == "running"
         shown = run.outcome if is_running else state.state  # a command that ended runs no stage
         steps = f"{state.done}/{state.total}" if state.total and is_running else None
-        recorded = run.results.search.total_seconds if name == "search" and run.results.search else state.seconds
-        seconds = (now if shown == RUNNING else run.state.updated) - state.started if is_running else recorded
-        stages.append({"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text})
+        recorded = (
+            run.results.search.total_seconds
+            if name == "search" and run.results.search
+            else state.seconds
+        )
+        seconds = (
+            (now if shown == RUNNING else run.state.updated) - state.started
+            if is_running
+            else recorded
+        )
+        stages.append(
+            {"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text}
+        )
     return {
         "run": run.run_dir.storage.address,
         "outcome": run.outcome,
@@ -83,7 +95,11 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
     last = trial.rungs[-1] if trial.rungs else None
     search, record = run.state.search, run.results.search
     assert search
-    pulse = None if trial.is_over else read_pulse(run.run_dir.trials / search.trials_digest, trial.index)
+    pulse = (
+        None
+        if trial.is_over
+        else read_pulse(run.run_dir.trials / search.trials_digest, trial.index)
+    )
     return {
         "trial": trial.index,
         "winner": "yes" if record and trial.index == record.best_index else None,
@@ -93,7 +109,9 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
         "plan": str(plan_of(trial)),
-        "step": max(last.step if last else 0, pulse.step if pulse else 0),  # may be later than the last rung
+        "step": max(
+            last.step if last else 0, pulse.step if pulse else 0
+        ),  # may be later than the last rung
         "rung": last.step if last else None,
         "loss": last.loss if last else None,
         "accuracy": last.accuracy if last else None,
@@ -185,14 +203,20 @@ def differing_settings(runs: Sequence[Snapshot]) -> dict[str, list[Any]]:
     settings = [flat(_by_place(run.state.config)) for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each if key != "output")
     values = {key: [each.get(key) for each in settings] for key in keys}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+    return {
+        key: found for key, found in values.items() if any(value != found[0] for value in found)
+    }
 
 
 def _by_place(setting: Any) -> Any:
     """Turn lists of mappings into mappings by position, so that `data.train.0.limit` is one key."""
     if isinstance(setting, list) and setting and isinstance(setting[0], dict):
         setting = {f"{place}": item for place, item in enumerate(setting)}
-    return {key: _by_place(value) for key, value in setting.items()} if isinstance(setting, dict) else setting
+    return (
+        {key: _by_place(value) for key, value in setting.items()}
+        if isinstance(setting, dict)
+        else setting
+    )
 
 
 @dataclass(frozen=True)
@@ -210,15 +234,28 @@ class Against:
 
 def against(run: Results, other: Results) -> Against:
     """Compare the fine-tuned winners of two runs on the data that both share, paired by training seed and data row."""
-    if run.finetune is None or other.finetune is None or run.evaluate is None or other.evaluate is None:
+    if (
+        run.finetune is None
+        or other.finetune is None
+        or run.evaluate is None
+        or other.evaluate is None
+    ):
         return Against((), None, "one of the runs has no final table yet")
     pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
     prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
-    measured = dict(over_questions(pairs)) if pairs and run.evaluate.tested == other.evaluate.tested else {}
+    measured = (
+        dict(over_questions(pairs))
+        if pairs and run.evaluate.tested == other.evaluate.tested
+        else {}
+    )
     if pairs and prepared[0] == prepared[1]:
         measured |= over_confirmation_rows(pairs)
     if not measured:
-        return Against((), None, "the runs share no training seed, or neither test questions nor confirmation rows")
+        return Against(
+            (),
+            None,
+            "the runs share no training seed, or neither test questions nor confirmation rows",
+        )
     *_, decisive = measured  # the loss on confirmation rows, if both have them
     return Against(seeds_of(pairs), more_bytes(pairs), None, differences(pairs, measured, decisive))
 

@@ -26,8 +26,16 @@ def sections(run: Snapshot) -> list[Section]:
     """Return the sections that are not empty for this run."""
     listed: list[tuple[str, str, Iterator[Part]]] = [
         ("answer", headline(run.results) if run.is_complete else "So far", answer(run)),
-        ("claim", "The claim and its tables", measured(run.results) if run.is_complete else iter(())),
-        ("quality", "Quality by task", iter([tables.by_task(run.results)] if run.results.evaluate else ())),
+        (
+            "claim",
+            "The claim and its tables",
+            measured(run.results) if run.is_complete else iter(()),
+        ),
+        (
+            "quality",
+            "Quality by task",
+            iter([tables.by_task(run.results)] if run.results.evaluate else ()),
+        ),
         ("plans", "The plans", _plans(run)),
         ("search", "The search", _search(run)),
         ("pruning", "Pruning", _pruning(run)),
@@ -54,14 +62,19 @@ def measured(results: Results) -> Iterator[Part]:
     yield Items(tuple(item.removeprefix("- ") for item in items))
     if results.search and len(results.search.confirmations) > 1:
         yield tables.fresh_scores(results.search)
-    yield from filter(None, [*tables.final_tables(results), served(results), tables.legend(results)])
+    yield from filter(
+        None, [*tables.final_tables(results), served(results), tables.legend(results)]
+    )
 
 
 def _plans(run: Snapshot) -> Iterator[Part]:
     search, shown = run.results.search, {}
     if search:
         confirmed = {each.index: each for each in search.confirmations}
-        shown = {f"{each.trial}: {each.title}": plan_of(confirmed[each.trial]) for each in finalists(search)}
+        shown = {
+            f"{each.trial}: {each.title}": plan_of(confirmed[each.trial])
+            for each in finalists(search)
+        }
     elif run.state.search:
         now = search_progress(run.state.search, run.trials)
         found = (("best so far", now.best), ("best control", now.best_control))
@@ -69,20 +82,33 @@ def _plans(run: Snapshot) -> Iterator[Part]:
     if shown:
         measured, bank = run.results.sensitivity, run.results.bank
         if measured and bank:
-            measured = measured.model_copy(update={"groups": _in_base(run, bank.cut, measured.groups)})
-        named = {name: replace(plan, groups=_in_base(run, plan.cut, plan.groups)) for name, plan in shown.items()}
+            measured = measured.model_copy(
+                update={"groups": _in_base(run, bank.cut, measured.groups)}
+            )
+        named = {
+            name: replace(plan, groups=_in_base(run, plan.cut, plan.groups))
+            for name, plan in shown.items()
+        }
         yield plan_bars(named, measured)
 
 
 def _in_base(run: Snapshot, cut: str, groups: Sequence[str]) -> tuple[str, ...]:
     """Name a cut's groups by the base model's block numbers."""
     made = run.results.prune.cuts.get(cut) if run.results.prune else None
-    return in_base(groups, len(made.layers), made.dropped_blocks) if made and made.dropped_blocks else tuple(groups)
+    return (
+        in_base(groups, len(made.layers), made.dropped_blocks)
+        if made and made.dropped_blocks
+        else tuple(groups)
+    )
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
     if search := run.results.search:
-        yield Paragraph(" ".join([search_text(search), *(f"{line}." for line in failing_devices(run.own_trials))]))
+        yield Paragraph(
+            " ".join(
+                [search_text(search), *(f"{line}." for line in failing_devices(run.own_trials))]
+            )
+        )
         if not run.is_complete:  # else the claim has it
             yield tables.fresh_scores(search)
         if search.rungs:
@@ -105,9 +131,14 @@ def search_text(search: SearchRecord) -> str:
         text += f" It reused {counted(search.num_reused, 'trial')} of earlier searches."
     if search.sessions > 1:
         before = counted(search.resumed, "trial")
-        text += f" It ran in {search.sessions} sessions; the last began with {before} already recorded."
+        text += (
+            f" It ran in {search.sessions} sessions; the last began with {before} already recorded."
+        )
     if search.failures:
-        failed = [f"{number} {kind} ({REMEDIES[kind]})" for kind, number in sorted(search.failures.items())]
+        failed = [
+            f"{number} {kind} ({REMEDIES[kind]})"
+            for kind, number in sorted(search.failures.items())
+        ]
         text += f" Failed: {', '.join(failed)}."
     return text
 
@@ -126,7 +157,11 @@ def _pruning(run: Snapshot) -> Iterator[Part]:
     if record := run.results.prune:
         yield tables.cuts(record)
         if left_out := run.results.left_out:
-            yield Items(tuple(f"{cut_title(name)}: left out, because {why}" for name, why in left_out.items()))
+            yield Items(
+                tuple(
+                    f"{cut_title(name)}: left out, because {why}" for name, why in left_out.items()
+                )
+            )
         if len(record.cuts) > 1:
             yield kept_by_block(record.cuts)
 

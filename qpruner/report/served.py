@@ -10,7 +10,15 @@ from qpruner.search.roles import title_of
 from qpruner.wording import counted
 
 HEADINGS = (
-    *("row", "served as", "files", "mean bits", "confirmation loss", "prefill tokens/s", "decode tokens/s"),
+    *(
+        "row",
+        "served as",
+        "files",
+        "mean bits",
+        "confirmation loss",
+        "prefill tokens/s",
+        "decode tokens/s",
+    ),
     *("recoded", "checked"),
 )
 
@@ -28,7 +36,10 @@ def served(results: Results) -> Table | None:
             "-" if row.loss is None else f"{row.loss:.4f}",
             speed_text(row.prefill_tokens_per_second),
             speed_text(row.decode_tokens_per_second),
-            ", ".join(f"{number} to {name}" for name, number in Counter(row.recoded.values()).items()) or "-",
+            ", ".join(
+                f"{number} to {name}" for name, number in Counter(row.recoded.values()).items()
+            )
+            or "-",
             row.check or "-",
         )
         for row in record.rows

@@ -22,7 +22,12 @@ from qpruner.wording import counted
 if TYPE_CHECKING:
     import pandas
 
-STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "begun"}
+STATUSES = {
+    "finished": "finished",
+    "stopped": "stopped early",
+    "failed": "failed",
+    "running": "begun",
+}
 RUNNING = "running"
 CUT_OFF = "cut off"  # outcome of a command whose process ended without recording its outcome
 GONE = "most likely gone"  # outcome of a command on another machine whose heartbeat has stopped
@@ -61,7 +66,11 @@ class Snapshot:
         is_newer = (self.process.host, self.process.pid) != (self.state.host, self.state.pid)
         if self.state.outcome != RUNNING and not is_newer:
             return self.state.outcome
-        return {"alive": RUNNING, "silent": GONE}.get(self.driver.state, CUT_OFF) if self.driver else CUT_OFF
+        return (
+            {"alive": RUNNING, "silent": GONE}.get(self.driver.state, CUT_OFF)
+            if self.driver
+            else CUT_OFF
+        )
 
     @property
     def last_sign(self) -> float:
@@ -107,7 +116,9 @@ class Snapshot:
             best = self.results.search.best_index
             return next((trial for trial in self.trials if trial.index == best), None)
         finished = [trial for trial in self.own_trials if trial.status == "finished"]
-        in_budget = [trial for trial in finished if self.state.search and fits(trial, self.state.search)]
+        in_budget = [
+            trial for trial in finished if self.state.search and fits(trial, self.state.search)
+        ]
         return best_of(in_budget, self.metric)
 
     @property
@@ -120,7 +131,11 @@ class Snapshot:
     @property
     def own_trials(self) -> list[TrialRecord]:
         """The trials of this search, without those of searches with another budget or searcher."""
-        return [trial for trial in self.trials if self.state.search and trial.search == self.state.search.search]
+        return [
+            trial
+            for trial in self.trials
+            if self.state.search and trial.search == self.state.search.search
+        ]
 
     @property
     def metric(self) -> str:
@@ -141,7 +156,9 @@ class Snapshot:
         if self.missing is None:
             resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
             return f"Finished{resumed if self.state.resumed else ''}."
-        at_work = next((name for name, stage in self.state.stages.items() if stage.state == "running"), None)
+        at_work = next(
+            (name for name, stage in self.state.stages.items() if stage.state == "running"), None
+        )
         stage = f" in stage {at_work}" if at_work else ""
         match self.outcome:
             case "failed":
@@ -172,9 +189,15 @@ def read_snapshot(run: RunDir) -> Snapshot:
     if state is None:
         raise UserError(_no_run(run))
     # Records of other stages belong to an older configuration.
-    ended = [name for name in Results.model_fields if name in state.stages and state.stages[name].state != "running"]
+    ended = [
+        name
+        for name in Results.model_fields
+        if name in state.stages and state.stages[name].state != "running"
+    ]
     kinds = {name: get_args(Results.model_fields[name].annotation)[0] for name in ended}
-    results = Results.model_validate({name: run.read_record(name, kind) for name, kind in kinds.items()})
+    results = Results.model_validate(
+        {name: run.read_record(name, kind) for name, kind in kinds.items()}
+    )
     trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
     return Snapshot(run, state, driver, results, tuple(trials))
 
@@ -183,10 +206,18 @@ def _no_run(run: RunDir) -> str:
     """Say why a folder is not a run, and which folder to name instead."""
     driver = driver_of(run.root)
     if driver and driver.state == "alive":
-        process = f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
+        process = (
+            f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
+        )
         return f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again soon"
-    what = f"is not a run folder, because it has no {STATE}" if children(run.root) else "does not exist or is empty"
-    return f"{run.place} {what}: name the folder that a configuration of `qpruner run` calls `output`"
+    what = (
+        f"is not a run folder, because it has no {STATE}"
+        if children(run.root)
+        else "does not exist or is empty"
+    )
+    return (
+        f"{run.place} {what}: name the folder that a configuration of `qpruner run` calls `output`"
+    )
 
 
 def driver_text(run: RunDir) -> str | None:

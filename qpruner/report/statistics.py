@@ -14,7 +14,11 @@ from qpruner.runs.records import RANDOM
 from qpruner.wording import counted
 
 SAME = "not distinguishable"
-ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS = "answer loss", "confirmation loss", "selection loss"
+ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS = (
+    "answer loss",
+    "confirmation loss",
+    "selection loss",
+)
 LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS)
 """The measures in nats, for which lower is better; all other measures are accuracies."""
 Pair = tuple[FineTune, FineTune]  # one fine-tune of each of two rows, with the same training seed
@@ -80,7 +84,10 @@ class Difference:
         """Low end, mean and high end of the interval, as shares of its far end; those that are better are positive."""
         if not self.half_width:
             return None
-        better, far = -self.mean if self.measure in LOSSES else self.mean, abs(self.mean) + self.half_width
+        better, far = (
+            -self.mean if self.measure in LOSSES else self.mean,
+            abs(self.mean) + self.half_width,
+        )
         return (better - self.half_width) / far, better / far, (better + self.half_width) / far
 
 
@@ -124,7 +131,10 @@ def over_questions(pairs: Sequence[Pair]) -> Measured:
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Measured:
     """Return first minus second model's confirmation losses by row."""
-    rows = [[less(ours.confirmation_losses, theirs.confirmation_losses)] for (ours, _), (theirs, _) in pairs]
+    rows = [
+        [less(ours.confirmation_losses, theirs.confirmation_losses)]
+        for (ours, _), (theirs, _) in pairs
+    ]
     return {CONFIRMATION_LOSS: rows}
 
 
@@ -160,7 +170,9 @@ def differences(pairs: Sequence[Pair], measured: Measured, decisive: str) -> tup
 
 def differences_text(seeds: Sequence[int], found: Sequence[Difference]) -> str:
     """Describe differences that are paired over these training seeds."""
-    return f"{counted(len(seeds), 'training seed')}, paired: {'; '.join(each.text for each in found)}"
+    return (
+        f"{counted(len(seeds), 'training seed')}, paired: {'; '.join(each.text for each in found)}"
+    )
 
 
 def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:

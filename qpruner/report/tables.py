@@ -11,7 +11,15 @@ from qpruner.report.content import Compared, Table
 from qpruner.report.finalists import Finalist, finalists
 from qpruner.report.results import Row, rows, speed_text
 from qpruner.report.snapshot import STATUSES, Snapshot
-from qpruner.runs.records import RANDOM, SEARCHED, PruneRecord, Results, RowScores, SearchRecord, TaskScore
+from qpruner.runs.records import (
+    RANDOM,
+    SEARCHED,
+    PruneRecord,
+    Results,
+    RowScores,
+    SearchRecord,
+    TaskScore,
+)
 from qpruner.search.choice import SAME_BYTES
 from qpruner.search.progress import score_title
 from qpruner.search.roles import title_of
@@ -26,7 +34,14 @@ FINAL = (
     ("The fine-tune of each row", ("row", "cut", "from", "seeds", "confirmation loss")),
     (
         "Size of each row, and its memory and speed in transformers",
-        ("row", "parameters", "peak memory", "inference memory", "prefill tokens/s", "decode tokens/s"),
+        (
+            "row",
+            "parameters",
+            "peak memory",
+            "inference memory",
+            "prefill tokens/s",
+            "decode tokens/s",
+        ),
     ),
 )
 """Caption and columns of each part of the final table; each part fits 120 characters of width."""
@@ -71,7 +86,9 @@ def cells(row: Row) -> dict[str, str]:
         "confirmation loss": _figure(row.confirmation_loss, row.confirmation_loss_spread),
         "parameters": f"{row.num_parameters / 1e6:.1f} M",
         "peak memory": f"{row.peak_memory_bytes / 1e6:.0f} MB",
-        "inference memory": "-" if row.inference_memory_bytes is None else f"{row.inference_memory_bytes / 1e6:.0f} MB",
+        "inference memory": "-"
+        if row.inference_memory_bytes is None
+        else f"{row.inference_memory_bytes / 1e6:.0f} MB",
         "prefill tokens/s": speed_text(row.prefill_tokens_per_second),
         "decode tokens/s": speed_text(row.decode_tokens_per_second),
     }
@@ -119,14 +136,17 @@ def by_task(results: Results) -> Table:
         title = title_of(row.name, results.search) + (" (no fine-tune)" if row.seed is None else "")
         models.setdefault(title, []).append(row)
     tasks = [
-        f"{each.task} {each.metric} ({counted(each.num_questions, 'question')})" for each in results.scores[0].scores
+        f"{each.task} {each.metric} ({counted(each.num_questions, 'question')})"
+        for each in results.scores[0].scores
     ]
     body = [
         (title, *map(_accuracy, zip(*(row.scores for row in found), strict=True)), *_losses(found))
         for title, found in models.items()
     ]
     caption = "Accuracy by held-out task (se: standard error over questions)"
-    return Table(caption, ("model", *tasks, "answer loss", "perplexity"), body).without_empty_columns()
+    return Table(
+        caption, ("model", *tasks, "answer loss", "perplexity"), body
+    ).without_empty_columns()
 
 
 def _accuracy(scores: Sequence[TaskScore]) -> str:
@@ -161,7 +181,16 @@ def cuts(record: PruneRecord) -> Table:
         )
         for name, cut in record.cuts.items()
     ]
-    headings = ("cut", "removed", "parameters", "bytes", "multiply-adds", "blocks removed", "loss", "seconds")
+    headings = (
+        "cut",
+        "removed",
+        "parameters",
+        "bytes",
+        "multiply-adds",
+        "blocks removed",
+        "loss",
+        "seconds",
+    )
     caption = (
         f"Cuts (importance {last.importance}, selection {last.selection}, compensation {last.compensation}); "
         "multiply-adds are a token's, against the base's; the loss is right after the cut, on rows for sensitivities"
@@ -190,12 +219,22 @@ def trials(run: Snapshot) -> Table:
             )
         )
     title = score_title(run.state.search) if run.state.search else "score"
-    headings = ("trial", "from", "status", "MB", "cut", "mean bits", title, "step", "seconds", "plan", "reason")
+    headings = (
+        "trial",
+        "from",
+        "status",
+        "MB",
+        "cut",
+        "mean bits",
+        title,
+        "step",
+        "seconds",
+        "plan",
+        "reason",
+    )
     used = by_size(tuple({name for trial in run.trials for name in trial.plan.values()}))
     letters = ", ".join(f"{format_of(name).letter} is {name}" for name in used)
-    caption = (
-        f"Every trial. A plan has one character per group, in model order: {letters}. The score is from the last rung."
-    )
+    caption = f"Every trial. A plan has one character per group, in model order: {letters}. The score is from the last rung."
     return Table(caption, headings, body, is_on_page_only=True).without_empty_columns()
 
 
@@ -214,7 +253,9 @@ def fresh_scores(search: SearchRecord) -> Table:
             _megabytes(each.plan_bytes) + _why_not(each, search),
             Compared(f"{each.loss:.4f}", difference=each.difference),
             "-" if each.num_seeds == 1 else f"{each.mean_loss:.4f} ({each.num_seeds} seeds)",
-            "-" if score.accuracy is None else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}",
+            "-"
+            if score.accuracy is None
+            else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}",
         )
         for each, score in ((each, scores[each.trial]) for each in finalists(search))
     ]
@@ -225,21 +266,39 @@ def fresh_scores(search: SearchRecord) -> Table:
         "both have, with intervals that hold all pairs of finalists together"
     )
     accuracy = f"selection {measures.accuracy_name(search.metrics)}"
-    headings = ("row", "trial", "cut", "formats", "bytes", "selection loss", "mean over seeds", accuracy)
+    headings = (
+        "row",
+        "trial",
+        "cut",
+        "formats",
+        "bytes",
+        "selection loss",
+        "mean over seeds",
+        accuracy,
+    )
     return Table(caption, headings, body).without_empty_columns()
 
 
 def _why_not(each: Finalist, search: SearchRecord) -> str:
     if each.fits:
         return ""
-    return ", exceeds the budget" if each.plan_bytes > search.budget_bytes else ", computes more than the budget"
+    return (
+        ", exceeds the budget"
+        if each.plan_bytes > search.budget_bytes
+        else ", computes more than the budget"
+    )
 
 
 def rungs(search: SearchRecord) -> Table:
     """Build the table that tells how far early scores can be trusted: each rung's order of the trials."""
-    body = [(f"{each.step}", f"{each.num_trials}", _tau(each.within), _tau(each.across)) for each in search.rungs]
+    body = [
+        (f"{each.step}", f"{each.num_trials}", _tau(each.within), _tau(each.across))
+        for each in search.rungs
+    ]
     caption = "Order of the finished trials at a rung against that at the last one: Kendall's tau, from -1 to 1"
-    return Table(caption, ("step", "trials", "within a cut", "between cuts"), body).without_empty_columns()
+    return Table(
+        caption, ("step", "trials", "within a cut", "between cuts"), body
+    ).without_empty_columns()
 
 
 def _tau(value: float | None) -> str:
@@ -252,12 +311,21 @@ def stages(run: Snapshot) -> Table:
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:
         gpu["search"] += run.results.search.confirmation_gpu_seconds
-    begun = {name: stage.state for name, stage in run.state.stages.items() if name in Results.model_fields}
+    begun = {
+        name: stage.state
+        for name, stage in run.state.stages.items()
+        if name in Results.model_fields
+    }
     figures = (run.results.seconds, gpu)
-    body = [(name, STATES[state], *(_seconds(each.get(name)) for each in figures)) for name, state in begun.items()]
+    body = [
+        (name, STATES[state], *(_seconds(each.get(name)) for each in figures))
+        for name, state in begun.items()
+    ]
     sums = (_seconds(sum(each.get(name, 0.0) for name in begun)) for each in figures)
     caption = "Stages; GPU seconds are those of the jobs times the GPUs held for them, busy or not"
-    return Table(caption, ("stage", "state", "seconds", "GPU seconds"), [*body, ("all stages", "-", *sums)])
+    return Table(
+        caption, ("stage", "state", "seconds", "GPU seconds"), [*body, ("all stages", "-", *sums)]
+    )
 
 
 def _seconds(value: float | None) -> str:

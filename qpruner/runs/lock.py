@@ -56,7 +56,9 @@ def driver_of(root: Path) -> Driver | None:
     if holder.machine == this_process().machine:
         return Driver(holder, beat, "alive" if _is_alive(holder) else "dead")
     # By the clock of this machine: if that is a minute fast, a live driver looks silent.
-    return Driver(holder, beat, "silent" if time.time() - beat > STALE_BEATS * HEARTBEAT_SECONDS else "alive")
+    return Driver(
+        holder, beat, "silent" if time.time() - beat > STALE_BEATS * HEARTBEAT_SECONDS else "alive"
+    )
 
 
 @contextmanager
@@ -77,9 +79,13 @@ def hold_run(
             if error.errno != errno.ENOLCK:
                 raise
             why = f"file locks do not work on the file system of {root} ({error.strerror})"
-            raise UserError(f"`output`: {why}; mount it with lock support, or name another `output`") from error
+            raise UserError(
+                f"`output`: {why}; mount it with lock support, or name another `output`"
+            ) from error
 
-    while other := retry_storage(take, root / NAME, seconds=0.0):  # tried once: a repetition would meet our own lock
+    while other := retry_storage(
+        take, root / NAME, seconds=0.0
+    ):  # tried once: a repetition would meet our own lock
         holder, _ = other
         if holder.machine == me.machine or (watched and other != watched):
             who = f"process {holder.pid} on {holder.host} since {holder.since}"
@@ -92,7 +98,9 @@ def hold_run(
             watched = other
         time.sleep(heartbeat_seconds / 4)
     done = threading.Event()
-    heartbeat = threading.Thread(target=_beat, args=(lock, me, notify, done, heartbeat_seconds), daemon=True)
+    heartbeat = threading.Thread(
+        target=_beat, args=(lock, me, notify, done, heartbeat_seconds), daemon=True
+    )
     heartbeat.start()
 
     def holds_run() -> bool:
@@ -113,7 +121,11 @@ def hold_run(
 def lock_lost(stage: str, evidence: str) -> StageError:
     """Return the error for a stage during which another driver took the run over, while this process was suspended."""
     cause = f"another driver took this run over while this one gave no sign of life: {evidence}"
-    return StageError(stage, cause, "wait until the other driver ends (see `qpruner status`), then repeat the command")
+    return StageError(
+        stage,
+        cause,
+        "wait until the other driver ends (see `qpruner status`), then repeat the command",
+    )
 
 
 def this_process() -> Holder:
@@ -123,7 +135,9 @@ def this_process() -> Holder:
     except OSError:  # no Linux
         machine = socket.gethostname()
     started, since = _start_ticks(os.getpid()) or 0, time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return Holder(host=socket.gethostname(), machine=machine, pid=os.getpid(), started=started, since=since)
+    return Holder(
+        host=socket.gethostname(), machine=machine, pid=os.getpid(), started=started, since=since
+    )
 
 
 def _read_holder(lock: Storage) -> Holder | None:
@@ -142,7 +156,11 @@ def _read_lock(lock: Storage) -> tuple[Holder, float] | None:
 
 
 def _take(
-    lock: Storage, me: Holder, notify: Callable[[str], None], earlier: tuple[Holder, float] | None, seconds: float
+    lock: Storage,
+    me: Holder,
+    notify: Callable[[str], None],
+    earlier: tuple[Holder, float] | None,
+    seconds: float,
 ) -> tuple[Holder, float] | None:
     """Take the lock if it is free, stale, or still as it was `earlier`, `seconds` ago; else return what it is now."""
     with exclusive(lock.path):
@@ -181,11 +199,15 @@ def _is_lost(lock: Storage, me: Holder) -> bool:
         return storage_at(lock.path.with_name(RUN_ID)).stat() is not None and lock.stat() is None
 
 
-def _beat(lock: Storage, me: Holder, notify: Callable[[str], None], done: threading.Event, seconds: float) -> None:
+def _beat(
+    lock: Storage, me: Holder, notify: Callable[[str], None], done: threading.Event, seconds: float
+) -> None:
     while not done.wait(seconds):
         with contextlib.suppress(OSError, StorageError):  # the next heartbeat may reach the storage
             if _is_lost(lock, me):
-                notify("another driver took this run over, or somebody deleted its lock: this process ends")
+                notify(
+                    "another driver took this run over, or somebody deleted its lock: this process ends"
+                )
                 # To the main thread: a signal to the process may be delivered to this one, and wakes nobody.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                 return  # the process ends a little later, in Ray's handler; this thread must not renew the lock

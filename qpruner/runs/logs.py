@@ -12,7 +12,15 @@ from pathlib import Path
 from qpruner.errors import QprunerError, StorageError, UserError, note_defect
 from qpruner.runs.events import Event, StageFinished
 from qpruner.runs.run_dir import LOG
-from qpruner.runs.storage import display_name, fetch_file, files_in, remove, retry_storage, storage_at, storage_error
+from qpruner.runs.storage import (
+    display_name,
+    fetch_file,
+    files_in,
+    remove,
+    retry_storage,
+    storage_at,
+    storage_error,
+)
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN = 30.0
@@ -43,7 +51,9 @@ def logging_to(root: Path) -> Iterator[None]:
     except OSError as error:
         if trouble := storage_error(error, root):
             raise trouble from error
-        raise UserError(f"`output`: {root} cannot be written ({error.strerror}); name another folder") from error
+        raise UserError(
+            f"`output`: {root} cannot be written ({error.strerror}); name another folder"
+        ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root_logger = logging.getLogger()
     level, showwarning = root_logger.level, warnings.showwarning
@@ -101,5 +111,7 @@ class Uploader:
                     if path not in self._uploaded:
                         remove(path)
         except (OSError, StorageError) as error:  # no result depends on these files
-            logger.warning("TensorBoard files and log could not be uploaded, which is tried again: %s", error)
+            logger.warning(
+                "TensorBoard files and log could not be uploaded, which is tried again: %s", error
+            )
         self._due = time.monotonic() + SECONDS_BETWEEN

@@ -86,7 +86,9 @@ class RunDir:
 
     def begin(self, name: str) -> Path:
         """Make the folder for a stage to write to."""
-        if not self.storage.fills_this_disk:  # files are uploaded one by one; they count once the record is there
+        if (
+            not self.storage.fills_this_disk
+        ):  # files are uploaded one by one; they count once the record is there
             self.forget(name)
             return self.stage(name)
         return self.scratch(name)

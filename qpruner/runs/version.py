@@ -12,9 +12,19 @@ COMMIT_FILE = "commit.txt"
 def commit() -> str | None:
     """Return the commit of this code, with `+modified` if the checkout has changes; None if it is unknown."""
     if (_PACKAGE.parent / ".git").exists():
-        command = ["git", "-C", str(_PACKAGE.parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
+        command = [
+            "git",
+            "-C",
+            str(_PACKAGE.parent),
+            "describe",
+            "--always",
+            "--exclude=*",
+            "--abbrev=12",
+        ]
         try:
-            run = subprocess.run([*command, "--dirty=+modified"], capture_output=True, text=True, check=True)  # noqa: S603
+            run = subprocess.run(
+                [*command, "--dirty=+modified"], capture_output=True, text=True, check=True
+            )  # noqa: S603
             return run.stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None

@@ -33,7 +33,9 @@ def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
         of_levels = np.array([values[space.levels[at]][group] for at in offered], dtype=float)
         gains[group, offered] = np.nan_to_num(of_levels[0] - of_levels)
     largest = gains.max() or np.abs(gains).max() or 1.0
-    scaled = gains.clip(min=-largest) * (SCALE / largest)  # much worse is as bad as worse: the smallest format is there
+    scaled = gains.clip(min=-largest) * (
+        SCALE / largest
+    )  # much worse is as bad as worse: the smallest format is there
     return _with_left_over(space, space.best_by_gain(scaled.tolist()), gains)
 
 
@@ -42,7 +44,9 @@ def _with_left_over(space: PlanSpace, plan: PrecisionPlan, gains: np.ndarray) ->
     indices, left = list(space.indices_of(plan)), space.budget_bytes - space.plan_bytes(plan)
     for level, group in itertools.product(range(len(space.levels)), range(len(space.groups))):
         sizes, current = space.group_bytes[group], indices[group]
-        more = (sizes[level] or 0) - (sizes[current] or 0)  # a level that is not offered has no more bytes
+        more = (sizes[level] or 0) - (
+            sizes[current] or 0
+        )  # a level that is not offered has no more bytes
         if 0 < more <= left and gains[group, level] >= gains[group, current]:
             indices[group], left = level, left - more
     return space.plan_of(indices)
@@ -65,12 +69,18 @@ def uniform_plans(space: PlanSpace) -> dict[str, PrecisionPlan]:
     return {name: plan for plan, name in plans.items()}
 
 
-def _with_outside(space: PlanSpace, uniform: PrecisionPlan, outside: Sequence[int]) -> PrecisionPlan:
+def _with_outside(
+    space: PlanSpace, uniform: PrecisionPlan, outside: Sequence[int]
+) -> PrecisionPlan:
     plans = []
     for chosen in itertools.product(*(space.offered[at] for at in outside)):
-        indices = dict(enumerate(space.indices_of(uniform))) | dict(zip(outside, chosen, strict=True))
+        indices = dict(enumerate(space.indices_of(uniform))) | dict(
+            zip(outside, chosen, strict=True)
+        )
         plans.append(space.plan_of(indices.values()))
-    fitting = filter(space.is_feasible, reversed(plans))  # of equal bytes the last format counts as the largest
+    fitting = filter(
+        space.is_feasible, reversed(plans)
+    )  # of equal bytes the last format counts as the largest
     return max(fitting, key=space.plan_bytes, default=min(plans, key=space.plan_bytes))
 
 
@@ -84,7 +94,11 @@ def best_uniform(space: PlanSpace, rises: Prior | None = None) -> PrecisionPlan:
     def rise(plan: PrecisionPlan) -> float:
         return sum(rises[name][at] or 0.0 for at, name in enumerate(plan.formats)) if rises else 0.0
 
-    return min(filter(space.is_feasible, reversed(plans)), key=rise, default=min(plans, key=space.plan_bytes))
+    return min(
+        filter(space.is_feasible, reversed(plans)),
+        key=rise,
+        default=min(plans, key=space.plan_bytes),
+    )
 
 
 def controls_of(space: PlanSpace, rises: Prior) -> list[tuple[str, PrecisionPlan]]:
@@ -101,15 +115,23 @@ def controls_of(space: PlanSpace, rises: Prior) -> list[tuple[str, PrecisionPlan
 
 
 def finalist_positions(
-    scores: Sequence[float], are_controls: Sequence[bool], confirm: int, can_win: Sequence[bool] | None = None
+    scores: Sequence[float],
+    are_controls: Sequence[bool],
+    confirm: int,
+    can_win: Sequence[bool] | None = None,
 ) -> list[int]:
     """Return the trials to score on new rows, by position: the `confirm` lowest that `can_win`, and all controls."""
-    ranked = sorted((at for at in range(len(scores)) if can_win is None or can_win[at]), key=scores.__getitem__)
+    ranked = sorted(
+        (at for at in range(len(scores)) if can_win is None or can_win[at]), key=scores.__getitem__
+    )
     return sorted({*ranked[:confirm], *(at for at, control in enumerate(are_controls) if control)})
 
 
 def contenders(
-    fresh: Sequence[float], are_controls: Sequence[bool], confirm: int, losses: Sequence[Sequence[float]] = ()
+    fresh: Sequence[float],
+    are_controls: Sequence[bool],
+    confirm: int,
+    losses: Sequence[Sequence[float]] = (),
 ) -> list[int]:
     """Return which finalists to train again under further seeds, by position, before one of them wins.
 
@@ -121,7 +143,11 @@ def contenders(
     chosen = {*ranked[:confirm], *[at for at in ranked if are_controls[at]][:1]}
     if losses:
         lowest = losses[ranked[0]]
-        chosen = {at for at in chosen if not measures.interval([[measures.less(losses[at], lowest)]]).excludes_zero}
+        chosen = {
+            at
+            for at in chosen
+            if not measures.interval([[measures.less(losses[at], lowest)]]).excludes_zero
+        }
     return sorted(chosen)
 
 
@@ -132,7 +158,9 @@ def winner_position(
 
     Only those with the most seeds can win (see `contenders`). None without finalists.
     """
-    allowed = [at for at in range(len(fresh)) if num_seeds is None or num_seeds[at] == max(num_seeds)]
+    allowed = [
+        at for at in range(len(fresh)) if num_seeds is None or num_seeds[at] == max(num_seeds)
+    ]
     return min(allowed, key=lambda at: (fresh[at], not are_controls[at], at), default=None)
 
 
@@ -146,7 +174,9 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
     return front
 
 
-def random_plans(space: PlanSpace, plan: PrecisionPlan, count: int, seed: int) -> list[PrecisionPlan]:
+def random_plans(
+    space: PlanSpace, plan: PrecisionPlan, count: int, seed: int
+) -> list[PrecisionPlan]:
     """Draw up to `count` plans uniformly from all others whose bytes are within `SAME_BYTES` of those of `plan`.
 
     The level of each group is drawn with probabilities ``exp(-tilt * bytes)``, so that plans of the wanted bytes are
@@ -197,5 +227,7 @@ def _tilt(sizes: np.ndarray, wanted: float) -> float:
     low, high = -50.0 / range_, 50.0 / range_
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.nansum(_chances(sizes, middle) * sizes) > wanted else (low, middle)
+        low, high = (
+            (middle, high) if np.nansum(_chances(sizes, middle) * sizes) > wanted else (low, middle)
+        )
     return float((low + high) / 2)

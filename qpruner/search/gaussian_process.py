@@ -63,11 +63,15 @@ class GaussianProcessProposer:
         generator = np.random.default_rng([self._seed, index])
         pending = self._plans.tensor(history.pending)
         known = torch.cat([self._plans.tensor(item.plan for item in history.observations), pending])
-        seen = {row.tobytes() for row in torch.cat([known, self._plans.tensor(history.failed)]).numpy()}
+        seen = {
+            row.tobytes() for row in torch.cat([known, self._plans.tensor(history.failed)]).numpy()
+        }
         if not len(known):
             return self._plans.space.plan_of(self._plans.random(generator))
         posterior = self._posterior(history, pending)
-        inside = torch.cat([known[self._plans.sizes(known) <= self._plans.capacity], self._plans.smallest])
+        inside = torch.cat(
+            [known[self._plans.sizes(known) <= self._plans.capacity], self._plans.smallest]
+        )
         best = inside[posterior.mean(inside).argsort()[:NUM_CENTERS]]
         candidates, values = self._candidates(posterior, best, seen, generator)
         if not len(candidates):
@@ -96,7 +100,9 @@ class GaussianProcessProposer:
         centers, candidates, values = best, tried[:0], torch.zeros(0, dtype=torch.float64)
         for _ in range(1 + NUM_CLIMBS):
             around = [self._plans.neighbours(row, effects) for row in centers]
-            more = self._plans.new(torch.cat([tried, *around, self._plans.moved(centers, effects)]), seen)
+            more = self._plans.new(
+                torch.cat([tried, *around, self._plans.moved(centers, effects)]), seen
+            )
             gained = _log_improvement(posterior, more, best[:1])
             stuck = len(values) and not (len(gained) and gained.max() > values.max())
             candidates, values = torch.cat([candidates, more]), torch.cat([values, gained])
@@ -105,16 +111,22 @@ class GaussianProcessProposer:
             centers, tried = candidates[values.argsort(descending=True)[:NUM_CENTERS]], tried[:0]
         return candidates, values
 
-    def _ascents(self, posterior: Posterior, reference: Tensor, generator: np.random.Generator) -> Tensor:
+    def _ascents(
+        self, posterior: Posterior, reference: Tensor, generator: np.random.Generator
+    ) -> Tensor:
         """Find the best plan by each posterior sample of effects, and plans a few steps up the expected improvement."""
-        effects = posterior.effects(torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects))))
+        effects = posterior.effects(
+            torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
+        )
         num_cuts = len(self._plans.bytes)
         cuts = torch.arange(num_cuts).repeat_interleave(len(effects))
         effects = effects.repeat(num_cuts, 1, 1)
         capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
         plans = [self._plans.knapsacks(effects, capacities, cuts)]
         for _ in range(NUM_ASCENTS):
-            plans.append(self._plans.knapsacks(posterior.slopes(plans[-1], reference), capacities, cuts))
+            plans.append(
+                self._plans.knapsacks(posterior.slopes(plans[-1], reference), capacities, cuts)
+            )
         return torch.cat(plans)
 
 
@@ -163,7 +175,9 @@ class Plans:
         """Enumerate the plans inside the budget; None if the space has too many plans."""
         if sum(math.prod(map(len, each.offered)) for each in self.space.aligned) > MAX_ENUMERATED:
             return None
-        of_cuts = [itertools.product(*each.offered, [at]) for at, each in enumerate(self.space.aligned)]
+        of_cuts = [
+            itertools.product(*each.offered, [at]) for at, each in enumerate(self.space.aligned)
+        ]
         plans = torch.tensor(list(itertools.chain(*of_cuts)))
         return plans[self.sizes(plans) <= self.capacity]
 
@@ -174,7 +188,9 @@ class Plans:
 
     def sizes(self, plans: Tensor) -> Tensor:
         """Return the bytes ``(n,)`` of the model of each plan."""
-        return self.bytes[plans[:, -1:], self._rows, plans[:, :-1]].sum(1) + self._fixed[plans[:, -1]]
+        return (
+            self.bytes[plans[:, -1:], self._rows, plans[:, :-1]].sum(1) + self._fixed[plans[:, -1]]
+        )
 
     def new(self, plans: Tensor, seen: set[bytes]) -> Tensor:
         """Return the plans that are inside the budget and not in `seen`, and add them to `seen`."""
@@ -191,7 +207,9 @@ class Plans:
         worth = torch.tensor(generator.exponential(size=self.bytes.shape[1:]))
         cut = self._cuts[[int(generator.integers(len(self._cuts)))]]
         costs = -worth.cumsum(1).gather(1, self.bytes[cut][0].argsort(1).argsort(1))
-        return self.knapsacks(costs[None], torch.tensor([self.capacity], dtype=torch.float64), cut)[0]
+        return self.knapsacks(costs[None], torch.tensor([self.capacity], dtype=torch.float64), cut)[
+            0
+        ]
 
     def knapsacks(self, costs: Tensor, capacities: Tensor, cuts: Tensor) -> Tensor:
         """Find plans ``(s, groups + 1)`` of cuts ``(s,)`` of nearly least cost ``(s, groups, levels)``.
@@ -215,7 +233,11 @@ class Plans:
             current = plans[:, :, None]
             taken = bytes_.gather(2, current)
             room, growth = capacities - taken.sum((1, 2)), bytes_ - taken
-            gain = (costs.gather(2, current) - costs).masked_fill(growth > room[:, None, None], 0).flatten(1)
+            gain = (
+                (costs.gather(2, current) - costs)
+                .masked_fill(growth > room[:, None, None], 0)
+                .flatten(1)
+            )
             best, at = gain.max(1)
             rows = torch.nonzero(best > 0)[:, 0]
             if not len(rows):
@@ -233,7 +255,11 @@ class Plans:
         ups, downs = torch.nonzero(others & (growth > 0)), torch.nonzero(others & (growth < 0))
         paid = growth[tuple(ups.T)][:, None] + growth[tuple(downs.T)] <= room
         paid &= ups[:, :1] != downs[:, 0]
-        total = (rise[tuple(ups.T)][:, None] + rise[tuple(downs.T)]).masked_fill(~paid, math.inf).flatten()
+        total = (
+            (rise[tuple(ups.T)][:, None] + rise[tuple(downs.T)])
+            .masked_fill(~paid, math.inf)
+            .flatten()
+        )
         chosen = total.argsort()[: min(NUM_SWAPS, int(paid.sum()))]
         up, down = ups[chosen // max(1, len(downs))], downs[chosen % max(1, len(downs))]
         singles, swaps = plan.repeat(len(moves), 1), plan.repeat(len(chosen), 1)

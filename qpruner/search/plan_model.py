@@ -19,7 +19,9 @@ from qpruner.plans.space import SearchSpace
 from qpruner.quantization.formats import format_of
 from qpruner.search.searchers import Observation, Prior
 
-NUM_FITTED = 100  # observations that the hyperparameters are fitted to; more cost time and change little
+NUM_FITTED = (
+    100  # observations that the hyperparameters are fitted to; more cost time and change little
+)
 NUM_RUNG_PAIRS = 24  # trials of which all rungs are kept, not the latest alone
 SHARES = {
     "sublayer": (0.1, 1.0),
@@ -80,25 +82,42 @@ class PlanModel:
         of_groups = num_groups * (num_levels - 1)
         self.num_effects = of_groups + self.num_cuts
         lower = [set(offered[:-1]) for offered in space.offered]
-        self.is_free = torch.tensor([[at in levels for at in range(num_levels - 1)] for levels in lower])
+        self.is_free = torch.tensor(
+            [[at in levels for at in range(num_levels - 1)] for levels in lower]
+        )
         """Levels ``(groups, levels - 1)`` that have an effect."""
         shares = [1.0 / len(offered) for offered in space.offered]
         self._shares = torch.tensor(shares, dtype=torch.float64)
         # The covariance of the features of plans drawn uniformly.
         eye, free = torch.eye(num_levels - 1, dtype=torch.float64), self.is_free.to(torch.float64)
-        drawn = [(eye * share - share**2) * torch.outer(row, row) for share, row in zip(shares, free, strict=True)]
-        blocks = torch.eye(num_groups, dtype=torch.float64)[:, None, :, None] * torch.stack(drawn)[:, :, None, :]
+        drawn = [
+            (eye * share - share**2) * torch.outer(row, row)
+            for share, row in zip(shares, free, strict=True)
+        ]
+        blocks = (
+            torch.eye(num_groups, dtype=torch.float64)[:, None, :, None]
+            * torch.stack(drawn)[:, :, None, :]
+        )
         self._feature_covariance = blocks.reshape(of_groups, of_groups)
         unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * num_groups
         error = self._above_reference(space.damage or unmeasured)
         self._damage = error / error.abs().max().clamp_min(1e-300)
         sizes = torch.tensor([_saving(row) for row in space.group_bytes], dtype=torch.float64)
-        self._size_effects = self._unit(((sizes / sizes.mean().clamp_min(1e-300))[:, None] * self._damage).reshape(-1))
+        self._size_effects = self._unit(
+            ((sizes / sizes.mean().clamp_min(1e-300))[:, None] * self._damage).reshape(-1)
+        )
         methods = [self._method_effects(prior) for prior in priors.values()]
-        self._methods = [self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)]
-        mean = self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
+        self._methods = [
+            self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)
+        ]
+        mean = (
+            self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
+        )
         self.mean = pad(mean, (0, self.num_cuts))
-        self.parts = {name: pad(part, (0, self.num_cuts) * 2) for name, part in self._covariances(sizes).items()}
+        self.parts = {
+            name: pad(part, (0, self.num_cuts) * 2)
+            for name, part in self._covariances(sizes).items()
+        }
         self.others = OTHERS | (OF_CUTS if self.num_cuts else {})
         for name, part in self._covariances_of_cuts(whole).items():
             self.parts[name] = pad(part, (of_groups, 0) * 2)
@@ -106,8 +125,12 @@ class PlanModel:
     def features(self, plans: Tensor) -> Tensor:
         """Convert rows ``(n, groups + 1)`` to centred one-hot features ``(n, effects)``; 0 without effect."""
         levels, cuts = plans[:, :-1, None], plans[:, -1:]
-        hot = (levels == torch.arange(self.num_levels - 1)).to(torch.float64) - self._shares[:, None]
-        of_cuts = (cuts == torch.arange(self.num_cuts)).to(torch.float64) - 1 / max(1, self.num_cuts)
+        hot = (levels == torch.arange(self.num_levels - 1)).to(torch.float64) - self._shares[
+            :, None
+        ]
+        of_cuts = (cuts == torch.arange(self.num_cuts)).to(torch.float64) - 1 / max(
+            1, self.num_cuts
+        )
         return torch.cat([(hot * self.is_free).flatten(1), of_cuts], 1)
 
     def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
@@ -130,8 +153,12 @@ class PlanModel:
         numbers = [float(found.group()) for found in depths if found]
         if len(numbers) > 1:
             reach = max(1.0, (max(numbers) - min(numbers)) / 5)
-            number = torch.tensor([float(found.group()) if found else 0.0 for found in depths], dtype=torch.float64)
-            numbered = torch.tensor([1.0 if found else 0.0 for found in depths], dtype=torch.float64)
+            number = torch.tensor(
+                [float(found.group()) if found else 0.0 for found in depths], dtype=torch.float64
+            )
+            numbered = torch.tensor(
+                [1.0 if found else 0.0 for found in depths], dtype=torch.float64
+            )
             alike = same * scale * torch.exp(-(number[:, None] - number).abs() / reach)
             by_group["depth"] = alike * torch.outer(numbered, numbered)
         damage = self._damage.reshape(-1)
@@ -139,7 +166,10 @@ class PlanModel:
         parts = {name: self._by_level(part) * pattern for name, part in by_group.items()}
         parts["size"] = torch.outer(self._size_effects, self._size_effects)
         between = torch.tensor(
-            [[at in offered[1:-1] for at in range(self.num_levels - 1)] for offered in self.space.offered]
+            [
+                [at in offered[1:-1] for at in range(self.num_levels - 1)]
+                for offered in self.space.offered
+            ]
         )
         if bool(between.any()):
             parts["level"] = torch.diag(between.reshape(-1).to(torch.float64))
@@ -151,7 +181,9 @@ class PlanModel:
         parts = {name: self._unit_covariance(part) for name, part in parts.items()}
         alone = self._unit_covariance(self._by_level(eye * scale) * pattern)
         for kind in dict.fromkeys(kinds):
-            of_kind = torch.tensor([other == kind for other in kinds]).repeat_interleave(self.num_levels - 1)
+            of_kind = torch.tensor([other == kind for other in kinds]).repeat_interleave(
+                self.num_levels - 1
+            )
             if bool((alone * of_kind).any()):
                 parts[f"group {kind}"] = alone * of_kind
         return parts
@@ -180,7 +212,9 @@ class PlanModel:
 
         Returns ``(groups, levels - 1)``, with 0 for levels that have no effect.
         """
-        known = torch.tensor([[value or 0.0 for value in row] for row in values], dtype=torch.float64)
+        known = torch.tensor(
+            [[value or 0.0 for value in row] for row in values], dtype=torch.float64
+        )
         last = torch.tensor([offered[-1] for offered in self.space.offered])
         above = known[:, :-1] - known.gather(1, last[:, None])
         return above.masked_fill(~self.is_free, 0.0)
@@ -210,9 +244,14 @@ class Data:
     num_rungs: int  # rungs of the search, also those of which there is no score here
 
     @classmethod
-    def of(cls, space: SearchSpace, observations: Sequence[Observation], steps: Collection[int]) -> Data:
+    def of(
+        cls, space: SearchSpace, observations: Sequence[Observation], steps: Collection[int]
+    ) -> Data:
         """Convert observations to tensors; `steps` has the step of every rung."""
-        steps, plans = sorted(steps, reverse=True), [space.indices_of(item.plan) for item in observations]
+        steps, plans = (
+            sorted(steps, reverse=True),
+            [space.indices_of(item.plan) for item in observations],
+        )
         return cls(
             torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups) + 1),
             torch.tensor([steps.index(item.step) for item in observations], dtype=torch.long),
@@ -228,5 +267,9 @@ class Data:
 def informative(observations: Sequence[Observation]) -> list[Observation]:
     """Keep the latest observation of every trial, and all of the last `NUM_RUNG_PAIRS` trials that have several."""
     latest = {item.index: item.step for item in observations}
-    kept = set(sorted({item.index for item in observations if item.step < latest[item.index]})[-NUM_RUNG_PAIRS:])
+    kept = set(
+        sorted({item.index for item in observations if item.step < latest[item.index]})[
+            -NUM_RUNG_PAIRS:
+        ]
+    )
     return [item for item in observations if item.step == latest[item.index] or item.index in kept]

@@ -20,8 +20,13 @@ from qpruner.search.plan_model import AMPLITUDE, NUM_FITTED, SHARES, Data, PlanM
 
 JITTER = 1e-8
 MIN_VARIANCE = 1e-9
-CONSTANT_VARIANCE = 100.0  # of a rung's mean score, in units of the scores' variance: almost uninformative
-FREEDOM, NUM_STEPS = 1.0, 10  # degrees of freedom of Student's t, and steps of expectation maximization
+CONSTANT_VARIANCE = (
+    100.0  # of a rung's mean score, in units of the scores' variance: almost uninformative
+)
+FREEDOM, NUM_STEPS = (
+    1.0,
+    10,
+)  # degrees of freedom of Student's t, and steps of expectation maximization
 OWN = ("group", "sensitive")  # parts in which every group has an effect of its own
 
 
@@ -39,7 +44,9 @@ class Posterior:
     _parts: Tensor
     _medians: Tensor
 
-    def __init__(self, model: PlanModel, data: Data, pending: Tensor, fitted: Posterior | None = None) -> None:
+    def __init__(
+        self, model: PlanModel, data: Data, pending: Tensor, fitted: Posterior | None = None
+    ) -> None:
         self._model, self._data, num = model, data, len(data.scores)
         self._names = [*model.parts, *model.others]
         if fitted is None:
@@ -56,7 +63,9 @@ class Posterior:
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
         # The weight of a pending plan is zero, as its score is the expected one.
         self._weights = torch.zeros(len(self._plans), dtype=torch.float64)
-        self._weights[:num] = torch.cholesky_solve(residual[:, None], self._factor[:num, :num])[:, 0]
+        self._weights[:num] = torch.cholesky_solve(residual[:, None], self._factor[:num, :num])[
+            :, 0
+        ]
 
     def _learn(self) -> None:
         """Learn the unit, the hyperparameters and the scales of groups' own effects from the scores."""
@@ -84,7 +93,9 @@ class Posterior:
         additive = (features @ self._covariance * features).sum(1)
         prior = self._shape(self.hyper, additive, torch.zeros_like(additive))
         prior = prior + CONSTANT_VARIANCE + self._offset(self.hyper)
-        mean = self._center + self.unit * (features @ self._effect_mean(self.hyper) + self._weights @ cross)
+        mean = self._center + self.unit * (
+            features @ self._effect_mean(self.hyper) + self._weights @ cross
+        )
         return mean, solve_triangular(self._factor, cross, upper=False), prior
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +114,9 @@ class Posterior:
         to_target = self._rung_factor(self.hyper, self._ranks.new_zeros(1), self._ranks)[0]
         cross = self._covariance @ self._model.features(self._plans).T * to_target
         white = solve_triangular(self._factor, cross.T, upper=False)
-        return self._effect_mean(self.hyper) + cross @ self._weights, self._covariance - white.T @ white
+        return self._effect_mean(
+            self.hyper
+        ) + cross @ self._weights, self._covariance - white.T @ white
 
     def effects(self, noise: Tensor) -> Tensor:
         """Return effects ``(1 + s, groups, levels)``: the mean, and a sample per row of noise ``(s, effects)``."""
@@ -131,7 +144,10 @@ class Posterior:
 
     def _by_level(self, effects: Tensor) -> Tensor:
         of_groups = effects[:, : self._model.num_effects - self._model.num_cuts]
-        return pad(of_groups.reshape(-1, self._model.num_groups, self._model.num_levels - 1), (0, 1)) * self.unit
+        return (
+            pad(of_groups.reshape(-1, self._model.num_groups, self._model.num_levels - 1), (0, 1))
+            * self.unit
+        )
 
     def _value(self, name: str, hyper: Tensor | None = None) -> Tensor:
         return (self.hyper if hyper is None else hyper)[self._names.index(name)].exp()
@@ -166,10 +182,14 @@ class Posterior:
         def negative_log_density(vector: np.ndarray) -> tuple[float, np.ndarray]:
             hyper = torch.tensor(vector, requires_grad=True)
             additive = torch.einsum("c,cnm->nm", hyper[: len(grams)].exp(), grams)
-            kernel = self._shape(hyper, additive, distance) * self._rung_factor(hyper, data.ranks, data.ranks)
+            kernel = self._shape(hyper, additive, distance) * self._rung_factor(
+                hyper, data.ranks, data.ranks
+            )
             noise = self._value("noise", hyper) + JITTER
             factor = torch.linalg.cholesky(
-                kernel + self._levels(hyper, data.plans, data.ranks, data.plans, data.ranks) + noise * diagonal
+                kernel
+                + self._levels(hyper, data.plans, data.ranks, data.plans, data.ranks)
+                + noise * diagonal
             )
             residual = scores - self._prior_mean(hyper, data)
             white = solve_triangular(factor, residual[:, None], upper=False)
@@ -182,7 +202,9 @@ class Posterior:
         start, reach = self._medians.numpy(), 4 * self._spreads.numpy()
         bounds = list(zip(start - reach, start + reach, strict=True))
         options = {"maxfun": 25}
-        found = minimize(negative_log_density, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+        found = minimize(
+            negative_log_density, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options
+        )
         return torch.tensor(found.x)
 
     def _stretched(self) -> Tensor:
@@ -196,7 +218,9 @@ class Posterior:
             return self._parts
         own = torch.tensor([name.split()[0] in OWN for name in self._model.parts])
         weights, features = self.hyper[: len(own)].exp(), self._model.features(data.plans)
-        mine, rest = (torch.einsum("c,cde->de", weights[which], self._parts[which]) for which in (own, ~own))
+        mine, rest = (
+            torch.einsum("c,cde->de", weights[which], self._parts[which]) for which in (own, ~own)
+        )
         noise = (self._value("noise") + JITTER) * torch.eye(len(data.scores), dtype=torch.float64)
         residual = (data.scores - self._center) / self.unit - self._prior_mean(self.hyper, data)
         seen = features * self._rung_factor(self.hyper, data.ranks, data.ranks.new_zeros(1))
@@ -207,11 +231,15 @@ class Posterior:
         stretch, count = torch.ones_like(mine), self._model.is_free.sum(1).clamp_min(1)
         for _ in range(NUM_STEPS):
             additive = features @ (rest + mine * stretch) @ features.T
-            factor = torch.linalg.cholesky(self._shape(self.hyper, additive, distance) * rungs + apart)
+            factor = torch.linalg.cholesky(
+                self._shape(self.hyper, additive, distance) * rungs + apart
+            )
             white = solve_triangular(factor, seen @ (mine * stretch), upper=False)
             mean = white.T @ solve_triangular(factor, residual[:, None], upper=False)[:, 0]
             square = mean**2 + (mine * stretch).diagonal() - (white**2).sum(0)
-            ratio = (square / mine.diagonal().clamp_min(1e-300))[:of_groups].reshape(-1, levels).sum(1) / count
+            ratio = (square / mine.diagonal().clamp_min(1e-300))[:of_groups].reshape(
+                -1, levels
+            ).sum(1) / count
             scales = ((FREEDOM + ratio) / (FREEDOM + 1)).sqrt().repeat_interleave(levels)
             scales = pad(scales, (0, self._model.num_cuts), value=1.0)
             stretch = torch.outer(scales, scales)
@@ -227,7 +255,11 @@ class Posterior:
         return torch.cat([torch.ones(1, dtype=torch.float64), hyper[len(self._names) :].exp()])
 
     def _prior_mean(self, hyper: Tensor, data: Data) -> Tensor:
-        return self._model.features(data.plans) @ self._effect_mean(hyper) * self._amplitudes(hyper)[data.ranks]
+        return (
+            self._model.features(data.plans)
+            @ self._effect_mean(hyper)
+            * self._amplitudes(hyper)[data.ranks]
+        )
 
     def _rung_factor(self, hyper: Tensor, left: Tensor, right: Tensor) -> Tensor:
         amplitudes = self._amplitudes(hyper)
@@ -240,7 +272,9 @@ class Posterior:
 
         The hyperparameter `pairwise` weighs products of two effects, and `local` all else that similar plans share.
         """
-        pairwise, local, reach = (self._value(name, hyper) for name in ("pairwise", "local", "reach"))
+        pairwise, local, reach = (
+            self._value(name, hyper) for name in ("pairwise", "local", "reach")
+        )
         total = hyper[: len(self._model.parts)].exp().sum()
         return additive + pairwise * additive**2 / total + local * torch.exp(-distance / reach)
 
@@ -250,7 +284,9 @@ class Posterior:
         levels = self._levels(self.hyper, plans, ranks, others, their_ranks)
         return kernel * self._rung_factor(self.hyper, ranks, their_ranks) + levels
 
-    def _levels(self, hyper: Tensor, plans: Tensor, ranks: Tensor, others: Tensor, their_ranks: Tensor) -> Tensor:
+    def _levels(
+        self, hyper: Tensor, plans: Tensor, ranks: Tensor, others: Tensor, their_ranks: Tensor
+    ) -> Tensor:
         """Return the kernel of the mean scores of rungs, of which the prior knows almost nothing, and of cuts there."""
         same_cut = (plans[:, -1:] == others[:, -1]).to(torch.float64)
         same_rung = (ranks[:, None] == their_ranks).to(torch.float64)
@@ -258,4 +294,8 @@ class Posterior:
 
     def _offset(self, hyper: Tensor) -> Tensor:
         """Return the variance of a cut's own level at each rung; 0 if there is one cut only."""
-        return self._value("offset", hyper) if "offset" in self._names else torch.zeros((), dtype=torch.float64)
+        return (
+            self._value("offset", hyper)
+            if "offset" in self._names
+            else torch.zeros((), dtype=torch.float64)
+        )

@@ -38,13 +38,20 @@ class SearchProgress:
 
 def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> SearchProgress:
     """Compute the progress of a search from all trials in its folder."""
-    trials = tuple(trial for trial in sorted(records, key=lambda trial: trial.index) if trial.search == search.search)
+    trials = tuple(
+        trial
+        for trial in sorted(records, key=lambda trial: trial.index)
+        if trial.search == search.search
+    )
     finished = [trial for trial in trials if trial.status == "finished"]
     over = [trial.seconds for trial in trials if trial.is_over]
     left = None
     if over and search.slots and len(over) < len(trials):
         under_way = sum(trial.seconds for trial in trials if not trial.is_over)
-        left = max(0.0, (search.max_trials - len(over)) * sum(over) / len(over) - under_way) / search.slots
+        left = (
+            max(0.0, (search.max_trials - len(over)) * sum(over) / len(over) - under_way)
+            / search.slots
+        )
     in_budget = [trial for trial in finished if fits(trial, search)]
     best, control = (
         best_of((trial for trial in in_budget if trial.is_control == is_control), search.metric)
@@ -60,7 +67,9 @@ def fits(trial: TrialRecord, search: SearchState) -> bool:
 
 def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     """Return the trial with the best score at its last rung; of equal scores, the first trial."""
-    return min(finished, key=lambda trial: (trial.rungs[-1].cost(metric), trial.index), default=None)
+    return min(
+        finished, key=lambda trial: (trial.rungs[-1].cost(metric), trial.index), default=None
+    )
 
 
 def score_name(search: SearchState | SearchRecord) -> str:
@@ -78,9 +87,13 @@ def score_with_step(score_text: str, scored_step: int, current_step: int) -> str
     return score_text if scored_step == current_step else f"{score_text} @{scored_step}"
 
 
-def search_lines(search: SearchState, now: SearchProgress, is_running: bool = True) -> Iterator[Line]:
+def search_lines(
+    search: SearchState, now: SearchProgress, is_running: bool = True
+) -> Iterator[Line]:
     """Describe a search for the live view and `qpruner status`: counts and time left, then the best trials."""
-    counts = ", ".join(f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed"))
+    counts = ", ".join(
+        f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed")
+    )
     busy = f"{len(now.running)} {'running' if is_running else 'begun'}" if now.running else ""
     if is_running and search.slots is not None:
         # Trials without a slot wait for a machine that an autoscaler may start.
@@ -90,18 +103,33 @@ def search_lines(search: SearchState, now: SearchProgress, is_running: bool = Tr
     left = "" if now.seconds_left is None else f"; about {duration(now.seconds_left)} left"
     left += " once it goes on" if left and not is_running else ""
     now_busy = f"; {busy}" if busy else ""
-    yield f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {counts}{now_busy}{left}", None
+    yield (
+        f"{len(now.trials)} of {counted(search.max_trials, 'trial')}: {counts}{now_busy}{left}",
+        None,
+    )
     yield from ((line, None) for line in failing_devices(now.trials))
     for best in filter(None, (now.best, now.best_control)):
-        name = "given plan" if best.is_given else "best control" if best.is_control else "best so far"
-        reached = f"{score_title(search)} {best.rungs[-1].value(search.metric):.4f}, trial {best.index}"
-        yield f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, {best.plan_bytes / 1e6:.1f} MB", best
+        name = (
+            "given plan" if best.is_given else "best control" if best.is_control else "best so far"
+        )
+        reached = (
+            f"{score_title(search)} {best.rungs[-1].value(search.metric):.4f}, trial {best.index}"
+        )
+        yield (
+            f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, {best.plan_bytes / 1e6:.1f} MB",
+            best,
+        )
 
 
 def failing_devices(trials: Iterable[TrialRecord]) -> list[str]:
     """Name each device on which trials failed that then scored on another one, and count them."""
-    failed = Counter(device for trial in trials if trial.rungs for device in {*trial.failed_on} - {trial.device})
-    return [f"{counted(count, 'trial')} failed on {device} and ran elsewhere" for device, count in failed.items()]
+    failed = Counter(
+        device for trial in trials if trial.rungs for device in {*trial.failed_on} - {trial.device}
+    )
+    return [
+        f"{counted(count, 'trial')} failed on {device} and ran elsewhere"
+        for device, count in failed.items()
+    ]
 
 
 def best_so_far(over: Iterable[TrialRecord], metric: str) -> list[float | None]:
@@ -117,7 +145,10 @@ def best_so_far(over: Iterable[TrialRecord], metric: str) -> list[float | None]:
 
 def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Return the trials that are over, in the order in which they ended."""
-    return sorted((trial for trial in trials if trial.is_over), key=lambda trial: (trial.times[-1:], trial.index))
+    return sorted(
+        (trial for trial in trials if trial.is_over),
+        key=lambda trial: (trial.times[-1:], trial.index),
+    )
 
 
 def trial_line(trial: TrialRecord, steps: int) -> str:
@@ -127,7 +158,12 @@ def trial_line(trial: TrialRecord, steps: int) -> str:
         last = trial.rungs[-1]
         accuracy = "" if last.accuracy is None else f" accuracy {last.accuracy:.3f}"
         line += f" step {last.step}/{steps} loss {last.loss:.4f}{accuracy}"
-    ends = {"running": "", "finished": "", "stopped": ", stopped", "failed": f", failed: {trial.reason}"}
+    ends = {
+        "running": "",
+        "finished": "",
+        "stopped": ", stopped",
+        "failed": f", failed: {trial.reason}",
+    }
     return f"{line} ({trial.origin}){ends[trial.status]}"
 
 

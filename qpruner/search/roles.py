@@ -33,11 +33,15 @@ class Paired(NamedTuple):
 def best_of(finalists: Sequence[Confirmation], metric: str) -> Confirmation | None:
     """Return the finalist with the best score, see `choice.winner_position`; None without finalists."""
     scores = [each.cost(metric) for each in finalists]
-    position = winner_position(scores, [each.control for each in finalists], [len(each.losses) for each in finalists])
+    position = winner_position(
+        scores, [each.control for each in finalists], [len(each.losses) for each in finalists]
+    )
     return None if position is None else finalists[position]
 
 
-def rival_of(finalists: Sequence[Confirmation], winner: Confirmation, metric: str) -> Confirmation | None:
+def rival_of(
+    finalists: Sequence[Confirmation], winner: Confirmation, metric: str
+) -> Confirmation | None:
     """Return the finalist that the winner has to be compared with; None if no other may win.
 
     It is the best control if a searched plan won, and the best searched plan if a control won. If a control won and no
@@ -79,7 +83,10 @@ def rival_row(results: Results) -> str | None:
         return None
     rival = results.search.finalist(results.search.rival)
     for tuned in results.candidates:
-        if tuned.name not in (SEARCHED, RANDOM) and (tuned.cut, tuned.plan) == (rival.cut, rival.plan):
+        if tuned.name not in (SEARCHED, RANDOM) and (tuned.cut, tuned.plan) == (
+            rival.cut,
+            rival.plan,
+        ):
             return tuned.name
     return None
 
@@ -89,7 +96,11 @@ def title_of(name: str, search: SearchRecord | None) -> str:
     if name != SEARCHED or search is None:
         return control_title(name)
     if search.best_origin == GIVEN:
-        known = (each.origin for each in search.confirmations if each.index == search.best_index and each.control)
+        known = (
+            each.origin
+            for each in search.confirmations
+            if each.index == search.best_index and each.control
+        )
         return "".join(["given plan", *(f" ({origin})" for origin in known)])
     return f"winner ({control_title(search.best_origin)})" if search.control_won else name
 
@@ -101,4 +112,6 @@ def control_title(name: str) -> str:
     if name == BEST_SEARCHED:
         return "best searched plan"
     cut, _, kind = name.rpartition("-")
-    return f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name
+    return (
+        f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name
+    )

@@ -45,26 +45,38 @@ class Rungs:
         trials = [(self._cut_of[index], scores) for index, scores in self._scores.items()]
         finished = [cut for cut, scores in trials if {step, self.last} <= scores.keys()]
         num_pairs = sum(one != other for one, other in itertools.combinations(finished, 2))
-        if not set(finished).issuperset(self.cuts) or (len(self.cuts) > 1 and num_pairs < ENOUGH_PAIRS):
+        if not set(finished).issuperset(self.cuts) or (
+            len(self.cuts) > 1 and num_pairs < ENOUGH_PAIRS
+        ):
             return True
-        across = next((each.across for each in agreements(trials, self.last) if each.step == step), None)
+        across = next(
+            (each.across for each in agreements(trials, self.last) if each.step == step), None
+        )
         return across is not None and across < AGREEMENT
 
 
-def agreements(trials: Iterable[tuple[str, Mapping[int, float]]], last: int) -> tuple[RungAgreement, ...]:
+def agreements(
+    trials: Iterable[tuple[str, Mapping[int, float]]], last: int
+) -> tuple[RungAgreement, ...]:
     """Compare the rungs of trials, each given by its cut and its scores by step, with the rung of step `last`."""
     finished = [(cut, scores) for cut, scores in trials if last in scores]
     steps = sorted({step for _, scores in finished for step in scores if step < last})
-    return tuple(_agreement(step, [each for each in finished if step in each[1]], last) for step in steps)
+    return tuple(
+        _agreement(step, [each for each in finished if step in each[1]], last) for step in steps
+    )
 
 
-def _agreement(step: int, trials: Sequence[tuple[str, Mapping[int, float]]], last: int) -> RungAgreement:
+def _agreement(
+    step: int, trials: Sequence[tuple[str, Mapping[int, float]]], last: int
+) -> RungAgreement:
     cuts = np.array([cut for cut, _ in trials])
     early, late = (np.array([scores[at] for _, scores in trials]) for at in (step, last))
     ordered = np.sign(np.subtract.outer(early, early) * np.subtract.outer(late, late))
     is_pair, is_within = np.tri(len(trials), k=-1, dtype=bool), np.equal.outer(cuts, cuts)
     within, across = (ordered[is_pair & of_kind] for of_kind in (is_within, ~is_within))
-    return RungAgreement(step=step, num_trials=len(trials), within=_mean(within), across=_mean(across))
+    return RungAgreement(
+        step=step, num_trials=len(trials), within=_mean(within), across=_mean(across)
+    )
 
 
 def _mean(signs: np.ndarray) -> float | None:

@@ -41,12 +41,16 @@ class History:
 
     observations: tuple[Observation, ...] = ()  # every rung of every trial, running ones included
     pending: tuple[PrecisionPlan, ...] = ()  # plans of running trials
-    failed: tuple[PrecisionPlan, ...] = ()  # without a score; plans that cannot be trained have one, see `Ledger`
+    failed: tuple[
+        PrecisionPlan, ...
+    ] = ()  # without a score; plans that cannot be trained have one, see `Ledger`
 
     def last(self) -> list[Observation]:
         """Return the observation at the latest rung of each trial that is over."""
         running = set(self.pending)
-        return list({item.index: item for item in self.observations if item.plan not in running}.values())
+        return list(
+            {item.index: item for item in self.observations if item.plan not in running}.values()
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class RandomProposer:
         cut = int(generator.integers(len(self.space.cuts)))
         offered = self.space.aligned[cut].offered
         drawn = generator.integers([len(levels) for levels in offered])
-        return self.space.plan_of((*(levels[at] for levels, at in zip(offered, drawn, strict=True)), cut))
+        return self.space.plan_of(
+            (*(levels[at] for levels, at in zip(offered, drawn, strict=True)), cut)
+        )
 
 
 @dataclass
@@ -111,7 +117,9 @@ class Ledger:
 
     space: SearchSpace
     proposer: Proposer
-    controls: Sequence[tuple[str, PrecisionPlan]]  # (origin, plan), handed out first; of any cut, any size
+    controls: Sequence[
+        tuple[str, PrecisionPlan]
+    ]  # (origin, plan), handed out first; of any cut, any size
     max_trials: int  # suggestions in all, without trials of another search
     proposes: bool = True  # False if only the controls are run
     ended: str | None = None  # why there are no more suggestions; None before that
@@ -122,7 +130,9 @@ class Ledger:
     _observations: dict[tuple[int, int], Observation] = field(default_factory=dict)
     _untrainable: dict[int, PrecisionPlan] = field(default_factory=dict)
 
-    def recall(self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True) -> None:
+    def recall(
+        self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True
+    ) -> None:
         """Add a recorded trial, before `close` or `hand_out_again`; without `counts` it is not one of `max_trials`."""
         self._known[suggestion.plan] = suggestion.index
         for rung in rungs:
@@ -167,10 +177,15 @@ class Ledger:
 
     def history(self) -> History:
         """Return the observations and plans that the searcher learns from: those of its own space."""
-        observed = {key: item for key, item in self._observations.items() if item.plan in self.space}
+        observed = {
+            key: item for key, item in self._observations.items() if item.plan in self.space
+        }
         known = observed | self._penalties(observed.values())
         seen = {index for index, _ in known} | self._live.keys()
-        by_index = sorted((item for item in self._known.items() if item[0] in self.space), key=lambda item: item[1])
+        by_index = sorted(
+            (item for item in self._known.items() if item[0] in self.space),
+            key=lambda item: item[1],
+        )
         return History(
             tuple(known[key] for key in sorted(known)),
             tuple(plan for plan, index in by_index if index in self._live),
@@ -186,9 +201,14 @@ class Ledger:
         worst, best = max(scores), min(scores)
         score = worst + ((worst - best) or abs(worst) / 100)
         untrainable = {
-            index: plan for index, plan in self._untrainable.items() if index not in self._live and plan in self.space
+            index: plan
+            for index, plan in self._untrainable.items()
+            if index not in self._live and plan in self.space
         }
-        return {(index, step): Observation(index, plan, step, score) for index, plan in untrainable.items()}
+        return {
+            (index, step): Observation(index, plan, step, score)
+            for index, plan in untrainable.items()
+        }
 
     def _new(self) -> Suggestion | None:
         if self.ended:
@@ -198,7 +218,9 @@ class Ledger:
             return None
         taken = set(self._known.values())
         index = next(number for number in itertools.count() if number not in taken)
-        control = next((control for control in self.controls if control[1] not in self._known), None)
+        control = next(
+            (control for control in self.controls if control[1] not in self._known), None
+        )
         suggestion = Suggestion(control[1], index, control[0]) if control else self._proposal(index)
         if suggestion:
             self._known[suggestion.plan] = index
@@ -209,7 +231,9 @@ class Ledger:
         if not self.proposes:
             self.end("only one plan was to be tried (`search.plan`, or a single one is possible)")
             return None
-        plan = self.space.nearest_feasible(self.proposer.propose(index, self.history()), avoid=self._known)
+        plan = self.space.nearest_feasible(
+            self.proposer.propose(index, self.history()), avoid=self._known
+        )
         if plan is None:
             self.end("every plan inside the budget was tried")
             return None

@@ -53,7 +53,8 @@ class Board:
             self._listen(event)
         except OSError as error:
             logger.warning(
-                "TensorBoard's files could not be written: %s; repeat the command to write what is missing", error
+                "TensorBoard's files could not be written: %s; repeat the command to write what is missing",
+                error,
             )
 
     def _listen(self, event: events.Event) -> None:
@@ -83,7 +84,9 @@ class Board:
         if trials:  # without trials there is no table
             whole = max(trials, key=lambda trial: len(trial.plan))  # a cut may lack blocks
             found.append(_experiment(_columns(search, whole), _metrics(search, config)))
-        for count, (value, trial) in enumerate(zip(best_so_far(over, search.metric), over, strict=True), 1):
+        for count, (value, trial) in enumerate(
+            zip(best_so_far(over, search.metric), over, strict=True), 1
+        ):
             if value is not None:
                 found.append(_scalar(BEST, value, count, trial.times[-1] if trial.times else 0.0))
         write_events(self._folder / "search", found)
@@ -104,11 +107,15 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
         for name, value in (("loss", rung.loss), (accuracy_name(search.metrics), rung.accuracy)):
             if value is not None:
                 found.append(_scalar(f"validation/{name}", value, rung.step, moment))
-                found.append(_scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment))
+                found.append(
+                    _scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment)
+                )
     if trial.is_over:
         # Fits a column of 10 em. Without a title TensorBoard shows the file's path, which begins alike in all rows.
         title = f"{trial.index:04d} of {folder.parent.name}"
-        found += _session(title, _columns(search, trial), trial.status != "failed", (started, moments[-1]))
+        found += _session(
+            title, _columns(search, trial), trial.status != "failed", (started, moments[-1])
+        )
     write_events(folder / run_name(trial), found)
 
 
@@ -139,7 +146,11 @@ def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
     """
     scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
     steps = config.search.rungs
-    rungs = {f"{RUNGS}/{name} at step {step}": f"{name} at step {step}" for name in scored for step in steps}
+    rungs = {
+        f"{RUNGS}/{name} at step {step}": f"{name} at step {step}"
+        for name in scored
+        for step in steps
+    }
     last = f"{RUNGS}/{score_name(search)} at step {steps[-1]}"
     return {last: rungs[last]} | rungs
 
@@ -182,13 +193,17 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
     """Declare the HParams table's columns: parameters (name -> example value) and metrics (tag -> title)."""
     content = HParamsPluginData(version=0)
     for name, value in columns.items():
-        content.experiment.hparam_infos.add(name=name, type=TEXT if isinstance(value, str) else NUMBER)
+        content.experiment.hparam_infos.add(
+            name=name, type=TEXT if isinstance(value, str) else NUMBER
+        )
     for tag, title in metrics.items():
         content.experiment.metric_infos.add(name={"tag": tag}, display_name=title)
     return _hparams("experiment", content, 0.0)
 
 
-def _session(title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]) -> list[Any]:
+def _session(
+    title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]
+) -> list[Any]:
     """Return the messages of an HParams row, whose `title` must be unique, because TensorBoard merges equal ones.
 
     TensorBoard takes the metrics from the run's last scalars. tensorboardX's `hparams` sets neither titles nor times.
@@ -204,12 +219,19 @@ def _session(title: str, parameters: dict[str, str | float], is_success: bool, t
             column.number_value = value
     end.session_end_info.status = SUCCESS if is_success else FAILURE
     end.session_end_info.end_time_secs = times[1]
-    return [_hparams("session_start_info", start, times[1]), _hparams("session_end_info", end, times[1])]
+    return [
+        _hparams("session_start_info", start, times[1]),
+        _hparams("session_end_info", end, times[1]),
+    ]
 
 
 def _hparams(name: str, content: Any, time: float) -> Any:
-    data = SummaryMetadata.PluginData(plugin_name="hparams", content=content.SerializeToString(deterministic=True))
-    return _event(Summary.Value(tag=f"_hparams_/{name}", metadata=SummaryMetadata(plugin_data=data)), 0, time)
+    data = SummaryMetadata.PluginData(
+        plugin_name="hparams", content=content.SerializeToString(deterministic=True)
+    )
+    return _event(
+        Summary.Value(tag=f"_hparams_/{name}", metadata=SummaryMetadata(plugin_data=data)), 0, time
+    )
 
 
 def _event(value: Any, step: int, time: float) -> Any:

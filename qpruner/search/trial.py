@@ -20,7 +20,9 @@ from qpruner.training.evaluate import score_tasks
 from qpruner.training.finetune import Listener, Schedule, finetune, step_losses
 
 
-def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None) -> None:
+def run_trial(
+    job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None
+) -> None:
     """Assemble the plan's model, fine-tune it (from `start`, if any), score rungs, and report them and checkpoints."""
     config, materials = job.config, job.materials
     one_at_a_time = threading.Lock()  # several threads read files
@@ -57,15 +59,25 @@ def run_trial(job: TrialJob, start: Path | None, report: Report, progress: Progr
         report(result.model_copy(update={"train_losses": train_losses}), checkpoint)
 
     # Training, scoring and lm-eval all call the model, so one hook reports progress of all.
-    with working_folder("qpruner-trial-") as work, peft_model.register_forward_pre_hook(lambda *_: progress(done)):
+    with (
+        working_folder("qpruner-trial-") as work,
+        peft_model.register_forward_pre_hook(lambda *_: progress(done)),
+    ):
         schedule = Schedule(config.search.steps, rungs=rungs, save_seconds=job.save_seconds)
         listener = Listener(on_rung, on_step, on_save=on_save)
         train = load_encoded(materials.data / "train")
-        finetune(peft_model, train, config.training, schedule, work, config.seed, pad_id, start, listener)
+        finetune(
+            peft_model, train, config.training, schedule, work, config.seed, pad_id, start, listener
+        )
 
 
 def score(
-    model: torch.nn.Module, tokenizer: Any, validation: Rows, config: RunConfig, step: int, train_loss: float
+    model: torch.nn.Module,
+    tokenizer: Any,
+    validation: Rows,
+    config: RunConfig,
+    step: int,
+    train_loss: float,
 ) -> RungResult:
     """Score a rung: the validation loss and, if the search has tasks, their mean accuracy."""
     search, settings = config.search, config.evaluate
@@ -75,6 +87,8 @@ def score(
         result = RungResult(step=step, loss=loss, train_loss=train_loss)
         if not search.tasks:
             return result
-        scores = score_tasks(model, tokenizer, search.tasks, settings, search.limit, metric=search.named_metric)
+        scores = score_tasks(
+            model, tokenizer, search.tasks, settings, search.limit, metric=search.named_metric
+        )
     accuracy, stderr = over_tasks([each.correct for each in scores])
     return result.model_copy(update={"accuracy": accuracy, "accuracy_stderr": stderr})

@@ -101,7 +101,9 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
         notify(f"{error}; set aside in {where}, and the search's hours count from zero")
 
 
-def set_aside_others(folder: Path, models: Mapping[str, str], notify: Callable[[str], None]) -> None:
+def set_aside_others(
+    folder: Path, models: Mapping[str, str], notify: Callable[[str], None]
+) -> None:
     """Move trials of other weights into `damaged/`: a cut that was made again may differ, as on another machine.
 
     `models` maps cuts to their present digests (see `TrialRecord.model`).
@@ -121,9 +123,21 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
     found = storage.folder_digests(checkpoint)
     if found == record.checkpoint:
         return False
-    where = f"set aside in {storage.quarantine(checkpoint, checkpoint.parent.parent)}" if found else "missing"
-    notify(f"{storage.display_name(checkpoint)} is damaged: {where}; trial {record.index} is restarted")
-    afresh = {"status": "running", "rungs": (), "saved_between": 0, "checkpoint": {}, "times": record.times[:1]}
+    where = (
+        f"set aside in {storage.quarantine(checkpoint, checkpoint.parent.parent)}"
+        if found
+        else "missing"
+    )
+    notify(
+        f"{storage.display_name(checkpoint)} is damaged: {where}; trial {record.index} is restarted"
+    )
+    afresh = {
+        "status": "running",
+        "rungs": (),
+        "saved_between": 0,
+        "checkpoint": {},
+        "times": record.times[:1],
+    }
     write_trial(folder, record.model_copy(update=afresh))
     return True
 
@@ -176,7 +190,11 @@ def trial_folder(trials: Path, index: int) -> Path:
 
 def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
     """Return the path of a trial's last checkpoint; None before the first."""
-    return trial_folder(trials, record.index) / f"checkpoint-{record.saved_step}" if record.saved_step else None
+    return (
+        trial_folder(trials, record.index) / f"checkpoint-{record.saved_step}"
+        if record.saved_step
+        else None
+    )
 
 
 def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:
@@ -185,7 +203,9 @@ def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None
 
     def clean(folder: Path) -> None:
         for name in storage.children(folder):
-            is_checkpoint = name.lstrip(".").startswith("checkpoint-") and not name.endswith(storage.FILES)
+            is_checkpoint = name.lstrip(".").startswith("checkpoint-") and not name.endswith(
+                storage.FILES
+            )
             if is_checkpoint and folder / name != last[folder]:
                 storage.remove(folder / name)
 
@@ -209,7 +229,9 @@ def write_seconds(trials: Path, search: str, seconds: float, session: int | None
 def begin_session(trials: Path, search: str) -> int:
     """Begin a session of a search and return its number, from 1."""
     clock = read_clock(trials, search)
-    storage.write_json(_clock_path(trials, search), clock.model_copy(update={"sessions": clock.sessions + 1}))
+    storage.write_json(
+        _clock_path(trials, search), clock.model_copy(update={"sessions": clock.sessions + 1})
+    )
     return clock.sessions + 1
 
 

@@ -31,7 +31,9 @@ BYTES_A_WEIGHT = 17
 squared gradients, quantization error, and a product with the error or the buffer of unpacking)."""
 
 
-def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> dict[str, dict[Pair, float]]:
+def expand(
+    model: PreTrainedModel, samples: Samples, starts: Starts
+) -> dict[str, dict[Pair, float]]:
     """Predict the rise of the loss by every (group, format) of `starts`, all in blocks, by each method in one pass."""
     pairs = pairs_of(starts)
     owner = {path: group for group in dict(pairs) for path in starts.groups[group]}
@@ -49,14 +51,19 @@ def expand(model: PreTrainedModel, samples: Samples, starts: Starts) -> dict[str
             slope, curvature = rises(error, slopes, squares)
             del error  # free the memory before the next error is computed
             if not math.isfinite(slope + curvature):
-                raise TrainingDiverged(f"the gradient of {path}.weight is NaN or infinite on the calibration samples")
+                raise TrainingDiverged(
+                    f"the gradient of {path}.weight is NaN or infinite on the calibration samples"
+                )
             first_order[index] += slope
             fisher[index] += curvature
 
     visit_linear_gradients(model, linears, samples.by_length, visit)  # type: ignore[arg-type]
     num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])
     sums = {"first_order": first_order, "fisher": fisher, "second_order": first_order + fisher}
-    return {method: dict(zip(pairs, (each / num_tokens).tolist(), strict=True)) for method, each in sums.items()}
+    return {
+        method: dict(zip(pairs, (each / num_tokens).tolist(), strict=True))
+        for method, each in sums.items()
+    }
 
 
 def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
@@ -65,7 +72,9 @@ def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> t
     return float((error * slopes).sum()), float(0.5 * error.square_().mul_(squares).sum())
 
 
-def _sums_over_samples(inputs: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _sums_over_samples(
+    inputs: torch.Tensor, gradients: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of the weight gradients of all samples, and the sum of their squares, ``(rows, columns)`` each."""
     slope = torch.empty(gradients.shape[-1], inputs.shape[-1], device=inputs.device)
     slopes, squares = torch.zeros_like(slope), torch.zeros_like(slope)

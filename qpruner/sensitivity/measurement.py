@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Pair = tuple[str, str]  # a group and a packed format that it may have
-POSITIONS = 256  # positions compared at once; each needs a float32 row of the size of the vocabulary
+POSITIONS = (
+    256  # positions compared at once; each needs a float32 row of the size of the vocabulary
+)
 
 
 def pairs_of(starts: Starts) -> tuple[Pair, ...]:
@@ -31,29 +33,42 @@ def pairs_of(starts: Starts) -> tuple[Pair, ...]:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, samples: Samples, starts: Starts) -> dict[str, dict[Pair, float]]:
+def measure(
+    model: PreTrainedModel, samples: Samples, starts: Starts
+) -> dict[str, dict[Pair, float]]:
     """Measure `kl` and `loss`: the mean rise by every (group, format), in nats a predicted token; progress counts both.
 
     In bfloat16 rounding alone causes 0.0009 to 0.0015 nats of KL divergence on pruned SmolLM2 (one weight changed in
     its last place, 2026-11), about as much as 8 bits do: rank groups at 8 bits by `fisher`. Packed embeddings also
     replace a head that is tied to them.
     """
-    all_batches = list(batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device))
+    all_batches = list(
+        batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device)
+    )
     pairs, positions = pairs_of(starts), 0
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64)
     layers = {
-        group: {path: model.get_parameter(f"{path}.weight") for path in starts.groups[group]} for group, _ in pairs
+        group: {path: model.get_parameter(f"{path}.weight") for path in starts.groups[group]}
+        for group, _ in pairs
     }
     for number, batch in enumerate(all_batches):
         run = _Rerun(model, batch)
         positions += len(run.labels)
         for index, (group, name) in enumerate(pairs):
-            values = [starts.weight(group, name, path, each).to(each.dtype) for path, each in layers[group].items()]
+            values = [
+                starts.weight(group, name, path, each).to(each.dtype)
+                for path, each in layers[group].items()
+            ]
             with _replaced([*layers[group].values()], values):
-                sums[index] += run.rise(next(iter(layers[group])), f"the model with {group} in {name}")
+                sums[index] += run.rise(
+                    next(iter(layers[group])), f"the model with {group} in {name}"
+                )
             samples.on_progress(number * len(pairs) + index + 1, len(all_batches) * len(pairs))
     means = (sums / positions).T.tolist()
-    return {method: dict(zip(pairs, of, strict=True)) for method, of in zip(("kl", "loss"), means, strict=True)}
+    return {
+        method: dict(zip(pairs, of, strict=True))
+        for method, of in zip(("kl", "loss"), means, strict=True)
+    }
 
 
 class _Rerun:
@@ -75,8 +90,15 @@ class _Rerun:
 
     def rise(self, layer_path: str, model_in_errors: str) -> torch.Tensor:
         """Run again from this layer on; return the sums of KL divergence and change of the loss, ``(2,)``."""
-        first = len(self._blocks) if self._model.get_submodule(layer_path) is self._model.get_output_embeddings() else 0
-        first = next((at for at, block in enumerate(self._paths) if layer_path.startswith(f"{block}.")), first)
+        first = (
+            len(self._blocks)
+            if self._model.get_submodule(layer_path) is self._model.get_output_embeddings()
+            else 0
+        )
+        first = next(
+            (at for at, block in enumerate(self._paths) if layer_path.startswith(f"{block}.")),
+            first,
+        )
         kept = [lambda *_, output=output, **__: output for output in self._outputs[:first]]
         with returning(self._blocks[:first], kept):
             logits = predicted_logits(self._model, self._batch)
@@ -96,12 +118,16 @@ class _Rerun:
     @staticmethod
     def _sum(values: torch.Tensor, model_name: str) -> torch.Tensor:
         if not values.isfinite().all():
-            raise TrainingDiverged(f"the predictions of {model_name} are NaN or infinite on the calibration samples")
+            raise TrainingDiverged(
+                f"the predictions of {model_name} are NaN or infinite on the calibration samples"
+            )
         return values.double().sum().cpu()
 
 
 @contextmanager
-def _replaced(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
+def _replaced(
+    parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]
+) -> Iterator[None]:
     """Replace the values of parameters inside the context, and put the original tensors back afterwards."""
     originals = [parameter.data for parameter in parameters]
     try:

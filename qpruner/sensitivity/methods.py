@@ -44,12 +44,17 @@ class Subject:
     @property
     def blocks(self) -> Subject:
         """The same without embeddings and head."""
-        return replace(self, groups=tuple(group for group in self.groups if group.name not in (EMBEDDINGS, HEAD)))
+        return replace(
+            self,
+            groups=tuple(group for group in self.groups if group.name not in (EMBEDDINGS, HEAD)),
+        )
 
     @property
     def starts(self) -> Starts:
         """Open the bank to read the initial weights of the groups."""
-        groups = {group.name: tuple(linear.name for linear in group.linears) for group in self.groups}
+        groups = {
+            group.name: tuple(linear.name for linear in group.linears) for group in self.groups
+        }
         return Starts(self.bank, groups, {group.name: group.formats for group in self.groups})
 
 
@@ -62,22 +67,36 @@ def by_information(
 ) -> dict[str, MethodScores]:
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
-    found = mutual_information.measure(model, subject.samples, subject.bank.grouping, settings, seed, subject.on_group)
+    found = mutual_information.measure(
+        model, subject.samples, subject.bank.grouping, settings, seed, subject.on_group
+    )
     nats = dict.fromkeys((group.name for group in subject.groups), max(found))
     nats |= {group.name: value for group, value in zip(subject.blocks.groups, found, strict=True)}
-    sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for group in subject.groups for name in group.formats}
+    sizes = {
+        name: format_of(name).packed_bytes(4096, 4096, 2)
+        for group in subject.groups
+        for name in group.formats
+    }
     least, most = min(sizes.values()), max(sizes.values())
     share = {name: (most - size) / max(1, most - least) for name, size in sizes.items()}
-    rises = {(group.name, name): nats[group.name] * share[name] for group in subject.groups for name in _packed(group)}
+    rises = {
+        (group.name, name): nats[group.name] * share[name]
+        for group in subject.groups
+        for name in _packed(group)
+    }
     seconds = time.monotonic() - started
     return _scores({"mutual_information": rises}, subject.groups, seconds, "nats of information")
 
 
-def by_expansion(model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]) -> dict[str, MethodScores]:
+def by_expansion(
+    model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]
+) -> dict[str, MethodScores]:
     """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and head."""
     started = time.monotonic()
     found = expand(model, subject.samples, subject.blocks.starts)
-    by_method = {name: rises | dict(tables[MEASURED_INSTEAD[name]]) for name, rises in found.items()}
+    by_method = {
+        name: rises | dict(tables[MEASURED_INSTEAD[name]]) for name, rises in found.items()
+    }
     return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
@@ -103,7 +122,10 @@ def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> 
 
 
 def _scores(
-    by_method: Mapping[str, Rises], groups: Sequence[Group], seconds: float, unit: str = "nats per predicted token"
+    by_method: Mapping[str, Rises],
+    groups: Sequence[Group],
+    seconds: float,
+    unit: str = "nats per predicted token",
 ) -> dict[str, MethodScores]:
     """Make one record per method; the methods share the time `seconds`."""
     return {

@@ -30,7 +30,12 @@ Integers = npt.NDArray[np.int64]
 
 
 def measure(
-    model: PreTrainedModel, samples: Samples, group: str, settings: SensitivityConfig, seed: int, on_group: OnProgress
+    model: PreTrainedModel,
+    samples: Samples,
+    group: str,
+    settings: SensitivityConfig,
+    seed: int,
+    on_group: OnProgress,
 ) -> tuple[float, ...]:
     """Estimate every group's mutual information in nats; `seed` draws positions and shuffles, `on_group` counts."""
     samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
@@ -43,17 +48,26 @@ def measure(
         for name, paths in modules.items():
             outputs[name].append(torch.cat([batch[path] for path in paths], dim=1).to(model.dtype))
 
-    hooked_modules = {path: model.get_submodule(path) for paths in modules.values() for path in paths}
+    hooked_modules = {
+        path: model.get_submodule(path) for paths in modules.values() for path in paths
+    }
     visit_outputs(model, hooked_modules, samples, visit)
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     if len(np.unique(labels)) < 2:
         why = f"the model predicts the same token at all {len(labels)} positions, so mutual information is zero"
-        raise UserError(f"`calibration.num_sensitivity_samples`: {why}; give more or longer samples")
-    shuffled = [np.random.default_rng([seed, turn]).permutation(labels) for turn in range(settings.num_shuffles)]
+        raise UserError(
+            f"`calibration.num_sensitivity_samples`: {why}; give more or longer samples"
+        )
+    shuffled = [
+        np.random.default_rng([seed, turn]).permutation(labels)
+        for turn in range(settings.num_shuffles)
+    ]
     found: list[float] = []
     for name in modules:
         components = whitened_components(torch.cat(outputs.pop(name)), settings.num_components)
-        raw, *baseline = (estimate(components, each, settings.num_neighbors) for each in (labels, *shuffled))
+        raw, *baseline = (
+            estimate(components, each, settings.num_neighbors) for each in (labels, *shuffled)
+        )
         found.append(raw - float(np.mean(baseline)))
         on_group(len(found), len(modules))
     return tuple(found)
@@ -98,9 +112,14 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
         # Just below the distance of the k-th neighbour, so that m counts strictly closer points and the point itself.
         radius[same] = np.nextafter(nearest.kneighbors()[0][:, -1], 0)
         used[same], members[same] = neighbors, same.sum()
-    closer = KDTree(components, metric="chebyshev").query_radius(components, radius, count_only=True)
+    closer = KDTree(components, metric="chebyshev").query_radius(
+        components, radius, count_only=True
+    )
     return float(
-        digamma(count) + digamma(used).mean() - digamma(members).mean() - digamma(np.maximum(closer, 1)).mean()
+        digamma(count)
+        + digamma(used).mean()
+        - digamma(members).mean()
+        - digamma(np.maximum(closer, 1)).mean()
     )
 
 

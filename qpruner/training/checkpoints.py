@@ -60,8 +60,14 @@ class Ownership:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest intact checkpoint of a fine-tune, fetched from an object store if needed, or None."""
-    listed = [name.removesuffix(storage.FILES) for name in storage.children(folder) if name.endswith(storage.FILES)]
-    steps = [int(name.removeprefix("checkpoint-")) for name in listed if name.startswith("checkpoint-")]
+    listed = [
+        name.removesuffix(storage.FILES)
+        for name in storage.children(folder)
+        if name.endswith(storage.FILES)
+    ]
+    steps = [
+        int(name.removeprefix("checkpoint-")) for name in listed if name.startswith("checkpoint-")
+    ]
     for checkpoint in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
         if not is_damaged(checkpoint):
             return storage.fetch(checkpoint)
@@ -99,7 +105,9 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
             storage.remove(old)
 
 
-def publish_adapter(model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership) -> str:
+def publish_adapter(
+    model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership
+) -> str:
     """Save the adapter to a temporary folder in `checkpoints`, move it to `adapter`, and return its weights' digest."""
     aside = storage.storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with storage.writing_folder(aside):

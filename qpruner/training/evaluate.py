@@ -20,7 +20,9 @@ from qpruner.runs.records import TaskScore
 if TYPE_CHECKING:
     from qpruner.data.calibration import OnProgress
 
-METRICS: tuple[str, ...] = get_args(AccuracyMetric)  # lm-eval's accuracy metrics, in order of preference
+METRICS: tuple[str, ...] = get_args(
+    AccuracyMetric
+)  # lm-eval's accuracy metrics, in order of preference
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def score_tasks(
     manager, samples = _task_manager(settings.include_path, tuple(tasks)), None
     if skip:
         stop, loaded = None if limit is None else skip + limit, manager.load(list(tasks))["tasks"]
-        samples = {name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()}
+        samples = {
+            name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()
+        }
     # In bf16 a log-probability of -6 is rounded to steps of 0.03, and most plans differ by less.
     options = {"pretrained": model, "batch_size": settings.batch_size, "softmax_dtype": "float32"}
     was_training = model.training
@@ -95,7 +99,9 @@ def _counting_model(on_progress: OnProgress) -> Any:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            ends = ((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1)  # padding is 0
+            ends = ((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(
+                dim=1
+            )  # padding is 0
             padding = inps.shape[1] - int(ends.min())
             with torch.no_grad():
                 return self.model(inps, logits_to_keep=padding + self.longest_answer).logits
@@ -112,24 +118,38 @@ def _counting_model(on_progress: OnProgress) -> Any:
 
 
 def task_questions(
-    tasks: Sequence[str], include_path: str | None, key: str, limit: int | None, metric: str | None = None
+    tasks: Sequence[str],
+    include_path: str | None,
+    key: str,
+    limit: int | None,
+    metric: str | None = None,
 ) -> dict[str, TaskQuestions]:
     """Load the first `limit` questions of each task, and check tasks and metric; errors name the key `key`."""
     known = _task_manager(include_path, tuple(tasks)).all_tasks
     for task in (task for task in tasks if task not in known):
         folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
         nearest = ", ".join(difflib.get_close_matches(task, known, n=3))
-        hint = f"did you mean {nearest}?" if nearest else f"`lm_eval ls tasks{folder}` lists the known ones"
+        hint = (
+            f"did you mean {nearest}?"
+            if nearest
+            else f"`lm_eval ls tasks{folder}` lists the known ones"
+        )
         raise UserError(f"`{key}`: lm-eval has no task `{task}`; {hint}")
     try:
         loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
         why = f"the rows of {', '.join(tasks)} cannot be loaded: {first_line(error.__cause__ or error)}"
-        raise UserError(f"`{key}`: {why}; fix the task's file or data, or name another task") from error
-    used = {name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()}
+        raise UserError(
+            f"`{key}`: {why}; fix the task's file or data, or name another task"
+        ) from error
+    used = {
+        name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()
+    }
     questions = {name: TaskQuestions([], metric) for name, metric in used.items()}
     for name, task in loaded.items():
-        questions[name].texts.extend(_question(task, doc) for doc in itertools.islice(task.eval_docs, limit))
+        questions[name].texts.extend(
+            _question(task, doc) for doc in itertools.islice(task.eval_docs, limit)
+        )
     return questions
 
 
@@ -141,7 +161,9 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
         raise UserError(f"`{key}`: task `{task}` {rule}: name a task that reports an accuracy")
     if wanted and wanted not in accuracies:
         rule = f"must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports"
-        raise UserError(f"`search.metric` {rule} {', '.join(accuracies)}: set one that all report, or `accuracy`")
+        raise UserError(
+            f"`search.metric` {rule} {', '.join(accuracies)}: set one that all report, or `accuracy`"
+        )
     return wanted or accuracies[0]
 
 

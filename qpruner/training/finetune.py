@@ -107,7 +107,9 @@ def finetune(
     listener = listener or Listener()
     joins = not (torch.cuda.is_available() or family_of(model.config).has_learned_positions)
     vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
-    callback = _Callback(schedule.rungs, listener, math.log(vocabulary), batches, SaveClock(schedule.save_seconds))
+    callback = _Callback(
+        schedule.rungs, listener, math.log(vocabulary), batches, SaveClock(schedule.save_seconds)
+    )
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = _Trainer(
@@ -118,7 +120,9 @@ def finetune(
         callbacks=[callback, *callbacks],
     )
     trainer.batches, trainer.before_save = batches, listener.before_save
-    trainer.remove_callback(PrinterCallback)  # it prints every logged loss; the stages emit their own events
+    trainer.remove_callback(
+        PrinterCallback
+    )  # it prints every logged loss; the stages emit their own events
     if share.processes > 1:
         start = _shared(model, start)
     if share.rank:
@@ -165,7 +169,9 @@ class _Batches(Sampler[list[int]]):
     would repeat rows instead, and would resume every epoch in the first epoch's order.
     """
 
-    def __init__(self, lengths: Sequence[int], settings: TrainingConfig, seed: int, share: Share) -> None:
+    def __init__(
+        self, lengths: Sequence[int], settings: TrainingConfig, seed: int, share: Share
+    ) -> None:
         self._lengths, self._seed, self._share = lengths, seed, share
         self._batch_size, self._size = settings.batch_size, settings.micro_batch_size
         self.epoch = 0
@@ -175,9 +181,13 @@ class _Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         # Both numbers are seeds: with their sum, a seed's second epoch would have the order of the next seed's first.
-        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths)).tolist()
+        order = (
+            np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths)).tolist()
+        )
         for start in range(0, len(order), self._batch_size):
-            batch = sorted(order[start : start + self._batch_size], key=self._lengths.__getitem__, reverse=True)
+            batch = sorted(
+                order[start : start + self._batch_size], key=self._lengths.__getitem__, reverse=True
+            )
             for turn in range(0, len(batch), self._size * self._share.processes):
                 begin = turn + self._share.rank * self._size
                 yield batch[begin : begin + self._size] or [len(order)]
@@ -190,8 +200,12 @@ def _collate(rows: Rows, pad_id: int, joins: bool = True) -> dict[str, Any]:
         return collate(rows, pad_id)
     return {
         "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],  # tell transformers the rows
-        "labels": torch.tensor([[label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[
+            None
+        ],  # tell transformers the rows
+        "labels": torch.tensor(
+            [[label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]]
+        ),
     }
 
 
@@ -201,7 +215,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
     batches: _Batches
     before_save: Callable[[], None]
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any
+    ) -> Any:
         with labelled_only(self.model, inputs["labels"]):
             shifted = {"shift_labels": predicted_labels(inputs["labels"])}
             return super().compute_loss(model, inputs | shifted, *arguments, **named)
@@ -212,7 +228,10 @@ class _Trainer(Trainer):  # type: ignore[misc]
             self.before_save()
         if share.processes > 1:
             distributed.barrier()  # if `before_save` stops the first process, the others write nothing either
-        retry_storage(lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named), Path(self.args.output_dir))
+        retry_storage(
+            lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named),
+            Path(self.args.output_dir),
+        )
 
     def store_flos(self) -> None:
         """Do not count operations: the count waits for all processes, so a process that repeats a save would hang."""
@@ -220,7 +239,10 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         pinned = self.args.dataloader_pin_memory
         return DataLoader(
-            self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, pin_memory=pinned
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=pinned,
         )
 
 
@@ -228,11 +250,16 @@ def _arguments(
     settings: TrainingConfig, schedule: Schedule, output: Path, seed: int, share: Share
 ) -> TrainingArguments:
     # The length that is not set stays at transformers' default.
-    length = {"num_train_epochs": schedule.epochs} if schedule.steps is None else {"max_steps": schedule.steps}
+    length = (
+        {"num_train_epochs": schedule.epochs}
+        if schedule.steps is None
+        else {"max_steps": schedule.steps}
+    )
     return TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch_size * share.processes),
+        gradient_accumulation_steps=settings.batch_size
+        // (settings.micro_batch_size * share.processes),
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
@@ -286,7 +313,14 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             distributed.broadcast_object_list(is_due, src=0)
         control.should_save = is_due[0] or state.global_step in (*self.rungs, state.max_steps)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not logs or "loss" not in logs:
             return
         self.train_loss = float(logs["loss"])

@@ -52,13 +52,20 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
         turns[position].append(take_turn(_fine_tuned(job.candidates[position]), prompt, NEW_TOKENS))
         progress.write(turn + 1, num_turns)
     setting = InferenceSetting(
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else counted(job.threads, "CPU core"),
+        device=torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else counted(job.threads, "CPU core"),
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
-        memory_counter=("" if torch.cuda.is_available() else "tensors of the model, and ") + PeakMemory().counter,
+        memory_counter=("" if torch.cuda.is_available() else "tensors of the model, and ")
+        + PeakMemory().counter,
     )
     found = [
-        Inference(memory_bytes=max(memory), prefill_tokens_per_second=prefill, decode_tokens_per_second=decode)
+        Inference(
+            memory_bytes=max(memory),
+            prefill_tokens_per_second=prefill,
+            decode_tokens_per_second=decode,
+        )
         for prefill, decode, memory in (zip(*of_row, strict=True) for of_row in turns)
     ]
     return setting, found
@@ -77,7 +84,9 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         self.seconds: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.seconds.append(time.perf_counter())  # the tokens are on the CPU, so the GPU has finished
+        self.seconds.append(
+            time.perf_counter()
+        )  # the tokens are on the CPU, so the GPU has finished
 
     def end(self) -> None:
         pass
@@ -88,12 +97,19 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> 
     clock = _Clock()
     length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
     settings = GenerationConfig(**length, do_sample=False, pad_token_id=0)
-    model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=clock)
+    model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=settings,
+        streamer=clock,
+    )
     started, read, *_, written = clock.seconds
     return prompt.numel() / (read - started), (num_tokens - 1) / (written - read)
 
 
-def take_turn(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> tuple[float, float, int]:
+def take_turn(
+    model: PreTrainedModel, prompt: list[int], num_tokens: int
+) -> tuple[float, float, int]:
     """Generate once; return tokens per second of prefill and of decode, and the memory in bytes.
 
     On a GPU this is CUDA's peak; on a CPU, packed tensors plus the rise of resident memory over the loaded model.

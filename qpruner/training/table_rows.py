@@ -23,7 +23,13 @@ from qpruner.models.memory import PeakMemory, begin_job
 from qpruner.plans.plan import UNPRUNED
 from qpruner.runs.records import FinalistScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
-from qpruner.training.checkpoints import Ownership, keep_checkpoint, latest_checkpoint, load_adapter, publish_adapter
+from qpruner.training.checkpoints import (
+    Ownership,
+    keep_checkpoint,
+    latest_checkpoint,
+    load_adapter,
+    publish_adapter,
+)
 from qpruner.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -55,7 +61,11 @@ class Candidate:
     @property
     def label(self) -> str:
         """The row's title and training seed."""
-        return f"{self.title} (no fine-tune)" if self.seed is None else f"{self.title}, training seed {self.seed}"
+        return (
+            f"{self.title} (no fine-tune)"
+            if self.seed is None
+            else f"{self.title}, training seed {self.seed}"
+        )
 
     @property
     def adapter(self) -> Path:
@@ -112,8 +122,14 @@ def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
     result, tracker_errors = _train(job, model, train, pad_id, ownership)
     peak = memory.bytes()
     cast_adapters(model)
-    confirmation = mean_loss(model, load_confirmation(job.data, "judge"), pad_id, config.evaluate.batch_size)
-    digest = publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership) if is_first else ""
+    confirmation = mean_loss(
+        model, load_confirmation(job.data, "judge"), pad_id, config.evaluate.batch_size
+    )
+    digest = (
+        publish_adapter(model, candidate.adapter, candidate.checkpoints, ownership)
+        if is_first
+        else ""
+    )
     _remove_staging(candidate)
     measured = {
         "seconds": time.monotonic() - started,
@@ -149,7 +165,16 @@ def _train(
     work, start = storage_at(checkpoints).staging, latest_checkpoint(checkpoints)
     with tracked(job.trackers if Share.own().rank == 0 else None, candidate.label, about) as logged:
         result = finetune(
-            model, rows, config.training, schedule, work, candidate.seed, pad_id, start, listener, [logged]
+            model,
+            rows,
+            config.training,
+            schedule,
+            work,
+            candidate.seed,
+            pad_id,
+            start,
+            listener,
+            [logged],
         )
     return result, logged.errors
 
@@ -176,7 +201,9 @@ def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
         load_adapter(model, candidate.adapter)
     tokenizer, loss = _tokenizer(candidate), None
     if job.text:
-        loss = mean_loss(model, load_encoded(job.text), int(tokenizer.pad_token_id), settings.batch_size).mean
+        loss = mean_loss(
+            model, load_encoded(job.text), int(tokenizer.pad_token_id), settings.batch_size
+        ).mean
     report = ProgressFile(candidate.progress).write
     few, limit = settings.num_fewshot, settings.limit
     scores = score_tasks(model, tokenizer, settings.tasks, settings, limit, few, on_progress=report)
@@ -229,7 +256,12 @@ def _fresh_score(job: CandidateJob, model: PeftModel) -> FinalistScore:
     from qpruner.training.evaluate import score_tasks
 
     search, settings, tokenizer = job.config.search, job.config.evaluate, _tokenizer(job.candidate)
-    loss = mean_loss(model, load_confirmation(job.data, "choose"), int(tokenizer.pad_token_id), settings.batch_size)
+    loss = mean_loss(
+        model,
+        load_confirmation(job.data, "choose"),
+        int(tokenizer.pad_token_id),
+        settings.batch_size,
+    )
     score = FinalistScore(loss=loss.mean, stderr=loss.stderr, losses=_rounded(loss))
     if search.metric == "loss":
         return score

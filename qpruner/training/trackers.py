@@ -35,7 +35,9 @@ class Trackers:
     names: tuple[str, ...]  # `wandb`, `mlflow`
     run: str  # the run folder's name
     folder: Path  # where `wandb` keeps its files, unless WANDB_DIR is set
-    environment: Mapping[str, str] = field(repr=False)  # the trackers' variables, keys among them: never shown
+    environment: Mapping[str, str] = field(
+        repr=False
+    )  # the trackers' variables, keys among them: never shown
 
     @property
     def tracking_uri(self) -> str:
@@ -78,7 +80,9 @@ def _wandb_key() -> dict[str, str]:
     import wandb
 
     if key := wandb.api.api_key:
-        return {"WANDB_API_KEY": key}  # workers on other machines need the key of this machine's login
+        return {
+            "WANDB_API_KEY": key
+        }  # workers on other machines need the key of this machine's login
     remedy = "set WANDB_API_KEY or WANDB_MODE=offline, or run `wandb login`"
     raise UserError(f"`trackers` names wandb, but there is no API key: {remedy}")
 
@@ -93,7 +97,9 @@ def _check_mlflow() -> None:
         MlflowClient(tracking_uri=place).search_experiments(max_results=1)
     except Exception as error:  # may come from sqlalchemy, requests or mlflow
         why = _without_password(f"MLFLOW_TRACKING_URI, {place}, does not work: {first_line(error)}")
-        raise UserError(f"`trackers` names mlflow, but {why}; check the address and the server") from error
+        raise UserError(
+            f"`trackers` names mlflow, but {why}; check the address and the server"
+        ) from error
 
 
 def _without_password(text: str) -> str:

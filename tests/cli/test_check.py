@@ -40,19 +40,40 @@ def facts(raw: dict[str, Any], *options: str) -> dict[str, Any]:
 
 def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) -> None:
     said, told = check(tiny_raw), facts(tiny_raw)
-    assert list(told["memory"]) == ["trial, training", "trial, scoring", "prune", "sensitivity", "comparison"]
+    assert list(told["memory"]) == [
+        "trial, training",
+        "trial, scoring",
+        "prune",
+        "sensitivity",
+        "comparison",
+    ]
     parts = told["memory"]["trial, training"]["parts"]
-    names = ["weights", "adapters", "gradients", "optimizer", "activations", "logits", "unpacked weights"]
+    names = [
+        "weights",
+        "adapters",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "unpacked weights",
+    ]
     assert sorted(parts) == sorted(names)
     training = r"    trial, training +\S+ MB: a step of 4 rows x 64 tokens .*, in the final fine-tune too\n(.*)\n"
     [line] = re.findall(training, said)
-    sizes = {name: float(size) for name, size in re.findall(r"((?:unpacked )?\w+) ([\d.]+) MB", line)}
+    sizes = {
+        name: float(size) for name, size in re.findall(r"((?:unpacked )?\w+) ([\d.]+) MB", line)
+    }
     assert sizes == {name: round(size / 1e6, 1) for name, size in parts.items()}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert "free here" in said and told["memory_free"] > 0
-    assert re.search(r"disk: +about [\d.]+ [MG]iB at most; [\d.]+ [MG]iB free here\n", said) and told["disk_needed"] > 0
+    assert (
+        re.search(r"disk: +about [\d.]+ [MG]iB at most; [\d.]+ [MG]iB free here\n", said)
+        and told["disk_needed"] > 0
+    )
     # A batch whose logits fit no machine.
-    warning = r"warning: +\S+ GB of memory are needed at most, and \S+ GB are free here: lower `eval"
+    warning = (
+        r"warning: +\S+ GB of memory are needed at most, and \S+ GB are free here: lower `eval"
+    )
     assert re.search(warning, check(with_key(tiny_raw, "evaluate.batch_size", 10**8)))
 
 
@@ -62,7 +83,10 @@ def test_hours_are_estimated_only_with_measure(tiny_raw: dict[str, Any]) -> None
     raw = changed(tiny_raw, prune__selection="per_layer")
     said = check(raw, "--measure")
     assert re.search(r"time: +about .* on \d+ slots?, .* of slot time: ", said)
-    assert re.search(r"slot time: prune .*\n", said) and "measured on 1 CPU core: 4 rows x 64 tokens take" in said
+    assert (
+        re.search(r"slot time: prune .*\n", said)
+        and "measured on 1 CPU core: 4 rows x 64 tokens take" in said
+    )
     assert " 0 s" not in said, "no stage is shown to take no time"
     assert "give only one of them" in check(raw, "--measure", "--gpu", code=2)
 
@@ -74,7 +98,9 @@ def test_gpu_settings_can_be_checked_without_a_gpu(tiny_raw: dict[str, Any]) -> 
     raw = changed(tiny_raw, **gpus, **workers, model__dtype="float16")
     told = facts(raw, "--gpu")
     assert told["concurrent_trials"] == 1 and told["memory_free"] is None
-    halves = changed(raw, finetune__num_workers=1, search__resources_per_trial={"cpu": 4, "gpu": 0.5})
+    halves = changed(
+        raw, finetune__num_workers=1, search__resources_per_trial={"cpu": 4, "gpu": 0.5}
+    )
     assert facts(halves, "--gpu")["concurrent_trials"] == 2
     refused = check(changed(raw, search__resources_per_trial={"gpu": 0}), "--gpu", code=2)
     assert "use `search.max_hours`" in refused, "trials that hold no GPU anywhere"
@@ -84,7 +110,9 @@ def test_the_verdict_is_the_last_line(tiny_raw: dict[str, Any]) -> None:
     Path("config.yaml").write_text(yaml.safe_dump(tiny_raw))
     done = command("check", "config.yaml")
     assert done.stderr == "[check] model, rows, tasks and machine of config.yaml ...\n"
-    assert done.stdout.endswith("The configuration is valid; `--show-config` prints every key in effect.\n")
+    assert done.stdout.endswith(
+        "The configuration is valid; `--show-config` prints every key in effect.\n"
+    )
     keys, _, answer = command("check", "config.yaml", "--show-config").stdout.partition("\n\n")
     assert yaml.safe_load(keys) == validate_config(tiny_raw).model_dump(mode="json")
     assert answer.splitlines()[-1] == "The configuration is valid."
@@ -95,10 +123,20 @@ def test_the_verdict_is_the_last_line(tiny_raw: dict[str, Any]) -> None:
 
 def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: dict[str, Any]) -> None:
     said = check(changed(tiny_raw, data__confirmation__0__limit=15))
-    assert "48 train, 16 validation, 15 confirmation (8 fresh ones choose the winner, 7 judge it)" in said
-    assert "8 samples of 128 tokens packed from 48 rows of `data.train` for importance; 32 rows of" in said
+    assert (
+        "48 train, 16 validation, 15 confirmation (8 fresh ones choose the winner, 7 judge it)"
+        in said
+    )
+    assert (
+        "8 samples of 128 tokens packed from 48 rows of `data.train` for importance; 32 rows of"
+        in said
+    )
     assert "test:        8 questions (qpruner_everyday_test 8)\n" in said and "search:" not in said
-    tasks = {"search__tasks": ["qpruner_everyday_validation"], "search__limit": 6, "search__metric": "accuracy"}
+    tasks = {
+        "search__tasks": ["qpruner_everyday_validation"],
+        "search__limit": 6,
+        "search__metric": "accuracy",
+    }
     raw = changed(tiny_raw, **tasks)
     said, six = check(raw), "6 questions (qpruner_everyday_validation 6)"
     assert f"search:      {six} score the trials; {six}, fresh, choose the winner\n" in said
@@ -106,18 +144,25 @@ def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: dict[str
 
 
 def test_truncated_rows_are_told(tiny_raw: dict[str, Any]) -> None:
-    Path("rows.jsonl").write_text("".join(f'{{"text": "{number} {"word " * 400}"}}\n' for number in range(3)))
+    Path("rows.jsonl").write_text(
+        "".join(f'{{"text": "{number} {"word " * 400}"}}\n' for number in range(3))
+    )
     rows = {"data__validation": [{"source": "rows.jsonl", "format": "text"}]}
     text = check(changed(tiny_raw, data__max_length=256, **rows))
     assert "; about 3 validation lose their ends (`data.max_length` 256)" in text
 
 
-def test_a_running_command_and_an_earlier_cut_are_named(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_a_running_command_and_an_earlier_cut_are_named(
+    tiny_raw: dict[str, Any], tmp_path: Path
+) -> None:
     raw = changed(tiny_raw, prune__first_layer=1)
     run(validate_config(raw), lambda event: None, until="prune")
     with hold_run(tmp_path / "run", print):
         said = check(raw)
-    assert f"warning:     process {os.getpid()} on {socket.gethostname()} works on {tmp_path / 'run'}: `qpruner" in said
+    assert (
+        f"warning:     process {os.getpid()} on {socket.gethostname()} works on {tmp_path / 'run'}: `qpruner"
+        in said
+    )
     assert "works on" not in check(raw)
     again = changed(raw, output="again", model__source="run/cuts/cut-20")
     said = check(again)
@@ -146,20 +191,31 @@ def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: dict[str, An
 def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: dict[str, Any]) -> None:
     """nf4 on a CPU needs a multiple of 64 channels: where it is not offered, `check` says why."""
     raw = changed(tiny_raw, prune__units=["block"], prune__rate=0.5)
-    assert re.search(r"^parameters: .* M -> \S+ M, 2 -> 1 blocks \(50 % pruned\)$", check(raw), re.MULTILINE)
+    assert re.search(
+        r"^parameters: .* M -> \S+ M, 2 -> 1 blocks \(50 % pruned\)$", check(raw), re.MULTILINE
+    )
     cut = ("--set", "prune.units=[mlp]", "--set", "prune.rate=0.2", "--set", "prune.round_to=32")
     said = check(raw, *cut)
     which = r"nf4 for 7 groups, not for 1 group \(layers.0.down: \S+: on a CPU bitsandbytes decodes \d+ columns wrongly"
-    assert re.search(rf"^formats: +{which}, .*\); int8 for 8 groups; bf16 for embeddings$", said, re.MULTILINE)
+    assert re.search(
+        rf"^formats: +{which}, .*\); int8 for 8 groups; bf16 for embeddings$", said, re.MULTILINE
+    )
     assert "prune.round_to" in check(raw, *cut, "--set", "quantize.bits=[4]", code=2)
 
 
-def test_a_plan_is_read_if_the_number_of_blocks_is_known(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_a_plan_is_read_if_the_number_of_blocks_is_known(
+    tiny_raw: dict[str, Any], tmp_path: Path
+) -> None:
     """Blocks of equal size are cut in a known number, and groups are numbered by the remaining blocks."""
     raw = changed(tiny_raw, prune__units=["block", "mlp"], prune__depth_share=0.5, prune__rate=0.5)
     inspection = preflight.inspect(validate_config(raw))
-    before, after = ([group.name for group in layout.groups] for layout in (inspection.base, inspection.reference))
-    assert len(set(before) - set(after)) == len(set(after) - {EMBEDDINGS, HEAD}) and set(after) < set(before)
+    before, after = (
+        [group.name for group in layout.groups]
+        for layout in (inspection.base, inspection.reference)
+    )
+    assert len(set(before) - set(after)) == len(set(after) - {EMBEDDINGS, HEAD}) and set(
+        after
+    ) < set(before)
     plan = tmp_path / "plan.yaml"
     raw = with_key(raw, "search.plan", str(plan))
     plan.write_text(yaml.safe_dump(all_in("nf4", after)))
@@ -167,13 +223,16 @@ def test_a_plan_is_read_if_the_number_of_blocks_is_known(tiny_raw: dict[str, Any
     assert read and read.as_dict() == all_in("nf4", after)
     plan.write_text(yaml.safe_dump(all_in("nf4", before)))
     with pytest.raises(
-        UserError, match=f"`{next(name for name in before if name not in after)}` is not a group of this model"
+        UserError,
+        match=f"`{next(name for name in before if name not in after)}` is not a group of this model",
     ):
         preflight.inspect(validate_config(raw))
 
 
 @pytest.mark.parametrize(("key", "verb"), [("--plan", "run"), ("search.plan", "check")])
-def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_a_plan_over_the_budget_is_refused(
+    key: str, verb: str, tiny_raw: dict[str, Any], tmp_path: Path
+) -> None:
     """The message names the option or the key, whichever gave the plan."""
     raw = with_key(tiny_raw, "prune.selection", "per_layer")
     inspection = preflight.inspect(validate_config(raw))
@@ -183,7 +242,10 @@ def test_a_plan_over_the_budget_is_refused(key: str, verb: str, tiny_raw: dict[s
     said = check(raw, *options, code=2, verb=verb)
     assert f"error: `{key}`: the plan in {plan} takes " in said
     told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", said)
-    over = inspection.reference.plan_bytes(inspection.reference.uniform("int8")) - inspection.budget_bytes
+    over = (
+        inspection.reference.plan_bytes(inspection.reference.uniform("int8"))
+        - inspection.budget_bytes
+    )
     assert told and 0 <= float(told[1]) * 1e6 - over < 101, "rounded up, never down"
 
 
@@ -198,4 +260,6 @@ def test_a_plan_s_bytes_are_those_of_its_cut(tiny_raw: dict[str, Any], tmp_path:
     assert facts(raw, "--set", f"search.plan={plan}")["bytes_plan"] == layout.plan_bytes(small)
     assert re.search(r"100\.0% of the multiply-adds, too many to win \(not pruned\)", check(raw))
     plan.write_text(yaml.safe_dump({"cut": "base", **small.as_dict()}))
-    assert "got base: `cut: NAME`, of cut-20" in check(raw, "--set", f"search.plan={plan}", code=2).replace("\n", " ")
+    assert "got base: `cut: NAME`, of cut-20" in check(
+        raw, "--set", f"search.plan={plan}", code=2
+    ).replace("\n", " ")

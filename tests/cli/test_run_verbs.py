@@ -60,12 +60,21 @@ def over(tmp_path: Path) -> Path:
 def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     text = printed("status", run)
     assert "running on" in text and "last sign of life" in text
-    assert "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left\n" in text
-    assert "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB [848444]" in text
+    assert (
+        "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left\n"
+        in text
+    )
+    assert (
+        "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB [848444]" in text
+    )
     assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in text
     stages = {each["stage"]: each["state"] for each in json_of("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
-    assert (stages["prepare"], stages["search"], stages["evaluate"]) == ("recorded", "running", "waiting")
+    assert (stages["prepare"], stages["search"], stages["evaluate"]) == (
+        "recorded",
+        "running",
+        "waiting",
+    )
 
 
 def test_status_names_the_winner(over: Path) -> None:
@@ -75,10 +84,16 @@ def test_status_names_the_winner(over: Path) -> None:
 
     names = [line[:12].strip() for line in lines()]
     assert names == ["best so far", "best control", "begun", "failed", "remedy: lo", "winner"]
-    assert lines()[-1] == "winner        selection loss 2.9500, trial 2 (gp); `qpruner plan` prints its plan"
+    assert (
+        lines()[-1]
+        == "winner        selection loss 2.9500, trial 2 (gp); `qpruner plan` prints its plan"
+    )
     record = RunDir(over).read_record("search", SearchRecord)
     assert record
-    control = {"confirmations": (made_confirmation(1, "unpruned-knapsack", 2.9),), "control_won": True}
+    control = {
+        "confirmations": (made_confirmation(1, "unpruned-knapsack", 2.9),),
+        "control_won": True,
+    }
     changes = {"best_index": 1, "best_origin": "unpruned-knapsack", **control}
     RunDir(over).write_record("search", record.model_copy(update=changes))
     assert "trial 1 (unpruned-knapsack), a control that no searched plan beat; " in lines()[-1]
@@ -87,7 +102,9 @@ def test_status_names_the_winner(over: Path) -> None:
 def test_status_tells_which_cut_was_left_out(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2, until="search")
     made.change("prune", left_out={"cut-30": "24 channels are no multiple of 32"})
-    assert "\nleft out      30 % pruned: 24 channels are no multiple of 32\n" in printed("status", tmp_path / "run")
+    assert "\nleft out      30 % pruned: 24 channels are no multiple of 32\n" in printed(
+        "status", tmp_path / "run"
+    )
     lines = [line.split()[3:5] for line in printed("trials", tmp_path / "run").splitlines()]
     assert lines[0] == ["cut", "status"] and lines[1] == ["20", "%"]
 
@@ -95,7 +112,9 @@ def test_status_tells_which_cut_was_left_out(tmp_path: Path) -> None:
 def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     """Trial 5 reports a step beyond its last rung; trial 6 has a slot but no worker yet; trial 7 has no slot."""
     folder = run / "trials" / TRIALS
-    write_pulse(folder, 5, TrialPulse(node="a node", pid=1, step=3, beats=12, peak_memory_bytes=10**6))
+    write_pulse(
+        folder, 5, TrialPulse(node="a node", pid=1, step=3, beats=12, peak_memory_bytes=10**6)
+    )
     write_trial(folder, trial(6, "484844", [], status="running"))
     write_trial(folder, trial(7, "484448", [], status="running"))
     text, search = printed("status", run), json_of("status", run)["search"]
@@ -103,7 +122,10 @@ def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     assert [each["trial"] for each in search["under_way"]] == [5, 6, 7]
     assert "under way     trial 5 (gp), not pruned, step 3/8" in text
     reason = "TrainingDiverged: the loss is nan"
-    assert f"failed        trial 4 (gp), diverged: {reason}\n  remedy: lower `training.learning_rate`" in text
+    assert (
+        f"failed        trial 4 (gp), diverged: {reason}\n  remedy: lower `training.learning_rate`"
+        in text
+    )
     text = printed("trials", run)
     shown = {line.split()[0]: line for line in text.splitlines()}
     assert "  3.1000 @2" in shown["5"], "at step 3, with the loss of step 2"
@@ -127,11 +149,15 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
     assert trials in lines and "begun         trial 5 (gp), not pruned, step 2/8" in lines
     assert not any("under way" in line or "waiting for" in line for line in lines)
     snapshot = read_snapshot(RunDir(run))
-    assert "1 failed; 2 begun; about 14 min 30 s left once it goes on." in render(snapshot, sections(snapshot))
+    assert "1 failed; 2 begun; about 14 min 30 s left once it goes on." in render(
+        snapshot, sections(snapshot)
+    )
 
 
 def test_every_kind_of_failure_has_a_remedy() -> None:
-    (kinds,) = [each for each in get_args(TrialRecord.model_fields["failure"].annotation) if get_args(each)]
+    (kinds,) = [
+        each for each in get_args(TrialRecord.model_fields["failure"].annotation) if get_args(each)
+    ]
     assert len(get_args(kinds)) == 8 and all(REMEDIES[kind] for kind in get_args(kinds))
 
 
@@ -222,14 +248,23 @@ ALL_4 = dict.fromkeys(GROUPS, "nf4")
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (yaml.safe_dump(ALL_4 | {"layers.5": 6}), r"`layers.5` must be one of nf4, int8 \(`quantize.formats`\), got 6"),
+        (
+            yaml.safe_dump(ALL_4 | {"layers.5": 6}),
+            r"`layers.5` must be one of nf4, int8 \(`quantize.formats`\), got 6",
+        ),
         (
             yaml.safe_dump(ALL_4 | {"layer.5": "nf4"}),
             "`layer.5` is not a group of this model; did you mean `layers.5`?",
         ),
         (yaml.safe_dump(dict.fromkeys(GROUPS[1:], "nf4")), "1 of 6 groups are missing: layers.0"),
-        ("", "must map every group to its format, got an empty file; `qpruner plan RUN` prints a plan"),
-        ("[4, 4, 4, 4, 4, 4]", "must map every group to its format, got list; `qpruner plan RUN` prints a plan"),
+        (
+            "",
+            "must map every group to its format, got an empty file; `qpruner plan RUN` prints a plan",
+        ),
+        (
+            "[4, 4, 4, 4, 4, 4]",
+            "must map every group to its format, got list; `qpruner plan RUN` prints a plan",
+        ),
         (yaml.safe_dump(ALL_4) + "layers.0: nf4", r"key `layers.0` is given twice\s.*line 7"),
     ],
 )
@@ -245,10 +280,15 @@ def test_an_invalid_plan_is_refused(tmp_path: Path, text: str, problem: str) -> 
 
 def test_compare_shows_results_and_differing_settings(tmp_path: Path) -> None:
     """A key that only one run sets shows a dash for the other; lists are shown without Python's brackets."""
-    source = {"source": "package:qpruner/demo/data/questions_train.jsonl", "format": "multiple_choice"}
+    source = {
+        "source": "package:qpruner/demo/data/questions_train.jsonl",
+        "format": "multiple_choice",
+    }
     theirs = source | {"columns": {"choices": ["one", "other"]}}
     first = recorded_run(tmp_path / "first", is_over=True, data__train=[source | {"limit": 8}])
-    second = recorded_run(tmp_path / "second", search__searcher="random", lora__rank=2, data__train=[theirs, source])
+    second = recorded_run(
+        tmp_path / "second", search__searcher="random", lora__rank=2, data__train=[theirs, source]
+    )
     facts = json_of("compare", first, second)
     assert [each["run"] for each in facts["runs"]] == [str(first), str(second)]
     assert facts["runs"][0]["selection_loss"] == pytest.approx(2.95)
@@ -275,7 +315,9 @@ def test_compare_shows_hours_of_search_and_run(tmp_path: Path) -> None:
     """Records of an earlier configuration in the same folder are not counted."""
     made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2, until="finetune", gpus=2.0)
     made.change("search", gpu_seconds=7200.0, confirmation_gpu_seconds=36.0)
-    made.run.write_record("evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=(), tested="asked"))
+    made.run.write_record(
+        "evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=(), tested="asked")
+    )
     [facts] = json_of("compare", tmp_path / "run")["runs"]
     assert (facts["search_hours"], facts["search_gpu_hours"]) == (0.5, 2.01)
     assert facts["run_hours"] == pytest.approx(0.5 + 5 * 61.5 / 3600), "prepare to finetune"
@@ -292,7 +334,10 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
         if row.name == table.SEARCHED:
             scores = [
                 each.model_copy(
-                    update={"correct": (1.0,) * each.num_questions, "answer_loss": (0.5,) * each.num_questions}
+                    update={
+                        "correct": (1.0,) * each.num_questions,
+                        "answer_loss": (0.5,) * each.num_questions,
+                    }
                 )
                 for each in row.scores
             ]
@@ -303,10 +348,18 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     accuracy, answers, confirmation = found["differences"]
     assert (found["run"], found["other"], found["seeds"]) == (str(runs[1]), str(runs[0]), [0, 1, 2])
     assert (accuracy["measure"], accuracy["verdict"], accuracy["num_pairs"]) == ("acc", None, 600)
-    assert 0 < accuracy["mean"] - accuracy["half_width"] < accuracy["mean"] + accuracy["half_width"] < 1
+    assert (
+        0
+        < accuracy["mean"] - accuracy["half_width"]
+        < accuracy["mean"] + accuracy["half_width"]
+        < 1
+    )
     before = facts["runs"][0]["test_answer_loss"]
     assert facts["runs"][0]["test_metric"] == "acc"
-    assert answers["mean"] == pytest.approx(0.5 - before, rel=0.01) and answers["mean"] < -answers["half_width"]
+    assert (
+        answers["mean"] == pytest.approx(0.5 - before, rel=0.01)
+        and answers["mean"] < -answers["half_width"]
+    )
     assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
     text = printed("compare", *runs)
     assert "second minus first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
@@ -325,13 +378,19 @@ def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
         "searched": ([*on_questions, *on_rows], ""),
         "unfinished": ([], "nothing to compare, one of the runs has no final table yet."),
     }
-    made = {name: MadeRun(tmp_path / name, 12, 2) for name in ("first", *expected) if name != "unfinished"}
+    made = {
+        name: MadeRun(tmp_path / name, 12, 2)
+        for name in ("first", *expected)
+        if name != "unfinished"
+    }
     MadeRun(tmp_path / "unfinished", 12, 2, until="search")
     for name in ("questions", "both"):
         made[name].change("evaluate", tested="other")
     for name in ("rows", "both"):
         made[name].change("prepare", digest="other")
-    rows = [row.model_copy(update={"digest": "1"}) for row in made["searched"].record("evaluate").rows]
+    rows = [
+        row.model_copy(update={"digest": "1"}) for row in made["searched"].record("evaluate").rows
+    ]
     made["searched"].change("evaluate", rows=tuple(rows))
     runs = [tmp_path / name for name in ("first", *expected)]
     found = json_of("compare", *runs)["differences"]
@@ -342,7 +401,9 @@ def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
 
 
 def test_runs_with_the_same_name_show_their_folders(tmp_path: Path) -> None:
-    runs = [recorded_run(tmp_path / place, is_over=True) for place in ("a/demo", "b/demo", "b/mine")]
+    runs = [
+        recorded_run(tmp_path / place, is_over=True) for place in ("a/demo", "b/demo", "b/mine")
+    ]
     assert printed("compare", *runs).splitlines()[0].split() == list(map(str, runs))
     assert printed("compare", *runs[1:]).splitlines()[0].split() == ["demo", "mine"]
     assert printed("compare", runs[0], runs[0]).splitlines()[0].split() == ["demo", "demo"]
@@ -367,6 +428,8 @@ def test_a_terminal_of_ascii_gets_plain_signs(tmp_path: Path) -> None:
     for name in ("a", "b"):
         MadeRun(tmp_path / name, num_trials=12, num_blocks=2)
     command = [sys.executable, "-m", "qpruner", "compare", str(tmp_path / "a"), str(tmp_path / "b")]
-    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert b"(+- " in done.stdout and done.stdout.isascii()

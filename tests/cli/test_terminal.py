@@ -58,13 +58,21 @@ def command_of(program: str, *options: object) -> list[str]:
 def in_a_pipe(program: str, *options: object, **environment: str) -> str:
     """Run a program and return all that a pipe received."""
     command, variables = command_of(program, *options), os.environ | environment
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
 
 
 def on_a_terminal(*options: object, program: str = TELL, **environment: str) -> str:
     """Run a program and return all that a pseudo-terminal of 120 columns received."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", **environment}
+    environment = {
+        **os.environ,
+        "TERM": "xterm-256color",
+        "COLUMNS": "120",
+        "LINES": "40",
+        **environment,
+    }
     command = command_of(program, *options)
     process = subprocess.Popen(command, stdout=theirs, env=environment)
     os.close(theirs)
@@ -83,11 +91,16 @@ def on_a_terminal(*options: object, program: str = TELL, **environment: str) -> 
 def test_a_terminal_shows_the_search_live() -> None:
     seen = on_a_terminal()
     assert "prepare recorded | search running" in seen
-    assert "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left" in seen
+    assert (
+        "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left"
+        in seen
+    )
     assert "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB" in seen
     assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in seen
     assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
-    assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m8", seen), "where the running trial is past its rung, in colour"
+    assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m8", seen), (
+        "where the running trial is past its rung, in colour"
+    )
     # In a narrow window lines wrap, because the present state is at their end.
     seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
     assert re.search(r"search running, \d+ s", seen)
@@ -96,9 +109,14 @@ def test_a_terminal_shows_the_search_live() -> None:
 
 
 def test_prose_wraps_between_words() -> None:
-    text = "It is worse than one random plan of equal bytes in confirmation loss, ± 0.1286 over seeds."
+    text = (
+        "It is worse than one random plan of equal bytes in confirmation loss, ± 0.1286 over seeds."
+    )
     program = f"from qpruner.cli.terminal import Terminal as T\nT(quiet=False).say({text!r}, {{}})"
-    lines = [line.strip() for line in on_a_terminal(program=program.format("True"), COLUMNS="40").splitlines()]
+    lines = [
+        line.strip()
+        for line in on_a_terminal(program=program.format("True"), COLUMNS="40").splitlines()
+    ]
     assert len(lines) > 2 and max(map(len, lines)) <= 40 and " ".join(lines) == text
     assert on_a_terminal(program=program.format("False"), COLUMNS="40").strip() == text
     assert in_a_pipe(program.format("True")) == f"{text}\n"
@@ -159,9 +177,13 @@ def test_a_bar_shows_the_time_left_of_each_count(monkeypatch: pytest.MonkeyPatch
         return " ".join(line.split())
 
     bars = [bar_after(60, done, 4, f"layers.{done}") for done in range(1, 4)]
-    assert bars[-1].endswith("3/4 0:02:00 0:01:00 left"), "a minute a group, whatever the groups are called"
+    assert bars[-1].endswith("3/4 0:02:00 0:01:00 left"), (
+        "a minute a group, whatever the groups are called"
+    )
     assert bar_after(60, 4, 4, "layers.4").endswith("4/4 0:03:00 0:00:00 left")
-    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), "each count has its own pace"
+    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), (
+        "each count has its own pace"
+    )
     assert bar_after(2, 2, 4, "saving weights").endswith("2/4 0:00:02 0:00:04 left")
 
 
@@ -177,7 +199,9 @@ def test_a_pipe_gets_one_line_per_row(made: MadeRun) -> None:
     text = in_a_pipe(TABLES, made.run.root)
     lines = text.splitlines()
     plans = [line.split()[-1] for line in lines[1:21]]
-    assert plans == [str(plan_of(trial)) for trial in made.trials], "one line a trial, with the plan of 60 groups"
+    assert plans == [str(plan_of(trial)) for trial in made.trials], (
+        "one line a trial, with the plan of 60 groups"
+    )
     # A column is as wide as its widest cell; two spaces separate columns.
     told = []
     for final in tables.final_tables(read_snapshot(made.run).results):
@@ -195,9 +219,9 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     assert "\u2026" not in seen and max(map(len, seen.splitlines())) <= 100
     first = seen[: seen.index("\r\n1 ")]
     plan = [line.split()[-1] for line in first.splitlines() if line.split()]
-    assert "".join(part for part in plan if set(part) <= {"4", "8"}) == str(plan_of(made.trials[0])), (
-        "whole, in several lines"
-    )
+    assert "".join(part for part in plan if set(part) <= {"4", "8"}) == str(
+        plan_of(made.trials[0])
+    ), "whole, in several lines"
 
 
 def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:
@@ -209,8 +233,12 @@ def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:
     made.change_search(slots=8)
     begun = min(trial.times[0] for trial in made.trials)
     stages = {
-        "prune": StageState(state="done", started=begun - 100, seconds=90, text="134.5M -> 107.6M parameters"),
-        "search": StageState(state="done", started=begun - 1, seconds=90_000, text="all 64 trials were spent"),
+        "prune": StageState(
+            state="done", started=begun - 100, seconds=90, text="134.5M -> 107.6M parameters"
+        ),
+        "search": StageState(
+            state="done", started=begun - 1, seconds=90_000, text="all 64 trials were spent"
+        ),
     }
     made.change_state(stages=stages)
     moment = moment_of(made.trials)

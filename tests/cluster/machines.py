@@ -64,14 +64,18 @@ def link_environment(folder: Path, constraints: bytes = b"") -> None:
     for name in ("bin", "lib"):
         (venv / name).symlink_to(Path(sys.prefix) / name)
     shutil.copy(Path(sys.prefix) / "pyvenv.cfg", venv)
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + constraints + b"cluster ").hexdigest()
+    wanted = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + constraints + b"cluster "
+    ).hexdigest()
     (venv / "qpruner-installed-cluster").write_text(wanted)
 
 
 def small_config(path: Path, model: Path, output: Path) -> Path:
     """Write the configuration of a small search: three trials, two at a time."""
     search = {"max_trials": 3, "max_concurrent": 2, "resources_per_trial": {"cpu": 1, "gpu": 0}}
-    keys = {f"search.{key}": value for key, value in search.items()} | {"sensitivity.methods": ["first_order"]}
+    keys = {f"search.{key}": value for key, value in search.items()} | {
+        "sensitivity.methods": ["first_order"]
+    }
     raw = with_keys(raw_config(model, output), **keys, finetune__compare=False)
     path.write_text(yaml.safe_dump(raw))
     return path
@@ -80,7 +84,10 @@ def small_config(path: Path, model: Path, output: Path) -> Path:
 def num_trials(run: Path) -> int:
     """Return the number of trials of a finished run."""
     assert (run / "report.md").exists()
-    return sum(json.loads(path.read_text())["status"] != "running" for path in run.glob("trials/*/*/trial.json"))
+    return sum(
+        json.loads(path.read_text())["status"] != "running"
+        for path in run.glob("trials/*/*/trial.json")
+    )
 
 
 class Machine:
@@ -107,13 +114,23 @@ class Machine:
                     mounts.append(("--bind", path, target))
         mounts += [("--rbind", own, mounted) for mounted, own in private.items()]
         script = [shlex.join(["mount", kind, str(one), str(other)]) for kind, one, other in mounts]
-        script += ["mount -t tmpfs tmpfs /dev/shm", "mount -t tmpfs tmpfs /run", "mkdir /run/sshd", "ip link set lo up"]
+        script += [
+            "mount -t tmpfs tmpfs /dev/shm",
+            "mount -t tmpfs tmpfs /run",
+            "mkdir /run/sshd",
+            "ip link set lo up",
+        ]
         script = ["set -e", *script, f"hostname {folder.name}", f"exec {command}"]
         with self.log.open("w") as log:
             self.holder = subprocess.Popen(
-                [*UNSHARE, "bash", "-c", "\n".join(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*UNSHARE, "bash", "-c", "\n".join(script)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
-        self.first = wait_for(lambda: next(iter(psutil.Process(self.holder.pid).children()), None), "a first process")
+        self.first = wait_for(
+            lambda: next(iter(psutil.Process(self.holder.pid).children()), None), "a first process"
+        )
 
     def run(
         self, command: list[str], environment: Mapping[str, str], folder: Path, seconds: float
@@ -131,7 +148,15 @@ class Machine:
 
     def entered(self, folder: Path) -> list[str]:
         """Return the words before a command that run it on this machine."""
-        return ["nsenter", f"--target={self.first.pid}", "--mount", "--net", "--pid", "--uts", f"--wd={folder}"]
+        return [
+            "nsenter",
+            f"--target={self.first.pid}",
+            "--mount",
+            "--net",
+            "--pid",
+            "--uts",
+            f"--wd={folder}",
+        ]
 
     def processes(self) -> list[str]:
         """Return the command lines of all processes except the first process and those of sshd."""
@@ -147,7 +172,9 @@ class Machine:
 
     def network(self, *command: str) -> None:
         """Run `ip` in the network of this machine, with the process ids of the real machine."""
-        subprocess.run(["nsenter", f"--net=/proc/{self.first.pid}/ns/net", "ip", *command], check=True)
+        subprocess.run(
+            ["nsenter", f"--net=/proc/{self.first.pid}/ns/net", "ip", *command], check=True
+        )
 
     def end(self) -> None:
         """End the first process, and with it all others of this machine."""
@@ -183,15 +210,32 @@ class Machines:
         (folder / "sshd_config").write_text(SSHD_CONFIG.format(address=address, folder=folder))
         # sshd starts when the host has its address.
         up = f"until ip -brief addr show dev eth0 2>/dev/null | grep -q {address}; do sleep 0.1; done"
-        host = Machine(folder, visible, f"bash -c '{up}; exec /usr/sbin/sshd -D -e -f {folder}/sshd_config'")
+        host = Machine(
+            folder, visible, f"bash -c '{up}; exec /usr/sbin/sshd -D -e -f {folder}/sshd_config'"
+        )
         (host.home / ".ssh").mkdir(mode=0o700)
-        shutil.copy(self.laptop.home / ".ssh" / "id_ed25519.pub", host.home / ".ssh" / "authorized_keys")
+        shutil.copy(
+            self.laptop.home / ".ssh" / "id_ed25519.pub", host.home / ".ssh" / "authorized_keys"
+        )
         port = f"host{len(self.hosts)}"
-        self.laptop.network("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(host.first.pid))
+        self.laptop.network(
+            "link",
+            "add",
+            port,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            str(host.first.pid),
+        )
         self.laptop.network("link", "set", port, "master", "bridge", "up")
         host.network("addr", "add", f"{address}/24", "dev", "eth0")
         host.network("link", "set", "eth0", "up")
-        wait_for(lambda: "Server listening" in host.log.read_text(), f"sshd on {address}: {host.log}")
+        wait_for(
+            lambda: "Server listening" in host.log.read_text(), f"sshd on {address}: {host.log}"
+        )
         return host
 
     def end(self) -> None:
@@ -201,7 +245,9 @@ class Machines:
 
 
 @contextmanager
-def machines(folder: Path, visible: Iterable[Path], num_hosts: int, *tools: str) -> Iterator[Machines]:
+def machines(
+    folder: Path, visible: Iterable[Path], num_hosts: int, *tools: str
+) -> Iterator[Machines]:
     """Start a laptop and hosts, and end them afterwards; skip the test where they cannot be made."""
     skip_where_impossible(*SSH, *tools)
     made = Machines(folder, visible, num_hosts)

@@ -59,7 +59,14 @@ def cluster_file(path: Path, worker: dict[str, float]) -> Path:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     resources, most = worker | {"object_store_memory": 80 * 2**20}, MAX_WORKERS
-    commands = ("setup", "head_setup", "worker_setup", "initialization", "head_start_ray", "worker_start_ray")
+    commands = (
+        "setup",
+        "head_setup",
+        "worker_setup",
+        "initialization",
+        "head_start_ray",
+        "worker_start_ray",
+    )
     config = {
         "cluster_name": "test",
         "max_workers": most,
@@ -69,7 +76,12 @@ def cluster_file(path: Path, worker: dict[str, float]) -> Path:
         "head_node_type": HEAD_TYPE,
         "available_node_types": {
             HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "worker": {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": most},
+            "worker": {
+                "resources": resources,
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": most,
+            },
         },
         "file_mounts": {},
         "cluster_synced_files": [],
@@ -95,26 +107,36 @@ class Head:
     def driver(self, verb: str, config: Path, *options: str) -> AbstractContextManager[Driver]:
         """Start a `qpruner` process on the head."""
         inside = self.machine.entered(self.folder)
-        return driver(config, "--address", "auto", *options, verb=verb, inside=inside, **ENVIRONMENT)
+        return driver(
+            config, "--address", "auto", *options, verb=verb, inside=inside, **ENVIRONMENT
+        )
 
     def most_seen(self, process: Driver, until: Callable[[], bool]) -> Counter[str]:
         """Watch until the condition holds; return the largest numbers of workers, trials in flight and begun trials."""
         most, deadline = Counter[str](), time.monotonic() + 900
         while not until():
             assert time.monotonic() < deadline, process.said()[-4000:]
-            running = [trial for trial in trials_of(process.run).values() if trial["status"] == "running"]
+            running = [
+                trial for trial in trials_of(process.run).values() if trial["status"] == "running"
+            ]
             begun = sum(bool(trial["worker"]) for trial in running)
-            most |= Counter({"workers": self.num_workers(), "in flight": len(running), "begun": begun})
+            most |= Counter(
+                {"workers": self.num_workers(), "in flight": len(running), "begun": begun}
+            )
             time.sleep(0.25)
         return most
 
 
 @contextmanager
-def started(folder: Path, base: Path, worker: dict[str, float], num_cpus: int = 0) -> Iterator[Head]:
+def started(
+    folder: Path, base: Path, worker: dict[str, float], num_cpus: int = 0
+) -> Iterator[Head]:
     """Start a head without workers."""
     skip_where_impossible()
     folder.mkdir()
-    machine = Machine(folder / "head", [base, ROOT, Path(sys.prefix), Path(sys.base_prefix)], "sleep infinity")
+    machine = Machine(
+        folder / "head", [base, ROOT, Path(sys.prefix), Path(sys.base_prefix)], "sleep infinity"
+    )
     try:
         file = cluster_file(folder / "cluster.yaml", worker)
         command = f"ray start --head --node-ip-address=127.0.0.1 --port=6379 --num-cpus={num_cpus} --num-gpus=0 "
@@ -128,8 +150,14 @@ def started(folder: Path, base: Path, worker: dict[str, float], num_cpus: int = 
 
 def config_of(model: Path, folder: Path, **keys: object) -> Path:
     """Write the configuration of a small run."""
-    given = {"sensitivity.methods": ["mutual_information"], "finetune.compare": False, "search.steps": 16}
-    return search_config(model, folder / "small", **{**given, "search.max_concurrent": None, **keys})
+    given = {
+        "sensitivity.methods": ["mutual_information"],
+        "finetune.compare": False,
+        "search.steps": 16,
+    }
+    return search_config(
+        model, folder / "small", **{**given, "search.max_concurrent": None, **keys}
+    )
 
 
 def test_a_run_starts_workers_that_end_when_idle(
@@ -137,9 +165,15 @@ def test_a_run_starts_workers_that_end_when_idle(
 ) -> None:
     """The first stage starts one worker, and two trials in flight start a second; no third worker starts. A trial that
     is too large for every node type is refused before any worker starts."""
-    with started(tmp_path / "cluster", tmp_path_factory.getbasetemp(), {"CPU": 1, "GPU": 1}) as head:
-        config = config_of(tiny_model, tmp_path, **{"search.max_trials": 6, "search.max_concurrent": 2})
-        with head.driver("check", config, "--set", "search.resources_per_trial={cpu: 1, gpu: 2}") as large:
+    with started(
+        tmp_path / "cluster", tmp_path_factory.getbasetemp(), {"CPU": 1, "GPU": 1}
+    ) as head:
+        config = config_of(
+            tiny_model, tmp_path, **{"search.max_trials": 6, "search.max_concurrent": 2}
+        )
+        with head.driver(
+            "check", config, "--set", "search.resources_per_trial={cpu: 1, gpu: 2}"
+        ) as large:
             code, said = large.end()
         assert code == 2
         largest = "the largest of 1 machine and of those that the autoscaler may start has 1 CPUs and 1 GPUs:"
@@ -149,7 +183,9 @@ def test_a_run_starts_workers_that_end_when_idle(
             most = head.most_seen(process, lambda: process.process.poll() is not None)
             code, said = process.end()
         assert code == 0, said[-4000:]
-        assert (process.run / "report.md").exists() and sorted(trials_of(process.run)) == list(range(6))
+        assert (process.run / "report.md").exists() and sorted(trials_of(process.run)) == list(
+            range(6)
+        )
         assert most == {"workers": 2, "in flight": 2, "begun": 2}
         wait_for(lambda: head.num_workers() == 0, "the end of idle workers", 3 * IDLE_SECONDS + 60)
 
@@ -159,14 +195,22 @@ def test_trials_that_wait_for_workers_never_begin_at_the_end(
 ) -> None:
     """The autoscaler is stopped, as if the cloud had no quota: one trial runs on the head and three wait. Neither after
     Ctrl-C nor after `search.max_hours` does a waiting trial begin; the running trial finishes its rung."""
-    with started(tmp_path / "cluster", tmp_path_factory.getbasetemp(), {"CPU": 1}, num_cpus=1) as head:
+    with started(
+        tmp_path / "cluster", tmp_path_factory.getbasetemp(), {"CPU": 1}, num_cpus=1
+    ) as head:
         for process in head.machine.first.children(recursive=True):
             if any(argument.startswith("--autoscaling-config=") for argument in process.cmdline()):
                 process.send_signal(signal.SIGSTOP)
         resources = {"cpu": 1, "gpu": 0}
-        config = config_of(tiny_model, tmp_path, **{"search.max_trials": 60, "search.resources_per_trial": resources})
+        config = config_of(
+            tiny_model,
+            tmp_path,
+            **{"search.max_trials": 60, "search.resources_per_trial": resources},
+        )
         with head.driver("search", config) as run:
-            most = head.most_seen(run, lambda: any(trial["rungs"] for trial in trials_of(run.run).values()))
+            most = head.most_seen(
+                run, lambda: any(trial["rungs"] for trial in trials_of(run.run).values())
+            )
             assert most == {"in flight": 1 + MAX_WORKERS, "begun": 1}
             # nsenter does not pass the signal on to the command.
             psutil.Process(run.process.pid).children()[0].send_signal(signal.SIGINT)

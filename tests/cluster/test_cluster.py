@@ -39,18 +39,26 @@ CLOUD = Slots((HEAD,), HEAD, (Node(8, 1), Node(8, 1), Node(64, 8)), max_workers=
         pytest.param(TWO_NODES, {"cpu": 1, "gpu": 0.4}, 6, id="two-fit-on-each-gpu"),
         pytest.param(TWO_NODES, {"cpu": 1, "gpu": 2}, 1, id="two-gpus-of-one-machine"),
         pytest.param(TWO_NODES, {"cpu": 4, "gpu": 0.25}, 4, id="too-few-cores-for-the-gpus"),
-        pytest.param(CLOUD, {"cpu": 1, "gpu": 1}, 8 + 1, id="the-largest-two-of-three-that-may-start"),
-        pytest.param(replace(CLOUD, nodes=(HEAD, Node(8, 1))), {"cpu": 2}, 1 + 32 + 4, id="the-head-too"),
+        pytest.param(
+            CLOUD, {"cpu": 1, "gpu": 1}, 8 + 1, id="the-largest-two-of-three-that-may-start"
+        ),
+        pytest.param(
+            replace(CLOUD, nodes=(HEAD, Node(8, 1))), {"cpu": 2}, 1 + 32 + 4, id="the-head-too"
+        ),
     ],
 )
-def test_a_trial_gets_its_resources_from_one_machine(slots: Slots, resources: dict[str, float], expected: int) -> None:
+def test_a_trial_gets_its_resources_from_one_machine(
+    slots: Slots, resources: dict[str, float], expected: int
+) -> None:
     assert slots.concurrent(resources, None) == expected
     assert slots.concurrent(resources, 2) == min(2, expected)
 
 
 def test_a_trial_that_fits_on_no_machine_is_refused() -> None:
     """Ray would wait forever."""
-    largest = "the largest of 1 machine and of those that the autoscaler may start has 64 CPUs and 8 GPUs"
+    largest = (
+        "the largest of 1 machine and of those that the autoscaler may start has 64 CPUs and 8 GPUs"
+    )
     with pytest.raises(UserError, match=rf"'gpu': 9.* on one machine.* {largest}: ask for less"):
         CLOUD.concurrent({"cpu": 1, "gpu": 9}, None)
 
@@ -61,25 +69,39 @@ def test_a_trial_gets_a_gpu_if_any_machine_has_one() -> None:
     assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
     assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
     assert CLOUD.fits({"gpu": 1}) == 0
-    assert [Node(1, 0).fits({"cpu": share}) for share in (0.1, 0.2, 0.3)] == [10, 5, 3], "as Ray counts"
+    assert [Node(1, 0).fits({"cpu": share}) for share in (0.1, 0.2, 0.3)] == [10, 5, 3], (
+        "as Ray counts"
+    )
     for num_workers, gpu in ((1, 0.5), (2, 1)):
-        assert worker_resources({"cpu": 2, "gpu": 0.5}, num_workers) == {"cpu": 2, "gpu": gpu}, "whole for a group"
+        assert worker_resources({"cpu": 2, "gpu": 0.5}, num_workers) == {"cpu": 2, "gpu": gpu}, (
+            "whole for a group"
+        )
     assert worker_resources({"cpu": 2}, 2) == {"cpu": 2}
 
 
 def test_workers_are_read_from_the_cluster_file() -> None:
-    assert read_growth(ROOT / "cluster.yaml", HEAD) == Slots((), HEAD, (Node(8, 1),) * 5, max_workers=4)
-    assert not read_growth(ROOT / "launch" / "cluster_onprem.yaml", HEAD).workers, "its machines do not say their size"
-    with pytest.raises(UserError, match=r"nowhere.yaml, the cluster file of Ray's autoscaler, cannot be read"):
+    assert read_growth(ROOT / "cluster.yaml", HEAD) == Slots(
+        (), HEAD, (Node(8, 1),) * 5, max_workers=4
+    )
+    assert not read_growth(ROOT / "launch" / "cluster_onprem.yaml", HEAD).workers, (
+        "its machines do not say their size"
+    )
+    with pytest.raises(
+        UserError, match=r"nowhere.yaml, the cluster file of Ray's autoscaler, cannot be read"
+    ):
         read_growth(ROOT / "nowhere.yaml", HEAD)
 
 
 def test_private_names_of_ray_are_in_one_file_and_exist() -> None:
     import qpruner.cluster.group  # chooses the second API of Ray Train
 
-    private = re.compile(r"\bray(\.\w+)*\._(?!_)|from ray[\w.]* import [^\n]*\b_\w|import_module\(.ray")
+    private = re.compile(
+        r"\bray(\.\w+)*\._(?!_)|from ray[\w.]* import [^\n]*\b_\w|import_module\(.ray"
+    )
     files = Path(qpruner.__file__).parent.rglob("*.py")
-    assert {path.name for path in files if private.search(path.read_text(encoding="utf-8"))} == {"ray_private.py"}
+    assert {path.name for path in files if private.search(path.read_text(encoding="utf-8"))} == {
+        "ray_private.py"
+    }
     assert all(getattr(ray_private, name) is not None for name in ray_private.NAMES)
 
 
@@ -118,7 +140,9 @@ def test_a_cluster_with_another_ray_is_refused_with_both(
 
 def test_workers_are_counted_as_they_come_and_go(joined: tuple[Raylets, Cluster]) -> None:
     trial, (raylets, cluster) = {"cpu": 1.0, "gpu": 1.0}, joined
-    with pytest.raises(UserError, match="the largest of 1 machine has 0 CPUs and 0 GPUs: ask for less, or add"):
+    with pytest.raises(
+        UserError, match="the largest of 1 machine has 0 CPUs and 0 GPUs: ask for less, or add"
+    ):
         cluster.slots().concurrent(trial, 2)
     events: list[Event] = []
     room = Room(cluster.slots, trial, 2, events.append)
@@ -161,7 +185,11 @@ def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
     command, pipe = [sys.executable, "-c", LOCAL], subprocess.PIPE
     core = min(os.sched_getaffinity(0))
     with subprocess.Popen(
-        ["taskset", "-c", f"{core}", *command], stdin=pipe, stdout=pipe, text=True, env=kept | environment
+        ["taskset", "-c", f"{core}", *command],
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
+        env=kept | environment,
     ) as process:
         try:
             yield process
@@ -170,24 +198,36 @@ def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_a_run_without_an_address_starts_its_own_ray(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
+def test_a_run_without_an_address_starts_its_own_ray(
+    joined: tuple[Raylets, Cluster], tmp_path: Path
+) -> None:
     """This holds on the head of a cluster, whose variables name the cluster, and for two such runs at once. Ray listens
     on loopback only, and the first run makes a token that only its owner can read."""
     address = joined[0].address
-    head = {"RAY_ADDRESS": address, "RAY_GCS_SERVER_PORT": address.rpartition(":")[2], "HOME": str(tmp_path)}
+    head = {
+        "RAY_ADDRESS": address,
+        "RAY_GCS_SERVER_PORT": address.rpartition(":")[2],
+        "HOME": str(tmp_path),
+    }
     with ExitStack() as stack:
         both = [stack.enter_context(local_run(**head)) for _ in range(2)]
         said = [json.loads(process.stdout.readline()) for process in both if process.stdout]
         assert len({address, *(address for address, *_ in said)}) == 3
         for _, nodes, cores, listens in said:
-            assert (nodes, cores) == (1, 1), "the cores that the process may use, not all of the machine"
-            assert listens and all(ip_address(each.removeprefix("::ffff:")).is_loopback for each in listens), listens
+            assert (nodes, cores) == (1, 1), (
+                "the cores that the process may use, not all of the machine"
+            )
+            assert listens and all(
+                ip_address(each.removeprefix("::ffff:")).is_loopback for each in listens
+            ), listens
         assert [process.communicate("\n")[0] for process in both] == ["42\n", "42\n"]
     token = tmp_path / ".ray" / "auth_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and list(token.parent.iterdir()) == [token]
 
 
-def test_without_a_home_folder_the_token_is_in_a_private_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_folder_the_token_is_in_a_private_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In /proc not even root can create folders; Ray would fail after hours of pruning."""
     monkeypatch.setenv("HOME", "/proc/nohome")
     for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
@@ -195,7 +235,14 @@ def test_without_a_home_folder_the_token_is_in_a_private_one(monkeypatch: pytest
         monkeypatch.delenv(name)
     ensure_token()
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert (
+        stat.S_IMODE(token.stat().st_mode) == 0o600
+        and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    )
     first = token.read_text()
     ensure_token()
-    assert len(first) == 64 and token.read_text() == first and token.parent.parent == Path(tempfile.gettempdir())
+    assert (
+        len(first) == 64
+        and token.read_text() == first
+        and token.parent.parent == Path(tempfile.gettempdir())
+    )

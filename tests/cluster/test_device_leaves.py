@@ -55,6 +55,12 @@ def test_if_the_other_machine_leaves_the_search_ends(tmp_path: Path, num_failure
                 search(job, lambda held: 2 - held, emit)
         finally:
             disconnect()
-        trouble = "trials in a row failed" if num_failures == 1 else "no other device is left than GPU 0 of 127.0.0.1"
+        trouble = (
+            "trials in a row failed"
+            if num_failures == 1
+            else "no other device is left than GPU 0 of 127.0.0.1"
+        )
         assert trouble in caught.value.cause
-        assert not [trial for trial in read_trials(job.trials) if trial.failure not in (None, "machine")]
+        assert not [
+            trial for trial in read_trials(job.trials) if trial.failure not in (None, "machine")
+        ]

@@ -50,7 +50,9 @@ def test_a_device_is_held_until_a_second_one_tells_whose_fault_it_was() -> None:
     bench.scores(1, "b")
     assert bench.held == ["a"]
     [named] = bench.events
-    assert isinstance(named, Message) and "2 trials failed on a and ran on other devices" in named.text
+    assert (
+        isinstance(named, Message) and "2 trials failed on a and ran on other devices" in named.text
+    )
 
 
 def test_a_plan_that_fails_on_two_devices_is_at_fault() -> None:
@@ -137,7 +139,9 @@ def test_if_only_a_device_that_was_left_out_is_left_the_search_ends_and_names_it
         bench.scores(index, "b")
     bench.devices.look()
     bench.nodes["node"] = 1
-    with pytest.raises(StageError, match="no other device is left than a, where trials failed that ran elsewhere"):
+    with pytest.raises(
+        StageError, match="no other device is left than a, where trials failed that ran elsewhere"
+    ):
         bench.devices.look()
 
 

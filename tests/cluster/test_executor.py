@@ -110,12 +110,16 @@ def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> 
     place = ClusterExecutor(GPU, GpuTime(), CHECK)
     assert place.run(partial(work, 1), events.append) == 1
     # A slow start is reported as well.
-    texts = [event.text for event in events if isinstance(event, Message) and "waiting" not in event.text]
+    texts = [
+        event.text for event in events if isinstance(event, Message) and "waiting" not in event.text
+    ]
     assert len(texts) == 1 and texts[0].startswith("a worker died")
     with pytest.raises(WorkerDied, match=f"{MAX_DEATHS} workers died"):
         place.run(partial(work, 10**6), ignore)
     deaths = len(list(marks.iterdir())) + MAX_DEATHS + 1
-    found = run_tasks(task, [deaths], GPU, 1, True, CHECK, progress=lambda position: len(list(marks.iterdir())))
+    found = run_tasks(
+        task, [deaths], GPU, 1, True, CHECK, progress=lambda position: len(list(marks.iterdir()))
+    )
     assert list(found) == [(0, deaths)]
 
 
@@ -132,7 +136,17 @@ def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
         time.sleep(0.5)
     assert 2 <= held.seconds < 2.8
     tasks: list[float] = []
-    list(run_tasks(lambda seconds: time.sleep(seconds), [0.5, 0.5], GPU, 2, False, CHECK, on_held=tasks.append))
+    list(
+        run_tasks(
+            lambda seconds: time.sleep(seconds),
+            [0.5, 0.5],
+            GPU,
+            2,
+            False,
+            CHECK,
+            on_held=tasks.append,
+        )
+    )
     assert len(tasks) == 2 and all(0.5 <= seconds < 0.9 for seconds in tasks)
 
 
@@ -180,7 +194,9 @@ def test_lost_machines_are_not_counted_as_deaths(place: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_stages_share_the_only_gpu_of_a_cluster(one_gpu: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_stages_share_the_only_gpu_of_a_cluster(
+    one_gpu: str, tiny_model: Path, tmp_path: Path
+) -> None:
     """The driver never holds a model."""
 
     def models() -> set[int]:
@@ -192,20 +208,38 @@ def test_stages_share_the_only_gpu_of_a_cluster(one_gpu: str, tiny_model: Path, 
 
     gc.collect()
     events, before = list[Event](), models()
-    there = run(validate_config(raw_config(tiny_model, tmp_path / "there")), tell, one_gpu, "sensitivity")
+    there = run(
+        validate_config(raw_config(tiny_model, tmp_path / "there")), tell, one_gpu, "sensitivity"
+    )
     nodes, begin = events[:2]
-    assert isinstance(nodes, TableMade) and [row[-1] for row in nodes.body] == ["ok", "ok"], "head and worker"
+    assert isinstance(nodes, TableMade) and [row[-1] for row in nodes.body] == ["ok", "ok"], (
+        "head and worker"
+    )
     assert isinstance(begin, StageStarted), "nodes are checked before the first stage"
-    here = run(validate_config(raw_config(tiny_model, tmp_path / "here")), ignore, None, "sensitivity")
-    assert there.prune and here.prune and there.bank and here.bank and there.sensitivity and here.sensitivity
+    here = run(
+        validate_config(raw_config(tiny_model, tmp_path / "here")), ignore, None, "sensitivity"
+    )
+    assert (
+        there.prune
+        and here.prune
+        and there.bank
+        and here.bank
+        and there.sensitivity
+        and here.sensitivity
+    )
     for record in (there.prune, there.bank, there.sensitivity):
         assert 0 < record.gpu_seconds <= record.seconds, "one GPU is held while work runs"
-    widths = [{name: cut.layers for name, cut in record.cuts.items()} for record in (there.prune, here.prune)]
+    widths = [
+        {name: cut.layers for name, cut in record.cuts.items()}
+        for record in (there.prune, here.prune)
+    ]
     assert widths[0] == widths[1] and there.bank.files == here.bank.files
     for name, method in here.sensitivity.methods.items():
         for level, values in method.values.items():
             found = there.sensitivity.methods[name].values[level]
-            assert [each is None for each in found] == [each is None for each in values], "not in all formats"
+            assert [each is None for each in found] == [each is None for each in values], (
+                "not in all formats"
+            )
             of_each = [[value or 0.0 for value in each] for each in (found, values)]
             assert of_each[0] == pytest.approx(of_each[1], rel=1e-4, abs=1e-6)
 
@@ -218,10 +252,14 @@ def test_workers_find_paths_relative_to_the_driver(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model, "data/model")
     shutil.copytree(str(files("qpruner") / "demo"), "data/demo")
-    raw = with_key(raw_config(Path("data/model"), tmp_path / "run"), "evaluate.include_path", "data/demo/tasks")
+    raw = with_key(
+        raw_config(Path("data/model"), tmp_path / "run"), "evaluate.include_path", "data/demo/tasks"
+    )
     config = validate_config(raw)
     prepared = run(config, ignore, one_gpu, "prepare").prepare
     assert prepared and prepared.model_path == str(tmp_path / "data/model")
     context = Context(config, RunDir(tmp_path / "run"), ignore, None, inspect(config))
     assert context.worker_config.evaluate.include_path == str(tmp_path / "data/demo/tasks")
-    assert context.config.model.source == "data/model", "records and digests keep the path of the configuration"
+    assert context.config.model.source == "data/model", (
+        "records and digests keep the path of the configuration"
+    )

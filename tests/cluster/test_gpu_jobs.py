@@ -52,7 +52,14 @@ def noting(folder: Path) -> Callable[[str, float], None]:
         kept = os.environ.setdefault("FIRST_DEVICE_OF_THIS_PROCESS", given)
         began = time.time()
         time.sleep(seconds)
-        place = {"job": name, "given": given, "kept": kept, "began": began, "ended": time.time(), "pid": os.getpid()}
+        place = {
+            "job": name,
+            "given": given,
+            "kept": kept,
+            "began": began,
+            "ended": time.time(),
+            "pid": os.getpid(),
+        }
         (folder / f"{name}-{time.monotonic_ns()}.json").write_text(json.dumps(place))
 
     return work
@@ -87,7 +94,9 @@ def test_every_job_of_a_flow_runs_on_its_own_gpu(four_gpus: None, tmp_path: Path
     ClusterExecutor(ONE, GpuTime(), CHECK).run(alone, ignore)
     run_all("bank", [0.5, 0.3, 0.7, 0.4])
     of_search = job_of(tmp_path, searcher="random", first_rung=4, max_trials=5)
-    search(replace(of_search, trial=trial, resources=ONE, controls=[]), lambda held: NUM_GPUS, ignore)
+    search(
+        replace(of_search, trial=trial, resources=ONE, controls=[]), lambda held: NUM_GPUS, ignore
+    )
     run_all("confirm", [0.3, 0.6, 0.2, 0.5])
     run_all("winner", [0.3], own_process=True)
     run_all("evaluate", [0.5, 0.3, 0.4])
@@ -101,10 +110,14 @@ def test_every_job_of_a_flow_runs_on_its_own_gpu(four_gpus: None, tmp_path: Path
     at_once = [
         (one["job"], other["job"])
         for one, other in itertools.combinations(places, 2)
-        if one["kept"] == other["kept"] and one["began"] < other["ended"] and other["began"] < one["ended"]
+        if one["kept"] == other["kept"]
+        and one["began"] < other["ended"]
+        and other["began"] < one["ended"]
     ]
     assert not at_once, "two jobs at once on one GPU"
-    assert {place["given"] for place in places if place["job"] == "bank"} == {str(gpu) for gpu in range(NUM_GPUS)}
+    assert {place["given"] for place in places if place["job"] == "bank"} == {
+        str(gpu) for gpu in range(NUM_GPUS)
+    }
 
 
 def test_a_process_with_a_gpu_serves_one_job(four_gpus: None) -> None:
@@ -137,7 +150,10 @@ def test_a_process_keeps_no_memory_of_a_finished_job(four_gpus: None) -> None:
 
         class Model:
             def __init__(self) -> None:
-                self.weights, self.itself = torch.ones(2**27), self  # as Trainer, model and callbacks form cycles
+                self.weights, self.itself = (
+                    torch.ones(2**27),
+                    self,
+                )  # as Trainer, model and callbacks form cycles
 
         Model()
         return os.getpid()
@@ -145,4 +161,6 @@ def test_a_process_keeps_no_memory_of_a_finished_job(four_gpus: None) -> None:
     import psutil
 
     [(_, pid)] = run_tasks(fill, [0], {"cpu": 1.0}, 1, False, CHECK)
-    assert psutil.Process(pid).memory_info().rss < 2**29, "the process is idle now, without its 0.5 GB of weights"
+    assert psutil.Process(pid).memory_info().rss < 2**29, (
+        "the process is idle now, without its 0.5 GB of weights"
+    )

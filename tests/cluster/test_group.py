@@ -74,16 +74,33 @@ def train(job: Training) -> Losses:
         with (job.output / "steps").open("a") as file:
             file.write(f"{step} {loss}\n")
         if step == MIDDLE + 1 and not job.start:  # only the newest two stay
-            shutil.copytree(job.output / f"checkpoint-{MIDDLE}", job.output / "middle", dirs_exist_ok=True)
+            shutil.copytree(
+                job.output / f"checkpoint-{MIDDLE}", job.output / "middle", dirs_exist_ok=True
+            )
 
     job.output.mkdir(parents=True, exist_ok=True)
     # This norm clips every step: if each worker clipped its own gradients, the losses would differ at once.
     settings = TrainingConfig(
         learning_rate=1e-2, batch_size=4, micro_batch_size=job.micro_batch_size, max_grad_norm=0.05
     )
-    schedule, listener = Schedule(steps=STEPS, rungs=range(2, STEPS + 1, 2)), Listener(on_step=on_step)
-    start = job.start or max(job.output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), default=None)
-    finetune(peft_model, job.rows, settings, schedule, job.output, seed=5, pad_id=1, start=start, listener=listener)
+    schedule, listener = (
+        Schedule(steps=STEPS, rungs=range(2, STEPS + 1, 2)),
+        Listener(on_step=on_step),
+    )
+    start = job.start or max(
+        job.output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), default=None
+    )
+    finetune(
+        peft_model,
+        job.rows,
+        settings,
+        schedule,
+        job.output,
+        seed=5,
+        pad_id=1,
+        start=start,
+        listener=listener,
+    )
     return losses
 
 
@@ -103,13 +120,17 @@ def run() -> Iterator[Run]:
 
     from qpruner.cluster.group import run_groups
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    ray.cloudpickle.register_pickle_by_value(
+        sys.modules[__name__]
+    )  # workers cannot import this file
     if connect(None).slots().fits({"cpu": 1.0}) < 2:
         pytest.skip("two processes need two cores")
 
     def in_group(function: Callable[[Any], Any], folder: Path, job: Any) -> Any:
         scratch = folder / "ray-train"
-        ((position, found),) = run_groups(function, [job], {"cpu": 1.0}, 2, 1, scratch, packed_check({}, None))
+        ((position, found),) = run_groups(
+            function, [job], {"cpu": 1.0}, 2, 1, scratch, packed_check({}, None)
+        )
         assert position == 0 and not scratch.exists()
         return found
 
@@ -129,7 +150,9 @@ def trained(
         "two": two,
         "accumulating": replace(one, output=folder / "accumulating", micro_batch_size=1),
         "resumed": replace(one, output=folder / "resumed", start=two.output / "middle"),
-        "resumed-from-one": replace(one, output=folder / "resumed-from-one", start=one.output / "middle"),
+        "resumed-from-one": replace(
+            one, output=folder / "resumed-from-one", start=one.output / "middle"
+        ),
         "dropout": replace(one, output=folder / "dropout", dropout=0.1),
     }
     found = {"one": (one, train(one))}
@@ -138,18 +161,25 @@ def trained(
 
 
 @pytest.mark.parametrize("name", ["two", "accumulating"])
-def test_two_processes_take_the_steps_of_one(name: str, trained: dict[str, tuple[Training, Losses]]) -> None:
+def test_two_processes_take_the_steps_of_one(
+    name: str, trained: dict[str, tuple[Training, Losses]]
+) -> None:
     """In float32 only the order of additions differs, which changes a loss by less than 1e-5 of it."""
     (alone, one), (together, two) = trained["one"], trained[name]
     assert list(one) == list(range(1, STEPS + 1))
     assert len({round(loss, 4) for loss in one.values()}) == STEPS, "each step has another loss"
     assert two == pytest.approx(one, rel=1e-5)
     assert steps_of(together) == list(two.items()), "only one process reports"
-    learned = [load_file(each.output / f"checkpoint-{STEPS}/adapter_model.safetensors") for each in (alone, together)]
+    learned = [
+        load_file(each.output / f"checkpoint-{STEPS}/adapter_model.safetensors")
+        for each in (alone, together)
+    ]
     torch.testing.assert_close(learned[1], learned[0], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_resume_in_the_middle_of_an_epoch(trained: dict[str, tuple[Training, Losses]]) -> None:
+def test_two_processes_resume_in_the_middle_of_an_epoch(
+    trained: dict[str, tuple[Training, Losses]],
+) -> None:
     """From their own checkpoint, and from a checkpoint of a single process."""
     expected = {step: loss for step, loss in trained["two"][1].items() if step > MIDDLE}
     assert trained["resumed"][1] == expected
@@ -244,7 +274,9 @@ class Killed:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_killed_before_the_function_starts_frees_its_slots(run: Run, tmp_path: Path) -> None:
+def test_a_process_killed_before_the_function_starts_frees_its_slots(
+    run: Run, tmp_path: Path
+) -> None:
     from qpruner.cluster.group import WorkerGroupError, _GroupHooks
 
     assert run(lambda job: job.file.exists(), tmp_path, Killed(tmp_path / "killed"))

@@ -33,11 +33,17 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
         disconnect()
 
 
-def test_nodes_that_differ_are_named_with_the_difference(cluster: Raylets, tiny_model: Path, tmp_path: Path) -> None:
+def test_nodes_that_differ_are_named_with_the_difference(
+    cluster: Raylets, tiny_model: Path, tmp_path: Path
+) -> None:
     shared, other = tmp_path / "shared", tmp_path / "other"
     shared.mkdir()
     same = Path(qpruner.__file__).parent.parent
-    shutil.copytree(same / "qpruner", other / "qpruner", ignore=shutil.ignore_patterns("__pycache__", "node_check.py"))
+    shutil.copytree(
+        same / "qpruner",
+        other / "qpruner",
+        ignore=shutil.ignore_patterns("__pycache__", "node_check.py"),
+    )
     old = other / "peft-0.1.0.dist-info"
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
@@ -54,29 +60,46 @@ def test_nodes_that_differ_are_named_with_the_difference(cluster: Raylets, tiny_
     heading, *lines = str(caught.value).splitlines()
     assert heading == "3 problems with the cluster's nodes:"
     versions, storage = (line for line in lines if first[:8] in line)
-    assert "qpruner's code is " in versions and "peft is 0.1.0 there and " in versions and "torch" not in versions
+    assert (
+        "qpruner's code is " in versions
+        and "peft is 0.1.0 there and " in versions
+        and "torch" not in versions
+    )
     assert f"`output`: {config.output} is not shared with this node" in storage
     (storage,) = (line for line in lines if second[:8] in line)
     assert f"`output`: {config.output} cannot be written there (Read-only file system)" in storage
     (table,) = [event for event in events if isinstance(event, TableMade)]
-    assert sorted(row[-1] for row in table.body) == ["ok", "ok", "other versions, storage", "storage"]
+    assert sorted(row[-1] for row in table.body) == [
+        "ok",
+        "ok",
+        "other versions, storage",
+        "storage",
+    ]
     assert list(shared.iterdir()) == [], "the check leaves no files"
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_a_silent_node_is_a_problem_and_a_dead_one_has_left(dies: bool, cluster: Raylets, tmp_path: Path) -> None:
+def test_a_silent_node_is_a_problem_and_a_dead_one_has_left(
+    dies: bool, cluster: Raylets, tmp_path: Path
+) -> None:
     """A stopped raylet accepts connections but does not answer."""
     (tmp_path / "driver").write_text("driver")
     node = cluster.nodes[0]
     raylet = node.all_processes["raylet"][0].process.pid
     reports: list[NodeReport] = []
     seconds = 120.0 if dies else 4.0
-    looking = threading.Thread(target=lambda: reports.extend(look_at_all(tmp_path, "driver", seconds)))
+    looking = threading.Thread(
+        target=lambda: reports.extend(look_at_all(tmp_path, "driver", seconds))
+    )
     os.kill(raylet, signal.SIGSTOP)
     try:
         looking.start()
         # Once another node has answered, every node was asked.
-        while dies and looking.is_alive() and not any(path.name != "driver" for path in tmp_path.iterdir()):
+        while (
+            dies
+            and looking.is_alive()
+            and not any(path.name != "driver" for path in tmp_path.iterdir())
+        ):
             time.sleep(0.1)
         if dies:
             cluster.kill(node)

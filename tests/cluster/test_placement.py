@@ -88,7 +88,13 @@ def recording_trial(folder: Path, at_once: int) -> Trial:
         wait()
         time.sleep(0.2)
         node, devices = ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
-        place = {"node": node, "devices": devices, "began": began, "ended": time.time(), "pid": os.getpid()}
+        place = {
+            "node": node,
+            "devices": devices,
+            "began": began,
+            "ended": time.time(),
+            "pid": os.getpid(),
+        }
         (folder / f"ended-{name}").write_text(json.dumps(place))
         (checkpoint := folder / f"checkpoint-{name}").mkdir()
         report(RungResult(step=job.config.search.steps, loss=3.0), checkpoint)
@@ -98,8 +104,15 @@ def recording_trial(folder: Path, at_once: int) -> Trial:
 
 def search_of(folder: Path, slots: Slots, at_once: int = 0, **settings: Any) -> SearchJob:
     """Make a search of random plans with recording trials and default resources."""
-    job = job_of(folder, **{"searcher": "random", "max_trials": NUM_TRIALS, "first_rung": 4} | settings)
-    return replace(job, trial=recording_trial(folder, at_once), resources=slots.resources_per_trial(None), controls=[])
+    job = job_of(
+        folder, **{"searcher": "random", "max_trials": NUM_TRIALS, "first_rung": 4} | settings
+    )
+    return replace(
+        job,
+        trial=recording_trial(folder, at_once),
+        resources=slots.resources_per_trial(None),
+        controls=[],
+    )
 
 
 @pytest.mark.slow
@@ -115,12 +128,16 @@ def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> Non
     used: dict[str, set[str]] = defaultdict(set)
     for trial in ended:
         used[trial["node"]].add(trial["devices"])
-    assert sorted(used.values(), key=len) == [{"0"}, {"0", "1"}], "each trial sees one GPU, and every GPU had a trial"
+    assert sorted(used.values(), key=len) == [{"0"}, {"0", "1"}], (
+        "each trial sees one GPU, and every GPU had a trial"
+    )
     for one, other in itertools.combinations(ended, 2):
         if one["began"] < other["ended"] and other["began"] < one["ended"]:
             assert (one["node"], one["devices"]) != (other["node"], other["devices"])
     pulses = [read_pulse(job.trials, trial.index) for trial in outcome.trials]
-    assert Counter(pulse.node for pulse in pulses if pulse) == Counter(trial["node"] for trial in ended)
+    assert Counter(pulse.node for pulse in pulses if pulse) == Counter(
+        trial["node"] for trial in ended
+    )
     assert len({trial["pid"] for trial in ended}) < NUM_TRIALS, "reused workers keep their GPU"
 
 
@@ -142,7 +159,9 @@ def test_ctrl_c_starts_no_waiting_trial(slots: Slots, tmp_path: Path) -> None:
     assert sorted(found) == [("finished", True)] * 3 + [("running", False)] * 3
 
 
-def on_device(folder: Path, fault: Callable[[TrialJob], None], only: str | None = None, seconds: float = 0.0) -> Trial:
+def on_device(
+    folder: Path, fault: Callable[[TrialJob], None], only: str | None = None, seconds: float = 0.0
+) -> Trial:
     """Make a trial that causes a fault on the GPU `only`, or on every one, and otherwise records where it runs."""
     intact = recording_trial(folder, 0)
 
@@ -228,8 +247,12 @@ def two_gpus(one_machine: str) -> Iterator[None]:
 @pytest.mark.usefixtures("two_gpus")
 def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path) -> None:
     """With one of two slots too small, most trials were lost, controls too, and the command ended with a winner."""
-    trials, said = searched(on_gpus(tmp_path, on_device(tmp_path, out_of_memory(), "1"), max_trials=4))
-    assert [trial.status for trial in trials] == ["finished"] * 4, [trial.reason for trial in trials]
+    trials, said = searched(
+        on_gpus(tmp_path, on_device(tmp_path, out_of_memory(), "1"), max_trials=4)
+    )
+    assert [trial.status for trial in trials] == ["finished"] * 4, [
+        trial.reason for trial in trials
+    ]
     [moved] = [trial for trial in trials if trial.failed_on]
     [device] = moved.failed_on
     assert device.startswith("GPU 1 of 127.0.0.1") and (moved.device or "").startswith("GPU 0 of ")
@@ -241,11 +264,15 @@ def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [out_of_memory, breakdown])
 @pytest.mark.usefixtures("two_gpus")
-def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(kind: Fault, tmp_path: Path) -> None:
+def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(
+    kind: Fault, tmp_path: Path
+) -> None:
     """Trials are longer than a worker takes to start, or the worker of the other GPU would take them all."""
     trial = on_device(tmp_path, kind(), "1", seconds=10.0)
     trials, said = searched(on_gpus(tmp_path, trial))
-    assert [trial.status for trial in trials] == ["finished"] * 7, [trial.reason for trial in trials]
+    assert [trial.status for trial in trials] == ["finished"] * 7, [
+        trial.reason for trial in trials
+    ]
     moved = [trial for trial in trials if trial.failed_on]
     assert len(moved) == MAX_FAILURES
     [named] = [text for text in said if text.startswith("warning")]
@@ -262,11 +289,15 @@ def test_a_gpu_that_kills_processes_gets_no_more_trials_and_no_later_job(tmp_pat
 
     trial = on_device(tmp_path, fault, "1", seconds=10.0)
     trials, said = searched(on_gpus(tmp_path, trial))
-    assert [trial.status for trial in trials] == ["finished"] * 7, [trial.reason for trial in trials]
+    assert [trial.status for trial in trials] == ["finished"] * 7, [
+        trial.reason for trial in trials
+    ]
     assert len([trial for trial in trials if trial.failed_on]) == MAX_FAILURES
     [named] = [text for text in said if text.startswith("warning")]
     assert "2 trials failed on GPU 1 of 127.0.0.1" in named
-    later = run_tasks(gpu_of_task(), [1.0] * 4, {"cpu": 1.0, "gpu": 1.0}, 4, False, packed_check({}, None))
+    later = run_tasks(
+        gpu_of_task(), [1.0] * 4, {"cpu": 1.0, "gpu": 1.0}, 4, False, packed_check({}, None)
+    )
     assert {gpus for _, gpus in later} == {"0"}
 
 
@@ -283,8 +314,13 @@ def test_a_plan_too_large_for_every_gpu_is_the_only_one_lost(tmp_path: Path) -> 
     [lost] = [trial for trial in trials if trial.status != "finished"]
     assert (lost.index, lost.failure, len(lost.failed_on)) == (1, "infeasible", 1)
     assert lost.device not in lost.failed_on, "tried on both"
-    assert not [text for text in said if text.startswith("warning")] and failing_devices(trials) == []
-    assert {trial.device for trial in trials if trial.index > 1} == {lost.device, *lost.failed_on}, "both go on"
+    assert (
+        not [text for text in said if text.startswith("warning")] and failing_devices(trials) == []
+    )
+    assert {trial.device for trial in trials if trial.index > 1} == {
+        lost.device,
+        *lost.failed_on,
+    }, "both go on"
 
 
 @pytest.mark.slow
@@ -293,13 +329,19 @@ def test_with_one_device_the_plan_is_blamed_at_once(tmp_path: Path) -> None:
     """The two GPUs of a trial are one device."""
     job = on_gpus(tmp_path, on_device(tmp_path, out_of_memory()), max_trials=1)
     [lost], _ = searched(replace(job, resources={"cpu": 4.0, "gpu": 2.0}), 1)
-    assert (lost.failure, lost.failed_on, len(list(tmp_path.glob("tried-*")))) == ("infeasible", (), 3)
+    assert (lost.failure, lost.failed_on, len(list(tmp_path.glob("tried-*")))) == (
+        "infeasible",
+        (),
+        3,
+    )
     assert lost.reason and "(micro-batch 1)" in lost.reason, "after two larger ones"
 
 
 def test_a_device_without_room_for_the_model_begins_no_trial() -> None:
     check_free_memory(LAYOUT, plan_of("888888"))
-    with pytest.raises(MemoryError, match=r"GB are free, and the model takes at least 11529215\d\d.* GB"):
+    with pytest.raises(
+        MemoryError, match=r"GB are free, and the model takes at least 11529215\d\d.* GB"
+    ):
         check_free_memory(replace(LAYOUT, ungrouped_bytes=2**60), plan_of("888888"))
 
 
@@ -307,9 +349,14 @@ def test_a_device_without_room_for_the_model_begins_no_trial() -> None:
 @pytest.mark.usefixtures("two_gpus")
 def test_a_search_in_which_everything_fails_ends_and_loses_no_plan(tmp_path: Path) -> None:
     job = on_gpus(tmp_path, on_device(tmp_path, breakdown(tmp_path / "mended")))
-    with pytest.raises(StageError, match=rf"{MAX_ERRORS} trials in a row failed, the last on GPU \d of") as caught:
+    with pytest.raises(
+        StageError, match=rf"{MAX_ERRORS} trials in a row failed, the last on GPU \d of"
+    ) as caught:
         searched(job)
-    assert "unspecified launch failure" in caught.value.cause and "repair that machine" in caught.value.remedy
+    assert (
+        "unspecified launch failure" in caught.value.cause
+        and "repair that machine" in caught.value.remedy
+    )
     (tmp_path / "mended").touch()
     trials, _ = searched(job)
     assert [trial.status for trial in trials] == ["finished"] * 7, "no plan was lost"

@@ -51,7 +51,9 @@ class Cluster:
     def script(self, name: str, *arguments: str) -> str:
         """Run a launch script for this cluster on the laptop; return its output."""
         mode = next(self.modes)
-        done = self.laptop("bash", *f"launch/{name}".split(), str(self.file), *arguments, RAY_AUTH_MODE=mode)
+        done = self.laptop(
+            "bash", *f"launch/{name}".split(), str(self.file), *arguments, RAY_AUTH_MODE=mode
+        )
         print(done.stdout)
         assert done.returncode == 0, done.stdout[-5000:]
         return done.stdout
@@ -73,7 +75,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # The same command writes `versions.txt` on a head.
     freeze = [sys.executable, "-m", "pip", "freeze", "--exclude-editable"]
     versions = subprocess.run(freeze, check=True, capture_output=True).stdout
-    with machines(folder / "machines", [tmp_path_factory.getbasetemp(), ROOT], 1 + NUM_WORKERS) as made:
+    with machines(
+        folder / "machines", [tmp_path_factory.getbasetemp(), ROOT], 1 + NUM_WORKERS
+    ) as made:
         for host in made.hosts:
             link_environment(host.home / "qpruner", b"" if host is made.hosts[0] else versions)
             profile = f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH=/root/qpruner HF_HUB_OFFLINE=1 {BUSY}\n"
@@ -96,12 +100,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_up(cluster: Cluster) -> None:
     assert "what it names answers" in cluster.script("up.sh")
     nodes = 1 + NUM_WORKERS
-    wait_for(lambda: cluster.script("watch.sh").count("ALIVE") == nodes, "all nodes", PATIENCE_SECONDS)
+    wait_for(
+        lambda: cluster.script("watch.sh").count("ALIVE") == nodes, "all nodes", PATIENCE_SECONDS
+    )
 
 
 def test_callers_without_the_token_are_refused(cluster: Cluster) -> None:
     """The laptop reaches the head's ports, Ray's client server among them, but has no token."""
-    head, token = cluster.machines.addresses[0], cluster.machines.hosts[0].home / ".ray" / "auth_token"
+    head, token = (
+        cluster.machines.addresses[0],
+        cluster.machines.hosts[0].home / ".ray" / "auth_token",
+    )
     assert token.stat().st_mode & 0o077 == 0, "the token is its owner's alone"
     right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text()}
     wrong, none = right | {"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}
@@ -109,9 +118,14 @@ def test_callers_without_the_token_are_refused(cluster: Cluster) -> None:
     def is_accepted(*command: str, **given: str) -> bool:
         return cluster.laptop(*command, **given).returncode == 0
 
-    for command in (("ray", "status", "--address", f"{head}:6379"), ("python", "-c", CLIENT, f"ray://{head}:10001")):
+    for command in (
+        ("ray", "status", "--address", f"{head}:6379"),
+        ("python", "-c", CLIENT, f"ray://{head}:10001"),
+    ):
         # On a busy machine the client server may give up before it has started the process of a client.
-        wait_for(partial(is_accepted, *command, **right), f"an answer to {command}", PATIENCE_SECONDS)
+        wait_for(
+            partial(is_accepted, *command, **right), f"an answer to {command}", PATIENCE_SECONDS
+        )
         assert not is_accepted(*command, **wrong) and not is_accepted(*command, **none), command
     # The job server listens on the head's loopback only, and requires the token there as well.
     assert not is_accepted("ray", "job", "list", "--address", f"http://{head}:8265", **right)
@@ -136,7 +150,9 @@ def test_the_log_shows_a_mistake_in_the_configuration(cluster: Cluster, tmp_path
     assert as_typed in attached.stdout.replace("\r\n", "\n") and attached.returncode
 
 
-def test_a_job_resumes_a_search_that_was_run_attached(cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_job_resumes_a_search_that_was_run_attached(
+    cluster: Cluster, tiny_model: Path, tmp_path: Path
+) -> None:
     run = cluster.shared / "small"
     config = small_config(tmp_path / "small.yaml", tiny_model, run)
     said = cluster.script("submit.sh --attached", str(config))
@@ -149,7 +165,13 @@ def test_a_job_resumes_a_search_that_was_run_attached(cluster: Cluster, tiny_mod
     fetched = {path.name for path in (tmp_path / "fetched").iterdir()}
     assert fetched == {"report.html", "report.md", "pictures", "results.json", "records", "final"}
     part = cluster.laptop(
-        "bash", "launch/fetch.sh", str(cluster.file), str(run), str(tmp_path / "part"), "gone", "records"
+        "bash",
+        "launch/fetch.sh",
+        str(cluster.file),
+        str(run),
+        str(tmp_path / "part"),
+        "gone",
+        "records",
     )
     assert part.returncode == 1 and "error: not fetched: gone; " in part.stdout, part.stdout[-3000:]
     assert (tmp_path / "part" / "records").is_dir(), "the other parts are fetched"
@@ -158,8 +180,18 @@ def test_a_job_resumes_a_search_that_was_run_attached(cluster: Cluster, tiny_mod
 def test_down_leaves_nothing(cluster: Cluster) -> None:
     cluster.script("down.sh")
     hosts = cluster.machines.hosts
-    wait_for(lambda: not any(host.processes() for host in hosts), "the end of all Ray processes", PATIENCE_SECONDS)
+    wait_for(
+        lambda: not any(host.processes() for host in hosts),
+        "the end of all Ray processes",
+        PATIENCE_SECONDS,
+    )
     cluster.machines.end()
-    assert not any(psutil.pid_exists(machine.first.pid) for machine in [*hosts, cluster.machines.laptop])
-    kept = [path for name in ("ray-config-*", "ray_ssh_*", "ray/cluster-*") for path in Path("/tmp").glob(name)]
+    assert not any(
+        psutil.pid_exists(machine.first.pid) for machine in [*hosts, cluster.machines.laptop]
+    )
+    kept = [
+        path
+        for name in ("ray-config-*", "ray_ssh_*", "ray/cluster-*")
+        for path in Path("/tmp").glob(name)
+    ]
     assert not kept, "Ray's launcher wrote only to /tmp of the laptop"

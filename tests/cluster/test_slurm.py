@@ -69,7 +69,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     tools, visible = ("munged", "slurmctld", "slurmd", "sbatch"), [tmp_path_factory.getbasetemp()]
     with machines(folder / "machines", visible, 2, *tools) as made:
         for name in ("qpruner", "launch"):
-            shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         link_environment(checkout)
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -86,7 +88,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         cluster = Slurm(made.hosts, checkout, environment)
         munge = f"mkdir -p /run/munge && munged --force --key-file={key} --pid-file=/run/munge/pid"
         for node in range(2):
-            cluster.run("sh", "-c", f"{munge} --log-file=/tmp/munged.log --seed-file=/tmp/munged.seed", node=node)
+            cluster.run(
+                "sh",
+                "-c",
+                f"{munge} --log-file=/tmp/munged.log --seed-file=/tmp/munged.seed",
+                node=node,
+            )
         cluster.run("sh", "-c", "mkdir -p /tmp/state && slurmctld")
         for node in range(2):
             cluster.run("slurmd", node=node)
@@ -104,15 +111,26 @@ def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
     assert "2/2" in text or "Ray runtime started" in text, text[:3000]
     assert num_trials(output) == 3
     assert not list(slurm.checkout.glob(".ray-token-*")), "the token is deleted at the end"
-    left = [line for node in slurm.nodes for line in node.processes() if "raylet" in line or "gcs_server" in line]
+    left = [
+        line
+        for node in slurm.nodes
+        for line in node.processes()
+        if "raylet" in line or "gcs_server" in line
+    ]
     assert not left
 
 
 def test_a_job_fails_if_ray_does_not_start(slurm: Slurm, tiny_model: Path) -> None:
     """Another process listens on Ray's port. `ray symmetric-run` itself exits with 0 (Ray 2.60)."""
-    config = small_config(slurm.checkout / "refused.yaml", tiny_model, slurm.checkout / "runs" / "refused")
+    config = small_config(
+        slurm.checkout / "refused.yaml", tiny_model, slurm.checkout / "runs" / "refused"
+    )
     listen = "import socket, time; server = socket.create_server(('', 6379)); time.sleep(1200)"
     slurm.run("sh", "-c", f'{sys.executable} -c "{listen}" > /dev/null 2>&1 &')
     state, text = slurm.submit("--nodes=1", "--nodelist=host0", "launch/slurm.sbatch", config.name)
-    assert state == "FAILED" and "error: Ray did not start, and nothing was run" in text, text[-3000:]
-    assert not list(slurm.checkout.glob(".ray-token-*")) and not list(slurm.checkout.glob(".exit-code-*"))
+    assert state == "FAILED" and "error: Ray did not start, and nothing was run" in text, text[
+        -3000:
+    ]
+    assert not list(slurm.checkout.glob(".ray-token-*")) and not list(
+        slurm.checkout.glob(".exit-code-*")
+    )

@@ -34,7 +34,9 @@ def working(run: Path) -> list[int]:
     return sorted(filter(psutil.pid_exists, pids))
 
 
-def disturb(process: Driver, cluster: Raylets, generator: random.Random, killed: Counter[str]) -> None:
+def disturb(
+    process: Driver, cluster: Raylets, generator: random.Random, killed: Counter[str]
+) -> None:
     """Kill random processes at random times, until the driver has ended or `NUM_KILLS` are reached.
 
     Three of four kills wait until trials run. The others mostly happen while a driver starts.
@@ -66,10 +68,19 @@ def disturb(process: Driver, cluster: Raylets, generator: random.Random, killed:
 def test_random_kills_lose_no_trial_and_repeat_no_plan(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = {"search.max_concurrent": NUM_NODES, "prune": {"rates": [0, 0.2]}, "quantize.budget": {"bytes": 200_000}}
+    keys = {
+        "search.max_concurrent": NUM_NODES,
+        "prune": {"rates": [0, 0.2]},
+        "quantize.budget": {"bytes": 200_000},
+    }
     config, run = search_config(tiny_model, tmp_path, **keys), tmp_path / "run"
     ended(config, "sensitivity")
-    started, number, num_drivers, generator = time.monotonic(), TRIALS_A_ROUND, 0, random.Random(SEED)
+    started, number, num_drivers, generator = (
+        time.monotonic(),
+        TRIALS_A_ROUND,
+        0,
+        random.Random(SEED),
+    )
     finished: dict[int, dict[str, Any]] = {}
     killed: Counter[str] = Counter()
     with raylets(NUM_NODES) as cluster:
@@ -83,8 +94,12 @@ def test_random_kills_lose_no_trial_and_repeat_no_plan(
                 code, said = process.end()
             assert code in (0, -signal.SIGKILL), said[-4000:]
             trials = trials_of(run)
-            assert finished == {index: trials[index] for index in finished}, "finished trials are not run again"
-            finished = {index: trial for index, trial in trials.items() if trial["status"] == "finished"}
+            assert finished == {index: trials[index] for index in finished}, (
+                "finished trials are not run again"
+            )
+            finished = {
+                index: trial for index, trial in trials.items() if trial["status"] == "finished"
+            }
             assert num_drivers < 3 * NUM_KILLS
     record, rungs = search_record(run), load_config(config).search.rungs
     assert sorted(trials) == list(range(number)) and record["num_trials"] == number
@@ -99,4 +114,6 @@ def test_random_kills_lose_no_trial_and_repeat_no_plan(
             (checkpoint,) = run.glob(f"trials/*/{index:04d}/checkpoint-{steps[-1]}")
             assert folder_digests(checkpoint) == trial["checkpoint"], checkpoint
     with capsys.disabled():
-        print(f"\nkilled {dict(killed)}; {num_drivers} drivers, {number} trials; {time.monotonic() - started:.0f} s")
+        print(
+            f"\nkilled {dict(killed)}; {num_drivers} drivers, {number} trials; {time.monotonic() - started:.0f} s"
+        )

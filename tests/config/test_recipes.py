@@ -30,13 +30,26 @@ def test_a_recipe_is_complete_and_says_how_to_run_it(path: Path) -> None:
     head = [line for line in path.read_text().split("output:")[0].splitlines() if line]
     assert all(line.startswith("#") for line in head)
     text = " ".join(head)
-    assert all(word in text for word in ("Hardware:", "Time:", "Command:", str(path.relative_to(ROOT)))), text
+    assert all(
+        word in text for word in ("Hardware:", "Time:", "Command:", str(path.relative_to(ROOT)))
+    ), text
     assert "TIME" not in text, "a time that was never filled in"
     schema = re.search(r"\$schema=(\S+)", text)
     assert schema and (path.parent / schema[1]).is_file()
     given = yaml.safe_load(path.read_text())
     # Every section is given, so that no default is hidden.
-    shown = {"model", "data", "calibration", "prune", "quantize", "lora", "training", "search", "finetune", "evaluate"}
+    shown = {
+        "model",
+        "data",
+        "calibration",
+        "prune",
+        "quantize",
+        "lora",
+        "training",
+        "search",
+        "finetune",
+        "evaluate",
+    }
     assert shown <= set(given)
     for line in (line for line in head if line.startswith("# Command:")):
         assert str(path.relative_to(ROOT)) in line
@@ -53,7 +66,9 @@ def test_a_header_states_the_memory_that_check_estimates(path: Path) -> None:
         told = dict(re.findall(r"(\w+) ([\d.]+) GB", lines[number + 1]))
         assert set(told) == {name.removeprefix("trial, ") for name in peaks}
         for name, size in peaks.items():
-            assert float(told[name.removeprefix("trial, ")]) == pytest.approx(size / 1e9, rel=0.1, abs=0.06), name
+            assert float(told[name.removeprefix("trial, ")]) == pytest.approx(
+                size / 1e9, rel=0.1, abs=0.06
+            ), name
         card = re.search(r"fits a GPU with (\d+) GiB", lines[number + 1])
         assert card and max(peaks.values()) < 0.95 * int(card[1]) * 2**30
 
@@ -61,8 +76,12 @@ def test_a_header_states_the_memory_that_check_estimates(path: Path) -> None:
 def test_the_large_recipes_fit_24_or_80_gib() -> None:
     """The comparison trains the unquantized base model, which fits 24 GiB only with checkpointing."""
     for path in (PAPER / "llama2_7b_bayesian.yaml", ROOT / "tune_configs" / "qwen3_8b.yaml"):
-        assert re.findall(r"fits a GPU with (\d+) GiB", path.read_text()) == ["24", "80", "40"], path
-        peaks = RECIPES["peaks"](load_config(path, ["finetune.compare=true", "training.gradient_checkpointing=true"]))
+        assert re.findall(r"fits a GPU with (\d+) GiB", path.read_text()) == ["24", "80", "40"], (
+            path
+        )
+        peaks = RECIPES["peaks"](
+            load_config(path, ["finetune.compare=true", "training.gradient_checkpointing=true"])
+        )
         assert "comparison" in peaks and max(peaks.values()) < 0.95 * 24 * 2**30, path
 
 
@@ -91,14 +110,33 @@ def test_no_recipe_gives_a_warning(path: Path, tiny_model: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("model", ["llama2_7b", "smollm2_135m"])
 def test_the_paper_variants_differ_only_in_bits(model: str) -> None:
-    uniform, by_information, bayesian = (load_config(PAPER / f"{model}_{variant}.yaml") for variant in VARIANTS)
+    uniform, by_information, bayesian = (
+        load_config(PAPER / f"{model}_{variant}.yaml") for variant in VARIANTS
+    )
     assert len(uniform.quantize.levels) == 1 and uniform.measured_methods == ()
     assert by_information.search.plan_method == "mutual_information"
-    assert [each.is_searched for each in (uniform, by_information, bayesian)] == [False, False, True]
+    assert [each.is_searched for each in (uniform, by_information, bayesian)] == [
+        False,
+        False,
+        True,
+    ]
     assert by_information.quantize == bayesian.quantize
     assert by_information.measured_methods == bayesian.measured_methods == ("mutual_information",)
-    for section in ("model", "data", "calibration", "prune", "lora", "training", "finetune", "evaluate"):
-        assert getattr(uniform, section) == getattr(by_information, section) == getattr(bayesian, section), section
+    for section in (
+        "model",
+        "data",
+        "calibration",
+        "prune",
+        "lora",
+        "training",
+        "finetune",
+        "evaluate",
+    ):
+        assert (
+            getattr(uniform, section)
+            == getattr(by_information, section)
+            == getattr(bayesian, section)
+        ), section
 
 
 @pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=named)
@@ -107,7 +145,11 @@ def test_the_paper_recipes_prune_like_llm_pruner(path: Path) -> None:
     prune, calibration = config.prune, config.calibration
     units = (prune.importance, prune.order, prune.aggregation, prune.reduction)
     assert units == ("taylor", "first", "element", "sum") and prune.round_to == 1
-    assert (prune.selection, prune.query_heads, prune.compensation) == ("per_layer", "modulo", "none")
+    assert (prune.selection, prune.query_heads, prune.compensation) == (
+        "per_layer",
+        "modulo",
+        "none",
+    )
     assert (calibration.num_samples, calibration.max_length, calibration.batch_size) == (10, 64, 10)
     assert calibration.data and all(source.format == "text" for source in calibration.data)
 
@@ -115,8 +157,16 @@ def test_the_paper_recipes_prune_like_llm_pruner(path: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_7b_recipes_train_like_llm_pruner(variant: str) -> None:
     config = load_config(PAPER / f"llama2_7b_{variant}.yaml")
-    assert (config.prune.layer_rate, config.prune.first_layer, config.prune.last_layer) == (0.25, 4, 29)
-    assert (config.lora.rank, config.training.batch_size, config.training.learning_rate) == (8, 64, 1e-4)
+    assert (config.prune.layer_rate, config.prune.first_layer, config.prune.last_layer) == (
+        0.25,
+        4,
+        29,
+    )
+    assert (config.lora.rank, config.training.batch_size, config.training.learning_rate) == (
+        8,
+        64,
+        1e-4,
+    )
     assert config.finetune.epochs == 2 and not config.finetune.compare
     assert set(config.evaluate.tasks) == {
         "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",

@@ -14,7 +14,13 @@ from conftest import raw_config, with_key
 
 from qpruner.runs.logs import logging_to, quiet_libraries
 
-NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY")
+NAMES = (
+    "HF_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "WANDB_API_KEY",
+)
 SECRETS = {name: f"secret-{number}-of-{name.lower()}" for number, name in enumerate(NAMES)}
 """Environment variables that hubs, clouds, Ray and trackers read; nothing here connects to them."""
 
@@ -31,26 +37,42 @@ def test_urls_of_hub_requests_are_not_logged(tmp_path: Path) -> None:
     quiet_libraries()
     with logging_to(tmp_path):
         for name in ("httpx", "httpx2"):
-            logging.getLogger(name).info("HTTP Request: GET https://cdn.example/model?Signature=secret")
+            logging.getLogger(name).info(
+                "HTTP Request: GET https://cdn.example/model?Signature=secret"
+            )
             logging.getLogger(name).warning("%s was told", name)
     told = (tmp_path / "qpruner.log").read_text()
     assert "httpx was told" in told and "httpx2 was told" in told and "Signature" not in told
 
 
 @pytest.mark.slow
-def test_no_file_of_a_run_or_of_ray_contains_a_token(tiny_model: Path, ray_files: Path, tmp_path: Path) -> None:
+def test_no_file_of_a_run_or_of_ray_contains_a_token(
+    tiny_model: Path, ray_files: Path, tmp_path: Path
+) -> None:
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.max_trials", 2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_key(raw, "finetune.compare", False)))
     command = [sys.executable, "-m", "qpruner", "run", str(tmp_path / "config.yaml")]
-    environment = os.environ | SECRETS | {"HOME": str(tmp_path / "home"), "RAY_TMPDIR": str(ray_files)}
+    environment = (
+        os.environ | SECRETS | {"HOME": str(tmp_path / "home"), "RAY_TMPDIR": str(ray_files)}
+    )
     done = subprocess.run(command, env=environment, capture_output=True, timeout=480)
     assert done.returncode == 0, done.stderr[-3000:]
-    files = [path for folder in (tmp_path / "run", ray_files) for path in folder.rglob("*") if path.is_file()]
+    files = [
+        path
+        for folder in (tmp_path / "run", ray_files)
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     told = {path: path.read_bytes() for path in files if not path.is_symlink()}
     kinds = {"qpruner.log", "results.json", "prune.json", "trial.json"}
     assert kinds <= {path.name for path in told}, "the run's files were looked at"
     assert any("tfevents" in path.name for path in told), "TensorBoard's were"
     assert {"raylet.out", "gcs_server.out"} <= {path.name for path in told}, "Ray's were"
     told[Path("stdout")], told[Path("stderr")] = done.stdout, done.stderr
-    found = [(path, name) for path, data in told.items() for name, secret in SECRETS.items() if secret.encode() in data]
+    found = [
+        (path, name)
+        for path, data in told.items()
+        for name, secret in SECRETS.items()
+        if secret.encode() in data
+    ]
     assert found == []

@@ -73,7 +73,12 @@ def test_the_alpaca_prompt_is_that_of_stanford() -> None:
         (CHOICE, "alpaca", "Question: Why?\nAnswer:", " because"),
         (COLOUR, "alpaca", alpaca_prompt("Name a colour."), "red</s>"),
         (SUM, "alpaca", alpaca_prompt("Add them.", "2 and 3"), "5</s>"),
-        (SUM, "alpaca_short", "### Instruction:\nAdd them.\n\n### Input:\n2 and 3\n\n### Response:\n", "5</s>"),
+        (
+            SUM,
+            "alpaca_short",
+            "### Instruction:\nAdd them.\n\n### Input:\n2 and 3\n\n### Response:\n",
+            "5</s>",
+        ),
         (COLOUR, "chat", "<s>[user]Name a colour.[assistant]", "red</s>"),
         (SUM, "chat", "<s>[user]Add them.\n\n2 and 3[assistant]", "5</s>"),
         (TEXT, "alpaca", "", "Just some words here."),
@@ -93,7 +98,9 @@ def test_the_loss_is_on_the_response(
 
 @pytest.mark.parametrize("example", [CHOICE, COLOUR, TEXT])
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
-def test_a_row_has_one_beginning_of_sequence(with_bos: Tokenizer, example: Example, template: str) -> None:
+def test_a_row_has_one_beginning_of_sequence(
+    with_bos: Tokenizer, example: Example, template: str
+) -> None:
     ids = encode([example], with_bos, 512, template)[0]["input_ids"]
     assert ids[0] == with_bos.bos_token_id and ids.count(with_bos.bos_token_id) == 1
 
@@ -102,7 +109,9 @@ def test_prompt_and_response_are_tokenized_together(tokenizer: Tokenizer) -> Non
     """If the prompt ends in a space, tokenizing it with the response merges the space into the next word."""
     tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
     prompt, response = "Name a gas. Answer: ", "oxygen"
-    row = encode([Example("instruction", "Name a gas.", "", response)], tokenizer, 512, template="chat")[0]
+    row = encode(
+        [Example("instruction", "Name a gas.", "", response)], tokenizer, 512, template="chat"
+    )[0]
     apart = tokenizer(prompt)["input_ids"] + tokenizer(f"{response}</s>")["input_ids"]
     assert row["input_ids"] == tokenizer(f"{prompt}{response}</s>")["input_ids"] != apart
     num_prompt = len(tokenizer(prompt)["input_ids"])
@@ -111,7 +120,9 @@ def test_prompt_and_response_are_tokenized_together(tokenizer: Tokenizer) -> Non
 
 def test_chat_without_a_template_is_refused(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = tokenizer.eos_token = None
-    assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red", "no end token is added"
+    assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red", (
+        "no end token is added"
+    )
     with pytest.raises(UserError, match="got none: set `alpaca`"):
         encode([SUM], tokenizer, 512, template="chat")
 
@@ -147,18 +158,29 @@ def test_a_chunk_without_a_labelled_token_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_calibration_text_skips_blank_lines(packing: bool, tiny_raw: dict[str, Any], with_bos: Tokenizer) -> None:
+def test_calibration_text_skips_blank_lines(
+    packing: bool, tiny_raw: dict[str, Any], with_bos: Tokenizer
+) -> None:
     """Half the rows of WikiText are blank; each would be a sample of only a beginning-of-sequence token."""
-    rows = [Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4]
-    config = validate_config(tiny_raw | {"calibration": {"num_samples": 2, "max_length": 8, "packing": packing}})
+    rows = [
+        Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4
+    ]
+    config = validate_config(
+        tiny_raw | {"calibration": {"num_samples": 2, "max_length": 8, "packing": packing}}
+    )
     samples = importance_samples(config, rows, with_bos)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
     assert begins in ([1, 0], [1, 1]), "one per row with text"
-    assert all(sample["labels"] == sample["input_ids"] for sample in samples), "every token is predicted"
+    assert all(sample["labels"] == sample["input_ids"] for sample in samples), (
+        "every token is predicted"
+    )
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
-    rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORED, IGNORED, 7, 8]}, {"input_ids": [9, 3], "labels": [9, 3]}]
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [IGNORED, IGNORED, 7, 8]},
+        {"input_ids": [9, 3], "labels": [9, 3]},
+    ]
     assert {name: tensor.tolist() for name, tensor in collate(rows, pad_id=1).items()} == {
         "input_ids": [[5, 6, 7, 8], [9, 3, 1, 1]],
         "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],

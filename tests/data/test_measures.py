@@ -24,7 +24,9 @@ def test_every_task_has_the_same_weight() -> None:
     variances = [np.var(values, ddof=1) / len(values) for values in tasks]
     assert found.stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
 
-    assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]], "averaged per question"
+    assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]], (
+        "averaged per question"
+    )
 
 
 def test_one_question_has_no_standard_error() -> None:
@@ -48,7 +50,9 @@ def test_of_one_seed_the_interval_is_students_over_questions() -> None:
     assert interval([[differences.tolist()]]) == pytest.approx(((low + high) / 2, (high - low) / 2))
     assert interval([[[0.1]]]) == (0.1, None) and not interval([[[0.1, 0.1]]]).excludes_zero
     low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(1 - 0.05 / 15)
-    assert interval([[differences.tolist()]], 15).half_width == pytest.approx((high - low) / 2), "15 pairs of six"
+    assert interval([[differences.tolist()]], 15).half_width == pytest.approx((high - low) / 2), (
+        "15 pairs of six"
+    )
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2, 3, 5, 10])
@@ -59,7 +63,10 @@ def test_intervals_hold_the_true_difference(num_seeds: int, num_rows: int, of_se
     generator, number, held = np.random.default_rng(num_seeds * num_rows), 800, 0
     shift = of_seed if num_seeds > 1 else 0.0
     for _ in range(number):
-        rows, seeds = generator.normal(0, 0.067, (1, num_rows)), generator.normal(0, shift, (num_seeds, 1))
+        rows, seeds = (
+            generator.normal(0, 0.067, (1, num_rows)),
+            generator.normal(0, shift, (num_seeds, 1)),
+        )
         drawn = rows + seeds + generator.normal(0, 0.043, (num_seeds, num_rows))
         mean, half_width = interval([[of_rows] for of_rows in drawn.tolist()])
         assert half_width

@@ -13,7 +13,10 @@ from qpruner.errors import UserError
 
 ARC = {
     "question": "Which gas do plants take in?",
-    "choices": {"text": ["oxygen", "carbon dioxide", "helium", "neon"], "label": ["A", "B", "C", "D"]},
+    "choices": {
+        "text": ["oxygen", "carbon dioxide", "helium", "neon"],
+        "label": ["A", "B", "C", "D"],
+    },
     "answerKey": "B",
 }
 RENAMED = {"instruction": "do", "input": "in", "output": "out"}
@@ -33,7 +36,11 @@ def examples_in(path: Path, **source: Any) -> list[Example]:
     ("row", "columns", "expected"),
     [
         ({"instruction": "Add.", "input": "2 and 3", "output": "5"}, {}, ("Add.", "2 and 3", "5")),
-        ({"instruction": "Name one.", "input": None, "output": "red"}, {}, ("Name one.", "", "red")),
+        (
+            {"instruction": "Name one.", "input": None, "output": "red"},
+            {},
+            ("Name one.", "", "red"),
+        ),
         ({"instruction": "What is left?", "output": 0}, {}, ("What is left?", "", "0")),
         ({"instruction": "Is it?", "output": False}, {}, ("Is it?", "", "False")),
         ({"do": "Name one.", "in": "x", "out": "red"}, RENAMED, ("Name one.", "x", "red")),
@@ -43,10 +50,16 @@ def examples_in(path: Path, **source: Any) -> list[Example]:
         ({"question": "Is it?", "choices": ["no", "yes"], "answer": 0, "answerKey": "B"}, {}, "no"),
         ({"goal": "How?", "sol1": "first", "sol2": "second", "label": 1}, PIQA, "second"),
         ({"goal": "How?", "sol1": "first", "sol2": "second", "label": "0"}, PIQA, "first"),
-        ({"question": "How many?", "endings": [10, 11, 12], "answer": "C"}, {"choices": "endings"}, "12"),
+        (
+            {"question": "How many?", "endings": [10, 11, 12], "answer": "C"},
+            {"choices": "endings"},
+            "12",
+        ),
     ],
 )
-def test_rows_of_known_layouts(tmp_path: Path, row: dict[str, Any], columns: dict[str, Any], expected: Any) -> None:
+def test_rows_of_known_layouts(
+    tmp_path: Path, row: dict[str, Any], columns: dict[str, Any], expected: Any
+) -> None:
     """An instruction row has prompt, input and output; of a multiple-choice row only the answer is trained on."""
     if isinstance(expected, tuple):
         assert examples_of(tmp_path, [row], columns=columns) == [Example("instruction", *expected)]
@@ -57,7 +70,9 @@ def test_rows_of_known_layouts(tmp_path: Path, row: dict[str, Any], columns: dic
 
 @pytest.mark.parametrize("answer", ["E", 4, -1, "", "carbon dioxide"])
 def test_an_answer_that_is_no_choice_is_refused(tmp_path: Path, answer: int | str) -> None:
-    with pytest.raises(UserError, match=rf"`data\.train\.0\.columns\.answer`: {answer!r} is .*A, B, C, D"):
+    with pytest.raises(
+        UserError, match=rf"`data\.train\.0\.columns\.answer`: {answer!r} is .*A, B, C, D"
+    ):
         examples_of(tmp_path, [ARC | {"answerKey": answer}], format="multiple_choice")
 
 
@@ -78,7 +93,9 @@ def test_every_file_type_reads_the_same(tmp_path: Path) -> None:
 
 def test_a_cell_of_a_csv_file_stays_the_text_that_it_is(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text('instruction,output\nWho is it?,007\n"Yes, or no?",null\n"Two\nlines",\nWhat is left?,NA\n')
+    path.write_text(
+        'instruction,output\nWho is it?,007\n"Yes, or no?",null\n"Two\nlines",\nWhat is left?,NA\n'
+    )
     assert [(each.prompt, each.response) for each in examples_in(path)] == [
         ("Who is it?", "007"),
         ("Yes, or no?", "null"),
@@ -90,27 +107,50 @@ def test_a_cell_of_a_csv_file_stays_the_text_that_it_is(tmp_path: Path) -> None:
 def test_limit_and_split_select_rows(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(10)]
     assert [example.response for example in examples_of(tmp_path, rows, limit=3)] == ["0", "1", "2"]
-    assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == ["4", "5"]
+    assert [example.response for example in examples_of(tmp_path, rows, split="train[4:6]")] == [
+        "4",
+        "5",
+    ]
     assert len(examples_of(tmp_path, rows, limit=99)) == 10
     for split in ("train[10:12]", "tran", "train[:5"):
         message = f"`data.train.0.split`: {split!r} selects no rows of '{tmp_path}/rows.jsonl' ("
-        with pytest.raises(UserError, match=rf"^{re.escape(message)}.*; name a split of it, such as `train\["):
+        with pytest.raises(
+            UserError, match=rf"^{re.escape(message)}.*; name a split of it, such as `train\["
+        ):
             examples_of(tmp_path, rows, split=split)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.tsv", "instruction\toutput\na\tb\n", "not a data file; give a .jsonl, .json, .parquet, .csv, .txt file"),
+        (
+            "rows.tsv",
+            "instruction\toutput\na\tb\n",
+            "not a data file; give a .jsonl, .json, .parquet, .csv, .txt file",
+        ),
         ("empty.csv", "\n", "no rows can be read"),
         ("bytes.csv", b"instruction,output\n\xff\xfe,b\n", "no rows can be read"),
-        ("other.jsonl", '{"prompt": "a"}\n', "the data have no column instruction, only prompt; name"),
-        ("broken.jsonl", '{"instruction": "a"}\n\n{"output": }\n', "line 3 is not JSON: Expecting value"),
-        ("list.jsonl", '{"instruction": "a", "output": "b"}\n["a"]\n', "line 2 is not a JSON object"),
+        (
+            "other.jsonl",
+            '{"prompt": "a"}\n',
+            "the data have no column instruction, only prompt; name",
+        ),
+        (
+            "broken.jsonl",
+            '{"instruction": "a"}\n\n{"output": }\n',
+            "line 3 is not JSON: Expecting value",
+        ),
+        (
+            "list.jsonl",
+            '{"instruction": "a", "output": "b"}\n["a"]\n',
+            "line 2 is not a JSON object",
+        ),
         ("broken.parquet", "not parquet", "no rows can be read"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+def test_a_broken_file_is_named(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"`data\.train\.0\.") as caught:
@@ -120,9 +160,15 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes,
 
 def test_a_row_in_two_splits_is_refused() -> None:
     """Rows that differ only in case, spacing or punctuation count as the same row."""
-    gas, again = normalized("Which gas do plants take in?"), normalized(" which  Gas, do plants TAKE in")
+    gas, again = (
+        normalized("Which gas do plants take in?"),
+        normalized(" which  Gas, do plants TAKE in"),
+    )
     splits = {"a": ["one"], "data.train": [gas, ""], "evaluate.tasks": [again, ""]}
-    with pytest.raises(UserError, match=r"data\.train and evaluate\.tasks share 1 row,.*which gas do plants take in"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.train and evaluate\.tasks share 1 row,.*which gas do plants take in",
+    ):
         check_disjoint(splits)
     for one, other in (
         ("Which gas do plants take in?", "Which gas do plants give off?"),
@@ -134,8 +180,13 @@ def test_a_row_in_two_splits_is_refused() -> None:
 
 
 def test_the_identity_of_a_row() -> None:
-    add = [Example("instruction", "Add them.", context, "x").identity for context in ("2 and 3", "4 and 5")]
+    add = [
+        Example("instruction", "Add them.", context, "x").identity
+        for context in ("2 and 3", "4 and 5")
+    ]
     assert add[0] != add[1]
     assert Example("text", "", "", "Some words.").identity == normalized("some words")
-    question = [Example("multiple_choice", "Why?", "", response).identity for response in ("a", "b")]
+    question = [
+        Example("multiple_choice", "Why?", "", response).identity for response in ("a", "b")
+    ]
     assert question[0] == question[1]

@@ -91,11 +91,21 @@ def test_activations_match_autograd(family: str, level: str) -> None:
     """Packed layers keep no more than others. Attention in float32, on a CPU without bfloat16, is not included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3}
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 3,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = AutoConfig.for_model(family, **sizes, **heads)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for path in (path for paths in group_linears(config, "block").values() for path in paths if level != "bf16"):
+    for path in (
+        path
+        for paths in group_linears(config, "block").values()
+        for path in paths
+        if level != "bf16"
+    ):
         linear = model.get_submodule(path)
         tensors = format_of(level).pack(linear.weight.data)
         model.set_submodule(path, packed_layer(linear, level, tensors, torch.bfloat16))
@@ -110,9 +120,15 @@ def test_memory_grows_with_length_and_batch(inspection: Inspection, changed: Cha
     before = memory.training_memory(changed(), inspection)
     longer = memory.training_memory(changed(data__max_length=128), inspection)
     assert longer.parts["activations"] == 2 * before.parts["activations"]
-    assert longer.parts["optimizer"] == 2 * before.parts["adapters"] == 4 * inspection.base.adapter_bytes
+    assert (
+        longer.parts["optimizer"]
+        == 2 * before.parts["adapters"]
+        == 4 * inspection.base.adapter_bytes
+    )
     smallest = inspection.base.plan_bytes(inspection.base.smallest())
-    assert before.parts["weights"] + inspection.base.adapter_bytes == max(inspection.budget_bytes, smallest)
+    assert before.parts["weights"] + inspection.base.adapter_bytes == max(
+        inspection.budget_bytes, smallest
+    )
     thrifty = memory.training_memory(changed(training__gradient_checkpointing=True), inspection)
     assert thrifty.parts["activations"] < before.parts["activations"]
     wide = memory.scoring_memory(changed(evaluate__batch_size=32), inspection)
@@ -120,7 +136,9 @@ def test_memory_grows_with_length_and_batch(inspection: Inspection, changed: Cha
     assert wide.total == sum(wide.parts.values())
 
 
-def test_logits_are_counted_at_labelled_tokens(inspection: Inspection, changed: Changed, tiny_model: Path) -> None:
+def test_logits_are_counted_at_labelled_tokens(
+    inspection: Inspection, changed: Changed, tiny_model: Path
+) -> None:
     """The count is an upper bound for real rows; packed or unknown rows count with full length."""
     config, tokenizer = changed(), load_tokenizer(str(tiny_model))
     for rows in inspection.examples.values():
@@ -135,38 +153,64 @@ def test_logits_are_counted_at_labelled_tokens(inspection: Inspection, changed: 
 
     training, scoring = logits(inspection)
     assert training < every[0] and scoring < every[1]
-    assert every == logits(inspection, data__response_only=False) == logits(inspection, data__packing=True)
+    assert (
+        every
+        == logits(inspection, data__response_only=False)
+        == logits(inspection, data__packing=True)
+    )
     assert every == logits(replace(inspection, examples={}))
-    tasks = {"search__tasks": ["qpruner_everyday_validation"], "search__limit": 4, "search__metric": "accuracy"}
+    tasks = {
+        "search__tasks": ["qpruner_everyday_validation"],
+        "search__limit": 4,
+        "search__metric": "accuracy",
+    }
     assert logits(inspection, **tasks) == [training, every[1]], "lm-eval pads answers"
 
 
-def test_the_comparison_trains_the_base_model_unpacked(inspection: Inspection, changed: Changed) -> None:
+def test_the_comparison_trains_the_base_model_unpacked(
+    inspection: Inspection, changed: Changed
+) -> None:
     config = changed()
     found = estimate.facts(config, inspection, RATES, 2, 0.5)
     parts = found["memory"]["comparison"]["parts"]
     assert parts["weights"] == inspection.base.num_parameters * 2
-    assert parts["adapters"] == 2 * inspection.base.adapter_bytes > 2 * inspection.reference.adapter_bytes, "in float32"
+    assert (
+        parts["adapters"]
+        == 2 * inspection.base.adapter_bytes
+        > 2 * inspection.reference.adapter_bytes
+    ), "in float32"
     trial = memory.training_memory(config, inspection).parts
     assert parts["activations"] == trial["activations"], "the search tries the base model too"
     assert "unpacked weights" in trial and "unpacked weights" not in parts
-    most = max(each["total"] for name, each in found["memory"].items() if name.startswith(("trial", "comparison")))
+    most = max(
+        each["total"]
+        for name, each in found["memory"].items()
+        if name.startswith(("trial", "comparison"))
+    )
     assert found["memory_at_once"] >= 2 * most, "two slots share a GPU"
     assert "comparison" not in estimate.works(changed(finetune={"steps": 4}))
 
 
-def test_the_cut_counts_gradients_and_samples(inspection: Inspection, cut: Callable[..., memory.Memory]) -> None:
+def test_the_cut_counts_gradients_and_samples(
+    inspection: Inspection, cut: Callable[..., memory.Memory]
+) -> None:
     """Gradients count only if importance needs them; compensation counts all samples; the larger one is the peak."""
     by_gradient, by_weights = cut(), cut(prune__importance="magnitude")
     assert by_weights.total < by_gradient.total
     assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
-    assert "logits" not in cut(prune__units=["block"], prune__rate=0.5, prune__compensation="none").parts
+    assert (
+        "logits"
+        not in cut(prune__units=["block"], prune__rate=0.5, prune__compensation="none").parts
+    )
     assert set(cut(prune__rate=0.0).parts) == {"weights"}, "nothing is cut"
     samples = 8  # `calibration.num_samples`
     short = {"prune__importance": "magnitude", "calibration__max_length": 48}
     solved = cut(**short, prune__compensation="least_squares")
     assert solved.parts["hidden states"] == samples * 48 * (64 * 2 + 48)
-    assert solved.parts["Gram matrix"] == 2 * 4 * 256**2 and solved.parts["solution"] == 3 * 4 * 64 * 256
+    assert (
+        solved.parts["Gram matrix"] == 2 * 4 * 256**2
+        and solved.parts["solution"] == 3 * 4 * 64 * 256
+    )
     assert "hidden states" not in cut(**short, prune__compensation="none").parts
     mixed = {"prune__importance": "taylor", "prune__order": "mixed"}
     assert cut(**mixed).parts["mean squares"] == 4 * sum(
@@ -180,9 +224,15 @@ def test_the_cut_counts_gradients_and_samples(inspection: Inspection, cut: Calla
 
 def test_expected_steps_match_asha(changed: Changed) -> None:
     """A simulated ASHA, where a trial continues while it is in the best half so far, takes few steps more."""
-    config = changed(search__max_trials=400, search__steps=16, search__first_rung=2, sensitivity__methods=[])
+    config = changed(
+        search__max_trials=400, search__steps=16, search__first_rung=2, sensitivity__methods=[]
+    )
     controls = preflight.most_controls(config)
-    generator, seen, steps = np.random.default_rng(0), {rung: [] for rung in config.search.rungs}, 16.0 * controls
+    generator, seen, steps = (
+        np.random.default_rng(0),
+        {rung: [] for rung in config.search.rungs},
+        16.0 * controls,
+    )
     for score in generator.random(400 - controls):
         for rung in config.search.rungs:
             seen[rung].append(score)
@@ -192,11 +242,18 @@ def test_expected_steps_match_asha(changed: Changed) -> None:
     expected, _ = hours.expected_steps(config)
     assert expected <= steps <= 1.25 * expected
     assert expected < 400 * 16 / 2
-    assert hours.expected_steps(changed(search__max_trials=3)) == (3 * 4, 3 * 3), "controls run to the end"
+    assert hours.expected_steps(changed(search__max_trials=3)) == (3 * 4, 3 * 3), (
+        "controls run to the end"
+    )
 
 
-def hours_of(config: RunConfig, inspection: Inspection, rates: hours.Rates = RATES) -> dict[str, float]:
-    return {name: each.hours for name, each in hours.stage_times(config, inspection, rates, slots=1).items()}
+def hours_of(
+    config: RunConfig, inspection: Inspection, rates: hours.Rates = RATES
+) -> dict[str, float]:
+    return {
+        name: each.hours
+        for name, each in hours.stage_times(config, inspection, rates, slots=1).items()
+    }
 
 
 def test_hours_follow_the_configuration(inspection: Inspection, changed: Changed) -> None:
@@ -214,16 +271,28 @@ def test_hours_follow_the_configuration(inspection: Inspection, changed: Changed
 
 def test_gpu_hours_count_the_gpus_of_a_trial(inspection: Inspection, changed: Changed) -> None:
     """Half a GPU is half as fast; two GPUs are no faster but count twice."""
-    half, whole, two = (estimate.facts(changed(), inspection, RATES, 2, gpus)["hours"] for gpus in (0.5, 1.0, 2.0))
-    assert half["wall"] == pytest.approx(2 * whole["wall"]) and half["total"] == pytest.approx(whole["total"])
-    assert two["wall"] == pytest.approx(whole["wall"]) and two["total"] == pytest.approx(2 * whole["total"])
-    alone, four = (estimate.facts(changed(), inspection, RATES, slots, None)["hours"] for slots in (1, 4))
+    half, whole, two = (
+        estimate.facts(changed(), inspection, RATES, 2, gpus)["hours"] for gpus in (0.5, 1.0, 2.0)
+    )
+    assert half["wall"] == pytest.approx(2 * whole["wall"]) and half["total"] == pytest.approx(
+        whole["total"]
+    )
+    assert two["wall"] == pytest.approx(whole["wall"]) and two["total"] == pytest.approx(
+        2 * whole["total"]
+    )
+    alone, four = (
+        estimate.facts(changed(), inspection, RATES, slots, None)["hours"] for slots in (1, 4)
+    )
     assert alone["total"] == pytest.approx(alone["wall"]) and four["wall"] < alone["wall"]
 
 
-def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(inspection: Inspection, changed: Changed) -> None:
+def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(
+    inspection: Inspection, changed: Changed
+) -> None:
     """The first fine-tune of the winner is not part of the comparison."""
-    asked, alone = (hours_of(changed(**keys), inspection) for keys in ({}, {"finetune": {"steps": 4}}))
+    asked, alone = (
+        hours_of(changed(**keys), inspection) for keys in ({}, {"finetune": {"steps": 4}})
+    )
     assert {name: each for name, each in asked.items() if name != "comparison"} == alone
     one = alone["finetune"] + alone["evaluate"] / (1 + hours.UNTUNED)
     assert asked["comparison"] == pytest.approx(hours.num_compared(changed()) * one)
@@ -258,13 +327,22 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("real")
     config = AutoConfig.from_pretrained(tiny_model)
-    config.update({"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6})
+    config.update(
+        {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "model")
     # Packed rows have full length and every token a label, and the model is not cut, as the estimate assumes.
-    rows = {"data__max_length": 128, "data__packing": True, "data__response_only": False, "prune__rate": 0.0}
+    rows = {
+        "data__max_length": 128,
+        "data__packing": True,
+        "data__response_only": False,
+        "prune__rate": 0.0,
+    }
     batches = {"training__batch_size": 16, "training__micro_batch_size": 16, "finetune__steps": 6}
-    raw = with_keys(raw_config(folder / "model", folder / "run"), **rows, **batches, quantize__group="block")
+    raw = with_keys(
+        raw_config(folder / "model", folder / "run"), **rows, **batches, quantize__group="block"
+    )
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     run(validate_config(raw), lambda event: None, until="bank")
@@ -276,12 +354,17 @@ def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: P
     """Memory matches within a factor of 1.25; time without loading, on a machine with other load, within 3."""
 
     def last_line(*command: str) -> dict[str, Any]:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, check=True, timeout=600
+        )
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
     took = last_line("-c", FINETUNE, str(real), str(tmp_path / "row"))
     facts = last_line("-m", "qpruner", "check", str(real), "--measure", "--json")
-    expected, seconds = facts["memory"]["trial, training"]["total"], facts["hours"]["stages"]["finetune"] * 3600
+    expected, seconds = (
+        facts["memory"]["trial, training"]["total"],
+        facts["hours"]["stages"]["finetune"] * 3600,
+    )
     print(f"memory: told {expected / 1e6:.0f} MB, took {took['peak'] / 1e6:.0f} MB")
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
     assert expected / 1.25 < took["peak"] < expected * 1.25

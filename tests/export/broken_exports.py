@@ -22,13 +22,25 @@ DAMAGES = {
 def damaged(run: Path, folder: Path, damage: str) -> Path:
     if damage == "no adapter":
         file = folder / "adapter" / "adapter_model.safetensors"
-        save_file({name: each.zero_() if "lora_B" in name else each for name, each in load_file(file).items()}, file)
+        save_file(
+            {
+                name: each.zero_() if "lora_B" in name else each
+                for name, each in load_file(file).items()
+            },
+            file,
+        )
     elif damage == "a swapped head":
         _roll(folder, "model.embed_tokens.weight", lambda each: 1)
     else:
         _roll(folder, "model.layers.0.self_attn.q_proj.weight_packed", lambda each: len(each) // 4)
     recoded = folder.with_name("recoded")
-    recode(run / "final", recoded, vllm_format, False, fixed=dense_paths(AutoConfig.from_pretrained(run / "final")))
+    recode(
+        run / "final",
+        recoded,
+        vllm_format,
+        False,
+        fixed=dense_paths(AutoConfig.from_pretrained(run / "final")),
+    )
     return recoded
 
 

@@ -14,16 +14,33 @@ from qpruner.plans.plan import EMBEDDINGS
 from qpruner.pruning.surgery import cut
 from qpruner.quantization.assembly import assemble, attach_adapters
 
-SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 3}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": None}
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+}
+SIZES |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "sliding_window": None,
+}
 KEPT = {0: {"attention": (1,), "mlp": tuple(range(64))}, 2: {"mlp": tuple(range(32, 160))}}
 """Units that blocks of different widths keep."""
 SEED = torch.Generator().manual_seed(1)
 
 
-def pruned_model(family: str, tokenizer: Path, folder: Path, is_ragged: bool, **others: Any) -> Path:
+def pruned_model(
+    family: str, tokenizer: Path, folder: Path, is_ragged: bool, **others: Any
+) -> Path:
     """Write a tiny model as pruning leaves it."""
-    layers = {"layer_types": ["full_attention"] * 3, "sliding_window": 512} if family.startswith("gemma") else {}
+    layers = (
+        {"layer_types": ["full_attention"] * 3, "sliding_window": 512}
+        if family.startswith("gemma")
+        else {}
+    )
     model = family_model(family, **SIZES | layers | others)
     if is_ragged:
         cut(model, KEPT)
@@ -34,7 +51,9 @@ def pruned_model(family: str, tokenizer: Path, folder: Path, is_ragged: bool, **
 def run_of(pruned: Path, root: Path, pattern: tuple[str, ...], table: str = "") -> Path:
     """Write the parts of a run that an export reads: groups have these formats in turn, every layer an adapter."""
     bank = bank_source(pruned, root / "bank")
-    model, starts = assemble(bank, mixed_plan(groups_of(bank), pattern) | ({EMBEDDINGS: table} if table else {}))
+    model, starts = assemble(
+        bank, mixed_plan(groups_of(bank), pattern) | ({EMBEDDINGS: table} if table else {})
+    )
     save_checkpoint(model, load_tokenizer(str(pruned)), root / "final")
     adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
     for name, parameter in adapted.named_parameters():
@@ -42,5 +61,8 @@ def run_of(pruned: Path, root: Path, pattern: tuple[str, ...], table: str = "") 
             torch.nn.init.normal_(parameter, std=0.2, generator=SEED)
     adapted.save_pretrained(str(root / "final"))
     rows = torch.randint(3, 400, (3, 40), generator=SEED).tolist()
-    save_encoded([{"input_ids": row, "labels": row} for row in rows], root / "prepare" / "data" / "confirmation")
+    save_encoded(
+        [{"input_ids": row, "labels": row} for row in rows],
+        root / "prepare" / "data" / "confirmation",
+    )
     return root

@@ -35,11 +35,17 @@ def test_a_merged_model_predicts_the_same(finished: Path) -> None:
     assert done.exit_code == 0, done.output
     outcome = json.loads(done.output.splitlines()[-1])
     folder = finished / "export" / "merged"
-    assert outcome["folder"] == str(folder) and outcome["is_plain"] and outcome["num_positions"] == 46
+    assert (
+        outcome["folder"] == str(folder) and outcome["is_plain"] and outcome["num_positions"] == 46
+    )
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config and "per_layer_config" not in config
-    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
-    assert off_by(logits_of(AutoModelForCausalLM.from_pretrained(folder)), finished / "final") < 0.05
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    assert (
+        off_by(logits_of(AutoModelForCausalLM.from_pretrained(folder)), finished / "final") < 0.05
+    )
 
 
 def test_a_merged_uniform_model_needs_no_qpruner(tiny_model: Path, tmp_path: Path) -> None:
@@ -78,12 +84,23 @@ def test_a_failed_comparison_leaves_no_folder(finished: Path, tmp_path: Path) ->
     ],
     ids=["adapter lost", "adapter twice", "rows moved"],
 )
-def test_damage_is_noticed(damage: Callable[..., torch.Tensor], message: str, finished: Path, tmp_path: Path) -> None:
+def test_damage_is_noticed(
+    damage: Callable[..., torch.Tensor], message: str, finished: Path, tmp_path: Path
+) -> None:
     done = export(RunDir(finished), "merged", tmp_path / "merged")
-    weights, adapter = load_file(done.folder / "model.safetensors"), load_file(finished / "final" / ADAPTER)
+    weights, adapter = (
+        load_file(done.folder / "model.safetensors"),
+        load_file(finished / "final" / ADAPTER),
+    )
     for name in [name for name in adapter if name.endswith(".lora_A.weight")]:
-        lora_a, lora_b = adapter[name].float(), adapter[name.replace(".lora_A.", ".lora_B.")].float()
-        added, path = LORA.alpha / LORA.rank * lora_b @ lora_a, name.removeprefix("base_model.model.")
+        lora_a, lora_b = (
+            adapter[name].float(),
+            adapter[name.replace(".lora_A.", ".lora_B.")].float(),
+        )
+        added, path = (
+            LORA.alpha / LORA.rank * lora_b @ lora_a,
+            name.removeprefix("base_model.model."),
+        )
         weight = weights[path.replace(".lora_A.", ".")]
         weight.copy_(damage(weight.float() - added, added))
     save_file(weights, done.folder / "model.safetensors", {"format": "pt"})
@@ -92,7 +109,9 @@ def test_damage_is_noticed(damage: Callable[..., torch.Tensor], message: str, fi
         compare(finished / "final", done.folder, [row["input_ids"] for row in rows])
 
 
-def test_an_export_without_model_or_over_a_folder_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_an_export_without_model_or_over_a_folder_is_refused(
+    finished: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="has no final model"):
         export(RunDir(tmp_path), "merged", tmp_path / "out")
     with pytest.raises(UserError, match="exists: delete this folder or name another with `--out`"):

@@ -40,11 +40,18 @@ export(RunDir(sys.argv[1]), "gguf_merged", Path(sys.argv[1], "out"), on_progress
 @pytest.fixture(scope="module")
 def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("searched")
-    return run_of(pruned_model("llama", tiny_model, root / "pruned", True), root / "demo", ("q4_0", "q8_0"), "q8_0")
+    return run_of(
+        pruned_model("llama", tiny_model, root / "pruned", True),
+        root / "demo",
+        ("q4_0", "q8_0"),
+        "q8_0",
+    )
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): file_digest(path) for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(root)): file_digest(path) for path in root.rglob("*") if path.is_file()
+    }
 
 
 def test_a_plan_of_llama_cpp_keeps_its_formats(searched: Path) -> None:
@@ -54,11 +61,17 @@ def test_a_plan_of_llama_cpp_keeps_its_formats(searched: Path) -> None:
     outcome = json.loads(done.output.splitlines()[-1])
     names = {"demo.gguf", "demo-adapter.gguf", "Modelfile", "qpruner_export.json"}
     assert {path.name for path in folder.iterdir()} == names
-    assert not outcome["recoded"] and not outcome["remarks"] and outcome["by"].startswith("xllamacpp")
+    assert (
+        not outcome["recoded"] and not outcome["remarks"] and outcome["by"].startswith("xllamacpp")
+    )
     files, stored = list(folder.glob("*.gguf")), read_tensors(searched / "final", lambda name: True)
-    assert outcome["tensor_bytes"] == sum(each.n_bytes for file in files for each in GGUFReader(file).tensors)
+    assert outcome["tensor_bytes"] == sum(
+        each.n_bytes for file in files for each in GGUFReader(file).tensors
+    )
     more = sum(2 * each.numel() for each in stored.values() if each.dim() == 1)
-    assert outcome["tensor_bytes"] == outcome["plan_bytes"] + more, "norms and biases are in float32"
+    assert outcome["tensor_bytes"] == outcome["plan_bytes"] + more, (
+        "norms and biases are in float32"
+    )
     assert abs(outcome["loss"] - outcome["loss_before"]) < 0.05
     assert "of which 0.02 MB are tokenizer and metadata" in done.output
     assert "FROM ./demo.gguf\nADAPTER ./demo-adapter.gguf\n" in (folder / "Modelfile").read_text()
@@ -74,8 +87,14 @@ def test_layers_that_llama_cpp_lacks_are_told(tiny_model: Path, tmp_path: Path) 
     outcome = json.loads(done.output.splitlines()[-1])
     folder = run / "export" / "gguf_merged"
     assert outcome["folder"] == str(folder)
-    assert {path.name for path in folder.iterdir()} == {"run.gguf", "Modelfile", "qpruner_export.json"}
-    assert outcome["remarks"] == ["15 layers from nf4 to q4_0"] and set(outcome["recoded"].values()) == {"q4_0"}
+    assert {path.name for path in folder.iterdir()} == {
+        "run.gguf",
+        "Modelfile",
+        "qpruner_export.json",
+    }
+    assert outcome["remarks"] == ["15 layers from nf4 to q4_0"] and set(
+        outcome["recoded"].values()
+    ) == {"q4_0"}
     assert "15 layers from nf4 to q4_0" in done.output and "as served" in done.output
 
 
@@ -112,7 +131,9 @@ def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
     before = digests(run)
     killed = subprocess.run([sys.executable, "-c", KILLED, run, "writing GGUF"], env=os.environ)
     assert killed.returncode == -signal.SIGKILL
-    assert not (run / "out").exists() and (run / HIDDEN / "out" / "run.gguf").exists(), "it was killed too early"
+    assert not (run / "out").exists() and (run / HIDDEN / "out" / "run.gguf").exists(), (
+        "it was killed too early"
+    )
     export(RunDir(run), "merged", run / "out")
     assert not (run / HIDDEN).exists() and not list((run / "out").rglob("*.gguf"))
     shutil.rmtree(run / "out")
@@ -121,7 +142,17 @@ def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_export_that_is_told_to_end_leaves_nothing(searched: Path, tmp_path: Path) -> None:
-    asked = [sys.executable, "-m", "qpruner", "export", str(searched), "--to", "gguf", "--out", str(tmp_path / "out")]
+    asked = [
+        sys.executable,
+        "-m",
+        "qpruner",
+        "export",
+        str(searched),
+        "--to",
+        "gguf",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.rglob("*.gguf")):
             assert process.poll() is None
@@ -131,14 +162,18 @@ def test_an_export_that_is_told_to_end_leaves_nothing(searched: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_two_exports_is_refused_and_neighbours_stay(searched: Path, tmp_path: Path) -> None:
+def test_a_folder_of_two_exports_is_refused_and_neighbours_stay(
+    searched: Path, tmp_path: Path
+) -> None:
     (tmp_path / ".out").mkdir()
     (tmp_path / ".out" / "precious").touch()
     refused: list[str] = []
 
     def again(*_: object) -> None:
         if not refused:
-            with pytest.raises(UserError, match=r"out is being written by another command: .*`--out`") as error:
+            with pytest.raises(
+                UserError, match=r"out is being written by another command: .*`--out`"
+            ) as error:
                 export(RunDir(searched), "peft", tmp_path / "out")
             refused.append(str(error.value))
 
@@ -150,15 +185,26 @@ def test_a_folder_of_two_exports_is_refused_and_neighbours_stay(searched: Path, 
 def test_a_place_that_cannot_be_a_folder_is_refused(searched: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = command("export", searched, "--to", "peft", "--out", tmp_path / "file" / "out")
-    assert done.exit_code == 2 and "out cannot be made (Not a directory): name another folder" in done.output
+    assert (
+        done.exit_code == 2
+        and "out cannot be made (Not a directory): name another folder" in done.output
+    )
     done = command("export", searched, "--to", "peft", "--out", "s3://bucket/out")
-    assert done.exit_code == 2 and "`--out` must be a folder on this machine, got s3://bucket/out" in done.output
+    assert (
+        done.exit_code == 2
+        and "`--out` must be a folder on this machine, got s3://bucket/out" in done.output
+    )
 
 
-def test_files_of_a_run_at_a_uri_have_its_last_name(searched: Path, machine: Machine, tmp_path: Path) -> None:
+def test_files_of_a_run_at_a_uri_have_its_last_name(
+    searched: Path, machine: Machine, tmp_path: Path
+) -> None:
     run = machine("first")
     for name in ("final", "prepare/data"):
         storage_at(run.root / name).put_folder(searched / name)
     done = command("export", run.place, "--to", "gguf", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert {path.name for path in (tmp_path / "out").glob("*.gguf")} == {"run.gguf", "run-adapter.gguf"}
+    assert {path.name for path in (tmp_path / "out").glob("*.gguf")} == {
+        "run.gguf",
+        "run-adapter.gguf",
+    }

@@ -54,9 +54,15 @@ def lively(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = finished_run(lively, tmp_path_factory.mktemp("talk") / "run")
     scale_layers(lively, -0.5, root / "cuts" / "cut-20")
-    record = PrepareRecord(digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={})
+    record = PrepareRecord(
+        digest="d", seconds=1.0, model_path=str(lively), converted=False, num_rows={}
+    )
     RunDir(root).write_record("prepare", record)
-    changes = {"config": raw_config(lively, root), "folder": str(lively.parent), "host": socket.gethostname()}
+    changes = {
+        "config": raw_config(lively, root),
+        "folder": str(lively.parent),
+        "host": socket.gethostname(),
+    }
     RunDir(root).write_state(STATE.model_copy(update=changes))
     return root
 
@@ -78,11 +84,15 @@ def expected(folder: Path, prompt: str = PROMPT) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     model = plain(folder)
-    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    written = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )
     return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def test_every_model_of_a_run_answers_as_in_transformers(run: Path, lively: Path, tmp_path: Path) -> None:
+def test_every_model_of_a_run_answers_as_in_transformers(
+    run: Path, lively: Path, tmp_path: Path
+) -> None:
     said = answers(run)
     folders = {"base": lively, "cut-20": run / "cuts" / "cut-20", "final": run / "final"}
     assert said == {name: expected(folder) for name, folder in folders.items()}
@@ -121,7 +131,17 @@ def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path
         ("alpaca", alpaca_prompt("which")),
         ("alpaca_short", "### Instruction:\nwhich\n\n### Response:\n"),
     ):
-        done = command("generate", folder, "--prompt", "which", "--max-tokens", 12, "--template", template, "--json")
+        done = command(
+            "generate",
+            folder,
+            "--prompt",
+            "which",
+            "--max-tokens",
+            12,
+            "--template",
+            template,
+            "--json",
+        )
         (answer,) = json.loads(done.stdout)["answers"]
         assert answer["text"] == expected(lively, prompt), template
 
@@ -132,7 +152,9 @@ def test_an_answer_ends_at_every_end_token_of_the_model(lively: Path, tmp_path: 
     generator = source.load()
     plain = generator.answer(PROMPT, Sampling(12, 0.0, 0)).text
     # A sampled answer depends on the seed only.
-    once, again, other = (generator.answer(PROMPT, Sampling(12, 1.0, seed)).text for seed in (1, 1, 2))
+    once, again, other = (
+        generator.answer(PROMPT, Sampling(12, 1.0, seed)).text for seed in (1, 1, 2)
+    )
     assert once == again and len({plain, once, other}) == 3
     folder = Path(shutil.copytree(lively, tmp_path / "ending"))
     third = AutoTokenizer.from_pretrained(folder)(plain)["input_ids"][2]
@@ -151,7 +173,9 @@ def test_an_answer_ends_at_every_end_token_of_the_model(lively: Path, tmp_path: 
         (["--prompt", "word " * 300], "the model's context 256: shorten the prompt"),
     ],
 )
-def test_wrong_options_are_refused_with_a_remedy(run: Path, arguments: list[str], message: str) -> None:
+def test_wrong_options_are_refused_with_a_remedy(
+    run: Path, arguments: list[str], message: str
+) -> None:
     done = command("generate", run, *arguments)
     assert done.exit_code == 2, done.output
     assert message in done.stderr
@@ -176,7 +200,9 @@ def test_missing_or_damaged_models_are_refused(run: Path, lively: Path, tmp_path
             sources(place, which)
 
 
-def test_a_copied_run_finds_its_converted_base_model(run: Path, lively: Path, tmp_path: Path) -> None:
+def test_a_copied_run_finds_its_converted_base_model(
+    run: Path, lively: Path, tmp_path: Path
+) -> None:
     """The recorded path of the original run may be missing, or belong to another run."""
     copy = Path(shutil.copytree(run, tmp_path / "renamed"))
     base = Path(shutil.copytree(lively, copy / "prepare" / "model"))
@@ -184,7 +210,9 @@ def test_a_copied_run_finds_its_converted_base_model(run: Path, lively: Path, tm
     prepared = folder.read_record("prepare", PrepareRecord)
     assert prepared
     for recorded in (str(lively), str(tmp_path / "gone" / "prepare" / "model"), "prepare/model"):
-        folder.write_record("prepare", prepared.model_copy(update={"model_path": recorded, "converted": True}))
+        folder.write_record(
+            "prepare", prepared.model_copy(update={"model_path": recorded, "converted": True})
+        )
         assert [source.folder for source in sources(copy, ["base"])] == [base]
 
 
@@ -203,24 +231,35 @@ def test_a_running_driver_gives_a_warning(run: Path, tmp_path: Path) -> None:
     assert "warning" not in command(*asked[0]).stderr
 
 
-def test_suggested_commands_for_a_run_at_a_uri_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suggested_commands_for_a_run_at_a_uri_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The commands are suggested by the last line of `qpruner run` and in errors of verbs that need a folder."""
     with object_store() as store:
         talk_to(store, monkeypatch)
         monkeypatch.setenv(objects.CACHE, str(tmp_path / "cache"))
-        there = RunDir(f"{store.uri('run')}?endpoint_override={store.environment['AWS_ENDPOINT_URL']}")
+        there = RunDir(
+            f"{store.uri('run')}?endpoint_override={store.environment['AWS_ENDPOINT_URL']}"
+        )
         for name in ("final", "prepare/data/confirmation"):
             storage_at(there.root / name).put_folder(run / name)
-        bring, generate = re.findall("`qpruner ((?:export|generate) [^`]*)`", where_next(there.root))
+        bring, generate = re.findall(
+            "`qpruner ((?:export|generate) [^`]*)`", where_next(there.root)
+        )
         for line in (bring, generate):
             words = {"FOLDER": tmp_path / "brought", "TEXT": PROMPT}
             done = command(*(words.get(word, word) for word in shlex.split(line)))
             assert done.exit_code == 0, done.output
         assert printable(expected(tmp_path / "brought")).strip() in done.stdout
-        refused = command("generate", there.storage.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT)
+        refused = command(
+            "generate", there.storage.address.replace("?", "?secret_key=HUSH&"), "--prompt", PROMPT
+        )
         assert "HUSH" not in refused.output
         refused = command("generate", there.storage.address, "--prompt", PROMPT)
-        assert refused.exit_code == 2 and f"download the final model with `qpruner {bring}`" in refused.stderr
+        assert (
+            refused.exit_code == 2
+            and f"download the final model with `qpruner {bring}`" in refused.stderr
+        )
 
 
 def test_control_characters_are_replaced() -> None:

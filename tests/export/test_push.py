@@ -70,7 +70,9 @@ def loaded(card: bytes) -> Any:
     return names["model"]
 
 
-def test_the_final_model_is_pushed_to_a_private_repository(finished: Path, hub: Hub, tmp_path: Path) -> None:
+def test_the_final_model_is_pushed_to_a_private_repository(
+    finished: Path, hub: Hub, tmp_path: Path
+) -> None:
     done = push(finished, "--json")
     summary, repository = json.loads(done.stdout.splitlines()[-1]), hub.repositories[REPO]
     assert repository.private and summary["is_private"]
@@ -78,7 +80,10 @@ def test_the_final_model_is_pushed_to_a_private_repository(finished: Path, hub: 
     assert f"[push] {summary['num_files']} files, {size}, uploading to {REPO} ...\n" in done.stderr
     assert summary["num_bytes"] == sum(map(len, repository.files.values()))
     assert summary["card_lacks"] == ["base_model", "datasets"]
-    assert "does not state: base model, datasets; set `card.base_model`, `card.datasets` and repeat" in done.stderr
+    assert (
+        "does not state: base model, datasets; set `card.base_model`, `card.datasets` and repeat"
+        in done.stderr
+    )
     local = {path.name: path.read_bytes() for path in (finished / "final").iterdir()}
     assert set(repository.files) == set(local) and summary["num_files"] == len(local)
     changed = {name for name in local if local[name] != repository.files[name]}
@@ -88,15 +93,23 @@ def test_the_final_model_is_pushed_to_a_private_repository(finished: Path, hub: 
     assert TOKEN not in done.output
     # Loaded by its repository name: packed layers and the adapter both come from the hub.
     places = (REPO, finished / "final")
-    found, expected = (logits_of(AutoModelForCausalLM.from_pretrained(each, cache_dir=tmp_path)) for each in places)
+    found, expected = (
+        logits_of(AutoModelForCausalLM.from_pretrained(each, cache_dir=tmp_path)) for each in places
+    )
     assert torch.equal(found, expected)
 
 
 def test_a_merged_model_replaces_the_final_model(run: Path, hub: Hub) -> None:
     """An adapter pushed before is deleted, because transformers would attach it to the merged model."""
-    assert "has no merged model: run `qpruner export" in push(run, "--what", "merged", code=2).stderr
+    assert (
+        "has no merged model: run `qpruner export" in push(run, "--what", "merged", code=2).stderr
+    )
     merged = export(RunDir(run), "merged", run / "export" / "merged").folder
-    files = {".gitattributes": b"*.safetensors filter=lfs", "notes/mine.txt": b"", "adapter_config.json": b"{}"}
+    files = {
+        ".gitattributes": b"*.safetensors filter=lfs",
+        "notes/mine.txt": b"",
+        "adapter_config.json": b"{}",
+    }
     hub.repositories[REPO] = Repository(private=True, files=files)
     assert "MB, 2 earlier files removed, private" in push(run, "--what", "merged").stdout
     names = {path.name for path in merged.iterdir()} - {MARK}
@@ -112,7 +125,9 @@ def test_an_export_of_an_earlier_final_model_is_not_pushed(run: Path, hub: Hub, 
     """It would get the model card of the current final model."""
     (run / "final" / name).write_bytes((run / "final" / name).read_bytes() + b" ")
     done = push(run, "--what", "peft", code=2)
-    assert re.search(r"delete this folder, then repeat `qpruner export \S+run --to peft`", done.stderr)
+    assert re.search(
+        r"delete this folder, then repeat `qpruner export \S+run --to peft`", done.stderr
+    )
     assert not hub.repositories
 
 
@@ -129,7 +144,10 @@ def test_a_peft_export_is_loaded_as_its_card_says(finished: Path, hub: Hub) -> N
 def test_a_public_repository_needs_the_public_option(finished: Path, hub: Hub) -> None:
     hub.repositories[REPO] = Repository(private=False)
     refused = push(finished, code=2)
-    assert f"{REPO} exists and is public: give `--public`" in refused.stderr and "uploading" not in refused.stderr
+    assert (
+        f"{REPO} exists and is public: give `--public`" in refused.stderr
+        and "uploading" not in refused.stderr
+    )
     assert not hub.repositories[REPO].files and not hub.objects
     assert push(finished, "--public").stdout.rstrip().endswith("public")
     assert "model.safetensors" in hub.repositories[REPO].files
@@ -146,7 +164,13 @@ def test_a_public_repository_needs_the_public_option(finished: Path, hub: Hub) -
     ids=["no-token", "wrong-token", "no-hub", "offline"],
 )
 def test_push_errors_name_the_remedy(
-    variable: str, value: Any, code: int, message: str, finished: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    variable: str,
+    value: Any,
+    code: int,
+    message: str,
+    finished: Path,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if variable == "HF_TOKEN":
         monkeypatch.setenv(variable, value)

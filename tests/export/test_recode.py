@@ -32,7 +32,9 @@ def final(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def formats_of(folder: Path) -> dict[str, str]:
-    formats: dict[str, str] = json.loads((folder / "config.json").read_text())["quantization_config"]["formats"]
+    formats: dict[str, str] = json.loads((folder / "config.json").read_text())[
+        "quantization_config"
+    ]["formats"]
     return formats
 
 
@@ -61,7 +63,12 @@ def test_a_model_whose_formats_stay_keeps_every_byte(
 
 
 def test_layers_of_one_format_are_packed_again_alone(final: Path, tmp_path: Path) -> None:
-    changed = recode(final, tmp_path / "new", lambda name, columns: "q4_0" if name == "nf4" else name, merge=False)
+    changed = recode(
+        final,
+        tmp_path / "new",
+        lambda name, columns: "q4_0" if name == "nf4" else name,
+        merge=False,
+    )
     old, new = formats_of(final), formats_of(tmp_path / "new")
     assert changed == {path: "q4_0" for path, name in old.items() if name == "nf4"} and changed
     assert new == old | changed
@@ -71,37 +78,59 @@ def test_layers_of_one_format_are_packed_again_alone(final: Path, tmp_path: Path
     assert torch.equal(load_file(tmp_path / "new" / "model.safetensors")[f"{path}.weight"], packed)
 
 
-@pytest.mark.parametrize("gram", [None, torch.arange(4096.0).square().sin().view(64, 64)], ids=["nearest", "GPTQ"])
+@pytest.mark.parametrize(
+    "gram", [None, torch.arange(4096.0).square().sin().view(64, 64)], ids=["nearest", "GPTQ"]
+)
 @pytest.mark.parametrize("name", ["q4_0", "q8_0", "w4"])
 def test_an_adapter_is_merged_into_packed_weights(
     final: Path, name: str, gram: torch.Tensor | None, tmp_path: Path
 ) -> None:
     """Weights are unpacked, added to and packed in float32; layers that were dense stay so."""
     gram = gram if gram is None else gram.T @ gram
-    grams = {path: gram for path, columns in columns_of(checkpoint_config(final)).items() if columns == 64}
-    changed = recode(final, tmp_path / "new", lambda old, columns: name, merge=True, gram_of=grams.get)
+    grams = {
+        path: gram
+        for path, columns in columns_of(checkpoint_config(final)).items()
+        if columns == 64
+    }
+    changed = recode(
+        final, tmp_path / "new", lambda old, columns: name, merge=True, gram_of=grams.get
+    )
     assert formats_of(tmp_path / "new") == changed == dict.fromkeys(formats_of(final), name)
     assert not [file for file in ADAPTER_FILES if (tmp_path / "new" / file).exists()]
     adapter = load_file(final / ADAPTER_FILES[1])
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"):
-        lora_a, lora_b = (adapter[f"base_model.model.{path}.lora_{side}.weight"].float() for side in "AB")
+        lora_a, lora_b = (
+            adapter[f"base_model.model.{path}.lora_{side}.weight"].float() for side in "AB"
+        )
         exact = weight_of(final, path, 64) + LORA.alpha / LORA.rank * (lora_b @ lora_a)
         found = weight_of(tmp_path / "new", path, 64)
         is_packed = path in changed
         expected = format_of(name).unpack(pack(format_of(name), exact, gram), 64, torch.float32)
         assert torch.equal(found, expected if is_packed else exact.bfloat16().float())
         nearest = format_of(name).unpack(format_of(name).pack(exact), 64, torch.float32)
-        assert torch.equal(expected, nearest) == (gram is None or name == "q8_0"), "8 bits round to nearest"
+        assert torch.equal(expected, nearest) == (gram is None or name == "q8_0"), (
+            "8 bits round to nearest"
+        )
     if name == "q8_0":
-        assert off_by(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "new")), final) < 0.05
+        assert (
+            off_by(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "new")), final) < 0.05
+        )
 
 
 @pytest.mark.slow
 def test_the_gram_matrices_of_a_run_round_its_merged_model(tiny_raw: dict[str, Any]) -> None:
     """A damaged one is an error, which leaves no export."""
     del tiny_raw["quantize"]["bits"]
-    gptq = {"quantize.formats": ["q4_0"], "quantize.rounding": "gptq", "quantize.embeddings": ["q4_0", "q8_0"]}
-    others = {"search.plan": "first_order", "finetune.compare": False, "quantize.budget": {"bytes": 600_000}}
+    gptq = {
+        "quantize.formats": ["q4_0"],
+        "quantize.rounding": "gptq",
+        "quantize.embeddings": ["q4_0", "q8_0"],
+    }
+    others = {
+        "search.plan": "first_order",
+        "finetune.compare": False,
+        "quantize.budget": {"bytes": 600_000},
+    }
     config = validate_config(with_keys(tiny_raw, **gptq, **others))
     run(config, lambda event: None, until="finetune")
     run_dir, path = RunDir(config.output), "model.layers.1.mlp.down_proj"
@@ -113,14 +142,27 @@ def test_the_gram_matrices_of_a_run_round_its_merged_model(tiny_raw: dict[str, A
     [winner], columns = record.candidates, columns_of(checkpoint_config(final))[path]
     gram = read_grams(run_dir.bank(winner.cut), winner.bank, checkpoint_config(final), [path])[path]
     adapter = load_file(final / ADAPTER_FILES[1])
-    lora_a, lora_b = (adapter[f"base_model.model.{path}.lora_{side}.weight"].float() for side in "AB")
+    lora_a, lora_b = (
+        adapter[f"base_model.model.{path}.lora_{side}.weight"].float() for side in "AB"
+    )
     stored = layer_tensors(read_tensors(final, lambda name: True), path)
     exact = format_of("q4_0").unpack(stored, columns, torch.float32) + lora_b @ lora_a * 2
     [file] = (run_dir.root / "export" / "gguf_merged").glob("*.gguf")
-    [found] = (each.data for each in GGUFReader(file).tensors if each.name == "blk.1.ffn_down.weight")
-    by_gptq, nearest = (pack(format_of("q4_0"), exact, each)["weight"].numpy() for each in (gram, None))
-    assert (found == by_gptq.reshape(found.shape)).all() and not (found == nearest.reshape(found.shape)).all()
+    [found] = (
+        each.data for each in GGUFReader(file).tensors if each.name == "blk.1.ffn_down.weight"
+    )
+    by_gptq, nearest = (
+        pack(format_of("q4_0"), exact, each)["weight"].numpy() for each in (gram, None)
+    )
+    assert (found == by_gptq.reshape(found.shape)).all() and not (
+        found == nearest.reshape(found.shape)
+    ).all()
     flip_a_byte(run_dir.bank(winner.cut) / "grams" / "model.layers.1.safetensors")
-    done = command("export", config.output, "--to", "gguf", "--merge", "--out", run_dir.root / "again")
-    assert done.exit_code == 1 and "by which GPTQ rounds, is missing, damaged or changed" in done.output
+    done = command(
+        "export", config.output, "--to", "gguf", "--merge", "--out", run_dir.root / "again"
+    )
+    assert (
+        done.exit_code == 1
+        and "by which GPTQ rounds, is missing, damaged or changed" in done.output
+    )
     assert not (run_dir.root / "again").exists()

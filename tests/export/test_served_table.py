@@ -13,4 +13,6 @@ def test_the_page_shows_what_was_tried(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "docs")])
     import served
 
-    assert served.page(served.byte_tokenizer(tmp_path)) == served.PAGE.read_text(), "run `python docs/served.py`"
+    assert served.page(served.byte_tokenizer(tmp_path)) == served.PAGE.read_text(), (
+        "run `python docs/served.py`"
+    )

@@ -24,13 +24,17 @@ from qpruner.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.serve
 # That of vLLM has its command beside it.
-PATH = os.pathsep.join([str(Path(os.environ.get("QPRUNER_VLLM_PYTHON", "")).parent), os.environ["PATH"]])
+PATH = os.pathsep.join(
+    [str(Path(os.environ.get("QPRUNER_VLLM_PYTHON", "")).parent), os.environ["PATH"]]
+)
 QUESTION = "What melts ice?"
 Export = Callable[[Form, str], None]
 
 
 def documented(start: str) -> list[str]:
-    lines = [line for each in blocks() if each.page == "docs/serve.md" for line in each.text.splitlines()]
+    lines = [
+        line for each in blocks() if each.page == "docs/serve.md" for line in each.text.splitlines()
+    ]
     (line,) = [line for line in lines if line.startswith(f"{start} ")]
     words = shlex.split(line, comments=True)
     program = shutil.which(words[0], path=PATH)
@@ -61,7 +65,10 @@ def serving(command: Sequence[str], path: str = "/health", **others: str) -> Ite
     address = f"http://127.0.0.1:{port}"
     with open("server.log", "w+") as log:
         server = subprocess.Popen(
-            [each.format(port=port) for each in command], env=os.environ | others, stdout=log, stderr=log
+            [each.format(port=port) for each in command],
+            env=os.environ | others,
+            stdout=log,
+            stderr=log,
         )
         try:
             for _ in range(240):
@@ -78,7 +85,12 @@ def serving(command: Sequence[str], path: str = "/health", **others: str) -> Ite
 
 
 def chat(address: str, model: str) -> Mapping[str, Any]:
-    asked = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, "temperature": 0}
+    asked = {
+        "model": model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     request = urllib.request.Request(
         f"{address}/v1/chat/completions",
         json.dumps(asked | {"ignore_eos": True}).encode(),
@@ -95,7 +107,11 @@ def test_llama_cli_answers(exported: Export) -> None:
     command = documented("llama-cli")
     exported("gguf", "serve/gguf")
     done = subprocess.run(
-        [*command, "-n", "8", "--no-warmup"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+        [*command, "-n", "8", "--no-warmup"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert QUESTION in done.stdout
@@ -104,7 +120,9 @@ def test_llama_cli_answers(exported: Export) -> None:
 def test_llama_server_chats(exported: Export) -> None:
     command = documented("llama-server")
     exported("gguf_merged", "export/gguf_merged")
-    with serving([*command, "--host", "127.0.0.1", "--port", "{port}", "--alias", "demo"]) as address:
+    with serving(
+        [*command, "--host", "127.0.0.1", "--port", "{port}", "--alias", "demo"]
+    ) as address:
         assert chat(address, "demo")["choices"][0]["finish_reason"] == "length"
 
 
@@ -115,14 +133,18 @@ def test_ollama_answers(exported: Export, tmp_path: Path) -> None:
     environment = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(tmp_path / "models")}
     with serving([create[0], "serve"], "/", port=port, **environment):
         for command in (create, ask):
-            done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=300
+            )
             assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_lm_studio_takes_the_file(exported: Export) -> None:
     command = documented("lms import")
     exported("gguf_merged", "export/gguf_merged")
-    done = subprocess.run([*command, "--yes", "--copy"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--yes", "--copy"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -25,7 +25,9 @@ from qpruner.quantization.formats import DENSE, format_of, formats
 from qpruner.runs.run_dir import RunDir
 
 
-def test_every_family_with_blocks_of_its_own_loads_without_qpruner(tiny_model: Path, tmp_path: Path) -> None:
+def test_every_family_with_blocks_of_its_own_loads_without_qpruner(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     folders = []
     for family in SERVED:
         folder = pruned_model(family, tiny_model, tmp_path / family, True)
@@ -41,13 +43,19 @@ def test_every_family_with_blocks_of_its_own_loads_without_qpruner(tiny_model: P
         assert float((found - expected).norm() / expected.norm()) < 1e-5, folder.name
         assert answer["made"] == answer["made without cache"]
         assert _form(folder, "merged") == "merged with code"
-    assert 'from_pretrained("you/it", trust_remote_code=True)' in loading_section("merged with code", "you/it")
+    assert 'from_pretrained("you/it", trust_remote_code=True)' in loading_section(
+        "merged with code", "you/it"
+    )
 
 
 @pytest.mark.parametrize("python", ["/no/python", sys.executable])
-def test_a_python_without_vllm_is_refused_before_the_work(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_vllm_is_refused_before_the_work(
+    python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(checking.PYTHON, python)
-    with pytest.raises(UserError, match=rf"must be a Python that has vLLM, got {python}: name another, or unset it"):
+    with pytest.raises(
+        UserError, match=rf"must be a Python that has vLLM, got {python}: name another, or unset it"
+    ):
         checking.missing()
 
 
@@ -78,12 +86,18 @@ def exported(searched: Path) -> dict[str, Any]:
 
 
 def test_a_plan_of_vllm_keeps_its_formats(searched: Path, exported: dict[str, Any]) -> None:
-    assert exported["remarks"] == ["1 layer from w8 to bf16"], "vLLM before 0.32 reads no packed embeddings"
+    assert exported["remarks"] == ["1 layer from w8 to bf16"], (
+        "vLLM before 0.32 reads no packed embeddings"
+    )
     assert exported["by"].startswith("compressed-tensors") and exported["is_plain"]
     folder = searched / "export" / "vllm"
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
     groups = config["config_groups"]
-    assert {name: group["weights"]["num_bits"] for name, group in groups.items()} == {"w4": 4, "w3_g32": 3, "w8": 8}
+    assert {name: group["weights"]["num_bits"] for name, group in groups.items()} == {
+        "w4": 4,
+        "w3_g32": 3,
+        "w8": 8,
+    }
     assert "model.embed_tokens" in config["ignore"] and (folder / MODELING).is_file()
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(folder)
@@ -92,15 +106,26 @@ def test_a_plan_of_vllm_keeps_its_formats(searched: Path, exported: dict[str, An
 
 def test_an_adapter_is_merged_into_formats_of_vllm(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    run = run_of(pruned_model("qwen3", tiny_model, tmp_path / "pruned", False), tmp_path / "run", ("nf4", "bf16"))
+    run = run_of(
+        pruned_model("qwen3", tiny_model, tmp_path / "pruned", False),
+        tmp_path / "run",
+        ("nf4", "bf16"),
+    )
     done = export(RunDir(run), "vllm_merged", tmp_path / "out")
-    assert done.remarks[0].endswith("from nf4 to w4_g32_hqq") and abs(done.loss - done.loss_before) < 0.1
-    assert not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / MODELING).exists()
+    assert (
+        done.remarks[0].endswith("from nf4 to w4_g32_hqq")
+        and abs(done.loss - done.loss_before) < 0.1
+    )
+    assert (
+        not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / MODELING).exists()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_export_is_noticed(searched: Path, exported: dict[str, Any], damage: str, tmp_path: Path) -> None:
+def test_a_broken_export_is_noticed(
+    searched: Path, exported: dict[str, Any], damage: str, tmp_path: Path
+) -> None:
     shutil.copytree(exported["folder"], tmp_path / "out")
     recoded = damaged(searched, tmp_path / "out", damage)
     with pytest.raises(StageError, match=DAMAGES[damage]):

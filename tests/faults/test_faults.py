@@ -24,8 +24,23 @@ from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.flow import STAGES, explained
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import Search
-from qpruner.runs.events import Emit, Event, Message, Progress, StageFinished, StageSkipped, StageStarted
-from qpruner.runs.records import BankRecord, PrepareRecord, PruneRecord, Results, SensitivityRecord, TrialRecord
+from qpruner.runs.events import (
+    Emit,
+    Event,
+    Message,
+    Progress,
+    StageFinished,
+    StageSkipped,
+    StageStarted,
+)
+from qpruner.runs.records import (
+    BankRecord,
+    PrepareRecord,
+    PruneRecord,
+    Results,
+    SensitivityRecord,
+    TrialRecord,
+)
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import folder_digests, read_json
 from qpruner.runs.storage.base import list_path
@@ -33,7 +48,12 @@ from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob, set_aside_damaged
 
 CUT = "cut-20"
-RECORDS = {"prepare": PrepareRecord, "prune": PruneRecord, "bank": BankRecord, "sensitivity": SensitivityRecord}
+RECORDS = {
+    "prepare": PrepareRecord,
+    "prune": PruneRecord,
+    "bank": BankRecord,
+    "sensitivity": SensitivityRecord,
+}
 
 
 def names(events: list[Event], kind: type[Event]) -> list[str]:
@@ -83,9 +103,17 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
     ("place", "damage"),
     [
         # Only trials read the rows of `train`, so that no earlier stage notices the damage.
-        pytest.param("prepare/data/train", lambda rows: flip_a_byte(next(rows.glob("*.arrow"))), id="rows-flipped"),
+        pytest.param(
+            "prepare/data/train",
+            lambda rows: flip_a_byte(next(rows.glob("*.arrow"))),
+            id="rows-flipped",
+        ),
         pytest.param("prepare/data/train", shutil.rmtree, id="rows-missing"),
-        pytest.param("cuts/cut-20", lambda model: flip_a_byte(model / "model.safetensors"), id="weights-flipped"),
+        pytest.param(
+            "cuts/cut-20",
+            lambda model: flip_a_byte(model / "model.safetensors"),
+            id="weights-flipped",
+        ),
         pytest.param("cuts/cut-20", lambda model: flip_a_byte(list_path(model)), id="list-flipped"),
     ],
 )
@@ -94,10 +122,15 @@ def test_only_damaged_files_are_set_aside_and_made_again(
 ) -> None:
     root = copy_of(banked, tiny_raw)
     folder, stage = root / place, place.partition("/")[0].replace("cuts", "prune")
-    before, measured = folder_digests(folder), {"cut.json": ""} if stage == "prune" else {}  # it has the seconds
+    before, measured = (
+        folder_digests(folder),
+        {"cut.json": ""} if stage == "prune" else {},
+    )  # it has the seconds
     damage(folder)
     _, events = go(tiny_raw, "bank")
-    (told,) = [event.text for event in events if isinstance(event, Message) and str(folder) in event.text]
+    (told,) = [
+        event.text for event in events if isinstance(event, Message) and str(folder) in event.text
+    ]
     for aside in (root / "damaged").glob("*[0-9]"):
         assert str(aside) in told and aside.name.startswith(f"{place.replace('/', '-')}-")
     assert names(events, StageFinished) == [stage]
@@ -114,7 +147,10 @@ def test_rows_damaged_during_a_stage_are_named(banked: Path, tiny_raw: dict[str,
 
     error = failing(tiny_raw, "sensitivity", damage)
     assert error.stage == "sensitivity" and str(rows) in error.cause
-    assert error.remedy == "repeat the command: the damaged file is set aside, and only that file is made again"
+    assert (
+        error.remedy
+        == "repeat the command: the damaged file is set aside, and only that file is made again"
+    )
     assert names(go(tiny_raw, "bank")[1], StageFinished)[0] == "prepare", "and so it is"
 
 
@@ -124,8 +160,14 @@ SET_ASIDE = "repeat the command: the damaged file is set aside, and "
 @pytest.mark.parametrize(
     ("file", "remedy"),
     [
-        ("candidates/uniform-4-bit/record.json", "delete {run}/candidates/uniform-4-bit, then repeat the command"),
-        ("candidates/searched/adapter/adapter_config.json", "delete {run}/candidates/searched, then repeat"),
+        (
+            "candidates/uniform-4-bit/record.json",
+            "delete {run}/candidates/uniform-4-bit, then repeat the command",
+        ),
+        (
+            "candidates/searched/adapter/adapter_config.json",
+            "delete {run}/candidates/searched, then repeat",
+        ),
         ("search/best.json", "delete {run}/records/search.json, then repeat the command"),
         ("final/config.json", "delete {run}/final, then repeat the command"),
         # Deleting these would lose a plan, the intact entries of a bank, or a model that was only unreachable.
@@ -136,7 +178,9 @@ SET_ASIDE = "repeat the command: the damaged file is set aside, and "
         ("../models/trials/record.json", "fetch or write that file again"),
     ],
 )
-def test_the_remedy_for_a_damaged_file_loses_nothing_else(file: str, remedy: str, tmp_path: Path) -> None:
+def test_the_remedy_for_a_damaged_file_loses_nothing_else(
+    file: str, remedy: str, tmp_path: Path
+) -> None:
     """The other files took hours, and users need not delete files of their own."""
     run = tmp_path / "run"
     path = (run / file).resolve()
@@ -163,9 +207,14 @@ def test_errors_of_other_readers_get_a_remedy(tmp_path: Path) -> None:
         load_adapter(torch.nn.Identity(), row / "adapter")  # type: ignore[arg-type]
     assert caught.value.remedy.startswith(f"delete {row}, then")
     (path := tmp_path / "model.safetensors").touch()
-    with pytest.raises(StageError, match="a safetensors file is damaged") as caught, explained(Search, tmp_path):
+    with (
+        pytest.raises(StageError, match="a safetensors file is damaged") as caught,
+        explained(Search, tmp_path),
+    ):
         load_file(path)
-    assert caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
+    assert (
+        caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,15 +256,23 @@ def test_a_slightly_different_cut_gets_its_own_bank(tiny_raw: dict[str, Any]) ->
     if weights.read_bytes() == original:
         pytest.skip("all instructions of this machine round alike")
     assert names(events, StageFinished) == ["prune", "bank"]
-    assert before.bank and after.bank and before.bank.digest != after.bank.digest, "so no trial is reused either"
-    assert {event.done for event in events if isinstance(event, Progress) and event.stage == "bank"} == set(range(1, 9))
+    assert before.bank and after.bank and before.bank.digest != after.bank.digest, (
+        "so no trial is reused either"
+    )
+    assert {
+        event.done for event in events if isinstance(event, Progress) and event.stage == "bank"
+    } == set(range(1, 9))
 
 
 def unmeasured(record: Any) -> Any:
     """Leave out the measurements that differ each time."""
     if not isinstance(record, dict):
         return record
-    return {key: unmeasured(each) for key, each in record.items() if key not in ("seconds", "peak_memory_bytes")}
+    return {
+        key: unmeasured(each)
+        for key, each in record.items()
+        if key not in ("seconds", "peak_memory_bytes")
+    }
 
 
 @pytest.mark.parametrize(
@@ -234,7 +291,9 @@ def test_a_corrupt_record_is_named_and_its_stage_runs_again(
     record, before = run_dir.record_path(stage), run_dir.read_record(stage, kind)
     record.write_bytes(damage(record.read_bytes()))
     _, events = go(tiny_raw, "bank")
-    (told,) = [event.text for event in events if isinstance(event, Message) and str(record) in event.text]
+    (told,) = [
+        event.text for event in events if isinstance(event, Message) and str(record) in event.text
+    ]
     assert "runs again" in told and "\n" not in told, "a message is one line"
     assert names(events, StageFinished) == [stage], "later stages are unchanged"
     again = run_dir.read_record(stage, kind)
@@ -266,10 +325,14 @@ def test_a_disk_that_fills_up_fails_only_that_stage(
     results, events = go(raw, "bank")
     assert names(events, StageSkipped) == earlier
     undisturbed = RunDir(banked).read_record("bank", BankRecord)
-    assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
+    assert results.bank and undisturbed and results.bank.files == undisturbed.files, (
+        "the same bank, bit for bit"
+    )
 
 
-def test_a_disk_full_between_cuts_keeps_the_finished_ones(disk: Path, tiny_raw: dict[str, Any]) -> None:
+def test_a_disk_full_between_cuts_keeps_the_finished_ones(
+    disk: Path, tiny_raw: dict[str, Any]
+) -> None:
     raw = with_key(tiny_raw, "output", str(disk / "run"))
     raw["prune"] = {"rates": [0.1, 0.2], "compensation": "none"}
     raw["quantize"]["budget"] = {"bytes": 200_000}
@@ -282,8 +345,16 @@ def test_a_disk_full_between_cuts_keeps_the_finished_ones(disk: Path, tiny_raw: 
     assert error.stage == "prune" and "no space left" in error.cause and "make room" in error.remedy
     (disk / "filler").unlink()
     results, events = go(raw, "prune")
-    made = [event.text.partition(":")[0] for event in events if isinstance(event, Message) and " loss " in event.text]
-    assert made == ["20 % pruned"] and results.prune and list(results.prune.cuts) == ["base", "cut-10", "cut-20"]
+    made = [
+        event.text.partition(":")[0]
+        for event in events
+        if isinstance(event, Message) and " loss " in event.text
+    ]
+    assert (
+        made == ["20 % pruned"]
+        and results.prune
+        and list(results.prune.cuts) == ["base", "cut-10", "cut-20"]
+    )
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("prune", StageStarted), ("bank", Progress)])
@@ -301,7 +372,9 @@ def test_a_disk_full_for_a_while_only_delays_a_stage(
         results, _ = go(with_key(tiny_raw, "output", str(disk / "run")), "bank", fill_once)
         assert not fillers[0].exists(), "it was waited for"
     undisturbed = RunDir(banked).read_record("bank", BankRecord)
-    assert results.bank and undisturbed and results.bank.files == undisturbed.files, "the same bank, bit for bit"
+    assert results.bank and undisturbed and results.bank.files == undisturbed.files, (
+        "the same bank, bit for bit"
+    )
 
 
 @pytest.mark.slow
@@ -319,8 +392,13 @@ def test_a_shared_folder_gone_from_a_node_fails_the_stage(tiny_raw: dict[str, An
     with raylets(0) as cluster:
         node = cluster.add_apart("true")
         error = failing(raw, "prune", hide, cluster.address)
-    assert error.stage == "prune" and "was written on another machine and is missing here" in error.cause
-    assert "share `output` between both machines, or take the other out of the cluster" in error.remedy
+    assert (
+        error.stage == "prune"
+        and "was written on another machine and is missing here" in error.cause
+    )
+    assert (
+        "share `output` between both machines, or take the other out of the cluster" in error.remedy
+    )
     assert not record.exists()
     go(raw, "prune")
     assert record.exists()
@@ -356,7 +434,9 @@ def test_nan_weights_stop_the_first_stage_that_reads_them(
     error = failing(with_key(raw, "model.source", str(model)), "sensitivity")
     assert error.stage == "prune"
     assert error.cause == f"the weight {parameter} is NaN or infinite"
-    assert "weights" in error.remedy and "learning_rate" not in error.remedy, "nothing has been trained yet"
+    assert "weights" in error.remedy and "learning_rate" not in error.remedy, (
+        "nothing has been trained yet"
+    )
     report = (Path(tiny_raw["output"]) / "report.md").read_text()
     assert f"Failed in stage prune: {error.cause}" in report, "a failed run has its report"
 
@@ -370,7 +450,9 @@ def trial_of(root: Path, raw: dict[str, Any], data: str = "prepare/data") -> Tri
     return TrialJob(config, Materials({CUT: bank_of_run(config)}, root / data), plan, CUT)
 
 
-def test_a_diverging_trial_names_step_and_learning_rate(banked: Path, tiny_raw: dict[str, Any]) -> None:
+def test_a_diverging_trial_names_step_and_learning_rate(
+    banked: Path, tiny_raw: dict[str, Any]
+) -> None:
     raw = with_key(tiny_raw, "training.learning_rate", 1e30)
     job = trial_of(copy_of(banked, tiny_raw), raw)
     with pytest.raises(StageError) as caught, explained(Search):
@@ -394,7 +476,11 @@ def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[st
 
 @pytest.mark.parametrize(("on_path", "program"), [(True, "qpruner"), (False, ".venv/bin/qpruner")])
 def test_ctrl_c_prints_a_command_that_this_shell_finds(
-    on_path: bool, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    on_path: bool,
+    program: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted() -> dict[str, object]:
         raise KeyboardInterrupt
@@ -406,4 +492,6 @@ def test_ctrl_c_prints_a_command_that_this_shell_finds(
     with pytest.raises(SystemExit) as ended:
         _guarded(False, interrupted)
     assert ended.value.code == 130
-    assert capsys.readouterr().err == f"interrupted; continue with: {program} run 'my config.yaml'\n"
+    assert (
+        capsys.readouterr().err == f"interrupted; continue with: {program} run 'my config.yaml'\n"
+    )

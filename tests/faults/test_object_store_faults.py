@@ -97,10 +97,15 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     assert "driver.lock" not in keys and not any("checkpoints/" in key for key in keys)
 
 
-def test_verbs_for_finished_runs_accept_a_uri(store: Store, taken_up: TakenUp, tmp_path: Path) -> None:
+def test_verbs_for_finished_runs_accept_a_uri(
+    store: Store, taken_up: TakenUp, tmp_path: Path
+) -> None:
     def output(*words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "qpruner", *words], capture_output=True, text=True, timeout=5 * MINUTES
+            [sys.executable, "-m", "qpruner", *words],
+            capture_output=True,
+            text=True,
+            timeout=5 * MINUTES,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
@@ -108,10 +113,14 @@ def test_verbs_for_finished_runs_accept_a_uri(store: Store, taken_up: TakenUp, t
     uri = store.uri(KILLED)
     status = json.loads(output("status", uri, "--json"))
     assert (status["run"], status["outcome"]) == (uri, "done")
-    assert len(json.loads(output("trials", uri, "--json"))["trials"]) == len(trials_at(store, KILLED))
+    assert len(json.loads(output("trials", uri, "--json"))["trials"]) == len(
+        trials_at(store, KILLED)
+    )
     assert uri in output("plan", uri)
     merged = tmp_path / "merged"
-    exported = json.loads(output("export", uri, "--to", "merged", "--out", str(merged), "--json").splitlines()[-1])
+    exported = json.loads(
+        output("export", uri, "--to", "merged", "--out", str(merged), "--json").splitlines()[-1]
+    )
     assert exported["status"] == "ok" and (merged / "config.json").is_file()
 
 
@@ -124,7 +133,9 @@ def test_only_damaged_objects_are_set_aside_and_made_again(
         store.damage(f"{run}/{name}")
     store.delete(f"{run}/records/sensitivity.json")
     config = config_at(store.uri(run), tmp_path / "a", tiny_model)
-    raw = with_key(yaml.safe_load(config.read_text()), "sensitivity.methods", ["first_order"])  # it reads the bank
+    raw = with_key(
+        yaml.safe_load(config.read_text()), "sensitivity.methods", ["first_order"]
+    )  # it reads the bank
     config.write_text(yaml.safe_dump(raw))
     said = ended(config, "sensitivity").said()
     (aside,) = [key for key in store.keys(f"{run}/damaged") if key.endswith("/model.safetensors")]
@@ -132,17 +143,29 @@ def test_only_damaged_objects_are_set_aside_and_made_again(
     assert f"s3://runs/{run}/cuts/cut-20/model.safetensors is damaged" in said
     assert f"set aside in s3://runs/{run}/damaged/{aside.partition('/')[0]}" in said
     assert "[bank] already recorded" in said
-    assert f"s3://runs/{run}/{entry} is damaged and made again" in store.read(f"{run}/qpruner.log").decode()
+    assert (
+        f"s3://runs/{run}/{entry} is damaged and made again"
+        in store.read(f"{run}/qpruner.log").decode()
+    )
     for name in ("cuts/cut-20/model.safetensors", entry):
         assert store.read(f"{run}/{name}") == store.read(f"{KILLED}/{name}")
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_server_away_is_waited_for_then_reported(
-    comes_back: bool, store: Store, taken_up: TakenUp, undisturbed: dict[str, Any], tiny_model: Path, tmp_path: Path
+    comes_back: bool,
+    store: Store,
+    taken_up: TakenUp,
+    undisturbed: dict[str, Any],
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     run = f"away-{comes_back}/run"
-    store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "sensitivities", "records", "run.json"))
+    store.copy(
+        KILLED,
+        run,
+        ("prepare", "cuts", "prune", "bank", "banks", "sensitivities", "records", "run.json"),
+    )
     for name in ("search", "finetune", "evaluate"):
         store.delete(f"{run}/records/{name}.json")
     config, gate = config_at(store.uri(run), tmp_path / "a", tiny_model), Gate(store.port)

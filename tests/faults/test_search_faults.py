@@ -71,7 +71,9 @@ def between(process: Driver, index: int) -> int:
     """Wait until a trial is between two rungs and the driver knows the first; return the process id of its worker."""
 
     def at_work() -> int | None:
-        return between_rungs(process.run, index) if f"trial {index:3d} [" in process.said() else None
+        return (
+            between_rungs(process.run, index) if f"trial {index:3d} [" in process.said() else None
+        )
 
     pid: int = process.wait_until(at_work, f"trial {index} between two rungs")
     return pid
@@ -85,19 +87,27 @@ def test_a_killed_trial_resumes_from_its_last_rung(config: Path, undisturbed: Pa
         os.kill(between(process, 1), signal.SIGKILL)
         record = finished(process)
         assert "trial 1 lost its worker and is resumed from step" in process.said()
-    assert rungs_of(process.run) == rungs_of(undisturbed), "the same trials, each rung measured once"
+    assert rungs_of(process.run) == rungs_of(undisturbed), (
+        "the same trials, each rung measured once"
+    )
     assert record["best_plan"] == search_record(undisturbed)["best_plan"]
-    assert record["failures"] == {} and all(trial["kills"] == 0 for trial in trials_of(process.run).values())
+    assert record["failures"] == {} and all(
+        trial["kills"] == 0 for trial in trials_of(process.run).values()
+    )
 
 
 OFTEN = "from qpruner.training import checkpoints; checkpoints.SECONDS = 0.1"
 """Saves trials 0.1 s after they have begun, and often after that."""
 
 
-def test_kills_between_rungs_lose_no_progress(measured: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_kills_between_rungs_lose_no_progress(
+    measured: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """Worker and driver are killed after a checkpoint by time each, and none of them would ever reach a rung."""
     keys = {"search.steps": 128, "search.first_rung": 64, "search.max_trials": 1}
-    configs = [search_config(tiny_model, tmp_path / name, **keys) for name in ("undisturbed", "disturbed")]
+    configs = [
+        search_config(tiny_model, tmp_path / name, **keys) for name in ("undisturbed", "disturbed")
+    ]
     for config in configs:
         shutil.copytree(measured, config.parent / "run")
     whole = ended(configs[0]).run
@@ -105,7 +115,9 @@ def test_kills_between_rungs_lose_no_progress(measured: Path, tiny_model: Path, 
 
     def saved() -> bool:
         trial = trials_of(run).get(0, {})
-        assert trial.get("status", "running") == "running" and not trial.get("rungs"), "killed too late to say anything"
+        assert trial.get("status", "running") == "running" and not trial.get("rungs"), (
+            "killed too late to say anything"
+        )
         if (step := trial.get("saved_between", 0)) > steps[-1]:
             steps.append(step)
             return True
@@ -115,10 +127,15 @@ def test_kills_between_rungs_lose_no_progress(measured: Path, tiny_model: Path, 
         with driver(configs[1], before=OFTEN) as process:
             for kill in range(num_kills):
                 process.wait_until(saved, f"a checkpoint after step {steps[-1]}")
-                os.kill(process.process.pid if num_kills == 1 else pulse_of(run, 0)["pid"], signal.SIGKILL)
+                os.kill(
+                    process.process.pid if num_kills == 1 else pulse_of(run, 0)["pid"],
+                    signal.SIGKILL,
+                )
                 if num_kills > 1:
                     said = f"trial 0 lost its worker and is resumed from step {steps[-1]}\n"
-                    process.wait_until(lambda said=said: said in process.said(), f"{said}, kill {kill}")
+                    process.wait_until(
+                        lambda said=said: said in process.said(), f"{said}, kill {kill}"
+                    )
     with driver(configs[1]) as process:
         record = finished(process)
     assert rungs_of(run) == rungs_of(whole) and record["failures"] == {}
@@ -140,7 +157,11 @@ def test_a_trial_that_keeps_dying_fails_alone(config: Path, tmp_path: Path) -> N
     trial = trials_of(process.run)[1]
     assert (trial["failure"], trial["kills"]) == ("lost", 3)
     assert trial["reason"] == "its worker process died 3 times in a row"
-    assert record["failures"] == {"lost": 1} and record["num_failed"] == 1 and record["num_trials"] == 5
+    assert (
+        record["failures"] == {"lost": 1}
+        and record["num_failed"] == 1
+        and record["num_trials"] == 5
+    )
 
 
 def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path) -> None:
@@ -172,7 +193,9 @@ def test_ctrl_c_once_finishes_the_rung_and_can_resume(config: Path, undisturbed:
     assert json.loads(said.splitlines()[-1]) == {"status": "interrupted", "resume": again}
     trial = trials_of(process.run)[1]
     assert len(trial["rungs"]) > 1, "the rung that ran was finished"
-    assert trial["status"] == "running" and 2 not in trials_of(process.run), "and no trial was started after it"
+    assert trial["status"] == "running" and 2 not in trials_of(process.run), (
+        "and no trial was started after it"
+    )
     assert not (process.run / "records" / "search.json").exists()
     assert not (process.run / "driver.lock").exists()
     (state,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
@@ -190,7 +213,10 @@ def test_ctrl_c_twice_leaves_at_once_and_can_resume(config: Path, undisturbed: P
         pid = between(process, 1)
         os.kill(pid, signal.SIGSTOP)  # the rung would never finish
         process.interrupt()
-        process.wait_until(lambda: "Ctrl-C again leaves at once" in process.said(), "the answer to the first Ctrl-C")
+        process.wait_until(
+            lambda: "Ctrl-C again leaves at once" in process.said(),
+            "the answer to the first Ctrl-C",
+        )
         process.interrupt()
         started = time.monotonic()
         code, _ = process.end(minutes=3)
@@ -207,7 +233,9 @@ def fresh_scores(run: Path) -> dict[int, tuple[int, str]]:
     return {int(path.parent.name): (path.stat().st_mtime_ns, path.read_text()) for path in paths}
 
 
-def test_only_damaged_files_of_a_search_are_made_again(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_only_damaged_files_of_a_search_are_made_again(
+    undisturbed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """Damaged are the weights of one finalist, the score of another, and the record of a trial."""
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "records" / "search.json").unlink()
@@ -230,7 +258,10 @@ def test_only_damaged_files_of_a_search_are_made_again(undisturbed: Path, tiny_m
     after = fresh_scores(run)
     changed = {index for index in before if before[index] != after.get(index)}
     assert {first, other} <= changed <= {first, other, third}
-    assert rungs_of(run) == rungs_of(undisturbed) and len(list(run.glob("trials/*/damaged/*/trial.json"))) == 1
+    assert (
+        rungs_of(run) == rungs_of(undisturbed)
+        and len(list(run.glob("trials/*/damaged/*/trial.json"))) == 1
+    )
     assert again["confirmations"] == search_record(undisturbed)["confirmations"]
 
 
@@ -240,7 +271,9 @@ def test_only_damaged_files_of_a_search_are_made_again(undisturbed: Path, tiny_m
 def spoil(path: Path) -> None:
     """Make the initial adapters in one file of a bank far too large, and update its record."""
     tensors = load_file(path)
-    save_file({key: tensor * 1e25 if "lora_A" in key else tensor for key, tensor in tensors.items()}, path)
+    save_file(
+        {key: tensor * 1e25 if "lora_A" in key else tensor for key, tensor in tensors.items()}, path
+    )
     record = read_json(record_path(path), EntryRecord)
     assert record
     write_json(record_path(path), record.model_copy(update={"sha256": file_digest(path)}))
@@ -255,7 +288,11 @@ def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) 
     with driver(config) as process:
         record = finished(process)
     trials = trials_of(process.run)
-    ruined = {at for at, trial in trials.items() if (trial["cut"], trial["plan"][group]) == ("cut-20", "nf4")}
+    ruined = {
+        at
+        for at, trial in trials.items()
+        if (trial["cut"], trial["plan"][group]) == ("cut-20", "nf4")
+    }
     failed = {index: trial for index, trial in trials.items() if trial["status"] == "failed"}
     assert set(failed) == ruined and record["failures"] == {"diverged": len(ruined)}
     assert all("nan at step 1" in trial["reason"] for trial in failed.values()), "stopped at once"
@@ -307,25 +344,45 @@ os._exit(0)
 """Takes memory until only so much is available, and ends when one of the given processes has ended."""
 
 
-def test_a_machine_out_of_memory_costs_one_worker(config: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_machine_out_of_memory_costs_one_worker(
+    config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """Ray's own memory monitor kills one of two workers, which frees enough."""
     config = search_config(tiny_model, tmp_path, **{"search.max_concurrent": 2})
     memory = psutil.virtual_memory()
     limit = memory.available - 4 * 10**9
     # Without the buffer, by which Ray frees up to 500 MB too much: as much as two workers hold.
-    monitor = {"RAY_memory_usage_threshold": str(1 - limit / memory.total), "RAY_max_kill_memory_buffer_bytes": "0"}
+    monitor = {
+        "RAY_memory_usage_threshold": str(1 - limit / memory.total),
+        "RAY_max_kill_memory_buffer_bytes": "0",
+    }
     with driver(config, **monitor) as process:
         between(process, 1)
-        pids = [str(pulse["pid"]) for index in trials_of(process.run) if (pulse := pulse_of(process.run, index))]
-        subprocess.run([sys.executable, "-c", HOG, str(limit - 2 * 10**8), *pids], check=True, timeout=120)
+        pids = [
+            str(pulse["pid"])
+            for index in trials_of(process.run)
+            if (pulse := pulse_of(process.run, index))
+        ]
+        subprocess.run(
+            [sys.executable, "-c", HOG, str(limit - 2 * 10**8), *pids], check=True, timeout=120
+        )
         record = finished(process)
         said = process.said()
-    killed = [int(index) for index in re.findall(r"trial (\d+) lost its worker, which Ray killed for memory", said)]
+    killed = [
+        int(index)
+        for index in re.findall(r"trial (\d+) lost its worker, which Ray killed for memory", said)
+    ]
     assert len(killed) == 1, said
-    smaller = [index for index, trial in trials_of(process.run).items() if trial["micro_batch_size"] is not None]
+    smaller = [
+        index
+        for index, trial in trials_of(process.run).items()
+        if trial["micro_batch_size"] is not None
+    ]
     assert smaller == killed, "it alone resumes with half the rows at once"
     starts = {index: len(trial["begun"]) for index, trial in trials_of(process.run).items()}
-    assert starts == {index: 2 if index in killed else 1 for index in range(5)}, "the other worker lived on"
+    assert starts == {index: 2 if index in killed else 1 for index in range(5)}, (
+        "the other worker lived on"
+    )
     assert record["num_trials"] == 5 and record["failures"] == {}
 
 
@@ -343,21 +400,30 @@ def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
         limit, highest = worker.memory_info().vms + 450 * 2**20, worker.rlimit(psutil.RLIMIT_AS)[1]
         worker.rlimit(psutil.RLIMIT_AS, (limit, highest))
         if retry:
-            process.wait_until(lambda: trials_of(process.run)[0]["micro_batch_size"], "smaller micro-batches")
+            process.wait_until(
+                lambda: trials_of(process.run)[0]["micro_batch_size"], "smaller micro-batches"
+            )
             worker.rlimit(psutil.RLIMIT_AS, (highest, highest))
         code, said = process.end()
     trial = trials_of(process.run)[0]
-    assert 20e6 < trial["peak_memory_bytes"] < 500e6 and trial["memory_counter"] == "rise of resident memory"
+    assert (
+        20e6 < trial["peak_memory_bytes"] < 500e6
+        and trial["memory_counter"] == "rise of resident memory"
+    )
     if not retry:
         assert (trial["status"], trial["failure"]) == ("failed", "infeasible")
-        assert trial["reason"].startswith("out of memory: ") and trial["reason"].endswith("(micro-batch 64)")
+        assert trial["reason"].startswith("out of memory: ") and trial["reason"].endswith(
+            "(micro-batch 64)"
+        )
         assert code == 1 and "none of 1 trial finished; the first reason: out of memory" in said
         return
     assert code == 0, said[-3000:]
     assert trial["status"] == "finished" and trial["micro_batch_size"] in (32, 16, 8, 4)
     expected = trials_of(big / "undisturbed" / "run")[0]
     assert expected["micro_batch_size"] is None
-    losses, expected_losses = ([rung["loss"] for rung in each["rungs"]] for each in (trial, expected))
+    losses, expected_losses = (
+        [rung["loss"] for rung in each["rungs"]] for each in (trial, expected)
+    )
     assert losses == pytest.approx(expected_losses, rel=2e-3)
 
 
@@ -368,7 +434,9 @@ GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 @pytest.fixture
 def group() -> Iterator[Path]:
     """The file with the memory limit of a new control group."""
-    base, name = (GROUPS[0], "memory.limit_in_bytes") if GROUPS[0].is_dir() else (GROUPS[1], "memory.max")
+    base, name = (
+        (GROUPS[0], "memory.limit_in_bytes") if GROUPS[0].is_dir() else (GROUPS[1], "memory.max")
+    )
     folder = base / f"qpruner-{os.getpid()}"
     try:
         folder.mkdir()
@@ -382,7 +450,9 @@ def group() -> Iterator[Path]:
         folder.rmdir()
 
 
-def test_a_trial_the_kernel_kills_for_memory_shrinks(group: Path, big: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_trial_the_kernel_kills_for_memory_shrinks(
+    group: Path, big: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """Each new worker is moved into a small control group, until more are killed than may die for other reasons."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
     pids: list[int] = []
@@ -397,7 +467,10 @@ def test_a_trial_the_kernel_kills_for_memory_shrinks(group: Path, big: Path, tin
             pids.append(process.wait_until(new_worker, "a new worker"))
             (group.parent / "cgroup.procs").write_text(str(pids[-1]))
         finished(process)
-        assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS + 1
+        assert (
+            process.said().count("trial 0 lost its worker and is resumed from its start")
+            == MAX_KILLS + 1
+        )
     trial = trials_of(process.run)[0]
     assert (trial["status"], trial["micro_batch_size"], trial["kills"]) == ("finished", 4, 0)
 
@@ -445,7 +518,9 @@ def test_a_dead_machine_does_not_count_against_its_trial(config: Path, undisturb
         between(process, 1)
         before = rungs_of(process.run)[1]
         for _ in range(MAX_KILLS + 1):
-            node = process.wait_until(lambda: node_of(cluster, process.run, 1), "trial 1 on a living node")
+            node = process.wait_until(
+                lambda: node_of(cluster, process.run, 1), "trial 1 on a living node"
+            )
             cluster.kill_machine(node)
         assert rungs_of(process.run)[1] == before, "no rung in between, which would reset the count"
         record = finished(process)
@@ -467,11 +542,15 @@ def test_a_machine_dead_before_any_pulse_does_not_count(config: Path) -> None:
     options = ("--set", "search.max_trials=1", "--address")
     with raylets(MAX_KILLS + 1) as cluster, driver(config, *options, cluster.address) as process:
         for _ in range(MAX_KILLS):
-            node = process.wait_until(lambda: next(filter(begins, cluster.nodes), None), "a new worker")
+            node = process.wait_until(
+                lambda: next(filter(begins, cluster.nodes), None), "a new worker"
+            )
             cluster.kill_machine(node)
             assert pulse_of(process.run, 0) is None
         assert finished(process)["failures"] == {}
-    assert process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS
+    assert (
+        process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS
+    )
 
 
 def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None:
@@ -497,7 +576,9 @@ def test_a_worker_declared_dead_writes_nothing_more(config: Path, undisturbed: P
         raylet = node_of(cluster, process.run, 1).all_processes["raylet"][0].process.pid
         for stopped in (raylet, pid):
             os.kill(stopped, signal.SIGSTOP)
-        process.wait_until(lambda: trials_of(process.run)[1]["worker"] != first, "another worker on the trial")
+        process.wait_until(
+            lambda: trials_of(process.run)[1]["worker"] != first, "another worker on the trial"
+        )
         second = trials_of(process.run)[1]["worker"]
         os.kill(pid, signal.SIGCONT)
         writers = set()

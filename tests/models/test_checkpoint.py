@@ -11,7 +11,16 @@ import pytest
 import torch
 from hub_server import Repository, serving
 from plain_transformers import plain_transformers_answers, run_python
-from tiny_families import FAMILY_NAMES, HEADWISE, LAYERS, MODEL_NAMES, family_model, kept_of, logits_of, prompt
+from tiny_families import (
+    FAMILY_NAMES,
+    HEADWISE,
+    LAYERS,
+    MODEL_NAMES,
+    family_model,
+    kept_of,
+    logits_of,
+    prompt,
+)
 from transformers import PreTrainedModel
 
 from qpruner.config.schema import ModelConfig, PruneConfig
@@ -31,7 +40,9 @@ def alike(name: str) -> Kept:
 
 
 def pruned(name: str, **options: Any) -> PreTrainedModel:
-    settings = PruneConfig.model_validate({"rate": 0.25, "importance": "magnitude", "round_to": 8} | options)
+    settings = PruneConfig.model_validate(
+        {"rate": 0.25, "importance": "magnitude", "round_to": 8} | options
+    )
     samples = Samples([{"input_ids": row, "labels": row} for row in prompt().tolist()], 0, 2)
     return prune(family_model(name), settings, samples).model
 
@@ -43,12 +54,18 @@ HEADS_FIXED = (*HEADWISE, "phi-3, 128k")
 
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
     "ragged/widths": (MODEL_NAMES, lambda name: cut(family_model(name), kept_of(name))),
-    "ragged/depth": (FAMILY_NAMES, lambda name: keep_blocks(cut(family_model(name), kept_of(name)), (1, 2))),
+    "ragged/depth": (
+        FAMILY_NAMES,
+        lambda name: keep_blocks(cut(family_model(name), kept_of(name)), (1, 2)),
+    ),
     "ragged/alike": (("phi-3, 128k",), lambda name: cut(family_model(name), alike(name))),
     "plain/depth": (FAMILY_NAMES, lambda name: keep_blocks(family_model(name), (1, 2))),
     "plain/alike": (FAMILY_NAMES, lambda name: cut(family_model(name), alike(name))),
     "plain/uniform": (GROUPED, lambda name: pruned(name, uniform=True)),
-    "plain/channels": (HEADS_FIXED, lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True)),
+    "plain/channels": (
+        HEADS_FIXED,
+        lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True),
+    ),
 }
 """Kinds of pruned models by folder: `ragged` needs `import qpruner.hf` to load, `plain` must load without it."""
 CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)
@@ -60,7 +77,11 @@ def cut_models() -> dict[str, PreTrainedModel]:
 
 
 @pytest.fixture(scope="module")
-def root(cut_models: dict[str, PreTrainedModel], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(
+    cut_models: dict[str, PreTrainedModel],
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     root, tokenizer = tmp_path_factory.mktemp("pruned"), load_tokenizer(str(tiny_model))
     for name, model in cut_models.items():
         save_checkpoint(model, tokenizer, root / name)
@@ -70,9 +91,13 @@ def root(cut_models: dict[str, PreTrainedModel], tiny_model: Path, tmp_path_fact
 @pytest.fixture(scope="module")
 def fresh(root: Path) -> dict[str, dict[str, Any]]:
     """Return what a new process computes from each folder: logits and generated tokens."""
-    plain, ragged = ([name for name in CUT_MODELS if name.startswith(kind)] for kind in ("plain", "ragged"))
+    plain, ragged = (
+        [name for name in CUT_MODELS if name.startswith(kind)] for kind in ("plain", "ragged")
+    )
     folders = [root / name for name in plain], root, [root / name for name in ragged]
-    return dict(zip((*plain, *ragged), plain_transformers_answers(prompt().tolist(), *folders), strict=True))
+    return dict(
+        zip((*plain, *ragged), plain_transformers_answers(prompt().tolist(), *folders), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +112,9 @@ def test_a_new_process_finds_the_same_model(
     """A block at another position, or with other heads, must still find its own keys and values in the cache."""
     answer = fresh[name]
     assert torch.equal(torch.tensor(answer["logits"]), logits_of(cut_models[name]))
-    cached, uncached = (torch.tensor(answer[f"logits {key}"]) for key in ("made", "made without cache"))
+    cached, uncached = (
+        torch.tensor(answer[f"logits {key}"]) for key in ("made", "made without cache")
+    )
     assert cached.shape == (5, 2, 97)
     torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
     assert answer["made"] == answer["made without cache"]
@@ -111,7 +138,9 @@ def test_heads_that_do_not_divide_the_hidden_size_load(name: str, tmp_path: Path
         ("opt", {"num_attention_heads": 4, "ffn_dim": 18}),
     ],
 )
-def test_the_widths_stand_under_the_standard_key(name: str, expected: dict[str, int], root: Path) -> None:
+def test_the_widths_stand_under_the_standard_key(
+    name: str, expected: dict[str, int], root: Path
+) -> None:
     written = json.loads((root / "ragged/widths" / name / "config.json").read_text())
     assert written["model_type"] == name
     assert set(written["per_layer_config"]) == {"0", "2"}, "block 1 was not cut"
@@ -125,7 +154,9 @@ def test_an_instruct_model_stops_where_it_did_before() -> None:
     assert cut(model, kept_of("llama")).generation_config.eos_token_id == [2, 7]
 
 
-def test_a_folder_of_shards_loads_like_one_file(cut_models: dict[str, PreTrainedModel], tmp_path: Path) -> None:
+def test_a_folder_of_shards_loads_like_one_file(
+    cut_models: dict[str, PreTrainedModel], tmp_path: Path
+) -> None:
     model = cut_models["ragged/widths/qwen2"]
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = list(tmp_path.glob("*.safetensors"))
@@ -136,7 +167,9 @@ def test_a_folder_of_shards_loads_like_one_file(cut_models: dict[str, PreTrained
         prepare_base(ModelConfig(source=str(tmp_path)), tmp_path / "unused")
 
 
-def test_a_local_folder_is_used_where_it_is(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_is_used_where_it_is(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(llama.parent)
     for source in (str(llama), llama.name):
         base = prepare_base(ModelConfig(source=source), tmp_path / "model")
@@ -147,7 +180,9 @@ def test_a_local_folder_is_used_where_it_is(llama: Path, tmp_path: Path, monkeyp
 def test_a_truncated_weight_file_is_named(llama: Path, tmp_path: Path) -> None:
     """An index beside a single complete file is ignored, as transformers does."""
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"one": "gone.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"one": "gone.safetensors"}}'
+    )
     assert prepare_base(ModelConfig(source=str(folder)), tmp_path / "unused").path == str(folder)
     load_dense(str(folder), "float32")
     os.truncate(folder / "model.safetensors", 999)
@@ -166,7 +201,12 @@ def of_hub(endpoint: str, home: Path, code: str) -> list[str]:
         "def report(*progress): sys.stdout.write(f'{progress}\\n')  # whole lines, from several threads\n"
         f"try:\n    {code}\n    print('loaded')\nexcept UserError as error:\n    print(error)"
     )
-    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    variables = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     return run_python(program, **variables).strip().splitlines()
 
 
@@ -194,17 +234,30 @@ def test_a_model_of_a_hub_is_fetched_with_progress(files: dict[str, bytes], tmp_
     assert of_hub(hub.endpoint, tmp_path / "home", CONFIGURED) == ["loaded"]
 
 
-@pytest.mark.parametrize("code", [CONFIGURED, FETCHED], ids=["before anything is fetched", "after it was fetched"])
-def test_a_hub_model_with_pickled_weights_only_is_refused(files: dict[str, bytes], tmp_path: Path, code: str) -> None:
-    files |= {"pytorch_model.bin": b"pickled", "onnx/model.safetensors": files.pop("model.safetensors")}
+@pytest.mark.parametrize(
+    "code", [CONFIGURED, FETCHED], ids=["before anything is fetched", "after it was fetched"]
+)
+def test_a_hub_model_with_pickled_weights_only_is_refused(
+    files: dict[str, bytes], tmp_path: Path, code: str
+) -> None:
+    files |= {
+        "pytorch_model.bin": b"pickled",
+        "onnx/model.safetensors": files.pop("model.safetensors"),
+    }
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
         said = of_hub(hub.endpoint, tmp_path / "home", code)[-1]
     assert said.startswith("`model.source`: me/mine on the hub has no .safetensors weights")
-    assert "`model.revision`" in said and "save_pretrained" in said and "safe_serialization=True" in said
+    assert (
+        "`model.revision`" in said
+        and "save_pretrained" in said
+        and "safe_serialization=True" in said
+    )
 
 
-@pytest.mark.parametrize("fetched_before", [CONFIGURED, FETCHED], ids=["its config alone", "all but a file"])
+@pytest.mark.parametrize(
+    "fetched_before", [CONFIGURED, FETCHED], ids=["its config alone", "all but a file"]
+)
 def test_a_partly_cached_hub_model_is_named_as_such(
     files: dict[str, bytes], tmp_path: Path, fetched_before: str
 ) -> None:
@@ -216,4 +269,7 @@ def test_a_partly_cached_hub_model_is_named_as_such(
         weights.unlink()
     said = of_hub(hub.endpoint, tmp_path / "home", FETCHED)[-1]
     assert "the hub does not answer, and the cache of this machine lacks files of me/mine" in said
-    assert "download it where the hub answers: `qpruner prepare CONFIG`" in said and "`hf download me/mine`" in said
+    assert (
+        "download it where the hub answers: `qpruner prepare CONFIG`" in said
+        and "`hf download me/mine`" in said
+    )

@@ -27,10 +27,19 @@ NAMES = ("llama", "gpt_neox", "opt", "phi3", "llama, biases")
 """Separate and fused projections, biases, norms; the linear layers of other families are like these."""
 
 
-def with_unpacked(bank: BankSource, plan: dict[str, str], formats: dict[str, str]) -> torch.nn.Module:
-    model, tensors = AutoModelForCausalLM.from_pretrained(bank.checkpoint, dtype=torch.float32), read_plan(bank, plan)
+def with_unpacked(
+    bank: BankSource, plan: dict[str, str], formats: dict[str, str]
+) -> torch.nn.Module:
+    model, tensors = (
+        AutoModelForCausalLM.from_pretrained(bank.checkpoint, dtype=torch.float32),
+        read_plan(bank, plan),
+    )
     for path, level in formats.items():
-        parts = {key: each for key, each in layer_tensors(tensors, path).items() if not key.startswith("lora_")}
+        parts = {
+            key: each
+            for key, each in layer_tensors(tensors, path).items()
+            if not key.startswith("lora_")
+        }
         weight = model.get_submodule(path).weight
         weight.data = format_of(level).unpack(parts, weight.shape[1], torch.float32)
     return model
@@ -47,12 +56,16 @@ def test_a_cut_family_has_the_layers_of_its_plan(name: str, tmp_path: Path) -> N
     dense.save_pretrained(tmp_path / "model")
     bank = bank_source(tmp_path / "model", tmp_path / "bank", LORA, DTYPE)
     tables = table_paths(dense.config)
-    plan = {EMBEDDINGS: "int8"} | mixed_plan(groups_of(bank), PATTERN) | dict.fromkeys(tables, "int8")
+    plan = (
+        {EMBEDDINGS: "int8"} | mixed_plan(groups_of(bank), PATTERN) | dict.fromkeys(tables, "int8")
+    )
     model, starts = assemble(bank, plan)
     model.eval()
     groups = group_linears(dense.config, GROUP)
     linears = {path: plan[group] for group, paths in groups.items() for path in paths}
-    assert all(isinstance(model.get_submodule(path), LAYERS[level]) for path, level in linears.items())
+    assert all(
+        isinstance(model.get_submodule(path), LAYERS[level]) for path, level in linears.items()
+    )
     formats = {path: level for path, level in linears.items() if level != DENSE} | dict.fromkeys(
         tables.values(), "int8"
     )
@@ -60,26 +73,40 @@ def test_a_cut_family_has_the_layers_of_its_plan(name: str, tmp_path: Path) -> N
     packed = {f"{path}.weight" for path in formats}
     others = {key: each for key, each in dense.named_parameters() if key not in packed}
     assert dict(model.named_parameters()).keys() == others.keys() | packed
-    assert all(each.abs().max() > 0 and torch.equal(model.get_parameter(key), each) for key, each in others.items())
+    assert all(
+        each.abs().max() > 0 and torch.equal(model.get_parameter(key), each)
+        for key, each in others.items()
+    )
     found, whole = logits_of(model), logits_of(dense)
     assert distance(found, logits_of(unpacked)) < 1e-5
     assert 0.02 < distance(found, whole) < 0.5
-    quantize = QuantizeConfig(group=GROUP, formats=tuple(LAYERS), embeddings=("int8",), budget={"gib": 1})
+    quantize = QuantizeConfig(
+        group=GROUP, formats=tuple(LAYERS), embeddings=("int8",), budget={"gib": 1}
+    )
     layout = layout_of(dense.config, quantize, 4, LORA.rank, on_gpu=False)
-    assert measured_bytes(model) == layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
+    assert (
+        measured_bytes(model)
+        == layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
+    )
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert torch.equal(logits_of(loaded), found)
     # Adapters start from the quantization error, and a step of training lowers the loss.
     adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
-    with_adapter = {key.partition(".lora_A")[0] for key, _ in adapted.named_parameters() if ".lora_A." in key}
-    assert with_adapter == {f"base_model.model.{path}" for paths in groups.values() for path in paths}
+    with_adapter = {
+        key.partition(".lora_A")[0] for key, _ in adapted.named_parameters() if ".lora_A." in key
+    }
+    assert with_adapter == {
+        f"base_model.model.{path}" for paths in groups.values() for path in paths
+    }
     assert distance(logits_of(adapted), whole) < 0.9 * distance(found, whole)
     losses = []
     for _ in range(2):
         losses.append(adapted(input_ids=prompt(), labels=prompt(), use_cache=False).loss)
         losses[-1].backward()
-        torch.optim.SGD((each for each in adapted.parameters() if each.requires_grad), lr=0.5).step()
+        torch.optim.SGD(
+            (each for each in adapted.parameters() if each.requires_grad), lr=0.5
+        ).step()
     assert losses[1] < losses[0] - 1e-3
 
 

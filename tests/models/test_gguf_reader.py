@@ -35,7 +35,9 @@ def test_every_field_and_tensor_is_read_alike(tmp_path: Path) -> None:
     assert list(plain.fields) == list(ours.fields)
     for key, field in plain.fields.items():
         found = ours.fields[key]
-        assert (found.data, found.types, found.offset) == (field.data, field.types, field.offset), key
+        assert (found.data, found.types, found.offset) == (field.data, field.types, field.offset), (
+            key
+        )
         assert found.contents() == field.contents(), key
         for part, expected in zip(found.parts, field.parts, strict=True):
             assert part.dtype == expected.dtype and np.array_equal(part, expected), key

@@ -35,14 +35,18 @@ def rows() -> list[dict[str, list[int]]]:
     made = []
     for length, labelled in zip((9, 12, 6, 8), LABELLED, strict=True):
         ids = torch.randint(3, 97, (length,), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [-100] * (length - labelled) + ids[length - labelled :]})
+        made.append(
+            {"input_ids": ids, "labels": [-100] * (length - labelled) + ids[length - labelled :]}
+        )
     made[3]["labels"] = [-100, *made[3]["input_ids"][1:4], -100, -100, *made[3]["input_ids"][6:]]
     return made
 
 
 def reference_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Compute the loss of each token ``(batch, seq - 1)`` from logits at every position."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
     losses: torch.Tensor = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], reduction="none"
     )
@@ -52,20 +56,31 @@ def reference_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
-    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    return {
+        name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None
+    }
 
 
 def assert_same_gradients(
-    model: torch.nn.Module, loss: torch.Tensor, expected: torch.Tensor, relative: float, absolute: float
+    model: torch.nn.Module,
+    loss: torch.Tensor,
+    expected: torch.Tensor,
+    relative: float,
+    absolute: float,
 ) -> None:
     found, wanted = gradients(model, loss), gradients(model, expected)
     assert found.keys() == wanted.keys() and found
     for key, gradient in wanted.items():
-        assert torch.linalg.norm(found[key] - gradient) <= relative * torch.linalg.norm(gradient) + absolute, key
+        assert (
+            torch.linalg.norm(found[key] - gradient)
+            <= relative * torch.linalg.norm(gradient) + absolute
+        ), key
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, "float32") for name in FAMILY_NAMES] + [("llama", "bfloat16"), ("gpt_neox", "bfloat16")]
+    ("name", "dtype"),
+    [(name, "float32") for name in FAMILY_NAMES]
+    + [("llama", "bfloat16"), ("gpt_neox", "bfloat16")],
 )
 def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> None:
     """In float32 they agree up to rounding; in bfloat16, gradients are summed in another order and agree to 2 %."""
@@ -78,26 +93,36 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> 
     assert_same_gradients(model, found.sum(), expected.sum(), tolerance, 1e-6)
 
 
-@pytest.mark.parametrize("name", sorted({*FAMILY_NAMES} - {"opt"}))  # whose positions ignore `position_ids`
+@pytest.mark.parametrize(
+    "name", sorted({*FAMILY_NAMES} - {"opt"})
+)  # whose positions ignore `position_ids`
 def test_rows_that_are_joined_do_not_see_each_other(name: str) -> None:
     model, padded, joined = family_model(name).eval(), collate(rows(), PAD), _collate(rows(), PAD)
     expected = reference_losses(model, padded)
     assert joined["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows()))
     with labelled_only(model, joined["labels"]):
-        logits = model(joined["input_ids"], position_ids=joined["position_ids"], use_cache=False).logits
-    found = torch.nn.functional.cross_entropy(logits, predicted_labels(joined["labels"]), reduction="sum")
+        logits = model(
+            joined["input_ids"], position_ids=joined["position_ids"], use_cache=False
+        ).logits
+    found = torch.nn.functional.cross_entropy(
+        logits, predicted_labels(joined["labels"]), reduction="sum"
+    )
     torch.testing.assert_close(found, expected.sum(), rtol=1e-5, atol=1e-5)
     assert_same_gradients(model, found, expected.sum(), 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_training_has_the_loss_of_rows_that_do_not_see_each_other(name: str, tmp_path: Path) -> None:
+def test_training_has_the_loss_of_rows_that_do_not_see_each_other(
+    name: str, tmp_path: Path
+) -> None:
     """The adapter is zero, so the first step's loss is the model's; OPT's rows are padded."""
     model = family_model(name, **({"dropout": 0.0} if name == "opt" else {}))
     expected = reference_losses(model, collate(rows(), PAD)).sum() / sum(LABELLED)
     adapted = attach_adapters(model, {}, LoraConfig(rank=2), "block", seed=0)
     settings = TrainingConfig(batch_size=4, micro_batch_size=4)
-    found = finetune(adapted, rows(), settings, Schedule(steps=1), tmp_path, seed=0, pad_id=PAD).train_loss
+    found = finetune(
+        adapted, rows(), settings, Schedule(steps=1), tmp_path, seed=0, pad_id=PAD
+    ).train_loss
     assert found == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -110,7 +135,10 @@ def test_the_head_runs_at_labelled_tokens_only(name: str, tmp_path: Path) -> Non
     samples, last = Samples(rows(), PAD, batch_size=3), blocks_of(model)[-1]
     paths = next(iter(group_linears(model.config, "block").values()))
     linears: Any = {path: model.get_submodule(path) for path in paths}
-    weights, masks = {path: linears[path].weight for path in paths}, {path: (linears[path], 0) for path in paths}
+    weights, masks = (
+        {path: linears[path].weight for path in paths},
+        {path: (linears[path], 0) for path in paths},
+    )
 
     def ignore(*_: Any) -> None:
         pass

@@ -50,7 +50,9 @@ def test_the_tiny_models_are_of_every_supported_family() -> None:
     assert tuple(families()) == FAMILY_NAMES
     for name in FAMILY_NAMES:
         module = name.removesuffix("_text")
-        assert type(family_model(name)).__module__ == f"transformers.models.{module}.modeling_{module}"
+        assert (
+            type(family_model(name)).__module__ == f"transformers.models.{module}.modeling_{module}"
+        )
 
 
 # ---- cut == masked
@@ -80,7 +82,9 @@ def test_dropping_blocks_is_the_same_as_passing_them_by(name: str) -> None:
     for stay, gone in (((0, 2), 1), ((1, 2), 0)):
         model = keep_blocks(family_model(name), stay)
         found = logits_of(model)
-        torch.testing.assert_close(found, logits_of(skip_blocks(family_model(name), [gone])), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(
+            found, logits_of(skip_blocks(family_model(name), [gone])), rtol=1e-5, atol=2e-5
+        )
         assert len(blocks_of(model)) == model.config.num_hidden_layers == 2
         assert (found - whole).norm() > 0.2 * whole.norm()
 
@@ -112,12 +116,17 @@ def test_sizes_are_known_before_the_cut(name: str) -> None:
         for kind, stays in units.items():
             promised += (sizes[kind].count - len(stays)) * sizes[kind].parameters
     assert model.num_parameters() - cut(model, kept).num_parameters() == promised > 0
-    layout = layout_of(model.config, QuantizeConfig(group="projection", bits=(16,)), 4, lora_rank=2, on_gpu=False)
+    layout = layout_of(
+        model.config, QuantizeConfig(group="projection", bits=(16,)), 4, lora_rank=2, on_gpu=False
+    )
     assert layout.num_parameters == model.num_parameters()
     assert layout.plan_bytes(layout.dense()) - layout.adapter_bytes == 4 * model.num_parameters()
     for group in layout.groups:
         for linear in group.linears:
-            assert tuple(model.get_submodule(linear.name).weight.shape) == (linear.rows, linear.columns)
+            assert tuple(model.get_submodule(linear.name).weight.shape) == (
+                linear.rows,
+                linear.columns,
+            )
 
 
 # ---- groups
@@ -132,7 +141,9 @@ def test_every_linear_layer_of_a_block_is_in_one_group(name: str, group: str) ->
     paths = [path for linears in groups.values() for path in linears]
     blocks = {id(module) for block in blocks_of(model) for module in block.modules()}
     linears = [
-        path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and id(module) in blocks
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and id(module) in blocks
     ]
     assert sorted(paths) == sorted(linears)
     assert len(groups) == LAYERS * {"block": 1, "sublayer": 2, "projection": 4}[group]
@@ -161,7 +172,9 @@ def test_another_attention_is_set_for_every_block(name: str) -> None:
     weights = model(input_ids=prompt(), output_attentions=True).attentions
     per_unit = 1 if name in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS
     heads = {index: len(units["attention"]) * per_unit for index, units in kept_of(name).items()}
-    assert [each.shape[1] for each in weights] == [heads.get(index, QUERY_HEADS) for index in range(LAYERS)]
+    assert [each.shape[1] for each in weights] == [
+        heads.get(index, QUERY_HEADS) for index in range(LAYERS)
+    ]
 
 
 def test_an_unsupported_architecture_is_refused() -> None:

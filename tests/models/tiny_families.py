@@ -25,11 +25,19 @@ HEADWISE = ("gpt_neox", "opt")
 
 BLOCKS = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
 LLAMA_OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
-OUTPUTS = {"gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), "opt": ("self_attn.out_proj", "fc2")}
+OUTPUTS = {
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "opt": ("self_attn.out_proj", "fc2"),
+}
 """Paths of the blocks in a model and of the output projections in a block, where they differ from Llama."""
 
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
-GEMMA = {"head_dim": HEAD_DIM, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": LAYER_TYPES}
+GEMMA = {
+    "head_dim": HEAD_DIM,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": WINDOW,
+    "layer_types": LAYER_TYPES,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
@@ -84,7 +92,12 @@ def family_model(name: str, seed: int | None = None, **others: Any) -> PreTraine
 
     ragged.install()  # as loading does
     family, changes = VARIANTS.get(name, (name, {}))
-    options = {"vocab_size": 97, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "max_position_embeddings": 128}
+    options = {
+        "vocab_size": 97,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "max_position_embeddings": 128,
+    }
     options |= {"num_attention_heads": QUERY_HEADS, "tie_word_embeddings": False}
     options |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if family != "opt":
@@ -97,7 +110,9 @@ def family_model(name: str, seed: int | None = None, **others: Any) -> PreTraine
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + (0.0 if key.endswith("bias") else 1.0))
+                parameter.copy_(
+                    torch.randn_like(parameter) * 0.3 + (0.0 if key.endswith("bias") else 1.0)
+                )
             else:
                 # Larger than transformers' 0.02, so that every part of a block shows in the logits.
                 parameter.mul_(6.0)

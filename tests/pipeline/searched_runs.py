@@ -31,10 +31,14 @@ def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None)
         for index, (origin, loss) in enumerate((losses or {"cut-20-knapsack": 2.0}).items())
     ]
     found.append(made_confirmation(7, "gp", 1.9, cut=plan.cut, plan=plan.as_dict()))
-    return made_search(plan.as_dict(), digest="0" * 16, best_cut=plan.cut, confirmations=tuple(found))
+    return made_search(
+        plan.as_dict(), digest="0" * 16, best_cut=plan.cut, confirmations=tuple(found)
+    )
 
 
-def with_winner(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> Context:
+def with_winner(
+    context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None
+) -> Context:
     """Return the run after a search that `winner` won."""
     return with_records(context, search=searched_record(winner, losses))
 
@@ -51,7 +55,9 @@ def a_winner(context: Context) -> PrecisionPlan:
 
 def told(events: Sequence[Event], stage: str) -> list[str]:
     """List the rows that a stage reported."""
-    messages = [event.text for event in events if isinstance(event, Message) and event.stage == stage]
+    messages = [
+        event.text for event in events if isinstance(event, Message) and event.stage == stage
+    ]
     return [text.partition(":")[0] for text in messages]
 
 
@@ -64,7 +70,9 @@ def progress_of(events: Sequence[Event], stage: str) -> dict[str, list[tuple[int
     return found
 
 
-def rows_of(context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None) -> dict[str, Row]:
+def rows_of(
+    context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None
+) -> dict[str, Row]:
     return {row.name: row for row in table_rows(with_winner(context, winner, losses))}
 
 
@@ -76,7 +84,9 @@ def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Pat
 
 
 @pytest.fixture(scope="session")
-def sensed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Event]]:
+def sensed(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], list[Event]]:
     """A configuration whose run has finished the sensitivity stage, and its events."""
     events: list[Event] = []
     keys = {"sensitivity.methods": ["mutual_information", "fisher"], "evaluate.limit": 2}
@@ -102,4 +112,6 @@ def context(sensed_raw: dict[str, Any]) -> Context:
 @pytest.fixture
 def changed(sensed_raw: dict[str, Any], context: Context) -> Callable[[str, Any], Context]:
     """Return a function that gives the run another configuration."""
-    return lambda key, value: replace(context, config=validate_config(with_key(sensed_raw, key, value)))
+    return lambda key, value: replace(
+        context, config=validate_config(with_key(sensed_raw, key, value))
+    )

@@ -57,11 +57,15 @@ def raw(finished: Path, tiny_raw: Raw) -> Raw:
 
 def built(events: list[Event]) -> list[str]:
     """List the groups that were built."""
-    return [event.detail for event in events if isinstance(event, Progress) and event.stage == "bank"]
+    return [
+        event.detail for event in events if isinstance(event, Progress) and event.stage == "bank"
+    ]
 
 
 def said(events: list[Event]) -> str:
-    return "\n".join(event.text for event in events if isinstance(event, Message) and event.stage == "bank")
+    return "\n".join(
+        event.text for event in events if isinstance(event, Message) and event.stage == "bank"
+    )
 
 
 def is_skipped(events: list[Event]) -> bool:
@@ -93,15 +97,21 @@ def places(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("changed", ["int8", "nf4"])
-def test_a_new_version_is_packed_anew(changed: str, raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_version_is_packed_anew(
+    changed: str, raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a format, or of the package that packs it."""
     folder = bank_in(raw).folder
     before = {level: places(folder / level) for level in ("nf4", "int8")}
     if changed == "int8":
-        monkeypatch.setitem(formats(), "int8", replace(format_of("int8"), version=format_of("int8").version + 1))
+        monkeypatch.setitem(
+            formats(), "int8", replace(format_of("int8"), version=format_of("int8").version + 1)
+        )
     else:
         (about := tmp_path / "new" / "bitsandbytes-99.0.dist-info").mkdir(parents=True)
-        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 99.0\n")
+        (about / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 99.0\n"
+        )
         monkeypatch.syspath_prepend(str(about.parent))
     _, events = filled(raw)
     assert len(built(events)) == 8
@@ -116,7 +126,9 @@ def test_entries_that_a_new_bank_lacks_are_kept(raw: Raw) -> None:
     before = folder_digests(bank.folder)
     (bank.folder / "int8" / ".layers.0.down.safetensors.123").write_bytes(b"a part")
     record, _ = filled(with_key(raw, "quantize.bits", [4, 16]))
-    assert {name.partition("/")[0] for name in record.files} == {"nf4"} and folder_digests(bank.folder) == before
+    assert {name.partition("/")[0] for name in record.files} == {"nf4"} and folder_digests(
+        bank.folder
+    ) == before
     _, events = filled(raw)
     assert built(events) == []
 
@@ -126,7 +138,11 @@ def with_controls(sensed_raw: Raw, tiny_raw: Raw) -> Context:
     """A run of formats that the paper does not use, with the entries of its controls."""
     shutil.copytree(sensed_raw["output"], tiny_raw["output"])
     del tiny_raw["quantize"]["bits"]
-    keys = {"quantize.formats": ["q4_0", "q8_0"], "sensitivity.methods": ["mutual_information"], "lora.rank": 32}
+    keys = {
+        "quantize.formats": ["q4_0", "q8_0"],
+        "sensitivity.methods": ["mutual_information"],
+        "lora.rank": 32,
+    }
     config = validate_config(with_keys(tiny_raw, **keys))
     run(config, ignore, until="sensitivity")
     context = Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
@@ -139,7 +155,9 @@ def with_controls(sensed_raw: Raw, tiny_raw: Raw) -> Context:
 def test_the_bank_takes_at_most_the_estimated_room(with_controls: Context) -> None:
     context = with_controls
     assert {"nf4", "q4_0"} <= {path.name for path in context.bank_of("cut-20").folder.iterdir()}
-    size = sum(path.stat().st_size for path in (context.run_dir.root / "banks").rglob("*.safetensors"))
+    size = sum(
+        path.stat().st_size for path in (context.run_dir.root / "banks").rglob("*.safetensors")
+    )
     assert size <= Bank(context).disk_bytes() < 1.5 * size
 
 
@@ -171,20 +189,28 @@ def test_a_bank_of_other_weights_is_not_used(raw: Raw, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     other = with_key(raw, "prune.importance", "random")
     after, events = filled(other)
-    assert before.files["nf4/layers.0.down.safetensors"] != after.files["nf4/layers.0.down.safetensors"]
+    assert (
+        before.files["nf4/layers.0.down.safetensors"]
+        != after.files["nf4/layers.0.down.safetensors"]
+    )
     assert len(built(events)) == 8
     expected = folder_digests(folder)
     shutil.rmtree(folder)
     (tmp_path / "copy").rename(folder)
     read_plan(bank_in(other), {DOWN: "nf4"})
     assert file_digest(folder / "nf4" / f"{DOWN}.json") == expected[f"nf4/{DOWN}.json"]
-    assert file_digest(folder / "int8" / f"{DOWN}.json") != expected[f"int8/{DOWN}.json"], "not needed yet"
+    assert file_digest(folder / "int8" / f"{DOWN}.json") != expected[f"int8/{DOWN}.json"], (
+        "not needed yet"
+    )
 
 
 def test_a_cut_that_no_format_holds_is_left_out(tiny_raw: Raw) -> None:
     """Its widths depend on scores, so this shows only once it is made: here in one block only."""
     del tiny_raw["quantize"]["bits"]
-    keys = {"prune": {"rates": [0, 0.05], "round_to": 16, "units": ["mlp"]}, "quantize.budget": {"bytes": 400_000}}
+    keys = {
+        "prune": {"rates": [0, 0.05], "round_to": 16, "units": ["mlp"]},
+        "quantize.budget": {"bytes": 400_000},
+    }
     raw = with_keys(tiny_raw, **keys, **{"quantize.formats": ["q4_0", "q8_0"]})
     shutil.copytree(raw["model"]["source"], model := Path(raw["output"]).parent / "model")
     weights = load_file(model / "model.safetensors")
@@ -193,9 +219,15 @@ def test_a_cut_that_no_format_holds_is_left_out(tiny_raw: Raw) -> None:
     raw["model"]["source"] = str(model)
     assert list(preflight.inspect(validate_config(raw)).cuts) == ["base", "cut-5"]
     record, events = filled(raw)
-    assert list(record.left_out) == ["cut-5"] and "columns do not divide by 32" in record.left_out["cut-5"]
+    assert (
+        list(record.left_out) == ["cut-5"]
+        and "columns do not divide by 32" in record.left_out["cut-5"]
+    )
     assert any("left out" in event.text for event in events if isinstance(event, Message))
-    assert any("5 % pruned is left out" in text for text in check(validate_config(raw), ignore).inspection.warnings)
+    assert any(
+        "5 % pruned is left out" in text
+        for text in check(validate_config(raw), ignore).inspection.warnings
+    )
     _, events = filled(raw)
     assert is_skipped(events)
 
@@ -211,7 +243,11 @@ def test_a_cut_slower_than_expected_is_refused_before_packing(tiny_raw: Raw) -> 
     assert not RunDir(raw["output"]).read_record("bank", BankRecord)
 
 
-GPTQ = {"quantize.rounding": "gptq", "calibration.num_samples": 4, "quantize.formats": ["q4_0", "bf16"]}
+GPTQ = {
+    "quantize.rounding": "gptq",
+    "calibration.num_samples": 4,
+    "quantize.formats": ["q4_0", "bf16"],
+}
 
 
 def test_gram_matrices_are_kept_for_first_use(tiny_raw: Raw) -> None:
@@ -221,17 +257,23 @@ def test_gram_matrices_are_kept_for_first_use(tiny_raw: Raw) -> None:
     _, events = filled(raw)
     root = Path(raw["output"]) / "banks"
     before = folder_digests(root)
-    assert {f"{cut}/grams/model.layers.{index}.json" for cut in ("base", "cut-20") for index in range(2)} <= set(before)
+    assert {
+        f"{cut}/grams/model.layers.{index}.json" for cut in ("base", "cut-20") for index in range(2)
+    } <= set(before)
     bank = bank_in(raw)
     bank.file(DOWN, "q4_0").unlink()
     read_plan(bank, {DOWN: "q4_0"})
     assert folder_digests(root) == before, "made again by the same matrices"
     flip_a_byte(root / "cut-20" / "grams" / "model.layers.1.safetensors")
     bank.file(DOWN, "q4_0").unlink()
-    with pytest.raises(CorruptFile, match=r"grams/model\.layers\.1\.safetensors, .* is missing, damaged or changed"):
+    with pytest.raises(
+        CorruptFile, match=r"grams/model\.layers\.1\.safetensors, .* is missing, damaged or changed"
+    ):
         read_plan(bank, {DOWN: "q4_0"})
     _, events = filled(raw)
-    assert not is_skipped(events) and [each for each in built(events) if "layers." in each] == [DOWN]
+    assert not is_skipped(events) and [each for each in built(events) if "layers." in each] == [
+        DOWN
+    ]
     assert folder_digests(root) == before
 
 
@@ -250,7 +292,11 @@ def test_workers_build_what_this_process_builds(
 @pytest.mark.slow
 def test_entries_damaged_under_a_search_are_made_again(tiny_raw: Raw) -> None:
     """Also those of the base model, which only controls use, and for the second command's scores of finalists."""
-    keys = {"search.max_trials": 3, "search.steps": 1, "sensitivity.methods": ["mutual_information"]}
+    keys = {
+        "search.max_trials": 3,
+        "search.steps": 1,
+        "sensitivity.methods": ["mutual_information"],
+    }
     raw, root = with_keys(tiny_raw, **keys), Path(tiny_raw["output"])
     filled(raw)
     bank, flipped = bank_in(raw), list[Event]()
@@ -268,7 +314,9 @@ def test_entries_damaged_under_a_search_are_made_again(tiny_raw: Raw) -> None:
     context = Context(config, RunDir(root), ignore, None, preflight.inspect(config))
     for checkpoint in (checkpoints := list(root.glob("trials/*/*/checkpoint-*"))):
         size = sum(path.stat().st_size for path in checkpoint.iterdir())
-        assert context.checkpoint_bytes < 1.2 * size < 2 * context.checkpoint_bytes, "adapter and moments in float32"
+        assert context.checkpoint_bytes < 1.2 * size < 2 * context.checkpoint_bytes, (
+            "adapter and moments in float32"
+        )
     whole = folder_digests(root / "banks")
     flip_a_byte(next((root / "banks" / "base").rglob("*.safetensors")))
     for path in (scores := list(root.glob("trials/*/*/fresh.json"))):

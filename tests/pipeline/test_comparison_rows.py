@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from conftest import with_keys
 from made_records import made_confirmation, made_search
-from searched_runs import a_winner, folders, progress_of, rows_of, searched_record, with_records, with_winner
+from searched_runs import (
+    a_winner,
+    folders,
+    progress_of,
+    rows_of,
+    searched_record,
+    with_records,
+    with_winner,
+)
 
 from qpruner.config.load import validate_config
 from qpruner.estimate.hours import num_compared
@@ -33,10 +41,17 @@ from qpruner.runs.events import Event
 from qpruner.runs.records import GIVEN, SearchRecord, SensitivityRecord
 from qpruner.search.choice import seed_plan
 
-CONTROLS = ("unpruned-uniform", "cut-20-uniform", "cut-20-knapsack", "paper")  # of the base one plan fits
+CONTROLS = (
+    "unpruned-uniform",
+    "cut-20-uniform",
+    "cut-20-knapsack",
+    "paper",
+)  # of the base one plan fits
 
 
-def test_random_plans_have_equal_bytes_and_all_seeds(context: Context, changed: Callable[[str, Any], Context]) -> None:
+def test_random_plans_have_equal_bytes_and_all_seeds(
+    context: Context, changed: Callable[[str, Any], Context]
+) -> None:
     winner, space = a_winner(context), context.space.spaces[0]
     plans = rows_of(context, winner)["random"].plans
     drawn = {plan for _, plan in plans}
@@ -57,10 +72,16 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     rival = rival.model_copy(update={"plan": plan.as_dict(), "cut": plan.cut})
     searched = searched.model_copy(update={"confirmations": (uniform, rival, winner)})
     found = {row.name: row for row in table_rows(with_records(context, search=searched))}
-    assert sum(len(row.plans) for row in found.values()) <= 1 + num_compared(context.config), "as `check` counts"
+    assert sum(len(row.plans) for row in found.values()) <= 1 + num_compared(context.config), (
+        "as `check` counts"
+    )
     seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
     assert {name for name, each in seeds.items() if each == {1, 2}} == {"random", "searched", best}
-    assert {name for name, each in seeds.items() if each == {1}} == {"base", "pruned", *CONTROLS} - {best}
+    assert {name for name, each in seeds.items() if each == {1}} == {
+        "base",
+        "pruned",
+        *CONTROLS,
+    } - {best}
 
 
 def test_controls_that_the_winner_beat_get_no_fine_tune(context: Context) -> None:
@@ -69,7 +90,10 @@ def test_controls_that_the_winner_beat_get_no_fine_tune(context: Context) -> Non
     searched = with_rows(context, searched_record(a_winner(context), losses))
     names = {row.name for row in table_rows(with_records(context, search=searched))}
     assert names.intersection(CONTROLS) == {"cut-20-knapsack", "paper"}
-    far = with_rows(context, searched_record(a_winner(context), {name: loss + 1 for name, loss in losses.items()}))
+    far = with_rows(
+        context,
+        searched_record(a_winner(context), {name: loss + 1 for name, loss in losses.items()}),
+    )
     assert far.rival == 1, "the best control"
     names = {row.name for row in table_rows(with_records(context, search=far))}
     assert names.intersection(CONTROLS) == {"cut-20-knapsack", "paper"}
@@ -88,7 +112,9 @@ def with_rows(context: Context, searched: SearchRecord) -> SearchRecord:
     return searched.model_copy(update={"confirmations": tuple(found)})
 
 
-def test_if_a_control_won_the_best_searched_plan_is_its_rival(changed: Callable[[str, Any], Context]) -> None:
+def test_if_a_control_won_the_best_searched_plan_is_its_rival(
+    changed: Callable[[str, Any], Context],
+) -> None:
     context = changed("finetune.seeds", 2)
     won, plan = dict(controls(context))["cut-20-knapsack"], a_winner(context)
     fresh = (
@@ -98,13 +124,18 @@ def test_if_a_control_won_the_best_searched_plan_is_its_rival(changed: Callable[
     about = {"best_origin": "cut-20-knapsack", "best_cut": won.cut, "confirmations": fresh}
     searched = made_search(won.as_dict(), digest="0" * 16, **about)
     rows = {row.name: row for row in table_rows(with_records(context, search=searched))}
-    assert rows["best searched"].plans == ((1, plan), (2, plan)) and rows["best searched"].origin == "gp, trial 3"
+    assert (
+        rows["best searched"].plans == ((1, plan), (2, plan))
+        and rows["best searched"].origin == "gp, trial 3"
+    )
     given = with_records(context, search=searched)
     added = len(distinct(jobs_of(given, rows.values()))) - 1
     assert added <= num_compared(context.config), "as `check` counts"
 
 
-def test_seeds_that_chose_the_winner_do_not_judge_it(changed: Callable[[str, Any], Context]) -> None:
+def test_seeds_that_chose_the_winner_do_not_judge_it(
+    changed: Callable[[str, Any], Context],
+) -> None:
     context = changed("search.confirm_seeds", 2)
     found = [seed for row in rows_of(context, a_winner(context)).values() for seed, _ in row.plans]
     assert len(further_seeds(context.config)) == 2
@@ -128,11 +159,17 @@ def test_check_counts_the_fine_tunes_without_a_search(
     config = validate_config(with_keys(sensed_raw, **changes))
     given, measured = replace(context, config=config), context.record(SensitivityRecord)
     space = given.space.spaces[0]
-    methods = {name: each for name, each in measured.methods.items() if name in given.config.measured_methods}
+    methods = {
+        name: each
+        for name, each in measured.methods.items()
+        if name in given.config.measured_methods
+    }
     winner = a_winner(given) if config.quantize.has_choice else space.smallest()
     winner = seed_plan(methods[method].values, space) if method else winner
     measured = measured.model_copy(update={"methods": methods})
-    given = with_records(given, search=searched_record(winner, {"given": 2.0}), sensitivity=measured)
+    given = with_records(
+        given, search=searched_record(winner, {"given": 2.0}), sensitivity=measured
+    )
     rows = table_rows(given)
     assert len(distinct(jobs_of(given, rows))) - 1 <= num_compared(given.config) <= 19
 
@@ -141,7 +178,9 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
     """A winner that is a control shares the fine-tune of the row of that control."""
     winner = dict(controls(context))["cut-20-uniform"]
     rows = rows_of(context, winner)
-    assert winner_row(with_winner(context, winner)) == replace(rows["searched"], plans=((1, winner),))
+    assert winner_row(with_winner(context, winner)) == replace(
+        rows["searched"], plans=((1, winner),)
+    )
     found = folders(context, rows)
     assert found["searched", 1] == found["cut-20-uniform", 1]
     assert len({found["searched", seed] for seed in (1, 2, 3)}) == 3
@@ -158,7 +197,9 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
         ({"best_origin": GIVEN}, "given plan"),
     ],
 )
-def test_a_row_is_named_as_in_the_final_table(found: dict[str, Any], title: str, context: Context) -> None:
+def test_a_row_is_named_as_in_the_final_table(
+    found: dict[str, Any], title: str, context: Context
+) -> None:
     """Every message about a row uses its title in the table."""
     winner = a_winner(context)
     found_context = with_records(context, search=searched_record(winner).model_copy(update=found))
@@ -184,7 +225,9 @@ def test_only_what_a_fine_tune_depends_on_repeats_it(
 ) -> None:
     plan = context.space.spaces[0].uniform("nf4")
     contexts = (context, changed(key, value))
-    before, after = (job for each in contexts for job in candidates_for(each, [("searched", plan, 0)]))
+    before, after = (
+        job for each in contexts for job in candidates_for(each, [("searched", plan, 0)])
+    )
     assert (before.folder == after.folder) == is_same
 
 
@@ -201,12 +244,21 @@ def test_progress_of_workers_and_records_adds_up(context: Context, tmp_path: Pat
     assert progress_of(events, "comparison") == {"answers": [(10, 24), (16, 24), (24, 24)]}
 
 
-def test_held_out_tasks_are_no_input_of_trials(sensed_raw: dict[str, Any], context: Context) -> None:
+def test_held_out_tasks_are_no_input_of_trials(
+    sensed_raw: dict[str, Any], context: Context
+) -> None:
     def digests(**keys: Any) -> tuple[str, str]:
         about = {"search.tasks": ["qpruner_everyday_validation"], "search.limit": 4, **keys}
         config = validate_config(with_keys(sensed_raw, **about))
         found = replace(context, config=config, inspection=preflight.inspect(config))
         return Search(found).trials_digest, scores_digest(found)
 
-    (trials, scores), *others = (digests(), digests(**{"evaluate.limit": 5}), digests(**{"search.limit": 5}))
-    assert [(trials == each[0], scores == each[1]) for each in others] == [(True, False), (False, True)]
+    (trials, scores), *others = (
+        digests(),
+        digests(**{"evaluate.limit": 5}),
+        digests(**{"search.limit": 5}),
+    )
+    assert [(trials == each[0], scores == each[1]) for each in others] == [
+        (True, False),
+        (False, True),
+    ]

@@ -32,7 +32,9 @@ def test_each_cut_has_controls_and_the_paper_one(context: Context) -> None:
     assert [plan.cut for _, plan in found] == [UNPRUNED, "cut-20", "cut-20", "cut-20"]
     *_, (_, knapsack), (_, paper) = found
     assert context.space.is_feasible(knapsack)
-    assert set(paper.formats) <= {"bf16", "nf4", "int8"} and context.space_of("cut-20").plan_bytes(paper)
+    assert set(paper.formats) <= {"bf16", "nf4", "int8"} and context.space_of("cut-20").plan_bytes(
+        paper
+    )
 
 
 def test_controls_that_no_budget_holds_are_the_smallest(context: Context) -> None:
@@ -49,9 +51,13 @@ def test_a_control_over_the_budget_takes_no_trial_of_a_plan_that_may_win(context
         given = in_budget(context, least)
         search = given.config.search.model_copy(update={"max_trials": max_trials})
         given.config = given.config.model_copy(update={"search": search})
-        size = {origin: given.layout_of(plan.cut).plan_bytes(plan) for origin, plan in controls(given)}
+        size = {
+            origin: given.layout_of(plan.cut).plan_bytes(plan) for origin, plan in controls(given)
+        }
         over = [origin for origin, plan_bytes in size.items() if plan_bytes > least]
-        assert len(over) < len(size) and over == [*size][len(size) - len(over) :], "those over the budget come last"
+        assert len(over) < len(size) and over == [*size][len(size) - len(over) :], (
+            "those over the budget come last"
+        )
         assert set(expected) <= set(over) and (expected or not over)
 
 
@@ -59,7 +65,11 @@ def test_a_base_of_other_widths_is_no_control(context: Context) -> None:
     """The cut may have made widths that a format takes, which those of the base are not."""
     base = context.layout_of(UNPRUNED)
     first, *others = base.groups[1:]
-    narrow = replace(first, linears=tuple(replace(linear, columns=48) for linear in first.linears), formats=("nf4",))
+    narrow = replace(
+        first,
+        linears=tuple(replace(linear, columns=48) for linear in first.linears),
+        formats=("nf4",),
+    )
     odd = replace(context)
     odd._layouts[UNPRUNED] = replace(base, groups=(base.groups[0], narrow, *others))
     assert not [origin for origin, _ in controls(odd) if origin.startswith("unpruned")]
@@ -75,14 +85,18 @@ def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context, tmp_path:
     limited = replace(
         with_records(context, prune=pruned.model_copy(update={"cuts": {**slow, **pruned.cuts}})),
         config=context.config.model_copy(update={"quantize": quantize}),
-        inspection=replace(inspection, cuts={"cut-5": inspection.cuts["cut-20"], **inspection.cuts}),
+        inspection=replace(
+            inspection, cuts={"cut-5": inspection.cuts["cut-20"], **inspection.cuts}
+        ),
     )
     limited._layouts["cut-5"] = replace(context.layout_of(UNPRUNED), cut="cut-5")
     assert limited.cuts == ("cut-5", "cut-20")
     assert limited.may_win("cut-20") and not limited.may_win(UNPRUNED)
     assert limited.space.cuts == ("cut-20",)
     found = dict(controls(limited))
-    assert {plan.cut for plan in found.values()} == {UNPRUNED, "cut-20"} and found["paper"].cut == "cut-20"
+    assert {plan.cut for plan in found.values()} == {UNPRUNED, "cut-20"} and found[
+        "paper"
+    ].cut == "cut-20"
     plan = {"cut": "cut-5", "plan": limited.layout_of("cut-5").smallest().as_dict()}
     (file := tmp_path / "plan.json").write_text(json.dumps(plan))
     search = limited.config.search.model_copy(update={"plan": str(file)})
@@ -94,7 +108,9 @@ def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context, tmp_path:
 def test_a_plan_of_the_base_can_be_given(context: Context, tmp_path: Path) -> None:
     """A control of it may win, though it is no candidate; without a name the plan is of the only candidate."""
     plan = context.layout_of(UNPRUNED).smallest()
-    (file := tmp_path / "plan.json").write_text(json.dumps({"cut": UNPRUNED, "plan": plan.as_dict()}))
+    (file := tmp_path / "plan.json").write_text(
+        json.dumps({"cut": UNPRUNED, "plan": plan.as_dict()})
+    )
     search = context.config.search.model_copy(update={"plan": str(file)})
     given = replace(context, config=context.config.model_copy(update={"search": search}))
     size = context.layout_of(UNPRUNED).plan_bytes(plan)
@@ -113,7 +129,8 @@ def test_a_search_that_lost_a_trial_runs_again(lost: int, context: Context) -> N
         write_trial(search.folder, TrialRecord.model_validate(fields))
     finalists = (made_confirmation(1, "gp", 2.0),)
     run_dir.write_record(
-        "search", made_search({}, digest=search.digest, num_trials=1, confirmations=finalists, best_index=1)
+        "search",
+        made_search({}, digest=search.digest, num_trials=1, confirmations=finalists, best_index=1),
     )
     run_dir.stage("search").mkdir()
     search.begin()
@@ -127,7 +144,10 @@ def test_a_search_that_lost_a_trial_runs_again(lost: int, context: Context) -> N
 
 def test_what_the_reference_measured_counts_for_groups_of_any_cut(context: Context) -> None:
     """A format that was not measured takes that of another, four times larger for each bit less."""
-    space, values = context.space_of(context.reference), context.record(SensitivityRecord).methods["fisher"].values
+    space, values = (
+        context.space_of(context.reference),
+        context.record(SensitivityRecord).methods["fisher"].values,
+    )
     measured = shared(context, "fisher", space.base_groups, ("nf4", "bf16"))
     assert measured["nf4"][1:] == list(values["nf4"][1:]) and set(measured["bf16"]) == {0.0}
     [of_group] = shared(context, "fisher", space.base_groups[1:2], ("w3",))["w3"]

@@ -48,7 +48,9 @@ def test_files_of_finished_stages_need_no_more_room(raw: dict[str, Any]) -> None
     """A disk that is too small for a second copy of the run is large enough to finish the run."""
     whole = needed(raw)
     run(validate_config(raw), ignore, until="bank")
-    written = sum(path.stat().st_size for path in Path(raw["output"], "banks").rglob("*.safetensors"))
+    written = sum(
+        path.stat().st_size for path in Path(raw["output"], "banks").rglob("*.safetensors")
+    )
     left = needed(raw)
     assert left < whole - written
     with with_free(raw, left + MIB // 10):

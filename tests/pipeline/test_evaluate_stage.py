@@ -29,26 +29,47 @@ from qpruner.training.table_rows import evaluate_candidate, finetune_candidate
 def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs are faked: each reserves half a GPU for 8 seconds."""
 
-    def run_tasks(function: Any, jobs: Sequence[Any], resources: dict[str, float], *_: Any, **more: Any) -> Any:
+    def run_tasks(
+        function: Any, jobs: Sequence[Any], resources: dict[str, float], *_: Any, **more: Any
+    ) -> Any:
         assert resources["gpu"] == 0.5
         for position, job in enumerate(jobs):
             if function is finetune_candidate:
                 (job.candidate.adapter).mkdir(parents=True)
                 (job.candidate.adapter / "adapter_model.safetensors").touch()
-                losses = dict.fromkeys(("train_loss", "confirmation_loss"), 2.0) | {"confirmation_losses": (2.0,)}
+                losses = dict.fromkeys(("train_loss", "confirmation_loss"), 2.0) | {
+                    "confirmation_losses": (2.0,)
+                }
                 about = {"seconds": 8.0, "steps": 4, "measured_bytes": 1, "peak_memory_bytes": 1}
                 yield position, (losses | about | {"memory_counter": "rss"}, [])
             elif function is evaluate_candidate:
-                scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
+                scores = (
+                    TaskScore(
+                        task="arc",
+                        metric="acc",
+                        value=0.5,
+                        stderr=0.5,
+                        num_questions=1,
+                        correct=(1.0,),
+                    ),
+                )
                 yield position, ({"scores": scores, "text_loss": None}, 8.0)
             else:
                 more["on_held"](100.0)
-                setting = InferenceSetting(device="a GPU", prompt_tokens=1, new_tokens=1, memory_counter="rss")
-                taken = Inference(memory_bytes=1, prefill_tokens_per_second=(1.0,), decode_tokens_per_second=(1.0,))
+                setting = InferenceSetting(
+                    device="a GPU", prompt_tokens=1, new_tokens=1, memory_counter="rss"
+                )
+                taken = Inference(
+                    memory_bytes=1,
+                    prefill_tokens_per_second=(1.0,),
+                    decode_tokens_per_second=(1.0,),
+                )
                 yield position, (setting, [taken] * len(job.candidates))
 
     monkeypatch.setattr("qpruner.cluster.tasks.run_tasks", run_tasks)
-    monkeypatch.setattr(Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1))
+    monkeypatch.setattr(
+        Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1)
+    )
     monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda *given: None)
 
 
@@ -58,7 +79,9 @@ def forget(context: Context) -> None:
 
 
 @pytest.mark.usefixtures("faked")
-def test_gpu_seconds_of_each_job_are_counted_once(context: Context, changed: Callable[[str, Any], Context]) -> None:
+def test_gpu_seconds_of_each_job_are_counted_once(
+    context: Context, changed: Callable[[str, Any], Context]
+) -> None:
     """Rows that share a model count once."""
     winner = dict(controls(context))["cut-20-uniform"]
     context = with_winner(changed("training.learning_rate", 0.003), winner)
@@ -76,16 +99,24 @@ def test_gpu_seconds_of_each_job_are_counted_once(context: Context, changed: Cal
         assert scored.gpu_seconds == pytest.approx(4.0 * (1 + untuned) + 100.0, abs=0.1)
         others = len({each.digest for each in compared.candidates}) - 1
         assert others < len(compared.candidates) - 1
-        assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), "without the winner"
+        assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), (
+            "without the winner"
+        )
         assert context.gpus_held(2) == 2.0, "workers of one model have whole GPUs"
     finally:
         forget(context)
 
 
-def test_the_text_is_described(context: Context, sensed_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_the_text_is_described(
+    context: Context, sensed_raw: dict[str, Any], tmp_path: Path
+) -> None:
     """Responses and `evaluate.text` have a perplexity, answers to questions have none."""
     source = "package:qpruner/demo/data"
-    text = {"source": f"{source}/questions_test.jsonl", "format": "text", "columns": {"text": "question"}}
+    text = {
+        "source": f"{source}/questions_test.jsonl",
+        "format": "text",
+        "columns": {"text": "question"},
+    }
 
     def found(raw: dict[str, Any], name: str) -> tuple[str | None, Path | None]:
         config = validate_config(raw)
@@ -96,9 +127,17 @@ def test_the_text_is_described(context: Context, sensed_raw: dict[str, Any], tmp
     assert found(sensed_raw, "none") == (None, None)
     told, folder = found(with_key(sensed_raw, "evaluate.text", [text]), "text")
     assert folder and told == f"`evaluate.text` in {len(load_encoded(folder))} windows of 64 tokens"
-    raw = with_key(with_key(sensed_raw, "output", str(tmp_path / "responses")), "data.max_length", 256)
-    raw = with_key(raw, "data.confirmation", [{"source": f"{source}/instructions.jsonl", "limit": 16}])
+    raw = with_key(
+        with_key(sensed_raw, "output", str(tmp_path / "responses")), "data.max_length", 256
+    )
+    raw = with_key(
+        raw, "data.confirmation", [{"source": f"{source}/instructions.jsonl", "limit": 16}]
+    )
     run(validate_config(raw), ignore, until="prepare")
     told, folder = found(raw, "rows")
-    assert folder and told == f"the responses of the {len(load_encoded(folder))} confirmation rows that chose nothing"
+    assert (
+        folder
+        and told
+        == f"the responses of the {len(load_encoded(folder))} confirmation rows that chose nothing"
+    )
     assert len(load_encoded(folder)) == 8, "half of 16"

@@ -32,15 +32,24 @@ def test_the_comparison_changes_nothing_of_the_winner(
     """The record of the finetune stage stays valid when a comparison is added or removed."""
     other = changed("finetune", {"steps": 4} | settings)
     assert Finetune(context).digest == Finetune(other).digest
-    assert Finetune(context).detail().endswith(", and so another loss, than in its trial"), "it may be 0.3 worse"
+    assert Finetune(context).detail().endswith(", and so another loss, than in its trial"), (
+        "it may be 0.3 worse"
+    )
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_is_completed(context: Context, changed: Callable[[str, Any], Context]) -> None:
+def test_an_interrupted_comparison_is_completed(
+    context: Context, changed: Callable[[str, Any], Context]
+) -> None:
     """Only the missing and the damaged row are fine-tuned; fewer seeds need no fine-tune."""
     events: list[Event] = []
-    one_plan, two_seeds = {"steps": 4, "random_plans": 1}, {"steps": 4, "random_plans": 1, "seeds": 2}
-    whole, fewer = (replace(changed("finetune", each), emit=events.append) for each in (one_plan, two_seeds))
+    one_plan, two_seeds = (
+        {"steps": 4, "random_plans": 1},
+        {"steps": 4, "random_plans": 1, "seeds": 2},
+    )
+    whole, fewer = (
+        replace(changed("finetune", each), emit=events.append) for each in (one_plan, two_seeds)
+    )
     jobs = folders(whole, rows_of(whole, a_winner(context)))
     seeds = {folder: seed for (_, seed), folder in jobs.items()}
     recorded = sorted(set(seeds) - {jobs["random", 2]})
@@ -48,7 +57,9 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "adapter_model.safetensors").touch()
         write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
-    (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(parents=True)  # its driver was killed just then
+    (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(
+        parents=True
+    )  # its driver was killed just then
     with writing_folder(jobs["random", 2] / "checkpoints" / "checkpoint-2") as checkpoint:
         checkpoint.mkdir(parents=True)
         (checkpoint / "optimizer.pt").write_bytes(b"moments")
@@ -60,12 +71,19 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
 
     try:
         records = finetune_all(whole)
-        assert not list(whole.run_dir.candidates.glob("*/checkpoints")), "a recorded fine-tune needs no checkpoints"
+        assert not list(whole.run_dir.candidates.glob("*/checkpoints")), (
+            "a recorded fine-tune needs no checkpoints"
+        )
         assert told(events, "comparison") == ["warning", "random, training seed 2"]
-        assert any("checkpoint-2 is damaged; random, training seed 2 does not resume" in str(each) for each in events)
+        assert any(
+            "checkpoint-2 is damaged; random, training seed 2 does not resume" in str(each)
+            for each in events
+        )
         counted = progress_of(events, "comparison")
         assert list(counted) == ["steps"]
-        assert counted["steps"][-1] == (4 * len(set(jobs.values())),) * 2, "those that were recorded are done"
+        assert counted["steps"][-1] == (4 * len(set(jobs.values())),) * 2, (
+            "those that were recorded are done"
+        )
         assert counted["steps"] == sorted(set(counted["steps"]))
         assert [(each.name, each.seed) for each in records] == list(jobs)
         for each in records:
@@ -75,8 +93,13 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
         weights = jobs["random", 2] / "adapter" / "adapter_model.safetensors"
         flip_a_byte(weights)
         mended = finetune_all(whole)
-        assert told(events, "comparison") == ["warning", "random, training seed 2"], "only what was damaged"
-        assert any(f"{weights} is damaged, " in str(event) and "set aside in " in str(event) for event in events)
+        assert told(events, "comparison") == ["warning", "random, training seed 2"], (
+            "only what was damaged"
+        )
+        assert any(
+            f"{weights} is damaged, " in str(event) and "set aside in " in str(event)
+            for event in events
+        )
         trained = next(each for each in mended if (each.name, each.seed) == ("random", 2))
         assert trained.adapter_sha256 == file_digest(weights)
 
@@ -90,12 +113,17 @@ def test_an_interrupted_comparison_is_completed(context: Context, changed: Calla
 
 
 @pytest.mark.slow
-def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callable[[str, Any], Context]) -> None:
+def test_the_winner_is_trained_and_scored_once(
+    context: Context, changed: Callable[[str, Any], Context]
+) -> None:
     """A damaged adapter is trained again, and a damaged final folder is written again."""
     events: list[Event] = []
     alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
     [job] = Finetune(alone).jobs
-    weights, final = (folder / "adapter_model.safetensors" for folder in (job.adapter, alone.run_dir.root / "final"))
+    weights, final = (
+        folder / "adapter_model.safetensors"
+        for folder in (job.adapter, alone.run_dir.root / "final")
+    )
 
     def messages() -> list[str]:
         events.clear()
@@ -106,21 +134,31 @@ def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callab
         assert messages() == ["searched, training seed 1"]
         counted = progress_of(events, "finetune")
         assert list(counted) == ["steps", "loading weights", "saving weights"]
-        assert all(steps[-1][0] == steps[-1][1] and steps == sorted(set(steps)) for steps in counted.values())
+        assert all(
+            steps[-1][0] == steps[-1][1] and steps == sorted(set(steps))
+            for steps in counted.values()
+        )
         flip_a_byte(weights)
         assert messages() == ["warning", "searched, training seed 1"]
         written = file_digest(final)
         flip_a_byte(final)
-        assert messages() == ["warning"] and file_digest(final) == written, "made again, nothing trained"
+        assert messages() == ["warning"] and file_digest(final) == written, (
+            "made again, nothing trained"
+        )
         assert messages() == [], "whole again"
 
         (alone.run_dir.root / "final" / "README.md").write_text("A card, which comes later.")
         assert messages() == [] and isinstance(events[0], StageSkipped)
-        scores = (TaskScore(task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)),)
+        scores = (
+            TaskScore(
+                task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)
+            ),
+        )
         digest = scores_digest(alone)
         for each in untuned_candidates(alone, a_winner(context)):
             write_json(
-                each.folder / "scores.json", RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores)
+                each.folder / "scores.json",
+                RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores),
             )
         events.clear()
         run_stage(Evaluate(alone))
@@ -132,7 +170,9 @@ def test_the_winner_is_trained_and_scored_once(context: Context, changed: Callab
         assert scored.rows[0].scores == scored.rows[1].scores == scored.rows[2].scores == scores
         assert told(events, "evaluate") == ["searched, training seed 1", "1 model in turns"]
         counted = progress_of(events, "evaluate")
-        assert counted["answers"][-1] == (32, 32), "of four models, two questions each with four answers"
+        assert counted["answers"][-1] == (32, 32), (
+            "of four models, two questions each with four answers"
+        )
         assert counted["memory and tokens a second"][-1] == (3, 3)
         assert [row.inference is None for row in scored.rows] == [True, True, True, False], (
             "only what is handed over is timed"
@@ -154,7 +194,9 @@ def test_the_final_folder_is_the_recorded_winners(
 ) -> None:
     """A command for another winner overwrites the final folder but fails to write its record."""
     alone = changed("finetune", {"steps": 4})
-    weights, records = (alone.run_dir.root / name for name in ("final/model.safetensors", "records"))
+    weights, records = (
+        alone.run_dir.root / name for name in ("final/model.safetensors", "records")
+    )
     try:
         run_stage(Finetune(alone))
         alone.close()  # each context has a Ray of its own
@@ -167,7 +209,9 @@ def test_the_final_folder_is_the_recorded_winners(
                 while filler.write(b"\0" * 4096):
                     pass
             with pytest.raises(StageError, match="no space left for"):
-                run_stage(Finetune(other := with_winner(alone, context.space.spaces[0].uniform("nf4"))))
+                run_stage(
+                    Finetune(other := with_winner(alone, context.space.spaces[0].uniform("nf4")))
+                )
             other.close()
             assert weights.read_bytes() != whole
             (records / "filler").unlink()
@@ -217,14 +261,29 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
     (weights := folder / "adapter" / "adapter_model.safetensors").parent.mkdir(parents=True)
     weights.touch()
     write_json(folder / "record.json", a_record(folder, 1, 2.0))
-    with pytest.raises(StageError, match="visible to all"), setting_aside_damaged_adapter(run_dir, "evaluate"):
+    with (
+        pytest.raises(StageError, match="visible to all"),
+        setting_aside_damaged_adapter(run_dir, "evaluate"),
+    ):
         raise CorruptFile(f"adapter {weights} cannot be read", weights)
     assert weights.exists()
 
 
 def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:
     """Make the record of a fine-tuned row."""
-    losses = dict.fromkeys(("train_loss", "confirmation_loss"), loss) | {"confirmation_losses": (loss,)}
-    ones = dict.fromkeys(("seconds", "plan_bytes", "measured_bytes", "num_parameters", "peak_memory_bytes"), 1)
-    about = {"digest": folder.name, "name": "", "origin": "", "seed": seed, "plan": {}, "mean_bits": 4.0, "steps": 4}
+    losses = dict.fromkeys(("train_loss", "confirmation_loss"), loss) | {
+        "confirmation_losses": (loss,)
+    }
+    ones = dict.fromkeys(
+        ("seconds", "plan_bytes", "measured_bytes", "num_parameters", "peak_memory_bytes"), 1
+    )
+    about = {
+        "digest": folder.name,
+        "name": "",
+        "origin": "",
+        "seed": seed,
+        "plan": {},
+        "mean_bits": 4.0,
+        "steps": 4,
+    }
     return CandidateRecord.model_validate({**about, **ones, **losses, "memory_counter": "rss"})

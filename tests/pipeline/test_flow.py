@@ -19,7 +19,12 @@ NAMES = [stage.name for stage in STAGES]
 def named_in(node: ast.AST) -> set[str]:
     """Return the names of stages in a literal or a comparison."""
     match node:
-        case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts) | ast.Dict(keys=parts):
+        case (
+            ast.Tuple(elts=parts)
+            | ast.List(elts=parts)
+            | ast.Set(elts=parts)
+            | ast.Dict(keys=parts)
+        ):
             pass
         case ast.Compare() | ast.BoolOp():
             parts = list(ast.walk(node))
@@ -54,13 +59,19 @@ def test_each_stage_is_in_the_module_of_its_name() -> None:
 
 def test_until_ends_with_its_stage() -> None:
     for name in NAMES:
-        state = RunState.model_construct(config={"finetune": {"compare": True}, "serve": {"to": ["gguf"]}}, until=name)
+        state = RunState.model_construct(
+            config={"finetune": {"compare": True}, "serve": {"to": ["gguf"]}}, until=name
+        )
         asked = state.asked_stages
         assert asked == [stage.name for stage in stages_until(name)] and asked[-1] == name
 
 
 def test_an_unknown_stage_is_refused() -> None:
-    with pytest.raises(UserError, match=r"`until` must be one of prepare, prune, .*, report, got 'finetun'"):
+    with pytest.raises(
+        UserError, match=r"`until` must be one of prepare, prune, .*, report, got 'finetun'"
+    ):
         api.run("my.yaml", until="finetun")
-    with pytest.raises(UserError, match="`config` must be the path of a YAML file, got dict: keys are overrides"):
+    with pytest.raises(
+        UserError, match="`config` must be the path of a YAML file, got dict: keys are overrides"
+    ):
         api.run({"output": "runs/mine"})  # type: ignore[arg-type]

@@ -28,7 +28,10 @@ BUDGET = 180_000_000
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(any(importlib.util.find_spec(part) is None for part in PARTS), reason="Gemma is not installed"),
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(part) is None for part in PARTS),
+        reason="Gemma is not installed",
+    ),
 ]
 
 
@@ -38,7 +41,9 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("gemma") / "gemma-3-270m-q4_k_m.gguf"
     with file.open("wb") as whole:
         for part in PARTS:
-            [data] = [each for each in (files(part) / "data").iterdir() if ".gguf.part" in each.name]
+            [data] = [
+                each for each in (files(part) / "data").iterdir() if ".gguf.part" in each.name
+            ]
             whole.write(data.read_bytes())
     return file
 
@@ -48,18 +53,26 @@ def config(gemma: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Return a function that gives the demo's configuration with this model and other keys."""
     raw = yaml.safe_load(DEMO.read_text())
     del raw["card"]
-    own = {"model.source": str(gemma), "output": str(tmp_path / "run"), "quantize.budget": {"bytes": BUDGET}}
+    own = {
+        "model.source": str(gemma),
+        "output": str(tmp_path / "run"),
+        "quantize.budget": {"bytes": BUDGET},
+    }
     return lambda **keys: with_keys(raw, **own, **keys)
 
 
 def test_check_names_all_that_has_to_change_at_once(config: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(
-        UserError, match=r"gguf cannot be written: .*; set `prune.uniform: true` and `prune.selection: "
+        UserError,
+        match=r"gguf cannot be written: .*; set `prune.uniform: true` and `prune.selection: ",
     ):
         check(validate_config(config()), lambda event: None)
     events: list[Event] = []
     took = psutil.Process().cpu_times().user
-    found = check(validate_config(config(**{"prune.uniform": True, "prune.selection": "per_layer"})), events.append)
+    found = check(
+        validate_config(config(**{"prune.uniform": True, "prune.selection": "per_layer"})),
+        events.append,
+    )
     assert set(found.inspection.cuts) == {"base", "cut-10"} and not found.inspection.left_out
     assert psutil.Process().cpu_times().user - took < 15, "seconds, without the imports"
 
@@ -71,10 +84,15 @@ def test_a_run_ends_in_a_served_file(config: Callable[..., dict[str, Any]], tmp_
     assert "The configuration is valid" in said(file, verb="check")
     said(file)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["records"]["search"]["num_trials"] == 6 and not results["records"]["search"]["num_failed"]
+    assert (
+        results["records"]["search"]["num_trials"] == 6
+        and not results["records"]["search"]["num_failed"]
+    )
     assert results["table"][-1]["measured_bytes"] <= BUDGET
     rows = {row["name"]: row for row in results["records"]["serve"]["rows"]}
     served = rows["searched"]
     assert all((tmp_path / "run" / name).stat().st_mtime > started for name in served["files"])
-    assert abs(served["loss"] - results["table"][-1]["confirmation_loss"]) < 0.05, "llama.cpp computes the same model"
+    assert abs(served["loss"] - results["table"][-1]["confirmation_loss"]) < 0.05, (
+        "llama.cpp computes the same model"
+    )
     assert served["decode_tokens_per_second"] and rows["base"]["loss"]

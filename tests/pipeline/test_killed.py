@@ -20,12 +20,23 @@ from qpruner.runs.records import is_control
 @pytest.mark.slow
 def test_killed_between_cuts_and_repeated_gives_the_same(tiny_model: Path, tmp_path: Path) -> None:
     """Only the cuts that are missing are made again."""
-    rates = {"prune": {"rates": [0.1, 0.2], "compensation": "none"}, "quantize.budget": {"bytes": 200_000}}
-    undisturbed, killed = (config_file(tiny_model, tmp_path / name, **rates) for name in ("undisturbed", "killed"))
+    rates = {
+        "prune": {"rates": [0.1, 0.2], "compensation": "none"},
+        "quantize.budget": {"bytes": 200_000},
+    }
+    undisturbed, killed = (
+        config_file(tiny_model, tmp_path / name, **rates) for name in ("undisturbed", "killed")
+    )
     kill_when(killed, (killed.parent / "run" / "cuts" / "cut-10" / "cut.json").exists)
     events: list[Event] = []
-    found = [run(load_config(config), events.append, until="prune") for config in (killed, undisturbed)]
-    made = [event.text.partition(":")[0] for event in events if isinstance(event, Message) and " loss " in event.text]
+    found = [
+        run(load_config(config), events.append, until="prune") for config in (killed, undisturbed)
+    ]
+    made = [
+        event.text.partition(":")[0]
+        for event in events
+        if isinstance(event, Message) and " loss " in event.text
+    ]
     assert made == ["20 % pruned", "10 % pruned", "20 % pruned"]
     one, other = (comparable(records.model_dump(mode="json")) for records in found)
     assert one == other
@@ -33,7 +44,9 @@ def test_killed_between_cuts_and_repeated_gives_the_same(tiny_model: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_inside_every_stage_gives_the_same(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_killed_inside_every_stage_gives_the_same(
+    undisturbed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """The signal handler of Tune must not turn Ctrl-C into the regular end of a search."""
     config = written_config(tmp_path / "killed", tiny_model)
     root = config.parent / "run"
@@ -41,7 +54,9 @@ def test_killed_inside_every_stage_gives_the_same(undisturbed: Path, tiny_model:
     for stage in (stage.name for stage in STAGES if stage.record and stage.help):
         kill_when(config, (root / f".scratch-{stage}").exists)
         kills += 1
-        for index, number in enumerate((signal.SIGKILL, signal.SIGINT) if stage == "search" else ()):
+        for index, number in enumerate(
+            (signal.SIGKILL, signal.SIGINT) if stage == "search" else ()
+        ):
             kill_when(config, lambda index=index: bool(between_rungs(root, index)), number)
             assert not (root / "records" / "search.json").exists()
             kills += 1
@@ -50,7 +65,9 @@ def test_killed_inside_every_stage_gives_the_same(undisturbed: Path, tiny_model:
     assert outcome(root) == outcome(undisturbed)
     assert not list(root.glob(".scratch-*")), "nothing half-made is left"
     told = (root / "report.md").read_text()
-    assert re.search(r" It ran in \d sessions; the last began with \d trials? already recorded\.", told)
+    assert re.search(
+        r" It ran in \d sessions; the last began with \d trials? already recorded\.", told
+    )
     assert f"Finished; resumed {kills + 1} times after a command that did not finish." in told
 
 
@@ -59,11 +76,21 @@ def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_
     """The stages before the search stay recorded."""
     root = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     first, before = search_record(root), trials_of(root)
-    other = ("quantize.budget={fraction: 0.8}", "search.searcher=random", "search.max_trials=3", f"output={root}")
-    told = said(undisturbed.parent / "config.yaml", *(f"--set={key}" for key in other), verb="search")
+    other = (
+        "quantize.budget={fraction: 0.8}",
+        "search.searcher=random",
+        "search.max_trials=3",
+        f"output={root}",
+    )
+    told = said(
+        undisturbed.parent / "config.yaml", *(f"--set={key}" for key in other), verb="search"
+    )
     assert told.count("already recorded") == 4
     second, after = search_record(root), trials_of(root)
-    assert second["trials_digest"] == first["trials_digest"] and second["budget_bytes"] > first["budget_bytes"]
+    assert (
+        second["trials_digest"] == first["trials_digest"]
+        and second["budget_bytes"] > first["budget_bytes"]
+    )
     assert (second["num_trials"], second["num_reused"]) == (3, len(before))
     assert second["ended"] == "all 3 trials were spent (`search.max_trials`)"
     assert {index: after[index] for index in before} == before, "reused trials stay unchanged"
@@ -76,7 +103,9 @@ def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_comparison_is_added_to_a_finished_run(undisturbed: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_comparison_is_added_to_a_finished_run(
+    undisturbed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """The comparison may be killed, and changes nothing of the winner."""
     config = written_config(tmp_path / "added", tiny_model)
     root, compared = config.parent / "run", ("--set", "finetune.compare=true")
@@ -92,9 +121,16 @@ def test_a_comparison_is_added_to_a_finished_run(undisturbed: Path, tiny_model: 
     before = written()
     assert {each["index"] for each in search_record(root)["confirmations"] if each["control"]} == {
         index for index, trial in trials_of(root).items() if is_control(trial["origin"])
-    }, "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"
+    }, (
+        "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"
+    )
     assert table() == ["searched"] and len(list(root.glob("candidates/*/record.json"))) == 1
-    kill_when(config, lambda: len(list(root.glob("candidates/*/record.json"))) >= 3, signal.SIGKILL, *compared)
+    kill_when(
+        config,
+        lambda: len(list(root.glob("candidates/*/record.json"))) >= 3,
+        signal.SIGKILL,
+        *compared,
+    )
     assert table() == ["searched"] and written() == before
     assert "Unfinished in stage comparison: " in (root / "report.html").read_text()
     claim = json.loads((root / "results.json").read_text())["claim"]
@@ -103,7 +139,9 @@ def test_a_comparison_is_added_to_a_finished_run(undisturbed: Path, tiny_model: 
     told = said(config, *compared)
     assert told.count("already recorded") == 7
     title = json.loads((root / "results.json").read_text())["table"][-1]["title"]
-    assert f"[comparison] {title}, training seed 1: " not in told, "it is neither trained nor scored again"
+    assert f"[comparison] {title}, training seed 1: " not in told, (
+        "it is neither trained nor scored again"
+    )
     assert {path: time for path, time in written().items() if path in before} == before
     assert outcome(root) == outcome(undisturbed)
     before = written()

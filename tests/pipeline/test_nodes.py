@@ -19,12 +19,18 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.nodes import row, troubles
 
 GIB = 1024**3
-L40S, M60, P40 = ("NVIDIA L40S", 45 * GIB, (8, 9)), ("Tesla M60", 8 * GIB, (5, 2)), ("P40", GIB, (6, 1))
+L40S, M60, P40 = (
+    ("NVIDIA L40S", 45 * GIB, (8, 9)),
+    ("Tesla M60", 8 * GIB, (5, 2)),
+    ("P40", GIB, (6, 1)),
+)
 RUN = Path("/shared/runs/mine")
 FINE = NodeReport("ab" * 28, "10.0.0.5 (worker, abababab)", Node(8, 2), {}, (L40S, L40S))
 
 
-def found(report: NodeReport, bits: tuple[int, ...] = (4, 8), gpu: float = 1.0, unseen: bool = False) -> dict[str, str]:
+def found(
+    report: NodeReport, bits: tuple[int, ...] = (4, 8), gpu: float = 1.0, unseen: bool = False
+) -> dict[str, str]:
     config = validate_config(with_key(raw_config(Path("model"), RUN), "quantize.bits", list(bits)))
     return troubles(report, config, {"cpu": 1.0, "gpu": gpu} if gpu else {"cpu": 1.0}, RUN, unseen)
 
@@ -37,14 +43,26 @@ def test_a_node_that_can_do_the_run_is_ok() -> None:
 @pytest.mark.parametrize(
     ("fields", "unseen", "word", "part"),
     [
-        ({"problems": {"storage": "cannot be written there"}}, False, "storage", f"`output`: {RUN} cannot be written"),
-        ({}, True, "storage", "file that the node wrote; `output` must be in a folder that every node"),
+        (
+            {"problems": {"storage": "cannot be written there"}},
+            False,
+            "storage",
+            f"`output`: {RUN} cannot be written",
+        ),
+        (
+            {},
+            True,
+            "storage",
+            "file that the node wrote; `output` must be in a folder that every node",
+        ),
         ({"problems": {"GPUs": "torch sees 1"}}, False, "GPUs", "torch sees 1"),
         ({"gpus": (L40S, M60)}, False, "GPUs", "capability 5.2 cannot run nf4: it needs a GPU"),
         ({"problems": {"no answer": "in 60 s"}, "gpus": ()}, True, "no answer", "in 60 s"),
     ],
 )
-def test_a_problem_is_named_with_its_remedy(fields: dict[str, Any], unseen: bool, word: str, part: str) -> None:
+def test_a_problem_is_named_with_its_remedy(
+    fields: dict[str, Any], unseen: bool, word: str, part: str
+) -> None:
     report = replace(FINE, **fields)
     told = found(report, unseen=unseen)
     assert list(told) == [word] and part in told[word]
@@ -57,7 +75,10 @@ def test_a_node_that_left_has_no_problems() -> None:
 
 
 def test_older_gpus_run_what_they_can() -> None:
-    assert found(replace(FINE, gpus=(P40,))) == {} and found(replace(FINE, gpus=(M60,)), bits=(8, 16)) == {}
+    assert (
+        found(replace(FINE, gpus=(P40,))) == {}
+        and found(replace(FINE, gpus=(M60,)), bits=(8, 16)) == {}
+    )
 
 
 def test_a_node_that_no_trial_fits_on_needs_no_gpus() -> None:
@@ -77,8 +98,13 @@ def test_versions_that_differ_are_named() -> None:
 def test_gpus_declared_to_ray_need_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU driver Ray finds no GPUs itself, so these GPUs were declared by hand."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    for has_hardware, trouble in ((False, ""), (True, "Ray counts 2 GPUs, torch sees 0; install a torch")):
-        monkeypatch.setattr("qpruner.cluster.node_check._has_hardware", lambda has=has_hardware: has)
+    for has_hardware, trouble in (
+        (False, ""),
+        (True, "Ray counts 2 GPUs, torch sees 0; install a torch"),
+    ):
+        monkeypatch.setattr(
+            "qpruner.cluster.node_check._has_hardware", lambda has=has_hardware: has
+        )
         seen, told = _gpus(2)
         assert seen == [] and told.startswith(trouble) and bool(told) == has_hardware
 
@@ -92,7 +118,8 @@ def test_gpus_that_ray_hides_are_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "num_workers", "expected"), [(None, 1, 6), (3, 1, 3), (1, 1, 1), (None, 2, 4), (5, 2, 2), (1, 2, 1)]
+    ("limit", "num_workers", "expected"),
+    [(None, 1, 6), (3, 1, 3), (1, 1, 1), (None, 2, 4), (5, 2, 2), (1, 2, 1)],
 )
 def test_no_stage_runs_more_jobs_at_once_than_asked(
     limit: int | None, num_workers: int, expected: int, changed: Callable[[str, Any], Context]

@@ -43,15 +43,30 @@ def test_progress_of_long_steps_counts_up_once(sensed: tuple[dict[str, Any], lis
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for event in sensed[1]:
         if isinstance(event, Progress):
-            work = "groups" if event.stage == "bank" else event.detail  # the detail is the name of a group
+            work = (
+                "groups" if event.stage == "bank" else event.detail
+            )  # the detail is the name of a group
             found.setdefault((event.stage, work), []).append((event.done, event.total))
     for work, steps in found.items():
-        is_repeated = work == ("sensitivity", "loading weights")  # by the passes of two kinds of methods
-        assert steps[-1] == (steps[0][1],) * 2 and (is_repeated or steps == sorted(set(steps))), work
+        is_repeated = work == (
+            "sensitivity",
+            "loading weights",
+        )  # by the passes of two kinds of methods
+        assert steps[-1] == (steps[0][1],) * 2 and (is_repeated or steps == sorted(set(steps))), (
+            work
+        )
     assert len(found["prune", "loading weights"]) > 10
     assert len([work for stage, work in found if stage == "sensitivity"]) == 4
-    assert found["sensitivity", "mutual_information by group"][-1] == found["bank", "groups"][-1] == (8, 8)
-    (ended,) = [each for each in sensed[1] if isinstance(each, StageFinished) and each.stage == "sensitivity"]
+    assert (
+        found["sensitivity", "mutual_information by group"][-1]
+        == found["bank", "groups"][-1]
+        == (8, 8)
+    )
+    (ended,) = [
+        each
+        for each in sensed[1]
+        if isinstance(each, StageFinished) and each.stage == "sensitivity"
+    ]
     assert ended.figures.startswith("9 groups, smallest less largest format: mutual_information ")
 
 
@@ -63,11 +78,16 @@ def test_a_command_up_to_a_stage_leaves_a_report(raw: dict[str, Any], prepared: 
     run(validate_config(raw), said.append, until="prune")
     assert said[-1] == Message("report", f"{page} has the run so far")
     assert "Ended after stage prune, as asked." in page.read_text()
-    assert json.loads((root / "results.json").read_text())["standing"] == "Ended after stage prune, as asked."
+    assert (
+        json.loads((root / "results.json").read_text())["standing"]
+        == "Ended after stage prune, as asked."
+    )
 
     before, written = told.read_bytes(), page.read_text()
     run(validate_config(raw), ignore, until="prepare")
-    assert (told.read_bytes(), page.read_text()) == (before, written), "one that does nothing leaves what tells more"
+    assert (told.read_bytes(), page.read_text()) == (before, written), (
+        "one that does nothing leaves what tells more"
+    )
 
     def interrupt(event: Event) -> None:
         if isinstance(event, StageSkipped):  # Ctrl-C while records are compared
@@ -79,13 +99,17 @@ def test_a_command_up_to_a_stage_leaves_a_report(raw: dict[str, Any], prepared: 
     refused = with_key(raw, "search.resources_per_trial", {"gpu": 999})
     with pytest.raises(UserError, match="ask for less"):
         run(validate_config(refused), ignore, until="search")
-    assert (told.read_bytes(), page.read_text()) == (before, written), "nor is a run that stands there called failed"
+    assert (told.read_bytes(), page.read_text()) == (before, written), (
+        "nor is a run that stands there called failed"
+    )
 
     page.unlink()
     (root / "results.json").unlink()
     (root / "results.json").mkdir()  # as good as a file that cannot be written
     run(validate_config(raw), said.append, until="prepare")
-    assert isinstance(said[-1], Message) and said[-1].text.startswith("warning: no report of the run so far could be ")
+    assert isinstance(said[-1], Message) and said[-1].text.startswith(
+        "warning: no report of the run so far could be "
+    )
 
 
 def test_the_state_of_another_driver_is_kept(tiny_raw: dict[str, Any]) -> None:
@@ -107,7 +131,9 @@ def test_a_record_of_another_driver_is_kept(tiny_raw: dict[str, Any]) -> None:
     config, is_lost = validate_config(tiny_raw), False
     run_dir = RunDir(config.output)
     context = Context(config, run_dir, ignore, None, inspect(config), holds_run=lambda: not is_lost)
-    theirs = PrepareRecord(digest="theirs", seconds=1.0, model_path="", converted=False, num_rows={})
+    theirs = PrepareRecord(
+        digest="theirs", seconds=1.0, model_path="", converted=False, num_rows={}
+    )
     run_dir.commit("prepare", run_dir.scratch("prepare"), theirs)
 
     class LosingPrepare(Prepare):
@@ -118,20 +144,34 @@ def test_a_record_of_another_driver_is_kept(tiny_raw: dict[str, Any]) -> None:
             (scratch / "model").touch()
             return {"model_path": "", "converted": False, "num_rows": {}}
 
-    lost = r"another driver took this run over .*driver\.lock belongs to another driver, or is missing"
-    for attempt in (lambda: run_stage(LosingPrepare(context)),) * 2 + (lambda: context.forget("prepare"),):
+    lost = (
+        r"another driver took this run over .*driver\.lock belongs to another driver, or is missing"
+    )
+    for attempt in (lambda: run_stage(LosingPrepare(context)),) * 2 + (
+        lambda: context.forget("prepare"),
+    ):
         with pytest.raises(StageError, match=lost):
             attempt()
-    assert run_dir.read_record("prepare", PrepareRecord) == theirs and not list(run_dir.stage("prepare").iterdir())
+    assert run_dir.read_record("prepare", PrepareRecord) == theirs and not list(
+        run_dir.stage("prepare").iterdir()
+    )
 
 
-def test_versions_and_hardware_are_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpus = [SimpleNamespace(name=name, total_memory=80 * 1024**3) for name in ("H100", "H100", "A100")]
+def test_versions_and_hardware_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpus = [
+        SimpleNamespace(name=name, total_memory=80 * 1024**3) for name in ("H100", "H100", "A100")
+    ]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
     found = _environment()
-    assert {"python", "platform", "cpu", "memory", "qpruner", *PACKAGES} <= set(found) and all(found.values())
+    assert {"python", "platform", "cpu", "memory", "qpruner", *PACKAGES} <= set(found) and all(
+        found.values()
+    )
     assert found["cpu cores"] == str(len(os.sched_getaffinity(0)))
     assert found["gpus"] == "2 x H100, 80.0 GiB; 1 x A100, 80.0 GiB"
     (tmp_path / "arm").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
-    assert _cpu_model(tmp_path / "arm") and _cpu_model(tmp_path / "missing"), "Python knows the architecture"
+    assert _cpu_model(tmp_path / "arm") and _cpu_model(tmp_path / "missing"), (
+        "Python knows the architecture"
+    )

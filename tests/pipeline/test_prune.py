@@ -39,7 +39,12 @@ PROMPT = [[5, 77, 300, 12, 45, 201]]
 def raw(tiny_model: Path, tmp_path: Path) -> Raw:
     """A configuration that prunes by first-order Taylor, to any width, because it packs no 4-bit layers."""
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "quantize.bits", [8, 16])
-    recipe = {"importance": "taylor", "selection": "per_layer", "compensation": "none", "round_to": 1}
+    recipe = {
+        "importance": "taylor",
+        "selection": "per_layer",
+        "compensation": "none",
+        "round_to": 1,
+    }
     return with_key(with_key(raw, "prune", {"rate": 0.2, **recipe}), "calibration.packing", False)
 
 
@@ -81,8 +86,12 @@ def test_the_folder_holds_what_the_record_says(raw: Raw, tiny_model: Path) -> No
     assert [layer.layer for layer in record.layers] == [0, 1]
     for layer in record.layers:
         old, new = base.model.layers[layer.layer], cut.model.layers[layer.layer]
-        rows = torch.cat([torch.arange(64 * group, 64 * (group + 1)) for group in layer.kept_kv_groups])
-        queries = torch.cat([torch.arange(128 * group, 128 * (group + 1)) for group in layer.kept_kv_groups])
+        rows = torch.cat(
+            [torch.arange(64 * group, 64 * (group + 1)) for group in layer.kept_kv_groups]
+        )
+        queries = torch.cat(
+            [torch.arange(128 * group, 128 * (group + 1)) for group in layer.kept_kv_groups]
+        )
         channels = list(layer.kept_mlp_channels)
         assert torch.equal(new.self_attn.k_proj.weight, old.self_attn.k_proj.weight[rows])
         assert torch.equal(new.self_attn.o_proj.weight, old.self_attn.o_proj.weight[:, queries])
@@ -90,30 +99,47 @@ def test_the_folder_holds_what_the_record_says(raw: Raw, tiny_model: Path) -> No
         assert (layer.base_kv_groups, layer.base_mlp_channels, layer.heads_per_group) == (2, 256, 2)
         assert layer.base_parameters == sum(parameter.numel() for parameter in old.parameters())
         assert layer.kept_parameters == sum(parameter.numel() for parameter in new.parameters())
-    before, after = (sum(parameter.numel() for parameter in model.parameters()) for model in (base, cut))
+    before, after = (
+        sum(parameter.numel() for parameter in model.parameters()) for model in (base, cut)
+    )
     assert (record.parameters_before, record.parameters_after) == (before, after)
     assert (record.bytes_before, record.bytes_after) == (2 * before, 2 * after)
     assert record.achieved_rate == pytest.approx((before - after) / before)
     assert abs(record.achieved_rate - 0.3) * before <= 3 * 64
     assert record.target == "target 30.00% of all parameters"
-    assert (record.importance, record.selection, record.compensation) == ("taylor", "per_layer", "none")
+    assert (record.importance, record.selection, record.compensation) == (
+        "taylor",
+        "per_layer",
+        "none",
+    )
     assert record.seconds > 0 and record.peak_memory_bytes >= 0 and record.memory_counter
-    (finished,) = [event for event in events if isinstance(event, StageFinished) and event.stage == "prune"]
-    assert f"(target 30.00% of all parameters, achieved {record.achieved_rate:.2%})" in finished.figures
-    (started,) = [event for event in events if isinstance(event, StageStarted) and event.stage == "prune"]
+    (finished,) = [
+        event for event in events if isinstance(event, StageFinished) and event.stage == "prune"
+    ]
+    assert (
+        f"(target 30.00% of all parameters, achieved {record.achieved_rate:.2%})"
+        in finished.figures
+    )
+    (started,) = [
+        event for event in events if isinstance(event, StageStarted) and event.stage == "prune"
+    ]
     assert started.detail.endswith("per_layer, in 2 steps")
     with np.load(folder / "importance.npz") as scores:
         assert set(scores.files) == {"0.attention", "0.mlp", "1.attention", "1.mlp"}
 
 
-def test_a_moved_run_uses_the_base_model_in_its_folder(raw: Raw, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_moved_run_uses_the_base_model_in_its_folder(
+    raw: Raw, tiny_model: Path, tmp_path: Path
+) -> None:
     """A `.gguf` file is converted into the run folder."""
     run(validate_config(raw), lambda event: None, until="prepare")
     folder = RunDir(raw["output"])
     prepared = folder.read_record("prepare", PrepareRecord)
     assert prepared
     moved_from = str(tmp_path / "gone" / "prepare" / "model")
-    folder.write_record("prepare", prepared.model_copy(update={"model_path": moved_from, "converted": True}))
+    folder.write_record(
+        "prepare", prepared.model_copy(update={"model_path": moved_from, "converted": True})
+    )
     shutil.copytree(tiny_model, folder.stage("prepare") / "model")
     _, _, events = pruned(raw)
     assert stages(events) == {"prepare": False, "prune": True}
@@ -147,7 +173,9 @@ def test_a_model_that_was_pruned_earlier_is_not_cut_again(raw: Raw, tmp_path: Pa
     first, folder, _ = pruned(changed(raw, rate=0.3, first_layer=1))
     again = with_key(with_key(raw, "model.source", str(folder)), "output", str(tmp_path / "again"))
     record, _, events = pruned(again)
-    assert "pruned earlier: the cut is skipped" in next(event.text for event in events if isinstance(event, Message))
+    assert "pruned earlier: the cut is skipped" in next(
+        event.text for event in events if isinstance(event, Message)
+    )
     assert record.parameters_before == record.parameters_after == first.parameters_after
     assert record.achieved_rate == 0
 
@@ -172,30 +200,55 @@ def test_no_weight_file_is_mapped_while_its_model_is_cut(raw: Raw) -> None:
 
 def measured(events: list[Event]) -> list[str]:
     """List the passes over the samples that measured importance, and the cuts that were made."""
-    found = [event.detail for event in events if isinstance(event, Progress) and event.done == event.total]
-    made = [event.text.partition(":")[0] for event in events if isinstance(event, Message) and " loss " in event.text]
+    found = [
+        event.detail
+        for event in events
+        if isinstance(event, Progress) and event.done == event.total
+    ]
+    made = [
+        event.text.partition(":")[0]
+        for event in events
+        if isinstance(event, Message) and " loss " in event.text
+    ]
     return [*(detail for detail in found if detail.startswith("importance")), *made]
 
 
 def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Path) -> None:
     """A further rate in the folder of one cut costs only what is missing."""
     raw = with_key(raw, "quantize.budget", {"bytes": 300_000})
-    several = with_key(raw, "prune", {**raw["prune"], "rates": [0, 0.1, 0.3], "compensation": "least_squares"})
+    several = with_key(
+        raw, "prune", {**raw["prune"], "rates": [0, 0.1, 0.3], "compensation": "least_squares"}
+    )
     del several["prune"]["rate"]
-    alone = changed(with_key(raw, "output", str(tmp_path / "alone")), rate=0.1, compensation="least_squares")
+    alone = changed(
+        with_key(raw, "output", str(tmp_path / "alone")), rate=0.1, compensation="least_squares"
+    )
     _, folder, events = pruned(alone)
     assert measured(events) == ["importance", "10 % pruned"]
     written = (folder / "cut.json").stat().st_mtime_ns
     _, _, events = pruned(several)
-    assert measured(events) == ["importance", "importance, step 2 of 2", "10 % pruned", "30 % pruned"]
-    told = [event.detail for event in events if isinstance(event, StageStarted) and event.stage == "prune"]
+    assert measured(events) == [
+        "importance",
+        "importance, step 2 of 2",
+        "10 % pruned",
+        "30 % pruned",
+    ]
+    told = [
+        event.detail
+        for event in events
+        if isinstance(event, StageStarted) and event.stage == "prune"
+    ]
     assert told[0].startswith("not pruned, 10 % pruned, 30 % pruned, by taylor, per_layer")
     _, _, events = pruned(with_key(several, "output", alone["output"]))
-    assert measured(events) == ["importance, step 2 of 2", "30 % pruned"], "the first step's was kept"
+    assert measured(events) == ["importance, step 2 of 2", "30 % pruned"], (
+        "the first step's was kept"
+    )
     assert (folder / "cut.json").stat().st_mtime_ns == written
     found = [RunDir(each["output"]).read_record("prune", PruneRecord) for each in (several, alone)]
     known = [each.cuts for each in found if each]
-    one, other = ({name: (cut.weights, cut.layers, cut.loss) for name, cut in cuts.items()} for cuts in known)
+    one, other = (
+        {name: (cut.weights, cut.layers, cut.loss) for name, cut in cuts.items()} for cuts in known
+    )
     assert one == other and list(one) == ["base", "cut-10", "cut-30"]
     assert [round(cut.achieved_rate, 1) for cut in known[0].values()] == [0.0, 0.1, 0.3]
     work = [cut.multiply_adds for cut in known[0].values()]
@@ -206,7 +259,12 @@ def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Pat
 
 def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[Raw], Path]) -> None:
     """Only block 1 may be cut, which has fewer parameters than the second rate asks for."""
-    raw = changed(with_key(raw, "quantize.budget", {"bytes": 300_000}), rate=None, rates=[0.1, 0.6], first_layer=1)
+    raw = changed(
+        with_key(raw, "quantize.budget", {"bytes": 300_000}),
+        rate=None,
+        rates=[0.1, 0.6],
+        first_layer=1,
+    )
     told = r"60 % pruned is left out: .* the highest rate is 0\.\d+ \(`prune.rates`: 0.6\)"
     assert re.search(told, command("check", write_yaml(raw)).output.replace("\n", " "))
     record, folder, events = pruned(raw)
@@ -230,19 +288,28 @@ def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: 
         "ragged": {"rate": 0.3, "first_layer": 1},
     }
     folders = {
-        name: pruned(with_key(changed(raw, **keys), "output", str(tmp_path / name)))[1] for name, keys in kinds.items()
+        name: pruned(with_key(changed(raw, **keys), "output", str(tmp_path / name)))[1]
+        for name, keys in kinds.items()
     }
-    answers = dict(zip(folders, plain_transformers_answers(PROMPT, folders.values(), tmp_path), strict=True))
+    answers = dict(
+        zip(folders, plain_transformers_answers(PROMPT, folders.values(), tmp_path), strict=True)
+    )
     for name in ("solved", "both"):
         model = load_dense(str(folders[name]), "float32")
         assert "refused" not in answers[name], answers[name]
-        torch.testing.assert_close(torch.tensor(answers[name]["logits"]), logits_of(model), rtol=0, atol=0)
-        made = model.generate(torch.tensor(PROMPT), max_new_tokens=5, do_sample=False, eos_token_id=None)
+        torch.testing.assert_close(
+            torch.tensor(answers[name]["logits"]), logits_of(model), rtol=0, atol=0
+        )
+        made = model.generate(
+            torch.tensor(PROMPT), max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
         assert answers[name]["made"] == made.tolist()
         assert answers[name]["layers"] == (1 if name == "both" else 2)
         assert "per_layer_config" not in (folders[name] / "config.json").read_text()
     assert "size" in answers["ragged"]["refused"], answers["ragged"]
-    assert torch.isfinite(logits_of(load_dense(str(folders["ragged"]), "bfloat16"))).all(), "with qpruner it runs"
+    assert torch.isfinite(logits_of(load_dense(str(folders["ragged"]), "bfloat16"))).all(), (
+        "with qpruner it runs"
+    )
 
 
 # ---- when it is run again
@@ -252,7 +319,9 @@ def digests(raw: Raw) -> tuple[str, str]:
     """Compute the digests of the prepare and the prune stage without running them."""
     config = validate_config(raw)
     inspection = preflight.inspect(config, packs=False)
-    context = Context(config, RunDir(config.output, create=False), lambda event: None, None, inspection)
+    context = Context(
+        config, RunDir(config.output, create=False), lambda event: None, None, inspection
+    )
     prepared = Prepare(context).digest
     context.add_record("prepare", PrepareRecord.model_construct(digest=prepared))
     return prepared, Prune(context).digest
@@ -265,12 +334,26 @@ def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
     assert stages(pruned(raw)[2]) == {"prepare": False, "prune": False}
     before, record = digests(raw), RunDir(raw["output"]).read_record("prune", PruneRecord)
     assert record and before[1] == record.digest and first.digest != before[1]
-    later = {"lora.rank": 8, "quantize.budget.fraction": 0.75, "training.learning_rate": 0.5, "evaluate.limit": 4}
+    later = {
+        "lora.rank": 8,
+        "quantize.budget.fraction": 0.75,
+        "training.learning_rate": 0.5,
+        "evaluate.limit": 4,
+    }
     for key, value in later.items():
         assert digests(with_key(raw, key, value)) == before, key
-    solved, depth = {"compensation": "least_squares"}, {"units": ["block", "mlp"], "rate": 0.5, "depth_share": 0.8}
+    solved, depth = (
+        {"compensation": "least_squares"},
+        {"units": ["block", "mlp"], "rate": 0.5, "depth_share": 0.8},
+    )
     others = [
-        *({"rate": 0.3}, {"importance": "magnitude"}, {"order": "second"}, {"selection": "global"}, {"round_to": 64}),
+        *(
+            {"rate": 0.3},
+            {"importance": "magnitude"},
+            {"order": "second"},
+            {"selection": "global"},
+            {"round_to": 64},
+        ),
         *(solved, solved | {"ridge": 0.1}, depth),
     ]
     found = [digests(changed(raw, **keys)) for keys in others]
@@ -284,7 +367,9 @@ def test_a_folder_of_one_cut_is_pruned_again(raw: Raw) -> None:
     """Before there were several cuts, `prune.json` was the record of the only one."""
     RunDir(raw["output"]).write_record("prune", pruned(raw)[0])
     events = pruned(raw)[2]
-    assert stages(events)["prune"] and any("an earlier version of qpruner wrote it" in f"{each}" for each in events)
+    assert stages(events)["prune"] and any(
+        "an earlier version of qpruner wrote it" in f"{each}" for each in events
+    )
 
 
 # ---- calibration samples
@@ -310,14 +395,20 @@ def test_importance_differentiates_the_loss_of_responses(raw: Raw) -> None:
 
 def test_sensitivities_are_of_the_task_beside_calibration_text(raw: Raw) -> None:
     """Importance uses `calibration.data`, and sensitivities use the training rows."""
-    text = {"source": "package:qpruner/demo/data/instructions.jsonl", "format": "text", "columns": {"text": "output"}}
+    text = {
+        "source": "package:qpruner/demo/data/instructions.jsonl",
+        "format": "text",
+        "columns": {"text": "output"},
+    }
     raw = with_key(with_key(raw, "calibration.data", [text]), "calibration.max_length", 50)
     run(validate_config(raw), lambda event: None, until="prepare")
     assert all(row["labels"] == row["input_ids"] for row in prepared_rows(raw, "importance"))
     train = {tuple(row["input_ids"]): row["labels"] for row in prepared_rows(raw, "train")}
     rows = prepared_rows(raw, "sensitivity")
     assert len(rows) == 32
-    assert all(train[tuple(row["input_ids"])] == row["labels"] for row in rows), "prompts without a label"
+    assert all(train[tuple(row["input_ids"])] == row["labels"] for row in rows), (
+        "prompts without a label"
+    )
 
 
 # ---- the command

@@ -26,13 +26,23 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     report = json.loads((root / "results.json").read_text())
     table, records, claim = report["table"], report["records"], report["claim"]
     names = [row["name"] for row in table]
-    controls = ["unpruned-uniform", "unpruned-knapsack", "cut-20-uniform", "cut-20-knapsack", "paper"]
+    controls = [
+        "unpruned-uniform",
+        "unpruned-knapsack",
+        "cut-20-uniform",
+        "cut-20-knapsack",
+        "paper",
+    ]
     confirmed = {each["origin"]: each for each in records["search"]["confirmations"]}
     tuned = [name for name in controls if name in names]
     left_out = confirmed.keys() & {*controls} - {*tuned}
-    [winner] = [each for each in confirmed.values() if each["index"] == records["search"]["best_index"]]
+    [winner] = [
+        each for each in confirmed.values() if each["index"] == records["search"]["best_index"]
+    ]
     assert "paper" in tuned, "however bad it is"
-    assert all(confirmed[name]["loss"] > winner["loss"] for name in left_out), "only controls that the winner beat"
+    assert all(confirmed[name]["loss"] > winner["loss"] for name in left_out), (
+        "only controls that the winner beat"
+    )
     rival = ["best searched"] if records["search"]["control_won"] else []
     # An unpruned winner has no random plans; beside all groups in nf4 there may be no other plan of equal bytes.
     random = ["random"] if "random" in names else []
@@ -53,12 +63,16 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     assert '<p class="standing">Finished.</p>' in (root / "report.html").read_text()
     for row in table:
         assert row["inference_memory_bytes"] >= row["measured_bytes"]
-        assert 0 < row["decode_tokens_per_second"][1] < row["prefill_tokens_per_second"][0], "reading is faster"
+        assert 0 < row["decode_tokens_per_second"][1] < row["prefill_tokens_per_second"][0], (
+            "reading is faster"
+        )
         assert row["perplexity"] > 1
     assert "| decode tokens/s |" in text and "on `evaluate.text`" in text
     candidates = records["comparison"]["candidates"]
     assert records["finetune"]["candidates"] == candidates[-1:], "the winner's is one and the same"
-    assert all(row["measured_bytes"] == row["plan_bytes"] for row in candidates), "the formula is the packed tensors"
+    assert all(row["measured_bytes"] == row["plan_bytes"] for row in candidates), (
+        "the formula is the packed tensors"
+    )
     assert {row["steps"] for row in candidates} == {4}, "every row had the same fine-tune"
 
 
@@ -69,9 +83,13 @@ def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:
     fits = [trial for trial in trials if not trial["origin"].startswith(("unpruned-", "paper"))]
     assert all(trial["plan_bytes"] <= search["budget_bytes"] for trial in fits)
     controls = [trial for trial in trials if is_control(trial["origin"])]
-    assert controls and all(trial["status"] == "finished" for trial in controls), "controls are exempt from ASHA"
+    assert controls and all(trial["status"] == "finished" for trial in controls), (
+        "controls are exempt from ASHA"
+    )
     confirmed = {each["index"] for each in search["confirmations"]}
-    assert {trial["index"] for trial in controls} <= confirmed, "and scored again on fresh rows with the finalists"
+    assert {trial["index"] for trial in controls} <= confirmed, (
+        "and scored again on fresh rows with the finalists"
+    )
 
 
 def test_final_folder_loads_in_plain_transformers(undisturbed: Path) -> None:
@@ -94,13 +112,21 @@ def test_files_have_the_reported_size_and_are_readable(undisturbed: Path) -> Non
     on_disk = sum(path.stat().st_size for path in (undisturbed / "final").glob("*.safetensors"))
     # Names and JSON headers weigh about 100 bytes a tensor, which shows on a model this small.
     headers = 100 * 9 * 14 + 100 * 28
-    assert searched["measured_bytes"] * 0.99 <= on_disk <= searched["measured_bytes"] * 1.01 + headers
-    private = [path for path in undisturbed.rglob("*") if 0o444 & path.parent.stat().st_mode & ~path.stat().st_mode]
+    assert (
+        searched["measured_bytes"] * 0.99 <= on_disk <= searched["measured_bytes"] * 1.01 + headers
+    )
+    private = [
+        path
+        for path in undisturbed.rglob("*")
+        if 0o444 & path.parent.stat().st_mode & ~path.stat().st_mode
+    ]
     assert not private
 
 
 def test_a_finished_run_asks_for_no_more_room(undisturbed: Path, tmp_path: Path) -> None:
-    config = load_config(undisturbed.parent / "config.yaml", [f"output={tmp_path / 'disk' / 'run'}"])
+    config = load_config(
+        undisturbed.parent / "config.yaml", [f"output={tmp_path / 'disk' / 'run'}"]
+    )
     with disk_of("64m", tmp_path / "disk") as disk:
         shutil.copytree(undisturbed, disk / "run")
         with (disk / "filler").open("wb") as file:
@@ -114,8 +140,13 @@ def test_tensorboard_finds_every_trial_once(undisturbed: Path) -> None:
     folders = {path.parent for path in undisturbed.rglob("*tfevents*")}
     ours = undisturbed / "tensorboard"
     assert {folder.parent for folder in folders} == {ours}
-    losses = [EventAccumulator(str(folder)).Reload().Scalars("validation/loss") for folder in ours.glob("trial-*")]
-    assert sorted(map(len, losses)) == sorted(len(trial["rungs"]) for trial in trials_of(undisturbed).values())
+    losses = [
+        EventAccumulator(str(folder)).Reload().Scalars("validation/loss")
+        for folder in ours.glob("trial-*")
+    ]
+    assert sorted(map(len, losses)) == sorted(
+        len(trial["rungs"]) for trial in trials_of(undisturbed).values()
+    )
 
 
 def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
@@ -130,16 +161,26 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
         config = load_config(undisturbed.parent / "config.yaml", [f"card.{key}" for key in stated])
         run(config, events.append)
         assert sum(isinstance(event, StageSkipped) for event in events) == 8
-        texts = [event.text for event in events if isinstance(event, Message) and event.stage == "report"]
+        texts = [
+            event.text for event in events if isinstance(event, Message) and event.stage == "report"
+        ]
         told.append([text for text in texts if "the model card" in text])
     assert {path: path.stat().st_mtime_ns for path in (undisturbed / "records").iterdir()} == before
-    assert {path.name for path in (undisturbed / "tensorboard").iterdir()} == shown, "made again from the records"
+    assert {path.name for path in (undisturbed / "tensorboard").iterdir()} == shown, (
+        "made again from the records"
+    )
     (everything,), (less,), nothing = told
-    assert everything.startswith(lacking.format("licence, datasets", "`card.license`, `card.datasets`"))
+    assert everything.startswith(
+        lacking.format("licence, datasets", "`card.license`, `card.datasets`")
+    )
     assert less.startswith(lacking.format("datasets", "`card.datasets`"))
     assert not nothing
     card = (undisturbed / "final" / "README.md").read_text()
-    assert "base_model: someone/base\n" in card and "license: mit\n" in card and "datasets: []\n" in card
+    assert (
+        "base_model: someone/base\n" in card
+        and "license: mit\n" in card
+        and "datasets: []\n" in card
+    )
 
 
 def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None:

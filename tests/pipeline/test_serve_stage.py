@@ -31,7 +31,9 @@ from qpruner.training.table_rows import Candidate
 
 
 @pytest.fixture
-def finished(context: Context, sensed_raw: dict[str, Any], tiny_model: Path, tmp_path: Path) -> Context:
+def finished(
+    context: Context, sensed_raw: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> Context:
     """A run in a folder of its own, with a final model, that is to be served."""
     root = tmp_path / "mine"
     shutil.copytree(context.run_dir.root, root)
@@ -52,7 +54,10 @@ def test_rows_are_written_measured_and_kept(finished: Context) -> None:
         (BASE, "gguf", "f16"),
         (SEARCHED, "gguf", "plan"),
     ]
-    assert all(len(row.decode_tokens_per_second) == len(row.prefill_tokens_per_second) == 3 for row in record.rows)
+    assert all(
+        len(row.decode_tokens_per_second) == len(row.prefill_tokens_per_second) == 3
+        for row in record.rows
+    )
     root, (base, row) = finished.run_dir.root, record.rows
     assert base.loss and row.loss and base.file_bytes > row.file_bytes
     assert {Path(name).name for name in row.files} >= {"mine.gguf", "mine-adapter.gguf"}
@@ -65,12 +70,16 @@ def test_rows_are_written_measured_and_kept(finished: Context) -> None:
     assert not Serve(finished).is_complete(root / "serve"), "a damaged file is made again"
 
 
-@pytest.mark.parametrize(("formats", "is_served"), [(("q4_0", "q8_0"), True), (("nf4",), False)], ids=str)
+@pytest.mark.parametrize(
+    ("formats", "is_served"), [(("q4_0", "q8_0"), True), (("nf4",), False)], ids=str
+)
 def test_the_best_simple_alternative_is_served_in_formats_of_llama_cpp(
     formats: tuple[str, ...], is_served: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
     bank = bank_source(tiny_model, tmp_path / "bank")
-    rival = Candidate("unpruned-uniform", "", bank, mixed_plan(groups_of(bank), formats), tmp_path / "row", seed=1)
+    rival = Candidate(
+        "unpruned-uniform", "", bank, mixed_plan(groups_of(bank), formats), tmp_path / "row", seed=1
+    )
     shutil.copytree(final_model(tiny_model, tmp_path), rival.adapter)
     found = served_rows.write_rival(rival, 4.5, tmp_path, lambda *_: None)
     assert [each.row.name for each in found] == ["unpruned-uniform"] * is_served
@@ -80,13 +89,18 @@ def test_the_best_simple_alternative_is_served_in_formats_of_llama_cpp(
         assert each.row.file_bytes == files
 
 
-def test_what_cannot_be_written_is_refused_before_the_run(changed: Callable[[str, Any], Context]) -> None:
+def test_what_cannot_be_written_is_refused_before_the_run(
+    changed: Callable[[str, Any], Context],
+) -> None:
     context = changed("serve.to", ["gguf"])
     Serve(context).check()
     from transformers import Phi3Config
 
     other = replace(context.inspection, model_config=Phi3Config(num_hidden_layers=2))
-    with pytest.raises(UserError, match=r"`serve.to`: gguf cannot be written: `phi3` models .* `--set serve.to=\[\]`"):
+    with pytest.raises(
+        UserError,
+        match=r"`serve.to`: gguf cannot be written: `phi3` models .* `--set serve.to=\[\]`",
+    ):
         Serve(replace(context, inspection=other)).check()
     Serve(replace(changed("serve.to", []), inspection=other)).check()
 
@@ -100,7 +114,9 @@ def test_the_end_in_the_config_of_the_model_counts(
     Serve(changed("serve.to", ["gguf"])).check()
 
 
-def test_formats_that_llama_cpp_lacks_are_told_before_the_run(changed: Callable[[str, Any], Context]) -> None:
+def test_formats_that_llama_cpp_lacks_are_told_before_the_run(
+    changed: Callable[[str, Any], Context],
+) -> None:
     said = list(Serve(changed("serve.to", ["gguf"])).warnings())
     assert any(re.search(r"llama.cpp has no format nf4: its layers get q4_", line) for line in said)
     assert not list(Serve(changed("serve.to", [])).warnings())

@@ -18,7 +18,16 @@ from real_driver import config_file, trials_of
 
 MINUTES = 60.0
 NOT_COMPARED = {
-    *("seconds", "search_seconds", "gpu_seconds", "confirmation_gpu_seconds", "times", "begun", "sessions", "resumed"),
+    *(
+        "seconds",
+        "search_seconds",
+        "gpu_seconds",
+        "confirmation_gpu_seconds",
+        "times",
+        "begun",
+        "sessions",
+        "resumed",
+    ),
     *("peak_memory_bytes", "inference", "inference_memory_bytes"),
     *("prefill_tokens_per_second", "decode_tokens_per_second"),
     *(
@@ -48,7 +57,9 @@ def command(config: Path, *options: str, verb: str = "run") -> list[str]:
 
 def said(config: Path, *options: str, verb: str = "run") -> str:
     """Run a command that must succeed, and return its stdout."""
-    ended = subprocess.run(command(config, *options, verb=verb), capture_output=True, text=True, timeout=15 * MINUTES)
+    ended = subprocess.run(
+        command(config, *options, verb=verb), capture_output=True, text=True, timeout=15 * MINUTES
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
 
@@ -90,10 +101,15 @@ def is_ray_agent(process: psutil.Process) -> bool:
 
 
 def kill_when(
-    config: Path, condition: Callable[[], bool], number: signal.Signals = signal.SIGKILL, *options: str
+    config: Path,
+    condition: Callable[[], bool],
+    number: signal.Signals = signal.SIGKILL,
+    *options: str,
 ) -> None:
     """Start a run, signal the driver when the condition holds, and wait until the processes of Ray have ended."""
-    driver = subprocess.Popen(command(config, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        command(config, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     descendants: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 4 * MINUTES
@@ -104,10 +120,15 @@ def kill_when(
         descendants = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(number)
         driver.wait(timeout=MINUTES)
-        _, alive = psutil.wait_procs([p for p in descendants if not is_ray_agent(p)], timeout=MINUTES)
+        _, alive = psutil.wait_procs(
+            [p for p in descendants if not is_ray_agent(p)], timeout=MINUTES
+        )
         assert not alive, f"left over after the driver's death: {alive}"
     finally:
-        for process in [*descendants, *([psutil.Process(driver.pid)] if driver.poll() is None else [])]:
+        for process in [
+            *descendants,
+            *([psutil.Process(driver.pid)] if driver.poll() is None else []),
+        ]:
             if process.is_running():
                 process.kill()
 
@@ -119,7 +140,9 @@ def has_claim(root: Path, claim: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def ended(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def ended(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """The folder of a finished run, and the JSON object on its last line of stdout."""
     config = written_config(tmp_path_factory.mktemp("undisturbed") / "a", tiny_model)
     return config.parent / "run", json.loads(said(config, "--json").splitlines()[-1])

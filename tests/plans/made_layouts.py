@@ -10,7 +10,10 @@ LEVELS = ("nf4", "int8")
 
 
 def layout_of(
-    shapes: list[tuple[int, int]], rest: int = 1000, levels: tuple[str, ...] = LEVELS, cut: str = "cut-20"
+    shapes: list[tuple[int, int]],
+    rest: int = 1000,
+    levels: tuple[str, ...] = LEVELS,
+    cut: str = "cut-20",
 ) -> Layout:
     groups = tuple(
         Group(f"layers.{index}", (LinearShape(f"model.layers.{index}", *shape),), levels)
@@ -27,18 +30,38 @@ def layout_of(
     )
 
 
-def random_layout(generator: np.random.Generator, num_groups: int, levels: tuple[str, ...] = LEVELS) -> Layout:
-    shapes = [(int(rows), int(columns)) for rows, columns in generator.integers(8, 200, (num_groups, 2))]
+def random_layout(
+    generator: np.random.Generator, num_groups: int, levels: tuple[str, ...] = LEVELS
+) -> Layout:
+    shapes = [
+        (int(rows), int(columns)) for rows, columns in generator.integers(8, 200, (num_groups, 2))
+    ]
     return layout_of(shapes, levels=levels)
 
 
 def mixed_layout(generator: np.random.Generator) -> Layout:
     """Embeddings of two formats, a head of one, blocks of one, two or three."""
-    offered = [("int8", "bf16"), LEVELS, ("nf4", "int8", "bf16"), ("nf4",), ("nf4", "bf16"), LEVELS, ("bf16",)]
+    offered = [
+        ("int8", "bf16"),
+        LEVELS,
+        ("nf4", "int8", "bf16"),
+        ("nf4",),
+        ("nf4", "bf16"),
+        LEVELS,
+        ("bf16",),
+    ]
     layout = random_layout(generator, len(offered))
-    groups = [replace(group, formats=formats) for group, formats in zip(layout.groups, offered, strict=True)]
+    groups = [
+        replace(group, formats=formats)
+        for group, formats in zip(layout.groups, offered, strict=True)
+    ]
     return replace(
-        layout, groups=(replace(groups[0], name="embeddings"), *groups[1:-1], replace(groups[-1], name="head"))
+        layout,
+        groups=(
+            replace(groups[0], name="embeddings"),
+            *groups[1:-1],
+            replace(groups[-1], name="head"),
+        ),
     )
 
 

@@ -13,7 +13,10 @@ from qpruner.quantization.formats import format_of
 def test_plan_bytes_are_groups_and_fixed_bytes() -> None:
     layout = layout_of([(77, 64), (96, 77)], rest=12345)
     plan = PrecisionPlan(("layers.0", "layers.1"), ("nf4", "int8"))
-    first, second = format_of("nf4").packed_bytes(77, 64, 2), format_of("int8").packed_bytes(96, 77, 2)
+    first, second = (
+        format_of("nf4").packed_bytes(77, 64, 2),
+        format_of("int8").packed_bytes(96, 77, 2),
+    )
     assert layout.plan_bytes(plan) == first + second + 12345 + 6172
     weights = 77 * 64 + 96 * 77
     assert layout.mean_bits(plan) == pytest.approx((77 * 64 * 4 + 96 * 77 * 8) / weights)
@@ -41,8 +44,14 @@ def test_a_plan_in_a_notebook_can_be_read() -> None:
     ("text", "said"),
     [
         ("embeddings: 8", "1 of 2 groups are missing: layers.0"),
-        ("{embeddings: nf4, layers.0: nf4}", r"`embeddings` must be int8 \(`quantize.embeddings`\), got 'nf4'"),
-        ("{embeddings: 8, layers.0: 16}", r"`layers.0` must be one of nf4, int8 \(`quantize.formats`\), got 16"),
+        (
+            "{embeddings: nf4, layers.0: nf4}",
+            r"`embeddings` must be int8 \(`quantize.embeddings`\), got 'nf4'",
+        ),
+        (
+            "{embeddings: 8, layers.0: 16}",
+            r"`layers.0` must be one of nf4, int8 \(`quantize.formats`\), got 16",
+        ),
         ("{embeddings: 8, layers.0: true}", "got True"),
         ("{embeddings: 8, layers.0: '4'}", "got '4'"),
         ("{embeddings: 8, layers.0: [nf4]}", r"got \['nf4'\]"),
@@ -63,4 +72,6 @@ def test_a_plan_file_that_does_not_fit_is_refused(text: str, said: str, tmp_path
     file.write_text('{"plan": {"layers.0": 4, "embeddings": "int8"}}')
     assert str(read_plan(file, {"cut-20": offered}, "cut-20")) == "84"
     file.write_text("layers.0: nf4")
-    assert str(read_plan(file, {"cut-20": offered}, "cut-20")) == "84", "a group without a choice need not be named"
+    assert str(read_plan(file, {"cut-20": offered}, "cut-20")) == "84", (
+        "a group without a choice need not be named"
+    )

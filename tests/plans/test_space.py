@@ -24,7 +24,11 @@ def space_of(layout: Layout, share: float) -> PlanSpace:
 @pytest.mark.parametrize("seed", range(2))
 def test_the_knapsack_finds_the_best_plan(levels: tuple[str, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
-    layout = random_layout(generator, 7 if len(levels) == 2 else 5, levels) if levels else mixed_layout(generator)
+    layout = (
+        random_layout(generator, 7 if len(levels) == 2 else 5, levels)
+        if levels
+        else mixed_layout(generator)
+    )
     space = space_of(layout, float(generator.uniform(0.05, 0.95)))
     gains = generator.normal(size=(len(layout.groups), len(space.levels)))
 
@@ -33,7 +37,9 @@ def test_the_knapsack_finds_the_best_plan(levels: tuple[str, ...], seed: int) ->
 
     found = space.best_by_gain(gains.tolist())
     assert layout.plan_bytes(found) <= space.budget_bytes
-    assert total(found) == pytest.approx(max(map(total, filter(space.is_feasible, plans_in(space)))), abs=1e-9)
+    assert total(found) == pytest.approx(
+        max(map(total, filter(space.is_feasible, plans_in(space)))), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 51])
@@ -47,7 +53,9 @@ def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
     space, gains = space_of(layout, 0.47), generator.uniform(0.95, 1.05, 56)
     found = space.best_by_gain([[0.0, float(gain)] for gain in gains])
     room, best = space.budget_bytes - layout.plan_bytes(layout.uniform("nf4")), {0: 0.0}
-    for low, high, gain in zip(layout.group_bytes("nf4"), layout.group_bytes("int8"), gains, strict=True):
+    for low, high, gain in zip(
+        layout.group_bytes("nf4"), layout.group_bytes("int8"), gains, strict=True
+    ):
         for used, value in sorted(best.items(), reverse=True):
             weight = used + high - low
             if weight <= room and value + gain > best.get(weight, -np.inf):
@@ -70,17 +78,25 @@ def test_a_plan_of_exactly_the_budget_is_found() -> None:
     """All other plans exceed the budget by a billionth, which HiGHS accepts, and with a margin no plan is left."""
     half = 500_000_000
     groups = tuple(f"layers.{index}" for index in range(3))
-    space = PlanSpace(groups, ("nf4", "int8"), ((half, half + 1),) * 3, fixed_bytes=7, budget_bytes=3 * half + 7)
+    space = PlanSpace(
+        groups, ("nf4", "int8"), ((half, half + 1),) * 3, fixed_bytes=7, budget_bytes=3 * half + 7
+    )
     assert space.best_by_gain([[0.0, 1.0]] * 3) == space.uniform("nf4")
     assert space.nearest_feasible(space.uniform("int8")) == space.uniform("nf4")
     assert space.nearest_feasible(space.uniform("int8"), avoid=[space.uniform("nf4")]) is None
 
 
-def test_a_solver_that_finds_only_plans_over_budget_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_that_finds_only_plans_over_budget_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(space_module, "MAX_EXCLUDED", 1)
     sizes = ((500_000_000, 500_000_001),) * 3
-    space = PlanSpace(tuple("abc"), ("nf4", "int8"), sizes, fixed_bytes=0, budget_bytes=1_500_000_000)
-    with pytest.raises(SolverFailed, match=r"budget .*\(1 of them\): raise `quantize.budget` .*`quantize.group`"):
+    space = PlanSpace(
+        tuple("abc"), ("nf4", "int8"), sizes, fixed_bytes=0, budget_bytes=1_500_000_000
+    )
+    with pytest.raises(
+        SolverFailed, match=r"budget .*\(1 of them\): raise `quantize.budget` .*`quantize.group`"
+    ):
         space.best_by_gain([[0.0, 1.0]] * 3)
 
 
@@ -89,8 +105,13 @@ def test_a_solver_that_gives_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     layout = layout_of([(64 * (3 + index), 77 + index) for index in range(40)])
     space = space_of(layout, 0.5)
     gains = [[0.0, 1.0 + index / 7] for index in range(40)]
-    for ask in (lambda: space.best_by_gain(gains), lambda: space.nearest_feasible(layout.uniform("int8"))):
-        with pytest.raises(SolverFailed, match=r"HiGHS .* ended with status 1 .*limit of 0 s.*`quantize.group`"):
+    for ask in (
+        lambda: space.best_by_gain(gains),
+        lambda: space.nearest_feasible(layout.uniform("int8")),
+    ):
+        with pytest.raises(
+            SolverFailed, match=r"HiGHS .* ended with status 1 .*limit of 0 s.*`quantize.group`"
+        ):
             ask()
 
 
@@ -108,7 +129,10 @@ def test_a_repaired_plan_differs_in_the_fewest_groups(levels: tuple[str, ...], s
     generator = np.random.default_rng(seed)
     layout = random_layout(generator, 5, levels) if levels else mixed_layout(generator)
     space = space_of(layout, float(generator.uniform(0.2, 0.8)))
-    plans = [space.plan_of(each) for each in itertools.product(range(len(space.levels)), repeat=len(space.groups))]
+    plans = [
+        space.plan_of(each)
+        for each in itertools.product(range(len(space.levels)), repeat=len(space.groups))
+    ]
     feasible = list(filter(space.is_feasible, plans))
     assert set(feasible) == set(filter(space.is_feasible, plans_in(space)))
 
@@ -117,12 +141,17 @@ def test_a_repaired_plan_differs_in_the_fewest_groups(levels: tuple[str, ...], s
 
     for _ in range(5):
         wanted = plans[generator.integers(len(plans))]
-        known = {feasible[index] for index in generator.integers(len(feasible), size=len(feasible) // 2)}
+        known = {
+            feasible[index] for index in generator.integers(len(feasible), size=len(feasible) // 2)
+        }
         found = space.nearest_feasible(wanted, avoid=[*known, replace(wanted, cut=UNPRUNED)])
         candidates = [plan for plan in feasible if plan not in known]
         assert found is not None and found in candidates
         best = max(candidates, key=lambda plan: (agreement(plan), layout.plan_bytes(plan)))
-        assert (agreement(found), layout.plan_bytes(found)) == (agreement(best), layout.plan_bytes(best))
+        assert (agreement(found), layout.plan_bytes(found)) == (
+            agreement(best),
+            layout.plan_bytes(best),
+        )
 
 
 def test_a_uniform_plan_takes_the_next_larger_format() -> None:
@@ -133,7 +162,9 @@ def test_a_uniform_plan_takes_the_next_larger_format() -> None:
     assert str(layout.smallest()) == str(space.smallest()) == "844444F"
     assert str(layout.largest()) == "F8F4F8F"
     assert str(layout.dense()) == "FFFFFFF" and layout.dense() not in space
-    assert layout.plan_bytes(layout.dense()) - 1500 == 2 * sum(group.num_weights for group in layout.groups)
+    assert layout.plan_bytes(layout.dense()) - 1500 == 2 * sum(
+        group.num_weights for group in layout.groups
+    )
     assert layout.levels == space.levels == ("nf4", "int8", "bf16")
     assert layout.group_bytes("nf4")[0] is None and space.group_bytes[0][0] is None
 
@@ -151,10 +182,15 @@ def test_measured_errors_become_the_damage_of_a_space() -> None:
     layout = mixed_layout(np.random.default_rng(0))
     names = [group.name for group in layout.groups]
     error = {
-        name: {group: size + at / 100 for at, group in enumerate(names)} for name, size in (("nf4", 1), ("int8", 0))
+        name: {group: size + at / 100 for at, group in enumerate(names)}
+        for name, size in (("nf4", 1), ("int8", 0))
     }
     damage = PlanSpace.of(layout, 10**9, error).damage
-    assert damage[0] == (None, 0.0, 0.0) and damage[2] == (1.02, 0.02, 0.0) and damage[-1] == (None, None, 0.0)
+    assert (
+        damage[0] == (None, 0.0, 0.0)
+        and damage[2] == (1.02, 0.02, 0.0)
+        and damage[-1] == (None, None, 0.0)
+    )
     assert PlanSpace.of(layout, 10**9).damage == ()
 
 
@@ -176,11 +212,20 @@ def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) 
 def cuts_of(share: float = 0.4, levels: tuple[str, ...] = LEVELS) -> SearchSpace:
     """The base model of four blocks, one cut of narrower blocks, and one without the second block."""
     base = layout_of([(64, 96), (96, 96), (64, 64), (77, 64)], levels=levels, cut=UNPRUNED)
-    narrow = layout_of([(64, 80), (80, 96), (60, 64), (77, 48)], 900, ("nf4", "int8", "bf16"), "cut-10")
+    narrow = layout_of(
+        [(64, 80), (80, 96), (60, 64), (77, 48)], 900, ("nf4", "int8", "bf16"), "cut-10"
+    )
     short = layout_of([(64, 96), (64, 64), (77, 64)], 800, levels, "layers-25")
     lowest, highest = base.plan_bytes(base.smallest()), base.plan_bytes(base.largest())
-    budget, kept = lowest + int(share * (highest - lowest)), tuple(f"layers.{at}" for at in (0, 2, 3))
-    spaces = [PlanSpace.of(base, budget), PlanSpace.of(narrow, budget), PlanSpace.of(short, budget, base_groups=kept)]
+    budget, kept = (
+        lowest + int(share * (highest - lowest)),
+        tuple(f"layers.{at}" for at in (0, 2, 3)),
+    )
+    spaces = [
+        PlanSpace.of(base, budget),
+        PlanSpace.of(narrow, budget),
+        PlanSpace.of(short, budget, base_groups=kept),
+    ]
     return SearchSpace(tuple(spaces))
 
 
@@ -193,13 +238,19 @@ def test_a_plan_of_any_cut_is_a_row_of_indices() -> None:
         for plan in plans_in(each):
             row = space.indices_of(plan)
             assert space.plan_of(row) == plan and row[-1] == at and plan in space
-            assert space.aligned[at].plan_bytes(space.aligned[at].plan_of(row[:-1])) == space.plan_bytes(plan)
+            assert space.aligned[at].plan_bytes(
+                space.aligned[at].plan_of(row[:-1])
+            ) == space.plan_bytes(plan)
     assert space.indices_of(space.spaces[2].uniform("nf4")) == (0, 2, 0, 0, 2)
     dense = space.spaces[1].uniform("bf16")
-    assert space.plan_of((*space.indices_of(dense)[:-1], 0)) == space.spaces[0].uniform("int8"), "what it is offered"
+    assert space.plan_of((*space.indices_of(dense)[:-1], 0)) == space.spaces[0].uniform("int8"), (
+        "what it is offered"
+    )
     other = replace(dense, cut="cut-20")
     assert other not in space and not space.is_feasible(other)
-    with pytest.raises(ValueError, match="the cut cut-20 is not searched, only base, cut-10, layers-25"):
+    with pytest.raises(
+        ValueError, match="the cut cut-20 is not searched, only base, cut-10, layers-25"
+    ):
         space.plan_bytes(other)
 
 
@@ -210,6 +261,10 @@ def test_a_cut_without_new_plans_hands_on_to_the_next() -> None:
     while (found := space.nearest_feasible(wanted, known)) is not None:
         known.append(found)
     every = [list(filter(each.is_feasible, plans_in(each))) for each in space.spaces]
-    assert len(known) == len(set(known)) and set(known) == {plan for plans in every for plan in plans}
+    assert len(known) == len(set(known)) and set(known) == {
+        plan for plans in every for plan in plans
+    }
     order = [len(every[1]), len(every[2]), len(every[0])]
-    assert [plan.cut for plan in known] == ["cut-10"] * order[0] + ["layers-25"] * order[1] + [UNPRUNED] * order[2]
+    assert [plan.cut for plan in known] == ["cut-10"] * order[0] + ["layers-25"] * order[1] + [
+        UNPRUNED
+    ] * order[2]

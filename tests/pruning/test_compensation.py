@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import FAMILIES, MemoryWitness, logits_of, samples_of, settings_of, stacked_inputs, tiny
+from tiny_decoders import (
+    FAMILIES,
+    MemoryWitness,
+    logits_of,
+    samples_of,
+    settings_of,
+    stacked_inputs,
+    tiny,
+)
 from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, leave_out_of_mean
 from transformers import PreTrainedModel
 
@@ -40,7 +48,11 @@ def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.
     for index, kinds in KEPT.items():
         for linear, units, count in ((attention, kinds["attention"], 4), (mlp, kinds["mlp"], 48)):
             path = f"{BLOCKS.get(name, 'model.layers')}.{index}.{linear}"
-            columns = torch.arange(model.get_submodule(path).in_features).view(count, -1)[list(units)].flatten()
+            columns = (
+                torch.arange(model.get_submodule(path).in_features)
+                .view(count, -1)[list(units)]
+                .flatten()
+            )
             if len(units) < count:
                 found.append((index, path, columns))
     return found
@@ -50,7 +62,9 @@ def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
     if name == "olmo2":
         attention = model.model.layers[index].self_attn
         for norm in (attention.q_norm, attention.k_norm):
-            leave_out_of_mean(norm, [unit for unit in range(4) if unit not in KEPT[index]["attention"]], 4)
+            leave_out_of_mean(
+                norm, [unit for unit in range(4) if unit not in KEPT[index]["attention"]], 4
+            )
 
 
 @torch.no_grad()
@@ -79,15 +93,21 @@ def test_equals_a_solution_on_stacked_activations(name: str) -> None:
     for _, path, stays in outputs_of(name, model):
         linear, expected, before = (each.get_submodule(path) for each in (model, by_hand, base))
         torch.testing.assert_close(linear.weight, expected.weight, rtol=1e-3, atol=1e-4)
-        assert not linear.weight[:, [column not in stays for column in range(linear.in_features)]].any()
-        assert (linear.weight - before.weight)[:, stays].abs().max() > 0.01, "the weights must change"
+        assert not linear.weight[
+            :, [column not in stays for column in range(linear.in_features)]
+        ].any()
+        assert (linear.weight - before.weight)[:, stays].abs().max() > 0.01, (
+            "the weights must change"
+        )
     compensated = copy.deepcopy(model)
     for each in (compensated, by_hand):
         for index in KEPT:
             norms_as_cut(name, each, index)
     torch.testing.assert_close(logits_of(compensated), logits_of(by_hand), rtol=1e-3, atol=1e-3)
     # The cut itself then changes no logit.
-    torch.testing.assert_close(logits_of(cut(model, KEPT)), logits_of(compensated), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(cut(model, KEPT)), logits_of(compensated), rtol=1e-4, atol=1e-4
+    )
     assert (logits_of(base) - logits_of(model)).abs().max() > 0.1
 
 
@@ -96,7 +116,9 @@ def test_the_pruned_model_is_nearer_to_the_base_model() -> None:
     off = {"none": 0.0, "least_squares": 0.0}
     for compensation, seed in itertools.product(off, range(2)):
         ridge = {"ridge": RIDGE} if compensation == "least_squares" else {}
-        settings = settings_of(rate=0.15, importance="magnitude", compensation=compensation, **ridge)
+        settings = settings_of(
+            rate=0.15, importance="magnitude", compensation=compensation, **ridge
+        )
         pruned = prune(decoder(seed=seed), settings, samples_of((40,) * 30, seed=seed + 50))
         difference = logits_of(pruned.model, seed=9) - logits_of(decoder(seed=seed), seed=9)
         off[compensation] += float(difference.square().mean())
@@ -119,5 +141,7 @@ def test_weights_that_cannot_be_solved_are_named() -> None:
     model = decoder()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(TrainingDiverged, match=r"weights of model\.layers\.0\.mlp\.down_proj are NaN or infinite"):
+    with pytest.raises(
+        TrainingDiverged, match=r"weights of model\.layers\.0\.mlp\.down_proj are NaN or infinite"
+    ):
         compensate(model, {0: {"mlp": tuple(range(40))}}, RIDGE, samples_of())

@@ -38,7 +38,10 @@ def decoder(seed: int = 0, **options: Any) -> PreTrainedModel:
 
 
 def widths(pruned: Pruned) -> dict[int, dict[str, int]]:
-    return {index: {kind: len(units) for kind, units in kinds.items()} for index, kinds in pruned.kept.items()}
+    return {
+        index: {kind: len(units) for kind, units in kinds.items()}
+        for index, kinds in pruned.kept.items()
+    }
 
 
 # ---- the rate
@@ -60,22 +63,38 @@ def test_the_model_loses_the_requested_rate(criterion: dict[str, Any], selection
 @pytest.mark.parametrize(("rate", "steps"), [(0.2, 1), (0.3, 2), (0.5, 5)])
 def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
     """The defaults are Fisher, global, least squares, multiples of 64, and more steps for higher rates."""
-    settings = {"importance": "fisher", "selection": "global", "compensation": "least_squares", "round_to": 64}
+    settings = {
+        "importance": "fisher",
+        "selection": "global",
+        "compensation": "least_squares",
+        "round_to": 64,
+    }
     by_default, named = (
         prune(decoder(intermediate_size=512), PruneConfig(rate=rate, **options), samples_of())
         for options in ({}, settings | {"steps": steps})
     )
     before, after = by_default.parameters_before, by_default.parameters_after
     assert abs(before - after - rate * before) <= CHANNEL * 64
-    assert named.kept == by_default.kept and torch.equal(logits_of(named.model), logits_of(by_default.model))
+    assert named.kept == by_default.kept and torch.equal(
+        logits_of(named.model), logits_of(by_default.model)
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "implied"),
     [
-        ({"layer_rate": 0.2}, {"rate": None, "selection": "per_layer", "round_to": 1, "query_heads": "modulo"}),
-        ({"layer_rate": 0.2, "round_to": 32, "query_heads": "served"}, {"round_to": 32, "query_heads": "served"}),
-        ({"layer_rate": 0.2, "importance": "fluctuation"}, {"query_heads": "served", "num_steps": 1}),
+        (
+            {"layer_rate": 0.2},
+            {"rate": None, "selection": "per_layer", "round_to": 1, "query_heads": "modulo"},
+        ),
+        (
+            {"layer_rate": 0.2, "round_to": 32, "query_heads": "served"},
+            {"round_to": 32, "query_heads": "served"},
+        ),
+        (
+            {"layer_rate": 0.2, "importance": "fluctuation"},
+            {"query_heads": "served", "num_steps": 1},
+        ),
         ({"rate": 0.2, "layer_rate": None, "importance": "taylor"}, {"query_heads": "served"}),
         ({"uniform": True}, {"rates": (0.0, 0.1, 0.2), "selection": "per_layer"}),
         ({"uniform": False}, {"selection": "global", "num_steps": 1}),
@@ -105,10 +124,14 @@ def test_defaults_follow_from_other_keys(given: dict[str, Any], implied: dict[st
     ],
     ids=str,
 )
-def test_blocks_outside_the_range_keep_their_weights(options: dict[str, Any], whole: set[int]) -> None:
+def test_blocks_outside_the_range_keep_their_weights(
+    options: dict[str, Any], whole: set[int]
+) -> None:
     model = decoder()
     before = copy.deepcopy(model.model.layers)
-    pruned = prune(model, settings_of(**{"rate": 0.1, "importance": "magnitude"} | options), samples_of())
+    pruned = prune(
+        model, settings_of(**{"rate": 0.1, "importance": "magnitude"} | options), samples_of()
+    )
     assert set(pruned.kept) == set(range(3)) - whole
     for index, (old, new) in enumerate(zip(before, model.model.layers, strict=True)):
         pairs = list(zip(old.parameters(), new.parameters(), strict=True))
@@ -126,7 +149,9 @@ def test_each_step_scores_the_model_that_is_left(selection: str, importance: str
     once = prune(decoder(), settings_of(**options), samples_of())
     reports: list[tuple[str, int, int]] = []
     settings = settings_of(**options, steps=3)
-    stepped = prune(decoder(), settings, samples_of(), on_work=lambda *progress: reports.append(progress))
+    stepped = prune(
+        decoder(), settings, samples_of(), on_work=lambda *progress: reports.append(progress)
+    )
     steps = [f"importance, step {step} of 3" for step in (1, 2, 3)]
     assert [what for what, done, total in reports if done == total and what in steps] == steps
     assert stepped.kept != once.kept
@@ -134,8 +159,13 @@ def test_each_step_scores_the_model_that_is_left(selection: str, importance: str
     assert abs(stepped.parameters_after - once.parameters_after) <= tolerance
     # The scores in the result are those of the base model.
     for index, kinds in once.scores.items():
-        assert all(torch.equal(stepped.scores[index][kind], values) for kind, values in kinds.items())
-    assert {kind: len(values) for kind, values in stepped.scores[0].items()} == {"attention": 4, "mlp": 64}
+        assert all(
+            torch.equal(stepped.scores[index][kind], values) for kind, values in kinds.items()
+        )
+    assert {kind: len(values) for kind, values in stepped.scores[0].items()} == {
+        "attention": 4,
+        "mlp": 64,
+    }
 
 
 # ---- every block alike
@@ -152,7 +182,10 @@ def test_uniform_channels_of_a_long_context_phi_are_plain(tmp_path: Path) -> Non
     prune(model, settings_of(rate=0.15, uniform=True, units=["mlp"]), samples_of())
     model.save_pretrained(tmp_path)
     assert "per_layer_config" not in (tmp_path / "config.json").read_text()
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)), logits_of(model))
+    assert torch.equal(
+        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)),
+        logits_of(model),
+    )
 
 
 # ---- without weights
@@ -178,7 +211,10 @@ def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
     settings, model = settings_of(**options), decoder()
     planned = skeleton(planned_cut(model.config, settings).expected)
     pruned = prune(model, settings, samples_of())
-    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (planned, pruned.model)]
+    shapes = [
+        {name: value.shape for name, value in each.state_dict().items()}
+        for each in (planned, pruned.model)
+    ]
     if settings.selection == "per_layer" or not pruned.kept:
         assert shapes[0] == shapes[1]
         return
@@ -194,7 +230,12 @@ def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"rate": 0.3, "importance": "fluctuation", "compensation": "least_squares", "selection": "global"},
+        {
+            "rate": 0.3,
+            "importance": "fluctuation",
+            "compensation": "least_squares",
+            "selection": "global",
+        },
         {"rate": 0.5, "units": ["block", "mlp"], "depth_share": 0.5, "steps": 2},
     ],
     ids=str,
@@ -216,19 +257,34 @@ def test_a_model_that_accelerate_has_spread_is_cut_the_same(options: dict[str, A
 
 def test_a_model_that_was_left_on_disk_in_part_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     """accelerate places layers there, or in host memory, if no GPU has room; they cannot be cut."""
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+    }
     spilled = AutoModelForCausalLM.from_pretrained(
-        tiny_model, device_map=places | {"model.rotary_emb": "cpu", "lm_head": "cpu"}, offload_folder=tmp_path
+        tiny_model,
+        device_map=places | {"model.rotary_emb": "cpu", "lm_head": "cpu"},
+        offload_folder=tmp_path,
     )
-    with pytest.raises(UserError, match=r"`model.device_map`: .* model\.layers\.1 on disk.*more or larger GPUs"):
+    with pytest.raises(
+        UserError, match=r"`model.device_map`: .* model\.layers\.1 on disk.*more or larger GPUs"
+    ):
         check_reachable(spilled)
-    check_reachable(load_dense(str(tiny_model), "bfloat16", ModelConfig(source=str(tiny_model), device_map="auto")))
+    check_reachable(
+        load_dense(
+            str(tiny_model), "bfloat16", ModelConfig(source=str(tiny_model), device_map="auto")
+        )
+    )
 
 
 # ---- refused settings
 
 
-@pytest.mark.parametrize("options", [{"units": ["mlp"]}, {"units": ["attention"]}, {"last_layer": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"units": ["mlp"]}, {"units": ["attention"]}, {"last_layer": 1}], ids=str
+)
 def test_the_highest_rate_in_the_message_is_accepted(options: dict[str, Any]) -> None:
     model_config = tiny().config
     with pytest.raises(UserError) as caught:
@@ -245,9 +301,13 @@ def test_shared_weights_are_refused(other: str) -> None:
     model = decoder()
     data = model.get_parameter(f"model.{other}").data
     model.model.layers[2].mlp.up_proj.weight.data = data if data.dim() > 1 else data.view(1, -1)
-    with pytest.raises(UserError, match=r"one shared \(tied\) weight.*untie them, or leave pruning out") as caught:
+    with pytest.raises(
+        UserError, match=r"one shared \(tied\) weight.*untie them, or leave pruning out"
+    ) as caught:
         prune(model, settings_of(rate=0.2), samples_of())
-    assert all(f"model.{name}" in str(caught.value) for name in (other, "layers.2.mlp.up_proj.weight"))
+    assert all(
+        f"model.{name}" in str(caught.value) for name in (other, "layers.2.mlp.up_proj.weight")
+    )
     prune(model, PruneConfig(rate=0.0), samples_of())
 
 
@@ -263,7 +323,11 @@ def test_a_single_key_value_group_stays_in_a_uniform_cut() -> None:
     ("name", "options", "keys"),
     [
         ("llama", {}, "`prune.uniform: true`"),
-        ("llama", {"selection": "global"}, "`prune.uniform: true` and `prune.selection: per_layer`"),
+        (
+            "llama",
+            {"selection": "global"},
+            "`prune.uniform: true` and `prune.selection: per_layer`",
+        ),
         ("opt", {}, "`prune.uniform: true` and `prune.units: [mlp]`"),
         (
             *("opt", {"selection": "global"}),
@@ -271,36 +335,61 @@ def test_a_single_key_value_group_stays_in_a_uniform_cut() -> None:
         ),
     ],
 )
-def test_all_that_makes_a_cut_uniform_is_named_at_once(name: str, options: dict[str, Any], keys: str) -> None:
+def test_all_that_makes_a_cut_uniform_is_named_at_once(
+    name: str, options: dict[str, Any], keys: str
+) -> None:
     """What is named is accepted: nobody is led from one error to the next."""
     model = tiny(name)
     said = uniform_remedy(model.config, PruneConfig(**{"selection": "per_layer"} | options))
     assert said == f"set {keys}, so that all blocks have the same widths"
     named = dict(re.findall(r"`prune\.(\w+): ([^`]+)`", said))
     changes = {key: yaml.safe_load(value) for key, value in named.items()}
-    check_settings(model.config, PruneConfig(**{"rate": 0.2, "selection": "per_layer"} | options | changes))
+    check_settings(
+        model.config, PruneConfig(**{"rate": 0.2, "selection": "per_layer"} | options | changes)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("llama", {"rate": 0.4, "first_layer": 2}, ["lower the rate, allow more blocks (`prune.first_layer`"]),
+        (
+            "llama",
+            {"rate": 0.4, "first_layer": 2},
+            ["lower the rate, allow more blocks (`prune.first_layer`"],
+        ),
         ("llama", {"layer_rate": 0.3, "uniform": True}, ["leaves 3 key/value groups in a block"]),
         # A fifth of four heads is no head: a run must not continue with an uncut model.
-        ("llama", {"layer_rate": 0.2, "units": ["attention"]}, ["0.2 removes no unit", "raise the rate, lower"]),
-        ("llama", {"layer_rate": 0.2, "units": ["mlp"], "round_to": 48}, ["in multiples of `prune.round_to`"]),
+        (
+            "llama",
+            {"layer_rate": 0.2, "units": ["attention"]},
+            ["0.2 removes no unit", "raise the rate, lower"],
+        ),
+        (
+            "llama",
+            {"layer_rate": 0.2, "units": ["mlp"], "round_to": 48},
+            ["in multiples of `prune.round_to`"],
+        ),
         ("llama", {"last_layer": -9}, ["must be a range within the model's 3 blocks, 0 to 2"]),
-        ("opt", {"uniform": True}, ["cannot have fewer heads", "`prune.units: [mlp]`, or `uniform: false`"]),
+        (
+            "opt",
+            {"uniform": True},
+            ["cannot have fewer heads", "`prune.units: [mlp]`, or `uniform: false`"],
+        ),
     ],
     ids=str,
 )
-def test_what_a_model_cannot_meet_is_refused(name: str, options: dict[str, Any], said: list[str]) -> None:
+def test_what_a_model_cannot_meet_is_refused(
+    name: str, options: dict[str, Any], said: list[str]
+) -> None:
     """The refused model is unchanged."""
     model = tiny(name, **({"num_key_value_heads": 4} if name == "llama" else {}))
     by_rate = {} if "layer_rate" in options else {"rate": 0.2}
     settings = settings_of(**by_rate | options)
     before = logits_of(model)
-    for attempt in (lambda: planned_cut(model.config, settings), lambda: prune(model, settings, samples_of())):
+    for attempt in (
+        lambda: planned_cut(model.config, settings),
+        lambda: prune(model, settings, samples_of()),
+    ):
         with pytest.raises(UserError) as caught:
             attempt()
         assert [part for part in said if part not in str(caught.value)] == [], str(caught.value)

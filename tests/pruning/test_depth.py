@@ -50,7 +50,10 @@ def influence_by_hand(model: PreTrainedModel, samples: Samples) -> dict[int, flo
     """Compute one minus the mean cosine between block input and output, row by row without padding."""
     model.model.norm = torch.nn.Identity()  # otherwise the last hidden states are normed
     ids = [torch.tensor([row["input_ids"]]) for row in samples.rows]
-    rows = [torch.cat(model.model(each, output_hidden_states=True, use_cache=False).hidden_states) for each in ids]
+    rows = [
+        torch.cat(model.model(each, output_hidden_states=True, use_cache=False).hidden_states)
+        for each in ids
+    ]
     states = torch.cat(rows, dim=1).double()  # (blocks + 1, tokens, features)
     cosines = torch.nn.functional.cosine_similarity(states[:-1], states[1:], dim=-1)
     return dict(enumerate((1 - cosines.mean(dim=1)).tolist()))
@@ -69,7 +72,9 @@ def test_a_block_whose_states_are_broken_is_named() -> None:
     model = decoder()
     with torch.no_grad():
         model.model.embed_tokens.weight[:] = float("inf")
-    with pytest.raises(TrainingDiverged, match=r"the importance of model\.layers\.0 is NaN or infinite"):
+    with pytest.raises(
+        TrainingDiverged, match=r"the importance of model\.layers\.0 is NaN or infinite"
+    ):
         block_importance(model, range(NUM_BLOCKS), samples_of())
 
 
@@ -80,7 +85,9 @@ def test_a_block_is_named_by_its_number_in_the_base() -> None:
         model.model.layers[4].mlp.gate_proj.weight[0] = 0  # hides the next weight from the outputs
         model.model.layers[4].mlp.up_proj.weight[0, 0] = 1e30
     settings = settings_of(units=("block", "mlp"), rate=0.3, importance="magnitude")
-    with pytest.raises(TrainingDiverged, match=r"importance of model\.layers\.4\.mlp\.up_proj\.weight is NaN"):
+    with pytest.raises(
+        TrainingDiverged, match=r"importance of model\.layers\.4\.mlp\.up_proj\.weight is NaN"
+    ):
         prune(model, settings, samples_of())
 
 
@@ -114,10 +121,14 @@ def compensated_by_hand(model: PreTrainedModel, name: str) -> torch.Tensor:
     states: dict[int, list[torch.Tensor]] = {2: [], 4: []}
     for index, seen in states.items():
         blocks_of(model)[index].register_forward_hook(
-            lambda module, args, output, seen=seen: seen.append((output[0] if isinstance(output, tuple) else output)[0])
+            lambda module, args, output, seen=seen: seen.append(
+                (output[0] if isinstance(output, tuple) else output)[0]
+            )
         )
     features = stacked_inputs(model, front_of(name), samples_of())
-    added = (torch.cat(states[4]) - torch.cat(states[2])).double() / (0.4 if name == "granite" else 1.0)
+    added = (torch.cat(states[4]) - torch.cat(states[2])).double() / (
+        0.4 if name == "granite" else 1.0
+    )
     gram = features.T @ features
     penalty = 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     weight = model.get_parameter(f"{front_of(name)}.weight").double()
@@ -132,10 +143,14 @@ def test_the_block_before_adds_what_dropped_blocks_added(name: str) -> None:
     expected = compensated_by_hand(decoder(name), name)
     torch.testing.assert_close(model.get_parameter(front).double(), expected, rtol=1e-3, atol=1e-4)
     before = decoder(name).state_dict()
-    assert [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])] == [front]
+    assert [
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    ] == [front]
 
 
-@pytest.mark.parametrize(("gone", "layers"), [({0, 1}, range(6)), ({3, 4}, (3, 4, 5)), (set(), range(6))])
+@pytest.mark.parametrize(
+    ("gone", "layers"), [({0, 1}, range(6)), ({3, 4}, (3, 4, 5)), (set(), range(6))]
+)
 def test_no_block_outside_the_range_is_changed(gone: set[int], layers: Sequence[int]) -> None:
     model, before = decoder(), decoder().state_dict()
     compensate_blocks(model, gone, layers, 0.05, samples_of())
@@ -145,8 +160,13 @@ def test_no_block_outside_the_range_is_changed(gone: set[int], layers: Sequence[
 def test_no_compensation_with_a_norm_after_the_mlp() -> None:
     name = "gemma2"
     model_config = decoder(name).config
-    given, default = (PruneConfig(rate=0.3, units=("block",), compensation=each) for each in ("least_squares", None))
-    with pytest.raises(UserError, match=f"least_squares cannot make up for removed blocks of a {name} model"):
+    given, default = (
+        PruneConfig(rate=0.3, units=("block",), compensation=each)
+        for each in ("least_squares", None)
+    )
+    with pytest.raises(
+        UserError, match=f"least_squares cannot make up for removed blocks of a {name} model"
+    ):
         planned_cut(model_config, given)
     assert settled(model_config, default).compensates_by == "none"
     model = decoder(name)
@@ -167,7 +187,11 @@ def test_blocks_and_units_together_meet_the_rate(selection: str, depth_share: fl
     assert abs(len(pruned.dropped_blocks) * block - depth_share * 0.5 * before) <= block / 2
     assert 1 in pruned.dropped_blocks
     # Kept units are listed by block of the base model.
-    assert set(pruned.kept) == set(pruned.scores) == set(range(NUM_BLOCKS)) - set(pruned.dropped_blocks)
+    assert (
+        set(pruned.kept)
+        == set(pruned.scores)
+        == set(range(NUM_BLOCKS)) - set(pruned.dropped_blocks)
+    )
     for new, old in enumerate(sorted(pruned.kept)):
         up = base.model.layers[old].mlp.up_proj.weight[list(pruned.kept[old]["mlp"])]
         assert torch.equal(pruned.model.model.layers[new].mlp.up_proj.weight, up)
@@ -179,12 +203,18 @@ def test_default_depth_share_is_half_but_at_most_a_tenth(rate: float) -> None:
     model = tiny("llama", num_hidden_layers=20)
     block = num_parameters(model.model.layers[0]) / num_parameters(model)
     pruned = prune(model, settings_of(rate=rate, units=["block", "mlp"]), samples_of())
-    assert len(pruned.dropped_blocks) == round(min(rate / 2, 0.1) / block) == (1 if rate == 0.08 else 2)
+    assert (
+        len(pruned.dropped_blocks)
+        == round(min(rate / 2, 0.1) / block)
+        == (1 if rate == 0.08 else 2)
+    )
 
 
 @pytest.mark.parametrize("units", [["block"], ["block", "attention", "mlp"]], ids=str)
 @pytest.mark.parametrize("small", [(0, 2, 4), (1, 2, 3, 4, 5)], ids=str)
-def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ...], units: list[str]) -> None:
+def test_blocks_of_different_sizes_count_for_what_they_have(
+    small: tuple[int, ...], units: list[str]
+) -> None:
     """A base may have been pruned before; no other number of dropped blocks would be nearer."""
     model = cut_units(decoder(), {index: {"mlp": (0, 1)} for index in small})
     before = num_parameters(model)
@@ -197,7 +227,9 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
     target = settings.block_rate * before
     by_count = [sum(sizes[index] for index in order[:count]) for count in range(NUM_BLOCKS)]
     possible = [gone for gone in by_count if len(units) == 1 or gone <= 0.35 * before]
-    assert sum(sizes[index] for index in pruned.dropped_blocks) == min(possible, key=lambda gone: abs(gone - target))
+    assert sum(sizes[index] for index in pruned.dropped_blocks) == min(
+        possible, key=lambda gone: abs(gone - target)
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +238,10 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
         ({"rate": 0.9, "first_layer": 1}, "the 5 blocks that may be dropped have"),
         ({"rate": 0.3, "first_layer": 3, "last_layer": 3}, "but only one block may be dropped"),
         # The nearest number is one block, but it has more parameters than the rate allows.
-        ({"rate": 0.1, "units": ["block", "mlp"], "depth_share": 0.95}, "raise the rate or `prune.depth_share`"),
+        (
+            {"rate": 0.1, "units": ["block", "mlp"], "depth_share": 0.95},
+            "raise the rate or `prune.depth_share`",
+        ),
         (
             {"rate": 0.5, "units": ["block", "mlp"], "depth_share": 0.4, "first_layer": 2},
             "asks to remove .* parameters from blocks, .* or name more `prune.units`$",
@@ -214,7 +249,9 @@ def test_blocks_of_different_sizes_count_for_what_they_have(small: tuple[int, ..
     ],
     ids=str,
 )
-def test_a_rate_that_no_number_of_blocks_meets_is_refused(options: dict[str, Any], said: str) -> None:
+def test_a_rate_that_no_number_of_blocks_meets_is_refused(
+    options: dict[str, Any], said: str
+) -> None:
     """The error is the same before and after the weights are read."""
     model, settings = decoder(), settings_of(**options)
     with pytest.raises(UserError, match=said):
@@ -229,7 +266,13 @@ def test_cuts_that_share_their_scores_equal_each_made_alone(tmp_path: Path) -> N
 
     def cut(rate: float, first: FirstScores | None) -> Pruned:
         settings = settings_of(units=["block", "mlp"], rate=rate, depth_share=0.6)
-        return prune(decoder(), settings, samples_of(), on_work=lambda work, *_: rows.append(work), first=first)
+        return prune(
+            decoder(),
+            settings,
+            samples_of(),
+            on_work=lambda work, *_: rows.append(work),
+            first=first,
+        )
 
     for rate in (0.5, 0.45, 0.3):
         alone, along = cut(rate, None), cut(rate, shared)
@@ -242,5 +285,7 @@ def test_cuts_that_share_their_scores_equal_each_made_alone(tmp_path: Path) -> N
         for other in (along, again):
             assert other.kept == alone.kept and other.dropped_blocks == alone.dropped_blocks
             weights = other.model.state_dict()
-            assert all(torch.equal(weights[name], each) for name, each in alone.model.state_dict().items())
+            assert all(
+                torch.equal(weights[name], each) for name, each in alone.model.state_dict().items()
+            )
     assert len(shared.units) < 3, "two of the rates drop the same blocks"

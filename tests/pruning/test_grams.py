@@ -15,7 +15,10 @@ from qpruner.pruning.grams import LOOKUPS, gather
 def test_gram_matrices_of_every_input(name: str, is_tied: bool) -> None:
     """opt-350m has embeddings and a head narrower than its hidden states."""
     sizes = {"vocab_size": VOCABULARY} if name == "opt-350m" else SIZES | FAMILIES[name]
-    model, samples = family_model(name, 0, **sizes | {"tie_word_embeddings": is_tied}), samples_of(batch_size=2)
+    model, samples = (
+        family_model(name, 0, **sizes | {"tie_word_embeddings": is_tied}),
+        samples_of(batch_size=2),
+    )
     found = {paths[0]: gram for grams in gather(model, samples) for paths, gram in grams.items()}
     last, head = logits_path(model.config), family_of(model.config).head
     assert last == list(found)[-1] and (last == head) is not is_tied
@@ -24,4 +27,6 @@ def test_gram_matrices_of_every_input(name: str, is_tied: bool) -> None:
         expected = inputs.T @ inputs / len(inputs)
         if path == last and is_tied:
             expected += LOOKUPS * expected.diagonal().mean() * torch.eye(len(expected))
-        assert torch.allclose(gram.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.diagonal().mean())), path
+        assert torch.allclose(
+            gram.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.diagonal().mean())
+        ), path

@@ -16,7 +16,10 @@ from qpruner.data.calibration import Samples
 from qpruner.pruning.prune import prune
 
 HEAD_DIM, CHANNELS, LENGTH = 8, 48, 14
-MATRICES = (("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"), ("mlp.gate", "mlp.up", "mlp.down"))
+MATRICES = (
+    ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+    ("mlp.gate", "mlp.up", "mlp.down"),
+)
 HEADS = {"multi-head": (4, 4), "grouped": (6, 3)}
 CRITERIA: dict[str, dict[str, str]] = {
     "param_first": {"importance": "taylor"},
@@ -31,13 +34,17 @@ CRITERIA: dict[str, dict[str, str]] = {
 def decoder(heads: str, seed: int = 0) -> PreTrainedModel:
     """Build a Llama with confident predictions, so that second-order terms are visible."""
     num_heads, groups = HEADS[heads]
-    model = tiny("llama", seed, hidden_size=48, num_attention_heads=num_heads, num_key_value_heads=groups)
+    model = tiny(
+        "llama", seed, hidden_size=48, num_attention_heads=num_heads, num_key_value_heads=groups
+    )
     with torch.no_grad():
         model.model.norm.weight.mul_(60)
     return model
 
 
-def accumulate(model: PreTrainedModel, prompts: torch.Tensor, criterion: str) -> dict[str, torch.Tensor]:
+def accumulate(
+    model: PreTrainedModel, prompts: torch.Tensor, criterion: str
+) -> dict[str, torch.Tensor]:
     """Compute `acc_grad`, the mean square of sample gradients, and set `.grad` to the gradient over all samples."""
     squares: dict[str, torch.Tensor] = {}
     if criterion in ("param_second", "param_mix"):
@@ -52,7 +59,9 @@ def accumulate(model: PreTrainedModel, prompts: torch.Tensor, criterion: str) ->
     return squares
 
 
-def lines(name: str, model: PreTrainedModel, squares: dict[str, torch.Tensor], criterion: str) -> torch.Tensor:
+def lines(
+    name: str, model: PreTrainedModel, squares: dict[str, torch.Tensor], criterion: str
+) -> torch.Tensor:
     """Compute the importance of each row of a `linear_out` layer, or each column of a `linear_in` layer."""
     weight = model.get_parameter(name).detach()
     dim = 0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
@@ -67,17 +76,27 @@ def lines(name: str, model: PreTrainedModel, squares: dict[str, torch.Tensor], c
 
 
 def published(
-    model: PreTrainedModel, prompts: torch.Tensor, criterion: str, ratio: float, query_heads: str = "modulo"
+    model: PreTrainedModel,
+    prompts: torch.Tensor,
+    criterion: str,
+    ratio: float,
+    query_heads: str = "modulo",
 ) -> dict[int, Any]:
     """List the key/value heads and channels that each layer keeps when it loses the share `ratio`."""
     squares = accumulate(model, prompts, criterion)
     groups = model.config.num_key_value_heads
     rows = groups * HEAD_DIM
-    heads_gone, channels_gone = (rows - int(rows * (1 - ratio))) // HEAD_DIM, CHANNELS - int(CHANNELS * (1 - ratio))
+    heads_gone, channels_gone = (
+        (rows - int(rows * (1 - ratio))) // HEAD_DIM,
+        CHANNELS - int(CHANNELS * (1 - ratio)),
+    )
     kept = {}
     for index in range(model.config.num_hidden_layers):
         attention, mlp = (
-            [lines(f"model.layers.{index}.{name}_proj.weight", model, squares, criterion) for name in names]
+            [
+                lines(f"model.layers.{index}.{name}_proj.weight", model, squares, criterion)
+                for name in names
+            ]
             for names in MATRICES
         )
         if query_heads == "modulo":  # its `imp.view(len(imp) // min_imp_size, min_imp_size).sum(0)`
@@ -106,15 +125,25 @@ def test_the_same_units_stay(criterion: str, heads: str, query_heads: str, seed:
     expected = published(model, prompts, criterion, ratio, query_heads)
     settings = settings_of(layer_rate=ratio, query_heads=query_heads, **CRITERIA[criterion])
     assert prune(model, settings, Samples(rows, PAD, batch_size=len(rows))).kept == expected
-    gone = [(groups - len(kinds["attention"]), CHANNELS - len(kinds["mlp"])) for kinds in expected.values()]
-    assert all(channels > 0 for _, channels in gone) and (gone[0][0] > 0) == (groups * ratio >= 1), "a real choice"
+    gone = [
+        (groups - len(kinds["attention"]), CHANNELS - len(kinds["mlp"]))
+        for kinds in expected.values()
+    ]
+    assert all(channels > 0 for _, channels in gone) and (gone[0][0] > 0) == (
+        groups * ratio >= 1
+    ), "a real choice"
 
 
 def test_criteria_and_query_heads_change_the_kept_units() -> None:
     """The tests above prove little if all criteria keep the same units."""
     prompts = prompts_of()[1]
-    kept = [published(decoder("multi-head"), prompts, criterion, 0.5)[1]["mlp"] for criterion in CRITERIA]
+    kept = [
+        published(decoder("multi-head"), prompts, criterion, 0.5)[1]["mlp"]
+        for criterion in CRITERIA
+    ]
     assert len(set(kept)) == len(kept)
     for heads, differ in (("multi-head", False), ("grouped", True)):
-        modulo, served = (published(decoder(heads), prompts, "l2", 0.4, each) for each in ("modulo", "served"))
+        modulo, served = (
+            published(decoder(heads), prompts, "l2", 0.4, each) for each in ("modulo", "served")
+        )
         assert (modulo != served) == differ

@@ -20,13 +20,19 @@ def sizes_of(num_layers: int, **kinds: KindSize) -> Sizes:
     return {index: dict(kinds) for index in range(3, 3 + num_layers)}
 
 
-def random_scores(generator: np.random.Generator, sizes: Sizes, weight_of_heads: float = 1.0) -> Values:
+def random_scores(
+    generator: np.random.Generator, sizes: Sizes, weight_of_heads: float = 1.0
+) -> Values:
     """Draw gamma-distributed scores; heads score `weight_of_heads` times as much per parameter as channels."""
     return {
         index: {
             kind: (
                 generator.gamma(2.0, 1.0, size.count)
-                * (weight_of_heads * size.parameters / kinds["mlp"].parameters if kind == "attention" else 1.0)
+                * (
+                    weight_of_heads * size.parameters / kinds["mlp"].parameters
+                    if kind == "attention"
+                    else 1.0
+                )
             ).tolist()
             for kind, size in kinds.items()
         }
@@ -35,7 +41,11 @@ def random_scores(generator: np.random.Generator, sizes: Sizes, weight_of_heads:
 
 
 def parameters_of(counts: dict[int, dict[str, int]], sizes: Sizes) -> int:
-    return sum(number * sizes[index][kind].parameters for index in counts for kind, number in counts[index].items())
+    return sum(
+        number * sizes[index][kind].parameters
+        for index in counts
+        for kind, number in counts[index].items()
+    )
 
 
 def removed_by(kept: Kept, sizes: Sizes) -> int:
@@ -55,7 +65,9 @@ def spread(counts: dict[int, dict[str, int]], kind: str) -> int:
 @pytest.mark.parametrize("channels", [640, 600])
 @pytest.mark.parametrize("round_to", [32, 128])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
-def test_what_stays_is_a_multiple_of_round_to(selection: str, channels: int, round_to: int, rate: float) -> None:
+def test_what_stays_is_a_multiple_of_round_to(
+    selection: str, channels: int, round_to: int, rate: float
+) -> None:
     """This holds also if the base model has another width."""
     sizes = sizes_of(4, attention=KindSize(20000, 3), mlp=KindSize(60, channels))
     target = int(rate * available(sizes))
@@ -69,7 +81,9 @@ def test_what_stays_is_a_multiple_of_round_to(selection: str, channels: int, rou
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("weight_of_heads", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("seed", range(7))
-def test_every_block_keeps_a_unit_of_each_kind(selection: str, weight_of_heads: float, seed: int) -> None:
+def test_every_block_keeps_a_unit_of_each_kind(
+    selection: str, weight_of_heads: float, seed: int
+) -> None:
     """Even the most important heads are removed if channels cannot meet the rate."""
     generator = np.random.default_rng(seed)
     attention = KindSize(64 * 576 * 8, int(generator.integers(2, 6)))  # as in SmolLM2-135M
@@ -81,7 +95,9 @@ def test_every_block_keeps_a_unit_of_each_kind(selection: str, weight_of_heads: 
     assert list(kept) == list(scores)
     for kinds in kept.values():
         for kind, size in {"attention": attention, "mlp": mlp}.items():
-            assert len(kinds[kind]) >= 1 and list(kinds[kind]) == sorted(set(kinds[kind]) & set(range(size.count)))
+            assert len(kinds[kind]) >= 1 and list(kinds[kind]) == sorted(
+                set(kinds[kind]) & set(range(size.count))
+            )
     assert abs(target - removed_by(kept, sizes)) <= mlp.parameters
     counts = counts_per_layer(sizes, target)
     assert spread(counts, "mlp") <= 1 and spread(counts, "attention") <= 1
@@ -122,11 +138,18 @@ def test_the_least_important_go_first(seed: int, selection: str) -> None:
     ],
 )
 def test_heads_and_channels_compete_by_parameter(
-    heads: list[float], channels: list[float], target: int, heads_kept: tuple[int, ...], channels_kept: int
+    heads: list[float],
+    channels: list[float],
+    target: int,
+    heads_kept: tuple[int, ...],
+    channels_kept: int,
 ) -> None:
     sizes = {0: {"attention": KindSize(1000, 2), "mlp": KindSize(10, len(channels))}}
     kept = select({0: {"attention": heads, "mlp": channels}}, sizes, target, "global")[0]
-    assert kept == {"attention": heads_kept, "mlp": tuple(range(len(channels) - channels_kept, len(channels)))}
+    assert kept == {
+        "attention": heads_kept,
+        "mlp": tuple(range(len(channels) - channels_kept, len(channels))),
+    }
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -134,19 +157,34 @@ def test_heads_and_channels_compete_by_parameter(
 def test_no_unit_returns_after_a_step_beyond_its_target(seed: int, selection: str) -> None:
     """A head has more parameters than several steps, so the steps after it remove nothing."""
     generator = np.random.default_rng(seed)
-    sizes = sizes_of(2, attention=KindSize(int(generator.integers(50, 400)), 4), mlp=KindSize(10, 12))
-    target, steps = int(available(sizes) * generator.uniform(0.1, 0.6)), int(generator.integers(3, 9))
-    alive = {index: {name: tuple(range(size.count)) for name, size in kinds.items()} for index, kinds in sizes.items()}
+    sizes = sizes_of(
+        2, attention=KindSize(int(generator.integers(50, 400)), 4), mlp=KindSize(10, 12)
+    )
+    target, steps = (
+        int(available(sizes) * generator.uniform(0.1, 0.6)),
+        int(generator.integers(3, 9)),
+    )
+    alive = {
+        index: {name: tuple(range(size.count)) for name, size in kinds.items()}
+        for index, kinds in sizes.items()
+    }
     for step in range(1, steps + 1):
         scores: Values = {
             index: {
-                name: [generator.random() if unit in alive[index][name] else -np.inf for unit in range(size.count)]
+                name: [
+                    generator.random() if unit in alive[index][name] else -np.inf
+                    for unit in range(size.count)
+                ]
                 for name, size in kinds.items()
             }
             for index, kinds in sizes.items()
         }
         kept = select(scores, sizes, target, selection, progress=step / steps)
-        assert all(set(units) <= set(alive[index][name]) for index in kept for name, units in kept[index].items())
+        assert all(
+            set(units) <= set(alive[index][name])
+            for index in kept
+            for name, units in kept[index].items()
+        )
         alive = kept
     assert abs(removed_by(alive, sizes) - target) <= sizes[3]["attention"].parameters
 
@@ -167,7 +205,11 @@ def test_no_uniform_widths_are_nearer(seed: int, kinds: tuple[str, ...]) -> None
     sizes = sizes_of(5, **{kind: every[kind] for kind in kinds})
     stays = {"attention": plain, "mlp": range(64, 64 * 10 + 1, 64)}
     possible = [
-        5 * sum((every[kind].count - count) * every[kind].parameters for kind, count in zip(kinds, counts, strict=True))
+        5
+        * sum(
+            (every[kind].count - count) * every[kind].parameters
+            for kind, count in zip(kinds, counts, strict=True)
+        )
         for counts in itertools.product(*(stays[kind] for kind in kinds))
     ]
     target = int(max(possible) * generator.uniform(0.05, 0.95))
@@ -186,17 +228,23 @@ LLAMA_2_7B = (32, 4 * 128 * 4096, 11008, 3 * 4096, 32, 6_738_415_616, (1, 2, 4, 
 def test_uniform_heads_lose_at_most_the_share(shape: Any) -> None:
     """Without this rule half of all heads were removed to come 0.1 % closer to the rate."""
     heads, head, channels, channel, blocks, parameters, plain = shape
-    sizes = sizes_of(blocks, attention=KindSize(head, heads, plain=plain), mlp=KindSize(channel, channels))
+    sizes = sizes_of(
+        blocks, attention=KindSize(head, heads, plain=plain), mlp=KindSize(channel, channels)
+    )
     for rate in np.arange(0.02, 0.5, 0.02):
         target = int(rate * parameters)
         gone = counts_per_layer(sizes, target, 64, uniform=True)[3]["attention"]
-        assert heads - gone == min(each for each in plain if each >= heads * (1 - target / available(sizes)))
+        assert heads - gone == min(
+            each for each in plain if each >= heads * (1 - target / available(sizes))
+        )
 
 
 def test_too_few_plain_heads_are_refused() -> None:
     """A smaller cut without an error would be taken for the requested cut."""
     sizes = sizes_of(2, attention=KindSize(1000, 8, plain=(4, 8)), mlp=KindSize(10, 100))
-    with pytest.raises(UserError, match=r"at most 9,980, .*loads without qpruner.*`uniform: false`"):
+    with pytest.raises(
+        UserError, match=r"at most 9,980, .*loads without qpruner.*`uniform: false`"
+    ):
         counts_per_layer(sizes, 2 * 7000, uniform=True)
 
 
@@ -230,12 +278,17 @@ def test_nearest_heads_where_channels_cannot_shrink(target: int, uniform: bool) 
         (1, 256, 0.05, 64, 0),
     ],
 )
-def test_layer_rate_counts_units_as_llm_pruner(rows: int, count: int, rate: float, round_to: int, removed: int) -> None:
+def test_layer_rate_counts_units_as_llm_pruner(
+    rows: int, count: int, rate: float, round_to: int, removed: int
+) -> None:
     assert units_at_rate(KindSize(7, count, rows=rows), rate, round_to) == removed
 
 
 def test_layer_rate_removes_the_least_important() -> None:
-    sizes = {0: {"attention": KindSize(900, 4, rows=8), "mlp": KindSize(10, 10)}, 5: {"mlp": KindSize(10, 20)}}
+    sizes = {
+        0: {"attention": KindSize(900, 4, rows=8), "mlp": KindSize(10, 10)},
+        5: {"mlp": KindSize(10, 20)},
+    }
     scores: Values = {
         0: {"attention": [4.0, 1.0, 3.0, 2.0], "mlp": [float(-unit) for unit in range(10)]},
         5: {"mlp": [float(unit) for unit in range(20)]},
@@ -243,4 +296,8 @@ def test_layer_rate_removes_the_least_important() -> None:
     kept = {0: {"attention": (0, 2), "mlp": tuple(range(5))}, 5: {"mlp": tuple(range(10, 20))}}
     assert select_rate(scores, sizes, 0.5) == kept
     half_way = select_rate(scores, sizes, 0.5, progress=0.5)
-    assert [len(half_way[0]["attention"]), len(half_way[0]["mlp"]), len(half_way[5]["mlp"])] == [3, 8, 15]
+    assert [len(half_way[0]["attention"]), len(half_way[0]["mlp"]), len(half_way[5]["mlp"])] == [
+        3,
+        8,
+        15,
+    ]

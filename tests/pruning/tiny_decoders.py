@@ -12,7 +12,12 @@ from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
 
 VOCABULARY, PAD = 60, 0
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "tie_word_embeddings": True, "layer_types": None}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "tie_word_embeddings": True,
+    "layer_types": None,
+}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GROUPED | {"head_dim": 8},
@@ -55,11 +60,15 @@ def settings_of(**options: Any) -> PruneConfig:
 
 def rows_of(lengths: Sequence[int], seed: int = 1) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(seed)
-    ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    ids = [
+        torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths
+    ]
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def samples_of(lengths: Sequence[int] = (9, 16, 12, 7, 16), seed: int = 1, batch_size: int = 8) -> Samples:
+def samples_of(
+    lengths: Sequence[int] = (9, 16, 12, 7, 16), seed: int = 1, batch_size: int = 8
+) -> Samples:
     """Make samples of different lengths, so that most batches are padded."""
     return Samples(rows_of(lengths, seed), PAD, batch_size)
 

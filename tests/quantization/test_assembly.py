@@ -46,19 +46,27 @@ def test_every_grouped_layer_gets_its_initial_adapter(tiny_model: Path, banked: 
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 assert a.dtype == b.dtype == torch.float32
                 if plan[name] == "bf16":
-                    assert a.abs().max() > 0 and not b.any(), "the adapter of an unpacked layer starts at zero"
+                    assert a.abs().max() > 0 and not b.any(), (
+                        "the adapter of an unpacked layer starts at zero"
+                    )
                     plain.append(a)
                 else:
-                    assert torch.equal(a, read[f"{path}.lora_A"]) and torch.equal(b, read[f"{path}.lora_B"])
+                    assert torch.equal(a, read[f"{path}.lora_A"]) and torch.equal(
+                        b, read[f"{path}.lora_B"]
+                    )
     assert not torch.equal(plain[0], plain[len(plain) // 2]), "the seed changes the random adapters"
 
 
-def test_a_broken_checkpoint_shard_is_named(tiny_model: Path, banked: Banked, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_shard_is_named(
+    tiny_model: Path, banked: Banked, tmp_path: Path
+) -> None:
     load_dense(str(tiny_model), DTYPE).save_pretrained(tmp_path, max_shard_size="60KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     os.truncate(shard, 100)
     with pytest.raises(CorruptFile, match=shard.name):
-        plan_model(replace(banked[0], checkpoint=tmp_path), mixed_plan(banked[1], ("bf16",)), seed=0)
+        plan_model(
+            replace(banked[0], checkpoint=tmp_path), mixed_plan(banked[1], ("bf16",)), seed=0
+        )
 
 
 @pytest.mark.gpu

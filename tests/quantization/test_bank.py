@@ -20,7 +20,14 @@ from qpruner.errors import StorageError
 from qpruner.models.layout import group_linears, group_paths, table_paths
 from qpruner.models.loading import load_dense
 from qpruner.pruning.grams import gather
-from qpruner.quantization.bank import BankSource, Entry, build_entries, make_entries, read_plan, write_grams
+from qpruner.quantization.bank import (
+    BankSource,
+    Entry,
+    build_entries,
+    make_entries,
+    read_plan,
+    write_grams,
+)
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import layer_tensors
 from qpruner.quantization.rounding import pack
@@ -47,13 +54,19 @@ def weights() -> Tensors:
     }
 
 
-def entry_of(level: str = "nf4", layers: Tensors | None = None, grams: Tensors | None = None, **lora: Any) -> Entry:
-    [entry] = build_entries(layers or weights(), [format_of(level)], LORA.model_copy(update=lora), seed=0, grams=grams)
+def entry_of(
+    level: str = "nf4", layers: Tensors | None = None, grams: Tensors | None = None, **lora: Any
+) -> Entry:
+    [entry] = build_entries(
+        layers or weights(), [format_of(level)], LORA.model_copy(update=lora), seed=0, grams=grams
+    )
     return entry
 
 
 def same(first: Tensors, second: Tensors) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 @pytest.mark.parametrize("init", ["loftq", "plain"])
@@ -63,15 +76,21 @@ def test_an_entry_is_made_once_and_then_read(bank: BankSource, init: str) -> Non
     model = load_dense(str(bank.checkpoint), DTYPE)
     paths = group_linears(model.config, bank.grouping)[DOWN]
     for level in LEVELS:
-        expected = entry_of(level, {path: model.get_submodule(path).weight for path in paths}, init=init)
+        expected = entry_of(
+            level, {path: model.get_submodule(path).weight for path in paths}, init=init
+        )
         made = read_plan(bank, {DOWN: level})
         written = bank.file(DOWN, level).stat().st_ino
-        assert same(made, expected.tensors) and same(read_plan(bank, {DOWN: level}), expected.tensors)
+        assert same(made, expected.tensors) and same(
+            read_plan(bank, {DOWN: level}), expected.tensors
+        )
         assert bank.file(DOWN, level).stat().st_ino == written
         record = bank.entry(DOWN, level)
         assert record and record.sha256 == file_digest(bank.file(DOWN, level))
         assert (record.residual_ratio, record.error) == (expected.residual_ratio, expected.error)
-        assert (record.residual_ratio < 1) == any("lora" in name for name in made) == (init == "loftq")
+        assert (
+            (record.residual_ratio < 1) == any("lora" in name for name in made) == (init == "loftq")
+        )
     assert read_plan(bank, {DOWN: DENSE}) == {}
 
 
@@ -115,24 +134,35 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-@pytest.mark.parametrize("damage", [truncate, flip_a_byte, Path.unlink], ids=["truncated", "flipped", "missing"])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_byte, Path.unlink], ids=["truncated", "flipped", "missing"]
+)
 def test_only_a_damaged_entry_is_made_again(
     bank: BankSource, damage: Callable[[Path], None], suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, plan = read_plan(bank, PLAN), dict(PLAN)
-    digests, (path, other) = folder_digests(bank.folder), (bank.file(*each) for each in plan.items())
+    digests, (path, other) = (
+        folder_digests(bank.folder),
+        (bank.file(*each) for each in plan.items()),
+    )
     untouched = other.stat().st_mtime_ns
     damage(path.with_suffix(suffix))
     assert same(read_plan(bank, plan), before)
     assert folder_digests(bank.folder) == digests and other.stat().st_mtime_ns == untouched
     told = "\n".join(record.message for record in caplog.records)
-    assert (str(path.with_suffix(suffix)) in told) == (damage is not Path.unlink or suffix == ".safetensors"), told
+    assert (str(path.with_suffix(suffix)) in told) == (
+        damage is not Path.unlink or suffix == ".safetensors"
+    ), told
 
 
-@pytest.mark.parametrize("change", [{"inputs": "others"}, {"lora": LORA.model_copy(update={"rank": 2})}])
+@pytest.mark.parametrize(
+    "change", [{"inputs": "others"}, {"lora": LORA.model_copy(update={"rank": 2})}]
+)
 def test_an_entry_of_other_inputs_is_not_read(bank: BankSource, change: dict[str, Any]) -> None:
     read_plan(bank, PLAN)
-    other = replace(bank, inputs="others", **{key: each for key, each in change.items() if key != "inputs"})
+    other = replace(
+        bank, inputs="others", **{key: each for key, each in change.items() if key != "inputs"}
+    )
     before = bank.file(*DOWN_NF4).stat().st_ino
     read_plan(other, FIRST)
     assert bank.file(*DOWN_NF4).stat().st_ino != before
@@ -174,7 +204,9 @@ def test_two_processes_may_make_the_same_entries(bank: BankSource, tmp_path: Pat
     assert folder_digests(bank.folder) == folder_digests(tmp_path / "alone")
 
 
-def test_a_process_killed_while_it_makes_an_entry_leaves_none(bank: BankSource, tmp_path: Path) -> None:
+def test_a_process_killed_while_it_makes_an_entry_leaves_none(
+    bank: BankSource, tmp_path: Path
+) -> None:
     """The kernel kills it at the first byte past a file's size limit."""
     with maker(bank, FIRST) as (process, begin):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
@@ -182,7 +214,9 @@ def test_a_process_killed_while_it_makes_an_entry_leaves_none(bank: BankSource, 
         process.join(60)
     assert process.exitcode == -signal.SIGXFSZ
     assert bank.entry(*DOWN_NF4) is None and not bank.file(*DOWN_NF4).exists()
-    assert [path.stat().st_size for path in bank.folder.rglob("*") if path.is_file()] == [4096], "killed as it wrote"
+    assert [path.stat().st_size for path in bank.folder.rglob("*") if path.is_file()] == [4096], (
+        "killed as it wrote"
+    )
     assert same(read_plan(bank, FIRST), read_plan(replace(bank, folder=tmp_path / "other"), FIRST))
 
 
@@ -193,12 +227,16 @@ def test_a_full_disk_keeps_no_part_of_an_entry(bank: BankSource, tmp_path: Path)
         fill(disk, 4096)
         with pytest.raises(StorageError, match=f"no space left for {disk}/nf4/"):
             read_plan(full, PLAN)
-        assert set(folder_digests(disk)) - {"filler"} == {f"int8/{QKV}.{kind}" for kind in ("json", "safetensors")}
+        assert set(folder_digests(disk)) - {"filler"} == {
+            f"int8/{QKV}.{kind}" for kind in ("json", "safetensors")
+        }
         (disk / "filler").unlink()
         assert same(read_plan(full, PLAN), read_plan(bank, PLAN))
 
 
-def test_a_machine_caches_the_files_it_reads(bank: BankSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_caches_the_files_it_reads(
+    bank: BankSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     tensors, path = read_plan(bank, FIRST), bank.file(*DOWN_NF4)
     monkeypatch.setenv(BANK_CACHE, str(cache := tmp_path / "cache"))
     assert same(read_plan(bank, FIRST), tensors)
@@ -211,7 +249,9 @@ def test_a_machine_caches_the_files_it_reads(bank: BankSource, monkeypatch: pyte
     assert [file.name for file in cache.glob("*.safetensors")] == [copy.name]
 
 
-def test_a_full_cache_keeps_no_partial_file(bank: BankSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_cache_keeps_no_partial_file(
+    bank: BankSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     read_plan(bank, PLAN)
     with disk_of("8k", tmp_path / "cache") as cache:
         monkeypatch.setenv(BANK_CACHE, str(cache))
@@ -239,7 +279,9 @@ def test_the_table_that_computes_logits_is_rounded_by_its_inputs(
     table, gram = next(iter(grams.items()))
     assert table == (("model.embed_tokens",) if is_tied else ("lm_head",))
     packing = format_of("q4_0")
-    for group, (path,) in ((each, group_paths(model.config, GROUP)[each]) for each in table_paths(model.config)):
+    for group, (path,) in (
+        (each, group_paths(model.config, GROUP)[each]) for each in table_paths(model.config)
+    ):
         weight = model.get_parameter(f"{path}.weight").detach()
         ((_, tensors),) = make_entries(bank, group, ("q4_0",))
         nearest, calibrated = (pack(packing, weight, each)["weight"] for each in (None, gram))

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_models import DTYPE, GROUP, LEVELS, LORA, PATTERN, bank_source, groups_of, logits_of, mixed_plan
+from mixed_models import (
+    DTYPE,
+    GROUP,
+    LEVELS,
+    LORA,
+    PATTERN,
+    bank_source,
+    groups_of,
+    logits_of,
+    mixed_plan,
+)
 
 from qpruner.config.schema import LoraConfig
 from qpruner.models.loading import load_dense
@@ -22,7 +32,11 @@ def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tor
     """Make a random weight with a large direction and an outlier, as in trained models."""
     generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
     weight = 0.02 * torch.randn(shape, generator=generator)
-    weight += 0.05 * torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1], generator=generator)
+    weight += (
+        0.05
+        * torch.randn(shape[0], 1, generator=generator)
+        @ torch.randn(1, shape[1], generator=generator)
+    )
     weight[0, 0] = 0.5
     return weight.to(dtype)
 
@@ -30,7 +44,9 @@ def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tor
 def correlated_gram(columns: int) -> torch.Tensor:
     """Make the Gram matrix of inputs of which a few directions have most of the size."""
     generator = torch.Generator().manual_seed(columns)
-    inputs = torch.randn(1000, 4, generator=generator) @ torch.randn(4, columns, generator=generator)
+    inputs = torch.randn(1000, 4, generator=generator) @ torch.randn(
+        4, columns, generator=generator
+    )
     inputs += 0.3 * torch.randn(1000, columns, generator=generator)
     return inputs.T @ inputs
 
@@ -49,7 +65,9 @@ def start_of(
     return loftq_start(weight, pack(packing, weight, gram), packing, lora, seed, gram)
 
 
-def change_of(weight: torch.Tensor, name: str, start: LoftqStart, scaling: float = SCALING) -> torch.Tensor:
+def change_of(
+    weight: torch.Tensor, name: str, start: LoftqStart, scaling: float = SCALING
+) -> torch.Tensor:
     """Compute what the unpacked weight plus the adapter differs by, as in the forward pass."""
     unpacked = format_of(name).unpack(start.packed, weight.shape[1], torch.float32)
     return weight.detach().float() - unpacked - scaling * start.lora_b @ start.lora_a
@@ -57,7 +75,9 @@ def change_of(weight: torch.Tensor, name: str, start: LoftqStart, scaling: float
 
 def plain_change_of(weight: torch.Tensor, name: str) -> torch.Tensor:
     packing = format_of(name)
-    return weight.detach().float() - packing.unpack(packing.pack(weight), weight.shape[1], torch.float32)
+    return weight.detach().float() - packing.unpack(
+        packing.pack(weight), weight.shape[1], torch.float32
+    )
 
 
 def error_of(weight: torch.Tensor, name: str, start: LoftqStart, scaling: float = SCALING) -> float:
@@ -80,7 +100,9 @@ def test_the_adapter_never_increases_the_error(shape: tuple[int, int], name: str
         assert start.error == pytest.approx(error_of(weight, name, start), rel=1e-3, abs=1e-6)
         assert error_of(weight, name, start) < plain
         kept = (start.lora_a, start.lora_b, *start.packed.values())
-        assert not any(tensor.requires_grad for tensor in kept), "they would keep an autograd graph in memory"
+        assert not any(tensor.requires_grad for tensor in kept), (
+            "they would keep an autograd graph in memory"
+        )
     assert error_of(weight, name, start_of(weight, name, rank=min(shape))) < 1e-4 * plain
     for dtype in (torch.bfloat16, torch.float16):
         half, four_bits = weight_of(shape, dtype), "nf4_double" if name == "nf4" else name
@@ -95,7 +117,9 @@ def test_more_iterations_never_increase_the_error(name: str, on_grid: bool) -> N
     for shape in SHAPES:
         grid = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float()
         weight = grid if on_grid else weight_of(shape)
-        errors = [start_of(weight, name, loftq_iterations=iterations).error for iterations in (1, 2, 5)]
+        errors = [
+            start_of(weight, name, loftq_iterations=iterations).error for iterations in (1, 2, 5)
+        ]
         assert errors == sorted(errors, reverse=True)
 
 
@@ -104,7 +128,10 @@ def test_one_iteration_is_the_best_approximation() -> None:
     weight = weight_of((64, 128))
     values = torch.linalg.svdvals(plain_change_of(weight, "nf4"))
     for scaling, rank in ((0.5, 8), (1.0, 1), (4.0, 64)):
-        start, tail = start_of(weight, "nf4", scaling=scaling, rank=rank), float(values[rank:].norm())
+        start, tail = (
+            start_of(weight, "nf4", scaling=scaling, rank=rank),
+            float(values[rank:].norm()),
+        )
         assert start.error == pytest.approx(tail, rel=1e-4, abs=1e-5)
         assert error_of(weight, "nf4", start, scaling) == pytest.approx(tail, rel=1e-4, abs=1e-5)
 
@@ -112,8 +139,12 @@ def test_one_iteration_is_the_best_approximation() -> None:
 def test_the_randomized_svd_is_close_to_the_exact_svd() -> None:
     weight = weight_of((192, 256))
     for gram in (None, correlated_gram(256)):
-        exact, randomized = (start_of(weight, "nf4", gram=gram, svd=svd) for svd in ("exact", "randomized"))
-        left, near = (output_error(change_of(weight, "nf4", start), gram) for start in (exact, randomized))
+        exact, randomized = (
+            start_of(weight, "nf4", gram=gram, svd=svd) for svd in ("exact", "randomized")
+        )
+        left, near = (
+            output_error(change_of(weight, "nf4", start), gram) for start in (exact, randomized)
+        )
         assert left <= near * (1 + 1e-6) and near < 1.01 * left
 
 
@@ -124,15 +155,21 @@ def test_with_a_gram_the_outputs_start_closer(name: str) -> None:
     for iterations in (1, 2, 5):
         start = start_of(weight, name, gram=gram, loftq_iterations=iterations)
         losses.append(output_error(change_of(weight, name, start), gram))
-        assert start.error == pytest.approx(losses[-1], rel=1e-3) and start.error < start.plain_error
+        assert (
+            start.error == pytest.approx(losses[-1], rel=1e-3) and start.error < start.plain_error
+        )
     assert losses == sorted(losses, reverse=True), "more iterations never lose more"
     assert losses[0] < 0.7 * output_error(change_of(weight, name, start_of(weight, name)), gram)
     if name == "nf4":
         root, once = gram_root(gram), start_of(weight, name, gram=gram)
         tail = torch.linalg.svdvals(plain_change_of(weight, name) @ root)[8:]
-        assert float((change_of(weight, name, once) @ root).norm()) < 1.1 * float(tail.norm()), "near the best"
+        assert float((change_of(weight, name, once) @ root).norm()) < 1.1 * float(tail.norm()), (
+            "near the best"
+        )
         inner = ((once.lora_a @ gram) * once.lora_a).sum(dim=1)
-        assert inner.tolist() == pytest.approx([float(gram.diagonal().mean())] * 8, rel=1e-3), "as large as the inputs"
+        assert inner.tolist() == pytest.approx([float(gram.diagonal().mean())] * 8, rel=1e-3), (
+            "as large as the inputs"
+        )
         principal = torch.linalg.eigh(gram)[1][:, -4:].T.flip(0)
         cosines = (torch.nn.functional.normalize(once.lora_a[:4]) * principal).sum(dim=1).abs()
         assert cosines.min() > 0.99, "half of the adapter reads the inputs' principal directions"
@@ -155,5 +192,7 @@ def test_adapters_learn_equally_fast_in_all_formats(tiny_model: Path, tmp_path: 
     for name in PATTERN:
         model, starts = assemble(bank, mixed_plan(groups_of(bank), (name,)))
         adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
-        rows = torch.cat([value.norm(dim=1) for name, value in adapted.named_parameters() if "lora_A" in name])
+        rows = torch.cat(
+            [value.norm(dim=1) for name, value in adapted.named_parameters() if "lora_A" in name]
+        )
         assert torch.allclose(rows.float(), torch.ones_like(rows).float(), atol=4e-3)

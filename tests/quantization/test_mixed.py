@@ -70,10 +70,14 @@ def test_a_saved_model_loads_bit_for_bit(
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     loaded.save_pretrained(tmp_path / "again")
-    written, again = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "again"))
+    written, again = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("once", "again")
+    )
     torch.testing.assert_close(written, again, rtol=0, atol=0)
     size = sum(tensor.nbytes for name, tensor in written.items() if ".quant_state." not in name)
-    quantize = QuantizeConfig(group="projection", formats=(*levels, "bf16"), embeddings=(tables,), budget={"gib": 1})
+    quantize = QuantizeConfig(
+        group="projection", formats=(*levels, "bf16"), embeddings=(tables,), budget={"gib": 1}
+    )
     layout = layout_of(model.config, quantize, 2, LORA.rank, on_gpu=False)
     promised = layout.plan_bytes(PrecisionPlan.from_dict(plan)) - layout.adapter_bytes
     assert size == measured_bytes(model) == promised, "what the budget counts"
@@ -97,8 +101,14 @@ def test_weights_are_loaded_in_the_type_that_is_asked_for(tiny_model: Path, tmp_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model.layers.0.mlp.down_proj": "q9_9"}, r"down_proj has the format q9_9, which this version .* not know"),
-        ({"model.embed_tokens": "nf4"}, r"embed_tokens has the format nf4, but single rows .* cannot be unpacked"),
+        (
+            {"model.layers.0.mlp.down_proj": "q9_9"},
+            r"down_proj has the format q9_9, which this version .* not know",
+        ),
+        (
+            {"model.embed_tokens": "nf4"},
+            r"embed_tokens has the format nf4, but single rows .* cannot be unpacked",
+        ),
     ],
     ids=["unknown", "no rows"],
 )
@@ -124,7 +134,9 @@ def test_every_width_is_decoded_correctly_or_refused(tmp_path: Path) -> None:
         if nf4.refusal(columns, None):
             assert columns % 64, "multiples of 64, as most models have, must work"
         else:
-            error = (nf4.unpack(nf4.pack(weight), columns, torch.float32) - weight).norm() / weight.norm()
+            error = (
+                nf4.unpack(nf4.pack(weight), columns, torch.float32) - weight
+            ).norm() / weight.norm()
             assert error < 0.15, columns
 
 
@@ -134,31 +146,46 @@ def live_inputs(model: Any, checkpointing: bool, kept: list[Any] | None = None) 
     With a list `kept`, the last layer keeps its input there.
     """
     seen: list[StorageWeakRef] = []
-    adapted = get_peft_model(model, PeftLora(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        model, PeftLora(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
     if checkpointing:
         adapted.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in adapted.base_model.model.model.layers:
-        for each in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
-            each.register_forward_pre_hook(lambda _, args: seen.append(StorageWeakRef(args[0].untyped_storage())))
+        for each in (
+            layer.self_attn.q_proj,
+            layer.self_attn.o_proj,
+            layer.mlp.up_proj,
+            layer.mlp.down_proj,
+        ):
+            each.register_forward_pre_hook(
+                lambda _, args: seen.append(StorageWeakRef(args[0].untyped_storage()))
+            )
     if kept is not None:
         each.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
     adapted.train()
     loss = adapted(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss
     alive = sum(not each.expired() for each in seen)
     loss.backward()
-    assert all(each.grad is not None for name, each in adapted.named_parameters() if "lora_B" in name)
+    assert all(
+        each.grad is not None for name, each in adapted.named_parameters() if "lora_B" in name
+    )
     return alive
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8", "bf16"])
-def test_gradient_checkpointing_frees_activations(tiny_model: Path, name: str, tmp_path: Path) -> None:
+def test_gradient_checkpointing_frees_activations(
+    tiny_model: Path, name: str, tmp_path: Path
+) -> None:
     """Layers that keep their input, as bitsandbytes' 8-bit layers do, would cost a gigabyte with Llama-2-7B."""
     bank = bank_source(tiny_model, tmp_path / "bank")
     plan = mixed_plan(groups_of(bank), (name,))
     if has_bfloat16():  # else autograd keeps copies in float32 instead
         assert live_inputs(mixed_model(bank, plan), checkpointing=False) > 0
-    assert live_inputs(mixed_model(bank, plan), checkpointing=True, kept=[]) == 1, "an input that a layer keeps is seen"
+    assert live_inputs(mixed_model(bank, plan), checkpointing=True, kept=[]) == 1, (
+        "an input that a layer keeps is seen"
+    )
     assert live_inputs(mixed_model(bank, plan), checkpointing=True) == 0
 
 
@@ -174,7 +201,9 @@ def test_a_final_folder_loads_with_adapter_and_end_tokens(tiny_model: Path, tmp_
     model = mixed_model(bank, mixed_plan(groups_of(bank), PATTERN) | {EMBEDDINGS: "int8"})
     without = logits_of(model)
     expected = logits_of(PeftModel.from_pretrained(model, str(final)))
-    written = run_python(FRESH_PROCESS, str(final), json.dumps(token_ids().tolist()), folder=tmp_path)
+    written = run_python(
+        FRESH_PROCESS, str(final), json.dumps(token_ids().tolist()), folder=tmp_path
+    )
     found, effect = torch.tensor(json.loads(written)), (expected - without).norm()
     assert effect > 0.1 * expected.norm(), "the test needs an adapter with an effect"
     # transformers 5.24 rounds adapters on 4- and 16-bit layers to the model's bfloat16; peft keeps them in float32.

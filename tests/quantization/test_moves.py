@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_models import PATTERN, bank_source, final_model, groups_of, logits_of, mixed_model, mixed_plan, token_ids
+from mixed_models import (
+    PATTERN,
+    bank_source,
+    final_model,
+    groups_of,
+    logits_of,
+    mixed_model,
+    mixed_plan,
+    token_ids,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +49,11 @@ def test_codes_move_with_their_model(model: Model, tmp_path: Path) -> None:
 
 def test_changing_the_dtype_keeps_codes_and_scales(model: Model) -> None:
     expected = logits_of(model)
-    before = {name: each.clone() for name, each in model.named_parameters() if not each.is_floating_point()}
+    before = {
+        name: each.clone()
+        for name, each in model.named_parameters()
+        if not each.is_floating_point()
+    }
     torch.nn.Sequential(model).to(torch.float32)
     assert all(torch.equal(model.get_parameter(name), each) for name, each in before.items())
     found = logits_of(model)

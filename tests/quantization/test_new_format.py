@@ -73,7 +73,12 @@ def test_a_format_in_one_file_is_searched_and_loaded(tiny_model: Path, tmp_path:
     (package / "quantization" / "formats" / "five.py").write_text(FIVE_BITS.lstrip())
     environment = os.environ | {"PYTHONPATH": str(package.parent)}
     keys = {
-        "quantize": {"group": "block", "formats": ["five", "int8"], "embeddings": ["five"], "rounding": "gptq"},
+        "quantize": {
+            "group": "block",
+            "formats": ["five", "int8"],
+            "embeddings": ["five"],
+            "rounding": "gptq",
+        },
         "search.max_trials": 5,
         "sensitivity.methods": ["fisher"],
         "finetune.compare": False,
@@ -85,7 +90,11 @@ def test_a_format_in_one_file_is_searched_and_loaded(tiny_model: Path, tmp_path:
 
     def python(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -94,6 +103,8 @@ def test_a_format_in_one_file_is_searched_and_loaded(tiny_model: Path, tmp_path:
     assert (run / "banks" / "cut-20" / "five" / "layers.0.safetensors").exists()
     trials = [json.loads(path.read_text()) for path in run.glob("trials/*/*/trial.json")]
     assert any(set(trial["plan"].values()) == {"five", "int8"} for trial in trials)
-    assert all(trial["plan"]["embeddings"] == "five" for trial in trials if trial["status"] == "finished")
+    assert all(
+        trial["plan"]["embeddings"] == "five" for trial in trials if trial["status"] == "finished"
+    )
     assert "five" in (run / "report.html").read_text()
     assert "'five'" in python("-c", LOAD, str(run / "final"))

@@ -20,12 +20,16 @@ def weight_of(columns: int = COLUMNS) -> torch.Tensor:
 def inputs_of(tokens: int = TOKENS, columns: int = COLUMNS) -> torch.Tensor:
     """Make inputs ``(tokens, columns)`` that correlate, and of sizes that differ, as hidden states do."""
     generator = torch.Generator().manual_seed(2)
-    mixed = torch.randn(tokens, 32, generator=generator) @ torch.randn(32, columns, generator=generator)
+    mixed = torch.randn(tokens, 32, generator=generator) @ torch.randn(
+        32, columns, generator=generator
+    )
     sizes = torch.rand(columns, generator=generator) * 2
     return (mixed / 6 + 0.3 * torch.randn(tokens, columns, generator=generator)) * sizes
 
 
-def output_error(each: Format, packed: dict[str, torch.Tensor], weight: torch.Tensor, inputs: torch.Tensor) -> float:
+def output_error(
+    each: Format, packed: dict[str, torch.Tensor], weight: torch.Tensor, inputs: torch.Tensor
+) -> float:
     change = each.unpack(packed, weight.shape[1], torch.float32) - weight
     return float((inputs @ change.T).square().sum() / (inputs @ weight.T).square().sum())
 
@@ -45,15 +49,20 @@ def test_outputs_change_less_than_by_rounding_to_nearest(each: GridFormat) -> No
         assert torch.equal(by_inputs["weight"], nearest["weight"])
         return
     assert by_inputs["weight"].shape == nearest["weight"].shape
-    assert output_error(each, by_inputs, weight, new) < 0.7 * output_error(each, nearest, weight, new)
+    assert output_error(each, by_inputs, weight, new) < 0.7 * output_error(
+        each, nearest, weight, new
+    )
 
 
-def test_layers_that_share_their_inputs_are_packed_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_share_their_inputs_are_packed_as_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gram, weights = inputs_of().T @ inputs_of(), weight_of().split([32, 16])
     together = pack_together(W3, weights, gram)
     monkeypatch.delattr("qpruner.quantization.rounding.gram_root")  # kept with the Gram matrix
     assert all(
-        torch.equal(one["weight"], pack(W3, each, gram)["weight"]) for one, each in zip(together, weights, strict=True)
+        torch.equal(one["weight"], pack(W3, each, gram)["weight"])
+        for one, each in zip(together, weights, strict=True)
     )
 
 
@@ -78,7 +87,9 @@ def test_codes_stand_on_the_grids_that_are_stored() -> None:
     steps = W3.unpack(packed, COLUMNS, torch.float32) / scales_of(packed)
     assert torch.allclose(steps, steps.round(), atol=1e-5)
     groups = steps.round().view(ROWS, -1, 64)
-    assert int((groups.amax(dim=2) - groups.amin(dim=2)).max()) == 7, "the largest and smallest of 8 codes"
+    assert int((groups.amax(dim=2) - groups.amin(dim=2)).max()) == 7, (
+        "the largest and smallest of 8 codes"
+    )
 
 
 def test_fewer_tokens_than_inputs_and_dead_inputs_work() -> None:
@@ -90,7 +101,9 @@ def test_fewer_tokens_than_inputs_and_dead_inputs_work() -> None:
         gram = inputs.T @ inputs
         assert torch.linalg.matrix_rank(gram) < COLUMNS
         packed = pack(W3, weight, gram)
-        assert output_error(W3, packed, weight, inputs) < 0.3 * output_error(W3, W3.pack(weight), weight, inputs)
+        assert output_error(W3, packed, weight, inputs) < 0.3 * output_error(
+            W3, W3.pack(weight), weight, inputs
+        )
         change = W3.unpack(packed, COLUMNS, torch.float32) - weight
         inner = (change.abs() <= 0.51 * scales_of(packed))[:, dead]
         assert float(inner.float().mean()) > 0.97, "but for those beyond the grid of their group"
@@ -126,4 +139,6 @@ def test_rows_round_alike_alone_and_together(monkeypatch: pytest.MonkeyPatch) ->
     alone = W3.unpack(pack(W3, weight[:5].double(), gram.double()), COLUMNS, torch.float32)
     monkeypatch.setattr(rounding, "ROWS", 10)
     in_parts = W3.unpack(pack(W3, weight, gram), COLUMNS, torch.float32)
-    assert all(float((whole[: len(each)] != each).float().mean()) < 0.01 for each in (alone, in_parts))
+    assert all(
+        float((whole[: len(each)] != each).float().mean()) < 0.01 for each in (alone, in_parts)
+    )

@@ -80,7 +80,9 @@ STATE = RunState(
 )
 
 
-def made_methods(values: dict[str, tuple[float | None, ...]], *names: str) -> dict[str, MethodScores]:
+def made_methods(
+    values: dict[str, tuple[float | None, ...]], *names: str
+) -> dict[str, MethodScores]:
     """Return sensitivities with the same predicted losses."""
     scores = MethodScores(unit="nats", values=values, seconds=12.5)
     return dict.fromkeys(names, scores)
@@ -102,20 +104,38 @@ def candidate(
     sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes, "mean_bits": mean_bits}
     losses = {"train_loss": 1.9, "confirmation_loss": confirmation_loss}
     losses |= {"confirmation_losses": (confirmation_loss,) * 2}
-    costs = {"num_parameters": 120_000_000, "steps": 40, "peak_memory_bytes": 900_000_000, "memory_counter": "rss"}
+    costs = {
+        "num_parameters": 120_000_000,
+        "steps": 40,
+        "peak_memory_bytes": 900_000_000,
+        "memory_counter": "rss",
+    }
     origin = (dict.fromkeys((BASE, PRUNED), "unquantized") | ORIGINS).get(name, name)
     return CandidateRecord(
-        **STAGE, cut="cut-20", name=name, origin=origin, seed=seed, plan=plan, **sizes, **losses, **costs
+        **STAGE,
+        cut="cut-20",
+        name=name,
+        origin=origin,
+        seed=seed,
+        plan=plan,
+        **sizes,
+        **losses,
+        **costs,
     )
 
 
 def score(
-    correct: Sequence[float], answer_loss: Sequence[float] = (), task: str = "arc", metric: str = "acc"
+    correct: Sequence[float],
+    answer_loss: Sequence[float] = (),
+    task: str = "arc",
+    metric: str = "acc",
 ) -> TaskScore:
     value, count = sum(correct) / len(correct), len(correct)
     stderr = math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else math.nan
     answers = {"correct": tuple(correct), "answer_loss": tuple(answer_loss)}
-    return TaskScore(task=task, metric=metric, value=value, stderr=stderr, num_questions=count, **answers)
+    return TaskScore(
+        task=task, metric=metric, value=value, stderr=stderr, num_questions=count, **answers
+    )
 
 
 def answers(num_questions: int, num_correct: int) -> list[float]:
@@ -123,27 +143,41 @@ def answers(num_questions: int, num_correct: int) -> list[float]:
 
 
 def results_of(
-    scored: Sequence[Scored], untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (), **changes: Any
+    scored: Sequence[Scored],
+    untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (),
+    **changes: Any,
 ) -> Results:
     """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record.
 
     The winner's rival is the row `RIVAL`, if there is one.
     """
-    trials = {"num_trials": 16, "num_finished": 7, "num_stopped": 8, "num_reused": 5, "failures": {"diverged": 1}}
+    trials = {
+        "num_trials": 16,
+        "num_finished": 7,
+        "num_stopped": 8,
+        "num_reused": 5,
+        "failures": {"diverged": 1},
+    }
     told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
     plans = {record.name: {"plan": record.plan, "cut": record.cut} for record, _ in scored}
     control = made_confirmation(2, RIVAL, 2.125, reused=True, **plans.get(RIVAL, {}))
     best = made_confirmation(11, "gp", 2.0625, stderr=0.03125, **plans[SEARCHED])
     search = STAGE | trials | told | {"confirmations": (control, best), "best_index": 11} | changes
     rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
-    rows += [RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored]
+    rows += [
+        RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored
+    ]
     kl = made_methods({"nf4": (0.5125, 0.25), "int8": (0.0125, 0.0)}, "kl")
     return Results(
-        prepare=PrepareRecord(**STAGE, model_path="/models/base", converted=False, num_rows={"train": 48}),
+        prepare=PrepareRecord(
+            **STAGE, model_path="/models/base", converted=False, num_rows={"train": 48}
+        ),
         prune=made_prune(made_layer(0, 2, 100)),
         sensitivity=SensitivityRecord(**STAGE, groups=tuple(PLAN), methods=kl),
         search=made_search(scored[-1][0].plan, **search),
-        finetune=FinetuneRecord(**STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)),
+        finetune=FinetuneRecord(
+            **STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)
+        ),
         evaluate=EvalRecord(**STAGE, rows=tuple(rows), tested="asked"),
     )
 
@@ -168,7 +202,9 @@ def row_of(
     ]
 
 
-def searched_row(losses: Sequence[float], scores: Sequence[TaskScore] | None = None, **changes: Any) -> list[Scored]:
+def searched_row(
+    losses: Sequence[float], scores: Sequence[TaskScore] | None = None, **changes: Any
+) -> list[Scored]:
     return row_of(SEARCHED, losses, scores, **({"plan": PLAN} | changes))
 
 
@@ -190,9 +226,17 @@ def with_figures(results: Results) -> Results:
         seed, decoded = row.seed or 0, (20.0, 10.0, 12.0)
         read = (100.0 + seed, 110.0 + seed, 150.0 + seed)
         figures = {"prefill_tokens_per_second": read, "decode_tokens_per_second": decoded}
-        taken = None if row.seed is None else Inference(memory_bytes=(30 + seed) * 10_000_000, **figures)
-        rows.append(row.model_copy(update={"text_loss": math.log(8.0 + 2 * seed), "inference": taken}))
-    setting = InferenceSetting(device="NVIDIA X", prompt_tokens=128, new_tokens=16, memory_counter="cuda peak")
+        taken = (
+            None
+            if row.seed is None
+            else Inference(memory_bytes=(30 + seed) * 10_000_000, **figures)
+        )
+        rows.append(
+            row.model_copy(update={"text_loss": math.log(8.0 + 2 * seed), "inference": taken})
+        )
+    setting = InferenceSetting(
+        device="NVIDIA X", prompt_tokens=128, new_tokens=16, memory_counter="cuda peak"
+    )
     given = {"rows": tuple(rows), "text": "the text", "inference": setting}
     return results.model_copy(update={"evaluate": results.evaluate.model_copy(update=given)})
 
@@ -209,12 +253,16 @@ def whole_results() -> Results:
             row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, 2.0 + seed)
             right = score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50)
             scored.append((row, (right, score(answers(40, 30), [2.0] * 40, "piqa"))))
-    untuned = [(name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in UNTUNED]
+    untuned = [
+        (name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in UNTUNED
+    ]
     return results_of(scored, untuned)
 
 
 def made_finalist(trial: TrialRecord, loss: float) -> Confirmation:
-    return made_confirmation(trial.index, trial.origin, loss, plan=trial.plan, plan_bytes=trial.plan_bytes)
+    return made_confirmation(
+        trial.index, trial.origin, loss, plan=trial.plan, plan_bytes=trial.plan_bytes
+    )
 
 
 # ---- the folder of a long search
@@ -251,9 +299,15 @@ class MadeRun:
         self._gpus, self._stage = gpus, STAGE | {"gpu_seconds": STAGE["seconds"] * gpus}
         self._random, self._tasks = np.random.default_rng(0), {task: 400, "piqa": 200}
         self.run = RunDir(root)
-        self.groups = [f"layers.{block:02d}.{part}" for block in range(num_blocks) for part in ("attention", "mlp")]
+        self.groups = [
+            f"layers.{block:02d}.{part}"
+            for block in range(num_blocks)
+            for part in ("attention", "mlp")
+        ]
         self._gains = self._random.gamma(1.2, 0.01, len(self.groups))
-        self._weights = np.where(np.arange(len(self.groups)) % 2, 1.4, 0.6) * 69_000_000 / len(self.groups)
+        self._weights = (
+            np.where(np.arange(len(self.groups)) % 2, 1.4, 0.6) * 69_000_000 / len(self.groups)
+        )
         self.trials = self._make_trials(num_trials)
         for trial in self.trials:
             self.write(trial)
@@ -262,7 +316,9 @@ class MadeRun:
         for name in done:
             self.run.write_record(name, self._records[name])
         made = {name: StageState(state="done", started=STARTED, seconds=61.5) for name in done}
-        config = validate_config(raw_config(Path(model), root)).model_dump(mode="json") | {"model": {"source": model}}
+        config = validate_config(raw_config(Path(model), root)).model_dump(mode="json") | {
+            "model": {"source": model}
+        }
         search = search_state(budget_bytes=BUDGET, max_trials=num_trials, steps=16, slots=None)
         self.state = STATE
         self.change_state(config=config, stages=made | (stages or {}), search=search, **state)
@@ -301,25 +357,62 @@ class MadeRun:
         for index in range(count):
             origin = ([*CONTROLS] + ["gp"] * count)[index]
             share = CONTROLS.get(origin, self._random.uniform(0.2, 0.5))
-            keys = self._gains * self._random.lognormal(0, 2.0 / (1 + index % 40 / 20), len(self.groups))
+            keys = self._gains * self._random.lognormal(
+                0, 2.0 / (1 + index % 40 / 20), len(self.groups)
+            )
             high = np.zeros(len(self.groups), dtype=bool)
             high[np.argsort(-keys)[: int(share * len(self.groups))]] = True
-            bits, last = np.where(high, 8, 4), 4.2 - float(self._gains[high].sum()) + self._random.normal(0, 0.004)
+            bits, last = (
+                np.where(high, 8, 4),
+                4.2 - float(self._gains[high].sum()) + self._random.normal(0, 0.004),
+            )
             losses = [trial.rungs[-1].loss for trial in trials if trial.rungs]
-            status = "failed" if index == 7 else "stopped" if index > 12 and last > np.median(losses) else "finished"
-            steps = {"finished": (4, 8, 16), "stopped": (4, 8)[: 1 + index % 2], "failed": ()}[status]
+            status = (
+                "failed"
+                if index == 7
+                else "stopped"
+                if index > 12 and last > np.median(losses)
+                else "finished"
+            )
+            steps = {"finished": (4, 8, 16), "stopped": (4, 8)[: 1 + index % 2], "failed": ()}[
+                status
+            ]
             slot, seconds = int(np.argmin(ends)), 20.0 + 12.0 * sum(steps) / 4
             ends[slot] += seconds
-            rungs = [RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last) for step in steps]
+            rungs = [
+                RungResult(step=step, loss=last + 0.4 * math.exp(-step / 4), train_loss=last)
+                for step in steps
+            ]
             taken = {"seconds": seconds, "gpu_seconds": seconds * self._gpus, "rungs": rungs}
             times = (ends[slot] - seconds, *(ends[slot] - 1.0 for _ in steps), ends[slot])
-            plan = {group: OF_LETTER[str(value)] for group, value in zip(self.groups, bits, strict=True)}
+            plan = {
+                group: OF_LETTER[str(value)] for group, value in zip(self.groups, bits, strict=True)
+            }
             size = int(40_000_000 + (self._weights * bits / 8).sum())
             mean_bits = float((self._weights * bits).sum() / self._weights.sum())
-            told = {"reason": {"failed": "TrainingDiverged: loss is nan", "stopped": "stopped by ASHA"}.get(status)}
-            told |= {"digest": TRIALS, "search": SEARCH, "origin": origin, "status": status, "times": times}
+            told = {
+                "reason": {
+                    "failed": "TrainingDiverged: loss is nan",
+                    "stopped": "stopped by ASHA",
+                }.get(status)
+            }
+            told |= {
+                "digest": TRIALS,
+                "search": SEARCH,
+                "origin": origin,
+                "status": status,
+                "times": times,
+            }
             trials.append(
-                TrialRecord(index=index, cut="cut-20", plan=plan, plan_bytes=size, mean_bits=mean_bits, **taken, **told)
+                TrialRecord(
+                    index=index,
+                    cut="cut-20",
+                    plan=plan,
+                    plan_bytes=size,
+                    mean_bits=mean_bits,
+                    **taken,
+                    **told,
+                )
             )
         return trials
 
@@ -330,24 +423,39 @@ class MadeRun:
         methods = {}
         for name, noise in NOISES.items():
             values = self._gains * self._random.lognormal(0, noise, len(self.groups))
-            methods |= made_methods({"nf4": tuple(values.tolist()), "int8": tuple((values / 50).tolist())}, name)
+            methods |= made_methods(
+                {"nf4": tuple(values.tolist()), "int8": tuple((values / 50).tolist())}, name
+            )
         prepared = {"model_path": "/models/base", "converted": False, "num_rows": {"train": 48}}
         return {
             "prepare": PrepareRecord(**self._stage, **prepared),
             "prune": made_prune(*layers, **self._stage, **sizes),
             "bank": BankRecord(**self._stage, cut="cut-20", files={}, bytes=1, residual_ratio={}),
-            "sensitivity": SensitivityRecord(**self._stage, groups=tuple(self.groups), methods=methods),
+            "sensitivity": SensitivityRecord(
+                **self._stage, groups=tuple(self.groups), methods=methods
+            ),
         }
 
     def _after_the_search(self) -> dict[str, Record]:
         statuses = [trial.status for trial in self.trials]
-        finished = [trial for trial in self.trials if trial.status == "finished" and trial.plan_bytes <= BUDGET]
+        finished = [
+            trial
+            for trial in self.trials
+            if trial.status == "finished" and trial.plan_bytes <= BUDGET
+        ]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
-        found = [made_finalist(each, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)]
+        found = [
+            made_finalist(each, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)
+        ]
         losses = [each.loss for each in found if each.control]
         found[1] = made_finalist(self.trials[1], min(losses) - 0.01)  # the best control
-        search = {f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")}
-        search |= {"num_trials": len(statuses), "ended": f"all {len(statuses)} trials were spent (`search.max_trials`)"}
+        search = {
+            f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")
+        }
+        search |= {
+            "num_trials": len(statuses),
+            "ended": f"all {len(statuses)} trials were spent (`search.max_trials`)",
+        }
         search |= {"trials_digest": TRIALS, "budget_bytes": BUDGET, "search_seconds": 1800.0}
         search |= {"best_index": best.index, "best_origin": best.origin}
         search |= {"confirmations": tuple(found)}
@@ -356,11 +464,17 @@ class MadeRun:
         assert made.search and made.finetune and made.evaluate
         tuned, rows = made.finetune.candidates, made.evaluate.rows
         before = len(UNTUNED)
-        compared = {"candidates": tuned, "rows": rows[before:], "inference": made.evaluate.inference}
+        compared = {
+            "candidates": tuned,
+            "rows": rows[before:],
+            "inference": made.evaluate.inference,
+        }
         alone = {"rows": (*rows[:before], rows[-3]), **self._stage}
         return {
             "search": made.search,
-            "finetune": made.finetune.model_copy(update={"candidates": tuned[-3:-2], **self._stage}),
+            "finetune": made.finetune.model_copy(
+                update={"candidates": tuned[-3:-2], **self._stage}
+            ),
             "evaluate": made.evaluate.model_copy(update=alone),
             "comparison": ComparisonRecord(**compared, **self._stage),
         }
@@ -373,17 +487,31 @@ class MadeRun:
             if name == RIVAL:
                 plan = self.trials[1].plan
             elif name == RANDOM:
-                plan = dict(zip(best, self._random.permutation(list(best.values())).tolist(), strict=True))
+                plan = dict(
+                    zip(best, self._random.permutation(list(best.values())).tolist(), strict=True)
+                )
             for seed in range(1 if name in LEVELS else 3):
-                loss = 3.9 + self._random.normal(0, 0.02) + {"nf4": 0.3, "int8": 0.1}.get(LEVELS.get(name, ""), 0.0)
+                loss = (
+                    3.9
+                    + self._random.normal(0, 0.02)
+                    + {"nf4": 0.3, "int8": 0.1}.get(LEVELS.get(name, ""), 0.0)
+                )
                 row = candidate(name, plan, SIZES.get(name, 92_000_000), seed, loss - 0.05)
-                found.append((row.model_copy(update={"digest": f"{len(found):016d}"}), self._scores(name)))
+                found.append(
+                    (row.model_copy(update={"digest": f"{len(found):016d}"}), self._scores(name))
+                )
         return found
 
     def _scores(self, name: str) -> tuple[TaskScore, ...]:
         share = {BASE: 0.77, PRUNED: 0.71, "unpruned-uniform": 0.66}.get(name, 0.69)
-        correct = {task: (self._random.random(count) < share).astype(float) for task, count in self._tasks.items()}
-        losses = {task: self._random.gamma(2.0, 1.0, count).tolist() for task, count in self._tasks.items()}
+        correct = {
+            task: (self._random.random(count) < share).astype(float)
+            for task, count in self._tasks.items()
+        }
+        losses = {
+            task: self._random.gamma(2.0, 1.0, count).tolist()
+            for task, count in self._tasks.items()
+        }
         return tuple(score(right.tolist(), losses[task], task) for task, right in correct.items())
 
 
@@ -405,10 +533,16 @@ def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRec
     started = STARTED + 60 * index
     times = [started + 60 * count for count in range(1 + len(losses))]
     rungs = tuple(
-        RungResult(step=step, loss=loss, train_loss=loss + 1, train_losses=(loss + 1.5,) * (step - before))
+        RungResult(
+            step=step, loss=loss, train_loss=loss + 1, train_losses=(loss + 1.5,) * (step - before)
+        )
         for before, step, loss in zip((0, *RUNGS), RUNGS, losses, strict=False)
     )
-    given = {"status": "finished" if len(losses) == len(RUNGS) else "stopped", "origin": "gp", **fields}
+    given = {
+        "status": "finished" if len(losses) == len(RUNGS) else "stopped",
+        "origin": "gp",
+        **fields,
+    }
     over = [] if given["status"] == "running" else [times[-1] + 1]
     formats = {group: OF_LETTER[character] for group, character in zip(GROUPS, plan, strict=True)}
     bits = sum(format_of(name).bits for name in formats.values())
@@ -425,13 +559,26 @@ def trials() -> list[TrialRecord]:
         trial(1, "884444", [3.3, 3.2, 3.0], origin=RIVAL),
         trial(2, "848444", [3.2, 3.1, 2.9]),
         trial(3, "448844", [3.5]),
-        trial(4, "444488", [], status="failed", failure="diverged", reason="TrainingDiverged: the loss is nan"),
+        trial(
+            4,
+            "444488",
+            [],
+            status="failed",
+            failure="diverged",
+            reason="TrainingDiverged: the loss is nan",
+        ),
         trial(5, "844484", [3.1], status="running"),
     ]
 
 
 def search_state(**fields: Any) -> SearchState:
-    given = {"metric": "loss", "budget_bytes": 32 * MEGABYTE, "max_trials": 20, "steps": 8, "slots": 2}
+    given = {
+        "metric": "loss",
+        "budget_bytes": 32 * MEGABYTE,
+        "max_trials": 20,
+        "steps": 8,
+        "slots": 2,
+    }
     return SearchState(**{"trials_digest": TRIALS, "search": SEARCH, **given, **fields})
 
 
@@ -439,7 +586,9 @@ def planned(records: list[TrialRecord], **fields: Any) -> SearchPlanned:
     return SearchPlanned(search_state(**fields), tuple(records))
 
 
-def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, **settings: Any) -> Path:
+def recorded_run(
+    root: Path, *, is_over: bool = False, pid: int | None = None, **settings: Any
+) -> Path:
     """Write a run whose search is running or over, as if this process had written it."""
     run, records = RunDir(root), trials()
     for record in records:
@@ -451,9 +600,19 @@ def recorded_run(root: Path, *, is_over: bool = False, pid: int | None = None, *
         fresh = (made_finalist(best, best.rungs[-1].loss + 0.05),)
         run.write_record("search", made_search(best.plan, confirmations=fresh, **ended, **chosen))
         stage = StageState(state="done", started=STARTED, seconds=600.0, text="3 finished")
-    told = {"config": config_of(root, **settings).model_dump(mode="json"), "command": "qpruner run config.yaml"}
-    told |= {"folder": "/somewhere", "host": socket.gethostname(), "pid": os.getpid() if pid is None else pid}
+    told = {
+        "config": config_of(root, **settings).model_dump(mode="json"),
+        "command": "qpruner run config.yaml",
+    }
+    told |= {
+        "folder": "/somewhere",
+        "host": socket.gethostname(),
+        "pid": os.getpid() if pid is None else pid,
+    }
     told |= {"outcome": "done" if is_over else "running", "search": search_state()}
-    stages = {"prepare": StageState(state="recorded", started=STARTED, text="48 rows"), "search": stage}
+    stages = {
+        "prepare": StageState(state="recorded", started=STARTED, text="48 rows"),
+        "search": stage,
+    }
     run.write_state(STATE.model_copy(update=told | {"stages": stages}))
     return root

@@ -24,7 +24,10 @@ def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stat
     `stated` are keys of `card`."""
     made = MadeRun(root, num_trials=4, num_blocks=2, model=base)
     train = [{"source": "data/train.jsonl"}, {"source": "yahma/alpaca-cleaned"}]
-    config = made.state.config | {"data": made.state.config["data"] | {"train": train}, "card": stated}
+    config = made.state.config | {
+        "data": made.state.config["data"] | {"train": train},
+        "card": stated,
+    }
     made.change_state(config=config, folder=f"{root.parent}")
     made.change("prepare", model_path=str(folder), converted=converted)
     return ModelCard(model_card(read_snapshot(made.run))).data
@@ -35,10 +38,16 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> No
     (root / "final").mkdir()
     write_report(RunDir(root))
     card = ModelCard((root / "final" / "README.md").read_text())
-    assert card.data.model_name == "run" and card.data.base_model is None, "a local folder is no hub id"
+    assert card.data.model_name == "run" and card.data.base_model is None, (
+        "a local folder is no hub id"
+    )
     scored = {result.dataset_type: result.metric_value for result in card.data.eval_results}
     results = json.loads((root / "results.json").read_text())
-    (row,) = [row for row in results["records"]["evaluate"]["rows"] if (row["name"], row["seed"]) == ("searched", 0)]
+    (row,) = [
+        row
+        for row in results["records"]["evaluate"]["rows"]
+        if (row["name"], row["seed"]) == ("searched", 0)
+    ]
     assert scored == {score["task"]: round(score["value"], 4) for score in row["scores"]}
     assert results["claim"].splitlines()[0] in card.text and "import qpruner.hf" in card.text
 
@@ -46,7 +55,10 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> No
 def test_the_card_says_where_the_plan_came_from() -> None:
     for found, title in (
         ({}, "searched"),
-        ({"best_origin": "unpruned-knapsack", "control_won": True}, "winner (not pruned, knapsack)"),
+        (
+            {"best_origin": "unpruned-knapsack", "control_won": True},
+            "winner (not pruned, knapsack)",
+        ),
         ({"best_origin": GIVEN}, "given plan"),
     ):
         card = model_card(snapshot(results_of(searched_row([1.0]), **found)))
@@ -67,8 +79,14 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
     with serving() as hub:
         files = {"config.json": b"{}", "model.safetensors": save({"weight": np.zeros(1)})}
         hub.repositories["me/without"] = Repository(private=False, files=files)
-        hub.repositories["me/with"] = Repository(private=False, files=files | {"README.md": card.encode()})
-        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        hub.repositories["me/with"] = Repository(
+            private=False, files=files | {"README.md": card.encode()}
+        )
+        variables = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
         folders = [Path(line) for line in run_python(code, **variables).splitlines()[-2:]]
     found = card_on("me/with", folders[0], tmp_path / "one")
     assert (found.base_model, found.datasets) == ("me/with", ["yahma/alpaca-cleaned"])
@@ -96,14 +114,27 @@ def test_a_local_models_licence_is_read_where_it_can_be(
     base.mkdir(parents=True)
     (base / "README.md").write_bytes(card)
     monkeypatch.chdir(base)
-    found = card_on("run/prepare", tmp_path / "gone" / "prepare" / "model", tmp_path / "run", converted=True)
-    assert (found.license, found.base_model, found.datasets) == (license, None, ["yahma/alpaca-cleaned"])
+    found = card_on(
+        "run/prepare", tmp_path / "gone" / "prepare" / "model", tmp_path / "run", converted=True
+    )
+    assert (found.license, found.base_model, found.datasets) == (
+        license,
+        None,
+        ["yahma/alpaca-cleaned"],
+    )
 
 
 def test_what_a_user_states_replaces_what_is_known(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: research\n---\n# Base\n")
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: research\n---\n# Base\n"
+    )
     found = card_on(
-        str(tmp_path), tmp_path, tmp_path / "one", base_model="me/base", license="mit", datasets=["me/rows"]
+        str(tmp_path),
+        tmp_path,
+        tmp_path / "one",
+        base_model="me/base",
+        license="mit",
+        datasets=["me/rows"],
     )
     assert (found.base_model, found.license, found.license_name) == ("me/base", "mit", None)
     assert found.datasets == ["me/rows"]

@@ -50,9 +50,14 @@ def differences(results: Results, other: str = RIVAL) -> dict[str, Difference]:
 
 def test_a_control_that_won_is_named() -> None:
     scored = [*row_of(BEST_SEARCHED, [2.0]), *searched_row([1.0])]
-    fresh = (made_confirmation(4, "gp", 2.0, plan=SEED_PLAN), made_confirmation(11, RIVAL, 1.9, plan=PLAN))
+    fresh = (
+        made_confirmation(4, "gp", 2.0, plan=SEED_PLAN),
+        made_confirmation(11, RIVAL, 1.9, plan=PLAN),
+    )
     results = results_of(scored, best_origin=RIVAL, confirmations=fresh)
-    said = "3.0 times smaller than the base. A plan that needs no search won: not pruned, knapsack; "
+    said = (
+        "3.0 times smaller than the base. A plan that needs no search won: not pruned, knapsack; "
+    )
     said += "not distinguishable from the best searched plan"
     title = "winner (not pruned, knapsack)"
     assert headline(results) == said and claim(results).splitlines()[0] == f"{said}."
@@ -65,15 +70,20 @@ def test_a_control_that_won_is_named() -> None:
 def test_a_plan_that_was_given_is_not_called_searched() -> None:
     results = results_of([*row_of(RIVAL, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
     assert rows(results)[-1].title == "given plan"
-    alone = search_text(made_search(PLAN, best_origin=GIVEN, confirmations=(made_confirmation(7, GIVEN, 2.0),)))
+    alone = search_text(
+        made_search(PLAN, best_origin=GIVEN, confirmations=(made_confirmation(7, GIVEN, 2.0),))
+    )
     assert alone.startswith("a given plan on loss, "), "no searcher chose it"
 
 
 @pytest.mark.parametrize(
-    ("widths", "verdict"), [(0.97, SAME), (-0.97, SAME), (0.0, SAME), (1.03, "worse"), (-1.03, "better")]
+    ("widths", "verdict"),
+    [(0.97, SAME), (-0.97, SAME), (0.0, SAME), (1.03, "worse"), (-1.03, "better")],
 )
 @pytest.mark.parametrize("other", [RIVAL, RANDOM])
-def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: str, other: str) -> None:
+def test_inside_the_interval_nothing_is_distinguishable(
+    widths: float, verdict: str, other: str
+) -> None:
     """Against one plan the interval is Student's over seeds; against several it predicts one more plan."""
     noise = np.array([-0.02, 0.0, 0.02])
     half_width = stats.t.ppf(0.975, 2) * 0.02 * math.sqrt(1 / 3 if other == RIVAL else 1 + 1 / 3)
@@ -89,11 +99,14 @@ def test_inside_the_interval_nothing_is_distinguishable(widths: float, verdict: 
     than = f"{verdict} {'from' if verdict == SAME else 'than'} the best simple alternative"
     than = f"{than} ({widths * half_width:+.3f} ± {half_width:.3f} nats)"
     than = than if other == RIVAL else f"{SAME} from the best simple alternative, both as trials"
-    assert headline(results).startswith(f"3.0 times smaller than the base; {than}"), "random plans are no alternative"
+    assert headline(results).startswith(f"3.0 times smaller than the base; {than}"), (
+        "random plans are no alternative"
+    )
 
 
 @pytest.mark.parametrize(
-    ("metric", "verdict"), [("loss", "worse than {} (+0.100 ±"), ("accuracy", "better than {} (+0.250 ±")]
+    ("metric", "verdict"),
+    [("loss", "worse than {} (+0.100 ±"), ("accuracy", "better than {} (+0.250 ±")],
 )
 def test_what_the_search_minimized_decides(metric: str, verdict: str) -> None:
     """Of several measures, each at 95 %, one may differ by chance: the others show their intervals alone."""
@@ -104,7 +117,9 @@ def test_what_the_search_minimized_decides(metric: str, verdict: str) -> None:
         made_confirmation(2, RIVAL, 2.1, plan=SEED_PLAN, accuracy=0.2, accuracy_stderr=0.1),
         made_confirmation(11, "gp", 2.0, plan=PLAN, accuracy=0.3, accuracy_stderr=0.1),
     ]
-    results = results_of([*rivals, *searched_row(ours, right)], metric=metric, confirmations=tuple(fresh))
+    results = results_of(
+        [*rivals, *searched_row(ours, right)], metric=metric, confirmations=tuple(fresh)
+    )
     assert f"; {verdict.format('the best simple alternative')}" in headline(results)
     found = differences(results)
     decided = {"loss": "confirmation loss", "accuracy": "acc"}[metric]
@@ -116,8 +131,12 @@ def test_what_the_search_minimized_decides(metric: str, verdict: str) -> None:
 def test_a_search_by_accuracy_is_never_judged_by_its_loss(is_tuned: bool) -> None:
     """The winner has the higher accuracy and, beyond every doubt, the higher loss."""
     losses = [{0: tuple(mean + 0.001 * (at % 3) for at in range(64))} for mean in (2.0, 2.1)]
-    rival = made_confirmation(2, RIVAL, 2.0, plan=SEED_PLAN, losses=losses[0], accuracy=0.5, accuracy_stderr=0.1)
-    winner = made_confirmation(11, "gp", 2.1, plan=PLAN, losses=losses[1], accuracy=0.8, accuracy_stderr=0.1)
+    rival = made_confirmation(
+        2, RIVAL, 2.0, plan=SEED_PLAN, losses=losses[0], accuracy=0.5, accuracy_stderr=0.1
+    )
+    winner = made_confirmation(
+        11, "gp", 2.1, plan=PLAN, losses=losses[1], accuracy=0.8, accuracy_stderr=0.1
+    )
     rows = row_of(RIVAL, [2.0] * 3, [score(answers(400, 100))] * 3) if is_tuned else []
     rows += searched_row([2.1] * 3, [score(answers(400, 200))] * 3)
     results = results_of(rows, metric="accuracy", confirmations=(rival, winner))
@@ -125,7 +144,11 @@ def test_a_search_by_accuracy_is_never_judged_by_its_loss(is_tuned: bool) -> Non
     if not is_tuned:
         said = "accuracy 0.800 as a trial, that of the best simple alternative 0.500, on the questions that chose"
     assert f"; {said}" in headline(results) and "worse" not in claim(results)
-    assert results.search and not is_beaten(rival, results.search) and not is_beaten(winner, results.search)
+    assert (
+        results.search
+        and not is_beaten(rival, results.search)
+        and not is_beaten(winner, results.search)
+    )
 
 
 def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Scored:
@@ -134,7 +157,9 @@ def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Score
     formats = {f"layers.{bit}": "int8" if plan >> bit & 1 else "nf4" for bit in range(4)}
     tuned = candidate(name, formats, seed=seed, confirmation_loss=float(losses.mean()))
     tasks = (
-        score(list((each > 0).astype(float)), list(-each), task) for task, each in margins.items() if task != "rows"
+        score(list((each > 0).astype(float)), list(-each), task)
+        for task, each in margins.items()
+        if task != "rows"
     )
     return tuned.model_copy(update={"confirmation_losses": tuple(losses.tolist())}), tuple(tasks)
 
@@ -144,7 +169,12 @@ def better_by(gains: np.ndarray) -> list[Scored]:
     theirs, questions = 2.0 + np.arange(len(gains)), {"arc": np.ones(2)}
     losses = {RIVAL: theirs, SEARCHED: theirs - gains}
     return [
-        scored(name, seed, 4 if name == RIVAL else 8, {"rows": losses[name] * (1 + (seed - 1) / 1e6), **questions})
+        scored(
+            name,
+            seed,
+            4 if name == RIVAL else 8,
+            {"rows": losses[name] * (1 + (seed - 1) / 1e6), **questions},
+        )
         for name in losses
         for seed in range(3)
     ]
@@ -164,7 +194,10 @@ ROWS = {
     "better on one row": better_by(FEW),
     "better on every row": better_by(MANY),
     "two seeds in common": [*row_of(RIVAL, [2.0, 2.2]), *searched_row([1.0, 1.1, 7.0])],
-    "nine fine-tunes of three plans": [*random_rows(RANDOM_LOSSES, [0.1, 0.0, -0.1]), *searched_row([2.0, 2.1, 1.9])],
+    "nine fine-tunes of three plans": [
+        *random_rows(RANDOM_LOSSES, [0.1, 0.0, -0.1]),
+        *searched_row([2.0, 2.1, 1.9]),
+    ],
     "random plans tie": [
         *row_of(RANDOM, [2.0], THREE_OF_FOUR),
         *row_of(RANDOM, [2.0], THREE_OF_FOUR, plan={"layers.0": "nf4", "layers.1": "bf16"}),
@@ -174,7 +207,10 @@ ROWS = {
     "forty fewer right answers": [*row_of(RIVAL, [2.0], MORE), *searched_row([2.0], FEWER)],
     "one training seed": [scored(RIVAL, 1, 4, THEIRS), scored(SEARCHED, 1, 8, OURS)],
     "the other way": [scored(RIVAL, 1, 4, OURS), scored(SEARCHED, 1, 8, THEIRS)],
-    "one question": [*row_of(RIVAL, [2.0], [score([0.0], [3.0])]), *searched_row([1.0], [score([1.0], [0.1])])],
+    "one question": [
+        *row_of(RIVAL, [2.0], [score([0.0], [3.0])]),
+        *searched_row([1.0], [score([1.0], [0.1])]),
+    ],
 }
 
 
@@ -187,16 +223,58 @@ def over_rows(gains: Sequence[float]) -> float:
     ("case", "measure", "verdict", "mean", "half_width", "said"),
     [
         # Under every seed alike, so it has no spread over seeds, but other questions would differ.
-        ("one more right answer", "acc", None, 0.02, over_rows(answers(50, 1)), "(± 0.0000 over seeds, 50 questions, "),
+        (
+            "one more right answer",
+            "acc",
+            None,
+            0.02,
+            over_rows(answers(50, 1)),
+            "(± 0.0000 over seeds, 50 questions, ",
+        ),
         # Equal to the last bit is no spread of zero.
-        ("one more right answer", "confirmation loss", SAME, -0.1, 0.0, "3 training seeds, paired: "),
+        (
+            "one more right answer",
+            "confirmation loss",
+            SAME,
+            -0.1,
+            0.0,
+            "3 training seeds, paired: ",
+        ),
         # On one row of eight, it says little about other rows, even if every seed agrees.
-        ("better on one row", "confirmation loss", SAME, -0.1, over_rows(FEW), "over seeds, 8 rows, 95 % interval"),
-        ("better on every row", "confirmation loss", "better", -0.11, over_rows(MANY), "8 rows, 95 % interval"),
-        ("two seeds in common", "confirmation loss", "better", -1.05, None, ", 2 training seeds, paired: "),
+        (
+            "better on one row",
+            "confirmation loss",
+            SAME,
+            -0.1,
+            over_rows(FEW),
+            "over seeds, 8 rows, 95 % interval",
+        ),
+        (
+            "better on every row",
+            "confirmation loss",
+            "better",
+            -0.11,
+            over_rows(MANY),
+            "8 rows, 95 % interval",
+        ),
+        (
+            "two seeds in common",
+            "confirmation loss",
+            "better",
+            -1.05,
+            None,
+            ", 2 training seeds, paired: ",
+        ),
         # The interval is for one more plan, of three values. Student's interval for the mean of the plans, or of nine
         # fine-tunes, would make it "better".
-        ("nine fine-tunes of three plans", "confirmation loss", SAME, -0.4, ONE_MORE_PLAN, "(± 0.0200 over seeds"),
+        (
+            "nine fine-tunes of three plans",
+            "confirmation loss",
+            SAME,
+            -0.4,
+            ONE_MORE_PLAN,
+            "(± 0.0200 over seeds",
+        ),
         # On few questions accuracies may be equal by chance, which does not prove that plans are equal.
         ("random plans tie", "acc", None, 0.25, 0.0, "4 questions"),
         (
@@ -215,9 +293,30 @@ def over_rows(gains: Sequence[float]) -> float:
             over_rows(answers(400, 40)),
             " under training seed 0 alone); ",
         ),
-        ("one training seed", "answer loss", None, -0.05, over_rows(OURS["arc"] - THEIRS["arc"]), ONE_SEED),
-        ("the other way", "answer loss", None, 0.05, over_rows(OURS["arc"] - THEIRS["arc"]), ONE_SEED),
-        ("one training seed", "confirmation loss", SAME, -1.0, None, "-1.0000 nats (1 row, no interval)"),
+        (
+            "one training seed",
+            "answer loss",
+            None,
+            -0.05,
+            over_rows(OURS["arc"] - THEIRS["arc"]),
+            ONE_SEED,
+        ),
+        (
+            "the other way",
+            "answer loss",
+            None,
+            0.05,
+            over_rows(OURS["arc"] - THEIRS["arc"]),
+            ONE_SEED,
+        ),
+        (
+            "one training seed",
+            "confirmation loss",
+            SAME,
+            -1.0,
+            None,
+            "-1.0000 nats (1 row, no interval)",
+        ),
         # Users often try `evaluate.limit: 1` first, and one answer has no spread.
         ("one question", "acc", None, 1.0, None, "acc +1.0000 (1 question, no interval)"),
         ("one question", "answer loss", None, -2.9, None, "1 question, no interval"),
@@ -255,10 +354,14 @@ def test_an_interval_is_drawn_with_better_to_the_right(
 def test_one_random_plan_says_nothing_of_random_plans() -> None:
     """With one random plan, the row is in the table, but the claim says nothing about random plans."""
     losses = [2.0, 2.1, 1.9]
-    results = results_of([*row_of(RIVAL, losses), *random_rows(losses, [0.0]), *searched_row([1.0, 1.11, 0.9])])
+    results = results_of(
+        [*row_of(RIVAL, losses), *random_rows(losses, [0.0]), *searched_row([1.0, 1.11, 0.9])]
+    )
     first, *lines = claim(results).splitlines()
     assert "; better than the best simple alternative (-0.997 ±" in first
-    assert lines[0].startswith("- Against the best control") and not any("random" in line for line in lines)
+    assert lines[0].startswith("- Against the best control") and not any(
+        "random" in line for line in lines
+    )
     assert RANDOM in [row.name for row in rows(results)]
 
 
@@ -267,8 +370,12 @@ def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None
     """A mean over some tasks would look like a mean over all tasks."""
     losses: list[list[float]] = [[1.0, 2.0, 3.0, 4.0]] * 2
     losses[lacking] = []
-    scores = tuple(score([1.0, 0.0, 1.0, 0.0], each, f"task-{number}") for number, each in enumerate(losses))
-    results = results_of([(candidate(RIVAL, SEED_PLAN), scores), (candidate(SEARCHED, PLAN), scores)])
+    scores = tuple(
+        score([1.0, 0.0, 1.0, 0.0], each, f"task-{number}") for number, each in enumerate(losses)
+    )
+    results = results_of(
+        [(candidate(RIVAL, SEED_PLAN), scores), (candidate(SEARCHED, PLAN), scores)]
+    )
     assert "answer loss" not in claim(results)
     assert differences(results)["acc"].num_pairs == 8
     assert rows(results)[0].answer_loss is None
@@ -305,7 +412,9 @@ def test_the_claim_never_contradicts_the_table() -> None:
     ours = {task: margins + gains[task] for task, margins in theirs.items()}
     given = results_of([scored(RIVAL, 1, 4, theirs), scored(SEARCHED, 1, 8, ours)])
     pooled = np.concatenate([(ours[task] > 0) * 1.0 - (theirs[task] > 0) for task in questions])
-    assert pooled.mean() > 1.96 * pooled.std(ddof=1) / np.sqrt(len(pooled)), "so better, by all questions at once"
+    assert pooled.mean() > 1.96 * pooled.std(ddof=1) / np.sqrt(len(pooled)), (
+        "so better, by all questions at once"
+    )
     table = {row.name: row for row in rows(given)}
     assert table[SEARCHED].accuracy < table[RIVAL].accuracy
     found = differences(given)["acc"]
@@ -316,7 +425,9 @@ def test_the_claim_never_contradicts_the_table() -> None:
 
 
 @pytest.mark.parametrize(("spread", "num_random", "num_seeds"), [(0.05, 3, 2), (0.2, 5, 1)])
-def test_one_more_random_plan_seems_different_in_5_percent(spread: float, num_random: int, num_seeds: int) -> None:
+def test_one_more_random_plan_seems_different_in_5_percent(
+    spread: float, num_random: int, num_seeds: int
+) -> None:
     """Plans differ little in one case, and more in the other; the searched plan is one more random plan.
 
     Margins have random effects of questions, plans and seeds, of plan with seed, and of question with plan and with
@@ -327,19 +438,34 @@ def test_one_more_random_plan_seems_different_in_5_percent(spread: float, num_ra
 
     def margins(count: int) -> np.ndarray[Any, Any]:
         of_all = [(spread, (plans, 1, 1)), (0.04, (1, num_seeds, 1)), (0.03, (plans, num_seeds, 1))]
-        of_questions = [(1.0, (1, 1, count)), (0.2, (plans, 1, count)), (0.1, (plans, num_seeds, count))]
-        return 0.3 + sum(generator.normal(0, size, shape) for size, shape in [*of_all, *of_questions])
+        of_questions = [
+            (1.0, (1, 1, count)),
+            (0.2, (plans, 1, count)),
+            (0.1, (plans, num_seeds, count)),
+        ]
+        return 0.3 + sum(
+            generator.normal(0, size, shape) for size, shape in [*of_all, *of_questions]
+        )
 
     spoke: Counter[str] = Counter()
     for _ in range(number):
-        drawn = {task: margins(count) for task, count in {"rows": 20, "arc": 20, "boolq": 50}.items()}
+        drawn = {
+            task: margins(count) for task, count in {"rows": 20, "arc": 20, "boolq": 50}.items()
+        }
         own = [
-            scored(RANDOM if plan else SEARCHED, seed, plan, {task: each[plan, seed] for task, each in drawn.items()})
+            scored(
+                RANDOM if plan else SEARCHED,
+                seed,
+                plan,
+                {task: each[plan, seed] for task, each in drawn.items()},
+            )
             for plan in (*range(1, plans), 0)
             for seed in range(num_seeds)
         ]
         found = differences(results_of(own), RANDOM)
-        spoke.update({name: abs(each.mean) > (each.half_width or math.inf) for name, each in found.items()})
+        spoke.update(
+            {name: abs(each.mean) > (each.half_width or math.inf) for name, each in found.items()}
+        )
     assert set(spoke) == {"acc", "answer loss", "confirmation loss"}
     shares = {measure: count / number for measure, count in spoke.items()}
     assert all(0.03 <= share <= 0.07 for share in shares.values()), shares

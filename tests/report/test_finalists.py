@@ -27,7 +27,9 @@ NF4 = dict.fromkeys(PLAN, "nf4")
 UNPRUNED = {"cut": "base", "plan": NF4}
 
 
-def finalist(index: int, origin: str, losses: Sequence[float], size: int = 100_000_000, **changes: Any) -> Confirmation:
+def finalist(
+    index: int, origin: str, losses: Sequence[float], size: int = 100_000_000, **changes: Any
+) -> Confirmation:
     """Return a finalist with these losses on the fresh rows under the trials' seed."""
     own = {"losses": {0: tuple(losses)}, "plan": PLAN, "plan_bytes": size, "fits": size <= BUDGET}
     return made_confirmation(index, origin, float(np.mean(losses)), **own | changes)
@@ -36,7 +38,9 @@ def finalist(index: int, origin: str, losses: Sequence[float], size: int = 100_0
 def half_width(differences: Sequence[float], num_finalists: int) -> float:
     """Return half of the interval of a mean over rows, which holds every pair of the finalists together."""
     pairs, count = num_finalists * (num_finalists - 1) / 2, len(differences)
-    return float(stats.t.ppf(1 - 0.025 / pairs, count - 1) * np.std(differences, ddof=1) / math.sqrt(count))
+    return float(
+        stats.t.ppf(1 - 0.025 / pairs, count - 1) * np.std(differences, ddof=1) / math.sqrt(count)
+    )
 
 
 WINNER = np.array([2.0, 4.0, 3.0, 7.0] * 4)
@@ -57,7 +61,9 @@ def searched(*controls: Confirmation, **changes: Any) -> Results:
 def test_the_winner_stands_beside_every_finalist() -> None:
     """Those in the budget come first, each with its difference from the winner, paired by row."""
     found = tables.fresh_scores(searched(UNIFORM, KNAPSACK, OVER, PAPER, SECOND).search)  # type: ignore[arg-type]
-    assert found.caption.startswith("The winner, every control (what one would do instead) and the best trials: all as")
+    assert found.caption.startswith(
+        "The winner, every control (what one would do instead) and the best trials: all as"
+    )
     width = half_width(GAIN, 6)
     ends = f"95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f} under training seed 0 alone"
     assert [getattr(cell, "in_words", cell) for cell in found.rows[3]] == [
@@ -77,22 +83,35 @@ def test_the_winner_stands_beside_every_finalist() -> None:
 
 
 def test_scored_accuracies_and_seeds_have_columns() -> None:
-    losses = {seed: tuple(WINNER + 0.5 * GAIN + shift) for seed, shift in ((0, 0.0), (1001, 0.2), (1002, 0.1))}
-    measured = {"accuracy": 0.5, "accuracy_stderr": 0.1, "losses": losses, "loss": SECOND.loss + 0.1}
+    losses = {
+        seed: tuple(WINNER + 0.5 * GAIN + shift)
+        for seed, shift in ((0, 0.0), (1001, 0.2), (1002, 0.1))
+    }
+    measured = {
+        "accuracy": 0.5,
+        "accuracy_stderr": 0.1,
+        "losses": losses,
+        "loss": SECOND.loss + 0.1,
+    }
     scored = Confirmation(**SECOND.model_dump() | measured | {"reused": True})
     found = tables.fresh_scores(searched(scored).search)  # type: ignore[arg-type]
     told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
     assert told[1]["row"] == "gp, reused"
     loss, mean = told[1]["selection loss"], told[1]["mean over seeds"]
-    assert f"{loss}".startswith(f"{SECOND.loss:.4f}  ["), "the loss is that under the seed of all trials"
+    assert f"{loss}".startswith(f"{SECOND.loss:.4f}  ["), (
+        "the loss is that under the seed of all trials"
+    )
     assert mean == f"{SECOND.loss + 0.1:.4f} (3 seeds)" and told[0]["mean over seeds"] == "-"
 
 
 def test_rungs_say_how_they_order_trials_within_and_between_cuts() -> None:
     rungs = (RungAgreement(step=4, num_trials=9, within=0.5, across=-0.25),)
     found = tables.rungs(made_search(PLAN, rungs=rungs))
-    assert found.rows == [("4", "9", "+0.50", "-0.25")] and found.headings[2:] == ("within a cut", "between cuts")
+    assert found.rows == [("4", "9", "+0.50", "-0.25")] and found.headings[2:] == (
+        "within a cut",
+        "between cuts",
+    )
 
 
 def test_controls_are_named_by_their_cut() -> None:
@@ -124,7 +143,9 @@ def test_without_its_fine_tune_the_rival_is_compared_as_a_trial() -> None:
         f"({ends}), better."
     )
     assert as_a_trial(searched(PAPER)).endswith(", not distinguishable.")
-    assert as_a_trial(searched(OVER)) == as_a_trial(searched()) == "", "one that may not win is no alternative"
+    assert as_a_trial(searched(OVER)) == as_a_trial(searched()) == "", (
+        "one that may not win is no alternative"
+    )
 
 
 def trained_again(found: Confirmation, shift: float = 0.2) -> Confirmation:
@@ -137,9 +158,14 @@ def trained_again(found: Confirmation, shift: float = 0.2) -> Confirmation:
 def test_a_further_seed_of_the_winner_turns_no_verdict() -> None:
     """Seeds shift all losses together; a control that had the trials' seed alone is compared under that seed."""
     beaten = finalist(3, RIVAL, WINNER + 0.2 * GAIN, 101_000_000, **UNPRUNED)
-    tied = trained_again(finalist(9, "gp", WINNER + 0.001)), trained_again(finalist(11, "gp", WINNER))
+    tied = (
+        trained_again(finalist(9, "gp", WINNER + 0.001)),
+        trained_again(finalist(11, "gp", WINNER)),
+    )
     results = results_of(searched_row([1.0]), confirmations=(beaten, *tied), steps=8)
-    assert results.search and beaten.loss < results.search.winner.loss, "means over different seeds mislead"
+    assert results.search and beaten.loss < results.search.winner.loss, (
+        "means over different seeds mislead"
+    )
     assert as_a_trial(results).endswith(" under training seed 0 alone), better.")
     shown = {each.trial: each.difference for each in finalists(results.search)}
     assert shown[9] and shown[9].seeds == (0, 1001) and shown[3] and shown[3].seeds == (0,)
@@ -165,7 +191,9 @@ def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
     won = {"confirmations": fresh, "best_origin": RIVAL}
     alone = searched_row([1.0], plan=NF4)
     width = half_width(0.5 * GAIN, 3)
-    lead = "3.0 times smaller than the base. A plan that needs no search won: not pruned, knapsack; "
+    lead = (
+        "3.0 times smaller than the base. A plan that needs no search won: not pruned, knapsack; "
+    )
     assert headline(results_of(alone, **won)) == (
         f"{lead}better than the best searched plan, both as trials on the rows that chose the "
         f"winner (-0.150 ± {width:.3f} nats under training seed 0 alone)"
@@ -173,23 +201,37 @@ def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
     both = results_of([*row_of(BEST_SEARCHED, [0.9], plan=PLAN), *alone], **won)
     assert headline(both) == f"{lead}not distinguishable from the best searched plan"
     assert "\n- Against the best searched plan (best searched, " in claim(both)
-    assert [row.title for row in rows(both)] == ["best searched plan", "winner (not pruned, knapsack)"]
+    assert [row.title for row in rows(both)] == [
+        "best searched plan",
+        "winner (not pruned, knapsack)",
+    ]
 
 
 def test_a_control_that_won_without_a_search_is_compared_with_the_next() -> None:
     """Its row is then the winner's, and says what it is."""
-    won = {"best_index": 3, "best_origin": "unpruned-knapsack", "best_cut": "base", "best_plan": NF4}
+    won = {
+        "best_index": 3,
+        "best_origin": "unpruned-knapsack",
+        "best_cut": "base",
+        "best_plan": NF4,
+    }
     fresh = (UNIFORM, KNAPSACK.model_copy(update={"loss": 3.0}))
     results = results_of(searched_row([1.0]), confirmations=fresh, steps=8, **won)
     assert "A plan that needs no search won: not pruned, knapsack; " in claim(results)
-    assert "- Against not pruned, uniform, as trials on the rows that chose the winner: " in claim(results)
+    assert "- Against not pruned, uniform, as trials on the rows that chose the winner: " in claim(
+        results
+    )
     assert results.search and finalists(results.search)[0].title == "winner (not pruned, knapsack)"
     assert rows(results)[0].title == "winner (not pruned, knapsack)"
     about, table, _ = overview(results)
     assert about == Paragraph(
-        "Winner (not pruned, knapsack) (gp, trial 11): 20 % pruned, nf4. Budget 101.5 MB, adapter included.", True
+        "Winner (not pruned, knapsack) (gp, trial 11): 20 % pruned, nf4. Budget 101.5 MB, adapter included.",
+        True,
     )
-    assert isinstance(table, Table) and table.headings[-1] == "best simple alternative\nnot pruned, uniform, as a trial"
+    assert (
+        isinstance(table, Table)
+        and table.headings[-1] == "best simple alternative\nnot pruned, uniform, as a trial"
+    )
     assert "`me/base`, not pruned, quantized to" in model_card(snapshot(results))
 
 
@@ -208,19 +250,31 @@ def test_full_fine_tunes_are_compared_with_the_rival_that_the_search_chose() -> 
         *tuned("paper", 1.2, 80_000_000, "cut-20"),
     ]
     paper = PAPER.model_copy(update={"plan": NF4})
-    results = results_of([*others, *searched_row([1.5])], confirmations=(KNAPSACK, paper, finalist(11, "gp", WINNER)))
+    results = results_of(
+        [*others, *searched_row([1.5])], confirmations=(KNAPSACK, paper, finalist(11, "gp", WINNER))
+    )
     [found] = comparisons(results)
     assert found.other == "paper", "as trials the paper's flow was better than the knapsack"
     limited = KNAPSACK.model_copy(update={"fits": False})
-    results = results_of([*others, *searched_row([1.5])], confirmations=(limited, paper, finalist(11, "gp", WINNER)))
-    assert tables.fresh_scores(results.search).rows[2][4] == "101.0 MB, computes more than the budget"  # type: ignore[arg-type]
-    results = results_of([*others, *searched_row([1.5])], confirmations=(KNAPSACK, finalist(11, "gp", WINNER)))
+    results = results_of(
+        [*others, *searched_row([1.5])], confirmations=(limited, paper, finalist(11, "gp", WINNER))
+    )
+    assert (
+        tables.fresh_scores(results.search).rows[2][4] == "101.0 MB, computes more than the budget"
+    )  # type: ignore[arg-type]
+    results = results_of(
+        [*others, *searched_row([1.5])], confirmations=(KNAPSACK, finalist(11, "gp", WINNER))
+    )
     [found] = comparisons(results)
-    assert found.other == RIVAL and found.more_bytes == pytest.approx(-0.1), "fewer bytes are no excuse"
+    assert found.other == RIVAL and found.more_bytes == pytest.approx(-0.1), (
+        "fewer bytes are no excuse"
+    )
     lead, item = claim(results).splitlines()
     assert lead.endswith("; not distinguishable from the best simple alternative.")
     rival = "the best control in the budget (not pruned, knapsack)"
-    assert item.startswith(f"- Against {rival} (unpruned-knapsack, -10.00% bytes), 1 training seed, paired: ")
+    assert item.startswith(
+        f"- Against {rival} (unpruned-knapsack, -10.00% bytes), 1 training seed, paired: "
+    )
 
 
 def test_the_comparison_stands_in_every_output() -> None:
@@ -228,15 +282,23 @@ def test_the_comparison_stands_in_every_output() -> None:
     run = snapshot(results)
     caption = tables.fresh_scores(results.search).caption  # type: ignore[arg-type]
     for text in (report_md(run, sections(run), "pictures"), model_card(run)):
-        assert text.count(caption) == 1 and "| not pruned, uniform | 4 | not pruned | nf4 | 120.0 MB, exceeds" in text
+        assert (
+            text.count(caption) == 1
+            and "| not pruned, uniform | 4 | not pruned | nf4 | 120.0 MB, exceeds" in text
+        )
     unfinished = snapshot(results.model_copy(update={"finetune": None, "evaluate": None}))
-    assert report_md(unfinished, sections(unfinished), "pictures").count(caption) == 1, "known once the search is over"
+    assert report_md(unfinished, sections(unfinished), "pictures").count(caption) == 1, (
+        "known once the search is over"
+    )
 
 
 def test_a_plan_is_told_in_short_by_its_formats() -> None:
     blocks = {f"layers.{index}": name for index, name in enumerate(("int8", "nf4", "int8"))}
     assert formats_text(blocks) == "1 nf4, 2 int8"
-    assert formats_text({"embeddings": "int8"} | dict.fromkeys(blocks, "nf4")) == "nf4, embeddings int8"
+    assert (
+        formats_text({"embeddings": "int8"} | dict.fromkeys(blocks, "nf4"))
+        == "nf4, embeddings int8"
+    )
     assert formats_text({"embeddings": "int8"} | blocks | {"head": "bf16"}) == (
         "1 nf4, 2 int8, embeddings int8, head bf16"
     )

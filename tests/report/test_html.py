@@ -10,7 +10,17 @@ import jsonschema
 import pytest
 from bs4 import BeautifulSoup
 from conftest import command, with_key
-from made_run import BUDGET, HOSTILE, STAGES, STARTED, MadeRun, results_of, score, searched_row, snapshot
+from made_run import (
+    BUDGET,
+    HOSTILE,
+    STAGES,
+    STARTED,
+    MadeRun,
+    results_of,
+    score,
+    searched_row,
+    snapshot,
+)
 
 import qpruner
 from qpruner.plans.plan import PrecisionPlan
@@ -59,7 +69,9 @@ def attributes_of(page: BeautifulSoup) -> list[tuple[str, str]]:
     return [item for tag in page(True) for item in tag.attrs.items()]
 
 
-def test_the_page_of_200_trials_is_small_and_loads_nothing(long_run: Path, long_page: BeautifulSoup) -> None:
+def test_the_page_of_200_trials_is_small_and_loads_nothing(
+    long_run: Path, long_page: BeautifulSoup
+) -> None:
     assert (long_run / "report.html").stat().st_size < MAX_BYTES
     ids = Counter(value for name, value in attributes_of(long_page) if name == "id")
     assert max(ids.values()) == 1
@@ -73,21 +85,38 @@ def test_the_page_of_200_trials_is_small_and_loads_nothing(long_run: Path, long_
     assert long_page.find("meta", content=re.compile("default-src 'none'"))
 
 
-def test_the_page_answers_first_and_has_every_part(long_run: Path, long_page: BeautifulSoup) -> None:
+def test_the_page_answers_first_and_has_every_part(
+    long_run: Path, long_page: BeautifulSoup
+) -> None:
     text = words(long_page)
     first, *others = long_page.main("section", recursive=False)
-    assert (first["id"], first.details) == ("answer", None), "the answer and the picture are not folded away"
-    assert all(each.details and each.details.h2 and not each.details.has_attr("open") for each in others)
-    assert first.figure["data-plot"] == "pareto" and f"Budget {BUDGET / 1e6:.1f} MB, adapter included." in text
+    assert (first["id"], first.details) == ("answer", None), (
+        "the answer and the picture are not folded away"
+    )
+    assert all(
+        each.details and each.details.h2 and not each.details.has_attr("open") for each in others
+    )
+    assert (
+        first.figure["data-plot"] == "pareto"
+        and f"Budget {BUDGET / 1e6:.1f} MB, adapter included." in text
+    )
     assert len(first("table")) == 1 and len(first("tr")) <= 9 and len(first.tr("th")) <= 6
     bars = first("svg")
     assert len(bars) == 5 and all("95 % interval" in bar["aria-label"] for bar in bars)
     claim = json.loads((long_run / "results.json").read_text())["claim"].splitlines()[0]
-    for each in (claim, "qpruner run my.yaml --set search.max_trials=200", "2.13.0", "AMD EPYC 9555", "rank: 4"):
+    for each in (
+        claim,
+        "qpruner run my.yaml --set search.max_trials=200",
+        "2.13.0",
+        "AMD EPYC 9555",
+        "rank: 4",
+    ):
         assert each in text
     assert {each["data-plot"] for each in long_page("figure")} == {"plans", "pareto", "kept"}
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (long_run / "report.md").read_text())
-    assert len(shown) == 3 and all((long_run / picture).read_bytes().startswith(b"\x89PNG") for picture in shown)
+    assert len(shown) == 3 and all(
+        (long_run / picture).read_bytes().startswith(b"\x89PNG") for picture in shown
+    )
 
 
 def test_every_table_names_its_rows_and_columns(long_page: BeautifulSoup) -> None:
@@ -95,11 +124,17 @@ def test_every_table_names_its_rows_and_columns(long_page: BeautifulSoup) -> Non
     assert len(found) > 10 and len(long_page.main("tr")) > 200
     for table in found:
         assert table.caption
-        assert all(cell.name == "th" and cell["scope"] == "col" for cell in table.thead(["th", "td"]))
+        assert all(
+            cell.name == "th" and cell["scope"] == "col" for cell in table.thead(["th", "td"])
+        )
         for row in table.tbody("tr"):
             first, *others = row(["th", "td"])
-            assert (first.name, first["scope"]) == ("th", "row") and all(cell.name == "td" for cell in others)
-    classes = {heading.get_text(): heading.get("class") for table in found for heading in table.thead("th")}
+            assert (first.name, first["scope"]) == ("th", "row") and all(
+                cell.name == "td" for cell in others
+            )
+    classes = {
+        heading.get_text(): heading.get("class") for table in found for heading in table.thead("th")
+    }
     assert (classes["test acc"], classes["from"]) == (["number"], None)
 
 
@@ -110,8 +145,13 @@ def test_the_table_of_trials_marks_the_best_in_words(until: str, mark: str, tmp_
     run = read_snapshot(made.run)
     table = tables.trials(run)
     assert run.best_trial
-    assert [row[0] for row in table.rows if row[2].endswith(f", {mark}")] == [f"{run.best_trial.index}"]
-    assert table.headings[-2:] == ("plan", "reason") and table.rows[7][-1] == "TrainingDiverged: loss is nan"
+    assert [row[0] for row in table.rows if row[2].endswith(f", {mark}")] == [
+        f"{run.best_trial.index}"
+    ]
+    assert (
+        table.headings[-2:] == ("plan", "reason")
+        and table.rows[7][-1] == "TrainingDiverged: loss is nan"
+    )
     for trial in made.trials:
         made.write(trial, reason=None)
     assert tables.trials(read_snapshot(made.run)).headings[-1] == "plan", "no column of dashes"
@@ -129,7 +169,15 @@ def test_a_cut_that_computes_too_much_is_never_the_best(tmp_path: Path) -> None:
 
 def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    made = MadeRun(root, num_trials=4, num_blocks=2, model=HOSTILE, task=HOSTILE, outcome="failed", error=HOSTILE)
+    made = MadeRun(
+        root,
+        num_trials=4,
+        num_blocks=2,
+        model=HOSTILE,
+        task=HOSTILE,
+        outcome="failed",
+        error=HOSTILE,
+    )
     measured = made.record("sensitivity").methods
     made.change("sensitivity", methods=measured | {"<b>of ours</b>": measured["kl"]})
     write_report(made.run)
@@ -145,7 +193,9 @@ def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
 def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: str) -> None:
     root, left = tmp_path / "run", STAGES[STAGES.index(until) + 1 :]
     begun = {left[0]: StageState(state="running", started=0.0)}
-    MadeRun(root, 6, 2, until=until, outcome="failed", error="no space left for /runs", stages=begun)
+    MadeRun(
+        root, 6, 2, until=until, outcome="failed", error="no space left for /runs", stages=begun
+    )
     done = command("report", root, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.output.splitlines()[-1])["page"] == str(root / "report.html")
@@ -157,7 +207,9 @@ def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: 
         until == "sensitivity",
         until == "finetune",
     )
-    jsonschema.validate(json.loads((root / "results.json").read_text()), json.loads(summary_schema()))
+    jsonschema.validate(
+        json.loads((root / "results.json").read_text()), json.loads(summary_schema())
+    )
 
 
 def test_records_of_an_older_configuration_are_not_shown(tmp_path: Path) -> None:
@@ -173,7 +225,9 @@ def test_records_of_an_older_configuration_are_not_shown(tmp_path: Path) -> None
 def test_results_follow_the_published_schema(long_run: Path) -> None:
     written = (ROOT / "docs" / "results.schema.json").read_text()
     assert written == summary_schema(), "run: qpruner schema --results > docs/results.schema.json"
-    results = json.loads((long_run / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    results = json.loads(
+        (long_run / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
     jsonschema.validate(results, json.loads(written))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(results | {"claim": 3}, json.loads(written))
@@ -203,24 +257,39 @@ def test_blocks_are_numbered_as_in_the_base_model(tmp_path: Path) -> None:
     cuts = made.record("prune").cuts
     layers = list(cuts["cut-20"].layers)
     layers.insert(1, layers[0].model_copy(update={"kept_kv_groups": (), "kept_mlp_channels": ()}))
-    numbered = tuple(layer.model_copy(update={"layer": index}) for index, layer in enumerate(layers))
+    numbered = tuple(
+        layer.model_copy(update={"layer": index}) for index, layer in enumerate(layers)
+    )
     changed = cuts["cut-20"].model_copy(update={"layers": numbered, "dropped_blocks": (1,)})
     made.change("prune", cuts={**cuts, "cut-20": changed})
-    [chart] = [part for each in sections(read_snapshot(made.run)) if each.name == "plans" for part in each.parts]
+    [chart] = [
+        part
+        for each in sections(read_snapshot(made.run))
+        if each.name == "plans"
+        for part in each.parts
+    ]
     assert isinstance(chart, Chart)
     for panel in chart.spec["vconcat"]:
         groups = {value["group"] for value in panel["data"]["values"]}
-        assert groups == {f"layers.{block}.{part}" for block in (0, 2, 3) for part in ("attention", "mlp")}
+        assert groups == {
+            f"layers.{block}.{part}" for block in (0, 2, 3) for part in ("attention", "mlp")
+        }
 
 
 def test_python_has_a_table_of_trials_and_the_plan(long_run: Path) -> None:
     found = qpruner.read_run(long_run)
     frame = found.to_dataframe()
     assert len(frame) == len(found.trials) and frame["bytes"][1] == found.trials[1].plan_bytes
-    assert repr(found).startswith("<Snapshot of the run 'run': 200 trials; prepare, prune, bank, sensitivity, search")
-    assert found.plan.as_dict() == found.best_plan and found.plan._repr_html_().endswith("</span> 20 % pruned")
+    assert repr(found).startswith(
+        "<Snapshot of the run 'run': 200 trials; prepare, prune, bank, sensitivity, search"
+    )
+    assert found.plan.as_dict() == found.best_plan and found.plan._repr_html_().endswith(
+        "</span> 20 % pruned"
+    )
     hostile = PrecisionPlan(('"><script>',), ("int8",))
-    assert [tag.name for tag in BeautifulSoup(hostile._repr_html_(), "html.parser")(True)] == ["span"]
+    assert [tag.name for tag in BeautifulSoup(hostile._repr_html_(), "html.parser")(True)] == [
+        "span"
+    ]
 
 
 # ---- a winner that was compared with nothing
@@ -251,14 +320,21 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
     assert lead == f"3.0 times smaller than the base; not distinguishable from {alternative}."
     assert f"{alternative.partition(', both ')[2]}: selection loss " in as_trial
     shown = re.sub(r"\s+", " ", page_of(root).find(id="answer").get_text(" "))
-    for figures in ("base no fine-tune", "as a trial", f"test acc {winner:.3f} {base:.3f}", "selection loss"):
+    for figures in (
+        "base no fine-tune",
+        "as a trial",
+        f"test acc {winner:.3f} {base:.3f}",
+        "selection loss",
+    ):
         assert figures in shown
     assert "nothing is claimed at equal bytes" in nothing
     facts, text = status(root)
     markdown = (root / "report.md").read_text()
     assert f"`{COMMAND}`" in facts["to_compare"] and COMMAND in text and f"`{COMMAND}`" in markdown
     assert COMMAND in [code.get_text() for code in page_of(root)("code")]
-    assert "finetune.compare" not in (root / "final" / "README.md").read_text(), "its readers have no such run"
+    assert "finetune.compare" not in (root / "final" / "README.md").read_text(), (
+        "its readers have no such run"
+    )
     assert (alone.standing, alone.missing) == ("Finished.", None)
     assert [each["stage"] for each in facts["stages"]][-3:] == ["finetune", "evaluate", "report"]
 
@@ -272,7 +348,9 @@ def test_without_its_comparison_the_winner_is_complete(tmp_path: Path) -> None:
     run, summary = read_snapshot(made.run), json.loads((root / "results.json").read_text())
     assert run.standing == "Interrupted in stage comparison; repeat the command to resume."
     assert run.missing == "There is no result yet from: comparison."
-    assert [row["name"] for row in summary["table"]] == ["searched"] and summary["claim"] == claim(run.results)
+    assert [row["name"] for row in summary["table"]] == ["searched"] and summary["claim"] == claim(
+        run.results
+    )
     assert run.standing in (root / "report.md").read_text()
     assert "Measured" in (root / "final" / "README.md").read_text()
     facts, text = status(root)
@@ -284,5 +362,7 @@ def test_without_its_comparison_the_winner_is_complete(tmp_path: Path) -> None:
     found = compared.results
     assert found.comparison and found.evaluate and found.candidates == found.comparison.candidates
     assert found.scores == (*found.evaluate.rows[:3], *found.comparison.rows)
-    assert found.inference == found.comparison.inference, "memory and speed as measured beside the others"
+    assert found.inference == found.comparison.inference, (
+        "memory and speed as measured beside the others"
+    )
     assert compared.how_to_compare is None and compared.standing == "Finished."

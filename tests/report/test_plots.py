@@ -41,19 +41,31 @@ def values_of(made: MadeRun, name: str) -> list[dict[str, Any]]:
 
 
 def drawn(made: MadeRun, name: str, width: int = 640) -> str:
-    return str(vl_convert.vegalite_to_svg(json.dumps(chart_of(made, name).complete | {"width": width})))
+    return str(
+        vl_convert.vegalite_to_svg(json.dumps(chart_of(made, name).complete | {"width": width}))
+    )
 
 
 def test_every_trial_is_in_the_plot_with_the_front_and_the_best(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", num_trials=80, num_blocks=2)
     points = values_of(made, "pareto")
     assert len(points) == sum(1 for trial in made.trials if trial.rungs) == 79
-    assert [point["trial"] for point in points if point["best"]] == [made.record("search").best_index]
+    assert [point["trial"] for point in points if point["best"]] == [
+        made.record("search").best_index
+    ]
     kinds = Counter(point["kind"] for point in points)
-    assert kinds["control"] == 3 and kinds["stopped early"] == sum(trial.status == "stopped" for trial in made.trials)
-    finished = [(trial.plan_bytes / 1e6, trial.rungs[-1].loss) for trial in made.trials if trial.status == "finished"]
+    assert kinds["control"] == 3 and kinds["stopped early"] == sum(
+        trial.status == "stopped" for trial in made.trials
+    )
+    finished = [
+        (trial.plan_bytes / 1e6, trial.rungs[-1].loss)
+        for trial in made.trials
+        if trial.status == "finished"
+    ]
     expected = [
-        each for each in sorted(finished) if all(other >= each[1] for size, other in finished if size <= each[0])
+        each
+        for each in sorted(finished)
+        if all(other >= each[1] for size, other in finished if size <= each[0])
     ]
     line = chart_of(made, "pareto").spec["layer"][1]["data"]["values"]
     np.testing.assert_allclose([(each["megabytes"], each["score"]) for each in line], expected)
@@ -61,7 +73,10 @@ def test_every_trial_is_in_the_plot_with_the_front_and_the_best(tmp_path: Path) 
 
 def test_the_edge_does_not_cut_the_winners_label(made: MadeRun) -> None:
     """On a phone the largest plan's label lost its last letter."""
-    finished = sorted((trial for trial in made.trials if trial.status == "finished"), key=lambda each: each.plan_bytes)
+    finished = sorted(
+        (trial for trial in made.trials if trial.status == "finished"),
+        key=lambda each: each.plan_bytes,
+    )
     made.change_search(budget_bytes=finished[-1].plan_bytes)
     for best, side in ((finished[-1], "end"), (finished[0], "start")):
         made.win(best)
@@ -69,19 +84,26 @@ def test_the_edge_does_not_cut_the_winners_label(made: MadeRun) -> None:
         assert f'text-anchor="{side}"' in halo and f'text-anchor="{side}"' in label
 
 
-@pytest.mark.parametrize(("metric", "far", "is_cut"), [("loss", 9, True), ("loss", 0, False), ("accuracy", -9, True)])
-def test_one_far_control_does_not_press_the_others_together(made: MadeRun, metric: str, far: int, is_cut: bool) -> None:
+@pytest.mark.parametrize(
+    ("metric", "far", "is_cut"), [("loss", 9, True), ("loss", 0, False), ("accuracy", -9, True)]
+)
+def test_one_far_control_does_not_press_the_others_together(
+    made: MadeRun, metric: str, far: int, is_cut: bool
+) -> None:
     """In a search by accuracy, outliers lie below."""
     made.change_search(metric=metric)
     for trial in made.trials:
         shift = far if trial.index == 0 else 0
         rungs = [
-            rung.model_copy(update={"loss": rung.loss + shift, "accuracy": rung.loss + shift}) for rung in trial.rungs
+            rung.model_copy(update={"loss": rung.loss + shift, "accuracy": rung.loss + shift})
+            for rung in trial.rungs
         ]
         made.write(trial, rungs=tuple(rungs))
     chart = chart_of(made, "pareto")
     shown = [point["score"] for point in chart.spec["data"]["values"] if point["trial"]]
-    scales = [layer["encoding"]["y"]["scale"] for layer in chart.spec["layer"] if "y" in layer["encoding"]]
+    scales = [
+        layer["encoding"]["y"]["scale"] for layer in chart.spec["layer"] if "y" in layer["encoding"]
+    ]
     assert all(("clamp" in scale) == is_cut for scale in scales)
     if is_cut:
         low, high = scales[0]["domain"]
@@ -119,7 +141,10 @@ def test_a_given_plan_is_marked(made: MadeRun) -> None:
     made.win(given, num_trials=1)
     made.change_search(search="9" * 16)
     [ringed] = [point for point in values_of(made, "pareto") if point["best"]]
-    assert (ringed["trial"], ringed["kind"]) == (12, "given plan") and ">given plan</text>" in drawn(made, "pareto")
+    assert (ringed["trial"], ringed["kind"]) == (
+        12,
+        "given plan",
+    ) and ">given plan</text>" in drawn(made, "pareto")
 
 
 def test_a_terminal_gets_the_plot_in_plain_characters(made: MadeRun) -> None:
@@ -134,7 +159,9 @@ def test_a_terminal_gets_the_plot_in_plain_characters(made: MadeRun) -> None:
     assert [number for number in "123" if sum(line.count(number) for line in area) != 1] == []
     assert sum(line.count("(x)") for line in area) == 1 and "budget 93.0 MB" in lines[13]
     best = next(point for point in chart.spec["data"]["values"] if point["best"])
-    assert (best["score"] == min(point["score"] for point in chart.spec["data"]["values"])) == ("(x)" in area[-1])
+    assert (best["score"] == min(point["score"] for point in chart.spec["data"]["values"])) == (
+        "(x)" in area[-1]
+    )
 
 
 def test_names_of_controls_do_not_overlap(made: MadeRun) -> None:
@@ -143,7 +170,10 @@ def test_names_of_controls_do_not_overlap(made: MadeRun) -> None:
     below = [point["below"] for point in values_of(made, "pareto") if point["kind"] == "control"]
     assert all(abs(one - other) >= 12 for one, other in itertools.combinations(below, 2))
     picture = drawn(made, "pareto")
-    assert all(picture.count(f">{name}</text>") == 2 for name in ("uniform", "knapsack", "the paper's flow"))
+    assert all(
+        picture.count(f">{name}</text>") == 2
+        for name in ("uniform", "knapsack", "the paper's flow")
+    )
 
 
 # ---- the model
@@ -151,16 +181,29 @@ def test_names_of_controls_do_not_overlap(made: MadeRun) -> None:
 
 def test_every_plan_is_a_row_of_bars_in_its_formats_colours() -> None:
     """Embeddings and head are bars too; the legend has each used format once, smallest first."""
-    plan = {"embeddings": "int8", "layers.0.attention": "nf4", "layers.1.mlp": "bf16", "head": "bf16"}
-    methods = made_methods({"nf4": (None, 0.5, -0.3, None), "int8": (0.2, 0.1, 0.1, None), "bf16": (0.0,) * 4}, "kl")
+    plan = {
+        "embeddings": "int8",
+        "layers.0.attention": "nf4",
+        "layers.1.mlp": "bf16",
+        "head": "bf16",
+    }
+    methods = made_methods(
+        {"nf4": (None, 0.5, -0.3, None), "int8": (0.2, 0.1, 0.1, None), "bf16": (0.0,) * 4}, "kl"
+    )
     measured = SensitivityRecord(**STAGE, groups=tuple(plan), methods=methods)
     assert costs_of(methods["kl"]) == [0.2, 0.5, -0.3, None]
-    shown = {"3: winner": PrecisionPlan.from_dict(plan, "cut-10"), "1: gp": PrecisionPlan.from_dict(plan)}
+    shown = {
+        "3: winner": PrecisionPlan.from_dict(plan, "cut-10"),
+        "1: gp": PrecisionPlan.from_dict(plan),
+    }
     chart = plan_bars(shown, measured)
     drawn = str(vl_convert.vegalite_to_svg(json.dumps(chart.complete)))
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
     assert [text for text in texts if text in ("nf4", "int8", "bf16")] == ["nf4", "int8", "bf16"]
-    assert [text for text in texts if "pruned" in text] == ["3: winner, 10 % pruned", "1: gp, not pruned"]
+    assert [text for text in texts if "pruned" in text] == [
+        "3: winner, 10 % pruned",
+        "1: gp, not pruned",
+    ]
     for name in plan.values():
         assert f'fill="{format_of(name).colour}"' in drawn
     assert chart.png().startswith(b"\x89PNG")

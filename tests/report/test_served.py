@@ -14,7 +14,10 @@ from qpruner.runs.records import BASE, SEARCHED, Results, ServedRow, ServeRecord
 
 
 def row(name: str, form: Any, format: str, bits: float, decode: float, **changes: Any) -> ServedRow:
-    speeds = {"prefill_tokens_per_second": (decode * 8,) * 3, "decode_tokens_per_second": (decode - 1, decode, decode)}
+    speeds = {
+        "prefill_tokens_per_second": (decode * 8,) * 3,
+        "decode_tokens_per_second": (decode - 1, decode, decode),
+    }
     given = {"file_bytes": 100_000_000, "loss": 2.5, "mean_bits": bits}
     return ServedRow(name=name, form=form, format=format, **given | speeds | changes)
 
@@ -31,17 +34,35 @@ ROWS = (
 
 @pytest.fixture
 def results() -> Results:
-    setting = ServeSetting(threads=2, build="xllamacpp 1.0", prompt_tokens=128, new_tokens=32, num_rows=24)
+    setting = ServeSetting(
+        threads=2, build="xllamacpp 1.0", prompt_tokens=128, new_tokens=32, num_rows=24
+    )
     record = ServeRecord(digest="0", seconds=1.0, rows=ROWS, setting=setting)
-    return results_of([*row_of(BASE, [1.0]), *searched_row([1.0])]).model_copy(update={"serve": record})
+    return results_of([*row_of(BASE, [1.0]), *searched_row([1.0])]).model_copy(
+        update={"serve": record}
+    )
 
 
 def test_every_row_shows_what_was_measured_of_its_files(results: Results) -> None:
     table = served(results)
     assert table and "2 CPU threads" in table.caption
     by_form = {line[1]: line[2:] for line in table.rows}
-    assert by_form["GGUF F16"] == ("100.0 MB", "16.00", "2.5000", "160 (160-160)", "20.0 (19.0-20.0)", "-", "-")
-    assert by_form["vLLM, adapter beside it"] == ("100.0 MB", "6.00", *"---", "1 to bf16", "loaded by transformers")
+    assert by_form["GGUF F16"] == (
+        "100.0 MB",
+        "16.00",
+        "2.5000",
+        "160 (160-160)",
+        "20.0 (19.0-20.0)",
+        "-",
+        "-",
+    )
+    assert by_form["vLLM, adapter beside it"] == (
+        "100.0 MB",
+        "6.00",
+        *"---",
+        "1 to bf16",
+        "loaded by transformers",
+    )
     assert served(results_of(searched_row([1.0]))) is None
     setting = ServeSetting(threads=2, build="", prompt_tokens=0, new_tokens=0, num_rows=0)
     unmeasured = ServeRecord(digest="0", seconds=1.0, rows=ROWS[-1:], setting=setting)
@@ -58,7 +79,10 @@ def test_the_speed_is_that_of_the_best_file_and_of_the_others(results: Results) 
     assert decode_in_llama_cpp(results_of(searched_row([1.0])), BASE) is None
     run = snapshot(results)
     page = report_md(run, sections(run), "pictures")
-    assert "| tokens/s, llama.cpp | 50.0 | 20.0 (2.50x) |" in page and "As served, on 2 CPU threads" in page
+    assert (
+        "| tokens/s, llama.cpp | 50.0 | 20.0 (2.50x) |" in page
+        and "As served, on 2 CPU threads" in page
+    )
 
 
 def test_commands_name_the_best_files_of_the_run(results: Results) -> None:

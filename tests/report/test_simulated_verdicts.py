@@ -36,12 +36,18 @@ class Noise:
     row: float
     residual: float
 
-    def draw(self, generator: np.random.Generator, num_plans: int, num_seeds: int, num_rows: int) -> np.ndarray:
+    def draw(
+        self, generator: np.random.Generator, num_plans: int, num_seeds: int, num_rows: int
+    ) -> np.ndarray:
         """Return losses ``(plans, seeds, rows)`` of equal plans, each of which has half of a difference's variance."""
         shapes = [(self.seed, (num_plans, num_seeds, 1)), (self.row, (num_plans, 1, num_rows))]
         shapes.append((self.residual, (num_plans, num_seeds, num_rows)))
-        of_all = generator.normal(2.4, 0.5, (1, 1, num_rows)) + generator.normal(0, 0.2, (1, num_seeds, 1))
-        losses: np.ndarray = of_all + sum(generator.normal(0, each / 2**0.5, shape) for each, shape in shapes)
+        of_all = generator.normal(2.4, 0.5, (1, 1, num_rows)) + generator.normal(
+            0, 0.2, (1, num_seeds, 1)
+        )
+        losses: np.ndarray = of_all + sum(
+            generator.normal(0, each / 2**0.5, shape) for each, shape in shapes
+        )
         return losses
 
 
@@ -53,13 +59,19 @@ def noise() -> Noise:
         recorded = json.loads(line)
         by_plan.setdefault(recorded["row"], []).append(recorded["losses"]["confirmation"])
     variances = []
-    for one, other in itertools.combinations([np.array(each) for each in by_plan.values() if len(each) == 3], 2):
+    for one, other in itertools.combinations(
+        [np.array(each) for each in by_plan.values() if len(each) == 3], 2
+    ):
         less = one - other
         if 0 < abs(less.mean()) < CLOSE:
             of_rows, of_seeds = less.mean(axis=0), less.mean(axis=1)
             rest = less - of_rows - of_seeds[:, None] + less.mean()
             residual = (rest**2).sum() / (2 * (len(of_rows) - 1))
-            found = (of_seeds.var(ddof=1) - residual / len(of_rows), of_rows.var(ddof=1) - residual / 3, residual)
+            found = (
+                of_seeds.var(ddof=1) - residual / len(of_rows),
+                of_rows.var(ddof=1) - residual / 3,
+                residual,
+            )
             variances.append(found)
     assert len(variances) > 50
     return Noise(*np.sqrt(np.mean(variances, axis=0)))
@@ -89,7 +101,10 @@ def simulated(
     judging = noise.draw(generator, len(effects), len(judging_seeds), num_judging) + shifts
     scored = _tuned(SEARCHED, winner, judging, judging_seeds)
     if is_compared:
-        scored = _tuned(rival.origin if rival.control else BEST_SEARCHED, rival, judging, judging_seeds) + scored
+        scored = (
+            _tuned(rival.origin if rival.control else BEST_SEARCHED, rival, judging, judging_seeds)
+            + scored
+        )
     chosen = {"best_index": winner.index, "best_origin": winner.origin}
     return results_of(scored, confirmations=tuple(found), **chosen)
 
@@ -105,11 +120,18 @@ def _plan(at: int) -> dict[str, str]:
     return {f"layers.{bit}": "int8" if at >> bit & 1 else "nf4" for bit in range(4)}
 
 
-def _tuned(name: str, finalist: Confirmation, losses: np.ndarray, seeds: Sequence[int]) -> list[Scored]:
+def _tuned(
+    name: str, finalist: Confirmation, losses: np.ndarray, seeds: Sequence[int]
+) -> list[Scored]:
     rows: list[Scored] = []
     for seed, of_rows in zip(seeds, losses[finalist.index].tolist(), strict=True):
         tuned = candidate(name, finalist.plan, seed=seed, confirmation_loss=float(np.mean(of_rows)))
-        rows.append((tuned.model_copy(update={"confirmation_losses": tuple(of_rows)}), (score(answers(4, 2)),)))
+        rows.append(
+            (
+                tuned.model_copy(update={"confirmation_losses": tuple(of_rows)}),
+                (score(answers(4, 2)),),
+            )
+        )
     return rows
 
 
@@ -122,9 +144,19 @@ EQUAL = [0.0] * (len(CONTROLS) + SEARCHED_PLANS)
 
 @pytest.mark.parametrize(
     ("num_rows", "seeds"),
-    [(2, (1,)), (4, (1,)), (8, (1,)), (32, (1, 2)), (182, (1, 2, 3)), (91, range(1, 6)), (182, range(1, 11))],
+    [
+        (2, (1,)),
+        (4, (1,)),
+        (8, (1,)),
+        (32, (1, 2)),
+        (182, (1, 2, 3)),
+        (91, range(1, 6)),
+        (182, range(1, 11)),
+    ],
 )
-def test_intervals_hold_the_true_difference_in_95_percent(noise: Noise, num_rows: int, seeds: Sequence[int]) -> None:
+def test_intervals_hold_the_true_difference_in_95_percent(
+    noise: Noise, num_rows: int, seeds: Sequence[int]
+) -> None:
     """With one seed they hold the difference under that seed, so this seed has no shift here."""
     generator, held = np.random.default_rng(num_rows), []
     known = Noise(0.0, noise.row, noise.residual) if len(seeds) == 1 else noise
@@ -143,8 +175,16 @@ def test_intervals_hold_the_true_difference_in_95_percent(noise: Noise, num_rows
 def test_of_equal_plans_none_is_called_better_or_worse(noise: Noise, is_compared: bool) -> None:
     """The winner is the luckiest of six, and so may be its rival among its kind."""
     generator = np.random.default_rng(1)
-    runs = [simulated(noise, generator, EQUAL, num_judging=91, is_compared=is_compared) for _ in range(400)]
-    assert share([" better than " in headline(each) or " worse than " in headline(each) for each in runs]) <= 0.07
+    runs = [
+        simulated(noise, generator, EQUAL, num_judging=91, is_compared=is_compared)
+        for _ in range(400)
+    ]
+    assert (
+        share(
+            [" better than " in headline(each) or " worse than " in headline(each) for each in runs]
+        )
+        <= 0.07
+    )
 
 
 def test_of_equal_finalists_none_is_called_worse(noise: Noise) -> None:
@@ -153,7 +193,12 @@ def test_of_equal_finalists_none_is_called_worse(noise: Noise) -> None:
     for _ in range(400):
         search = simulated(noise, generator, EQUAL, num_judging=2, is_compared=False).search
         assert search
-        called.append(any(each.difference and each.difference.verdict == "better" for each in finalists(search)))
+        called.append(
+            any(
+                each.difference and each.difference.verdict == "better"
+                for each in finalists(search)
+            )
+        )
     assert share(called) <= 0.07
 
 
@@ -173,7 +218,9 @@ def test_the_headline_flatters_no_winner(noise: Noise) -> None:
     generator, said = np.random.default_rng(4), {True: list[float](), False: list[float]()}
     for is_compared, of_runs in said.items():
         for _ in range(400):
-            results = simulated(noise, generator, EQUAL, num_choosing=16, num_judging=16, is_compared=is_compared)
+            results = simulated(
+                noise, generator, EQUAL, num_choosing=16, num_judging=16, is_compared=is_compared
+            )
             found = re.search(r"\(([-+][\d.]+) ± ", headline(results))
             assert found
             of_runs.append(float(found[1]))
@@ -186,5 +233,7 @@ def test_a_beaten_control_is_never_called_better(noise: Noise) -> None:
     """Two searched plans tie, so a further seed, which shifts all losses, is in their means and in no control's."""
     generator = np.random.default_rng(5)
     effects = [0.06, 0.08, 0.0, 0.0, 0.2, 0.2]
-    runs = [simulated(noise, generator, effects, num_judging=2, is_compared=False) for _ in range(200)]
+    runs = [
+        simulated(noise, generator, effects, num_judging=2, is_compared=False) for _ in range(200)
+    ]
     assert not any(" worse than " in headline(each) for each in runs)

@@ -49,7 +49,9 @@ def stage_line(lines: list[str]) -> str:
 def lock_of_another_machine(root: Path, seconds_ago: float) -> None:
     """Write a run whose driver is on another machine, with this process's number and a heartbeat at that time."""
     recorded_run(root)
-    (root / NAME).write_text(this_process().model_copy(update={"machine": "elsewhere"}).model_dump_json())
+    (root / NAME).write_text(
+        this_process().model_copy(update={"machine": "elsewhere"}).model_dump_json()
+    )
     then = time.time() - seconds_ago
     os.utime(root / NAME, (then, then))
 
@@ -75,7 +77,9 @@ def test_a_driver_elsewhere_runs_while_it_beats(tmp_path: Path) -> None:
     assert "running on" in status(root)[0]
     lock_of_another_machine(root, seconds_ago=9 * 3600)
     lines = status(root)
-    assert "no sign of life for 9 h" in lines[0] and lines[0].endswith(f": most likely gone; {GO_ON}")
+    assert "no sign of life for 9 h" in lines[0] and lines[0].endswith(
+        f": most likely gone; {GO_ON}"
+    )
     assert "most likely gone" in stage_line(lines)
     assert "most likely gone; repeat the command" in standing(root)
 
@@ -87,9 +91,14 @@ def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
         lines = status(root)
         (root / "run.json").unlink()
         said = command("status", root)
-    assert f"running on {this_process().host} (process {os.getpid()})" in lines[0], "not the process before it"
+    assert f"running on {this_process().host} (process {os.getpid()})" in lines[0], (
+        "not the process before it"
+    )
     assert said.exit_code == 2
-    assert f"has no run.json yet: a command is starting there (process {os.getpid()} on " in said.stderr
+    assert (
+        f"has no run.json yet: a command is starting there (process {os.getpid()} on "
+        in said.stderr
+    )
 
 
 def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> None:
@@ -111,4 +120,6 @@ def test_a_folder_without_a_run_is_refused_with_a_hint(tmp_path: Path) -> None:
 
     (tmp_path / "runs" / "notes").mkdir(parents=True)
     assert f"{tmp_path}/runs/demo does not exist" in said(tmp_path / "runs" / "demo")
-    assert "runs is not a run folder, because it has no run.json: name the folder" in said(tmp_path / "runs")
+    assert "runs is not a run folder, because it has no run.json: name the folder" in said(
+        tmp_path / "runs"
+    )

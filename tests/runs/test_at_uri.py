@@ -25,11 +25,25 @@ from qpruner.pipeline.run import run
 from qpruner.runs.events import Event, Message
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import FILES, children, fetch, files_in, objects, published_folders, storage_at, write_text
+from qpruner.runs.storage import (
+    FILES,
+    children,
+    fetch,
+    files_in,
+    objects,
+    published_folders,
+    storage_at,
+    write_text,
+)
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS
-from qpruner.training.table_rows import CandidateJob, confirm_seed, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import (
+    CandidateJob,
+    confirm_seed,
+    evaluate_candidate,
+    finetune_candidate,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +77,9 @@ def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen
 
 
 @pytest.fixture(scope="module")
-def config_file(store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def config_file(
+    store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A configuration whose run has a bank, made on a machine that is gone."""
     folder = tmp_path_factory.mktemp("uri")
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +134,9 @@ def test_a_further_seed_leaves_nothing_on_its_machine(machine: Machine) -> None:
     assert not storage_at(job.candidate.checkpoints).staging.exists()
 
 
-def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Store, tmp_path: Path) -> None:
+def test_a_row_with_a_damaged_adapter_is_set_aside(
+    machine: Machine, store: Store, tmp_path: Path
+) -> None:
     run_dir = RunDir(machine("evaluating").config.output)
     adapter = run_dir.candidates / "0123abcd" / "adapter"
     (tmp_path / ADAPTER_WEIGHTS).write_bytes(b"weights")
@@ -132,12 +150,16 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(machine: Machine, store: Stor
     assert f"{place}/0123abcd/adapter/{ADAPTER_WEIGHTS} is damaged" in caught.value.cause
     assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
     assert caught.value.remedy == "repeat the command: only that row is fine-tuned again"
-    assert not files_in(adapter.parent) and "record.json" in children(run_dir.candidates / "damaged" / aside)
+    assert not files_in(adapter.parent) and "record.json" in children(
+        run_dir.candidates / "damaged" / aside
+    )
     with pytest.raises(CorruptFile), setting_aside_damaged_adapter(run_dir, "evaluate"):
         fetch(run_dir.stage("nowhere"))
 
 
-def test_a_final_model_with_a_missing_object_is_incomplete(machine: Machine, store: Store, tmp_path: Path) -> None:
+def test_a_final_model_with_a_missing_object_is_incomplete(
+    machine: Machine, store: Store, tmp_path: Path
+) -> None:
     """Somebody may have deleted a damaged object."""
     config, events = machine("looking").config, list[Event]()
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
@@ -147,11 +169,18 @@ def test_a_final_model_with_a_missing_object_is_incomplete(machine: Machine, sto
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
     storage_at(final).put_folder(folder)
-    assert final in published_folders(context.run_dir.root) and Finetune(context).is_complete(final) and not events
+    assert (
+        final in published_folders(context.run_dir.root)
+        and Finetune(context).is_complete(final)
+        and not events
+    )
     store.delete("run/final/model.safetensors")
     assert not Finetune(context).is_complete(final)
     (text,) = [event.text for event in events if isinstance(event, Message)]
-    assert f"{context.run_dir.place}/final/model.safetensors is missing" in text and "set aside in" in text
+    assert (
+        f"{context.run_dir.place}/final/model.safetensors is missing" in text
+        and "set aside in" in text
+    )
 
 
 def test_a_fine_tune_taken_over_writes_nothing_more(machine: Machine, config_file: Path) -> None:
@@ -177,7 +206,12 @@ def written_in(folder: Path) -> dict[str, float]:
 def test_a_trial_runs_on_a_machine_without_local_copies(machine: Machine, tmp_path: Path) -> None:
     job = machine("fifth")
     candidate = job.candidate
-    trial = TrialJob(job.config, Materials({candidate.cut: candidate.bank}, job.data), candidate.plan, candidate.cut)
+    trial = TrialJob(
+        job.config,
+        Materials({candidate.cut: candidate.bank}, job.data),
+        candidate.plan,
+        candidate.cut,
+    )
     told: list[RungResult] = []
     run_trial(trial, None, lambda result, checkpoint: told.append(result))
     assert [result.step for result in told] == [1, 2, 4]

@@ -83,14 +83,22 @@ def test_second_driver_is_refused_and_dead_ones_lock_taken(run_dir: RunDir) -> N
         assert files_in(root) == before, "looking writes nothing"
         first.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # a zombie: dead, but still listed
-        assert held(root) == [f"taking over from process {first.pid} on {HERE}: that process is dead"]
-    assert held(root) == [] and files_in(root) == {} and driver_of(root) is None, "a driver that is done leaves no lock"
+        assert held(root) == [
+            f"taking over from process {first.pid} on {HERE}: that process is dead"
+        ]
+    assert held(root) == [] and files_in(root) == {} and driver_of(root) is None, (
+        "a driver that is done leaves no lock"
+    )
 
 
 @pytest.mark.parametrize(
     ("lock", "notes"),
     [
-        pytest.param(this_process().model_copy(update={"started": 1}), ["that process is dead"], id="reused-number"),
+        pytest.param(
+            this_process().model_copy(update={"started": 1}),
+            ["that process is dead"],
+            id="reused-number",
+        ),
         # Its process id is that of this test, which means nothing on another machine.
         pytest.param(THEIRS, ["gpu-7, which", "on gpu-7: no sign of life for 1 s"], id="silent"),
         pytest.param(None, [], id="cut-short"),
@@ -99,7 +107,9 @@ def test_second_driver_is_refused_and_dead_ones_lock_taken(run_dir: RunDir) -> N
 def test_a_stale_lock_is_taken(lock: Holder | None, notes: list[str], tmp_path: Path) -> None:
     (tmp_path / NAME).write_text(lock.model_dump_json() if lock else '{"host": "gpu')
     found = held(tmp_path, 0.2)
-    assert len(found) == len(notes) and all(part in note for part, note in zip(notes, found, strict=True))
+    assert len(found) == len(notes) and all(
+        part in note for part, note in zip(notes, found, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("age", "state"), [(50, "alive"), (70, "silent")])
@@ -130,10 +140,16 @@ def test_a_live_driver_elsewhere_holds_the_run_until_it_dies(run_dir: RunDir) ->
 def test_only_one_of_several_takes_a_stale_lock(dead: Holder, tmp_path: Path) -> None:
     """Several jobs in a queue find the lock of the last one, whose machine was lost."""
     (tmp_path / NAME).write_text(dead.model_dump_json())
-    with holding(tmp_path, 0.5) as one, holding(tmp_path, 0.5) as two, holding(tmp_path, 0.5) as three:
+    with (
+        holding(tmp_path, 0.5) as one,
+        holding(tmp_path, 0.5) as two,
+        holding(tmp_path, 0.5) as three,
+    ):
         outcomes = []
         for process in (one, two, three):
-            while (line := word(process)).startswith(("waiting up to 3 s", "taking over from process")):
+            while (line := word(process)).startswith(
+                ("waiting up to 3 s", "taking over from process")
+            ):
                 pass
             outcomes.append(line)
     assert sorted(outcomes) == ["held", "refused", "refused"]
@@ -159,7 +175,9 @@ def test_a_storage_away_for_a_while_costs_no_lock(tmp_path: Path) -> None:
             while not lock.stat().st_mtime:
                 assert time.monotonic() < deadline, "no heartbeat"
                 time.sleep(0.02)
-            out_of_sight = [(path.rename(path.with_name(f"away-{path.name}")), path) for path in (run_id, lock)]
+            out_of_sight = [
+                (path.rename(path.with_name(f"away-{path.name}")), path) for path in (run_id, lock)
+            ]
             time.sleep(0.5)
             for aside, path in reversed(out_of_sight):
                 aside.rename(path)
@@ -179,13 +197,13 @@ def test_a_driver_suspended_during_a_whole_run_ends(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [RUN_ID]
 
 
-def test_a_file_system_whose_locks_fail_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_whose_locks_fail_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    message = (
-        rf"`output`: file locks do not work on the file system of {tmp_path} \(No locks available\); mount it with"
-    )
+    message = rf"`output`: file locks do not work on the file system of {tmp_path} \(No locks available\); mount it with"
     with pytest.raises(UserError, match=message):
         held(tmp_path)

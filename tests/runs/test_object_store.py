@@ -69,7 +69,10 @@ def use_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], 
 
 
 def test_requests_go_through_the_proxy_of_the_environment(
-    run: RunDir, store: Store, use_proxy: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+    run: RunDir,
+    store: Store,
+    use_proxy: Callable[[str, int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, gate = run.root / "through.json", Gate(store.port)
     use_proxy("HTTP_PROXY", gate.port)
@@ -97,7 +100,9 @@ def test_https_is_tunnelled_through_its_own_proxy(use_proxy: Callable[[str, int]
         use_proxy("HTTPS_PROXY", listener.getsockname()[1])
         there = f"127.0.0.1:{free_port()}"
         with pytest.raises(OSError, match="NETWORK_CONNECTION"):
-            objects.open_bucket("s3", "runs", f"endpoint_override={there}&region=us-east-1").get_file_info("runs/key")
+            objects.open_bucket(
+                "s3", "runs", f"endpoint_override={there}&region=us-east-1"
+            ).get_file_info("runs/key")
     assert asked == [f"CONNECT {there} HTTP/1.1"]
 
 
@@ -113,7 +118,10 @@ def test_behind_a_proxy_the_region_must_be_given(
 
 @pytest.mark.parametrize(("excluded", "through"), [("eu-central-1", False), ("us-east-1", True)])
 def test_hosts_of_an_excluded_region_are_reached_directly(
-    excluded: str, through: bool, use_proxy: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+    excluded: str,
+    through: bool,
+    use_proxy: Callable[[str, int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As behind a proxy with an endpoint in the private network. This opens the bucket and asks it for nothing."""
     port = free_port()
@@ -151,7 +159,10 @@ OPTIONS = "a URI takes no options but endpoint_override, region, and scheme (htt
         # A key may contain a slash; the rest of it then looks like the path of the URI.
         ("s3://AKIAKEY:HUSH/WORD@bucket/run", "credentials come from the environment"),
         ("s3://[AKIAKEY:HUSHWORD@bucket/run", FORM),
-        ("s3://bucket/run?endpoint_override=http://AKIAKEY:HUSHWORD@store:9000", "credentials come from the"),
+        (
+            "s3://bucket/run?endpoint_override=http://AKIAKEY:HUSHWORD@store:9000",
+            "credentials come from the",
+        ),
         ("s3://bucket/run?access_key=AKIAKEY&secret_key=HUSHWORD", OPTIONS),
     ],
 )
@@ -173,7 +184,11 @@ def test_a_path_finds_its_object_on_any_machine(monkeypatch: pytest.MonkeyPatch)
         # In quotes, because ? and & mean something to a shell.
         assert f"`qpruner plan '{uri}'`" in where_next(mirror_of(uri))
     assert "`qpruner plan s3://bucket/run`" in where_next(mirror_of("s3://bucket/run"))
-    assert display_name(Path("/shared/run")) == storage_at(Path("/shared/run")).address == "/shared/run"
+    assert (
+        display_name(Path("/shared/run"))
+        == storage_at(Path("/shared/run")).address
+        == "/shared/run"
+    )
     assert objects_at(Path("/home/anna/cache/runs/x")) is None
 
 
@@ -206,22 +221,31 @@ def test_a_damaged_copy_is_fetched_again(
 
 def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_path: Path) -> None:
     """Comparing a large model takes half a minute, and eight trials may start at once."""
-    storage_at(run.stage("prune")).publish(folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty=""))
+    storage_at(run.stage("prune")).publish(
+        folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty="")
+    )
     target, pieces = machine("second").stage("prune"), list[int]()
 
     def num_pieces() -> int:
         """Fetch the folder, and return how many pieces were read."""
         pieces.clear()
-        fetch(target, lambda: pieces.append(len(pieces)) if len(pieces) < 50 else pytest.fail("it waits"))
+        fetch(
+            target,
+            lambda: pieces.append(len(pieces)) if len(pieces) < 50 else pytest.fail("it waits"),
+        )
         return len(pieces)
 
     with watched(tmp_path / "second") as calls:
         assert num_pieces() == 2
     assert target.is_relative_to(tmp_path / "second")
-    assert (target / "data" / "rows").read_text() == "r" * 100_000 and (target / "data" / "empty").read_bytes() == b""
+    assert (target / "data" / "rows").read_text() == "r" * 100_000 and (
+        target / "data" / "empty"
+    ).read_bytes() == b""
     assert files_in(target) == {"config": 1, "data/rows": 100_000, "data/empty": 0}
     named = calls.index("rename")
-    assert {Path(call).name for call in calls[:named]} >= {"config", "data", "prune", "rows"}, "durable before its list"
+    assert {Path(call).name for call in calls[:named]} >= {"config", "data", "prune", "rows"}, (
+        "durable before its list"
+    )
     assert num_pieces() == 0
     base.verified.clear()  # as in another process
     with exclusive(target):  # comparing needs no lock
@@ -249,7 +273,9 @@ def test_waiting_for_a_folder_shows_progress(
     assert heard[0] == 0 and len([number for number in heard if number]) >= sum(pieces.values())
 
 
-def test_written_files_are_uploaded_and_not_downloaded(run: RunDir, store: Store, tmp_path: Path) -> None:
+def test_written_files_are_uploaded_and_not_downloaded(
+    run: RunDir, store: Store, tmp_path: Path
+) -> None:
     target = run.begin("prune")
     with writing_folder(target) as folder:
         folder.mkdir()
@@ -258,7 +284,11 @@ def test_written_files_are_uploaded_and_not_downloaded(run: RunDir, store: Store
     run.commit("prune", target, bank_record())
     inode = (target / "weights").stat().st_ino
     assert (fetch(target) / "weights").stat().st_ino == inode
-    assert set(store.keys(key_of(run.root))) == {"prune/weights", "prune.files.json", "records/prune.json"}
+    assert set(store.keys(key_of(run.root))) == {
+        "prune/weights",
+        "prune.files.json",
+        "records/prune.json",
+    }
     assert run.begin("prune") == target
     assert run.read_record("prune", BankRecord) is None, "the old record goes before the old files"
     entry = run.bank("base") / "nf4" / "q.safetensors"
@@ -278,7 +308,9 @@ storage_at(RunDir(sys.argv[1]).stage("prune")).publish(Path(sys.argv[2]))
 """
 
 
-def test_a_folder_uploaded_in_part_does_not_exist(machine: Machine, store: Store, tmp_path: Path) -> None:
+def test_a_folder_uploaded_in_part_does_not_exist(
+    machine: Machine, store: Store, tmp_path: Path
+) -> None:
     """The small file arrives long before the large one."""
     there = machine("first")
     scratch = folder_of(tmp_path, small="s")
@@ -322,14 +354,24 @@ class Stores(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, code, message = self.path.partition("?")[0], 200, ""
         if "/b/" not in path:
-            code, message = 403, "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+            code, message = (
+                403,
+                "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>",
+            )
         elif path.endswith("/b/runs") or "/b/secret" in path:
-            code, message = 403, "a@p.iam.gserviceaccount.com does not have storage.buckets.get access"
+            code, message = (
+                403,
+                "a@p.iam.gserviceaccount.com does not have storage.buckets.get access",
+            )
         elif "/b/runs/o" not in path:
             code, message = 404, "The specified bucket does not exist."
         elif not path.endswith("/o"):
             code, message = 404, "No such object: runs/mine"
-        body = json.dumps({"error": {"code": code, "message": message}} if message else {"kind": "storage#objects"})
+        body = json.dumps(
+            {"error": {"code": code, "message": message}}
+            if message
+            else {"kind": "storage#objects"}
+        )
         data = (message if message.startswith("<") else body).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))
@@ -352,7 +394,11 @@ def test_a_refusal_of_the_store_is_reported(
     """The client signs requests to Google itself, so any key works."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     as_text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-    account = {"type": "service_account", "client_email": "a@p.iam.gserviceaccount.com", "private_key_id": "k"}
+    account = {
+        "type": "service_account",
+        "client_email": "a@p.iam.gserviceaccount.com",
+        "private_key_id": "k",
+    }
     nowhere = {"token_uri": "http://127.0.0.1:9/", "private_key": as_text}
     (tmp_path / "key.json").write_text(json.dumps(account | nowhere))
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
@@ -385,19 +431,27 @@ def test_an_unreachable_store_is_reported_within_seconds(
     if how == "no-bucket":
         uri, expected = "s3://no-such-bucket/run", "there is no bucket no-such-bucket"
     else:
-        go_through(f"127.0.0.1:{free_port()}" if how == "unused-port" else "nowhere.invalid:9000", monkeypatch)
+        go_through(
+            f"127.0.0.1:{free_port()}" if how == "unused-port" else "nowhere.invalid:9000",
+            monkeypatch,
+        )
     started = time.monotonic()
     with pytest.raises(UserError, match=f"`output`.*{expected}"):
         RunDir(uri)
     assert time.monotonic() - started < 15
 
 
-def test_a_store_away_for_a_while_is_waited_for(run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_away_for_a_while_is_waited_for(
+    run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is away for longer than one request lasts; both writing and reading wait for it."""
     path, gate = run.root / "clock.json", Gate(store.port)
     go_through(f"127.0.0.1:{gate.port}", monkeypatch)
     write_json(path, SearchClock(seconds=1.0))
-    for action in (lambda: write_json(path, SearchClock(seconds=2.0)), lambda: read_json(path, SearchClock)):
+    for action in (
+        lambda: write_json(path, SearchClock(seconds=2.0)),
+        lambda: read_json(path, SearchClock),
+    ):
         gate.shut()
         threading.Timer(1.0, gate.open).start()
         started = time.monotonic()
@@ -416,7 +470,10 @@ def test_a_store_that_stays_away_is_reported_with_the_remedy(
         write_json(run.root / "clock.json", SearchClock(seconds=2.0), patience_seconds=0.4)
     assert not write_progress(run.root / "pulse.json", "fails at once")
     assert read_progress(run.root / "pulse.json") is None
-    with pytest.raises(StorageError, match=f"{run.place}/{NAME} {error}"), hold_run(run.root, print):
+    with (
+        pytest.raises(StorageError, match=f"{run.place}/{NAME} {error}"),
+        hold_run(run.root, print),
+    ):
         pass
     (run.root / LOG).write_text("begun")
     uploader = Uploader(run.root, "tensorboard", LOG)
@@ -425,7 +482,9 @@ def test_a_store_that_stays_away_is_reported_with_the_remedy(
     assert caplog.text.count("could not be uploaded, which is tried again: ") == 2
 
 
-def test_changed_files_are_uploaded(run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_files_are_uploaded(
+    run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files that only an earlier command wrote are deleted."""
     folder, key = run.root / "tensorboard", key_of(run.root)
     store.write(f"{key}/tensorboard/old", b"of an earlier command")
@@ -457,7 +516,9 @@ def test_a_log_continues_that_of_other_machines(machine: Machine) -> None:
     with logging_to(here.root):
         logger.info("again")
     text = log.read_text()
-    assert [text.count(line) for line in ("begun", "not uploaded yet", "killed before", "again")] == [1, 2, 1, 1]
+    assert [
+        text.count(line) for line in ("begun", "not uploaded yet", "killed before", "again")
+    ] == [1, 2, 1, 1]
     storage_at(log).put(log)
     there = machine("second").root / LOG
     with logging_to(there.parent):

@@ -87,14 +87,21 @@ def test_a_full_or_missing_storage_is_reported_or_waited_for(
 ) -> None:
     path = disk / "trials" / "record.json"
     write_json(path, SearchClock(seconds=1.0))
-    assert exists(path) and not exists(disk / "nothing") and not exists(path / "nothing") and not exists(disk)
+    assert (
+        exists(path)
+        and not exists(disk / "nothing")
+        and not exists(path / "nothing")
+        and not exists(disk)
+    )
     with trouble(disk) as end:  # type: ignore[attr-defined]
         with pytest.raises(StorageError, match=message.format(path)) as caught:
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
         assert caught.value.exit_code == 1
         started = time.monotonic()
         threading.Timer(0.8, end).start()
-        assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), "what was written is waited for"
+        assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), (
+            "what was written is waited for"
+        )
         write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
         assert time.monotonic() - started > 0.7
     assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
@@ -146,16 +153,20 @@ SAVES: dict[str, Callable[[Path], object]] = {
     "safetensors": lambda path: save_file(TENSOR, path),
     "torch": lambda path: torch.save(TENSOR, path),
     # shutil collects the errors of its copies in one error without errno.
-    "shutil": lambda path: shutil.copytree(path.parents[1] / "checkpoint", path, dirs_exist_ok=True),
-    "tokenizers": lambda path: Tokenizer(BPE({f"word {number}": number for number in range(10_000)}, [])).save(
-        str(path)
+    "shutil": lambda path: shutil.copytree(
+        path.parents[1] / "checkpoint", path, dirs_exist_ok=True
     ),
+    "tokenizers": lambda path: Tokenizer(
+        BPE({f"word {number}": number for number in range(10_000)}, [])
+    ).save(str(path)),
 }
 
 
 @pytest.mark.parametrize("library", SAVES)
 @pytest.mark.parametrize("leave", [0, 8192])
-def test_a_full_disk_that_a_library_reports_is_waited_for(library: str, leave: int, disk: Path) -> None:
+def test_a_full_disk_that_a_library_reports_is_waited_for(
+    library: str, leave: int, disk: Path
+) -> None:
     path = disk / "saved"
     (disk.parent / "checkpoint").mkdir()
     (disk.parent / "checkpoint" / "weights").write_bytes(b"w" * 150_000)
@@ -175,12 +186,16 @@ def test_another_error_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_a_folder_missing_on_this_machine_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"was written on another machine and is missing here\n.*share `output`"):
+    with pytest.raises(
+        StorageError, match=r"was written on another machine and is missing here\n.*share `output`"
+    ):
         require_arrived(tmp_path / "prune")
 
 
 def test_a_storage_is_waited_for_two_minutes_unless_told_otherwise() -> None:
     code = "from qpruner.runs.storage.retry import PATIENCE_SECONDS; print(PATIENCE_SECONDS)"
     environment = {name: value for name, value in os.environ.items() if "PATIENCE" not in name}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "120.0"

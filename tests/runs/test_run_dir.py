@@ -71,7 +71,9 @@ for turn in itertools.count(int(sys.argv[2])):
 
 
 def bank_record(digest: str = "a") -> BankRecord:
-    return BankRecord(digest=digest, seconds=1.5, files={}, bytes=10, residual_ratio={"4": {"layers.0": 0.5}})
+    return BankRecord(
+        digest=digest, seconds=1.5, files={}, bytes=10, residual_ratio={"4": {"layers.0": 0.5}}
+    )
 
 
 def folder_of(tmp_path: Path, **files: str) -> Path:
@@ -88,7 +90,9 @@ def folder_of(tmp_path: Path, **files: str) -> Path:
 @contextmanager
 def writer(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
     """Start a process that writes until it is killed, and prints a line after each step."""
-    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         try:
             assert process.stdout.readline()
@@ -97,7 +101,9 @@ def writer(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
             process.kill()
 
 
-def kill_within_a_write(process: subprocess.Popen[str], lines: IO[str], generator: random.Random) -> None:
+def kill_within_a_write(
+    process: subprocess.Popen[str], lines: IO[str], generator: random.Random
+) -> None:
     for _ in range(generator.randrange(1, 4)):
         assert lines.readline()
     time.sleep(generator.uniform(0.0, 0.006))
@@ -126,7 +132,9 @@ def test_a_killed_writer_leaves_the_old_record_or_the_new(run_dir: RunDir) -> No
     assert run_dir.read_record("bank", BankRecord) == bank_record("after")
     assert exists(run_dir.record_path("bank")) and "bank.json" in children(run_dir.root / "records")
     run_dir.forget("bank")
-    assert run_dir.read_record("bank", BankRecord) is None and not exists(run_dir.record_path("bank"))
+    assert run_dir.read_record("bank", BankRecord) is None and not exists(
+        run_dir.record_path("bank")
+    )
 
 
 def test_files_of_a_killed_stage_are_complete_or_unrecorded(tmp_path: Path) -> None:
@@ -141,13 +149,21 @@ def test_files_of_a_killed_stage_are_complete_or_unrecorded(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"digest": "a", "seco', b"\x00" * 200, b"\xff\xfe\x80\x81 not utf-8", b"[]", b'{"digest": "a"}'],
+    [
+        b'{"digest": "a", "seco',
+        b"\x00" * 200,
+        b"\xff\xfe\x80\x81 not utf-8",
+        b"[]",
+        b'{"digest": "a"}',
+    ],
     ids=["cut", "zeros", "binary", "list", "own-digest-missing"],
 )
 def test_a_corrupt_record_is_named(run_dir: RunDir, content: bytes) -> None:
     """As after a full disk or a power failure; the stage then runs again instead of failing with a traceback."""
     storage_at(run_dir.record_path("prepare")).write(content)
-    with pytest.raises(CorruptFile, match=f"{run_dir.place}/records/prepare.json is not a PrepareRecord"):
+    with pytest.raises(
+        CorruptFile, match=f"{run_dir.place}/records/prepare.json is not a PrepareRecord"
+    ):
         run_dir.read_record("prepare", PrepareRecord)
 
 
@@ -155,7 +171,10 @@ def test_a_score_without_standard_error_can_be_read(tmp_path: Path) -> None:
     """It is NaN for a single question; an unreadable record would make its stage run again each time."""
     record = KeptScore(digest="0", gpu_seconds=0.0, loss=2.5, stderr=math.nan, losses=(2.5,))
     write_json(tmp_path / "record.json", record)
-    assert "NaN" in (tmp_path / "record.json").read_text() and OWN_DIGEST in (tmp_path / "record.json").read_text()
+    assert (
+        "NaN" in (tmp_path / "record.json").read_text()
+        and OWN_DIGEST in (tmp_path / "record.json").read_text()
+    )
     again = read_json(tmp_path / "record.json", KeptScore)
     assert again is not None and again.model_dump_json() == record.model_dump_json()
 
@@ -178,13 +197,17 @@ def test_folders_are_listed_moved_and_removed(run_dir: RunDir, tmp_path: Path) -
     assert children(place) == ["0001"] and children(run_dir.trials / "none") == []
     assert published_folders(trial) == [trial / "checkpoint-4"]
     digests = folder_digests(trial / "checkpoint-4")
-    assert digests == {name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")}
+    assert digests == {
+        name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")
+    }
     aside = place / "damaged" / Path(quarantine(trial / "checkpoint-4", place)).name
     assert folder_digests(aside) == digests and folder_digests(trial / "checkpoint-4") == {}
     assert (fetch(aside) / "state").read_text() == "ss"
     for _ in range(2):
         remove(trial)
-        assert read_json(trial / "trial.json", SearchClock) is None and published_folders(trial) == []
+        assert (
+            read_json(trial / "trial.json", SearchClock) is None and published_folders(trial) == []
+        )
     with pytest.raises(FileNotFoundError):
         file_digest(trial / "trial.json")
 
@@ -201,7 +224,9 @@ def watched(folder: Path) -> Iterator[list[str]]:
             for descriptor in Path("/proc/self/fd").iterdir():
                 with suppress(OSError):
                     path = descriptor.readlink()
-                    calls.extend([f"fsync {path.relative_to(folder)}"] if path.is_relative_to(folder) else [])
+                    calls.extend(
+                        [f"fsync {path.relative_to(folder)}"] if path.is_relative_to(folder) else []
+                    )
 
     sys.setprofile(on_call)
     try:
@@ -223,7 +248,9 @@ def test_files_are_flushed_before_they_get_their_name(tmp_path: Path) -> None:
         storage_at(tmp_path / "bank").publish(tmp_path / "scratch")
     assert calls[:3] == ["fsync scratch", "fsync scratch/4bit", "fsync scratch/4bit/layers.0"]
     assert calls[3:] == ["fsync scratch.files.json", "rename", "rename", "fsync ."]
-    with watched(tmp_path) as calls:  # a checkpoint of a fine-tune, after which the one before is removed
+    with watched(
+        tmp_path
+    ) as calls:  # a checkpoint of a fine-tune, after which the one before is removed
         storage_at(tmp_path / "bank").put_folder(tmp_path / "bank")
     files = ["fsync bank", "fsync bank/4bit", "fsync bank/4bit/layers.0", "fsync bank.files.json"]
     assert calls == [*files, "fsync ."]
@@ -249,7 +276,9 @@ with working_folder({PREFIX!r}) as folder:
 """
 
 
-def test_killed_processes_leave_no_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_processes_leave_no_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next process deletes it, but keeps folders in use and those of other users."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -258,7 +287,9 @@ def test_killed_processes_leave_no_working_folder(tmp_path: Path, monkeypatch: p
     lock = tmp_path / f".{foreign.name}.lock"
     lock.touch()
     os.chown(lock, 12345, -1)
-    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+    ) as process:
         assert process.stdout
         theirs = Path(process.stdout.readline().decode().strip())
         with working_folder(PREFIX) as first, working_folder(PREFIX) as second:

@@ -22,13 +22,16 @@ MINE, ANOTHER = "a" * 16, "b" * 16
 LETTERS = {"4": "nf4", "8": "int8", "F": "bf16"}
 BITS = {"nf4": 4, "int8": 8, "bf16": 16}
 GROUPS = tuple(
-    Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),), ("nf4", "int8")) for index in range(6)
+    Group(f"layers.{index}", (LinearShape(f"layers.{index}", 64, 64),), ("nf4", "int8"))
+    for index in range(6)
 )
 LAYOUT = Layout(GROUPS, 1000, 300, 2, num_parameters=10**5, multiply_adds=10**5)
 
 
 def plan_of(text: str) -> PrecisionPlan:
-    return PrecisionPlan(tuple(group.name for group in GROUPS), tuple(LETTERS[letter] for letter in text))
+    return PrecisionPlan(
+        tuple(group.name for group in GROUPS), tuple(LETTERS[letter] for letter in text)
+    )
 
 
 SEED_PLAN = "884444"
@@ -36,27 +39,39 @@ CONTROLS = [("unpruned-uniform", plan_of("444444")), ("unpruned-knapsack", plan_
 
 
 def space_of(
-    names: Sequence[str], levels: tuple[str, ...] = ("nf4", "int8"), share: float = 0.5, seed: int = 0
+    names: Sequence[str],
+    levels: tuple[str, ...] = ("nf4", "int8"),
+    share: float = 0.5,
+    seed: int = 0,
 ) -> PlanSpace:
     """Groups of unlike sizes, and a budget at this share of the way from the smallest plan to the largest."""
     weights = np.random.default_rng(seed).integers(50, 200, len(names))
     group_bytes = tuple(tuple(int(weight) * BITS[name] for name in levels) for weight in weights)
     lowest, highest = (sum(sizes[at] for sizes in group_bytes) for at in (0, -1))
-    return PlanSpace(tuple(names), levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest)))
+    return PlanSpace(
+        tuple(names), levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest))
+    )
 
 
-def masked_space(share: float = 0.5, levels: tuple[str, ...] = ("nf4", "int8", "bf16")) -> PlanSpace:
+def masked_space(
+    share: float = 0.5, levels: tuple[str, ...] = ("nf4", "int8", "bf16")
+) -> PlanSpace:
     """Embeddings without the first level, blocks without the last, a tied group of one level, and a budget."""
     names = ("embeddings", *blocks(6), "odd")
     sizes = np.random.default_rng(3).integers(50, 200, len(names))
     refused = {"embeddings": levels[:1], "odd": (levels[0], levels[-1])}
     group_bytes = tuple(
-        tuple(None if level in refused.get(name, levels[-1:]) else int(size) * BITS[level] for level in levels)
+        tuple(
+            None if level in refused.get(name, levels[-1:]) else int(size) * BITS[level]
+            for level in levels
+        )
         for name, size in zip(names, sizes, strict=True)
     )
     offered = [[size for size in each if size is not None] for each in group_bytes]
     lowest, highest = sum(map(min, offered)), sum(map(max, offered))
-    return PlanSpace(names, levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest)))
+    return PlanSpace(
+        names, levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest))
+    )
 
 
 def plans_in(space: PlanSpace) -> list[PrecisionPlan]:
@@ -89,10 +104,18 @@ def job_of(folder: Path, **settings: Any) -> SearchJob:
     )
 
 
-def trial(index: int, plan: str, losses: Sequence[float], search: str = MINE, **fields: Any) -> TrialRecord:
+def trial(
+    index: int, plan: str, losses: Sequence[float], search: str = MINE, **fields: Any
+) -> TrialRecord:
     """A trial that reached as many rungs (steps 1, 2, 4) as there are losses; finished if that is all of them."""
-    rungs = tuple(RungResult(step=step, loss=loss) for step, loss in zip((1, 2, 4), losses, strict=False))
-    given = {"origin": "random", "status": "finished" if len(losses) == 3 else "stopped", "rungs": rungs} | fields
+    rungs = tuple(
+        RungResult(step=step, loss=loss) for step, loss in zip((1, 2, 4), losses, strict=False)
+    )
+    given = {
+        "origin": "random",
+        "status": "finished" if len(losses) == 3 else "stopped",
+        "rungs": rungs,
+    } | fields
     return TrialRecord(
         index=index,
         digest="0" * 16,

@@ -25,7 +25,14 @@ STOP, CONTINUE = "STOP", "CONTINUE"
 CONTROLS = range(3)
 """The numbers of the trials whose plans are controls."""
 GROUPS = tuple(f"layers.{index}" for index in range(8))
-SPACE = PlanSpace(GROUPS, ("nf4", "int8"), ((10, 20),) * len(GROUPS), fixed_bytes=5, budget_bytes=10**6, cut="cut-20")
+SPACE = PlanSpace(
+    GROUPS,
+    ("nf4", "int8"),
+    ((10, 20),) * len(GROUPS),
+    fixed_bytes=5,
+    budget_bytes=10**6,
+    cut="cut-20",
+)
 ONE_CUT = SearchSpace((SPACE,))
 TWO_CUTS = SearchSpace((replace(SPACE, cut="base"), SPACE))
 OF_BASE = 256
@@ -40,17 +47,24 @@ def plan_of(index: int) -> PrecisionPlan:
 
 def config_of(steps: int = 8, factor: int = 2, metric: str = "loss") -> RunConfig:
     values = {"steps": steps, "reduction_factor": factor, "metric": metric}
-    keys = {f"search.{key}": value for key, value in (values | {"tasks": ["piqa"], "limit": 10}).items()}
+    keys = {
+        f"search.{key}": value for key, value in (values | {"tasks": ["piqa"], "limit": 10}).items()
+    }
     return validate_config(with_keys(raw_config(Path("model"), Path("run")), **keys))
 
 
 class Session:
     """The scheduler in one session, called as Ray's controller calls it."""
 
-    def __init__(self, config: RunConfig, recorded: Sequence[TrialRecord] = (), space: SearchSpace = ONE_CUT) -> None:
+    def __init__(
+        self, config: RunConfig, recorded: Sequence[TrialRecord] = (), space: SearchSpace = ONE_CUT
+    ) -> None:
         controls = [plan_of(index) for index in CONTROLS]
         self.config, self.trials = config, dict[int, Any]()
-        self.space, self.scheduler = space, RecordedAsha(config, space, controls, recorded, lambda trial_id: False)
+        self.space, self.scheduler = (
+            space,
+            RecordedAsha(config, space, controls, recorded, lambda trial_id: False),
+        )
 
     def report(self, index: int, rung: RungResult) -> str:
         """The decision of the scheduler after a rung of a trial."""
@@ -70,13 +84,17 @@ class Session:
             self.scheduler.on_trial_complete(None, self.trials[index], result)
         return str(action)
 
-    def report_all(self, index: int, value: float, steps: Sequence[int] = (1, 2, 4, 8)) -> list[str]:
+    def report_all(
+        self, index: int, value: float, steps: Sequence[int] = (1, 2, 4, 8)
+    ) -> list[str]:
         return [self.report(index, rung(step, value)) for step in steps]
 
 
 def rung(step: int, value: float, metric: str = "loss") -> RungResult:
     """A rung whose loss and error rate are both `value`; of accuracies the loss says the contrary."""
-    return RungResult(step=step, loss=value if metric == "loss" else 1.0 - value, accuracy=1.0 - value)
+    return RungResult(
+        step=step, loss=value if metric == "loss" else 1.0 - value, accuracy=1.0 - value
+    )
 
 
 def record(index: int, status: Any, rungs: Sequence[RungResult]) -> TrialRecord:
@@ -107,8 +125,13 @@ def test_a_trial_above_the_cutoff_stops(metric: str, factor: int) -> None:
     session = Session(config_of(factor=factor, metric=metric))
     values = np.random.default_rng(0).uniform(0.2, 0.8, 40)
     cutoffs = [np.inf, *(np.percentile(values[:seen], 100 / factor) for seen in range(1, 40))]
-    actions = [session.report(10 + index, rung(1, float(value), metric)) for index, value in enumerate(values)]
-    assert actions == [STOP if value > cutoff else CONTINUE for value, cutoff in zip(values, cutoffs, strict=True)]
+    actions = [
+        session.report(10 + index, rung(1, float(value), metric))
+        for index, value in enumerate(values)
+    ]
+    assert actions == [
+        STOP if value > cutoff else CONTINUE for value, cutoff in zip(values, cutoffs, strict=True)
+    ]
     assert {STOP, CONTINUE} == set(actions)
 
 
@@ -117,7 +140,9 @@ def test_trials_of_a_poor_cut_save_no_trial_of_a_better_one() -> None:
     for control in CONTROLS:
         session.report_all(control, 0.9)
     assert session.report_all(OF_BASE + 10, 0.3) == [CONTINUE] * 3 + [STOP]
-    assert [session.report(OF_BASE + 11 + at, rung(1, value)) for at, value in enumerate((0.4, 0.2))] == [
+    assert [
+        session.report(OF_BASE + 11 + at, rung(1, value)) for at, value in enumerate((0.4, 0.2))
+    ] == [
         STOP,
         CONTINUE,
     ]
@@ -143,30 +168,42 @@ def test_the_best_of_each_cut_reaches_the_last_rung() -> None:
     """The cut starts far behind. As it recovers late, the first rung goes on to compare trials of one cut only."""
     session = Session(config_of(), space=TWO_CUTS)
     assert session.report_all(OF_BASE, 0.3) == [CONTINUE] * 3 + [STOP]
-    assert session.report(10, rung(1, 0.9)) == CONTINUE, "no trial of this cut has reached the last rung"
+    assert session.report(10, rung(1, 0.9)) == CONTINUE, (
+        "no trial of this cut has reached the last rung"
+    )
     assert session.report(11, rung(1, 1.0)) == STOP, "and not the best of its cut"
     assert session.report_all(10, 0.2, (2, 4, 8)) == [CONTINUE, CONTINUE, STOP]
-    assert session.report(12, rung(1, 0.8)) == CONTINUE, "its elder was worse there, and ended better"
+    assert session.report(12, rung(1, 0.8)) == CONTINUE, (
+        "its elder was worse there, and ended better"
+    )
     assert session.report(12, rung(2, 0.28)) == STOP, "but worse than its elder"
 
 
 def test_cuts_compete_once_a_rung_agrees_with_the_last() -> None:
     """The trial is the best of its cut, which never recovers; few pairs of trials may agree by chance."""
     scores = {10: 0.9, 11: 0.9} | dict.fromkeys(range(OF_BASE, OF_BASE + 5), 0.3)
-    finished = [record(each, "finished", [rung(step, scores[each]) for step in (1, 2, 4, 8)]) for each in scores]
+    finished = [
+        record(each, "finished", [rung(step, scores[each]) for step in (1, 2, 4, 8)])
+        for each in scores
+    ]
     for recorded, decision in ((finished[:-1], CONTINUE), (finished, STOP)):  # 8 and 10 pairs
         assert Session(config_of(), recorded, TWO_CUTS).report(12, rung(1, 0.8)) == decision
     recorded = [
         record(OF_BASE, "finished", [rung(step, 0.3) for step in (1, 2, 4, 8)]),
         record(10, "running", [rung(step, 0.9) for step in (1, 2)]),
     ]
-    assert Session(config_of(), recorded, TWO_CUTS).report_all(10, 0.9, (2, 4)) == [CONTINUE, CONTINUE]
+    assert Session(config_of(), recorded, TWO_CUTS).report_all(10, 0.9, (2, 4)) == [
+        CONTINUE,
+        CONTINUE,
+    ]
 
 
 class Search:
     """Trials one after the other; each rung is recorded before it is reported, as in a real search."""
 
-    def __init__(self, config: RunConfig, values: np.ndarray, interrupted: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, values: np.ndarray, interrupted: tuple[int, int] | None = None
+    ) -> None:
         """Run trials with these losses ``(trials, rungs)``; a new session begins after the rung `interrupted`."""
         self.records, self.decisions = dict[int, TrialRecord](), dict[tuple[int, int], str]()
         session = Session(config)
@@ -178,7 +215,9 @@ class Search:
                 self.records[index] = record(index, status, rungs)
                 action = self._decide(session, index, rungs[-1])
                 if (index, step) == interrupted:
-                    session = Session(config, [self.records[known] for known in sorted(self.records)])
+                    session = Session(
+                        config, [self.records[known] for known in sorted(self.records)]
+                    )
                     if status == "running":
                         # As a trial that goes on does, whether or not the decision had been heard.
                         action = self._decide(session, index, rungs[-1])
@@ -189,7 +228,9 @@ class Search:
 
     def _decide(self, session: Session, index: int, result: RungResult) -> str:
         action = session.report(index, result)
-        assert self.decisions.setdefault((index, result.step), action) == action, "asked again, answered otherwise"
+        assert self.decisions.setdefault((index, result.step), action) == action, (
+            "asked again, answered otherwise"
+        )
         return action
 
 
@@ -201,7 +242,9 @@ def test_an_interruption_anywhere_changes_no_decision(steps: int, metric: str, s
     values = plans - np.array([0.0, 0.1, 0.15, 0.18]) + generator.normal(0, 0.12, (24, 4))
     undisturbed = Search(config, values)
     stopped_at = {step for (_, step), action in undisturbed.decisions.items() if action == STOP}
-    assert stopped_at == set(config.search.rungs), "every rung must decide something for this to say anything"
+    assert stopped_at == set(config.search.rungs), (
+        "every rung must decide something for this to say anything"
+    )
     for place in undisturbed.decisions:
         interrupted = Search(config, values, place)
         assert interrupted.decisions == undisturbed.decisions, f"interrupted after {place}"

@@ -31,16 +31,24 @@ def space_of(num_groups: int, levels: tuple[str, ...], fixed_bytes: int) -> Plan
     """Groups of unlike sizes, as global pruning leaves them."""
     weights = np.random.default_rng(num_groups).integers(800, 1600, num_groups)
     sizes = tuple(tuple(int(weight * BITS[name]) for name in levels) for weight in weights)
-    return PlanSpace(tuple(f"layers.{index}" for index in range(num_groups)), levels, sizes, fixed_bytes, 10**9)
+    return PlanSpace(
+        tuple(f"layers.{index}" for index in range(num_groups)), levels, sizes, fixed_bytes, 10**9
+    )
 
 
 def equal_plans(space: PlanSpace, plan: PrecisionPlan) -> list[PrecisionPlan]:
     size = space.plan_bytes(plan)
-    return [other for other in plans_in(space) if abs(space.plan_bytes(other) - size) <= 0.01 * size and other != plan]
+    return [
+        other
+        for other in plans_in(space)
+        if abs(space.plan_bytes(other) - size) <= 0.01 * size and other != plan
+    ]
 
 
 @pytest.mark.parametrize("share_of_high", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize(("num_groups", "levels"), [(30, ("nf4", "int8")), (224, ("nf4", "int8", "bf16"))])
+@pytest.mark.parametrize(
+    ("num_groups", "levels"), [(30, ("nf4", "int8")), (224, ("nf4", "int8", "bf16"))]
+)
 def test_random_plans_have_equal_bytes_and_differ(
     num_groups: int, levels: tuple[str, ...], share_of_high: float
 ) -> None:
@@ -50,7 +58,9 @@ def test_random_plans_have_equal_bytes_and_differ(
     drawn = random_plans(space, plan, 5, seed=0)
     assert len({plan, *drawn}) == 6
     for other in drawn:
-        assert abs(space.plan_bytes(other) - space.plan_bytes(plan)) <= 0.01 * space.plan_bytes(plan)
+        assert abs(space.plan_bytes(other) - space.plan_bytes(plan)) <= 0.01 * space.plan_bytes(
+            plan
+        )
     assert drawn == random_plans(space, plan, 5, seed=0)
     assert set(drawn) != set(random_plans(space, plan, 5, seed=1))
 
@@ -76,25 +86,44 @@ def test_few_plans_of_equal_bytes_are_all_returned() -> None:
 
 def test_no_plan_of_fewer_or_equal_bytes_beats_one_on_the_front() -> None:
     """The points lie on a small grid, so some are equal in bytes, score or both."""
-    points = [(float(size), float(score)) for size, score in np.random.default_rng(0).integers(0, 6, (20, 2))]
+    points = [
+        (float(size), float(score))
+        for size, score in np.random.default_rng(0).integers(0, 6, (20, 2))
+    ]
     expected = {
-        point for point in points if not any(o != point and o[0] <= point[0] and o[1] <= point[1] for o in points)
+        point
+        for point in points
+        if not any(o != point and o[0] <= point[0] and o[1] <= point[1] for o in points)
     }
     assert [points[position] for position in non_dominated(points)] == sorted(expected)
 
 
-def seed_space(num_groups: int, share: float, levels: tuple[str, ...] = ("nf4", "int8"), step: int = 0) -> PlanSpace:
+def seed_space(
+    num_groups: int, share: float, levels: tuple[str, ...] = ("nf4", "int8"), step: int = 0
+) -> PlanSpace:
     """Make groups of `SIZES` bytes, each `step` larger than the previous, and a budget between all low and all high."""
-    sizes = tuple(tuple(SIZES[name] + step * index for name in levels) for index in range(num_groups))
+    sizes = tuple(
+        tuple(SIZES[name] + step * index for name in levels) for index in range(num_groups)
+    )
     lowest, highest = (sum(size[index] for size in sizes) for index in (0, -1))
     names = tuple(f"layers.{index}" for index in range(num_groups))
-    return PlanSpace(names, levels, sizes, fixed_bytes=500, budget_bytes=500 + lowest + int(share * (highest - lowest)))
+    return PlanSpace(
+        names,
+        levels,
+        sizes,
+        fixed_bytes=500,
+        budget_bytes=500 + lowest + int(share * (highest - lowest)),
+    )
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1e6])
-@pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16"), ("int8", "bf16")], ids=str)
+@pytest.mark.parametrize(
+    "levels", [("nf4", "int8"), ("nf4", "int8", "bf16"), ("int8", "bf16")], ids=str
+)
 @pytest.mark.parametrize("seed", range(3))
-def test_no_other_plan_in_the_budget_is_predicted_better(levels: tuple[str, ...], seed: int, unit: float) -> None:
+def test_no_other_plan_in_the_budget_is_predicted_better(
+    levels: tuple[str, ...], seed: int, unit: float
+) -> None:
     """Rises decrease with the bits to 0 at the highest, and differ by up to three orders of magnitude."""
     space, generator = seed_space(6, 0.45, levels, step=7), np.random.default_rng(seed)
     shares = np.sort(generator.uniform(0, 1, (len(levels) - 1, 6)), axis=0)[::-1]
@@ -122,7 +151,9 @@ def test_no_other_plan_in_the_budget_is_predicted_better(levels: tuple[str, ...]
     ],
     ids=["some-negative", "all-negative", "all-zero", "all-tiny", "one-dominates"],
 )
-def test_a_seed_plan_leaves_no_bytes_that_may_help(lowest: tuple[float, ...], expected: str) -> None:
+def test_a_seed_plan_leaves_no_bytes_that_may_help(
+    lowest: tuple[float, ...], expected: str
+) -> None:
     """Groups with a predicted rise of zero still get more bits, those of a negative one do not."""
     assert str(seed_plan({"nf4": lowest, "int8": (0.0,) * 6}, seed_space(6, 0.67))) == expected
     # Although 8 bits are predicted slightly worse than 4, the first group gets 16 bits, which saves most.
@@ -158,7 +189,10 @@ def test_formats_of_equal_bytes_are_drawn_alike() -> None:
 def test_the_best_uniform_plan_fits() -> None:
     levels = ("w3", "w4", "nf4")
     rises = {"w3": (0.3,) * 4, "w4": (0.1,) * 4, "nf4": (0.2,) * 4}
-    sizes = {name: space_of_families(levels).plan_bytes(space_of_families(levels).uniform(name)) for name in levels}
+    sizes = {
+        name: space_of_families(levels).plan_bytes(space_of_families(levels).uniform(name))
+        for name in levels
+    }
     for budget, best in ((sizes["nf4"], "w4"), (sizes["w4"] - 1, "w3"), (1, "w3")):
         assert set(best_uniform(space_of_families(levels, budget), rises).formats) == {best}
 
@@ -172,7 +206,9 @@ def test_controls_are_named_by_their_cut() -> None:
         ("cut-10-knapsack", "84"),
     ]
     base = replace(few, budget_bytes=7, cut=UNPRUNED)
-    assert [(origin, str(plan)) for origin, plan in controls_of(base, rises)] == [("unpruned-uniform", "44")]
+    assert [(origin, str(plan)) for origin, plan in controls_of(base, rises)] == [
+        ("unpruned-uniform", "44")
+    ]
 
 
 # ---- groups that are not offered every format
@@ -194,7 +230,9 @@ def test_a_seed_plan_is_the_best_of_what_groups_are_offered(share: float) -> Non
 
     found = seed_plan(known, space)
     assert seed_plan(wild, space) == found and space.is_feasible(found)
-    assert rise(found) == pytest.approx(min(rise(plan) for plan in plans_in(space) if space.is_feasible(plan)))
+    assert rise(found) == pytest.approx(
+        min(rise(plan) for plan in plans_in(space) if space.is_feasible(plan))
+    )
 
 
 def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
@@ -204,14 +242,21 @@ def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
 
     def uniform(budget: int) -> dict[str, str]:
         space = PlanSpace(groups, whole.levels, sizes, 0, budget)
-        return {name: str(plan) for name, plan in uniform_plans(space).items() if space.is_feasible(plan)}
+        return {
+            name: str(plan)
+            for name, plan in uniform_plans(space).items()
+            if space.is_feasible(plan)
+        }
 
     small, large = (sum(each[at] or 0 for each in sizes[1:]) for at in (0, 1))
     low, high = sizes[0][1] or 0, sizes[0][2] or 0
     assert uniform(small + low - 1) == {}
     assert uniform(small + low) == {"nf4": "8444444"}
     assert uniform(small + high) == {"nf4": "F444444"}
-    assert uniform(large + low) == {"nf4": ("F" if large + low >= small + high else "8") + "444444", "int8": "8888888"}
+    assert uniform(large + low) == {
+        "nf4": ("F" if large + low >= small + high else "8") + "444444",
+        "int8": "8888888",
+    }
     assert list(uniform_plans(masked_space())) == ["int8"], "all blocks must take it"
 
 
@@ -225,7 +270,11 @@ def test_random_plans_have_formats_that_are_offered() -> None:
 
 def test_a_trial_that_may_not_win_is_shown_all_the_same() -> None:
     """A control over budget: the best score of all, scored again, never the winner, and in no finalist's place."""
-    scores, controls, fits = [1.0, 3.0, 2.0, 4.0], [True, False, False, False], [False, True, True, True]
+    scores, controls, fits = (
+        [1.0, 3.0, 2.0, 4.0],
+        [True, False, False, False],
+        [False, True, True, True],
+    )
     assert finalist_positions(scores, controls, 1, fits) == [0, 2]
 
 
@@ -238,11 +287,16 @@ def test_contenders_are_those_a_paired_interval_cannot_exclude() -> None:
     rows = generator.normal(3, 1, 100)
     levels = (0.0, 0.005, 0.5, 0.01, 0.011, 0.02)
     losses = [(rows + level + generator.normal(0, 0.005, 100)).tolist() for level in levels]
-    scores, controls = [sum(each) / 100 for each in losses], [False, False, False, False, True, True]
+    scores, controls = (
+        [sum(each) / 100 for each in losses],
+        [False, False, False, False, True, True],
+    )
     assert contenders(scores, controls, 3, losses) == [0]
     wide = [(rows + level + generator.normal(0, 0.2, 100)).tolist() for level in levels]
     scores = [3.0, 3.005, 3.5, 3.01, 3.011, 3.02]
-    assert contenders(scores, controls, 3, wide) == [0, 1, 3, 4], "the three lowest and the best control"
+    assert contenders(scores, controls, 3, wide) == [0, 1, 3, 4], (
+        "the three lowest and the best control"
+    )
     assert contenders(scores, controls, 4) == [0, 1, 3, 4], "without losses by row"
     assert contenders([], [], 3) == []
 

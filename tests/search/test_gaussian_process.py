@@ -18,7 +18,9 @@ from qpruner.search.searchers import History, Observation
 
 
 def random_plans(space: PlanSpace, number: int, seed: int = 0) -> list[PrecisionPlan]:
-    rows = np.random.default_rng(seed).integers(len(space.levels), size=(4 * number, len(space.groups)))
+    rows = np.random.default_rng(seed).integers(
+        len(space.levels), size=(4 * number, len(space.groups))
+    )
     return list(dict.fromkeys(space.plan_of(row) for row in rows))[:number]
 
 
@@ -33,7 +35,10 @@ def loss_of(plan: PrecisionPlan, effects: np.ndarray) -> float:
 
 
 def posterior_of(
-    space: PlanSpace, observations: Sequence[Observation], pending: Sequence[PrecisionPlan] = (), **priors: object
+    space: PlanSpace,
+    observations: Sequence[Observation],
+    pending: Sequence[PrecisionPlan] = (),
+    **priors: object,
 ) -> Posterior:
     whole = SearchSpace((space,))
     data = Data.of(whole, observations, {item.step for item in observations})
@@ -45,7 +50,9 @@ def rows_of(space: PlanSpace, plans: Sequence[PrecisionPlan]) -> torch.Tensor:
 
 
 def scored(plans: Sequence[PrecisionPlan], effects: np.ndarray, step: int = 8) -> list[Observation]:
-    return [Observation(index, plan, step, loss_of(plan, effects)) for index, plan in enumerate(plans)]
+    return [
+        Observation(index, plan, step, loss_of(plan, effects)) for index, plan in enumerate(plans)
+    ]
 
 
 @pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
@@ -61,14 +68,22 @@ def test_scores_that_add_up_are_predicted_from_few(levels: tuple[str, ...]) -> N
 def test_true_sensitivities_help_and_false_ones_do_little_harm() -> None:
     space, effects = space_of(blocks(20)), effects_of(20)
     plans = random_plans(space, 100)
-    rest, actual = rows_of(space, plans[10:]), np.array([loss_of(plan, effects) for plan in plans[10:]])
+    rest, actual = (
+        rows_of(space, plans[10:]),
+        np.array([loss_of(plan, effects) for plan in plans[10:]]),
+    )
     rises = {
         "none": {},
         "true": {"first": {"nf4": (30 * effects).tolist(), "int8": (0.6 * effects).tolist()}},
         "lying": {"first": {"nf4": effects[::-1].tolist(), "int8": [0.0] * 20}},
     }
     errors = {
-        name: float(np.std(posterior_of(space, scored(plans[:10], effects), **priors).mean(rest).numpy() - actual))
+        name: float(
+            np.std(
+                posterior_of(space, scored(plans[:10], effects), **priors).mean(rest).numpy()
+                - actual
+            )
+        )
         for name, priors in rises.items()
     }
     assert errors["true"] < 0.3 * errors["none"]
@@ -93,10 +108,20 @@ def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
     """24 trials have a score at step 4, on another scale; 4 of them also have one at the last step, 8."""
     space, effects = space_of(blocks(14)), effects_of(14)
     plans = random_plans(space, 80)
-    low = [Observation(index, plan, 4, 0.5 + 1.4 * loss_of(plan, effects)) for index, plan in enumerate(plans[:24])]
+    low = [
+        Observation(index, plan, 4, 0.5 + 1.4 * loss_of(plan, effects))
+        for index, plan in enumerate(plans[:24])
+    ]
     high = scored(plans[:4], effects)
-    rest, actual = rows_of(space, plans[24:]), np.array([loss_of(plan, effects) for plan in plans[24:]])
-    together = posterior_of(space, sorted([*low, *high], key=lambda item: (item.index, item.step))).mean(rest).numpy()
+    rest, actual = (
+        rows_of(space, plans[24:]),
+        np.array([loss_of(plan, effects) for plan in plans[24:]]),
+    )
+    together = (
+        posterior_of(space, sorted([*low, *high], key=lambda item: (item.index, item.step)))
+        .mean(rest)
+        .numpy()
+    )
     alone = posterior_of(space, high).mean(rest).numpy()
     assert np.std(together - actual) < 0.3 * np.std(alone - actual)
     assert np.mean(together) == pytest.approx(np.mean(actual), abs=0.2 * np.std(actual) + 0.01)
@@ -106,7 +131,11 @@ def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
 def test_knapsacks_are_inside_the_budget_and_nearly_the_best(levels: tuple[str, ...]) -> None:
     space = space_of(blocks(40), levels, share=0.37)
     plans, rows = Plans(SearchSpace((space,))), torch.arange(40)
-    costs = torch.tensor(np.random.default_rng(2).normal(size=(5, 40, len(levels)))).sort(dim=2, descending=True).values
+    costs = (
+        torch.tensor(np.random.default_rng(2).normal(size=(5, 40, len(levels))))
+        .sort(dim=2, descending=True)
+        .values
+    )
     capacities = torch.full((5,), float(plans.capacity), dtype=torch.float64)
     found = plans.knapsacks(costs, capacities, torch.zeros(5, dtype=torch.long))
     assert (plans.sizes(found) <= plans.capacity).all()
@@ -120,7 +149,9 @@ def gp_of(space: PlanSpace, **options: object) -> GaussianProcessProposer:
     return GaussianProcessProposer(SearchSpace((space,)), 0, **{"priors": {}, **options})  # type: ignore[arg-type]
 
 
-def search(space: PlanSpace, effects: np.ndarray, trials: int, **options: object) -> list[PrecisionPlan]:
+def search(
+    space: PlanSpace, effects: np.ndarray, trials: int, **options: object
+) -> list[PrecisionPlan]:
     """The plans that `gp` runs, one after the other."""
     proposer = gp_of(space, **options)
     ran: list[PrecisionPlan] = []
@@ -141,7 +172,11 @@ def test_a_blind_search_finds_the_best_of_a_thousand_plans() -> None:
 
 
 def test_large_spaces_too_get_only_new_plans_inside_the_budget() -> None:
-    names = [f"layers.{index:02d}.{kind}" for index in range(12) for kind in ("qkv", "o", "gate_up", "down")]
+    names = [
+        f"layers.{index:02d}.{kind}"
+        for index in range(12)
+        for kind in ("qkv", "o", "gate_up", "down")
+    ]
     space, effects = space_of(names), effects_of(48)
     ran = search(space, effects, 14)
     assert len(set(ran)) == 14
@@ -154,7 +189,9 @@ def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Obser
     """The scores of a search with ASHA: noisy, at three rungs, every other trial stopped at the second."""
     noise = np.random.default_rng(2)
     return tuple(
-        Observation(index, plan, step, loss_of(plan, effects) + above + 0.003 * noise.standard_normal())
+        Observation(
+            index, plan, step, loss_of(plan, effects) + above + 0.003 * noise.standard_normal()
+        )
         for index, plan in enumerate(plans)
         for step, above in ((4, 0.3), (8, 0.1), (16, 0.0))[: 2 + (index + 1) % 2]
     )
@@ -182,15 +219,23 @@ def test_what_a_group_is_not_offered_has_no_effect() -> None:
     model = PlanModel(SearchSpace((space,)), {})
     free = {(group, at) for group, offered in enumerate(space.offered) for at in offered[:-1]}
     assert {tuple(cell) for cell in torch.nonzero(model.is_free).tolist()} == free
-    assert all(bool((part == part.T).all()) and part.isfinite().all() for part in model.parts.values())
+    assert all(
+        bool((part == part.T).all()) and part.isfinite().all() for part in model.parts.values()
+    )
     features = model.features(rows_of(space, plans_in(space)))
     assert features.mean(0).abs().max() < 1e-9, "centred in the plans of the space"
-    assert {"depth", "sublayer", "group embeddings"} <= set(model.parts), "blocks have a depth all the same"
-    observations = [Observation(at, plan, 8, float(index_sum(space, plan))) for at, plan in enumerate(plans)]
+    assert {"depth", "sublayer", "group embeddings"} <= set(model.parts), (
+        "blocks have a depth all the same"
+    )
+    observations = [
+        Observation(at, plan, 8, float(index_sum(space, plan))) for at, plan in enumerate(plans)
+    ]
     posterior = posterior_of(space, observations)
     noise = torch.tensor(np.random.default_rng(0).standard_normal((3, model.num_effects)))
     effects = posterior.effects(noise)
-    held = [[at for at in range(3) if (group, at) not in free] for group in range(len(space.groups))]
+    held = [
+        [at for at in range(3) if (group, at) not in free] for group in range(len(space.groups))
+    ]
     assert all(effects[:, group, cells].abs().max() < 1e-5 for group, cells in enumerate(held))
     predicted = posterior.mean(rows_of(space, plans_in(space))).numpy()
     actual = [index_sum(space, plan) for plan in plans_in(space)]
@@ -206,8 +251,12 @@ def test_measured_damage_steers_a_search_without_scores() -> None:
     """One group is harmed eight times as much by the smallest format: it is the one to raise."""
     space = space_of(blocks(9), share=0.4)
     even = replace(space, damage=((0.01, 0.0001),) * 9)
-    uneven = replace(space, damage=tuple((0.08 if group == 4 else 0.01, 0.0001) for group in range(9)))
-    observations = [Observation(at, space.uniform(name), 8, 3.0 - at) for at, name in enumerate(space.levels)]
+    uneven = replace(
+        space, damage=tuple((0.08 if group == 4 else 0.01, 0.0001) for group in range(9))
+    )
+    observations = [
+        Observation(at, space.uniform(name), 8, 3.0 - at) for at, name in enumerate(space.levels)
+    ]
     effects = [
         posterior_of(each, observations).effects(torch.zeros(0, 9, dtype=torch.float64))[0][:, 0]
         for each in (even, uneven)
@@ -221,7 +270,9 @@ def test_measured_damage_steers_a_search_without_scores() -> None:
 def test_formats_of_equal_bytes_are_both_searched() -> None:
     """Such as two ways to find scales: the better is found, also where no plan is listed."""
     for number in (6, 20):
-        space = PlanSpace(tuple(blocks(number)), ("nf4", "int8"), ((50, 50),) * number, 0, 50 * number)
+        space = PlanSpace(
+            tuple(blocks(number)), ("nf4", "int8"), ((50, 50),) * number, 0, 50 * number
+        )
         effects = effects_of(number)
         ran = search(space, effects, 12)
         assert min(loss_of(plan, effects) for plan in ran) < 3.0 + 0.1 * float(effects.sum())

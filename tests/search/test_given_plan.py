@@ -19,7 +19,11 @@ UNIFORM, SEED = 1, 2
 @pytest.fixture(scope="module")
 def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a run whose search of a seed plan and the uniform one is over."""
-    keys = {"sensitivity.methods": ["first_order"], "search.max_trials": 3, "finetune.compare": False}
+    keys = {
+        "sensitivity.methods": ["first_order"],
+        "search.max_trials": 3,
+        "finetune.compare": False,
+    }
     config = config_file(tiny_model, tmp_path_factory.mktemp("given"), **keys)
     said(config, verb="search")
     return config
@@ -31,7 +35,9 @@ def comparison_rows(run: Path) -> list[dict[str, Any]]:
 
 def plan_file(config: Path, **changes: str) -> tuple[Path, dict[str, str]]:
     """The uniform trial's plan, changed by hand."""
-    plan = yaml.safe_load(said(config.parent / "run", "--trial", str(UNIFORM), verb="plan")) | changes
+    plan = (
+        yaml.safe_load(said(config.parent / "run", "--trial", str(UNIFORM), verb="plan")) | changes
+    )
     file = config.parent / f"plan-{len(list(config.parent.iterdir()))}.yaml"
     file.write_text(yaml.safe_dump(plan))
     assert plan.pop("cut") == "cut-20"
@@ -53,7 +59,9 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
     assert [(row["from"], row["search"]) for row in listed] == [
         *((origin, "another") for origin in CONTROLS), ("given", "this"),
     ]  # fmt: skip
-    assert [each["origin"] for each in record["confirmations"]] == ["given"] and record["best_control"] is None
+    assert [each["origin"] for each in record["confirmations"]] == ["given"] and record[
+        "best_control"
+    ] is None
     tuned = {row["name"]: row for row in comparison_rows(run)}
     assert tuned["searched"]["plan"] == changed
     assert tuned["searched"]["origin"] == f"given, trial {record['best_index']}"
@@ -61,7 +69,10 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
     said(searched, "--set", "search.confirm=9", verb="search")
     again = search_record(run)
     origins = [each["origin"] for each in again["confirmations"]]
-    assert origins == [*(each["origin"] for each in before["confirmations"]), "given of another search"]
+    assert origins == [
+        *(each["origin"] for each in before["confirmations"]),
+        "given of another search",
+    ]
 
 
 @pytest.mark.slow
@@ -82,7 +93,11 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
 @pytest.fixture(scope="module")
 def uniform(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration with one format."""
-    keys = {"quantize": {"group": "block", "bits": [4]}, "finetune.seeds": 1, "finetune.random_plans": 1}
+    keys = {
+        "quantize": {"group": "block", "bits": [4]},
+        "finetune.seeds": 1,
+        "finetune.random_plans": 1,
+    }
     return config_file(tiny_model, tmp_path_factory.mktemp("uniform"), **keys)
 
 
@@ -98,10 +113,15 @@ def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
 
 def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
     said, facts = checked(uniform)
-    assert "trials:      1, 1 at once" in said and "none of `data.train` for the sensitivities" in said
+    assert (
+        "trials:      1, 1 at once" in said and "none of `data.train` for the sensitivities" in said
+    )
     assert facts["bytes_budget"] == facts["bytes_all_nf4"] and "sensitivity" not in facts["memory"]
     idle = "has no effect: nf4 is the only format (`quantize`), so nothing is"
-    trials, methods = f"`search.max_trials` {idle} searched", f"`sensitivity.methods` {idle} measured"
+    trials, methods = (
+        f"`search.max_trials` {idle} searched",
+        f"`sensitivity.methods` {idle} measured",
+    )
     assert trials in facts["warnings"] and methods not in facts["warnings"]
     assert methods in checked(uniform, *METHODS)[1]["warnings"]
     said, facts = checked(uniform, *BY_INFORMATION)
@@ -111,7 +131,10 @@ def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
 def test_check_names_no_plan_if_the_cut_is_searched(uniform: Path) -> None:
     size = checked(uniform)[1]["bytes_all_nf4"]
     cuts = ("prune.rate=null", "prune.rates=[0, 0.2]", f"quantize.budget={{bytes: {size}}}")
-    assert "your plan" not in checked(uniform, *(option for key in cuts for option in ("--set", key)))[0]
+    assert (
+        "your plan"
+        not in checked(uniform, *(option for key in cuts for option in ("--set", key)))[0]
+    )
 
 
 @pytest.mark.slow
@@ -133,7 +156,10 @@ def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
 @pytest.mark.slow
 def test_one_format_of_all_groups_is_searched_over_cuts(uniform: Path, tmp_path: Path) -> None:
     """All plans are controls: the searcher has nothing to choose."""
-    run, one = tmp_path / "run", "quantize={formats: [q4_0], embeddings: [q4_0], budget: {bytes: 1000000}}"
+    run, one = (
+        tmp_path / "run",
+        "quantize={formats: [q4_0], embeddings: [q4_0], budget: {bytes: 1000000}}",
+    )
     cuts = ("prune.rate=null", "prune.rates=[0, 0.2]", "search.searcher=gp", f"output={run}", one)
     said(uniform, *(option for key in cuts for option in ("--set", key)), verb="search")
     record = search_record(run)

@@ -47,7 +47,9 @@ def with_another_qpruner(cluster: Raylets, folder: Path) -> Any:
     """Add a node whose qpruner lacks a package."""
     same, other = Path(qpruner.__file__).parent, folder / "other" / "qpruner"
     shutil.copytree(same, other, ignore=shutil.ignore_patterns("__pycache__", "cluster"))
-    return cluster.add(num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(other.parent), *sys.path])})
+    return cluster.add(
+        num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(other.parent), *sys.path])}
+    )
 
 
 def with_a_folder_of_its_own(cluster: Raylets, folder: Path) -> Any:
@@ -108,7 +110,12 @@ EVERY: tuple[Work, ...] = (as_task, in_group)
         (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here", EVERY, CPU),
         (with_a_folder_of_its_own, "`output`: {run} is not shared", EVERY, CPU),
         # Work there would run on the CPU for days. A group needs no check: its processes could not connect.
-        (with_a_gpu_that_torch_does_not_see, "a GPU is reserved for work there, but torch", (as_task,), HELD),
+        (
+            with_a_gpu_that_torch_does_not_see,
+            "a GPU is reserved for work there, but torch",
+            (as_task,),
+            HELD,
+        ),
     ],
 )
 def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
@@ -124,15 +131,24 @@ def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
     late = join(cluster, tmp_path)
     cluster.kill_machine(cluster.nodes[0])
     for begun in works:
-        with pytest.raises(NodeDiffers, match=rf"{late.node_id[:8]}\): {what.format(run=tmp_path / 'run')}") as caught:
+        with pytest.raises(
+            NodeDiffers, match=rf"{late.node_id[:8]}\): {what.format(run=tmp_path / 'run')}"
+        ) as caught:
             begun(held, check, tmp_path / "train")
         assert "repeat the command" in str(caught.value)
 
 
-def test_a_late_node_that_differs_is_named_and_not_retried(cluster: Raylets, tmp_path: Path) -> None:
-    job, check = job_of(tmp_path, max_trials=2, searcher="random"), packed_check(versions(), RunDir(tmp_path / "run"))
+def test_a_late_node_that_differs_is_named_and_not_retried(
+    cluster: Raylets, tmp_path: Path
+) -> None:
+    job, check = (
+        job_of(tmp_path, max_trials=2, searcher="random"),
+        packed_check(versions(), RunDir(tmp_path / "run")),
+    )
     run, late = tmp_path / "run", []
-    job = replace(job, trials=run / "trials", trial=standing_in(run), resources=HELD, check_node=check)
+    job = replace(
+        job, trials=run / "trials", trial=standing_in(run), resources=HELD, check_node=check
+    )
 
     def join_once_the_first_has_begun() -> None:
         while not list(run.glob("began-*")):
@@ -153,7 +169,12 @@ def test_a_late_node_that_differs_is_named_and_not_retried(cluster: Raylets, tmp
     assert "repeat the command" in str(caught.value)
     first, second = read_trials(job.trials)
     assert first.status == "finished"
-    assert (second.status, second.kills, second.failure, second.worker) == ("running", 0, None, None)
+    assert (second.status, second.kills, second.failure, second.worker) == (
+        "running",
+        0,
+        None,
+        None,
+    )
 
     cluster.kill_machine(late[0])
     outcome = search(job, lambda held: 1, tell)

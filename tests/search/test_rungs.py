@@ -31,7 +31,9 @@ def test_the_best_of_a_cut_is_protected_until_enough_pairs_agree(recovers: bool)
     rungs = Rungs(("base", "cut-20"), last=2)
     for trial, cut in enumerate(["base", "cut-20"] * 3 + ["base"]):
         if trial == 6:
-            assert 3 * 3 < ENOUGH_PAIRS <= 4 * 3 and rungs.protects(1, 1) and not rungs.protects(3, 1)
+            assert (
+                3 * 3 < ENOUGH_PAIRS <= 4 * 3 and rungs.protects(1, 1) and not rungs.protects(3, 1)
+            )
         rungs.add(trial, cut, 1, float(trial))
         rungs.add(trial, cut, 2, trial - 10.0 * (recovers and cut == "cut-20"))
     assert rungs.protects(1, 1) == recovers

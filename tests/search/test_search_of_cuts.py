@@ -49,14 +49,25 @@ class MadeTable:
         ]
         shared, own = drawn.exponential(size=num_groups), drawn.exponential(size=(3, num_groups))
         effects = 0.3 / num_groups * (0.7 * shared + 0.3 * own)[:, :, None] * shares
-        prior = dict(zip(LEVELS, np.outer(shares, shared * np.exp(drawn.standard_normal(num_groups))), strict=True))
+        prior = dict(
+            zip(
+                LEVELS,
+                np.outer(shares, shared * np.exp(drawn.standard_normal(num_groups))),
+                strict=True,
+            )
+        )
         behind, recovers = np.array([0.02, 0.04, 0.06]), np.array([0.0, 0.05, 0.1])
         behind[seed % 3], recovers[seed % 3] = 0.0, 0.25
         best = [-seed_value(each, -effects[at]) for at, each in enumerate(spaces)]
         last = 2.5 + behind - best
         levels = np.stack([last + recovers + 0.5, last + 0.4 * recovers + 0.2, last])
         losses = {cut: 3.0 + 8 * rate for cut, rate in RATES.items()}
-        return cls(SearchSpace(tuple(spaces), losses), effects, levels, {name: list(of) for name, of in prior.items()})
+        return cls(
+            SearchSpace(tuple(spaces), losses),
+            effects,
+            levels,
+            {name: list(of) for name, of in prior.items()},
+        )
 
     @staticmethod
     def _sizes(weights: np.ndarray, bits: np.ndarray) -> tuple[tuple[int, ...], ...]:
@@ -74,7 +85,10 @@ class MadeTable:
 
     def controls(self) -> list[tuple[str, PrecisionPlan]]:
         plans = [(f"{each.cut}-uniform", best_uniform(each)) for each in self.space.spaces]
-        return [*plans, *((f"{each.cut}-knapsack", seed_plan(self.prior, each)) for each in self.space.spaces)]
+        return [
+            *plans,
+            *((f"{each.cut}-knapsack", seed_plan(self.prior, each)) for each in self.space.spaces),
+        ]
 
 
 def seed_value(space: PlanSpace, gains: np.ndarray) -> float:
@@ -90,14 +104,25 @@ def search(table: MadeTable, searcher: str, trials: int, seed: int) -> list[Prec
     """
     controls, scores = table.controls(), [dict[PrecisionPlan, float]() for _ in STEPS]
     noise = np.random.default_rng([seed, 1])
-    ledger = Ledger(table.space, make_proposer(searcher, table.space, seed, {"kl": table.prior}), controls, trials)
+    ledger = Ledger(
+        table.space,
+        make_proposer(searcher, table.space, seed, {"kl": table.prior}),
+        controls,
+        trials,
+    )
     while (suggestion := ledger.next()) is not None:
         plan = suggestion.plan
-        assert table.space.is_feasible(plan) and plan not in scores[0], "nothing over budget, nothing twice"
+        assert table.space.is_feasible(plan) and plan not in scores[0], (
+            "nothing over budget, nothing twice"
+        )
         for rung, step in enumerate(STEPS):
-            score = scores[rung][plan] = table.loss(plan, rung) + NOISE * float(noise.standard_normal())
+            score = scores[rung][plan] = table.loss(plan, rung) + NOISE * float(
+                noise.standard_normal()
+            )
             ledger.observe(Observation(suggestion.index, plan, step, score))
-            is_best = score <= min(value for other, value in scores[rung].items() if other.cut == plan.cut)
+            is_best = score <= min(
+                value for other, value in scores[rung].items() if other.cut == plan.cut
+            )
             is_control = suggestion.index < len(controls)
             if not is_best and not is_control and score > np.median(list(scores[rung].values())):
                 break
@@ -110,7 +135,10 @@ def test_gp_finds_the_late_cut_in_half_of_hyperopts_trials() -> None:
     regrets: dict[str, list[float]] = {"gp": [], "hyperopt": []}
     for seed in (103, 104):
         table = MadeTable.draw(seed, 10)
-        found = {name: search(table, name, trials, seed)[0] for name, trials in (("gp", 16), ("hyperopt", 32))}
+        found = {
+            name: search(table, name, trials, seed)[0]
+            for name, trials in (("gp", 16), ("hyperopt", 32))
+        }
         assert found["gp"].cut == table.space.cuts[seed % 3]
         for name, plan in found.items():
             regrets[name].append(table.regret(plan))
@@ -126,13 +154,20 @@ def test_first_rungs_do_not_hide_a_cut_that_recovers() -> None:
         for number, row in enumerate(drawn.integers(3, size=(8, 8))):
             plan, index = each.plan_of(row), len({item.index for item in observations})
             rungs = (0, 1, 2) if number < 2 else (0,)
-            observations += [Observation(index, plan, STEPS[rung], table.loss(plan, rung)) for rung in rungs]
+            observations += [
+                Observation(index, plan, STEPS[rung], table.loss(plan, rung)) for rung in rungs
+            ]
     model, plans = PlanModel(table.space, {"kl": table.prior}), Plans(table.space)
     posterior = Posterior(model, Data.of(table.space, observations, STEPS), plans.tensor([]))
     same = [PrecisionPlan(each.groups, ("int8",) * 8, each.cut) for each in table.space.spaces]
-    expected, actual = posterior.mean(plans.tensor(same)).numpy(), np.array([table.loss(plan) for plan in same])
+    expected, actual = (
+        posterior.mean(plans.tensor(same)).numpy(),
+        np.array([table.loss(plan) for plan in same]),
+    )
     assert np.argsort(expected).tolist() == np.argsort(actual).tolist()
-    assert np.abs(expected - actual).max() < 0.02, "at the first rung the late cut is 0.15 behind or more"
+    assert np.abs(expected - actual).max() < 0.02, (
+        "at the first rung the late cut is 0.15 behind or more"
+    )
 
 
 def uneven() -> SearchSpace:

@@ -25,7 +25,8 @@ def content() -> dict[str, Any]:
     """A table of every plan of two cuts at two rungs; nothing in it is noisy."""
     plans = list(itertools.product(CUTS, *[LEVELS] * len(GROUPS)))
     losses = [
-        2.0 + 2 * (1 - CUTS[cut]) + sum(np.array(RISES) * [level == "q4_0" for level in of]) for cut, *of in plans
+        2.0 + 2 * (1 - CUTS[cut]) + sum(np.array(RISES) * [level == "q4_0" for level in of])
+        for cut, *of in plans
     ]
     sizes = {"q4_0": [50, 50, 60, 60], "q8_0": [100, 90, 80, 100]}
     return {
@@ -33,7 +34,9 @@ def content() -> dict[str, Any]:
         "cuts": {
             cut: {
                 "fixed_bytes": 0,
-                "group_bytes": {level: [int(share * each) for each in of] for level, of in sizes.items()},
+                "group_bytes": {
+                    level: [int(share * each) for each in of] for level, of in sizes.items()
+                },
             }
             for cut, share in CUTS.items()
         },
@@ -54,7 +57,14 @@ def table(tmp_path: Path) -> Path:
 
 
 def replayed(path: Path, searcher: str, **changes: Any) -> Replay:
-    asked = {"path": path, "budget": BUDGET, "searcher": searcher, "seed": 0, "trials": 40, "asha": False}
+    asked = {
+        "path": path,
+        "budget": BUDGET,
+        "searcher": searcher,
+        "seed": 0,
+        "trials": 40,
+        "asha": False,
+    }
     return replay(Task(**asked | changes))
 
 
@@ -68,7 +78,9 @@ def test_a_table_that_lacks_losses_is_refused(step: str, losses: list[float], ta
 
 
 @pytest.mark.parametrize(("searcher", "in_flight"), [("random", 1), ("gp", 16)])
-def test_a_replay_runs_every_plan_of_a_small_space_once(table: Path, searcher: str, in_flight: int) -> None:
+def test_a_replay_runs_every_plan_of_a_small_space_once(
+    table: Path, searcher: str, in_flight: int
+) -> None:
     done, found = replayed(table, searcher, in_flight=in_flight), Table.read(table)
     feasible = [plan for plan in found.plans if found.space(BUDGET).is_feasible(plan)]
     assert len(feasible) < len(found.plans)
@@ -93,14 +105,24 @@ def test_asha_stops_poor_trials_and_no_control(table: Path) -> None:
     # Half a trial's steps each: the first rung is at 4 of 8.
     assert early.trials[-1].spent == full.trials[-1].spent - 4 * len(stopped)
     row = search_regret.asha_row([early], [full], 40)
-    assert row["winner if none is stopped"] == "same in 1 of 1" and row["without ASHA"] == "same in 1"
+    assert (
+        row["winner if none is stopped"] == "same in 1 of 1" and row["without ASHA"] == "same in 1"
+    )
 
 
 @pytest.mark.slow
 def test_the_benchmark_tells_every_searcher(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["search_regret.py", "--table", str(table), "--budgets", str(BUDGET / 1e6), "--seeds", "2"]
+    command = [
+        "search_regret.py",
+        "--table",
+        str(table),
+        "--budgets",
+        str(BUDGET / 1e6),
+        "--seeds",
+        "2",
+    ]
     monkeypatch.setattr(sys, "argv", [*command, "--searchers", "gp", "random"])
     search_regret.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])

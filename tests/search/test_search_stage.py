@@ -53,7 +53,9 @@ from qpruner.search.trial_records import (
 class Searching:
     """A search with these recorded trials, and the searcher that Tune asks for plans; two trials may run at once."""
 
-    def __init__(self, job: SearchJob, *records: TrialRecord, proposer: Proposer | None = None) -> None:
+    def __init__(
+        self, job: SearchJob, *records: TrialRecord, proposer: Proposer | None = None
+    ) -> None:
         for record in records:
             write_trial(job.trials, record)
         self.job, self.room, self.events = job, 2, list[Event]()
@@ -96,7 +98,9 @@ def test_hours_of_earlier_sessions_count(tmp_path: Path) -> None:
 
     write_seconds(job.trials, job.search, 3601.0)
     again = Searching(job)
-    assert [again.suggest("a"), again.suggest("b")] == [0, None], "what was cut off goes on, and nothing else"
+    assert [again.suggest("a"), again.suggest("b")] == [0, None], (
+        "what was cut off goes on, and nothing else"
+    )
     assert again.ledger.ended == "1 hours were spent (`search.max_hours` is 1)"
 
 
@@ -104,12 +108,20 @@ def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
     """The GPU hours of a trial that another search began count for the search that spent them."""
     job = job_of(tmp_path, max_gpu_hours=1.0)
     cut_off = trial(0, "844444", [3.0], ANOTHER, status="running", gpu_seconds=3500.0)
-    assert Searching(job, cut_off).suggest("a") == 0, "the hours of the search before are not its own"
+    assert Searching(job, cut_off).suggest("a") == 0, (
+        "the hours of the search before are not its own"
+    )
     revived = read_trial(job.trials, 0)
-    assert (revived.search, revived.gpu_seconds_of(ANOTHER), revived.gpu_seconds_of(MINE)) == (MINE, 3500.0, 0.0)
+    assert (revived.search, revived.gpu_seconds_of(ANOTHER), revived.gpu_seconds_of(MINE)) == (
+        MINE,
+        3500.0,
+        0.0,
+    )
 
     again = Searching(job, revived.model_copy(update={"gpu_seconds": 3500.0 + 3601.0}))
-    assert read_trial(job.trials, 0).gpu_seconds_of(MINE) == 3601.0, "taken up again, it is counted once"
+    assert read_trial(job.trials, 0).gpu_seconds_of(MINE) == 3601.0, (
+        "taken up again, it is counted once"
+    )
     assert [again.suggest("a"), again.suggest("b")] == [0, None]
     assert again.ledger.ended == "1 GPU hours were spent (`search.max_gpu_hours` is 1)"
 
@@ -131,7 +143,15 @@ def test_trials_of_another_budget_inform_the_search(tmp_path: Path) -> None:
         trial(2, "484444", [3.5], ANOTHER),
     )
     scores = [(item.index, item.step, item.score) for item in search.ledger.history().observations]
-    assert scores == [(0, 1, 3.4), (0, 2, 3.3), (0, 4, 3.2), (1, 1, 3.0), (1, 2, 2.9), (1, 4, 2.8), (2, 1, 3.5)]
+    assert scores == [
+        (0, 1, 3.4),
+        (0, 2, 3.3),
+        (0, 4, 3.2),
+        (1, 1, 3.0),
+        (1, 2, 2.9),
+        (1, 4, 2.8),
+        (2, 1, 3.5),
+    ]
     found = search.rest()
     assert [(index, origin) for index, origin, _ in found] == [
         (3, "unpruned-knapsack"),
@@ -143,13 +163,18 @@ def test_trials_of_another_budget_inform_the_search(tmp_path: Path) -> None:
 
 def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
     job = job_of(tmp_path, max_trials=3)
-    search = Searching(job, trial(0, "444444", [3.4, 3.3, 3.2]), trial(1, SEED_PLAN, [3.5], ANOTHER))
+    search = Searching(
+        job, trial(0, "444444", [3.4, 3.3, 3.2]), trial(1, SEED_PLAN, [3.5], ANOTHER)
+    )
     assert search.rest()[0] == (1, "unpruned-knapsack", SEED_PLAN)
     record = read_trials(job.trials)[1]
     assert (record.search, record.origin, record.status) == (MINE, "unpruned-knapsack", "running")
     # Killed before it went on, and once it is done, the search is the same: that trial and one more.
     assert len(Searching(job).rest()) == 2
-    assert [index for index, *_ in Searching(job, record.model_copy(update={"status": "finished"})).rest()] == [2]
+    assert [
+        index
+        for index, *_ in Searching(job, record.model_copy(update={"status": "finished"})).rest()
+    ] == [2]
 
 
 @pytest.mark.parametrize(
@@ -159,15 +184,22 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
         (trial(0, "888848", [3.5], ANOTHER, status="running"), False),  # does not fit
         (trial(0, "484444", [3.5], status="failed", failure="storage"), True),
         (trial(0, "484444", [3.5], status="failed", failure="diverged"), False),
-        (trial(0, "484444", [], status="failed", failure="hung"), True),  # it may have waited for its files
+        (
+            trial(0, "484444", [], status="failed", failure="hung"),
+            True,
+        ),  # it may have waited for its files
         (trial(0, "484444", [3.5], status="failed", failure="hung"), False),
     ],
 )
-def test_a_trial_that_failed_without_fault_is_resumed(record: TrialRecord, is_resumed: bool, tmp_path: Path) -> None:
+def test_a_trial_that_failed_without_fault_is_resumed(
+    record: TrialRecord, is_resumed: bool, tmp_path: Path
+) -> None:
     job = job_of(tmp_path)
     assert Searching(job, record).rest()[0][0] == (0 if is_resumed else 1)
     (found,) = read_trials(job.trials)
-    assert (found.search, found.status) == ((MINE, "running") if is_resumed else (record.search, record.status))
+    assert (found.search, found.status) == (
+        (MINE, "running") if is_resumed else (record.search, record.status)
+    )
 
 
 # ---- trials that do not end by themselves
@@ -179,16 +211,23 @@ def test_a_trial_fails_after_three_deaths_in_a_row(tmp_path: Path) -> None:
         assert search.suggest(name) == index
         search.searcher.on_trial_complete(name, error=True)
     first, second = read_trials(search.job.trials)
-    assert (first.status, first.failure, first.kills) == ("failed", "lost", 3) and len(first.times) == 2
+    assert (first.status, first.failure, first.kills) == ("failed", "lost", 3) and len(
+        first.times
+    ) == 2
     assert (second.status, second.failure, second.kills) == ("running", None, 1)
     messages = search.messages()
-    assert messages[0] == "trial 0 lost its worker and is resumed from its start" and len(messages) == 3
+    assert (
+        messages[0] == "trial 0 lost its worker and is resumed from its start"
+        and len(messages) == 3
+    )
 
 
 @pytest.mark.parametrize("failure", ["diverged", "infeasible"])
 def test_the_searcher_learns_of_a_plan_that_cannot_be_trained(failure: str, tmp_path: Path) -> None:
     """It counts as a bad plan, in the session in which it failed and in the next one."""
-    search = Searching(job_of(tmp_path), trial(0, "444444", [3.5, 3.4, 3.3], origin="unpruned-uniform"))
+    search = Searching(
+        job_of(tmp_path), trial(0, "444444", [3.5, 3.4, 3.3], origin="unpruned-uniform")
+    )
     search.suggest("a")
     search.fail("a", failure=failure)
     for each in (search, Searching(search.job)):
@@ -203,7 +242,11 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
     training = job.config.training.model_copy(update={"batch_size": 16, "micro_batch_size": 16})
     job = replace(job, config=job.config.model_copy(update={"training": training}))
     search = Searching(job, trial(0, "444444", [], status="running", worker="w"))
-    write_pulse(job.trials, 0, TrialPulse(node="n", pid=1, step=0, beats=1, peak_memory_bytes=7_000, seconds=20.0))
+    write_pulse(
+        job.trials,
+        0,
+        TrialPulse(node="n", pid=1, step=0, beats=1, peak_memory_bytes=7_000, seconds=20.0),
+    )
     for size in (8, 4, 2, 1, 1, 1, 1):
         assert search.suggest("a") == 0
         search.searcher.on_error_text("a", f"{KILLED_FOR_MEMORY}: 1 worker(s) were killed")
@@ -217,7 +260,9 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
 
 
 def test_deaths_for_memory_are_counted_apart(tmp_path: Path) -> None:
-    search = Searching(job_of(tmp_path), trial(0, "444444", [], status="running", micro_batch_size=1))
+    search = Searching(
+        job_of(tmp_path), trial(0, "444444", [], status="running", micro_batch_size=1)
+    )
     for text in ("", "", KILLED_FOR_MEMORY):
         search.suggest("a")
         search.searcher.on_error_text("a", text)
@@ -232,10 +277,14 @@ def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> 
         job = replace(job_of(tmp_path, trial_timeout_seconds=1.0), trials=disk / "trials")
         search = Searching(job)
         search.suggest("a")
-        write_pulse(job.trials, 0, TrialPulse(node="n", pid=1, step=3, beats=9, peak_memory_bytes=1))
+        write_pulse(
+            job.trials, 0, TrialPulse(node="n", pid=1, step=3, beats=9, peak_memory_bytes=1)
+        )
         watch = HangWatch(job, search.searcher.on_hung, print)
         state = SimpleNamespace(ray_actor="a")
-        at_work = SimpleNamespace(trial_id="a", config={"trial": 0}, status=Trial.RUNNING, temporary_state=state)
+        at_work = SimpleNamespace(
+            trial_id="a", config={"trial": 0}, status=Trial.RUNNING, temporary_state=state
+        )
 
         def looked_for(seconds: float) -> bool:
             """Whether the trial was found to hang; killing its stand-in is then an error of Ray."""
@@ -257,7 +306,10 @@ def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> 
         search.searcher.on_trial_complete("a", error=True)
         record = read_trial(job.trials, 0)
     assert (record.status, record.failure) == ("failed", "hung")
-    assert record.reason == "no progress for 1 s (`search.trial_timeout_seconds`); its worker was killed"
+    assert (
+        record.reason
+        == "no progress for 1 s (`search.trial_timeout_seconds`); its worker was killed"
+    )
 
 
 def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
@@ -299,7 +351,9 @@ def test_errors_of_all_trials_end_the_search(tmp_path: Path) -> None:
     assert failures == {0: None, 1: "error", 2: "error", 3: "machine", 4: "machine", 5: "machine"}
     reason = "3 trials in a row failed, the last on bad, trial 4 with error d"
     assert read_trial(job.trials, 4).reason == reason
-    assert [index for index, *_ in Searching(job).rest()][:4] == [0, 3, 4, 5], "by the next command, before new plans"
+    assert [index for index, *_ in Searching(job).rest()][:4] == [0, 3, 4, 5], (
+        "by the next command, before new plans"
+    )
 
 
 def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None:
@@ -309,14 +363,19 @@ def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None
     search = Searching(job)
     assert [search.suggest(name) for name in "ab"] == [0, 1]
     begin_session(job.trials, job.search)
-    finished = trial(0, "444444", [3.5, 3.4, 3.3], origin="unpruned-uniform", times=(1.0, 2.0), worker="theirs")
+    finished = trial(
+        0, "444444", [3.5, 3.4, 3.3], origin="unpruned-uniform", times=(1.0, 2.0), worker="theirs"
+    )
     goes_on = trial(1, SEED_PLAN, [3.5], status="running", worker="theirs")
     for record in (finished, goes_on):
         write_trial(job.trials, record)
     write_seconds(job.trials, job.search, 7.0)
     for name in "ab":
         search.searcher.on_trial_complete(name, error=True)
-    assert read_trials(job.trials) == [finished, goes_on] and read_clock(job.trials, job.search).seconds == 7.0
+    assert (
+        read_trials(job.trials) == [finished, goes_on]
+        and read_clock(job.trials, job.search).seconds == 7.0
+    )
     with pytest.raises(StageError, match="another driver took this run over"):
         search.halt.on_step_begin(1, [])
 
@@ -326,7 +385,9 @@ def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     search = Searching(job)
     left = ["checkpoint-2", "checkpoint-4", ".checkpoint-2.worker", ".checkpoint-1.doomed"]
-    for index, (status, losses) in enumerate((("finished", [3.5, 3.4, 3.3]), ("running", [3.5, 3.4]))):
+    for index, (status, losses) in enumerate(
+        (("finished", [3.5, 3.4, 3.3]), ("running", [3.5, 3.4]))
+    ):
         search.suggest("ab"[index])
         plan = str(PrecisionPlan.from_dict(read_trial(job.trials, index).plan))
         write_trial(job.trials, trial(index, plan, losses, status=status))
@@ -335,13 +396,18 @@ def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
             (job.trials / f"000{index}" / each / "adapter").touch()
 
     def checkpoints() -> list[set[str]]:
-        return [{path.name for path in job.trials.glob(f"000{index}/*checkpoint-*")} for index in range(2)]
+        return [
+            {path.name for path in job.trials.glob(f"000{index}/*checkpoint-*")}
+            for index in range(2)
+        ]
 
     search.searcher.on_trial_complete("a", error=True)
     assert checkpoints() == [{"checkpoint-4"}, set(left)], "who goes on has its own"
     Searching(job)
     assert checkpoints() == [{"checkpoint-4"}, set(left)]
-    Searching(job, read_trial(job.trials, 1).model_copy(update={"status": "failed", "failure": "lost"}))
+    Searching(
+        job, read_trial(job.trials, 1).model_copy(update={"status": "failed", "failure": "lost"})
+    )
     assert checkpoints() == [{"checkpoint-4"}, {"checkpoint-2"}]
 
 
@@ -363,13 +429,20 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
     job = job_of(tmp_path, max_hours=1.0)
     write_seconds(job.trials, job.search, 3599.5)
     search = Searching(job)
-    assert [(search.suggest(name), search.searcher.is_cancelled(name)) for name in "ab"] == [(0, False), (1, False)]
+    assert [(search.suggest(name), search.searcher.is_cancelled(name)) for name in "ab"] == [
+        (0, False),
+        (1, False),
+    ]
     write_trial(job.trials, read_trials(job.trials)[0].model_copy(update={"worker": "a process"}))
     time.sleep(1.1)
     assert [search.searcher.is_cancelled(name) for name in "ab"] == [False, True]
     search.searcher.on_trial_complete("b")
     assert [record.index for record in read_trials(job.trials)] == [0]
-    withdrawn = [each.trial.index for each in search.events if isinstance(each, TrialChanged) and each.is_withdrawn]
+    withdrawn = [
+        each.trial.index
+        for each in search.events
+        if isinstance(each, TrialChanged) and each.is_withdrawn
+    ]
     assert withdrawn == [1], "and no longer shown as waiting"
     assert search.suggest("c") is None, "the trial that has begun may have to be resumed"
     more = Searching(job_of(tmp_path, max_hours=2.0)).rest()
@@ -382,19 +455,28 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
 def test_a_damaged_record_is_set_aside(tmp_path: Path) -> None:
     """Its number gets another plan."""
     job = job_of(tmp_path)
-    for record in (trial(0, "444444", [3, 3, 3], origin="unpruned-uniform"), trial(1, "484444", [3, 3, 3])):
+    for record in (
+        trial(0, "444444", [3, 3, 3], origin="unpruned-uniform"),
+        trial(1, "484444", [3, 3, 3]),
+    ):
         write_trial(job.trials, record)
     path = job.trials / "0001" / "trial.json"
     damaged = flipped(path.read_bytes(), b'"layers.0": ')
     path.write_bytes(damaged)
     messages: list[str] = []
     set_aside_damaged(job.trials, job.search, messages.append)
-    assert len(messages) == 1 and str(path) in messages[0] and "its number gets another plan" in messages[0]
+    assert (
+        len(messages) == 1
+        and str(path) in messages[0]
+        and "its number gets another plan" in messages[0]
+    )
     (kept,) = job.trials.glob("damaged/*/trial.json")
     assert kept.read_bytes() == damaged
     first, *others = Searching(job).rest()
     plans = ["444444", first[2], *(plan for _, _, plan in others)]
-    assert first == (1, "unpruned-knapsack", SEED_PLAN) and len(set(plans)) == len(plans), "none is handed out twice"
+    assert first == (1, "unpruned-knapsack", SEED_PLAN) and len(set(plans)) == len(plans), (
+        "none is handed out twice"
+    )
 
 
 @pytest.mark.parametrize("text", ['{"sec', '{"seconds": 9.0, "record_digest": "0"}'])
@@ -410,13 +492,17 @@ def test_a_damaged_clock_begins_at_zero(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "away", None])
-def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp_path: Path) -> None:
+def test_a_trial_whose_checkpoint_is_damaged_starts_anew(
+    damage: str | None, tmp_path: Path
+) -> None:
     """A checkpoint on a storage that is away for a moment does not count as missing."""
     trials, messages = job_of(tmp_path).trials, list[str]()
     checkpoint = trials / "0000" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(b"w" * 1000)
-    running = trial(0, "444444", [3.5, 3.4], origin="unpruned-uniform", status="running", times=(1.0, 2.0, 3.0))
+    running = trial(
+        0, "444444", [3.5, 3.4], origin="unpruned-uniform", status="running", times=(1.0, 2.0, 3.0)
+    )
     running = running.model_copy(update={"checkpoint": folder_digests(checkpoint)})
     write_trial(trials, running)
     if damage in ("away", None):
@@ -431,7 +517,11 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(damage: str | None, tmp
         shutil.rmtree(checkpoint)
     set_aside_damaged(trials, MINE, messages.append)
     (found,) = read_trials(trials)
-    assert len(messages) == 1 and str(checkpoint) in messages[0] and "trial 0 is restarted" in messages[0]
+    assert (
+        len(messages) == 1
+        and str(checkpoint) in messages[0]
+        and "trial 0 is restarted" in messages[0]
+    )
     assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
     assert not checkpoint.exists()
     assert len(list(trials.glob("damaged/*/weights"))) == (damage == "flipped")
@@ -451,18 +541,31 @@ def test_finalists_are_the_best_and_the_controls(tmp_path: Path) -> None:
         trial(5, "844844", [3, 3, 3.3]),
         trial(6, "844484", [2.0, 2.0]),
     ]
-    assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=2))] == [0, 2, 3, 4]
+    assert [each.index for each in choose_finalists(trials, job_of(tmp_path, confirm=2))] == [
+        0,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_a_search_by_accuracy_takes_the_most_accurate(tmp_path: Path) -> None:
     """The losses say the contrary."""
-    rungs = {index: RungResult(step=4, loss=3.0 - 0.1 * index, accuracy=0.9 - 0.1 * index) for index in range(4)}
+    rungs = {
+        index: RungResult(step=4, loss=3.0 - 0.1 * index, accuracy=0.9 - 0.1 * index)
+        for index in range(4)
+    }
     plans = ("488444", "848444", "844844", "844484")
-    trials = [trial(at, plan, [3, 3, 3]).model_copy(update={"rungs": (rungs[at],)}) for at, plan in enumerate(plans)]
+    trials = [
+        trial(at, plan, [3, 3, 3]).model_copy(update={"rungs": (rungs[at],)})
+        for at, plan in enumerate(plans)
+    ]
     job = job_of(tmp_path, metric="accuracy", tasks=["piqa"], limit=10, confirm=2)
     assert [each.index for each in choose_finalists(trials, job)] == [0, 1]
     fresh = [
-        made_confirmation(at, "random", 3.0 - 0.1 * at).model_copy(update={"accuracy": 0.9 - 0.1 * at})
+        made_confirmation(at, "random", 3.0 - 0.1 * at).model_copy(
+            update={"accuracy": 0.9 - 0.1 * at}
+        )
         for at in range(2)
     ]
     best = best_of(fresh, metric="accuracy")
@@ -476,13 +579,19 @@ def test_trials_of_a_cut_with_other_weights_are_set_aside(tmp_path: Path) -> Non
     write_trial(tmp_path, trial(3, "444444", [3.0], model="old", cut="cut-30"))
     messages: list[str] = []
     set_aside_others(tmp_path, {"cut-20": "new"}, messages.append)
-    assert [each.index for each in read_trials(tmp_path)] == [1, 2, 3], "no cut-30 is among those of this command"
+    assert [each.index for each in read_trials(tmp_path)] == [1, 2, 3], (
+        "no cut-30 is among those of this command"
+    )
     assert len(messages) == 1 and "20 % pruned, has other weights now" in messages[0]
 
 
 def test_a_search_without_a_finished_trial_says_why(tmp_path: Path) -> None:
-    trials = [trial(0, "444444", [], status="failed", failure="diverged", reason="loss is nan at step 1")]
-    with pytest.raises(StageError, match=r"none of 1 trial finished.*at step 1.*\n.*training.learning_rate"):
+    trials = [
+        trial(0, "444444", [], status="failed", failure="diverged", reason="loss is nan at step 1")
+    ]
+    with pytest.raises(
+        StageError, match=r"none of 1 trial finished.*at step 1.*\n.*training.learning_rate"
+    ):
         choose_finalists(trials, job_of(tmp_path))
 
 
@@ -490,10 +599,24 @@ def test_controls_without_a_result_are_kept_with_the_reason(tmp_path: Path) -> N
     """One of them may be better than the winner, and the headline names them."""
     job = job_of(tmp_path)
     (uniform, _), (knapsack, _) = job.controls
-    lost = trial(0, "444444", [], origin=uniform, status="failed", failure="infeasible", reason="out of memory: x")
+    lost = trial(
+        0,
+        "444444",
+        [],
+        origin=uniform,
+        status="failed",
+        failure="infeasible",
+        reason="out of memory: x",
+    )
     ended = "1 hours were spent"
-    assert lost_controls(job, [lost], ended) == {uniform: "out of memory: x", knapsack: f"not tried, because {ended}"}
-    done = [trial(0, "444444", [3, 3, 3], origin=uniform), trial(1, SEED_PLAN, [3, 3, 3], origin=knapsack)]
+    assert lost_controls(job, [lost], ended) == {
+        uniform: "out of memory: x",
+        knapsack: f"not tried, because {ended}",
+    }
+    done = [
+        trial(0, "444444", [3, 3, 3], origin=uniform),
+        trial(1, SEED_PLAN, [3, 3, 3], origin=knapsack),
+    ]
     assert lost_controls(job, done, ended) == {}
     over = replace(job, controls=[("unpruned-uniform", plan_of("888888"))])
     assert lost_controls(over, [], ended) == {}, "one over the budget could not win"
@@ -501,7 +624,10 @@ def test_controls_without_a_result_are_kept_with_the_reason(tmp_path: Path) -> N
 
 def test_a_control_that_no_searched_plan_beats_is_returned() -> None:
     for searched, winner in ((2.9, 4), (3.0, 5), (3.1, 5)):
-        confirmed = [made_confirmation(4, "gp", searched), made_confirmation(5, "unpruned-knapsack", 3.0)]
+        confirmed = [
+            made_confirmation(4, "gp", searched),
+            made_confirmation(5, "unpruned-knapsack", 3.0),
+        ]
         best = best_of(confirmed, metric="loss")
         assert best is not None and best.index == winner
 
@@ -513,14 +639,20 @@ def test_a_control_that_no_searched_plan_beats_is_returned() -> None:
 def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[str, Any]) -> None:
     """A later command trains only what is missing or damaged, and comes to the same winner."""
     search = {"max_trials": 7, "first_rung": 4, "confirm": 3, "confirm_seeds": 2}
-    config = validate_config(with_keys(tiny_raw, **{f"search.{key}": value for key, value in search.items()}))
+    config = validate_config(
+        with_keys(tiny_raw, **{f"search.{key}": value for key, value in search.items()})
+    )
     events: list[Event] = []
 
     def searched() -> tuple[SearchRecord, list[str]]:
         events.clear()
         found = run(config, events.append, until="search").search
         assert found is not None
-        return found, [each.text for each in events if isinstance(each, Message) and "training seed" in each.text]
+        return found, [
+            each.text
+            for each in events
+            if isinstance(each, Message) and "training seed" in each.text
+        ]
 
     first, said = searched()
     again = {each.index: each for each in first.confirmations if len(each.losses) > 1}
@@ -540,8 +672,14 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[st
     part = next(run_folder.glob("banks/*/nf4")) / ".layers.0.down.safetensors.0123abcd"
     part.write_bytes(b"of a killed worker")
     second, said = searched()
-    assert len(said) == 2 and second.confirmations == first.confirmations and second.best_index == first.best_index
-    assert not list(run_folder.glob("trials/*/*/seed-*[0-9]")) and not part.exists(), "what is not needed is gone"
+    assert (
+        len(said) == 2
+        and second.confirmations == first.confirmations
+        and second.best_index == first.best_index
+    )
+    assert not list(run_folder.glob("trials/*/*/seed-*[0-9]")) and not part.exists(), (
+        "what is not needed is gone"
+    )
 
 
 @pytest.mark.slow
@@ -556,6 +694,12 @@ def test_a_search_by_accuracy(tiny_raw: dict[str, Any]) -> None:
     assert found is not None
     assert (found.metric, found.metrics) == ("accuracy", {"qpruner_everyday_validation": "acc"})
     assert found.ended == "all 6 trials were spent (`search.max_trials`)"
-    finalists = [(each.done, each.total) for each in events if isinstance(each, Progress) and each.detail == FINALISTS]
-    assert finalists == [(done, len(found.confirmations)) for done in range(len(found.confirmations) + 1)]
+    finalists = [
+        (each.done, each.total)
+        for each in events
+        if isinstance(each, Progress) and each.detail == FINALISTS
+    ]
+    assert finalists == [
+        (done, len(found.confirmations)) for done in range(len(found.confirmations) + 1)
+    ]
     assert all(each.accuracy is not None for each in found.confirmations)

@@ -14,7 +14,15 @@ from qpruner.errors import UserError
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search import searchers
-from qpruner.search.searchers import History, Ledger, Observation, Proposer, RandomProposer, Suggestion, check_searcher
+from qpruner.search.searchers import (
+    History,
+    Ledger,
+    Observation,
+    Proposer,
+    RandomProposer,
+    Suggestion,
+    check_searcher,
+)
 
 MakeProposer = Callable[[PlanSpace, int], Proposer]
 NAMES = ("random", "hyperopt", "gp")
@@ -30,8 +38,14 @@ PROPOSERS = pytest.mark.parametrize("make", [maker(name) for name in NAMES], ids
 
 
 def controls_of(space: PlanSpace) -> list[tuple[str, PrecisionPlan]]:
-    gains = [[0.0, float(index)] + [float(index)] * (len(space.levels) - 2) for index in range(len(space.groups))]
-    return [("unpruned-uniform", space.uniform("nf4")), ("seed-mutual-information", space.best_by_gain(gains))]
+    gains = [
+        [0.0, float(index)] + [float(index)] * (len(space.levels) - 2)
+        for index in range(len(space.groups))
+    ]
+    return [
+        ("unpruned-uniform", space.uniform("nf4")),
+        ("seed-mutual-information", space.best_by_gain(gains)),
+    ]
 
 
 def ledger_of(space: PlanSpace, make: MakeProposer, seed: int = 0, max_trials: int = 12) -> Ledger:
@@ -40,8 +54,12 @@ def ledger_of(space: PlanSpace, make: MakeProposer, seed: int = 0, max_trials: i
 
 def rungs_of(suggestion: Suggestion) -> list[Observation]:
     """The rungs of a finished trial; its loss is lower with more bits in the first groups."""
-    score = 3.0 - sum((name == "int8") / (1 + index) for index, name in enumerate(suggestion.plan.formats))
-    return [Observation(suggestion.index, suggestion.plan, step, score + 1 / step) for step in STEPS]
+    score = 3.0 - sum(
+        (name == "int8") / (1 + index) for index, name in enumerate(suggestion.plan.formats)
+    )
+    return [
+        Observation(suggestion.index, suggestion.plan, step, score + 1 / step) for step in STEPS
+    ]
 
 
 def finish(ledger: Ledger, suggestion: Suggestion) -> None:
@@ -76,19 +94,26 @@ def test_an_untrainable_plan_scores_worse_than_all_others() -> None:
     ledger = ledger_of(space_of(blocks(4)), maker("random"))
     ruined, good, bad = begin(ledger, 3)
     ledger.close(ruined, is_untrainable=True)
-    assert ledger.history().observations == () and ledger.history().failed == (ruined.plan,), "nothing is known yet"
+    assert ledger.history().observations == () and ledger.history().failed == (ruined.plan,), (
+        "nothing is known yet"
+    )
     ledger.observe(Observation(good.index, good.plan, 4, 3.0))
     scores = [(item.index, item.step, item.score) for item in ledger.history().observations]
     assert scores == [(ruined.index, 4, pytest.approx(3.03)), (good.index, 4, 3.0)]
     ledger.observe(Observation(good.index, good.plan, 8, 2.9))
     ledger.observe(Observation(bad.index, bad.plan, 8, 3.4))
-    assert Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9)) in ledger.history().observations
+    assert (
+        Observation(ruined.index, ruined.plan, 8, pytest.approx(3.9))
+        in ledger.history().observations
+    )
     assert ledger.history().failed == ()
 
 
 @PROPOSERS
 @pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
-def test_controls_first_no_plan_twice_none_over_budget(make: MakeProposer, levels: tuple[str, ...]) -> None:
+def test_controls_first_no_plan_twice_none_over_budget(
+    make: MakeProposer, levels: tuple[str, ...]
+) -> None:
     space = space_of(blocks(8), levels, 0.4)
     suggestions = run(ledger_of(space, make))
     assert [(item.origin, item.plan) for item in suggestions[:2]] == controls_of(space)
@@ -131,12 +156,20 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
     space = space_of(blocks(8), share=1.0)
     plans = [space.plan_of(row) for row in np.random.default_rng(0).integers(2, size=(30, 8))]
     results = [
-        Observation(index, plan, 8, 3.0 - 0.5 * plan.formats[:3].count("int8") + 0.5 * plan.formats[5:].count("int8"))
+        Observation(
+            index,
+            plan,
+            8,
+            3.0 - 0.5 * plan.formats[:3].count("int8") + 0.5 * plan.formats[5:].count("int8"),
+        )
         for index, plan in enumerate(plans)
     ]
     proposer = maker(name)(space, 0)
     history, number = History(tuple(results)), 5 if name == "bayesopt" else 20
-    proposed = np.array([proposer.propose(index, history).formats for index in range(30, 30 + number)]) == "int8"
+    proposed = (
+        np.array([proposer.propose(index, history).formats for index in range(30, 30 + number)])
+        == "int8"
+    )
     assert proposed[:, :3].mean() > 0.65
     assert proposed[:, 5:].mean() < 0.35
 
@@ -145,7 +178,9 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
 def test_a_failed_trial_is_not_learned_from_and_not_repeated(make: MakeProposer) -> None:
     space = space_of(blocks(8))
     with_failure, without = ledger_of(space, make), ledger_of(space, make)
-    failed, _ = (begin(ledger, 6, finished=(0, 1, 2, 3, 5))[4] for ledger in (with_failure, without))
+    failed, _ = (
+        begin(ledger, 6, finished=(0, 1, 2, 3, 5))[4] for ledger in (with_failure, without)
+    )
     with_failure.close(failed)
     assert with_failure.history().failed == without.history().pending == (failed.plan,)
     if make(space, 0).name != "gp":  # gp expects something of what is still running
@@ -209,12 +244,19 @@ def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -
     """They run first, whatever they are; the searcher sees those of its own cut alone, and none is proposed."""
     space = space_of(blocks(6), share=0.3)
     other = replace(space.uniform("nf4"), cut="cut-20")
-    controls = [("paper", other), *((f"uniform-{name}", space.uniform(name)) for name in ("int8", "nf4"))]
-    with_other, without = (Ledger(SearchSpace((space,)), make(space, 0), each, 40) for each in (controls, controls[1:]))
+    controls = [
+        ("paper", other),
+        *((f"uniform-{name}", space.uniform(name)) for name in ("int8", "nf4")),
+    ]
+    with_other, without = (
+        Ledger(SearchSpace((space,)), make(space, 0), each, 40) for each in (controls, controls[1:])
+    )
     suggestions = run(with_other)
     assert [(item.origin, item.plan) for item in suggestions[:3]] == controls
     assert all(space.is_feasible(item.plan) for item in suggestions[3:])
-    assert len(suggestions) == 2 + sum(map(space.is_feasible, plans_in(space))), "every plan, and those two"
+    assert len(suggestions) == 2 + sum(map(space.is_feasible, plans_in(space))), (
+        "every plan, and those two"
+    )
     known = {item.plan for item in with_other.history().observations}
     assert other not in known and space.uniform("int8") in known
     ruined, _ = begin(without, 2, finished=(1,)), with_other

@@ -63,7 +63,9 @@ def reported(folder: Path, report: Report, result: RungResult) -> None:
     report(result, checkpoint)
 
 
-def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
+def test_a_search_without_hours_and_machines_ends_and_resumes(
+    joined: tuple[Raylets, Cluster], tmp_path: Path
+) -> None:
     """The GPU hours are spent with the first rung, after which the only machine is killed."""
     cluster, facts = joined
     told: list[str] = []
@@ -74,13 +76,20 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Rayl
             until((tmp_path / "back").exists, "its machine does not go")
 
     def tell(event: Event) -> None:
-        if isinstance(event, TrialChanged) and event.trial.rungs and len(cluster.nodes) and not told:
+        if (
+            isinstance(event, TrialChanged)
+            and event.trial.rungs
+            and len(cluster.nodes)
+            and not told
+        ):
             cluster.kill_machine(cluster.nodes[0])
         if isinstance(event, Message):
             told.append(event.text)
 
     job = replace(job_of(tmp_path, max_trials=1, max_gpu_hours=1e-7), trial=trial, resources=HELD)
-    with pytest.raises(StageError, match=r"GPU hours were spent .*, and no machine is left that could run a trial"):
+    with pytest.raises(
+        StageError, match=r"GPU hours were spent .*, and no machine is left that could run a trial"
+    ):
         search(job, within(Room(facts.slots, HELD, None, tell)), tell)
     assert any("add a machine" in text for text in told)
     (left,) = read_trials(job.trials)
@@ -92,7 +101,9 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(joined: tuple[Rayl
     assert [(trial.status, len(trial.rungs)) for trial in outcome.trials] == [("finished", 2)]
     first, again = outcome.trials[0].begun
     assert (first.session, first.seconds, again.session, again.search) == (1, 0.0, 2, job.search)
-    assert first.time + again.seconds < again.time, "what it took before, and the pause is not in it"
+    assert first.time + again.seconds < again.time, (
+        "what it took before, and the pause is not in it"
+    )
 
 
 @pytest.mark.parametrize("room", [1, 2])
@@ -108,7 +119,9 @@ def test_a_full_disk_of_the_driver_ends_the_search(
         until((tmp_path / "go").exists, "nobody says go")
         reported(tmp_path, report, LAST)
 
-    job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
+    job = replace(
+        job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD
+    )
 
     def tell(event: Event) -> None:
         if isinstance(event, StepsSeen) and (tmp_path / "begun").exists() and not filler.exists():
@@ -123,7 +136,9 @@ def test_a_full_disk_of_the_driver_ends_the_search(
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
 
 
-def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path) -> None:
+def test_a_trial_waits_for_a_storage_that_is_away(
+    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
+) -> None:
     """transformers reports a missing file by an error without the errno of the system."""
     (disk / "config.json").write_text('{"model_type": "llama"}')
 
@@ -135,12 +150,18 @@ def test_a_trial_waits_for_a_storage_that_is_away(joined: tuple[Raylets, Cluster
         AutoConfig.from_pretrained(disk)
         reported(tmp_path, report, LAST)
 
-    job = replace(job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD)
+    job = replace(
+        job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD
+    )
     outcome = search(job, within(lambda held: 1), lambda event: None)
-    assert [(trial.status, trial.reason, trial.kills) for trial in outcome.trials] == [("finished", None, 0)]
+    assert [(trial.status, trial.reason, trial.kills) for trial in outcome.trials] == [
+        ("finished", None, 0)
+    ]
 
 
-def test_a_worker_that_never_leaves_its_trial_is_killed(joined: tuple[Raylets, Cluster], tmp_path: Path) -> None:
+def test_a_worker_that_never_leaves_its_trial_is_killed(
+    joined: tuple[Raylets, Cluster], tmp_path: Path
+) -> None:
     """The next trial waits for this worker: the trial has not failed, and the death is not counted against it."""
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -156,6 +177,8 @@ def test_a_worker_that_never_leaves_its_trial_is_killed(joined: tuple[Raylets, C
         if isinstance(event, Message) and "trial 1 lost its worker" in event.text:
             kills.append(read_trials(job.trials)[1].kills)
 
-    job = replace(job_of(tmp_path, max_trials=2, trial_timeout_seconds=20.0), trial=trial, resources=HELD)
+    job = replace(
+        job_of(tmp_path, max_trials=2, trial_timeout_seconds=20.0), trial=trial, resources=HELD
+    )
     outcome = search(job, within(lambda held: 1), on_event)
     assert ([trial.status for trial in outcome.trials], kills) == (["finished"] * 2, [0])

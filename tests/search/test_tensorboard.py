@@ -35,7 +35,9 @@ def points(root: Path, run: str, tag: str) -> list[tuple[int, float]]:
 
 
 def config_text(root: Path) -> str:
-    return str(read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode())
+    return str(
+        read(root, "search").Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    )
 
 
 def files(root: Path) -> dict[Path, bytes]:
@@ -60,7 +62,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_hparams_has_the_columns_of_all_cuts(tmp_path: Path) -> None:
     first, *others = trials()
-    show(tmp_path, planned([first.model_copy(update={"plan": dict(list(first.plan.items())[1:])}), *others]))
+    show(
+        tmp_path,
+        planned([first.model_copy(update={"plan": dict(list(first.plan.items())[1:])}), *others]),
+    )
     content = read(tmp_path, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = {each.name for each in metadata.parse_experiment_plugin_data(content).hparam_infos}
     assert {f"format {group}" for group in GROUPS} <= columns
@@ -76,33 +81,55 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
     rows = {record.index: row(written, run_name(record)) for record in trials() if record.is_over}
     statuses = {index: each["Status"] for index, each in rows.items()}
     assert statuses == {0: "finished", 1: "finished", 2: "finished", 3: "stopped", 4: "failed"}
-    named = {"From": "unpruned-knapsack", "MB": 32, "formats": "4 nf4, 2 int8", "Status": "finished", "#": "0001"}
+    named = {
+        "From": "unpruned-knapsack",
+        "MB": 32,
+        "formats": "4 nf4, 2 int8",
+        "Status": "finished",
+        "#": "0001",
+    }
     named |= {"Cut": "base", "search": "this"}
-    formats = dict(zip((f"format {group}" for group in GROUPS), [*["int8"] * 2, *["nf4"] * 4], strict=True))
+    formats = dict(
+        zip((f"format {group}" for group in GROUPS), [*["int8"] * 2, *["nf4"] * 4], strict=True)
+    )
     assert rows[1] == {**named, **formats, "mean bits": pytest.approx(32 / 6)}
     ends = {}
     for record in (trials()[2], trials()[4]):
-        content = read(written, run_name(record)).SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
+        content = (
+            read(written, run_name(record))
+            .SummaryMetadata(metadata.SESSION_END_INFO_TAG)
+            .plugin_data.content
+        )
         ends[record.index] = metadata.parse_session_end_info_plugin_data(content)
     assert (ends[2].status, ends[4].status) == (1, 2)
     assert ends[2].end_time_secs == STARTED + 2 * 60 + 3 * 60 + 1
     running = read(written, run_name(trials()[5]))
-    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"] and running.Scalars("validation/loss")
+    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"] and running.Scalars(
+        "validation/loss"
+    )
 
     content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = metadata.parse_experiment_plugin_data(content)
     steps = (RUNGS[-1], *RUNGS[:-1])
-    assert [metric.display_name for metric in columns.metric_infos] == [f"loss at step {step}" for step in steps]
+    assert [metric.display_name for metric in columns.metric_infos] == [
+        f"loss at step {step}" for step in steps
+    ]
     assert {info.name for info in columns.hparam_infos} == set(rows[0])
-    assert sorted(rows[0])[:5] == ["#", "Cut", "From", "MB", "Status"], "what tells trials apart comes first"
+    assert sorted(rows[0])[:5] == ["#", "Cut", "From", "MB", "Status"], (
+        "what tells trials apart comes first"
+    )
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
-    assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), "else the parallel coordinates lack it"
+    assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), (
+        "else the parallel coordinates lack it"
+    )
 
 
 def test_curves_have_every_step(written: Path) -> None:
     run = run_name(trials()[2])
     assert points(written, run, "validation/loss") == [(2, 3.2), (4, 3.1), (8, 2.9)]
-    assert points(written, run, "train/loss") == list(enumerate([4.7] * 2 + [4.6] * 2 + [4.4] * 4, 1))
+    assert points(written, run, "train/loss") == list(
+        enumerate([4.7] * 2 + [4.6] * 2 + [4.4] * 4, 1)
+    )
     walls = [event.wall_time for event in read(written, run).Scalars("validation/loss")]
     assert walls == [STARTED + 2 * 60 + minutes * 60 for minutes in (1, 2, 3)]
     # In the order of their ends: trial 4 failed at once and 3 was stopped before 2 finished.
@@ -115,11 +142,19 @@ def test_files_grow_to_what_the_records_alone_give(written: Path, tmp_path: Path
     told = []
     for record in trials():
         for count in range(len(record.rungs) + 1):
-            part = {"rungs": record.rungs[:count], "times": record.times[: 1 + count], "status": "running"}
+            part = {
+                "rungs": record.rungs[:count],
+                "times": record.times[: 1 + count],
+                "status": "running",
+            }
             told.append((record.times[count], TrialChanged(record.model_copy(update=part))))
         if record.is_over:
             told.append((record.times[-1], TrialChanged(record)))
-    show(tmp_path / "run", planned([]), *(event for _, event in sorted(told, key=lambda item: item[0])))
+    show(
+        tmp_path / "run",
+        planned([]),
+        *(event for _, event in sorted(told, key=lambda item: item[0])),
+    )
     assert files(tmp_path / "run") == files(written)
 
 
@@ -130,7 +165,9 @@ def test_lost_files_come_back_and_nothing_is_doubled(shown: Path, damage: str) -
         if damage == "gone":
             (shown / path).unlink()
         elif damage != "none":
-            (shown / path).write_bytes(content[:-7] if damage == "cut short" else b"\0" + content[1:])
+            (shown / path).write_bytes(
+                content[:-7] if damage == "cut short" else b"\0" + content[1:]
+            )
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     show(shown, planned(trials()))
     assert files(shown) == whole
@@ -165,8 +202,20 @@ def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
         page.goto(f"{address}/#hparams")
         table = page.locator("tf-hparams-table-view")
         names = [f"{record.index:04d} of {root.name}" for record in trials() if record.is_over]
-        for text in (*names, "0003", "unpruned-knapsack", "stopped", "failed", "loss at step 8", "2.9000"):
+        for text in (
+            *names,
+            "0003",
+            "unpruned-knapsack",
+            "stopped",
+            "failed",
+            "loss at step 8",
+            "2.9000",
+        ):
             table.get_by_text(text, exact=True).first.wait_for()
-        assert table.get_by_text(re.compile(r"^\s*\d{4} of ")).count() == len(names), "each trial once"
+        assert table.get_by_text(re.compile(r"^\s*\d{4} of ")).count() == len(names), (
+            "each trial once"
+        )
         cut = "cell => [cell, cell.parentElement].some(each => each.scrollWidth > each.clientWidth)"
-        assert not any(table.get_by_text(name, exact=True).first.evaluate(cut) for name in names), "each name whole"
+        assert not any(table.get_by_text(name, exact=True).first.evaluate(cut) for name in names), (
+            "each name whole"
+        )

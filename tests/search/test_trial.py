@@ -52,7 +52,9 @@ def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_pa
     def candidate(folder: Path, seed: int, size: int | None = None) -> CandidateJob:
         bank = materials.banks[job.cut]
         each = Candidate("gp", "trial 0", bank, job.plan, folder, seed, micro_batch_size=size)
-        longer = config.model_copy(update={"finetune": config.finetune.model_copy(update={"steps": 50})})
+        longer = config.model_copy(
+            update={"finetune": config.finetune.model_copy(update={"steps": 50})}
+        )
         return CandidateJob(longer, each, materials.data, threads=1)
 
     seed = config.seed

@@ -45,7 +45,9 @@ class Banked:
 
     def weights(self, group: str, name: str) -> dict[str, torch.Tensor]:
         """Compute the initial weights of a trial for each layer of a group in a format."""
-        layers = {path: self.model.get_parameter(f"{path}.weight") for path in self.starts.groups[group]}
+        layers = {
+            path: self.model.get_parameter(f"{path}.weight") for path in self.starts.groups[group]
+        }
         return {path: self.starts.weight(group, name, path, each) for path, each in layers.items()}
 
     def samples(self, batch_size: int = 2) -> Samples:
@@ -54,7 +56,10 @@ class Banked:
 
 def samples_of(lengths: Sequence[int] = (9, 16, 12, 7, 16), unlabelled: int = 3) -> Samples:
     """Make random samples of these lengths, without labels on the first tokens."""
-    rows = [row | {"labels": [-100] * unlabelled + row["labels"][unlabelled:]} for row in rows_of(lengths)]
+    rows = [
+        row | {"labels": [-100] * unlabelled + row["labels"][unlabelled:]}
+        for row in rows_of(lengths)
+    ]
     return Samples(rows, PAD, batch_size=2)
 
 
@@ -72,5 +77,7 @@ def banked(
     model.save_pretrained(folder / "model")
     quantize = QuantizeConfig(group=group, formats=levels, embeddings=embeddings, budget=BUDGET)
     groups = layout_of(model.config, quantize, 4, LORA.rank, on_gpu=False).groups
-    bank = bank_source(folder / "model", folder, LORA.model_copy(update={"init": init}), "float32", group)
+    bank = bank_source(
+        folder / "model", folder, LORA.model_copy(update={"init": init}), "float32", group
+    )
     return Banked(model, Subject(samples_of(), groups, bank))

@@ -28,7 +28,10 @@ def test_rises_match_gradients_of_single_samples(tmp_path: Path, name: str) -> N
     subject = banked(tmp_path, name)
     samples = subject.samples()
     by_method = expand(subject.model, samples, subject.starts_of_blocks)
-    pairs, found = list(by_method["fisher"]), {name: [*each.values()] for name, each in by_method.items()}
+    pairs, found = (
+        list(by_method["fisher"]),
+        {name: [*each.values()] for name, each in by_method.items()},
+    )
     first, fisher = np.zeros(len(pairs)), np.zeros(len(pairs))
     for loss in summed_losses(subject.model, samples):
         subject.model.zero_grad()
@@ -61,7 +64,9 @@ def test_padding_and_batch_size_change_nothing(tmp_path: Path) -> None:
     model.get_submodule("model.layers.1").requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     before = copy.deepcopy(model.state_dict())
-    alone, together = (expand(model, llama.samples(batch_size), llama.starts_of_blocks) for batch_size in (1, 5))
+    alone, together = (
+        expand(model, llama.samples(batch_size), llama.starts_of_blocks) for batch_size in (1, 5)
+    )
     for name in ("first_order", "fisher"):  # the order of summation differs
         assert alone[name] == pytest.approx(together[name], rel=1e-3, abs=1e-7)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags

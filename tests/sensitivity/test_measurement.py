@@ -51,7 +51,10 @@ def check_rises(subject: Banked) -> None:
     before = predictions(subject.model, samples)
     for (group, level), kl in found["kl"].items():
         expected = rises(before, predictions(with_group_quantized(subject, group, level), samples))
-        assert (kl, found["loss"][group, level]) == pytest.approx(expected, rel=1e-2, abs=2e-6), (group, level)
+        assert (kl, found["loss"][group, level]) == pytest.approx(expected, rel=1e-2, abs=2e-6), (
+            group,
+            level,
+        )
         assert level == "int8" or kl > 10 * 2e-6, "the rises must be larger than the tolerance"
 
 
@@ -61,17 +64,25 @@ def test_rises_match_a_model_with_replaced_weights(tmp_path: Path, name: str) ->
     check_rises(banked(tmp_path, name, "sublayer" if name == "llama" else "block"))
 
 
-@pytest.mark.parametrize(("name", "tied"), [("llama", False), ("llama", True), ("gemma2", True), ("opt", True)])
+@pytest.mark.parametrize(
+    ("name", "tied"), [("llama", False), ("llama", True), ("gemma2", True), ("opt", True)]
+)
 def test_rises_match_a_model_with_a_replaced_table(tmp_path: Path, name: str, tied: bool) -> None:
     """A head that is tied to the embeddings changes with them; else each is a group."""
-    subject = banked(tmp_path, name, "block", embeddings=("q4_0", "int8", "bf16"), tie_word_embeddings=tied)
+    subject = banked(
+        tmp_path, name, "block", embeddings=("q4_0", "int8", "bf16"), tie_word_embeddings=tied
+    )
     tables = replace(subject, subject=subject.subject.tables)
     assert list(tables.starts.groups) == ["embeddings"] + ["head"] * (not tied)
     check_rises(tables)
 
 
-@pytest.mark.parametrize(("init", "level"), [("loftq", "nf4"), ("plain", "nf4_double"), ("loftq", "int8")])
-def test_the_rise_matches_the_initial_model_of_a_trial(tmp_path: Path, init: str, level: str) -> None:
+@pytest.mark.parametrize(
+    ("init", "level"), [("loftq", "nf4"), ("plain", "nf4_double"), ("loftq", "int8")]
+)
+def test_the_rise_matches_the_initial_model_of_a_trial(
+    tmp_path: Path, init: str, level: str
+) -> None:
     """Use real packed layers and peft adapters; the embeddings are packed too."""
     subject = banked(tmp_path, "llama", "block", init, (level, "bf16"), ("int8",))
     samples = subject.samples()
@@ -81,7 +92,9 @@ def test_the_rise_matches_the_initial_model_of_a_trial(tmp_path: Path, init: str
         model, starts = assemble(subject.subject.bank, plan)
         trial = attach_adapters(model, starts, LORA, "block", seed=0).eval()
         expected = rises(predictions(subject.model, samples), predictions(trial, samples))
-        assert (found["kl"][chosen], found["loss"][chosen]) == pytest.approx(expected, rel=1e-2, abs=2e-6)
+        assert (found["kl"][chosen], found["loss"][chosen]) == pytest.approx(
+            expected, rel=1e-2, abs=2e-6
+        )
 
 
 @pytest.fixture
@@ -91,12 +104,16 @@ def llama(tmp_path: Path) -> Banked:
 
 def test_blocks_before_the_group_do_not_run_again(tmp_path: Path) -> None:
     """All run again for embeddings, none for a head. The model is unchanged afterwards."""
-    llama = banked(tmp_path, "llama", "block", embeddings=("int8", "bf16"), tie_word_embeddings=False)
+    llama = banked(
+        tmp_path, "llama", "block", embeddings=("int8", "bf16"), tie_word_embeddings=False
+    )
     model, runs = llama.model, list[int]()
     places = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     before = copy.deepcopy(model.state_dict())
     hooks = [
-        block.mlp.register_forward_hook(lambda module, inputs, output, index=index: runs.append(index))
+        block.mlp.register_forward_hook(
+            lambda module, inputs, output, index=index: runs.append(index)
+        )
         for index, block in enumerate(model.model.layers)
     ]
     measure(model, llama.samples(batch_size=5), llama.starts)
@@ -114,6 +131,8 @@ def test_blocks_before_the_group_do_not_run_again(tmp_path: Path) -> None:
 def test_a_group_with_nan_is_named(llama: Banked) -> None:
     starts = llama.starts
     tensors = starts._entries["layers.1", "int8"]
-    tensors |= {name: tensor * torch.nan for name, tensor in tensors.items() if name.endswith("lora_B")}
+    tensors |= {
+        name: tensor * torch.nan for name, tensor in tensors.items() if name.endswith("lora_B")
+    }
     with pytest.raises(TrainingDiverged, match=r"layers\.1 in int8"):
         measure(llama.model, llama.samples(), starts)

@@ -38,12 +38,21 @@ def gather_of(banked: Banked, batch_size: int) -> Iterator[Grams]:
 
 
 METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
-    "mutual_information": lambda banked, config: by_information(banked.model, banked.subject, config.sensitivity, 0),
-    "fisher": lambda banked, config: expand(banked.model, banked.subject.samples, banked.starts_of_blocks),
+    "mutual_information": lambda banked, config: by_information(
+        banked.model, banked.subject, config.sensitivity, 0
+    ),
+    "fisher": lambda banked, config: expand(
+        banked.model, banked.subject.samples, banked.starts_of_blocks
+    ),
     "kl": lambda banked, config: measure(banked.model, banked.subject.samples, banked.starts),
-    "gptq": lambda banked, config: deque(gather_of(banked, config.calibration.batch_size), maxlen=0),
+    "gptq": lambda banked, config: deque(
+        gather_of(banked, config.calibration.batch_size), maxlen=0
+    ),
     "scoring": lambda banked, config: mean_loss(
-        banked.model, banked.subject.samples.rows, banked.subject.samples.pad_id, config.evaluate.batch_size
+        banked.model,
+        banked.subject.samples.rows,
+        banked.subject.samples.pad_id,
+        config.evaluate.batch_size,
     ),
 }
 
@@ -64,7 +73,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
 @pytest.fixture(scope="module")
 def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     raw = raw_config(tiny_model, tmp_path_factory.mktemp("memory") / "run")
-    lengths = f"data.max_length={LENGTH}; calibration.max_length={LENGTH}; sensitivity.max_positions=512"
+    lengths = (
+        f"data.max_length={LENGTH}; calibration.max_length={LENGTH}; sensitivity.max_positions=512"
+    )
     return changed_by(f"quantize.group=block; {lengths}", raw)
 
 
@@ -80,7 +91,9 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     options = {"init": "plain", "embeddings": ("int8", "bf16"), "num_hidden_layers": 2}
     found = banked(folder, "llama", "block", **options, **SHAPES[request.param])
     found.model.to(torch.bfloat16)  # type: ignore[call-arg, arg-type]
-    samples = replace(samples_of([LENGTH] * 8, unlabelled=0), batch_size=SensitivityConfig().batch_size)
+    samples = replace(
+        samples_of([LENGTH] * 8, unlabelled=0), batch_size=SensitivityConfig().batch_size
+    )
     found = replace(found, subject=replace(found.subject, samples=samples))
     assert found.starts and found.starts_of_blocks, (
         "opened here, because the profiler would count the mapped files as memory"
@@ -89,19 +102,33 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_check_predicts_the_memory(raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str) -> None:
-    quantize = QuantizeConfig(group="block", formats=LEVELS, embeddings=("int8", "bf16"), budget=BUDGET)
+def test_check_predicts_the_memory(
+    raw: dict[str, Any], inspection: Inspection, subject: Banked, method: str
+) -> None:
+    quantize = QuantizeConfig(
+        group="block", formats=LEVELS, embeddings=("int8", "bf16"), budget=BUDGET
+    )
     own = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
-    inspection = replace(inspection, model_config=subject.model.config, base=own, layouts={"base": own}, examples={})
+    inspection = replace(
+        inspection, model_config=subject.model.config, base=own, layouts={"base": own}, examples={}
+    )
     if method == "scoring":
         config = validate_config(raw)
         parts = scoring_memory(config, inspection).parts
         beside = parts["activations"] + parts["logits"]
     else:
-        config = validate_config(raw if method == "gptq" else with_key(raw, "sensitivity.methods", [method]))
-        found = rounding_memory(config, inspection) if method == "gptq" else sensitivity_memory(config, inspection)
+        config = validate_config(
+            raw if method == "gptq" else with_key(raw, "sensitivity.methods", [method])
+        )
+        found = (
+            rounding_memory(config, inspection)
+            if method == "gptq"
+            else sensitivity_memory(config, inspection)
+        )
         beside = found.total - found.parts["weights"]
-    copies = 1.0 if has_bfloat16() else 1.25  # `qpruner.models.cpu` copies the weights of a product to float32
+    copies = (
+        1.0 if has_bfloat16() else 1.25
+    )  # `qpruner.models.cpu` copies the weights of a product to float32
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= copies * beside
 
 

@@ -16,7 +16,13 @@ from qpruner.data.calibration import Samples
 from qpruner.errors import UserError
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_dense
-from qpruner.sensitivity.mutual_information import estimate, measure, pool_rare, spread_positions, whitened_components
+from qpruner.sensitivity.mutual_information import (
+    estimate,
+    measure,
+    pool_rare,
+    spread_positions,
+    whitened_components,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +34,9 @@ def less_baseline(outputs: Array, labels: Array, components: int = 4) -> float:
     """Estimate mutual information minus the mean over shuffled labels, as `measure` does."""
     found = whitened_components(torch.tensor(outputs, dtype=torch.float32), components)
     shuffled = [np.random.default_rng([9, turn]).permutation(labels) for turn in range(5)]
-    return estimate(found, labels, 3) - float(np.mean([estimate(found, other, 3) for other in shuffled]))
+    return estimate(found, labels, 3) - float(
+        np.mean([estimate(found, other, 3) for other in shuffled])
+    )
 
 
 def mixture_information(means: Array, weights: Array) -> float:
@@ -36,7 +44,9 @@ def mixture_information(means: Array, weights: Array) -> float:
     axis = np.linspace(-12, 12, 601)
     x, y = np.meshgrid(axis, axis)
     squares = [(x - mean[0]) ** 2 + (y - mean[1]) ** 2 for mean in means]
-    density = sum(weight * np.exp(-each / 2) for each, weight in zip(squares, weights, strict=True)) / (2 * np.pi)
+    density = sum(
+        weight * np.exp(-each / 2) for each, weight in zip(squares, weights, strict=True)
+    ) / (2 * np.pi)
     entropy = -float((density * np.log(density)).sum() * (axis[1] - axis[0]) ** 2)
     return entropy - float(np.log(2 * np.pi * np.e))
 
@@ -50,7 +60,9 @@ def mixture_information(means: Array, weights: Array) -> float:
     ],
     ids=["near", "far", "unequal"],
 )
-def test_a_gaussian_mixture_has_the_exact_information(means: list[list[float]], weights: list[float]) -> None:
+def test_a_gaussian_mixture_has_the_exact_information(
+    means: list[list[float]], weights: list[float]
+) -> None:
     generator = np.random.default_rng(0)
     labels = generator.choice(len(weights), 3000, p=weights)
     outputs = np.array(means)[labels] + generator.normal(size=(3000, 2))
@@ -76,8 +88,13 @@ def test_an_output_that_decides_the_label_has_its_entropy(num_classes: int, jitt
     """Without jitter outputs repeat exactly, like those of the first projections, which see a token without context."""
     generator = np.random.default_rng(3)
     labels = generator.integers(0, num_classes, 400)
-    outputs = generator.normal(size=(num_classes, 64))[labels] + jitter * generator.normal(size=(400, 64))
-    noise, found = less_baseline(generator.normal(size=(400, 64)), labels), less_baseline(outputs, labels)
+    outputs = generator.normal(size=(num_classes, 64))[labels] + jitter * generator.normal(
+        size=(400, 64)
+    )
+    noise, found = (
+        less_baseline(generator.normal(size=(400, 64)), labels),
+        less_baseline(outputs, labels),
+    )
     assert found > noise + 0.3
     assert found == pytest.approx(np.log(num_classes), abs=0.25)
 
@@ -88,8 +105,13 @@ def test_drawn_positions_keep_their_context() -> None:
     assert sum(label != -100 for row in kept for label in row["labels"]) == 40
     for row in kept:
         assert row["labels"][-1] != -100, "a row ends at its last drawn position"
-        assert any(whole["input_ids"][: len(row["input_ids"])] == row["input_ids"] for whole in rows)
-        assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+        assert any(
+            whole["input_ids"][: len(row["input_ids"])] == row["input_ids"] for whole in rows
+        )
+        assert all(
+            label in (-100, token)
+            for token, label in zip(row["input_ids"], row["labels"], strict=True)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +133,13 @@ def test_estimates_do_not_depend_on_the_batch_size(model: PreTrainedModel) -> No
     found, before = measured(model, "sublayer", samples), torch.get_rng_state()
     groups = len(group_linears(model.config, "sublayer"))
     assert steps == [(1, 3), (2, 3), (3, 3)]
-    assert found == measured(model, "sublayer", samples) and torch.equal(torch.get_rng_state(), before)
+    assert found == measured(model, "sublayer", samples) and torch.equal(
+        torch.get_rng_state(), before
+    )
     assert len(found) == groups
-    assert found == pytest.approx(measured(model, "sublayer", replace(SAMPLES, batch_size=1)), abs=0.02)
+    assert found == pytest.approx(
+        measured(model, "sublayer", replace(SAMPLES, batch_size=1)), abs=0.02
+    )
     # The prediction depends on the output of the last block only.
     assert measured(model, "block", num_neighbors=1)[-1] > 0.3
 

@@ -66,7 +66,9 @@ def model(tiny_model: Path) -> tuple[Any, Any]:
     return load_dense(str(tiny_model), "float32"), load_tokenizer(str(tiny_model))
 
 
-def scores_of(model: tuple[Any, Any], folder: str, *tasks: str, **options: Any) -> dict[str, TaskScore]:
+def scores_of(
+    model: tuple[Any, Any], folder: str, *tasks: str, **options: Any
+) -> dict[str, TaskScore]:
     settings = EvaluateConfig(tasks=tasks, include_path=folder, batch_size=8)
     found = score_tasks(*model, tasks, settings, options.pop("limit", None), **options)
     return {each.task: each for each in found}
@@ -97,19 +99,29 @@ def test_tables_prefer_acc_norm_and_know_acc(
     space: dict[str, Any] = {}
     exec(ROWS, space)
     rows = list(space["load"]()["test"])
-    asked = [(f"Question: {row['question']}\nAnswer:", f" {choice}") for row in rows for choice in row["choices"]]
+    asked = [
+        (f"Question: {row['question']}\nAnswer:", f" {choice}")
+        for row in rows
+        for choice in row["choices"]
+    ]
     positions.clear()
     scores_of(model, folder, "toy_acc")
     ours = sum(positions)
     lm = HFLM(pretrained=model[0], tokenizer=model[1], batch_size=8, softmax_dtype="float32")
-    found = lm.loglikelihood([Instance("loglikelihood", {}, each, 0) for each in asked], disable_tqdm=True)
+    found = lm.loglikelihood(
+        [Instance("loglikelihood", {}, each, 0) for each in asked], disable_tqdm=True
+    )
     lengths = np.array([[len(choice) for choice in row["choices"]] for row in rows])
     likelihood = np.array([each for each, _ in found]).reshape(lengths.shape)
     right = np.array([int(number % 3 == 0) for number in range(NUM_QUESTIONS)])
     acc, acc_norm = (each.argmax(axis=1) == right for each in (likelihood, likelihood / lengths))
     assert acc.mean() != acc_norm.mean(), "else the test could not tell them apart"
     both = scores["toy_both"]
-    assert both.metric == "acc_norm" and both.correct == tuple(acc_norm) and both.value == acc_norm.mean()
+    assert (
+        both.metric == "acc_norm"
+        and both.correct == tuple(acc_norm)
+        and both.value == acc_norm.mean()
+    )
     assert both.stderr == pytest.approx(acc_norm.std(ddof=1) / math.sqrt(NUM_QUESTIONS))
     assert scores["toy_acc"].value == acc.mean()
     losses = -likelihood[range(NUM_QUESTIONS), right]
@@ -122,14 +134,22 @@ def test_tables_prefer_acc_norm_and_know_acc(
 def test_answers_that_a_task_filters_count_once(scores: dict[str, TaskScore]) -> None:
     """lm-eval logs a question once for each filter; the first filter counts."""
     written = scores["toy_written"]
-    assert (written.metric, written.value, written.num_questions) == ("exact_match,strict", 1.0, NUM_QUESTIONS)
+    assert (written.metric, written.value, written.num_questions) == (
+        "exact_match,strict",
+        1.0,
+        NUM_QUESTIONS,
+    )
 
 
 @pytest.mark.parametrize(("wanted", "metric"), [("acc", "acc"), (None, "acc_norm")])
-def test_a_search_may_name_its_metric(wanted: str | None, metric: str, model: tuple[Any, Any], folder: str) -> None:
+def test_a_search_may_name_its_metric(
+    wanted: str | None, metric: str, model: tuple[Any, Any], folder: str
+) -> None:
     found = scores_of(model, folder, "toy_both", metric=wanted, limit=6, skip=6)["toy_both"]
     assert found.metric == metric
-    assert task_questions(["toy_both"], folder, "search.tasks", 6, wanted)["toy_both"].metric == metric
+    assert (
+        task_questions(["toy_both"], folder, "search.tasks", 6, wanted)["toy_both"].metric == metric
+    )
 
 
 def test_a_metric_that_a_task_does_not_report_is_refused(folder: str) -> None:

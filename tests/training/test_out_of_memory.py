@@ -56,17 +56,25 @@ def wide(tiny_model: Path, tmp_path: Path) -> Path:
     """Write a model of one block with 154 MB of weights, which needs 800 MB to process 1000 tokens."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "wide"))
     config = LlamaConfig.from_pretrained(folder)
-    config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings = 1, WIDTH, 65536
+    config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings = (
+        1,
+        WIDTH,
+        65536,
+    )
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: list(each.shape) for name, each in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {
+            name: list(each.shape) for name, each in LlamaForCausalLM(config).state_dict().items()
+        }
     del shapes["lm_head.weight"]
     write_zeros(folder / "model.safetensors", shapes)
     return folder
 
 
 @pytest.mark.slow
-def test_a_command_out_of_memory_names_a_remedy(wide: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_command_out_of_memory_names_a_remedy(
+    wide: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """The system refuses address space to the loading of a model, to an export and to a generation."""
     run = finished_run(tiny_model, tmp_path / "run")
     write_zeros(run / "final" / "adapter_model.safetensors", {"wide": [64, 3 * WIDTH]})
@@ -77,10 +85,16 @@ def test_a_command_out_of_memory_names_a_remedy(wide: Path, tiny_model: Path, tm
         [100, ["export", str(run), "--to", "merged"]],
         [600, ["generate", str(wide), "--prompt", "word " * 1000, *asked]],
     ]
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(commands)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(commands)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "defect" not in done.stderr and "Traceback" not in done.stderr, done.stderr
-    ended = [line for line in done.stderr.splitlines() if line.startswith(("error: out of memory (", "exit "))]
+    ended = [
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith(("error: out of memory (", "exit "))
+    ]
     assert [line[:6] for line in ended] == ["exit 0", *["error:", "exit 1"] * 3], done.stderr
     remedies = [line for line in done.stderr.splitlines() if line.startswith("  remedy: ")]
     assert ["`--which`" in line for line in remedies] == [True, False, True]

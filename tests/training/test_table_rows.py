@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_DATA, demo_rows, disk_of, flip_a_byte, full_until_noticed, raw_config, with_key
+from conftest import (
+    DEMO_DATA,
+    demo_rows,
+    disk_of,
+    flip_a_byte,
+    full_until_noticed,
+    raw_config,
+    with_key,
+)
 from mixed_models import row_job
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -37,7 +45,13 @@ from qpruner.training.checkpoints import (
 from qpruner.training.evaluate import score_tasks
 from qpruner.training.finetune import Schedule
 from qpruner.training.inference import InferenceJob, measure_inference, take_turn
-from qpruner.training.table_rows import CandidateJob, build, confirm_trial, evaluate_candidate, finetune_candidate
+from qpruner.training.table_rows import (
+    CandidateJob,
+    build,
+    confirm_trial,
+    evaluate_candidate,
+    finetune_candidate,
+)
 
 Tuned = tuple[CandidateJob, SimpleNamespace]
 ADAPTER = "adapter_model.safetensors"
@@ -68,7 +82,9 @@ def changed(job: CandidateJob, **fields: Any) -> CandidateJob:
 @pytest.fixture
 def copied(tuned: Tuned, tmp_path: Path) -> CandidateJob:
     """Return the fine-tuned row in a copy of its folder, which a test may damage."""
-    return changed(tuned[0], folder=shutil.copytree(tuned[0].candidate.folder, tmp_path / "searched"))
+    return changed(
+        tuned[0], folder=shutil.copytree(tuned[0].candidate.folder, tmp_path / "searched")
+    )
 
 
 def tuned_model(job: CandidateJob) -> PeftModel:
@@ -82,7 +98,9 @@ def tokenizer_of(job: CandidateJob) -> Any:
 
 
 def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
-    return mean_loss(model, rows, int(tokenizer_of(job).pad_token_id), job.config.evaluate.batch_size)
+    return mean_loss(
+        model, rows, int(tokenizer_of(job).pad_token_id), job.config.evaluate.batch_size
+    )
 
 
 # Fine-tuning
@@ -91,7 +109,9 @@ def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
 def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     job, outcome = tuned
     rows, judging = load_encoded(job.data / "validation"), load_confirmation(job.data, "judge")
-    assert loss_on(job, tuned_model(job), judging).mean == pytest.approx(outcome.confirmation_loss, abs=1e-6)
+    assert loss_on(job, tuned_model(job), judging).mean == pytest.approx(
+        outcome.confirmation_loss, abs=1e-6
+    )
     assert loss_on(job, tuned_model(job), rows).mean < loss_on(job, build(job.candidate), rows).mean
     left = sorted(path.name for path in job.candidate.folder.iterdir())
     assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
@@ -100,7 +120,9 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     assert outcome.steps == 4
     model_config = AutoConfig.from_pretrained(job.candidate.bank.checkpoint)
     layout = layout_of(model_config, job.config.quantize, 2, job.config.lora.rank, on_gpu=False)
-    plan = PrecisionPlan.from_dict({group.name: job.candidate.plan.get(group.name, "bf16") for group in layout.groups})
+    plan = PrecisionPlan.from_dict(
+        {group.name: job.candidate.plan.get(group.name, "bf16") for group in layout.groups}
+    )
     assert outcome.measured_bytes == layout.plan_bytes(plan)
 
 
@@ -148,7 +170,9 @@ def test_the_newest_intact_checkpoint_is_resumed(tmp_path: Path) -> None:
         assert earlier.exists() and latest_checkpoint(tmp_path) == newest
     keep_checkpoint(newest, tmp_path, claim)
     saved(11)
-    assert (newest / ADAPTER).stat().st_mode & 0o444 == newest.stat().st_mode & 0o444, "a team goes on from it"
+    assert (newest / ADAPTER).stat().st_mode & 0o444 == newest.stat().st_mode & 0o444, (
+        "a team goes on from it"
+    )
     assert not earlier.exists() and latest_checkpoint(tmp_path) == newest and not is_damaged(newest)
     flip_a_byte(newest / "optimizer.pt")
     assert is_damaged(newest) and latest_checkpoint(tmp_path) is None
@@ -162,12 +186,16 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
         waits, fails = (changed(job, folder=disk / name) for name in ("waits", "fails"))
         waits.candidate.folder.mkdir()
         with full_until_noticed(disk) as filler:
-            assert finetune_candidate(waits)[0]["confirmation_loss"] == undisturbed.confirmation_loss
+            assert (
+                finetune_candidate(waits)[0]["confirmation_loss"] == undisturbed.confirmation_loss
+            )
             assert not filler.exists()
         shutil.rmtree(waits.candidate.folder)
         fails.candidate.folder.mkdir()
         (disk / "filler").write_bytes(b"\0" * shutil.disk_usage(disk).free)
-        with pytest.raises(StorageError, match=r"no space left for .*\n.*make room, then repeat the command"):
+        with pytest.raises(
+            StorageError, match=r"no space left for .*\n.*make room, then repeat the command"
+        ):
             finetune_candidate(fails)
         (disk / "filler").unlink()
         assert finetune_candidate(fails)[0]["confirmation_loss"] == undisturbed.confirmation_loss
@@ -188,8 +216,12 @@ def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned:
     for row, model in ((job, tuned_model(job)), (started, start), (dense, whole)):
         found = SimpleNamespace(**evaluate_candidate(row)[0])
         model.eval()
-        assert found.scores == score_tasks(model, tokenizer_of(row), settings.tasks, settings, settings.limit)
-        assert [score.task for score in found.scores] == ["qpruner_everyday_test"] and found.text_loss is None
+        assert found.scores == score_tasks(
+            model, tokenizer_of(row), settings.tasks, settings, settings.limit
+        )
+        assert [score.task for score in found.scores] == [
+            "qpruner_everyday_test"
+        ] and found.text_loss is None
         losses.append(found.scores[0].answer_loss)
     assert job.candidate.progress.read_text() == "32 32", "8 questions with 4 answers each"
     assert len(losses[0]) == 8 and sum(losses[0]) < sum(losses[1]), "it learned how an answer looks"
@@ -248,7 +280,10 @@ def test_mapped_weights_are_counted_once(tmp_path: Path) -> None:
     assert weights <= memory_bytes < 1.5 * weights
 
 
-DAMAGES: tuple[Callable[[Path], object], ...] = (shutil.rmtree, lambda adapter: os.truncate(adapter / ADAPTER, 1000))
+DAMAGES: tuple[Callable[[Path], object], ...] = (
+    shutil.rmtree,
+    lambda adapter: os.truncate(adapter / ADAPTER, 1000),
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=["missing", "truncated"])
@@ -269,7 +304,9 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: Tuned) -> None:
     choosing, judging = (loss_on(job, model, rows[part::2]) for part in (0, 1))
     found = confirm_trial(changed(job, folder=job.candidate.adapter))
     assert (found.loss, found.stderr) == pytest.approx((choosing.mean, choosing.stderr), abs=1e-6)
-    assert found.losses == pytest.approx(choosing.by_row, abs=1e-4), "so that finalists can be paired by row"
+    assert found.losses == pytest.approx(choosing.by_row, abs=1e-4), (
+        "so that finalists can be paired by row"
+    )
     # What the claim is told in is on rows that chose nothing.
     assert outcome.confirmation_loss == pytest.approx(judging.mean, abs=1e-6)
     assert choosing.mean != pytest.approx(judging.mean)
@@ -290,8 +327,12 @@ def test_accuracy_is_confirmed_on_later_questions(tuned: Tuned) -> None:
         return float(np.mean(score.correct[begin:end]))
 
     # So many that other questions would tell.
-    limit = next(n for n in range(4, 31) if accuracy(n, 2 * n) not in (accuracy(0, n), accuracy(n, 60)))
-    search = job.config.search.model_copy(update={"metric": "accuracy", "tasks": (task,), "limit": limit})
+    limit = next(
+        n for n in range(4, 31) if accuracy(n, 2 * n) not in (accuracy(0, n), accuracy(n, 60))
+    )
+    search = job.config.search.model_copy(
+        update={"metric": "accuracy", "tasks": (task,), "limit": limit}
+    )
     config = job.config.model_copy(update={"search": search})
     found = confirm_trial(replace(changed(job, folder=job.candidate.adapter), config=config))
     assert found.accuracy == pytest.approx(accuracy(limit, 2 * limit))

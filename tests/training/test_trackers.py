@@ -36,7 +36,11 @@ def same_environment() -> Iterator[None]:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return variables that keep both trackers on this machine."""
-    return {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    return {
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": SECRET,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+    }
 
 
 def mlflow_runs(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
@@ -61,7 +65,10 @@ def wandb_records(file: Path) -> list[Any]:
         if (left := 32768 - position % 32768) < 7:
             position += left
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        length, kind = (
+            int.from_bytes(data[position + 4 : position + 6], "little"),
+            data[position + 6],
+        )
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4) and position <= len(data):  # whole, or the last part
@@ -83,11 +90,17 @@ def wandb_runs(folder: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, A
             records = wandb_records(file)
         [run] = [record.run for record in records if record.HasField("run")]
         lines = [
-            {each.key or each.nested_key[-1]: json.loads(each.value_json) for each in record.history.item}
+            {
+                each.key or each.nested_key[-1]: json.loads(each.value_json)
+                for each in record.history.item
+            }
             for record in records
             if record.HasField("history")
         ]
-        rows[run.display_name] = {each.key: json.loads(each.value_json) for each in run.config.update}, lines
+        rows[run.display_name] = (
+            {each.key: json.loads(each.value_json) for each in run.config.update},
+            lines,
+        )
     return rows
 
 
@@ -98,11 +111,15 @@ def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path
     config = search_config(tiny_model, tmp_path, **settings)
     # For Ray's files: a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short_folder:
-        with driver(config, verb="finetune", **environment(tmp_path), RAY_TMPDIR=short_folder) as command:
+        with driver(
+            config, verb="finetune", **environment(tmp_path), RAY_TMPDIR=short_folder
+        ) as command:
             code, said = command.end()
             assert code == 0, said
             assert "pid=" not in said, "what workers print is no line of the run"
-        told = subprocess.run(["grep", "-rlF", SECRET, tmp_path, short_folder], capture_output=True, text=True)
+        told = subprocess.run(
+            ["grep", "-rlF", SECRET, tmp_path, short_folder], capture_output=True, text=True
+        )
         assert told.stdout == "", "recorded or logged"
     rungs, trials = rungs_of(command.run), trials_of(command.run)
     by_mlflow, by_wandb = mlflow_runs(tmp_path), wandb_runs(command.run)
@@ -113,10 +130,17 @@ def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path
         (run, curve), (about, lines) = by_mlflow[name], by_wandb[name]
         expected = [(rung["step"], pytest.approx(rung["loss"])) for rung in rungs[index]]
         assert curve == [(line["_step"], line["loss"]) for line in lines] == expected
-        assert int(run.data.params["plan_bytes"]) == about["plan_bytes"] == trials[index]["plan_bytes"]
+        assert (
+            int(run.data.params["plan_bytes"]) == about["plan_bytes"] == trials[index]["plan_bytes"]
+        )
         assert run.info.status == "FINISHED"
     assert [step for step, _ in by_mlflow[tuned][1]] == [1, 2, 3, 4]
-    assert [line["train/global_step"] for line in by_wandb[tuned][1] if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["train/global_step"] for line in by_wandb[tuned][1] if "train/loss" in line] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
@@ -124,32 +148,59 @@ SETTINGS = TrainingConfig(learning_rate=1e-2, batch_size=4, micro_batch_size=4)
 
 @pytest.mark.slow
 @WITH_BOTH
-def test_trackers_get_every_step_of_a_fine_tune(fresh: Callable[..., Any], rows: Any, tmp_path: Path) -> None:
+def test_trackers_get_every_step_of_a_fine_tune(
+    fresh: Callable[..., Any], rows: Any, tmp_path: Path
+) -> None:
     losses: dict[int, float] = {}
     listener = Listener(on_step=lambda step, total, loss: losses.update({step: loss}))
     trackers = Trackers(("wandb", "mlflow"), "run", tmp_path, environment(tmp_path))
     with tracked(trackers, "searched, training seed 0", {"row": "searched"}) as now:
         torch.manual_seed(0)
-        finetune(fresh(), rows, SETTINGS, Schedule(steps=4), tmp_path, 5, 1, listener=listener, callbacks=[now])
+        finetune(
+            fresh(),
+            rows,
+            SETTINGS,
+            Schedule(steps=4),
+            tmp_path,
+            5,
+            1,
+            listener=listener,
+            callbacks=[now],
+        )
     assert now.errors == []
     run, curve = mlflow_runs(tmp_path)["searched, training seed 0"]
     about, lines = wandb_runs(tmp_path)["searched, training seed 0"]
     assert run.data.params["row"] == about["row"] == "searched"
-    for each in (curve, [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line]):
+    for each in (
+        curve,
+        [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line],
+    ):
         assert [step for step, _ in each] == [1, 2, 3, 4]
         assert dict(each) == pytest.approx(losses, rel=1e-3)
 
 
 @pytest.mark.slow
 @WITH_BOTH
-def test_a_tracker_that_goes_away_stops_no_fine_tune(fresh: Callable[..., Any], rows: Any, tmp_path: Path) -> None:
+def test_a_tracker_that_goes_away_stops_no_fine_tune(
+    fresh: Callable[..., Any], rows: Any, tmp_path: Path
+) -> None:
     def on_step(step: int, total: int, loss: float) -> None:
         if step == 1:
             (tmp_path / "mlflow.db").write_bytes(b"no data base any more")
 
     listener = Listener(on_step=on_step)
     with tracked(Trackers(("mlflow",), "run", tmp_path, environment(tmp_path)), "row", {}) as now:
-        done = finetune(fresh(), rows, SETTINGS, Schedule(steps=3), tmp_path, 5, 1, listener=listener, callbacks=[now])
+        done = finetune(
+            fresh(),
+            rows,
+            SETTINGS,
+            Schedule(steps=3),
+            tmp_path,
+            5,
+            1,
+            listener=listener,
+            callbacks=[now],
+        )
     assert done.steps == 3
     (trouble,) = now.errors
     assert trouble.startswith("logging to mlflow has stopped: ")
@@ -157,7 +208,9 @@ def test_a_tracker_that_goes_away_stops_no_fine_tune(fresh: Callable[..., Any], 
 
 def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'`trackers` names wandb, .*pip install "qpruner\[wandb\]"'):
+    with pytest.raises(
+        UserError, match=r'`trackers` names wandb, .*pip install "qpruner\[wandb\]"'
+    ):
         check_trackers(("wandb",))
 
 
@@ -166,13 +219,20 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     hidden = {"HOME": str(tmp_path)}  # where a login would be
     rest = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     code = "from qpruner.training.trackers import check_trackers; check_trackers(('wandb',))"
-    done = subprocess.run([sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True)
-    assert done.returncode and "UserError: `trackers` names wandb, but there is no API key" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True
+    )
+    assert (
+        done.returncode
+        and "UserError: `trackers` names wandb, but there is no API key" in done.stderr
+    )
 
 
 @WITH_BOTH
 @pytest.mark.parametrize("place", [None, f"http://me:{SECRET}@127.0.0.1:9"])
-def test_mlflow_without_address_is_refused_without_password(place: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_without_address_is_refused_without_password(
+    place: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if place:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", place)

@@ -44,7 +44,13 @@ from qpruner.plans.space import SearchSpace
 from qpruner.runs.events import Emit
 from qpruner.runs.storage import retry_storage, storage_error
 from qpruner.search.searchers import Prior, Proposer, RandomProposer, check_searcher
-from qpruner.search.trial_records import REMEDIES, begin_session, read_clock, read_trials, wait_for_storage
+from qpruner.search.trial_records import (
+    REMEDIES,
+    begin_session,
+    read_clock,
+    read_trials,
+    wait_for_storage,
+)
 from qpruner.training.trackers import Trackers
 
 # Tune (2.60) would put the driver's AWS keys into the runtime environment of its actors, which Ray writes to its logs.
@@ -58,7 +64,9 @@ ray_private.tune_controller.RayActorManager = ActorManager
 __all__ = ["SearchJob", "SearchOutcome", "check_searcher", "make_proposer", "search"]
 
 
-def search(job: SearchJob, room: Callable[[int], int], emit: Emit, trackers: Trackers | None = None) -> SearchOutcome:
+def search(
+    job: SearchJob, room: Callable[[int], int], emit: Emit, trackers: Trackers | None = None
+) -> SearchOutcome:
     """Run or resume the search until it is over.
 
     If Tune ends while trials still have to be resumed, another session of Tune starts. If Tune cannot write, the search
@@ -77,7 +85,9 @@ def search(job: SearchJob, room: Callable[[int], int], emit: Emit, trackers: Tra
     config = job.config
     try:
         while True:
-            ended = retry_storage(lambda: _fit(job, room, devices, emit, halt, trackers), job.scratch, resumable=True)
+            ended = retry_storage(
+                lambda: _fit(job, room, devices, emit, halt, trackers), job.scratch, resumable=True
+            )
             if halt.interrupted:
                 raise KeyboardInterrupt
             if halt.trouble:
@@ -87,7 +97,11 @@ def search(job: SearchJob, room: Callable[[int], int], emit: Emit, trackers: Tra
                 return outcome
     finally:
         # Later stages use a GPU that was left out only if they need all of a machine.
-        if not job.resources.get("gpu") or config.finetune.num_workers > 1 or config.model.device_map == "auto":
+        if (
+            not job.resources.get("gpu")
+            or config.finetune.num_workers > 1
+            or config.model.device_map == "auto"
+        ):
             devices.end_search()
 
 
@@ -101,7 +115,9 @@ def _fit(
 ) -> str | None:
     """Run one session of Ray Tune; return why there are no more trials, or None if there may be more."""
     settings = job.config.search
-    has_more = job.config.is_searched and job.config.quantize.has_choice  # with one format all plans are controls
+    has_more = (
+        job.config.is_searched and job.config.quantize.has_choice
+    )  # with one format all plans are controls
     name = settings.searcher if has_more else "random"
     proposer = make_proposer(name, job.space, job.config.seed, job.priors)
     wait_for_storage(job.trials, job.search)
@@ -115,11 +131,18 @@ def _fit(
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RecordedAsha(
-                job.config, job.space, controls, recorded, searcher.is_cancelled, searcher.on_error_text
+                job.config,
+                job.space,
+                controls,
+                recorded,
+                searcher.is_cancelled,
+                searcher.on_error_text,
             ),
             num_samples=-1,
             reuse_actors=True,
-            trial_name_creator=lambda trial: f"trial-{trial.config['trial']:04d}-{trial.config['origin']}",
+            trial_name_creator=lambda trial: (
+                f"trial-{trial.config['trial']:04d}-{trial.config['origin']}"
+            ),
             trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
         ),
         run_config=tune.RunConfig(
@@ -151,7 +174,11 @@ def _disk_error(text: str) -> OSError | None:
 
     The error names no file if Tune (2.60) failed to write to Ray's folder on this machine.
     """
-    if (found := re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE)) is None:
+    if (
+        found := re.search(
+            r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE
+        )
+    ) is None:
         return None
     error = OSError(int(found[1]), found[2], found[3] or ray_private.session_dir())
     return error if storage_error(error) else None
@@ -163,7 +190,9 @@ def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
     if first := next((trial for trial in trials if trial.infrastructure_failed), None):
-        raise StageError("search", f"trial {first.index}: {first.reason}", REMEDIES[first.failure or ""])
+        raise StageError(
+            "search", f"trial {first.index}: {first.reason}", REMEDIES[first.failure or ""]
+        )
     return SearchOutcome(
         trials=trials,
         reused=[trial for trial in recorded if not job.owns(trial)],
@@ -174,13 +203,17 @@ def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
     )
 
 
-def make_proposer(name: str, space: SearchSpace, seed: int, priors: Mapping[str, Prior]) -> Proposer:
+def make_proposer(
+    name: str, space: SearchSpace, seed: int, priors: Mapping[str, Prior]
+) -> Proposer:
     """Make the searcher `gp`, `hyperopt`, `bayesopt` or `random`.
 
     Only `gp` uses `priors`, the sensitivities by method. A searcher whose package is missing raises `UserError`.
     """
     check_searcher(name)
-    if name == "gp":  # imported here, because every worker imports this module and it is slow to import
+    if (
+        name == "gp"
+    ):  # imported here, because every worker imports this module and it is slow to import
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
         return GaussianProcessProposer(space, seed, priors)

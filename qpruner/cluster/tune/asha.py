@@ -47,7 +47,9 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         )
         self._space, self._controls = space, frozenset(controls)
         self._is_cancelled, self._on_error = is_cancelled, on_error
-        bracket = _RungsByNumber(settings.first_rung, settings.steps, settings.reduction_factor, s=0)
+        bracket = _RungsByNumber(
+            settings.first_rung, settings.steps, settings.reduction_factor, s=0
+        )
         self._brackets = [bracket]
         self._rungs = Rungs(space.cuts, settings.steps)
         for record in recorded:
@@ -55,7 +57,9 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
                 continue
             # A resumed trial reports its last rung again.
             for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
-                self._rungs.add(record.index, record.cut, rung.step, rung.cost(config.search.metric))
+                self._rungs.add(
+                    record.index, record.cut, rung.step, rung.cost(config.search.metric)
+                )
                 trial = SimpleNamespace(config={"trial": record.index, "cut": record.cut})
                 bracket.on_result(trial, rung.step, -rung.cost(config.search.metric))
 
@@ -70,9 +74,15 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         """Pass the text of the error to `on_error`, and a function that holds the worker (`ActorManager.hold`)."""
         super().on_trial_error(tune_controller, trial)
         # Tune (2.60) tells schedulers alone which worker a trial has.
-        hold = partial(tune_controller._actor_manager.hold, tune_controller._trial_to_actor.get(trial))
+        hold = partial(
+            tune_controller._actor_manager.hold, tune_controller._trial_to_actor.get(trial)
+        )
         # Only this file has the text. If Tune could not write the file, its session has ended before this call.
-        self._on_error(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8", errors="replace"), hold)
+        self._on_error(
+            trial.trial_id,
+            Path(trial.error_file).read_text(encoding="utf-8", errors="replace"),
+            hold,
+        )
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether a trial continues after a rung; controls and protected trials do until the last rung."""

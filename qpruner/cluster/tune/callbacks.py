@@ -52,14 +52,20 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
 
     def __init__(self, resource_manager: Any) -> None:
         super().__init__(resource_manager)
-        self._failing: Any = None  # the worker whose process has just ended, while Tune handles that
+        self._failing: Any = (
+            None  # the worker whose process has just ended, while Tune handles that
+        )
         self._to_hold: set[Any] = set()
         self._held: dict[Any, Any] = {}  # resources by Tune's tracked actor
 
     def hold(self, tracked_actor: Any) -> Holding | None:
         """Hold the device of a worker whose trial has failed; Tune no longer knows a worker whose process has ended."""
         worker = tracked_actor or self._failing
-        resources = self._held[worker] if worker in self._held else self._live_actors_to_ray_actors_resources[worker][1]
+        resources = (
+            self._held[worker]
+            if worker in self._held
+            else self._live_actors_to_ray_actors_resources[worker][1]
+        )
         group = resources.placement_group
         node = next(iter(placement_group_table(group)["bundles_to_node_id"].values()), "")
         if not is_staying(node):
@@ -73,7 +79,9 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
 
         def keep() -> None:
             self._held.pop(worker)
-            self._resource_manager._acquired_pgs.discard(group)  # which Tune would remove at the end of its session
+            self._resource_manager._acquired_pgs.discard(
+                group
+            )  # which Tune would remove at the end of its session
 
         return Holding(node, let_go, keep)
 
@@ -136,7 +144,9 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
         if found and self.trouble is None:
             self.end(NodeDiffers(found[1]))
-            self._emit(Message("search", f"warning: {found[1]}; running trials stop at the next rung"))
+            self._emit(
+                Message("search", f"warning: {found[1]}; running trials stop at the next rung")
+            )
 
     def end(self, trouble: QprunerError, at_once: bool = False) -> None:
         """End the search with this error, or with an earlier one; wait for running rungs, unless `at_once`.
@@ -159,7 +169,12 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
             # Not in the signal handler, which may run in the middle of a printed line.
             self._announced = True
             awaited = counted(self._num_running, "running rung")
-            self._emit(Message("search", f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"))
+            self._emit(
+                Message(
+                    "search",
+                    f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once",
+                )
+            )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
@@ -178,7 +193,9 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
     def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:
         self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
         self._on_hung, self._emit = on_hung, emit
-        self._pulses: dict[str, tuple[object, float]] = {}  # (last pulse, seconds without a change) by trial id
+        self._pulses: dict[
+            str, tuple[object, float]
+        ] = {}  # (last pulse, seconds without a change) by trial id
         self._pause, self._next_look = min(5.0, self._limit / 4), 0.0
         self._all: list[Any] = []
 
@@ -198,11 +215,17 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         if now < self._next_look:
             return
         self._next_look = now + self._pause
-        running = {trial.trial_id: trial for trial in trials if trial.temporary_state.ray_actor is not None}
+        running = {
+            trial.trial_id: trial for trial in trials if trial.temporary_state.ray_actor is not None
+        }
         earlier, self._pulses = self._pulses, {}
         indices = [trial.config["trial"] for trial in running.values()]
         pulses = for_each(lambda index: read_pulse(self._trials, index), indices)
-        self._emit(StepsSeen({index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}))
+        self._emit(
+            StepsSeen(
+                {index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}
+            )
+        )
         for trial_id, pulse in zip(running, pulses, strict=True):
             last, unchanged = earlier.get(trial_id, (None, -self._pause))
             self._pulses[trial_id] = (pulse, unchanged + self._pause if pulse == last else 0.0)

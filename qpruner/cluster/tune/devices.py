@@ -43,7 +43,9 @@ class Devices:
 
     def __init__(self, count: Callable[[], Mapping[str, int]], emit: Emit) -> None:
         self._count, self._emit = count, emit
-        self._suspects: defaultdict[int, list[_Held]] = defaultdict(list)  # by the number of the trial that failed
+        self._suspects: defaultdict[int, list[_Held]] = defaultdict(
+            list
+        )  # by the number of the trial that failed
         self._failures: Counter[str] = Counter()  # of trials that ran on another device
         self._left_out: list[_Held] = []  # several of one device, if trials share it
 
@@ -56,7 +58,11 @@ class Devices:
         """Return True if a trial that failed is to be tried on another device; its own is then held."""
         tried = [device for device in (*record.failed_on, record.device) if device is not None]
         num_bad = sum(1 for device in {*tried} if self._failures[device])
-        if record.device is None or len(tried) - num_bad >= MAX_TRIES or not self._leaves_another(record):
+        if (
+            record.device is None
+            or len(tried) - num_bad >= MAX_TRIES
+            or not self._leaves_another(record)
+        ):
             self._release(record.index)
             return False
         holding = hold()
@@ -76,7 +82,9 @@ class Devices:
                 continue
             if held.device not in {each.device for each in self._left_out}:
                 text = f"{self._failures[held.device]} trials failed on {held.device} and ran on other devices"
-                self._emit(Message("search", f"warning: {text}: it gets no more trials of this command"))
+                self._emit(
+                    Message("search", f"warning: {text}: it gets no more trials of this command")
+                )
             held.keep()
             self._left_out.append(held)
 
@@ -97,7 +105,9 @@ class Devices:
             self._release(index)
         if len(names := self._names()) == total:
             cause = f"no other device is left than {', '.join(sorted(names))}, where trials failed that ran elsewhere"
-            raise StageError("search", cause, "add a machine, or repair these and repeat the command: it resumes")
+            raise StageError(
+                "search", cause, "add a machine, or repair these and repeat the command: it resumes"
+            )
 
     def end_session(self) -> None:
         """Let go of all suspects, because no trial is left that could tell."""
@@ -125,7 +135,9 @@ class Devices:
         tried = {*record.failed_on, record.device}
         while len({*self._names(), record.device}) >= total:
             suspects = ((index, held) for index, each in self._suspects.items() for held in each)
-            other = next(((index, held) for index, held in suspects if held.device not in tried), None)
+            other = next(
+                ((index, held) for index, held in suspects if held.device not in tried), None
+            )
             if other is None:
                 return False
             index, held = other

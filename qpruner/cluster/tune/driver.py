@@ -40,7 +40,9 @@ from qpruner.search.searchers import Ledger, Observation, Suggestion
 MAX_KILLS = 3
 """Worker deaths in a row that fail a trial: without a checkpoint between them, on machines that stay. Deaths for memory
 are counted apart, because they say that the plan is infeasible."""
-MAX_ERRORS = 3  # trials in a row that failed with an error wherever they were tried, which end the search
+MAX_ERRORS = (
+    3  # trials in a row that failed with an error wherever they were tried, which end the search
+)
 KERNEL_SECONDS = 20.0
 """Time for a machine to report its kernel's kills: it was just out of memory, and has to start a process."""
 
@@ -75,10 +77,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._emit, self._halt = emit, halt
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
-        self._errors: list[TrialRecord] = []  # trials that failed with an error since the last score
+        self._errors: list[
+            TrialRecord
+        ] = []  # trials that failed with an error since the last score
         recorded = trial_records.read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
-        self._done = sum(1 for record in recorded if job.owns(record) and record.status != "running")
+        self._done = sum(
+            1 for record in recorded if job.owns(record) and record.status != "running"
+        )
         self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
         self._earlier_seconds = trial_records.read_clock(job.trials, job.search).seconds
         self._started, self._is_over, self._next_look = time.monotonic(), False, 0.0
@@ -92,13 +98,20 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         if len(self._live) >= self._room(self._devices.num_held):
             return None
         if (suggestion := self._ledger.next()) is None:
-            return None if self._live else finished  # those may have to be resumed, or be tried on other devices
+            return (
+                None if self._live else finished
+            )  # those may have to be resumed, or be tried on other devices
         if (record := self._record_of(suggestion)) is None:
             return finished
         self._live[trial_id] = suggestion
         self._emit(TrialChanged(record))
         about = {"cut": record.cut, "plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
-        return {"trial": suggestion.index, "origin": suggestion.origin, **about, **plan_to_params(suggestion.plan)}
+        return {
+            "trial": suggestion.index,
+            "origin": suggestion.origin,
+            **about,
+            **plan_to_params(suggestion.plan),
+        }
 
     def _record_of(self, suggestion: Suggestion) -> TrialRecord | None:
         """Read or create the record of a trial; None if another process has created it meanwhile."""
@@ -121,7 +134,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         )
         path = trial_records.trial_path(job.trials, record.index)
         if exists(path):  # neither read at the start nor written by this process
-            self._halt.end(lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True)
+            self._halt.end(
+                lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True
+            )
             return None
         trial_records.write_trial(job.trials, record)
         self._recorded.add(record.index)
@@ -132,7 +147,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Add the score of a rung to the `Ledger`, and emit the record of the trial."""
         suggestion = self._live[trial_id]
-        rung = Observation(suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC]))
+        rung = Observation(
+            suggestion.index, suggestion.plan, int(result[TIME]), float(result[METRIC])
+        )
         is_new = self._ledger.observe(rung)
         record = trial_records.read_trial(self._job.trials, suggestion.index)
         if is_new:
@@ -141,7 +158,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._emit(TrialChanged(record))
 
     @_ends_search
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Record how a trial ended; if only its worker died, queue the trial to be resumed."""
         suggestion = self._live.pop(trial_id)
         death = self._deaths.pop(trial_id, _Death())
@@ -149,7 +168,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
-        if not error and not record.has_begun:  # cancelled while it waited: delete it, as if it was never proposed
+        if (
+            not error and not record.has_begun
+        ):  # cancelled while it waited: delete it, as if it was never proposed
             remove(trial_records.trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
@@ -158,8 +179,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         num_kills = record.kills
         if record.status == "running":
             # An error of the trial itself is in its record: here the process was killed, or never started.
-            record = _after_death(record, death, self._job) if error else _stopped(record, self._job)
-            failure = "its worker process died" if record.kills > num_kills and not record.is_over else None
+            record = (
+                _after_death(record, death, self._job) if error else _stopped(record, self._job)
+            )
+            failure = (
+                "its worker process died"
+                if record.kills > num_kills and not record.is_over
+                else None
+            )
         else:
             failure = record.reason if record.failure in ("infeasible", "error") else None
         if failure and self._devices.should_move(record, death.hold):
@@ -173,13 +200,19 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         place = f"step {record.saved_step}" if record.saved_step else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
-        self._emit(Message("search", f"trial {record.index} lost its worker{why} and is resumed from {place}"))
+        self._emit(
+            Message(
+                "search", f"trial {record.index} lost its worker{why} and is resumed from {place}"
+            )
+        )
         self._ledger.hand_out_again(suggestion)
 
     def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
         """Queue a trial that failed, to be resumed on another device; it begins with the configured micro-batch."""
         update = {"status": "running", "failure": None, "reason": None, "micro_batch_size": None}
-        moved = record.model_copy(update={**update, "failed_on": (*record.failed_on, record.device)})
+        moved = record.model_copy(
+            update={**update, "failed_on": (*record.failed_on, record.device)}
+        )
         trial_records.write_trial(self._job.trials, moved)
         text = f"trial {record.index} failed on {record.device} ({failure}) and is tried on another device"
         self._emit(Message("search", text))
@@ -192,7 +225,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             try:
                 trial_records.remove_old_checkpoints(self._job.trials, [record])
             except OSError as error:
-                self._emit(Message("search", f"warning: an old checkpoint could not be deleted: {error}"))
+                self._emit(
+                    Message("search", f"warning: an old checkpoint could not be deleted: {error}")
+                )
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion, record.plan_failed)
@@ -214,7 +249,11 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
         is_over, suggestion = self._look(), self._live.get(trial_id)
-        if is_over and suggestion and not trial_records.read_trial(self._job.trials, suggestion.index).has_begun:
+        if (
+            is_over
+            and suggestion
+            and not trial_records.read_trial(self._job.trials, suggestion.index).has_begun
+        ):
             return True
         return self._halt.requested
 
@@ -253,7 +292,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         ):
             if not self._is_over and limit is not None and seconds / 3600 >= limit:
                 self._is_over = True
-                self._ledger.end(f"{seconds / 3600:.3g} {unit} were spent (`search.{key}` is {limit:g})")
+                self._ledger.end(
+                    f"{seconds / 3600:.3g} {unit} were spent (`search.{key}` is {limit:g})"
+                )
 
     def on_error_text(self, trial_id: str, error: str, hold: Hold = lambda: None) -> None:
         """Store what the error of a trial says about the death of its worker; called before `on_trial_complete`."""
@@ -312,7 +353,9 @@ def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Return the record of a trial after its last rung: finished, or stopped by ASHA."""
     step = record.rungs[-1].step
     stopped = {"status": "stopped", "reason": f"stopped by ASHA at step {step}"}
-    return record.model_copy(update={"status": "finished"} if step >= job.config.search.steps else stopped)
+    return record.model_copy(
+        update={"status": "finished"} if step >= job.config.search.steps else stopped
+    )
 
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
@@ -321,14 +364,19 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
         return record
     pulse = trial_records.read_pulse(job.trials, record.index)
     if pulse is not None:  # the pulse may be newer than the record
-        last = {name: max(getattr(record, name), getattr(pulse, name)) for name in ("seconds", "gpu_seconds")}
+        last = {
+            name: max(getattr(record, name), getattr(pulse, name))
+            for name in ("seconds", "gpu_seconds")
+        }
         record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | last)
     if death.storage:
         # The worker could not write its own record.
         return _failed(record, "storage", f"{death.storage} (on {record.node})")
     if death.hung:
         limit = job.config.search.trial_timeout_seconds
-        reason = f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
+        reason = (
+            f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
+        )
         return _failed(record, "hung", reason)
     # The death of a machine, or an end because the machine is about to leave, does not count against the trial.
     node = death.node or (pulse.node if pulse else None)
@@ -336,7 +384,9 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
         return record
     counter, failure, reason = "kills", "lost", "its worker process died {} times in a row"
     if death.by_ray or (
-        pulse and pulse.node == node and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
+        pulse
+        and pulse.node == node
+        and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
     ):
         if (smaller := smaller_batch(record, job.config)) is not None:
             return record.model_copy(update={"micro_batch_size": smaller})
@@ -356,7 +406,11 @@ def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
 def _kernel_kills_on(node_id: str) -> int | None:
     """Count the processes that the kernel of a node has killed for memory; None if the node does not answer."""
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    asked = ray.remote(num_cpus=0, max_retries=0)(kernel_kills).options(scheduling_strategy=place).remote()
+    asked = (
+        ray.remote(num_cpus=0, max_retries=0)(kernel_kills)
+        .options(scheduling_strategy=place)
+        .remote()
+    )
     with suppress(RayError):
         kills: int | None = ray.get(asked, timeout=KERNEL_SECONDS)
         return kills

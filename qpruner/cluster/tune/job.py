@@ -11,7 +11,13 @@ from qpruner.plans.plan import Layout, PrecisionPlan, plan_of
 from qpruner.plans.space import SearchSpace
 from qpruner.runs.records import TrialRecord
 from qpruner.search.searchers import Ledger, Observation, Prior, Proposer, Suggestion
-from qpruner.search.trial_records import Materials, Trial, read_trials, remove_old_checkpoints, write_trial
+from qpruner.search.trial_records import (
+    Materials,
+    Trial,
+    read_trials,
+    remove_old_checkpoints,
+    write_trial,
+)
 from qpruner.training import checkpoints
 
 METRIC = "score"  # the name of the score that Tune minimizes: the validation loss, or one minus the accuracy
@@ -37,7 +43,9 @@ class SearchJob:
     resources: dict[str, float]  # of one trial
     check_node: bytes  # from `node_check.packed_check`; raises on an unusable node
     session: int = 1  # the number of this session of the search
-    save_seconds: float = field(default_factory=lambda: checkpoints.SECONDS)  # in the driver, so that tests can set it
+    save_seconds: float = field(
+        default_factory=lambda: checkpoints.SECONDS
+    )  # in the driver, so that tests can set it
 
     def owns(self, record: TrialRecord) -> bool:
         """Return True if a trial belongs to this search, not to one with another budget or searcher."""
@@ -83,7 +91,11 @@ def plan_to_params(plan: PrecisionPlan) -> dict[str, str]:
 
 def params_to_plan(params: dict[str, Any]) -> PrecisionPlan:
     """Return the plan of a trial from its parameters in Tune."""
-    formats = {key.removeprefix("format/"): name for key, name in params.items() if key.startswith("format/")}
+    formats = {
+        key.removeprefix("format/"): name
+        for key, name in params.items()
+        if key.startswith("format/")
+    }
     return PrecisionPlan.from_dict(formats, params["cut"])
 
 
@@ -93,13 +105,18 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
     if not config.search.retry_out_of_memory:
         return None
     present = record.micro_batch_size or training.micro_batch_size
-    return next((size for size in range(present // 2, 0, -1) if training.batch_size % size == 0), None)
+    return next(
+        (size for size in range(present // 2, 0, -1) if training.batch_size % size == 0), None
+    )
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
     """Return the score of a trial at every rung that it reached."""
     plan = plan_of(record)
-    return [Observation(record.index, plan, rung.step, rung.cost(config.search.metric)) for rung in record.rungs]
+    return [
+        Observation(record.index, plan, rung.step, rung.cost(config.search.metric))
+        for rung in record.rungs
+    ]
 
 
 def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
@@ -108,7 +125,13 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
     The searcher also learns from the trials of searches with another budget or searcher. Their plans are not run again
     and do not count towards `max_trials`.
     """
-    ledger = Ledger(job.space, proposer, job.controls, job.config.search.max_trials, proposes=job.config.is_searched)
+    ledger = Ledger(
+        job.space,
+        proposer,
+        job.controls,
+        job.config.search.max_trials,
+        proposes=job.config.is_searched,
+    )
     recorded = [_resumed(record, job) for record in read_trials(job.trials)]
     remove_old_checkpoints(job.trials, [record for record in recorded if record.is_over])
     for record in recorded:

@@ -37,7 +37,9 @@ class _Columns:
         self._space = space
         indices = (*space.whole.offered, tuple(range(len(space.cuts))))
         self._offered = dict(zip((*space.groups, "cut"), indices, strict=True))
-        self.counts = {name: len(offered) for name, offered in self._offered.items() if len(offered) > 1}
+        self.counts = {
+            name: len(offered) for name, offered in self._offered.items() if len(offered) > 1
+        }
         """The number of values of each column that has a choice."""
 
     def values_of(self, plan: PrecisionPlan) -> dict[str, int]:
@@ -45,7 +47,9 @@ class _Columns:
         return {name: self._offered[name].index(found[name]) for name in self.counts}
 
     def plan_of(self, values: Mapping[str, float]) -> PrecisionPlan:
-        return self._space.plan_of(offered[round(values.get(name, 0))] for name, offered in self._offered.items())
+        return self._space.plan_of(
+            offered[round(values.get(name, 0))] for name, offered in self._offered.items()
+        )
 
 
 class HyperOptProposer:
@@ -57,7 +61,9 @@ class HyperOptProposer:
         from ray.tune.search.hyperopt import HyperOptSearch
 
         self._columns, self._seed, self._search = _Columns(space), seed, HyperOptSearch
-        choices = {name: tune.choice(list(range(count))) for name, count in self._columns.counts.items()}
+        choices = {
+            name: tune.choice(list(range(count))) for name, count in self._columns.counts.items()
+        }
         self._search_space = HyperOptSearch.convert_search_space(choices)
 
     def propose(self, index: int, history: History) -> PrecisionPlan:
@@ -98,7 +104,9 @@ class BayesOptProposer:
             self._bounds,
             metric=METRIC,
             mode="min",
-            points_to_evaluate=[{name: float(value) for name, value in point.items()} for point in points],
+            points_to_evaluate=[
+                {name: float(value) for name, value in point.items()} for point in points
+            ],
             random_state=int(np.random.default_rng([self._seed, index]).integers(2**31)),
             random_search_steps=0,
             skip_duplicate=False,

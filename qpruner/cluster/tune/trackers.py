@@ -26,8 +26,13 @@ UPLOAD_SECONDS = 120  # time that the end of a search waits for uploads
 
 def tracker_callbacks(trackers: Trackers, emit: Emit) -> list[Callback]:
     """Return a callback of Tune for each tracker; a tracker is left out after its first error, which is emitted."""
-    mlflow = partial(MLflowLoggerCallback, trackers.tracking_uri, experiment_name=trackers.experiment)
-    kinds: dict[str, Callable[[], Callback]] = {"wandb": partial(WandbRows, trackers), "mlflow": mlflow}
+    mlflow = partial(
+        MLflowLoggerCallback, trackers.tracking_uri, experiment_name=trackers.experiment
+    )
+    kinds: dict[str, Callable[[], Callback]] = {
+        "wandb": partial(WandbRows, trackers),
+        "mlflow": mlflow,
+    }
     return [_Guarded(name, kinds[name], emit) for name in trackers.names]
 
 
@@ -36,7 +41,9 @@ class WandbRows(WandbLoggerCallback):  # type: ignore[misc]
 
     def __init__(self, trackers: Trackers) -> None:
         settings = trackers.wandb_settings("trial")
-        super().__init__(upload_timeout=UPLOAD_SECONDS, environment=trackers.environment, **settings)
+        super().__init__(
+            upload_timeout=UPLOAD_SECONDS, environment=trackers.environment, **settings
+        )
         # Ray's class (2.60) puts the key into the runtime environment of the actor, which Ray writes to its logs.
         self._remote_logger_class = ray.remote(num_cpus=0, **on_current_node())(_WandbWriter)
 
@@ -79,7 +86,9 @@ class _Guarded(LivesInDriver, Callback):  # type: ignore[misc]
         self.guard.run(make)
 
     def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
-        figures = {name: result[name] for name in FIGURES if name in result} | {TRAINING_ITERATION: result[TIME]}
+        figures = {name: result[name] for name in FIGURES if name in result} | {
+            TRAINING_ITERATION: result[TIME]
+        }
         self.guard.run(lambda: self.inner.on_trial_result(result=figures, **info))
 
     on_trial_start = _guarded("on_trial_start")

@@ -18,10 +18,24 @@ from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged, first_line
-from qpruner.models.memory import PeakMemory, begin_job, free_bytes, is_out_of_memory, kernel_kills, release
+from qpruner.models.memory import (
+    PeakMemory,
+    begin_job,
+    free_bytes,
+    is_out_of_memory,
+    kernel_kills,
+    release,
+)
 from qpruner.plans.plan import Layout, PrecisionPlan
 from qpruner.runs.records import Begun, RungResult, TrialPulse
-from qpruner.runs.storage import folder_digests, progress_seconds, remove, retry_storage, storage_at, storage_error
+from qpruner.runs.storage import (
+    folder_digests,
+    progress_seconds,
+    remove,
+    retry_storage,
+    storage_at,
+    storage_error,
+)
 from qpruner.search import trial_records
 from qpruner.search.trial_records import TrialJob
 
@@ -62,20 +76,34 @@ class _RecordedTrial:
         if trial_records.restart_if_damaged(job.trials, self._record, logger.warning):
             self._record = trial_records.read_trial(job.trials, params["trial"])
         # The pulse of an earlier process may be newer than its record.
-        spent = [each for each in (self._record, trial_records.read_pulse(job.trials, self._record.index)) if each]
+        spent = [
+            each
+            for each in (self._record, trial_records.read_pulse(job.trials, self._record.index))
+            if each
+        ]
         self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
         self._started = time.monotonic()
         self._memory = PeakMemory()
         self._beats, self._last_pulse = 0, float("-inf")
-        begun = Begun(search=job.search, session=job.session, time=time.time(), seconds=self._before[0])
-        times = {} if self._record.saved_step else {"times": (begun.time,)}  # waiting for a machine does not count
-        own: dict[str, Any] = {"worker": uuid.uuid4().hex, "node": own_name(), "device": own_device()}
+        begun = Begun(
+            search=job.search, session=job.session, time=time.time(), seconds=self._before[0]
+        )
+        times = (
+            {} if self._record.saved_step else {"times": (begun.time,)}
+        )  # waiting for a machine does not count
+        own: dict[str, Any] = {
+            "worker": uuid.uuid4().hex,
+            "node": own_name(),
+            "device": own_device(),
+        }
         own["begun"] = (*self._record.begun, begun)
         self._record = self._record.model_copy(update=own | times)
         trial_records.write_trial(job.trials, self._record)
         self._progress(self._record.saved_step)
         leave_if_drained()
-        if self._record.rungs:  # report it again, as the driver may have been killed before ASHA decided on it
+        if (
+            self._record.rungs
+        ):  # report it again, as the driver may have been killed before ASHA decided on it
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def run(self) -> bool:
@@ -84,12 +112,16 @@ class _RecordedTrial:
         try:
             own, plan = self._job, self._plan
             check_free_memory(own.layouts[plan.cut], plan)
-            job = TrialJob(self._config(), own.materials, plan.as_dict(), plan.cut, own.save_seconds)
+            job = TrialJob(
+                self._config(), own.materials, plan.as_dict(), plan.cut, own.save_seconds
+            )
             own.trial(job, start, self._report, self._progress)
         except TakenOver:
             raise
         except Exception as error:
-            smaller = smaller_batch(self._record, self._job.config) if is_out_of_memory(error) else None
+            smaller = (
+                smaller_batch(self._record, self._job.config) if is_out_of_memory(error) else None
+            )
             if smaller is not None:
                 self._write(micro_batch_size=smaller)
             elif not self._was_away(error):
@@ -111,7 +143,10 @@ class _RecordedTrial:
     def _report(self, result: RungResult | None, checkpoint: Path) -> None:
         """Publish a checkpoint and record it; record its rung, if it has one, and report that to Tune."""
         step = result.step if result else int(checkpoint.name.removeprefix("checkpoint-"))
-        old, digests = trial_records.checkpoint_of(self._job.trials, self._record), self._publish(checkpoint, step)
+        old, digests = (
+            trial_records.checkpoint_of(self._job.trials, self._record),
+            self._publish(checkpoint, step),
+        )
         update: dict[str, Any] = {"saved_between": step}
         if result:
             update = {
@@ -128,14 +163,18 @@ class _RecordedTrial:
 
     def _publish(self, checkpoint: Path, step: int) -> dict[str, str]:
         """Copy a checkpoint to the folder of the trial, and return its digests."""
-        target = trial_records.trial_folder(self._job.trials, self._record.index) / f"checkpoint-{step}"
+        target = (
+            trial_records.trial_folder(self._job.trials, self._record.index) / f"checkpoint-{step}"
+        )
         # Copied to the same folder, so that publishing is a rename.
         aside = storage_at(target.with_name(f".{target.name}.{self._record.worker}")).staging
 
         def copy() -> None:
             shutil.rmtree(aside, ignore_errors=True)
             # Nothing reads training_args.bin, which is a pickle.
-            shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md"))
+            shutil.copytree(
+                checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md")
+            )
 
         retry_storage(copy, target)
         digests = folder_digests(aside)
@@ -149,7 +188,10 @@ class _RecordedTrial:
 
     def _check_ownership(self) -> None:
         """Raise TakenOver if another worker runs this trial now."""
-        if trial_records.read_trial(self._job.trials, self._record.index).worker != self._record.worker:
+        if (
+            trial_records.read_trial(self._job.trials, self._record.index).worker
+            != self._record.worker
+        ):
             raise TakenOver
 
     def _progress(self, step: int) -> None:
@@ -179,7 +221,11 @@ class _RecordedTrial:
             return False
         with contextlib.suppress(OSError, StorageError):
             retry_storage(storage_at(path).read, path, was_there=True)
-            logger.warning("trial %d resumes: the storage was unreachable as it failed: %s", self._record.index, error)
+            logger.warning(
+                "trial %d resumes: the storage was unreachable as it failed: %s",
+                self._record.index,
+                error,
+            )
             return True
         return False
 
@@ -199,7 +245,10 @@ class _RecordedTrial:
 
     def _write(self, patience_seconds: float | None = None, **update: Any) -> None:
         """Write the record with these fields and the time and memory spent so far."""
-        measured = {"peak_memory_bytes": self._memory.bytes(), "memory_counter": self._memory.counter}
+        measured = {
+            "peak_memory_bytes": self._memory.bytes(),
+            "memory_counter": self._memory.counter,
+        }
         self._record = self._record.model_copy(update=self._spent() | measured | update)
         trial_records.write_trial(self._job.trials, self._record, patience_seconds)
 
@@ -217,7 +266,9 @@ def check_free_memory(layout: Layout, plan: PrecisionPlan) -> None:
     """
     needed, free = layout.plan_bytes(plan) + 2 * layout.trained_bytes, free_bytes()
     if free < needed:
-        raise MemoryError(f"{free / 1e9:.2f} GB are free, and the model takes at least {needed / 1e9:.2f} GB")
+        raise MemoryError(
+            f"{free / 1e9:.2f} GB are free, and the model takes at least {needed / 1e9:.2f} GB"
+        )
 
 
 def diagnosis(error: Exception) -> tuple[Failure, str]:

@@ -34,7 +34,9 @@ def block_widths(config: Any) -> list[Widths]:
     """List the widths of all blocks."""
     key = families()[config.model_type].channels_key
     each = (config.per_layer_config[index] for index in range(config.num_hidden_layers))
-    return [Widths(one.num_attention_heads, one.num_key_value_heads, getattr(one, key)) for one in each]
+    return [
+        Widths(one.num_attention_heads, one.num_key_value_heads, getattr(one, key)) for one in each
+    ]
 
 
 def head_size(config: Any, block: int = 0) -> int:
@@ -60,14 +62,22 @@ def context_length(config: Any) -> int:
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     is_limited = window and (types is None or "sliding_attention" in types)
     is_limited = is_limited and not config.model_type.startswith("gemma")
-    return min(config.max_position_embeddings, window) if is_limited else int(config.max_position_embeddings)
+    return (
+        min(config.max_position_embeddings, window)
+        if is_limited
+        else int(config.max_position_embeddings)
+    )
 
 
 def remark(config: Any) -> str | None:
     """Say what is lost in the file; None if nothing is."""
     length, longest = context_length(config), config.max_position_embeddings
     why = f"llama.cpp has no sliding window for `{config.model_type}`"
-    return f"the file states a context of {length} tokens, not {longest}: {why}" if length < longest else None
+    return (
+        f"the file states a context of {length} tokens, not {longest}: {why}"
+        if length < longest
+        else None
+    )
 
 
 def architecture_of(config: Any, ragged: bool = False) -> str:
@@ -77,8 +87,12 @@ def architecture_of(config: Any, ragged: bool = False) -> str:
     """
     family, widths = families()[config.model_type], block_widths(config)
     alike = not ragged and len(set(widths)) == 1
-    if alike and family.gguf == "qwen2":  # llama.cpp wants square q and o, and no biases but those of q, k and v
-        alike = widths[0].heads * head_size(config) == config.hidden_size and not _has_output_biases(config)
+    if (
+        alike and family.gguf == "qwen2"
+    ):  # llama.cpp wants square q and o, and no biases but those of q, k and v
+        alike = widths[0].heads * head_size(
+            config
+        ) == config.hidden_size and not _has_output_biases(config)
     return family.gguf if alike else family.gguf_ragged
 
 
@@ -102,7 +116,9 @@ def refusal(config: Any, ragged: bool = False, uniform: str = UNIFORM) -> str | 
         return f"`{config.model_type}` models are not written as GGUF files, only {written} are; {ELSEWHERE}"
     architecture = architecture_of(config, ragged)
     if not architecture:
-        return f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {uniform}"
+        return (
+            f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {uniform}"
+        )
     others = (f"{reason}; {ELSEWHERE}" for reason in _reasons(config, architecture))
     return next(itertools.chain(_width_reasons(config, architecture, uniform), others), None)
 
@@ -128,7 +144,9 @@ def _reasons(config: Any, architecture: str) -> Iterator[str]:
     wanted = ACTIVATIONS.get(architecture, "silu")
     if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
         yield f"llama.cpp computes `{wanted}` in its MLP, the model `{found}`"
-    yield from _rope_reasons(architecture, rope_parameters(config), rope_parameters(config, "sliding_attention"))
+    yield from _rope_reasons(
+        architecture, rope_parameters(config), rope_parameters(config, "sliding_attention")
+    )
     if getattr(config, "use_bidirectional_attention", None):
         yield "its attention looks ahead"
     if architecture == "gemma2":

@@ -32,34 +32,53 @@ from qpruner.quantization.formats.layers import PackedLinear
 
 
 def check(
-    checkpoint: Path, model: Path, adapter: Path | None, rows: Rows, on_progress: OnWork = ignore_progress
+    checkpoint: Path,
+    model: Path,
+    adapter: Path | None,
+    rows: Rows,
+    on_progress: OnWork = ignore_progress,
 ) -> Compared:
     """Compare the files of a model and its adapter with their checkpoint, predictions on rows of token ids."""
     check_bytes(checkpoint, model, adapter, on_progress)
     for text, found, expected in isolated(token_differences, model, checkpoint):
-        raise export_error(f"llama.cpp makes other tokens of {text[:60]!r}: {found[:8]} instead of {expected[:8]}")
+        raise export_error(
+            f"llama.cpp makes other tokens of {text[:60]!r}: {found[:8]} instead of {expected[:8]}"
+        )
     return check_predictions(checkpoint, model, adapter, rows, on_progress)
 
 
-def check_bytes(checkpoint: Path, model: Path, adapter: Path | None, on_progress: OnWork = ignore_progress) -> None:
+def check_bytes(
+    checkpoint: Path, model: Path, adapter: Path | None, on_progress: OnWork = ignore_progress
+) -> None:
     """Read the files again, and compare types and bytes of all tensors with the checkpoint."""
     config = checkpoint_config(checkpoint)
-    for file, tensors in ((model, base_tensors), *([(adapter, adapter_tensors)] if adapter else [])):
+    for file, tensors in (
+        (model, base_tensors),
+        *([(adapter, adapter_tensors)] if adapter else []),
+    ):
         found = {each.name: each for each in read_gguf(file).tensors}
         expected = list(tensors(checkpoint, config))
         for done, (name, type_name, data) in enumerate(expected, 1):
             if (stored := found.pop(name, None)) is None:
                 raise export_error(f"{file.name} has no tensor `{name}`")
             same_type = stored.tensor_type.name == type_name
-            if not same_type or not numpy.array_equal(stored.data.view(numpy.uint8).ravel(), data.ravel()):
+            if not same_type or not numpy.array_equal(
+                stored.data.view(numpy.uint8).ravel(), data.ravel()
+            ):
                 raise export_error(f"{file.name} has other bytes in `{name}`")
             on_progress("reading the file again", done, len(expected))
         if found:
-            raise export_error(f"{file.name} has a tensor that the checkpoint lacks: `{min(found)}`")
+            raise export_error(
+                f"{file.name} has a tensor that the checkpoint lacks: `{min(found)}`"
+            )
 
 
 def check_predictions(
-    checkpoint: Path, model: Path, adapter: Path | None, rows: Rows, on_progress: OnWork = ignore_progress
+    checkpoint: Path,
+    model: Path,
+    adapter: Path | None,
+    rows: Rows,
+    on_progress: OnWork = ignore_progress,
 ) -> Compared:
     """Compare log-probabilities at all positions of rows."""
     answers = isolated(predictions, model, adapter, rows, TOP, torch.get_num_threads())
@@ -82,5 +101,6 @@ def rounding_inputs(model: Any) -> AbstractContextManager[None]:
 
     linears = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     return hooked(
-        each.register_forward_pre_hook(to_8_bits if isinstance(each, PackedLinear) else to_16_bits) for each in linears
+        each.register_forward_pre_hook(to_8_bits if isinstance(each, PackedLinear) else to_16_bits)
+        for each in linears
     )

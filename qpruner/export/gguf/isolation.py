@@ -23,10 +23,21 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
     reading, writing = os.pipe()
-    command = [sys.executable, "-P", "-m", __name__, str(writing)]  # -P: no `random.py` of the current folder
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        __name__,
+        str(writing),
+    ]  # -P: no `random.py` of the current folder
     with open(reading, "rb") as answers, tempfile.TemporaryFile() as output:
         child = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[writing], env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=[writing],
+            env=environment,
         )
         os.close(writing)
         try:
@@ -48,11 +59,17 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
 
 
 def _died(status: int, output: IO[bytes]) -> StageError:
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+    how = (
+        f"was ended by {signal.Signals(-status).name}"
+        if status < 0
+        else f"ended with exit code {status}"
+    )
     output.seek(0)
     lines = output.read().decode(errors="replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "")
-    return StageError("export", f"the process that runs llama.cpp {how}{last and f': {last.strip()}'}", REMEDY)
+    return StageError(
+        "export", f"the process that runs llama.cpp {how}{last and f': {last.strip()}'}", REMEDY
+    )
 
 
 def _serve(descriptor: int) -> None:

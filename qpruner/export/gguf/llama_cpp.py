@@ -41,12 +41,21 @@ class _Batch(ctypes.Structure):
 
     _fields_ = [
         ("n_tokens", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")
+        ),
     ]
 
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_P, _I, _S, _B, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_bool, ctypes.POINTER(ctypes.c_float)
+_P, _I, _S, _B, _F = (
+    ctypes.c_void_p,
+    ctypes.c_int32,
+    ctypes.c_char_p,
+    ctypes.c_bool,
+    ctypes.POINTER(ctypes.c_float),
+)
 # Name: result, arguments.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_backend_init": (None,),
@@ -84,8 +93,12 @@ class _Library:
             library = ctypes.CDLL(str(path))
             self.functions = {name: getattr(library, name) for name in _FUNCTIONS}
         except (OSError, AttributeError) as error:
-            raise UserError(f"{path} is not a library of llama.cpp that can be used: {error}; {INSTALL}") from error
-        self.functions |= {name: getattr(library, name) for name in _OPTIONAL if hasattr(library, name)}
+            raise UserError(
+                f"{path} is not a library of llama.cpp that can be used: {error}; {INSTALL}"
+            ) from error
+        self.functions |= {
+            name: getattr(library, name) for name in _OPTIONAL if hasattr(library, name)
+        }
         for name, function in self.functions.items():
             function.restype, *function.argtypes = (_FUNCTIONS | _OPTIONAL)[name]
         self.errors = deque[str](maxlen=3)
@@ -111,13 +124,18 @@ def library_path() -> Path:
     spec = importlib.util.find_spec("xllamacpp")
     folders = (spec and spec.submodule_search_locations) or []
     if not (found := [path for folder in folders for path in Path(folder).glob("xllamacpp*.so")]):
-        raise UserError(f"llama.cpp is needed to check GGUF files, and the package `xllamacpp` is missing: {INSTALL}")
+        raise UserError(
+            f"llama.cpp is needed to check GGUF files, and the package `xllamacpp` is missing: {INSTALL}"
+        )
     return found[0]
 
 
 def build() -> str:
     """Name the build of llama.cpp: the package, and the versions that the library tells."""
-    library, parts = _library(library_path()), [f"xllamacpp {importlib.metadata.version('xllamacpp')}"]
+    library, parts = (
+        _library(library_path()),
+        [f"xllamacpp {importlib.metadata.version('xllamacpp')}"],
+    )
     for name in ("llama", "ggml"):
         if f"{name}_version" in library.functions:
             parts.append(f"{name} {library.call(f'{name}_version').decode()}")
@@ -130,7 +148,13 @@ class Llama:
     Raise `StageError` if llama.cpp refuses a file; the message has its own last errors.
     """
 
-    def __init__(self, model: Path, adapter: Path | None = None, threads: int = 1, context_length: int = BATCH) -> None:
+    def __init__(
+        self,
+        model: Path,
+        adapter: Path | None = None,
+        threads: int = 1,
+        context_length: int = BATCH,
+    ) -> None:
         self._library = _library(library_path())
         self._call, self._next = self._library.call, 0
         for file in (model, adapter):
@@ -139,8 +163,12 @@ class Llama:
         self._library.errors.clear()
         with ExitStack() as stack:
             parameters = self._call("llama_model_default_params")
-            loaded = self._made(f"load {model}", "llama_model_load_from_file", bytes(model), parameters)
-            stack.callback(self._call, "llama_model_free", loaded)  # the adapter goes with its model
+            loaded = self._made(
+                f"load {model}", "llama_model_load_from_file", bytes(model), parameters
+            )
+            stack.callback(
+                self._call, "llama_model_free", loaded
+            )  # the adapter goes with its model
             parameters = self._call("llama_context_default_params")
             parameters.fields[:3] = context_length, BATCH, BATCH
             self._context = self._made(f"run {model}", "llama_init_from_model", loaded, parameters)
@@ -148,7 +176,9 @@ class Llama:
             self._call("llama_set_n_threads", self._context, threads, threads)
             if adapter:
                 what = f"load the adapter {adapter}"
-                pointer = ctypes.c_void_p(self._made(what, "llama_adapter_lora_init", loaded, bytes(adapter)))
+                pointer = ctypes.c_void_p(
+                    self._made(what, "llama_adapter_lora_init", loaded, bytes(adapter))
+                )
                 scale = ctypes.c_float(1.0)
                 arrays = ctypes.byref(pointer), 1, ctypes.byref(scale)
                 self._done(what, "llama_set_adapters_lora", self._context, *arrays)
@@ -175,7 +205,11 @@ class Llama:
 
     def _error(self, what: str) -> StageError:
         reason = "; ".join(self._library.errors) or "it gives no reason"
-        return StageError("export", f"llama.cpp cannot {what}: {reason}", "write the file again: repeat the command")
+        return StageError(
+            "export",
+            f"llama.cpp cannot {what}: {reason}",
+            "write the file again: repeat the command",
+        )
 
     def tokens(self, text: str, add_special: bool = False) -> list[int]:
         """Tokenize a text with the special tokens that are written in it; add those of begin and end if asked."""
@@ -191,7 +225,11 @@ class Llama:
     def logits(self, ids: Sequence[int], wanted: Any = None) -> numpy.ndarray:
         """Return logits float32 ``(positions, vocabulary)`` of a new sequence, at all positions or those `wanted`."""
         self._restart()
-        flags = numpy.ones(len(ids), numpy.int8) if wanted is None else numpy.asarray(wanted, numpy.int8)
+        flags = (
+            numpy.ones(len(ids), numpy.int8)
+            if wanted is None
+            else numpy.asarray(wanted, numpy.int8)
+        )
         return numpy.concatenate(list(self._passes(ids, flags)))
 
     def loss(self, ids: Sequence[int], labels: Sequence[int]) -> tuple[float, int]:
@@ -226,7 +264,10 @@ class Llama:
         """Append tokens to the sequence, and yield the logits at the flagged positions of each batch."""
         tokens = numpy.asarray(ids, numpy.int32)
         for start in range(0, len(ids), BATCH):
-            part, asked = tokens[start : start + BATCH], numpy.ascontiguousarray(flags[start : start + BATCH])
+            part, asked = (
+                tokens[start : start + BATCH],
+                numpy.ascontiguousarray(flags[start : start + BATCH]),
+            )
             batch = _Batch(len(part), token=part.ctypes.data, logits=asked.ctypes.data)
             self._done(f"read {len(part)} tokens", "llama_decode", self._context, batch)
             if count := int(asked.sum()):
@@ -235,7 +276,11 @@ class Llama:
 
 
 def predictions(
-    model: Path, adapter: Path | None, rows: Sequence[Sequence[int]], num_likeliest: int, threads: int
+    model: Path,
+    adapter: Path | None,
+    rows: Sequence[Sequence[int]],
+    num_likeliest: int,
+    threads: int,
 ) -> Iterator[Any]:
     """Yield the name of the build, then what `compare.Predictions` names for each row."""
     yield build()
@@ -243,6 +288,8 @@ def predictions(
         for row in rows:
             found = log_softmax(llama.logits(row)[:-1], axis=1)
             ids = numpy.argpartition(-found, num_likeliest, axis=1)[:, :num_likeliest]
-            ids = numpy.take_along_axis(ids, numpy.take_along_axis(-found, ids, 1).argsort(axis=1), 1)
+            ids = numpy.take_along_axis(
+                ids, numpy.take_along_axis(-found, ids, 1).argsort(axis=1), 1
+            )
             actual = numpy.take_along_axis(found, numpy.asarray(row[1:])[:, None], 1)[:, 0]
             yield ids, numpy.take_along_axis(found, ids, 1), actual

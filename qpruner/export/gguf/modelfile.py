@@ -10,7 +10,11 @@ TEMPLATE = "# Ollama takes that of its own templates that is nearest to the mode
 
 
 def modelfile(
-    file: str, adapter: str | None, tokenizer: PreTrainedTokenizerBase, stops: Iterable[int], context_length: int
+    file: str,
+    adapter: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Iterable[int],
+    context_length: int,
 ) -> str:
     """Return the text of a Modelfile for files in the same folder; `stops` are the ids at which generation ends."""
     lines = ["# ollama create NAME -f Modelfile && ollama run NAME", f"FROM ./{file}"]

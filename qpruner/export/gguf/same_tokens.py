@@ -50,12 +50,16 @@ def token_differences(model: Path, folder: Path) -> Iterator[tuple[str, list[int
     """Yield texts whose ids differ, with the ids of llama.cpp and those of the tokenizer in a folder."""
     tokenizer = load_tokenizer(str(folder))
     (as_served, _), encode = _as_served(tokenizer), tokenizer.backend_tokenizer.encode
-    comparable = ((each, asked) for each in texts(tokenizer) if (asked := as_served(each[0])) is not None)
+    comparable = (
+        (each, asked) for each in texts(tokenizer) if (asked := as_served(each[0])) is not None
+    )
     with Llama(model) as llama:
         for (text, is_chat), asked in itertools.islice(comparable, NUM_TEXTS):
             theirs = llama.tokens(asked, add_special=not is_chat)
             ours = encode(text, add_special_tokens=not is_chat).ids
-            if ours != theirs and max(ours, default=0) < llama.vocab_size:  # the model has no row for others either
+            if (
+                ours != theirs and max(ours, default=0) < llama.vocab_size
+            ):  # the model has no row for others either
                 yield text, theirs, ours
 
 
@@ -66,11 +70,16 @@ def texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
 
     def mixed(most: int = 12) -> str:
         chosen = randomly.choices((*PIECES, *plain), k=randomly.randint(2, most))
-        chosen = [randomly.choice(added) if added and randomly.random() < 0.1 else each for each in chosen]
+        chosen = [
+            randomly.choice(added) if added and randomly.random() < 0.1 else each for each in chosen
+        ]
         return randomly.choice(("", " ", " ", "\n")).join(chosen)
 
     for index in range(NUM_CHATS if tokenizer.chat_template else 0):
-        yield _chat(tokenizer, [mixed(6) for _ in range(randomly.randint(2, 8))], index % 3 == 0), True
+        yield (
+            _chat(tokenizer, [mixed(6) for _ in range(randomly.randint(2, 8))], index % 3 == 0),
+            True,
+        )
     yield from ((text, False) for text in ("", *plain))
     while True:
         yield mixed(), False
@@ -79,7 +88,10 @@ def texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
 def _chat(tokenizer: PreTrainedTokenizerBase, said: list[str], has_system: bool) -> str:
     """Render a chat; if it is the user's turn that is last, it asks for an answer."""
     first = [{"role": "system", "content": said[0]}] if has_system else []
-    turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said[1:])]
+    turns = [
+        {"role": ("user", "assistant")[index % 2], "content": text}
+        for index, text in enumerate(said[1:])
+    ]
     options = {"tokenize": False, "add_generation_prompt": len(turns) % 2 == 1}
     try:
         return str(tokenizer.apply_chat_template([*first, *turns], **options))
@@ -93,7 +105,9 @@ def remark(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return f"llama.cpp makes other tokens of {differing}" if differing else None
 
 
-def _as_served(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], str | None], str | None]:
+def _as_served(
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Callable[[str], str | None], str | None]:
     """Return a function of a text: the text of which llama.cpp makes the tokenizer's ids; None: the ids differ.
 
     The second value names the texts that change or differ; llama.cpp differs in nothing else.
@@ -102,17 +116,28 @@ def _as_served(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], str 
     added = [token["content"] for token in definition["added_tokens"]]
     if not definition["model"]["byte_fallback"]:
         if definition["normalizer"]:
-            return partial(unicodedata.normalize, "NFC"), "letters whose accents are characters of their own (not NFC)"
+            return partial(
+                unicodedata.normalize, "NFC"
+            ), "letters whose accents are characters of their own (not NFC)"
         if pre_tokenizer(definition) == "tekken":
             has_mark = "words with combining marks (Hindi, Bengali, some emoji)"
-            return lambda text: None if any(unicodedata.category(each)[0] == "M" for each in text) else text, has_mark
+            return (
+                lambda text: (
+                    None if any(unicodedata.category(each)[0] == "M" for each in text) else text
+                ),
+                has_mark,
+            )
         return lambda text: text, None
     where = space_prefix(definition)
-    if where == "never" or definition["normalizer"]:  # Gemma has runs of the sign, which is taken for a space
+    if (
+        where == "never" or definition["normalizer"]
+    ):  # Gemma has runs of the sign, which is taken for a space
         if not any(set(token) == {"▁"} for token in added):
             return lambda text: text, None
         return lambda text: None if "▁" in text else text, "texts with the sign ▁"
-    split = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)").split
+    split = re.compile(
+        "|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)"
+    ).split
     only_first, spaces = where == "first", (" ", "▁")
 
     def with_space(text: str) -> str:
@@ -123,11 +148,16 @@ def _as_served(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], str 
     def alike(text: str) -> str | None:
         # llama.cpp puts a space at the start and after special tokens, even where there is one.
         begin, *others = split(text)
-        differs = any(each.startswith(spaces) for each in (begin, *others)) or (only_first and any(others))
+        differs = any(each.startswith(spaces) for each in (begin, *others)) or (
+            only_first and any(others)
+        )
         return None if differs else text
 
     if only_first and tokenizer.chat_template:
         return with_space, "texts that are no chat: begin them with a space"
-    return alike, "texts that begin with a space, or have special tokens and then text" if only_first else (
-        "texts with a space at the begin or after a special token"
+    return (
+        alike,
+        "texts that begin with a space, or have special tokens and then text"
+        if only_first
+        else ("texts with a space at the begin or after a special token"),
     )

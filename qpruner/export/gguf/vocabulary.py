@@ -23,7 +23,9 @@ TAKING_SPACES = ("lstrip", "rstrip", "single_word")
 DIGITS = "\\p{N}"
 _WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 _UPPER, _LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
-_BY_CASE = "|".join(f"[^\\r\\n\\p{{L}}\\p{{N}}]?{each}" for each in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*"))
+_BY_CASE = "|".join(
+    f"[^\\r\\n\\p{{L}}\\p{{N}}]?{each}" for each in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")
+)
 _SPACES = "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT_2,), False): "gpt-2",
@@ -47,11 +49,15 @@ TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text (`llama_vocab::impl::load`)."""
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()) -> dict[str, Any]:
+def vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()
+) -> dict[str, Any]:
     """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if it has none."""
     definition = backend(tokenizer)
     is_spm = definition["model"]["byte_fallback"]
-    if odd := [each["content"] for each in definition["added_tokens"] if any(map(each.get, TAKING_SPACES))]:
+    if odd := [
+        each["content"] for each in definition["added_tokens"] if any(map(each.get, TAKING_SPACES))
+    ]:
         raise _unknown("added_tokens", odd, f"those without {', '.join(TAKING_SPACES)}")
     _check_bytes(definition, is_spm)
     special, adds = _special(tokenizer, stops)
@@ -61,11 +67,19 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Itera
     if is_spm:
         where = space_prefix(definition)
         adds_space = where == "always" or (where == "first" and not tokenizer.chat_template)
-        found |= {"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": adds_space}
+        found |= {
+            "tokenizer_model": "llama",
+            "tokenizer_pre": "default",
+            "add_space_prefix": adds_space,
+        }
         found["token_scores"] = _scores(definition, tokens)
     else:
         merges = [" ".join(pair) for pair in _merges(definition)]
-        found |= {"tokenizer_model": "gpt2", "tokenizer_pre": pre_tokenizer(definition), "token_merges": merges}
+        found |= {
+            "tokenizer_model": "gpt2",
+            "tokenizer_pre": pre_tokenizer(definition),
+            "token_merges": merges,
+        }
     if isinstance(template := tokenizer.chat_template, Mapping):
         template = [{"name": name, "template": each} for name, each in template.items()]
     return found | ({"chat_template": template} if template else {})
@@ -75,12 +89,18 @@ def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the definition that is really used: transformers builds some tokenizers anew when it loads them."""
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
-        raise UserError(f"the tokenizer is a {kind} without `tokenizer.json`, only fast ones are written; {INSTEAD}")
+        raise UserError(
+            f"the tokenizer is a {kind} without `tokenizer.json`, only fast ones are written; {INSTEAD}"
+        )
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
     for key in ("type", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if (model.get(key) or None) not in (None, "BPE"):
-            raise _unknown(f"model.{key}", model[key], "byte-level BPE, and BPE with byte fallback (Llama 2, Gemma)")
+            raise _unknown(
+                f"model.{key}",
+                model[key],
+                "byte-level BPE, and BPE with byte fallback (Llama 2, Gemma)",
+            )
     model["byte_fallback"] = model.get("byte_fallback", False)
     return definition
 
@@ -94,22 +114,35 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
     key = (expressions, bool(definition["model"].get("ignore_merges")))
     places = [place for place, step in enumerate(steps) if step["type"] == "ByteLevel"]
     if key not in PRE_TOKENIZERS or places != [len(steps) - 1]:
-        raise _unknown("pre_tokenizer", [*steps, {"ignore_merges": key[1]}], ", ".join(PRE_TOKENIZERS.values()))
+        raise _unknown(
+            "pre_tokenizer", [*steps, {"ignore_merges": key[1]}], ", ".join(PRE_TOKENIZERS.values())
+        )
     return PRE_TOKENIZERS[key]
 
 
 def space_prefix(definition: Mapping[str, Any]) -> str:
     """Return where a BPE with byte fallback puts a space before text: `always`, `never`, or `first` (start only)."""
-    steps = [_flat(definition["normalizer"], "normalizers"), _flat(definition["pre_tokenizer"], "pretokenizers")]
+    steps = [
+        _flat(definition["normalizer"], "normalizers"),
+        _flat(definition["pre_tokenizer"], "pretokenizers"),
+    ]
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     # Without effect, as no space is left.
-    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
     match steps:
         case [[{"type": "Prepend", "prepend": "▁"}, last], []] if last == space:
             return "always"
         case [[only], rest] if only == space and rest in ([], [split]):
             return "never"
-        case [[], [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]]:
+        case [
+            [],
+            [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}],
+        ]:
             return str(scheme)
     raise _unknown("normalizer and pre_tokenizer", steps, "those of Llama 2, Mistral and Gemma")
 
@@ -126,13 +159,19 @@ def stop_ids(folder: Path) -> list[int]:
 
 def _unknown(key: str, value: Any, known: str) -> UserError:
     found = json.dumps(value, ensure_ascii=False)
-    return UserError(f"llama.cpp cannot do what `{key}` of the tokenizer says: {found}; known are {known}; {INSTEAD}")
+    return UserError(
+        f"llama.cpp cannot do what `{key}` of the tokenizer says: {found}; known are {known}; {INSTEAD}"
+    )
 
 
 def _flat(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     if step is None:
         return []
-    return [each for inner in step[key] for each in _flat(inner, key)] if step["type"] == "Sequence" else [step]
+    return (
+        [each for inner in step[key] for each in _flat(inner, key)]
+        if step["type"] == "Sequence"
+        else [step]
+    )
 
 
 def _expressions(step: Mapping[str, Any]) -> list[str]:
@@ -142,18 +181,34 @@ def _expressions(step: Mapping[str, Any]) -> list[str]:
         case {"type": "Digits", "individual_digits": True}:
             return [DIGITS]
         # Every expression above matches all of a text, so that nothing lies between what it matches.
-        case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}:
+        case {
+            "type": "Split",
+            "pattern": {"Regex": expression},
+            "behavior": "Isolated",
+            "invert": False,
+        }:
             return [expression]
-        case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Removed", "invert": True}:
+        case {
+            "type": "Split",
+            "pattern": {"Regex": expression},
+            "behavior": "Removed",
+            "invert": True,
+        }:
             return [expression]
     return [json.dumps(step)]
 
 
 def _tokens(
-    tokenizer: PreTrainedTokenizerBase, definition: Mapping[str, Any], vocab_size: int, special: set[int]
+    tokenizer: PreTrainedTokenizerBase,
+    definition: Mapping[str, Any],
+    vocab_size: int,
+    special: set[int],
 ) -> tuple[list[str], list[int]]:
     """List the text and the type of each row; `special` are ids that the file names."""
-    tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [int(TokenType.UNUSED)] * vocab_size
+    tokens, types = (
+        [f"[PAD{index}]" for index in range(vocab_size)],
+        [int(TokenType.UNUSED)] * vocab_size,
+    )
     known, is_spm = definition["model"]["vocab"], definition["model"]["byte_fallback"]
     added = {token["content"] for token in definition["added_tokens"]}
 
@@ -161,7 +216,10 @@ def _tokens(
         """Return True for a plain token that no text becomes, but that llama.cpp would find: `</s>` of Qwen."""
         if text not in TAKEN_FOR_SPECIAL or text in added or known[text] in special:
             return False
-        return known[text] not in tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return (
+            known[text]
+            not in tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        )
 
     for text, index in known.items():
         if index < vocab_size and not is_lost(text):
@@ -173,7 +231,10 @@ def _tokens(
         # printed as a space.
         if index < vocab_size and (token["special"] or not is_spm or "▁" not in text):
             kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-            tokens[index], types[index] = text, TokenType.UNKNOWN if is_spm and text == "<unk>" else kind
+            tokens[index], types[index] = (
+                text,
+                TokenType.UNKNOWN if is_spm and text == "<unk>" else kind,
+            )
     if len(set(tokens)) != len(tokens):
         twice = sorted(token for token, count in Counter(tokens).items() if count > 1)[:5]
         raise _unknown("tokens", twice, "those that occur once")
@@ -184,7 +245,11 @@ def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
     """Without an unknown token, both leave a byte out that has no token: the tokenizer of SmolLM2 lacks 12."""
     known, missing = definition["model"]["vocab"], []
     if is_spm:
-        missing = [name for byte in range(256) if (name := f"<0x{byte:02X}>") not in known and chr(byte) not in known]
+        missing = [
+            name
+            for byte in range(256)
+            if (name := f"<0x{byte:02X}>") not in known and chr(byte) not in known
+        ]
     elif definition["model"]["unk_token"]:
         from tokenizers.pre_tokenizers import ByteLevel
 
@@ -194,7 +259,10 @@ def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
 
 
 def _merges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in definition["model"]["merges"]]
+    return [
+        tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
+        for pair in definition["model"]["merges"]
+    ]
 
 
 def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
@@ -206,13 +274,26 @@ def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]
     merged = set(merges)
     for text in known:
         halves = ((text[:at], text[at:]) for at in range(1, len(text)))
-        missing = next((pair for pair in halves if pair not in merged and pair[0] in known and pair[1] in known), None)
+        missing = next(
+            (
+                pair
+                for pair in halves
+                if pair not in merged and pair[0] in known and pair[1] in known
+            ),
+            None,
+        )
         if missing:
-            raise _unknown("model.merges", {"lacks": missing}, "those with every pair of tokens that make a token")
+            raise _unknown(
+                "model.merges",
+                {"lacks": missing},
+                "those with every pair of tokens that make a token",
+            )
     return [-float(rank.get(token, len(rank))) for token in tokens]
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> tuple[dict[str, int], dict[str, bool]]:
+def _special(
+    tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]
+) -> tuple[dict[str, int], dict[str, bool]]:
     """Return special ids, and whether texts get a first and a last token: by what the tokenizer does with a text."""
     around = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
     text = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
@@ -220,12 +301,18 @@ def _special(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]) -> tuple[
     before, after = around[:at], around[at + len(text) :]
     if len(before) > 1 or len(after) > 1:
         raise _unknown("post_processor", around, "one token before a text and one after it")
-    ends = list(dict.fromkeys(each for each in (*after, tokenizer.eos_token_id, *stops) if each is not None))
+    ends = list(
+        dict.fromkeys(each for each in (*after, tokenizer.eos_token_id, *stops) if each is not None)
+    )
     if not ends:
-        raise UserError(f"the tokenizer has no `eos_token`, so llama.cpp would never stop: set one; {INSTEAD}")
+        raise UserError(
+            f"the tokenizer has no `eos_token`, so llama.cpp would never stop: set one; {INSTEAD}"
+        )
     found = dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False))
     # Without one, llama.cpp takes token 11; this one is not put before texts.
-    found["bos_token_id"] = next(each for each in (*before, tokenizer.bos_token_id, ends[0]) if each is not None)
+    found["bos_token_id"] = next(
+        each for each in (*before, tokenizer.bos_token_id, ends[0]) if each is not None
+    )
     found |= {"unk_token_id": tokenizer.unk_token_id, "pad_token_id": tokenizer.pad_token_id}
     special = {name: value for name, value in found.items() if value is not None}
     return special, {"add_bos_token": bool(before), "add_eos_token": bool(after)}

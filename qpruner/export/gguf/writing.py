@@ -50,7 +50,9 @@ class Tensor(NamedTuple):
     data: Any
 
 
-def write_gguf(checkpoint: Path, file: Path, name: str, on_progress: OnWork = ignore_progress) -> None:
+def write_gguf(
+    checkpoint: Path, file: Path, name: str, on_progress: OnWork = ignore_progress
+) -> None:
     """Write a checkpoint without its adapter; `name` is that of the model in the metadata."""
     config = checkpoint_config(checkpoint)
     tensors = list(base_tensors(checkpoint, config))
@@ -63,7 +65,9 @@ def write_gguf(checkpoint: Path, file: Path, name: str, on_progress: OnWork = ig
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
         _add_sizes(writer, config)
         _add_rope(writer, config)
-        for key, value in vocabulary(load_tokenizer(str(checkpoint)), config.vocab_size, stop_ids(checkpoint)).items():
+        for key, value in vocabulary(
+            load_tokenizer(str(checkpoint)), config.vocab_size, stop_ids(checkpoint)
+        ).items():
             getattr(writer, f"add_{key}")(value)
 
     _write(file, config, describe, tensors, on_progress)
@@ -84,7 +88,11 @@ def write_adapter(checkpoint: Path, file: Path, on_progress: OnWork = ignore_pro
 
 
 def _write(
-    file: Path, config: Any, describe: Callable[[Any], None], tensors: Sequence[Tensor], on_progress: OnWork
+    file: Path,
+    config: Any,
+    describe: Callable[[Any], None],
+    tensors: Sequence[Tensor],
+    on_progress: OnWork,
 ) -> None:
     """Write metadata, then the tensors one by one; begin again while the storage is full or away."""
 
@@ -92,7 +100,9 @@ def _write(
         with closing(gguf.GGUFWriter(file, architecture_of(config))) as writer:
             describe(writer)
             for name, type_name, data in tensors:
-                writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, gguf.GGMLQuantizationType[type_name])
+                writer.add_tensor_info(
+                    name, data.shape, data.dtype, data.nbytes, gguf.GGMLQuantizationType[type_name]
+                )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -112,7 +122,9 @@ def _write(
 
 def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     widths, size, name = block_widths(config), head_size(config), architecture_of(config)
-    heads, key_value_heads, channels = (list(each) if name in RAGGED else each[0] for each in zip(*widths, strict=True))
+    heads, key_value_heads, channels = (
+        list(each) if name in RAGGED else each[0] for each in zip(*widths, strict=True)
+    )
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
@@ -157,11 +169,16 @@ def _frequency_factors(config: Any) -> torch.Tensor:
 
 def base_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
     """Yield the tensors of the model, without its adapter."""
-    state, formats = read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)), formats_of(config)
+    state, formats = (
+        read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)),
+        formats_of(config),
+    )
     renaming = _Renaming(config)
     for group in renaming.groups(state):
         found = formats.get(group[0].removesuffix(".weight"))
-        assert all(formats.get(name.removesuffix(".weight")) == found for name in group), f"{group} have other formats"
+        assert all(formats.get(name.removesuffix(".weight")) == found for name in group), (
+            f"{group} have other formats"
+        )
         tensor = torch.cat([state[name] for name in group]) if len(group) > 1 else state[group[0]]
         tensor = renaming.vector(group[0], tensor) if tensor.dim() == 1 else tensor
         yield _tensor(renaming.new_name(group), tensor, renaming.order(group[0]), found)
@@ -178,7 +195,10 @@ def adapter_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
     """
     stored = read_tensors(checkpoint, lambda name: name.startswith(PEFT_PREFIX))
     pairs = {
-        name.removeprefix(PEFT_PREFIX).replace(".lora_A.", "."): (each, stored[name.replace(".lora_A.", ".lora_B.")])
+        name.removeprefix(PEFT_PREFIX).replace(".lora_A.", "."): (
+            each,
+            stored[name.replace(".lora_A.", ".lora_B.")],
+        )
         for name, each in stored.items()
         if ".lora_A." in name
     }
@@ -196,11 +216,16 @@ def adapter_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
 
 
 def _tensor(
-    name: str, tensor: torch.Tensor, order: torch.Tensor | None = None, format_name: str | None = None
+    name: str,
+    tensor: torch.Tensor,
+    order: torch.Tensor | None = None,
+    format_name: str | None = None,
 ) -> Tensor:
     """Reorder the rows of a tensor, and take its bytes."""
     if format_name is None:
-        type_name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[tensor.dtype]
+        type_name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[
+            tensor.dtype
+        ]
     else:
         type_name = format_of(format_name).ggml_type
         assert type_name, f"llama.cpp has no format {format_name}"
@@ -213,7 +238,9 @@ class _Renaming:
 
     def __init__(self, config: Any) -> None:
         self._config, self._architecture = config, architecture_of(config)
-        number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture)
+        number = next(
+            key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture
+        )
         self._map = gguf.get_tensor_name_map(number, config.num_hidden_layers)
         self._blocks, self._widths = f"{family_of(config).blocks}.", block_widths(config)
 
@@ -250,7 +277,9 @@ class _Renaming:
             return None
         widths, size = self._widths[self._block_of(name)], head_size(self._config)
         num_heads = widths.heads if linear == QKV[0] else widths.key_value_heads
-        return torch.arange(num_heads * size).view(num_heads, 2, size // 2).transpose(1, 2).flatten()
+        return (
+            torch.arange(num_heads * size).view(num_heads, 2, size // 2).transpose(1, 2).flatten()
+        )
 
     def _block_of(self, name: str) -> int:
         return int(name.removeprefix(self._blocks).partition(".")[0])

@@ -20,12 +20,22 @@ import numpy as np
 import torch
 
 from qpruner.errors import UserError
-from qpruner.export.compare import TOP, Compared, Predictions, Rows, compare_served, export_error, in_its_type
+from qpruner.export.compare import (
+    TOP,
+    Compared,
+    Predictions,
+    Rows,
+    compare_served,
+    export_error,
+    in_its_type,
+)
 from qpruner.export.vllm import outside
 from qpruner.export.vllm.writing import ADAPTER_FOLDER, needs_modeling
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 
-PYTHON = "QPRUNER_VLLM_PYTHON"  # environment variable with the Python of an environment that has vLLM
+PYTHON = (
+    "QPRUNER_VLLM_PYTHON"  # environment variable with the Python of an environment that has vLLM
+)
 NAMES = {"vllm": "vLLM", "transformers": "transformers", "compressed_tensors": "compressed-tensors"}
 INSTALL = 'run `pip install "qpruner[vllm]"`'
 CPU_BITS = 4  # the only width that vLLM's CPU kernel takes (0.32)
@@ -42,7 +52,11 @@ def missing() -> str | None:
 
 
 def check(
-    checkpoint: Path, exported: Path, rows: Rows, on_progress: OnWork = ignore_progress, server: Server | None = None
+    checkpoint: Path,
+    exported: Path,
+    rows: Rows,
+    on_progress: OnWork = ignore_progress,
+    server: Server | None = None,
 ) -> Compared:
     """Compare an export's predictions with those of the checkpoint that it was made from, on rows of token ids.
 
@@ -50,7 +64,11 @@ def check(
     """
     config = checkpoint_config(exported)
     server = server or ("vllm" if _vllm_takes(config) else "transformers")
-    if server == "transformers" and getattr(config, "quantization_config", None) and (reason := missing()):
+    if (
+        server == "transformers"
+        and getattr(config, "quantization_config", None)
+        and (reason := missing())
+    ):
         raise UserError(reason)
     adapter = exported / ADAPTER_FOLDER
     asked = {
@@ -80,14 +98,21 @@ def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
             env=os.environ | {"TQDM_DISABLE": "1", "HF_MODULES_CACHE": folder},
         )
         if done.returncode:
-            how = signal.Signals(-done.returncode).name if done.returncode < 0 else (done.stderr.strip() or "?")
+            how = (
+                signal.Signals(-done.returncode).name
+                if done.returncode < 0
+                else (done.stderr.strip() or "?")
+            )
             lines = how.splitlines()  # warnings may follow the error
             cause = [line for line in lines if re.match(r"[\w.]+(Error|Exception):", line)] or lines
             raise export_error(f"{asked['server']} cannot load it: {cause[-1]}")
         with np.load(into) as arrays:
             versions = json.loads(str(arrays["versions"]))
             names = range(len(asked["rows"]))
-            found = [Predictions(*(arrays[f"{field} {row}"] for field in Predictions._fields)) for row in names]
+            found = [
+                Predictions(*(arrays[f"{field} {row}"] for field in Predictions._fields))
+                for row in names
+            ]
     return found, ", ".join(f"{NAMES[package]} {version}" for package, version in versions.items())
 
 
@@ -107,7 +132,9 @@ def _check_python(named: str) -> None:
     try:
         subprocess.run([named, "-P", "-c", look], check=True, capture_output=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"`{PYTHON}` must be a Python that has vLLM, got {named}: name another, or unset it") from error
+        raise UserError(
+            f"`{PYTHON}` must be a Python that has vLLM, got {named}: name another, or unset it"
+        ) from error
 
 
 def _vllm_takes(config: Any) -> bool:

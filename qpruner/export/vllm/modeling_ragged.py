@@ -14,7 +14,11 @@ def __getattr__(name: str) -> Any:
     """Make the class `Ragged<Name>` from transformers' class `<Name>`."""
     if not name.startswith("Ragged"):
         raise AttributeError(name)
-    return type(name, (_Ragged, getattr(transformers, name.removeprefix("Ragged"))), {"__module__": __name__})
+    return type(
+        name,
+        (_Ragged, getattr(transformers, name.removeprefix("Ragged"))),
+        {"__module__": __name__},
+    )
 
 
 class _Ragged:
@@ -23,6 +27,8 @@ class _Ragged:
         decoder: Any = getattr(self, self.base_model_prefix, self)  # type: ignore[attr-defined]
         for index, alike in enumerate(decoder.layers):
             block = type(alike)(config.per_layer_config[index], index)
-            block.self_attn.config = config  # not the layer's copy, as the attention's kind may be chosen later
+            block.self_attn.config = (
+                config  # not the layer's copy, as the attention's kind may be chosen later
+            )
             decoder.layers[index] = block
         self.post_init()  # type: ignore[attr-defined]

@@ -16,7 +16,9 @@ Row = tuple[Any, Any, Any]
 """Log-probabilities after each token of a row but the last, as numpy arrays, in the order of `compare.Predictions`."""
 
 
-def in_transformers(folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int) -> Iterator[Row]:
+def in_transformers(
+    folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int
+) -> Iterator[Row]:
     """Yield the predictions for each row in transformers; a CPU computes in float32, so that faults stand out."""
     import torch
 
@@ -60,7 +62,11 @@ def _dense_state(folder: Path, model: Any, described: dict[str, Any]) -> dict[st
     from compressed_tensors.utils.match import match_named_modules
     from safetensors.torch import load_file
 
-    state = {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in load_file(file).items()}
+    state = {
+        name: each
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, each in load_file(file).items()
+    }
     quantization = QuantizationConfig.model_validate(described)
     for scheme in quantization.config_groups.values():
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
@@ -71,12 +77,18 @@ def _dense_state(folder: Path, model: Any, described: dict[str, Any]) -> dict[st
     return state
 
 
-def in_vllm(folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int) -> Iterator[Row]:
+def in_vllm(
+    folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int
+) -> Iterator[Row]:
     """Yield the predictions of a model for each row, as vLLM computes them."""
     import numpy as np
 
     # On a CPU vLLM would take half of the memory; an engine in a process of its own imports everything again.
-    quick = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    quick = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     for name, value in quick.items():
         os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
@@ -86,7 +98,10 @@ def in_vllm(folder: str, adapter: str | None, rows: list[list[int]], trust: bool
     if adapter:  # in the smallest rank that vLLM takes
         rank = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))["r"]
         ranks = (8, 16, 32, 64, 128, 256, 320, 512)
-        options = {"enable_lora": True, "max_lora_rank": next(each for each in ranks if each >= rank)}
+        options = {
+            "enable_lora": True,
+            "max_lora_rank": next(each for each in ranks if each >= rank),
+        }
     model = LLM(
         folder,
         trust_remote_code=trust,
@@ -108,7 +123,10 @@ def in_vllm(folder: str, adapter: str | None, rows: list[list[int]], trust: bool
             for found in answer.prompt_logprobs[1:]
         ]
         likeliest = np.array([sorted(row, key=lambda pair: -pair[1])[:count] for row in likely])
-        actual = [found[token].logprob for token, found in zip(sample[1:], answer.prompt_logprobs[1:], strict=True)]
+        actual = [
+            found[token].logprob
+            for token, found in zip(sample[1:], answer.prompt_logprobs[1:], strict=True)
+        ]
         yield likeliest[..., 0].astype(np.int64), likeliest[..., 1], np.array(actual)
 
 
@@ -124,7 +142,11 @@ def main() -> None:
     used = used[:1] if used[0] == "vllm" else used
     versions = {name: importlib.metadata.version(packages[name][0]) for name in used}
     fields = ("ids", "likeliest", "actual")
-    parts = {f"{name} {row}": each for row, found in enumerate(rows) for name, each in zip(fields, found, strict=True)}
+    parts = {
+        f"{name} {row}": each
+        for row, found in enumerate(rows)
+        for name, each in zip(fields, found, strict=True)
+    }
     np.savez(into, versions=json.dumps(versions), **parts)
 
 

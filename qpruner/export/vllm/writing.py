@@ -54,7 +54,9 @@ def vllm_format(name: str, columns: int) -> str:
         return name
     # HQQ has the smaller error where codes are few.
     return nearest_format(
-        name, columns, lambda each: isinstance(each, Packed) and each.half_quadratic == (each.bits <= 4)
+        name,
+        columns,
+        lambda each: isinstance(each, Packed) and each.half_quadratic == (each.bits <= 4),
     )
 
 
@@ -64,8 +66,13 @@ def dense_paths(config: Any) -> dict[str, str]:
     shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
     for paths in _fused(config):
         sizes = {path: shapes[f"{path}.weight"] for path in paths if path in old}
-        widths = {path: int(format_of(vllm_format(old[path], size[1])).bits) for path, size in sizes.items()}
-        if len(widths) > 1 and any(sizes[path][0] * width % WORD_BITS for path, width in widths.items()):
+        widths = {
+            path: int(format_of(vllm_format(old[path], size[1])).bits)
+            for path, size in sizes.items()
+        }
+        if len(widths) > 1 and any(
+            sizes[path][0] * width % WORD_BITS for path, width in widths.items()
+        ):
             found |= dict.fromkeys(widths, DENSE)
     return {path: name for path, name in found.items() if path in old}
 
@@ -78,16 +85,23 @@ def _fused(config: Any) -> Iterator[tuple[str, ...]]:
             yield tuple(f"{family.block_path(index)}.{path}" for path in paths)
 
 
-def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress) -> None:
+def write_vllm(
+    checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress
+) -> None:
     """Write a checkpoint whose packed layers have formats of vLLM, and its adapter, whose base will be `target`."""
     config = checkpoint_config(checkpoint)
     named = formats_of(config)
     for paths in _fused(config):
-        assert len({named.get(path) for path in paths}) == 1, f"vLLM loads {', '.join(paths)} into one layer"
+        assert len({named.get(path) for path in paths}) == 1, (
+            f"vLLM loads {', '.join(paths)} into one layer"
+        )
     copy_other_files(checkpoint, folder)
     if (checkpoint / ADAPTER_FILES[0]).is_file():
         copy_adapter(checkpoint, folder / ADAPTER_FOLDER, target)
-    state, widths = read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)), columns_of(config)
+    state, widths = (
+        read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)),
+        columns_of(config),
+    )
     for done, (path, name) in enumerate(named.items(), 1):
         found = format_of(name)
         assert isinstance(found, Packed), f"{path} has the format {name}"
@@ -97,7 +111,11 @@ def write_vllm(checkpoint: Path, folder: Path, target: Path, on_progress: OnWork
     write_tensors(state, folder)
     # vLLM and transformers leave out the layers that no group names.
     linears = [path for paths in _fused(config) for path in paths]
-    dense = [path for path in (*linears, family_of(config).head, family_of(config).embeddings) if path not in named]
+    dense = [
+        path
+        for path in (*linears, family_of(config).head, family_of(config).embeddings)
+        if path not in named
+    ]
     described = plain_description(checkpoint)
     if named:
         described["quantization_config"] = _quantization_config(named, dense)
@@ -110,11 +128,21 @@ def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str
     for name in dict.fromkeys(named.values()):
         found = format_of(name)
         assert isinstance(found, Packed)
-        weights = {"num_bits": found.bits, "type": "int", "symmetric": False, "strategy": "group", "dynamic": False}
+        weights = {
+            "num_bits": found.bits,
+            "type": "int",
+            "symmetric": False,
+            "strategy": "group",
+            "dynamic": False,
+        }
         targets = [path for path, each in named.items() if each == name]
         weights |= {"group_size": found.group_size}
         groups[name] = {"targets": targets, "weights": weights, "format": "pack-quantized"}
-    about = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    about = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+    }
     return about | {"config_groups": groups, "ignore": dense}
 
 
@@ -123,13 +151,18 @@ def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
     if needs_modeling(config):
         names = {
             auto: f"Ragged{mapping[type(config)].__name__}"
-            for auto, mapping in (("AutoModel", MODEL_MAPPING), ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING))
+            for auto, mapping in (
+                ("AutoModel", MODEL_MAPPING),
+                ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING),
+            )
         }
         module = MODELING.removesuffix(".py")
         described["auto_map"] = {auto: f"{module}.{name}" for auto, name in names.items()}
         # vLLM takes its own class by this name, which would build blocks alike.
         described["architectures"] = [names["AutoModelForCausalLM"]]
-        if scaling := getattr(config, "logits_scaling", None):  # of Granite, which vLLM's class for all models reads so
+        if scaling := getattr(
+            config, "logits_scaling", None
+        ):  # of Granite, which vLLM's class for all models reads so
             described["logit_scale"] = 1 / scaling
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
     elif (

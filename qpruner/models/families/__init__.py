@@ -6,22 +6,47 @@ import pkgutil
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.families.family import ATTENTION, MLP, Family, UnitKind, UnitSlice, owned_parameters
+from qpruner.models.families.family import (
+    ATTENTION,
+    MLP,
+    Family,
+    UnitKind,
+    UnitSlice,
+    owned_parameters,
+)
 
-__all__ = ["ATTENTION", "MLP", "Family", "UnitKind", "UnitSlice", "families", "family_of", "owned_parameters"]
+__all__ = [
+    "ATTENTION",
+    "MLP",
+    "Family",
+    "UnitKind",
+    "UnitSlice",
+    "families",
+    "family_of",
+    "owned_parameters",
+]
 
 
 @functools.cache
 def families() -> dict[str, Family]:
     """Map each `model_type` to its family, from the files of this folder."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
-    return {family.model_type: family for family in sorted(found, key=lambda family: family.model_type)}
+    modules = [
+        importlib.import_module(f"{__name__}.{info.name}")
+        for info in pkgutil.iter_modules(__path__)
+    ]
+    found = [
+        value for module in modules for value in vars(module).values() if isinstance(value, Family)
+    ]
+    return {
+        family.model_type: family for family in sorted(found, key=lambda family: family.model_type)
+    }
 
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers config; raise `UserError` if it is not supported."""
     if (family := families().get(config.model_type)) is None:
         known = f"supported: {', '.join(families())}. To add a family, see docs/families.md"
-        raise UserError(f"`model.source`: architecture `{config.model_type}` is not supported; {known}")
+        raise UserError(
+            f"`model.source`: architecture `{config.model_type}` is not supported; {known}"
+        )
     return family

@@ -45,7 +45,9 @@ class UnitKind:
         return output.removesuffix(".weight")
 
 
-def owned_parameters(block: torch.nn.Module, kind: UnitKind) -> Iterator[tuple[UnitSlice, torch.nn.Parameter]]:
+def owned_parameters(
+    block: torch.nn.Module, kind: UnitKind
+) -> Iterator[tuple[UnitSlice, torch.nn.Parameter]]:
     """Yield every parameter that units of a kind own parts of, biases included, with the slice that they own."""
     for item in kind.slices:
         yield item, block.get_parameter(item.parameter)
@@ -69,7 +71,9 @@ class Family:
     channels_key: str = "intermediate_size"  # config key of the MLP's width
     has_learned_positions: bool = False  # positions come from a table of limited length
     down_adds_to_residual: bool = True  # False if a norm follows the MLP
-    gguf: str = ""  # llama.cpp's architecture of such models; '' if we do not write GGUF files of them
+    gguf: str = (
+        ""  # llama.cpp's architecture of such models; '' if we do not write GGUF files of them
+    )
     gguf_ragged: str = ""  # llama.cpp's architecture that takes their blocks at different widths; '' if there is none
 
     @property
@@ -86,11 +90,17 @@ class Family:
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         """Map `qkv` and `o` to the paths of their linear layers in a block."""
-        return {"qkv": tuple(f"{self.attention}.{name}_proj" for name in "qkv"), "o": (f"{self.attention}.o_proj",)}
+        return {
+            "qkv": tuple(f"{self.attention}.{name}_proj" for name in "qkv"),
+            "o": (f"{self.attention}.o_proj",),
+        }
 
     def mlp_projections(self) -> dict[str, tuple[str, ...]]:
         """Map each MLP projection (gate and up as one) to the paths of its layers in a block; the output comes last."""
-        return {"gate_up": (f"{self.mlp}.gate_proj", f"{self.mlp}.up_proj"), "down": (f"{self.mlp}.down_proj",)}
+        return {
+            "gate_up": (f"{self.mlp}.gate_proj", f"{self.mlp}.up_proj"),
+            "down": (f"{self.mlp}.down_proj",),
+        }
 
     def projections(self) -> dict[str, tuple[str, ...]]:
         """Map each projection that can be quantized to the paths of its layers in a block."""
@@ -105,7 +115,10 @@ class Family:
         mlp = tuple(path for paths in projections.values() for path in paths)
         if grouping == "block":
             return {"": (attention + mlp, ("",))}
-        return {"attention": (attention, (self.attention,)), "mlp": (mlp, (self.mlp,) if self.mlp else mlp[-1:])}
+        return {
+            "attention": (attention, (self.attention,)),
+            "mlp": (mlp, (self.mlp,) if self.mlp else mlp[-1:]),
+        }
 
     # ---- pruning units
 
@@ -133,14 +146,23 @@ class Family:
     def mlp_kind(self, layer_config: Any) -> UnitKind:
         """Describe the MLP units: channels, each a row of gate, a row of up and a column of down."""
         *rows, output = (path for paths in self.mlp_projections().values() for path in paths)
-        slices = (*(UnitSlice(f"{path}.weight", 0, 1) for path in rows), UnitSlice(f"{output}.weight", 1, 1))
+        slices = (
+            *(UnitSlice(f"{path}.weight", 0, 1) for path in rows),
+            UnitSlice(f"{output}.weight", 1, 1),
+        )
         return UnitKind(MLP, getattr(layer_config, self.channels_key), slices)
 
     def residual_factor(self, config: Any) -> float | None:
         """Return the factor of `down` in the residual stream; None if a norm follows `down`."""
-        return float(getattr(config, "residual_multiplier", 1.0)) if self.down_adds_to_residual else None
+        return (
+            float(getattr(config, "residual_multiplier", 1.0))
+            if self.down_adds_to_residual
+            else None
+        )
 
-    def as_cut(self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]) -> AbstractContextManager[None]:
+    def as_cut(
+        self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]
+    ) -> AbstractContextManager[None]:
         """Make the kept units of a block compute, inside this context, what they will compute after the cut."""
         return nullcontext()
 
@@ -148,7 +170,9 @@ class Family:
 
     def widths(self, layer_config: Any, num_units: dict[str, int]) -> dict[str, int]:
         """Return the config keys and values for `num_units` of each kind in a block."""
-        heads = num_units[ATTENTION] * (layer_config.num_attention_heads // layer_config.num_key_value_heads)
+        heads = num_units[ATTENTION] * (
+            layer_config.num_attention_heads // layer_config.num_key_value_heads
+        )
         attention = {"num_key_value_heads": num_units[ATTENTION], "num_attention_heads": heads}
         return attention | {self.channels_key: num_units[MLP]}
 
@@ -158,7 +182,9 @@ class Family:
 
     def head_dim(self, config: Any) -> int:
         """Return the head size."""
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        return int(
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
 
     # ---- building blocks of other widths
 
@@ -195,8 +221,13 @@ class DerivedHeadFamily(Family):
         if columns == block.get_submodule(output).in_features:
             return
         for path in rows:
-            block.set_submodule(path, _resized(block.get_submodule(path), columns * 3 // len(rows), config.hidden_size))
-        block.set_submodule(output, _resized(block.get_submodule(output), config.hidden_size, columns))
+            block.set_submodule(
+                path,
+                _resized(block.get_submodule(path), columns * 3 // len(rows), config.hidden_size),
+            )
+        block.set_submodule(
+            output, _resized(block.get_submodule(output), config.hidden_size, columns)
+        )
 
 
 @dataclass(frozen=True)

@@ -2,4 +2,6 @@
 
 from qpruner.models.families.family import DividedFamily
 
-GEMMA3 = DividedFamily("gemma3_text", "Gemma3DecoderLayer", down_adds_to_residual=False, gguf="gemma3")
+GEMMA3 = DividedFamily(
+    "gemma3_text", "Gemma3DecoderLayer", down_adds_to_residual=False, gguf="gemma3"
+)

@@ -23,4 +23,6 @@ class GptNeoX(DerivedHeadFamily):
         return UnitKind(ATTENTION, layer_config.num_attention_heads, (rows, columns))
 
 
-GPT_NEOX = GptNeoX("gpt_neox", "GPTNeoXLayer", "gpt_neox.layers", "gpt_neox.embed_in", attention="attention")
+GPT_NEOX = GptNeoX(
+    "gpt_neox", "GPTNeoXLayer", "gpt_neox.layers", "gpt_neox.embed_in", attention="attention"
+)

@@ -19,7 +19,10 @@ class Olmo2(Family):
     def attention_kind(self, layer_config: Any) -> UnitKind:
         kind = super().attention_kind(layer_config)
         queries, keys = kind.slices[0].width, kind.slices[1].width
-        norms = UnitSlice("self_attn.q_norm.weight", 0, queries), UnitSlice("self_attn.k_norm.weight", 0, keys)
+        norms = (
+            UnitSlice("self_attn.q_norm.weight", 0, queries),
+            UnitSlice("self_attn.k_norm.weight", 0, keys),
+        )
         return replace(kind, slices=(*norms, *kind.slices))
 
     @contextmanager
@@ -29,7 +32,9 @@ class Olmo2(Family):
             for item in kind.slices[:2] if kind.name == ATTENTION else ():
                 stays = [unit * item.width + row for unit in kept for row in range(item.width)]
                 norm = block.get_submodule(item.parameter.removesuffix(".weight"))
-                hooks.callback(norm.register_forward_hook(partial(_normed_over, stays=stays)).remove)
+                hooks.callback(
+                    norm.register_forward_hook(partial(_normed_over, stays=stays)).remove
+                )
             yield
 
 
@@ -37,7 +42,9 @@ def _normed_over(norm: Any, args: tuple[Any], output: Any, stays: list[int]) -> 
     """Compute an RMS norm whose mean is over the entries `stays` only."""
     hidden = args[0].float()
     mean_square = hidden[..., stays].square().mean(-1, keepdim=True)
-    normed = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(output.device)
+    normed = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(
+        output.device
+    )
     return normed.to(output.dtype)
 
 

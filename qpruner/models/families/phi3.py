@@ -40,8 +40,13 @@ class Phi3(Family):
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
         """Return False if transformers would refuse the long-rope factors: it derives their number from the heads."""
         rope = config.rope_parameters
-        pairs = int(config.hidden_size // widths["num_attention_heads"] * rope["partial_rotary_factor"]) // 2
-        return all(len(rope[key]) == pairs for key in ("short_factor", "long_factor") if rope.get(key))
+        pairs = (
+            int(config.hidden_size // widths["num_attention_heads"] * rope["partial_rotary_factor"])
+            // 2
+        )
+        return all(
+            len(rope[key]) == pairs for key in ("short_factor", "long_factor") if rope.get(key)
+        )
 
 
 PHI3 = Phi3("phi3", "Phi3DecoderLayer")

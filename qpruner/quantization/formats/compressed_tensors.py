@@ -43,10 +43,17 @@ class Packed(GridFormat):
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Span the range of each group and 0, or fit it by HQQ; scales are rounded to bfloat16 as they are stored."""
-        low, high = weight.amin(dim=-1, keepdim=True).clamp_(max=0), weight.amax(dim=-1, keepdim=True).clamp_(min=0)
+        low, high = (
+            weight.amin(dim=-1, keepdim=True).clamp_(max=0),
+            weight.amax(dim=-1, keepdim=True).clamp_(min=0),
+        )
         scale = ((high - low) / (self.num_codes - 1)).bfloat16().float()
         zero = self.codes(-low, scale, scale.new_zeros(()))
-        return self._fitted(weight, scale, zero, (low + high) / 2) if self.half_quadratic else (scale, zero)
+        return (
+            self._fitted(weight, scale, zero, (low + high) / 2)
+            if self.half_quadratic
+            else (scale, zero)
+        )
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         import torch
@@ -61,7 +68,11 @@ class Packed(GridFormat):
         import torch
 
         codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
-        scale = read_as(scales, torch.bfloat16).to(torch.float32 if dtype == torch.float16 else dtype).unsqueeze(2)
+        scale = (
+            read_as(scales, torch.bfloat16)
+            .to(torch.float32 if dtype == torch.float16 else dtype)
+            .unsqueeze(2)
+        )
         zero = _from_bits(zeros, self.bits, scale.shape[1]).unsqueeze(2)
         weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
         grouped = weight.view(len(codes), scale.shape[1], columns // scale.shape[1])
@@ -92,7 +103,11 @@ class Packed(GridFormat):
     def _row_bytes(self, columns: int) -> list[int]:
         """Count the bytes that a row's words, scales and zeros take."""
         groups = math.ceil(columns / self.group_size)
-        return [4 * math.ceil(columns * self.bits / 32), 2 * groups, math.ceil(groups * self.bits / 8)]
+        return [
+            4 * math.ceil(columns * self.bits / 32),
+            2 * groups,
+            math.ceil(groups * self.bits / 8),
+        ]
 
     def _fitted(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, centre: torch.Tensor
@@ -109,17 +124,27 @@ class Packed(GridFormat):
         def offer(scale: torch.Tensor, zero: torch.Tensor) -> None:
             nonlocal best, least
             error = self._error(weight, scale, zero)
-            best = torch.where(error < least, scale, best[0]), torch.where(error < least, zero, best[1])
+            best = (
+                torch.where(error < least, scale, best[0]),
+                torch.where(error < least, zero, best[1]),
+            )
             least = torch.minimum(error, least)
 
         for shrink in SHRINKS:
             smaller = (scale * shrink).bfloat16().float()
-            offer(smaller, self.codes(-centre, smaller, smaller.new_full(smaller.shape, (self.num_codes - 1) / 2)))
+            offer(
+                smaller,
+                self.codes(
+                    -centre, smaller, smaller.new_full(smaller.shape, (self.num_codes - 1) / 2)
+                ),
+            )
         for _ in range(STEPS):
             offer(*self._step(weight, *best))
         return best
 
-    def _step(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shrink errors, in units of the scale and with beta = 1 (HQQ, equation 3), then fit scale and zero to them."""
         import torch
 
@@ -132,7 +157,9 @@ class Packed(GridFormat):
         square = levels.square().sum(dim=-1, keepdim=True)
         product = (levels * target).sum(dim=-1, keepdim=True)
         scale = torch.where(square > 0, product / square, scale).clamp_(min=0).bfloat16().float()
-        zero = self.codes(-target.mean(dim=-1, keepdim=True), scale, codes.mean(dim=-1, keepdim=True))
+        zero = self.codes(
+            -target.mean(dim=-1, keepdim=True), scale, codes.mean(dim=-1, keepdim=True)
+        )
         return scale, zero
 
     def _error(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -161,8 +188,12 @@ def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
         return packed[:, :columns].contiguous()
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
     eights = padded.view(len(padded), padded.shape[1] // width, width)
-    field = torch.nn.functional.pad(eights, (0, width % 2)).view(torch.int16 if width == 2 else torch.int32)
-    field = field.squeeze(2).to(torch.int64).bitwise_and_((1 << 8 * width) - 1)  # not the sign's copies
+    field = torch.nn.functional.pad(eights, (0, width % 2)).view(
+        torch.int16 if width == 2 else torch.int32
+    )
+    field = (
+        field.squeeze(2).to(torch.int64).bitwise_and_((1 << 8 * width) - 1)
+    )  # not the sign's copies
     for lane in (32, 16, 8):
         bits = lane * width // 8
         mask = sum(((1 << bits) - 1) << start for start in range(0, 64, lane))

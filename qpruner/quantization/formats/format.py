@@ -35,13 +35,21 @@ class Format(ABC):
     letter: str  # the one character that stands for the format in a printed plan
     colour: str  # the colour of the format in plots, as `#rrggbb`
     version: int = 1  # to be raised when the same weight gives other tensors
-    package: str = ""  # Python package that packs the weights, besides torch; empty if none is needed
-    extra: str = ""  # extra of qpruner that installs `package`; empty if qpruner requires the package
+    package: str = (
+        ""  # Python package that packs the weights, besides torch; empty if none is needed
+    )
+    extra: str = (
+        ""  # extra of qpruner that installs `package`; empty if qpruner requires the package
+    )
     doubled: str = ""  # the format with quantized scales that `quantize.double_quant` takes in its place, if any
     is_packed: bool = True  # whether weights are stored in other tensors than in the checkpoint
     holds_embeddings: bool = True  # whether single rows of an embedding can be unpacked
-    more_tensors: tuple[str, ...] = ()  # that `pack` returns besides `weight`; they are saved, and `fill` takes them
-    uncounted: tuple[str, ...] = ()  # those of `more_tensors` that hold no weights and are not counted as bytes
+    more_tensors: tuple[
+        str, ...
+    ] = ()  # that `pack` returns besides `weight`; they are saved, and `fill` takes them
+    uncounted: tuple[
+        str, ...
+    ] = ()  # those of `more_tensors` that hold no weights and are not counted as bytes
     ggml_type: str = ""  # name of the type in GGUF files that has the same rows of bytes; empty if llama.cpp has none
     peft_flag: str = ""  # attribute that must be true on a model, so that peft puts its LoRA layer on such layers
 
@@ -49,7 +57,10 @@ class Format(ABC):
     def ink(self) -> str:
         """The colour of text on `colour`: black or white, whose WCAG contrast is then at least 4.5."""
         channels = [int(self.colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        red, green, blue = (each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels)
+        red, green, blue = (
+            each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4
+            for each in channels
+        )
         luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
         return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
@@ -134,11 +145,20 @@ class GridFormat(Format):
         rows, columns = weight.shape
         size = self.group_size or columns
         whole = columns - columns % size
-        parts = [weight[:, :whole].reshape(rows, whole // size, size), weight[:, whole:].unsqueeze(1)]
+        parts = [
+            weight[:, :whole].reshape(rows, whole // size, size),
+            weight[:, whole:].unsqueeze(1),
+        ]
         parts = [part for part in parts if part.numel()]  # (rows, groups, group)
         grids = [self.grid(part) for part in parts]
-        codes = [self.codes(part, *grid).to(torch.uint8).flatten(1) for part, grid in zip(parts, grids, strict=True)]
-        scales, zeros = (torch.cat([each.flatten(1) for each in kind], dim=1) for kind in zip(*grids, strict=True))
+        codes = [
+            self.codes(part, *grid).to(torch.uint8).flatten(1)
+            for part, grid in zip(parts, grids, strict=True)
+        ]
+        scales, zeros = (
+            torch.cat([each.flatten(1) for each in kind], dim=1)
+            for kind in zip(*grids, strict=True)
+        )
         return torch.cat(codes, dim=1), scales, zeros
 
 
@@ -157,13 +177,20 @@ def row_parts(weight: torch.Tensor) -> Iterator[slice]:
     import torch
 
     rows, columns = weight.shape
-    weights = WEIGHTS_PER_THREAD * torch.get_num_threads() if weight.device.type == "cpu" else WEIGHTS_PER_GPU
+    weights = (
+        WEIGHTS_PER_THREAD * torch.get_num_threads()
+        if weight.device.type == "cpu"
+        else WEIGHTS_PER_GPU
+    )
     step = max(1, weights // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def decode_rows(
-    packed: torch.Tensor, columns: int, dtype: torch.dtype, decode: Callable[[torch.Tensor], torch.Tensor]
+    packed: torch.Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    decode: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Unpack uint8 ``(rows, row bytes)`` to ``(rows, columns)``: `decode` makes float32, which is rounded once."""
     weight = packed.new_empty(len(packed), columns, dtype=dtype)

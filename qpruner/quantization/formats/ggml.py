@@ -38,11 +38,17 @@ class Blocks(Format):
         return rows * (columns // self.block_size) * self.block_bytes
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        return f"{columns} columns do not divide by {self.block_size}" if columns % self.block_size else None
+        return (
+            f"{columns} columns do not divide by {self.block_size}"
+            if columns % self.block_size
+            else None
+        )
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         size = self.block_bytes
-        return decode_rows(tensors["weight"], columns, dtype, lambda packed: self._decode(packed.reshape(-1, size)))
+        return decode_rows(
+            tensors["weight"], columns, dtype, lambda packed: self._decode(packed.reshape(-1, size))
+        )
 
     @abstractmethod
     def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -123,7 +129,9 @@ class Q5(Signed):
 
         bits = blocks[:, 2:6].to(torch.int64).mul_(ONES).bitwise_and_(BIT_OF_BYTE)
         # Adding 127 sets the highest bit of every byte that is not 0; it is moved to the fifth.
-        high = bits.add_(127 * ONES).bitwise_right_shift_(3).bitwise_and_(16 * ONES).view(torch.uint8)
+        high = (
+            bits.add_(127 * ONES).bitwise_right_shift_(3).bitwise_and_(16 * ONES).view(torch.uint8)
+        )
         return _split_nibbles(blocks, 6).bitwise_or_(high).view(torch.int8).sub_(16)
 
 
@@ -170,6 +178,30 @@ def _split_nibbles(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return torch.cat([half[:, start:] for half in (blocks & 15, blocks >> 4)], dim=1)
 
 
-Q4_0 = Q4(name="q4_0", ggml_type="Q4_0", bits=4, letter="a", colour="#c7e9c0", num_codes=16, block_bytes=18)
-Q5_0 = Q5(name="q5_0", ggml_type="Q5_0", bits=5, letter="b", colour="#74c476", num_codes=32, block_bytes=22)
-Q8_0 = Q8(name="q8_0", ggml_type="Q8_0", bits=8, letter="c", colour="#238b45", num_codes=255, block_bytes=34)
+Q4_0 = Q4(
+    name="q4_0",
+    ggml_type="Q4_0",
+    bits=4,
+    letter="a",
+    colour="#c7e9c0",
+    num_codes=16,
+    block_bytes=18,
+)
+Q5_0 = Q5(
+    name="q5_0",
+    ggml_type="Q5_0",
+    bits=5,
+    letter="b",
+    colour="#74c476",
+    num_codes=32,
+    block_bytes=22,
+)
+Q8_0 = Q8(
+    name="q8_0",
+    ggml_type="Q8_0",
+    bits=8,
+    letter="c",
+    colour="#238b45",
+    num_codes=255,
+    block_bytes=34,
+)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import GridFormat, Tensors, decode_rows, inverse_of, over_127, read_as
+from qpruner.quantization.formats.format import (
+    GridFormat,
+    Tensors,
+    decode_rows,
+    inverse_of,
+    over_127,
+    read_as,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +42,11 @@ class Int8(GridFormat):
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         import torch
 
-        return {"weight": torch.cat([codes ^ 128, over_127(scales).contiguous().view(torch.uint8)], dim=1)}
+        return {
+            "weight": torch.cat(
+                [codes ^ 128, over_127(scales).contiguous().view(torch.uint8)], dim=1
+            )
+        }
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         import torch
@@ -47,4 +58,6 @@ class Int8(GridFormat):
         return decode_rows(tensors["weight"], columns, dtype, decode)
 
 
-INT8 = Int8(name="int8", version=2, bits=8, letter="8", colour="#2a73b0", group_size=None, num_codes=256)
+INT8 = Int8(
+    name="int8", version=2, bits=8, letter="8", colour="#2a73b0", group_size=None, num_codes=256
+)

@@ -29,7 +29,9 @@ class KQuant(Blocks):
         import libgguf
         import torch
 
-        packed = torch.empty(len(weight), self.packed_bytes(1, weight.shape[1], 0), dtype=torch.uint8)
+        packed = torch.empty(
+            len(weight), self.packed_bytes(1, weight.shape[1], 0), dtype=torch.uint8
+        )
         for rows in row_parts(weight):
             part = weight[rows].detach().float().cpu().numpy()
             packed[rows] = torch.from_numpy(libgguf.quantize_rows(part, self.type_number))
@@ -60,7 +62,9 @@ class Q3K(KQuant):
         high = torch.cat([(scales[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
         step = float16(scale) * (low + (high << 4)).view(torch.int8).sub_(32)  # (blocks, 16)
         third = third.contiguous()
-        bits = torch.stack([(third << 2 - bit if bit < 2 else third >> bit - 2) & 4 for bit in range(8)], dim=1)
+        bits = torch.stack(
+            [(third << 2 - bit if bit < 2 else third >> bit - 2) & 4 for bit in range(8)], dim=1
+        )
         signed = _crumbs(codes).bitwise_or_(bits.view(-1, 2, 4, 32)).view(torch.int8).sub_(4)
         return signed.float().view(-1, 16, 16).mul_(step.unsqueeze(2))
 
@@ -90,7 +94,9 @@ class Q6K(KQuant):
 
         low, high, scales, scale = blocks.split_with_sizes([128, 64, 16, 2], dim=1)
         step = float16(scale) * scales.view(torch.int8)  # (blocks, 16)
-        codes = _crumbs(high).bitwise_left_shift_(4).bitwise_or_(_nibbles(low, 64).view(-1, 2, 4, 32))
+        codes = (
+            _crumbs(high).bitwise_left_shift_(4).bitwise_or_(_nibbles(low, 64).view(-1, 2, 4, 32))
+        )
         return codes.view(torch.int8).sub_(32).float().view(-1, 16, 16).mul_(step.unsqueeze(2))
 
 
@@ -107,10 +113,44 @@ def _nibbles(packed: torch.Tensor, run: int) -> torch.Tensor:
     import torch
 
     packed = packed.contiguous()
-    return torch.stack([half.view(-1, 128 // run, run) for half in (packed & 15, packed >> 4)], dim=2)
+    return torch.stack(
+        [half.view(-1, 128 // run, run) for half in (packed & 15, packed >> 4)], dim=2
+    )
 
 
-Q2_K = Q2K(name="q2_k", ggml_type="Q2_K", bits=2, letter="e", colour="#fdd0a2", block_bytes=84, type_number=10)
-Q3_K = Q3K(name="q3_k", ggml_type="Q3_K", bits=3, letter="f", colour="#fdae6b", block_bytes=110, type_number=11)
-Q4_K = Q4K(name="q4_k", ggml_type="Q4_K", bits=4, letter="g", colour="#f16913", block_bytes=144, type_number=12)
-Q6_K = Q6K(name="q6_k", ggml_type="Q6_K", bits=6, letter="h", colour="#a63603", block_bytes=210, type_number=14)
+Q2_K = Q2K(
+    name="q2_k",
+    ggml_type="Q2_K",
+    bits=2,
+    letter="e",
+    colour="#fdd0a2",
+    block_bytes=84,
+    type_number=10,
+)
+Q3_K = Q3K(
+    name="q3_k",
+    ggml_type="Q3_K",
+    bits=3,
+    letter="f",
+    colour="#fdae6b",
+    block_bytes=110,
+    type_number=11,
+)
+Q4_K = Q4K(
+    name="q4_k",
+    ggml_type="Q4_K",
+    bits=4,
+    letter="g",
+    colour="#f16913",
+    block_bytes=144,
+    type_number=12,
+)
+Q6_K = Q6K(
+    name="q6_k",
+    ggml_type="Q6_K",
+    bits=6,
+    letter="h",
+    colour="#a63603",
+    block_bytes=210,
+    type_number=14,
+)

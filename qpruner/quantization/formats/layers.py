@@ -25,7 +25,9 @@ class _Packed(torch.nn.Module):
         torch.nn.Module.__init__(self)
         self.format, self.compute_dtype = layer_format, dtype
         row_bytes = layer_format.packed_bytes(1, columns, 0)
-        self.weight = torch.nn.Parameter(torch.empty(rows, row_bytes, dtype=torch.uint8), requires_grad=False)
+        self.weight = torch.nn.Parameter(
+            torch.empty(rows, row_bytes, dtype=torch.uint8), requires_grad=False
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # A change of the model's type leaves the packed weight as it is.
@@ -39,10 +41,16 @@ class _Packed(torch.nn.Module):
 class PackedLinear(_Packed, torch.nn.Linear):
     """A linear layer with a packed weight, that computes in the type of its input; its adapter has `compute_dtype`."""
 
-    def __init__(self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype
+    ) -> None:
         self._hold(layer_format, rows, columns, dtype)
         self.in_features, self.out_features = columns, rows
-        bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if has_bias else None
+        bias = (
+            torch.nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False)
+            if has_bias
+            else None
+        )
         self.register_parameter("bias", bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -83,7 +91,9 @@ class PackedEmbedding(_Packed, torch.nn.Embedding):
         return found * float(torch.tensor(self.scalar_embed_scale, dtype=found.dtype, device="cpu"))
 
 
-def packed_module(layer_format: Format, module: torch.nn.Module, dtype: torch.dtype) -> PackedLinear | PackedEmbedding:
+def packed_module(
+    layer_format: Format, module: torch.nn.Module, dtype: torch.dtype
+) -> PackedLinear | PackedEmbedding:
     """Build a layer of the size of a linear layer or embedding, with empty packed weights."""
     if isinstance(module, torch.nn.Linear):
         columns, rows = module.in_features, module.out_features
@@ -147,4 +157,6 @@ def _pieces(
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if widens_bfloat16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+    return (
+        x.float() if widens_bfloat16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+    )

@@ -25,7 +25,10 @@ class Nf4(Format):
     package: str = "bitsandbytes"
     holds_embeddings: bool = False
     more_tensors: tuple[str, ...] = (
-        *(f"weight.{name}" for name in ("nested_absmax", "nested_quant_map", "quant_map", "absmax")),
+        *(
+            f"weight.{name}"
+            for name in ("nested_absmax", "nested_quant_map", "quant_map", "absmax")
+        ),
         STATE,
     )
     uncounted: tuple[str, ...] = (STATE,)
@@ -51,14 +54,25 @@ class Nf4(Format):
     def pack(self, weight: torch.Tensor) -> Tensors:
         from bitsandbytes.functional import quantize_4bit
 
-        options = {"blocksize": BLOCK_SIZE, "compress_statistics": self.double_quant, "quant_type": "nf4"}
+        options = {
+            "blocksize": BLOCK_SIZE,
+            "compress_statistics": self.double_quant,
+            "quant_type": "nf4",
+        }
         codes, state = quantize_4bit(weight, **options)
-        return {"weight": codes, **{f"weight.{name}": each for name, each in state.as_dict(packed=True).items()}}
+        return {
+            "weight": codes,
+            **{f"weight.{name}": each for name, each in state.as_dict(packed=True).items()},
+        }
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
+        state = {
+            name.removeprefix("weight."): tensor
+            for name, tensor in tensors.items()
+            if name != "weight"
+        }
         quant_state = QuantState.from_dict(state, device=tensors["weight"].device)
         weight: torch.Tensor = dequantize_4bit(tensors["weight"], quant_state)
         return weight.to(dtype)
@@ -84,9 +98,16 @@ class Nf4(Format):
     def fill(self, layer: Any, tensors: Tensors) -> None:
         import bitsandbytes as bnb
 
-        codes, stored = tensors["weight"], {name: each for name, each in tensors.items() if name != "weight"}
+        codes, stored = (
+            tensors["weight"],
+            {name: each for name, each in tensors.items() if name != "weight"},
+        )
         layer.weight = bnb.nn.Params4bit.from_prequantized(
-            data=codes, quantized_stats=stored, requires_grad=False, device=codes.device, module=layer
+            data=codes,
+            quantized_stats=stored,
+            requires_grad=False,
+            device=codes.device,
+            module=layer,
         )
 
 

@@ -55,7 +55,8 @@ def _own(name: str) -> Markup:
 def _code(text: str) -> Markup:
     """Turn text between backticks into code elements."""
     return Markup("").join(
-        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(text.split("`"))
+        Markup("<code>{}</code>").format(part) if index % 2 else part
+        for index, part in enumerate(text.split("`"))
     )
 
 

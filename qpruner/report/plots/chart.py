@@ -26,9 +26,20 @@ CONFIG: Spec = {
     "background": "transparent",
     "font": "sans-serif",
     "view": {"stroke": None},
-    "axis": {"gridColor": "var(--line)", "domainColor": "var(--line)", "tickColor": "var(--line)", **TEXT},
+    "axis": {
+        "gridColor": "var(--line)",
+        "domainColor": "var(--line)",
+        "tickColor": "var(--line)",
+        **TEXT,
+    },
     "legend": TEXT
-    | {"symbolOpacity": 1, "orient": "bottom", "symbolBaseFillColor": "var(--text)", "columns": 3, "offset": 8}
+    | {
+        "symbolOpacity": 1,
+        "orient": "bottom",
+        "symbolBaseFillColor": "var(--text)",
+        "columns": 3,
+        "offset": 8,
+    }
     | {"layout": {"bottom": {"direction": "vertical"}}},
     "title": {"color": "var(--text)", "fontSize": 13, "fontWeight": "normal", "anchor": "start"},
     "text": {"color": "var(--text)", "fontSize": 12},
@@ -50,7 +61,9 @@ class Chart:
     def complete(self) -> Spec:
         """The specification with the shared settings; a plot of one panel gets the full width of its container."""
         one_panel = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-        panels = {"autosize": {"type": "pad", "resize": True}}  # another choice may have a longer title
+        panels = {
+            "autosize": {"type": "pad", "resize": True}
+        }  # another choice may have a longer title
         return {
             "description": f"{self.title}. {self.caption}",
             "config": CONFIG,
@@ -65,7 +78,9 @@ class Chart:
         drawn = self.complete | {"background": "var(--page)"}
         if drawn.get("width") == "container":
             drawn["width"] = PNG_WIDTH
-        text = re.sub(r"var\((--[a-z0-9-]+)\)", lambda found: light_theme()[found[1]], json.dumps(drawn))
+        text = re.sub(
+            r"var\((--[a-z0-9-]+)\)", lambda found: light_theme()[found[1]], json.dumps(drawn)
+        )
         return bytes(vl_convert.vegalite_to_png(text, scale=PNG_SCALE))
 
 
@@ -78,7 +93,12 @@ def light_theme() -> dict[str, str]:
 
 def quantity(field: str, title: str, zero: bool = False, **axis: Any) -> Spec:
     """Encode a numeric field as the position along an axis."""
-    return {"field": field, "type": "quantitative", "scale": {"zero": zero}, "axis": {"title": title, **axis}}
+    return {
+        "field": field,
+        "type": "quantitative",
+        "scale": {"zero": zero},
+        "axis": {"title": title, **axis},
+    }
 
 
 def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spec:
@@ -92,5 +112,7 @@ def tooltip(**fields: str) -> list[Spec]:
     shown = []
     for field, text in fields.items():
         title, _, number_format = text.partition("|")
-        shown.append({"field": field, "title": title} | ({"format": number_format} if number_format else {}))
+        shown.append(
+            {"field": field, "title": title} | ({"format": number_format} if number_format else {})
+        )
     return shown

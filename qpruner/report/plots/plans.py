@@ -19,12 +19,18 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
     Groups have their names in the base model, so that the same block of two cuts is in one column.
     """
     bars = [
-        {"plan": name if title in name else f"{name}, {title}", "group": group, "format": format_name}
+        {
+            "plan": name if title in name else f"{name}, {title}",
+            "group": group,
+            "format": format_name,
+        }
         for name, plan in plans.items()
         for title in (cut_title(plan.cut),)
         for group, format_name in plan.as_dict().items()
     ]
-    longest = sorted(plans.values(), key=lambda plan: -len(plan.groups))  # in which no block is lacking
+    longest = sorted(
+        plans.values(), key=lambda plan: -len(plan.groups)
+    )  # in which no block is lacking
     groups = list(dict.fromkeys(group for plan in longest for group in plan.groups))
     used = by_size(tuple({bar["format"] for bar in bars}))
     colours = by_word("format", {name: format_of(name).colour for name in used})
@@ -50,7 +56,13 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
 
 
 def _panel(values: Values, height: Any, mark: Spec, encoding: Spec) -> Spec:
-    return {"width": WIDTH, "height": height, "data": {"values": values}, "mark": mark, "encoding": encoding}
+    return {
+        "width": WIDTH,
+        "height": height,
+        "data": {"values": values},
+        "mark": mark,
+        "encoding": encoding,
+    }
 
 
 def _along(names: list[str], **axis: Any) -> Spec:
@@ -75,25 +87,40 @@ def _costs(groups: list[str], measured: Sequence[str], method: MethodScores) -> 
 def costs_of(method: MethodScores) -> list[float | None]:
     """Return for each group the predicted cost of its smallest format instead of its largest; None if it has one."""
     ordered = [method.values[name] for name in by_size(tuple(method.values))]
-    found = ([value for value in of_group if value is not None] for of_group in zip(*ordered, strict=True))
+    found = (
+        [value for value in of_group if value is not None]
+        for of_group in zip(*ordered, strict=True)
+    )
     return [values[0] - values[-1] if len(values) > 1 else None for values in found]
 
 
 def kept_by_block(cuts: Mapping[str, CutRecord]) -> Chart:
     """Draw the share of parameters that each cut kept of every block."""
     values = [
-        {"cut": cut_title(name), "group": f"{layer.layer}", "kept": layer.kept_parameters / layer.base_parameters}
+        {
+            "cut": cut_title(name),
+            "group": f"{layer.layer}",
+            "kept": layer.kept_parameters / layer.base_parameters,
+        }
         for name, cut in cuts.items()
         if name != UNPRUNED
         for layer in cut.layers
     ]
     blocks = list(dict.fromkeys(str(value["group"]) for value in values))
-    shade = {"field": "kept", "type": "quantitative", "scale": {"domain": [0, 1], "range": [0, 1]}, "legend": None}
+    shade = {
+        "field": "kept",
+        "type": "quantitative",
+        "scale": {"domain": [0, 1], "range": [0, 1]},
+        "legend": None,
+    }
     rows = {"field": "cut", "type": "ordinal", "sort": None, "axis": NO_TITLE}
     details = {"tooltip": tooltip(cut="cut", group="block", kept="kept|.1%")}
     mark = {"type": "rect", "color": "var(--searched)", "stroke": "var(--line)"}
     encoding = {"x": _along(blocks, labelAngle=0), "y": rows, "fillOpacity": shade} | details
     caption = "The share of parameters kept of every block of the base model: the darker, the more."
     return Chart(
-        "kept", "Kept of each block", caption, {"vconcat": [_panel(values, {"step": ROW_HEIGHT}, mark, encoding)]}
+        "kept",
+        "Kept of each block",
+        caption,
+        {"vconcat": [_panel(values, {"step": ROW_HEIGHT}, mark, encoding)]},
     )

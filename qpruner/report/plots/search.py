@@ -12,12 +12,26 @@ from qpruner.search.choice import non_dominated
 from qpruner.search.progress import score_title
 from qpruner.search.roles import control_title
 
-SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = "searched", "control", "given plan", "stopped early", "failed"
-SHAPES = {SEARCHED: "circle", CONTROL: "diamond", GIVEN: "square", STOPPED: "cross", FAILED: "triangle-down"}
+SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = (
+    "searched",
+    "control",
+    "given plan",
+    "stopped early",
+    "failed",
+)
+SHAPES = {
+    SEARCHED: "circle",
+    CONTROL: "diamond",
+    GIVEN: "square",
+    STOPPED: "cross",
+    FAILED: "triangle-down",
+}
 CUT_COLORS = ("#4477aa", "#ee6677", "#228833", "#b8860b", "#aa3377", "#0f9d9d")
 """Colours of the cuts, the least pruned first, which light and dark pages show well."""
 HEIGHT, NAME_WIDTH = 300, 0.3  # pixels; a share of the width, of which a name takes less
-REACH = 6.0  # length of the score axis, in multiples of the distance from the best to the median score
+REACH = (
+    6.0  # length of the score axis, in multiples of the distance from the best to the median score
+)
 
 
 def score_by_bytes(run: Snapshot) -> Chart | None:
@@ -29,7 +43,10 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     title = f"{score_title(run.state.search)}{unit}"
     winner = run.best_trial
     points = [_point(run, trial, trial is winner) for trial in scored]
-    place = {"x": quantity("megabytes", "size in MB", tickCount=6), "y": _score_axis(run.metric, title, points)}
+    place = {
+        "x": quantity("megabytes", "size in MB", tickCount=6),
+        "y": _score_axis(run.metric, title, points),
+    }
     _space_names(points, place["y"]["scale"].get("domain") or [point["score"] for point in points])
     finished = [trial for trial in scored if trial.status == "finished"]
     costs = [(trial.plan_bytes, trial.rungs[-1].cost(run.metric)) for trial in finished]
@@ -38,11 +55,30 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     label = {"type": "text", "angle": 270, "baseline": "top", "dy": 7, "y": {"expr": "height / 2"}}
     named = {"mark": label, "encoding": {"text": {"field": "text"}}}
     budget = {"values": [{"megabytes": run.state.search.budget_bytes / 1e6, "text": "budget"}]}
-    step = {"type": "line", "interpolate": "step-after", "color": "var(--muted)", "strokeWidth": 1.5}
-    sizes, strokes = (f"datum.kind === '{CONTROL}' ? {each}" for each in ("130 : 60", "'var(--text)' : null"))
-    point = {"type": "point", "filled": True, "size": {"expr": sizes}, "stroke": {"expr": strokes}, "strokeWidth": 1}
+    step = {
+        "type": "line",
+        "interpolate": "step-after",
+        "color": "var(--muted)",
+        "strokeWidth": 1.5,
+    }
+    sizes, strokes = (
+        f"datum.kind === '{CONTROL}' ? {each}" for each in ("130 : 60", "'var(--text)' : null")
+    )
+    point = {
+        "type": "point",
+        "filled": True,
+        "size": {"expr": sizes},
+        "stroke": {"expr": strokes},
+        "strokeWidth": 1,
+    }
     by_legend = {"name": "cuts", "select": {"type": "point", "fields": ["cut"]}, "bind": "legend"}
-    ring = {"type": "point", "filled": False, "size": 330, "strokeWidth": 2.5, "color": "var(--text)"}
+    ring = {
+        "type": "point",
+        "filled": False,
+        "size": 330,
+        "strokeWidth": 2.5,
+        "color": "var(--text)",
+    }
     layers = [
         {"data": budget, "encoding": {"x": place["x"]}, "layer": [rule, named]},
         {"data": {"values": best}, "mark": step, "encoding": place},
@@ -50,7 +86,9 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
         _names(place),
         {"transform": [{"filter": "datum.best"}], "mark": ring, "encoding": place},
     ]
-    edge = " Scores far worse than the rest are at the edge." if "clamp" in place["y"]["scale"] else ""
+    edge = (
+        " Scores far worse than the rest are at the edge." if "clamp" in place["y"]["scale"] else ""
+    )
     fresh = " The winner was chosen on fresh rows, so another trial may have a better score."
     return Chart(
         "pareto",
@@ -97,21 +135,36 @@ def _score_axis(metric: str, title: str, points: Values) -> Spec:
         min(sign * point["score"] for point in points if point["cut"] == cut)
         for cut in {each["cut"] for each in points}
     ]
-    best, reach = costs[0], max(REACH * (statistics.median(costs) - costs[0]), max(of_cuts) - costs[0])
+    best, reach = (
+        costs[0],
+        max(REACH * (statistics.median(costs) - costs[0]), max(of_cuts) - costs[0]),
+    )
     axis = quantity("score", title)
     if not 0 < reach < costs[-1] - best:  # all scores fit
         return axis
-    return axis | {"scale": {"zero": False, "domain": sorted((sign * best, sign * (best + reach))), "clamp": True}}
+    return axis | {
+        "scale": {
+            "zero": False,
+            "domain": sorted((sign * best, sign * (best + reach))),
+            "clamp": True,
+        }
+    }
 
 
 def _space_names(points: Values, ends: Sequence[float]) -> None:
     """Choose how many pixels below its point each name stands, the winner's first, so that names do not overlap."""
     sizes, taken = [point["megabytes"] for point in points], list[tuple[float, float]]()
-    for point in sorted((each for each in points if each["name"]), key=lambda each: not each["best"]):
+    for point in sorted(
+        (each for each in points if each["name"]), key=lambda each: not each["best"]
+    ):
         along = (point["megabytes"] - min(sizes)) / (max(sizes) - min(sizes) or 1)
         down = HEIGHT * (max(ends) - point["score"]) / (max(ends) - min(ends) or 1)
         near = [other for where, other in taken if abs(along - where) < NAME_WIDTH]
-        free = (each for each in (0, 13, -13, 26, -26) if all(abs(down + each - other) >= 13 for other in near))
+        free = (
+            each
+            for each in (0, 13, -13, 26, -26)
+            if all(abs(down + each - other) >= 13 for other in near)
+        )
         point["below"] = next(free, 0)
         taken.append((along, down + point["below"]))
 
@@ -122,17 +175,42 @@ def _looks(run: Snapshot, title: str, points: Values) -> Spec:
     used = dict.fromkeys(trial.cut for trial in run.trials)
     titles = [cut_title(name) for name in dict.fromkeys((*found, *used)) if name in used]
     cuts = dict(zip(titles, itertools.cycle(CUT_COLORS), strict=False))
-    kinds = {kind: shape for kind, shape in SHAPES.items() if any(point["kind"] == kind for point in points)}
-    figures = {"megabytes": "MB|.2f", "mean_bits": "mean bits|.2f", "score": f"{title}|.4f", "step": "at step"}
-    details = tooltip(trial="trial", origin="from", kind="kind", cut="cut", plan="plan", formats="formats", **figures)
+    kinds = {
+        kind: shape
+        for kind, shape in SHAPES.items()
+        if any(point["kind"] == kind for point in points)
+    }
+    figures = {
+        "megabytes": "MB|.2f",
+        "mean_bits": "mean bits|.2f",
+        "score": f"{title}|.4f",
+        "step": "at step",
+    }
+    details = tooltip(
+        trial="trial",
+        origin="from",
+        kind="kind",
+        cut="cut",
+        plan="plan",
+        formats="formats",
+        **figures,
+    )
     opacity = {"condition": {"param": "cuts", "value": 0.85}, "value": 0.1}
-    return {"color": by_word("cut", cuts), "shape": by_word("kind", kinds), "tooltip": details, "opacity": opacity}
+    return {
+        "color": by_word("cut", cuts),
+        "shape": by_word("kind", kinds),
+        "tooltip": details,
+        "opacity": opacity,
+    }
 
 
 def _names(place: Spec) -> Spec:
     """Name the best trial and the controls, beside them and away from the edge."""
     side, away = "scale('x', datum.megabytes) > width / 2 ?", "(datum.best ? 15 : 9)"
-    beside = {"align": {"expr": f"{side} 'right' : 'left'"}, "dx": {"expr": f"{side} -{away} : {away}"}}
+    beside = {
+        "align": {"expr": f"{side} 'right' : 'left'"},
+        "dx": {"expr": f"{side} -{away} : {away}"},
+    }
     font = {"fontWeight": {"expr": "datum.best ? 'bold' : 'normal'"}, "dy": {"expr": "datum.below"}}
     label, text = {"type": "text", **beside, **font}, place | {"text": {"field": "name"}}
     both = [{"mark": label | HALO}, {"mark": label}]

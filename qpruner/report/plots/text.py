@@ -24,10 +24,24 @@ def text_plot(chart: Chart) -> list[list[Span]]:
 
     at_budget = place(budget["megabytes"], scores[0])[1]
     grid: dict[tuple[int, int], Span] = {(line, at_budget): (":", "") for line in range(LINES)}
-    looks = dict(zip(colours["scale"]["domain"], zip(MARKS * 9, colours["scale"]["range"], strict=False), strict=False))
-    legend, controls = [(f"{mark} {cut}", colour) for cut, (mark, colour) in looks.items()], list[Span]()
-    for point in sorted(points, key=lambda each: (each["best"], each["kind"] == CONTROL, each["trial"])):
-        (line, column), (mark, colour) = place(point["megabytes"], point["score"]), looks[point["cut"]]
+    looks = dict(
+        zip(
+            colours["scale"]["domain"],
+            zip(MARKS * 9, colours["scale"]["range"], strict=False),
+            strict=False,
+        )
+    )
+    legend, controls = (
+        [(f"{mark} {cut}", colour) for cut, (mark, colour) in looks.items()],
+        list[Span](),
+    )
+    for point in sorted(
+        points, key=lambda each: (each["best"], each["kind"] == CONTROL, each["trial"])
+    ):
+        (line, column), (mark, colour) = (
+            place(point["megabytes"], point["score"]),
+            looks[point["cut"]],
+        )
         if point["kind"] == CONTROL:
             mark = f"{len(controls) + 1:x}"
             controls.append((f"{mark} {control_title(point['origin'])}", colour))
@@ -37,17 +51,28 @@ def text_plot(chart: Chart) -> list[list[Span]]:
             grid |= {(line, column - 1): ("(", ""), (line, column + 1): (")", "")}
             legend.append((f"({mark}) {point['name']}", ""))
         grid[line, column] = (mark, colour)
-    legend += [(f". {STOPPED}", "")] if any(point["kind"] in (STOPPED, FAILED) for point in points) else []
+    legend += (
+        [(f". {STOPPED}", "")]
+        if any(point["kind"] in (STOPPED, FAILED) for point in points)
+        else []
+    )
     room = LINES + 2 - len(legend)
-    legend += controls if len(controls) <= room else [*controls[: room - 1], ("and further controls", "")]
+    legend += (
+        controls if len(controls) <= room else [*controls[: room - 1], ("and further controls", "")]
+    )
     named = f"budget {budget['megabytes']:.1f} MB"
     below = f"{min(sizes):.1f} MB ".ljust(min(at_budget, COLUMNS - len(named))) + named
     ends = [f"{max(scores):.3f}", *[""] * (LINES - 2), f"{min(scores):.3f}"]
-    cells = [[grid.get((line, column), (" ", "")) for column in range(COLUMNS)] for line in range(LINES)]
+    cells = [
+        [grid.get((line, column), (" ", "")) for column in range(COLUMNS)] for line in range(LINES)
+    ]
     cells += [[(each[:COLUMNS].ljust(COLUMNS), "")] for each in ("-" * COLUMNS, below)]
     beside = [(f"  {text[:LEGEND]}", colour) for text, colour in legend]
     lines = zip([*ends, "", ""], cells, strict=True)
     return [
         [(axis["axis"]["title"], "")],
-        *([(f"{end:>{MARGIN - 1}} ", ""), *line, *beside[at : at + 1]] for at, (end, line) in enumerate(lines)),
+        *(
+            [(f"{end:>{MARGIN - 1}} ", ""), *line, *beside[at : at + 1]]
+            for at, (end, line) in enumerate(lines)
+        ),
     ]

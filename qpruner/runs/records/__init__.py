@@ -308,7 +308,8 @@ class RunState(Recorded):
     def extras(self) -> dict[str, bool]:
         """Stage that not every run has -> whether the configuration asks for it."""
         asked = [
-            (self.config.get(section) or {}).get(key) for section, key in (("finetune", "compare"), ("serve", "to"))
+            (self.config.get(section) or {}).get(key)
+            for section, key in (("finetune", "compare"), ("serve", "to"))
         ]
         return {name: bool(each) for name, each in zip(EXTRAS, asked, strict=True)}
 
@@ -345,7 +346,12 @@ class Results(Recorded):
     @property
     def left_out(self) -> dict[str, str]:
         """Name of a cut that cannot be made, or not be packed -> the reason."""
-        return {cut: why for record in (self.prune, self.bank) if record for cut, why in record.left_out.items()}
+        return {
+            cut: why
+            for record in (self.prune, self.bank)
+            if record
+            for cut, why in record.left_out.items()
+        }
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:

@@ -18,7 +18,9 @@ StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mo
 class Recorded(BaseModel):
     """Base class of all recorded data: immutable, made of plain values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
 
 
 class Record(Recorded):
@@ -34,7 +36,11 @@ def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings to one level: `field.key` -> value."""
     flattened: dict[str, Any] = {}
     for name, value in fields.items():
-        flattened |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flattened |= (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return flattened
 
 

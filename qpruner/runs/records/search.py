@@ -83,7 +83,10 @@ class TrialRecord(Recorded):
     status: Literal["running", "finished", "stopped", "failed"]
     rungs: tuple[RungResult, ...] = ()
     reason: str | None = None
-    failure: Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"] | None = None
+    failure: (
+        Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"]
+        | None
+    ) = None
     """`lost`: its worker processes died. Trials with `storage`, `damaged` or `machine` are run again."""
     seconds: float = 0.0
     """Seconds that workers spent on the trial in all sessions (see `SearchClock`)."""
@@ -117,7 +120,11 @@ class TrialRecord(Recorded):
 
     def gpu_seconds_of(self, search: str) -> float:
         """Return the GPU seconds that one search used for this trial."""
-        own = self.gpu_seconds - sum(self.earlier_gpu_seconds.values()) if self.search == search else 0.0
+        own = (
+            self.gpu_seconds - sum(self.earlier_gpu_seconds.values())
+            if self.search == search
+            else 0.0
+        )
         return self.earlier_gpu_seconds.get(search, 0.0) + own
 
     @property

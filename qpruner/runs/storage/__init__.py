@@ -51,7 +51,9 @@ def run_path(output: str | Path) -> Path:
     root = Path(output).expanduser().resolve()
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"`output`: {existing} is a file, but a run is a folder; name the folder of the run")
+        raise UserError(
+            f"`output`: {existing} is a file, but a run is a folder; name the folder of the run"
+        )
     return root
 
 
@@ -77,7 +79,11 @@ def display_name(path: Path) -> str:
 def export_command(root: Path) -> str:
     """Return the command that exports the final model of a run to a folder; empty if the run is in a folder."""
     storage = storage_at(root)
-    return "" if storage.fills_this_disk else f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
+    return (
+        ""
+        if storage.fills_this_disk
+        else f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
+    )
 
 
 def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
@@ -118,7 +124,9 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
             return None
         fields = json.loads(text)
         if isinstance(fields, dict) and fields.pop(OWN_DIGEST, None) != digest_of(fields):
-            raise ValueError(f"the file was damaged or edited, because its contents differ from its `{OWN_DIGEST}`")
+            raise ValueError(
+                f"the file was damaged or edited, because its contents differ from its `{OWN_DIGEST}`"
+            )
         return kind.model_validate(fields)
     except ValueError as error:  # no text, no JSON or no such record
         why = f"{error}"

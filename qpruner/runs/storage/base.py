@@ -123,7 +123,9 @@ def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
 
 
 def _release(lock: FileLock) -> None:
-    Path(lock.lock_file).unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
+    Path(lock.lock_file).unlink(
+        missing_ok=True
+    )  # a process that waits for it notices, and makes a new one
     lock.release()
 
 
@@ -347,10 +349,14 @@ class Storage:
             except FileNotFoundError:
                 return ""
 
-        for name, sha256 in zip(listed.sha256, for_each(actual_digest, list(listed.sha256)), strict=True):
+        for name, sha256 in zip(
+            listed.sha256, for_each(actual_digest, list(listed.sha256)), strict=True
+        ):
             if sha256 != listed.sha256[name]:
                 state = "damaged" if sha256 else "missing"
-                raise CorruptFile(f"{self.name}/{name} is {state}, says {self.file_list.name}", self.path / name)
+                raise CorruptFile(
+                    f"{self.name}/{name} is {state}, says {self.file_list.name}", self.path / name
+                )
 
 
 def write_list(folder: Path, listed: FileList) -> None:

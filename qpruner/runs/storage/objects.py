@@ -57,15 +57,26 @@ def mirror_of(uri: str) -> Path:
     # Messages must not repeat keys. A key may contain a slash, and then only its start is in `netloc`.
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI must not contain credentials; {CREDENTIALS}")
-    if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in ("http", "https"):
-        raise UserError("`output`: a URI takes no options but endpoint_override, region, and scheme (http or https)")
+    if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in (
+        "http",
+        "https",
+    ):
+        raise UserError(
+            "`output`: a URI takes no options but endpoint_override, region, and scheme (http or https)"
+        )
     steps = (parts.netloc, *prefix.split("/"))
-    if parts.scheme not in ("s3", "gs") or parts.fragment or any(step in ("", ".", "..") for step in steps):
+    if (
+        parts.scheme not in ("s3", "gs")
+        or parts.fragment
+        or any(step in ("", ".", "..") for step in steps)
+    ):
         raise UserError(f"`output`: {uri} {form}")
     query = f"?{parts.query}" if parts.query else ""
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
-        raise UserError(f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255")
+        raise UserError(
+            f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255"
+        )
     return cache_root() / "runs" / name
 
 
@@ -89,7 +100,9 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
     endpoint = options.setdefault("endpoint_override", endpoint)
     region = options.setdefault("region", region)
     of_region = f"s3.{region}" if region else "s3"
-    proxy = _proxy_for(endpoint or f"{bucket}.{of_region}.amazonaws.com", options.get("scheme", "https"))
+    proxy = _proxy_for(
+        endpoint or f"{bucket}.{of_region}.amazonaws.com", options.get("scheme", "https")
+    )
     if proxy and not (endpoint or region):
         raise UserError(
             f"`output`: the region of {bucket} cannot be asked for through the proxy of HTTPS_PROXY: set AWS_REGION"
@@ -169,17 +182,27 @@ class ObjectStorage(Storage):
 
         with self._translated():
             info = self._system.get_file_info(self._path)
-        return Stat(float(info.mtime.timestamp()), int(info.size)) if info.type == FileType.File else None
+        return (
+            Stat(float(info.mtime.timestamp()), int(info.size))
+            if info.type == FileType.File
+            else None
+        )
 
     def put(self, file: Path) -> str:
-        with file.open("rb") as source, self._translated(), self._system.open_output_stream(self._path) as stream:
+        with (
+            file.open("rb") as source,
+            self._translated(),
+            self._system.open_output_stream(self._path) as stream,
+        ):
             return base.copy_pieces(source.read, stream.write)
 
     def names(self) -> list[str]:
         return sorted(info.base_name for info in self._infos(recursive=False))
 
     def files(self) -> dict[str, int]:
-        return {info.path[len(self._path) + 1 :]: info.size for info in self._infos() if info.is_file}
+        return {
+            info.path[len(self._path) + 1 :]: info.size for info in self._infos() if info.is_file
+        }
 
     def delete(self) -> None:
         lists = [self / name for name in self.files() if name.endswith(FILES)]
@@ -204,7 +227,10 @@ class ObjectStorage(Storage):
     def put_folder(self, folder: Path) -> FileList:
         retry_storage(self.file_list._delete, self.path)
         names = sorted(Storage(folder).files())
-        sent = for_each(lambda name: retry_storage(lambda: (self / name).put(folder / name), self.path / name), names)
+        sent = for_each(
+            lambda name: retry_storage(lambda: (self / name).put(folder / name), self.path / name),
+            names,
+        )
         listed = FileList(sha256=dict(zip(names, sent, strict=True)))
         retry_storage(lambda: self.file_list.write(listed.model_dump_json().encode()), self.path)
         stale = sorted(set(retry_storage(self.files, self.path)) - set(names))
@@ -219,7 +245,10 @@ class ObjectStorage(Storage):
     def fetch(self, on_piece: OnPiece = lambda: None) -> None:
         # All processes of a machine share one copy while the list stays the same; each process verifies it once.
         if (listed := self.read_list()) is None:
-            raise CorruptFile(f"{self.name} is missing or incomplete: there is no {self.file_list.name}", self.path)
+            raise CorruptFile(
+                f"{self.name} is missing or incomplete: there is no {self.file_list.name}",
+                self.path,
+            )
         if self._has_copy(listed, on_piece):
             return
         with base.exclusive(self.path, on_piece):
@@ -236,7 +265,11 @@ class ObjectStorage(Storage):
                 return False
             copy.fetch(on_piece)
         except CorruptFile as error:
-            logger.warning("the copy %s on this machine is damaged; downloading all of %s again", error.path, self.name)
+            logger.warning(
+                "the copy %s on this machine is damaged; downloading all of %s again",
+                error.path,
+                self.name,
+            )
             list_path(self.path).unlink(missing_ok=True)
             return False
         return True
@@ -247,8 +280,12 @@ class ObjectStorage(Storage):
         if stat is None or listed is None:
             return
         infos = [info for info in retry_storage(self._infos, self.path) if info.is_file]
-        modified = {info.path[len(self._path) + 1 :]: float(info.mtime.timestamp()) for info in infos}
-        names = [name for name in listed.sha256 if modified.get(name, stat.modified) >= stat.modified]
+        modified = {
+            info.path[len(self._path) + 1 :]: float(info.mtime.timestamp()) for info in infos
+        }
+        names = [
+            name for name in listed.sha256 if modified.get(name, stat.modified) >= stat.modified
+        ]
         doubtful = FileList(sha256={name: listed.sha256[name] for name in names})
         self.compare(doubtful, lambda name: (self / name).digest())
 
@@ -261,7 +298,9 @@ class ObjectStorage(Storage):
             raise UserError(f"`output`: {error.cause}; {error.remedy}") from error
         except OSError as error:
             remedy = "check the network and the endpoint (AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
-            raise UserError(f"`output`: {self.name} cannot be reached ({error.strerror}); {remedy}") from error
+            raise UserError(
+                f"`output`: {self.name} cannot be reached ({error.strerror}); {remedy}"
+            ) from error
 
     @property
     def _system(self) -> Any:
@@ -275,16 +314,28 @@ class ObjectStorage(Storage):
         except OSError as error:
             if error.errno is not None and "google::cloud" not in str(error):
                 raise
-            text = re.sub(r"\s*(\(Request ID|error_info=).*", "", str(error), flags=re.DOTALL).strip()
-            if text.startswith(os.strerror(errno.ENOENT)):  # Google Cloud Storage, for a missing folder
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name) from error
+            text = re.sub(
+                r"\s*(\(Request ID|error_info=).*", "", str(error), flags=re.DOTALL
+            ).strip()
+            if text.startswith(
+                os.strerror(errno.ENOENT)
+            ):  # Google Cloud Storage, for a missing folder
+                raise FileNotFoundError(
+                    errno.ENOENT, os.strerror(errno.ENOENT), self.name
+                ) from error
             detail = text.partition("AWS Error ")[2] or text
             if REFUSED.search(detail):
                 cause = f"{self.name}: access is refused ({detail})"
-                raise StorageError(cause, f"{CREDENTIALS}; correct the credentials, then repeat the command") from error
+                raise StorageError(
+                    cause, f"{CREDENTIALS}; correct the credentials, then repeat the command"
+                ) from error
             if GONE.search(text):
-                raise StorageError(f"there is no bucket {self.bucket}", "create it, then repeat the command") from error
-            if isinstance(error, FileNotFoundError) or ("AWS Error" not in text and "google::cloud" not in text):
+                raise StorageError(
+                    f"there is no bucket {self.bucket}", "create it, then repeat the command"
+                ) from error
+            if isinstance(error, FileNotFoundError) or (
+                "AWS Error" not in text and "google::cloud" not in text
+            ):
                 raise  # a missing object, or a request that pyarrow itself refused
             raise OSError(errno.EHOSTUNREACH, detail, self.name) from error
 

@@ -55,13 +55,23 @@ def retry_storage(
     def log(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         trouble = storage_error(error, path) if error else None
-        logger.warning("%s; trying again in %.1f s", trouble.cause if trouble else error, state.upcoming_sleep)
+        logger.warning(
+            "%s; trying again in %.1f s", trouble.cause if trouble else error, state.upcoming_sleep
+        )
 
     def is_away(error: BaseException) -> bool:
-        return storage_error(error, path) is not None or (was_there and isinstance(error, FileNotFoundError))
+        return storage_error(error, path) is not None or (
+            was_there and isinstance(error, FileNotFoundError)
+        )
 
     try:
-        retrying = Retrying(retry=retry_if_exception(is_away), stop=stop, wait=PAUSES, before_sleep=log, reraise=True)
+        retrying = Retrying(
+            retry=retry_if_exception(is_away),
+            stop=stop,
+            wait=PAUSES,
+            before_sleep=log,
+            reraise=True,
+        )
         return retrying(attempt)
     except Exception as error:
         if trouble := storage_error(error, path):
@@ -73,7 +83,9 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
     """Return the `StorageError` for an error of a storage that is full or away; return None for any other error."""
     number, place = _number_of(error), getattr(error, "filename", None) or path
     if number in FULL:
-        return StorageError(f"no space left for {place or 'the disk'}", "make room, then repeat the command")
+        return StorageError(
+            f"no space left for {place or 'the disk'}", "make room, then repeat the command"
+        )
     if number in AWAY:
         reason = getattr(error, "strerror", None) or os.strerror(number)
         cause = f"{place or 'the storage'} cannot be reached ({reason})"
@@ -85,7 +97,9 @@ def _number_of(error: BaseException) -> int:
     """Find the errno of an error; return 0 if it has none, or one that may also come from a model hub."""
     text = str(error)
     if isinstance(error, OSError):
-        found = re.search(r"\[[Ee]rrno (\d+)\]", text)  # shutil and pyarrow have it only in the text
+        found = re.search(
+            r"\[[Ee]rrno (\d+)\]", text
+        )  # shutil and pyarrow have it only in the text
         return error.errno or (int(found[1]) if found else 0)
     if TORCH_CANNOT_WRITE in text:
         return errno.ENOSPC

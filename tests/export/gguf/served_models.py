@@ -12,7 +12,11 @@ from qpruner.export.gguf.llama_cpp import Llama
 from qpruner.export.gguf.writing import write_gguf
 from qpruner.pruning.surgery import cut, keep_blocks
 
-GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attn_implementation": "eager", "tie_word_embeddings": True}
+GEMMA = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attn_implementation": "eager",
+    "tie_word_embeddings": True,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},

@@ -43,7 +43,10 @@ def test_a_cut_is_refused_before_it_is_made() -> None:
     ("rope", "why"),
     [
         ({"rope_type": "yarn", "factor": 2.0}, "RoPE scaling `yarn`"),
-        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "no RoPE scaling"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "no RoPE scaling",
+        ),
     ],
 )
 def test_other_rope_scaling_is_refused(rope: dict[str, object], why: str) -> None:

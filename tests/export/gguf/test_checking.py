@@ -31,9 +31,13 @@ def final(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checked")
     sharp = shutil.copytree(tiny_model, folder / "sharp")
     weights = load_file(sharp / "model.safetensors")
-    scales = {name: 8 if "proj" in name else 20 if name == "model.norm.weight" else 1 for name in weights}
+    scales = {
+        name: 8 if "proj" in name else 20 if name == "model.norm.weight" else 1 for name in weights
+    }
     save_file(
-        {name: each * scales[name] for name, each in weights.items()}, sharp / "model.safetensors", {"format": "pt"}
+        {name: each * scales[name] for name, each in weights.items()},
+        sharp / "model.safetensors",
+        {"format": "pt"},
     )
     return final_model(sharp, folder)
 
@@ -79,7 +83,11 @@ def remove_the_adapter(tensors: Tensors) -> None:
 def test_sound_files_pass(checkpoint: Path) -> None:
     told: list[str] = []
     served = check(
-        checkpoint, checkpoint / "model.gguf", checkpoint / "adapter.gguf", ROWS, lambda what, *_: told.append(what)
+        checkpoint,
+        checkpoint / "model.gguf",
+        checkpoint / "adapter.gguf",
+        ROWS,
+        lambda what, *_: told.append(what),
     )
     assert served.num_positions == 252 and served.agreement > 0.9
     assert abs(served.loss - served.loss_before) < 0.05
@@ -105,7 +113,10 @@ def test_a_flipped_bit_on_disk_is_found(name: str, checkpoint: Path, tmp_path: P
 def test_a_lost_adapter_of_one_layer_is_found(checkpoint: Path, tmp_path: Path) -> None:
     other = shutil.copytree(checkpoint, tmp_path / "other")
     adapter = load_file(other / ADAPTER)
-    save_file({name: each for name, each in adapter.items() if "layers.1.mlp.up_proj" not in name}, other / ADAPTER)
+    save_file(
+        {name: each for name, each in adapter.items() if "layers.1.mlp.up_proj" not in name},
+        other / ADAPTER,
+    )
     write_adapter(other, other / "adapter.gguf")
     with pytest.raises(StageError, match=r"has no tensor `blk\.1\.ffn_up\.weight\.lora_a`"):
         check(checkpoint, checkpoint / "model.gguf", other / "adapter.gguf", ROWS)
@@ -114,7 +125,9 @@ def test_a_lost_adapter_of_one_layer_is_found(checkpoint: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", [shift_the_head, restore_the_order_of_q])
-def test_rows_in_another_order_are_found(damage: Callable[[Tensors], None], checkpoint: Path, tmp_path: Path) -> None:
+def test_rows_in_another_order_are_found(
+    damage: Callable[[Tensors], None], checkpoint: Path, tmp_path: Path
+) -> None:
     """Even if the writer had meant this order, so that no byte differs."""
     file = damaged(checkpoint / "model.gguf", tmp_path / "damaged.gguf", damage)
     with pytest.raises(StageError, match=r"predictions in xllamacpp .* diverge by"):
@@ -132,7 +145,10 @@ def test_a_missing_weak_adapter_is_found(checkpoint: Path, tmp_path: Path) -> No
     """Its effect is smaller than the rounding of inputs in llama.cpp."""
     weak = shutil.copytree(checkpoint, tmp_path / "weak")
     adapter = load_file(weak / ADAPTER)
-    save_file({name: each * (0.002 if "lora_B" in name else 1) for name, each in adapter.items()}, weak / ADAPTER)
+    save_file(
+        {name: each * (0.002 if "lora_B" in name else 1) for name, each in adapter.items()},
+        weak / ADAPTER,
+    )
     write_adapter(weak, weak / "adapter.gguf")
     check_predictions(weak, weak / "model.gguf", weak / "adapter.gguf", ROWS)
     empty = damaged(weak / "adapter.gguf", tmp_path / "empty.gguf", remove_the_adapter)
@@ -157,5 +173,9 @@ def test_another_perplexity_is_found(final: Path) -> None:
     actual = log_probabilities(model, row)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
     same = Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
     assert compare_served(final, [row], [same], "a server", rounding_inputs).divergence < 1e-3
-    with pytest.raises(StageError, match=r"perplexity in a server differs by \+2\.\d%, more than 1%"):
-        compare_served(final, [row], [same._replace(actual=same.actual - 0.02)], "a server", rounding_inputs)
+    with pytest.raises(
+        StageError, match=r"perplexity in a server differs by \+2\.\d%, more than 1%"
+    ):
+        compare_served(
+            final, [row], [same._replace(actual=same.actual - 0.02)], "a server", rounding_inputs
+        )

@@ -42,7 +42,11 @@ def process() -> Iterator[int]:
     ("function", "kind", "told"),
     [
         (refuse, UserError, "^no such file: name another$"),
-        (crash, StageError, r"was ended by SIGABRT: ggml\.c:9: GGML_ASSERT\(rows > 0\) failed\n  remedy"),
+        (
+            crash,
+            StageError,
+            r"was ended by SIGABRT: ggml\.c:9: GGML_ASSERT\(rows > 0\) failed\n  remedy",
+        ),
         (leave, StageError, "ended with exit code 3"),
         (fail, RuntimeError, "in fail"),
     ],
@@ -57,8 +61,12 @@ def test_an_error_comes_after_what_was_found(
         next(answers)
 
 
-def test_a_file_that_is_cut_while_it_is_read_crashes_llama_cpp_alone(tiny_model: Path, tmp_path: Path) -> None:
-    from qpruner.export.gguf.writing import write_gguf  # the child imports this file too, and torch takes seconds
+def test_a_file_that_is_cut_while_it_is_read_crashes_llama_cpp_alone(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from qpruner.export.gguf.writing import (
+        write_gguf,
+    )  # the child imports this file too, and torch takes seconds
 
     model = tmp_path / "tiny.gguf"
     write_gguf(tiny_model, model, "tiny")
@@ -77,7 +85,9 @@ def test_a_process_that_is_not_needed_ends() -> None:
         os.kill(pid, 0)
 
 
-def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_current_folder_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "random.py").write_text("raise RuntimeError")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no such file"):

@@ -63,9 +63,13 @@ def test_generation_takes_the_most_likely_tokens(model: Path) -> None:
         assert first == llama.decode(8)
 
 
-def test_the_loss_is_that_of_transformers(model: Path, tiny_model: Path, rows: list[dict[str, Any]]) -> None:
+def test_the_loss_is_that_of_transformers(
+    model: Path, tiny_model: Path, rows: list[dict[str, Any]]
+) -> None:
     with Llama(model) as llama:
-        found = loss_result(*zip(*(llama.loss(row["input_ids"], row["labels"]) for row in rows), strict=True))
+        found = loss_result(
+            *zip(*(llama.loss(row["input_ids"], row["labels"]) for row in rows), strict=True)
+        )
     expected = mean_loss(load(tiny_model).float(), rows, pad_id=1, batch_size=4)
     assert found.mean == pytest.approx(expected.mean, abs=1e-3)
     assert found.by_row == pytest.approx(expected.by_row, abs=1e-2)
@@ -75,11 +79,15 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     found = [path for path in sys.path if not (Path(path) / "xllamacpp").is_dir()]
     monkeypatch.setattr(sys, "path", found)
     monkeypatch.delitem(sys.modules, "xllamacpp", raising=False)
-    with pytest.raises(UserError, match=r"`xllamacpp` is missing: run `pip install \"qpruner\[gguf\]\"`"):
+    with pytest.raises(
+        UserError, match=r"`xllamacpp` is missing: run `pip install \"qpruner\[gguf\]\"`"
+    ):
         library_path()
 
 
-def test_what_is_no_library_is_refused(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_library_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"none\.gguf is not a file"):
         Llama(tmp_path / "none.gguf")
     other = next(library_path().parent.glob("__init__.py"))
@@ -88,7 +96,9 @@ def test_what_is_no_library_is_refused(tmp_path: Path, model: Path, monkeypatch:
         Llama(model)
 
 
-@pytest.mark.parametrize(("damage", "told"), [("cut", "not within the file bounds"), ("text", "invalid magic")])
+@pytest.mark.parametrize(
+    ("damage", "told"), [("cut", "not within the file bounds"), ("text", "invalid magic")]
+)
 def test_a_damaged_file_is_refused(damage: str, told: str, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "damaged.gguf"
     file.write_bytes(model.read_bytes()[:-5000] if damage == "cut" else b"no model")

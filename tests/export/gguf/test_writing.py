@@ -40,7 +40,8 @@ CASES = [
 
 
 @pytest.fixture(
-    params=[None, pytest.param("QPRUNER_TEST_LIBLLAMA", marks=pytest.mark.serve)], ids=["xllamacpp", "other"]
+    params=[None, pytest.param("QPRUNER_TEST_LIBLLAMA", marks=pytest.mark.serve)],
+    ids=["xllamacpp", "other"],
 )
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param and request.param not in os.environ:
@@ -64,8 +65,12 @@ def test_llama_cpp_computes_what_transformers_does(
     assert error_of(file, model, num_tokens=8) < MOST_ERROR
 
 
-@pytest.mark.parametrize(("kind", "name"), [("alike", "gemma3_text"), ("alike", "mistral"), ("ragged", "qwen2")])
-def test_an_untied_head_is_written(kind: str, name: str, tiny_model: Path, tmp_path: Path, library: None) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), [("alike", "gemma3_text"), ("alike", "mistral"), ("ragged", "qwen2")]
+)
+def test_an_untied_head_is_written(
+    kind: str, name: str, tiny_model: Path, tmp_path: Path, library: None
+) -> None:
     model = built(kind, name, tie_word_embeddings=False)
     assert error_of(written(model, tiny_model, tmp_path), model) < MOST_ERROR
 
@@ -79,7 +84,12 @@ def test_float16_weights_are_written_as_they_are(tiny_model: Path, tmp_path: Pat
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
-    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
 }
 
 
@@ -92,7 +102,9 @@ def test_longer_contexts_are_rotated_alike(
     assert error_of(written(model, tiny_model, tmp_path), model) < MOST_ERROR
 
 
-@pytest.mark.parametrize(("kind", "name"), [("ragged", "llama"), ("alike", "qwen2"), ("ragged", "qwen3")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("ragged", "llama"), ("alike", "qwen2"), ("ragged", "qwen3")]
+)
 def test_an_adapter_does_what_it_does_in_transformers(
     kind: str, name: str, tiny_model: Path, tmp_path: Path, library: None
 ) -> None:
@@ -111,14 +123,19 @@ def test_an_adapter_does_what_it_does_in_transformers(
 
 def packed_model(model: Any, tokenizer: Path, root: Path) -> Path:
     checkpoint = saved(model.bfloat16(), tokenizer, root / "pruned")
-    bank, tables = bank_source(checkpoint, root / "bank"), dict.fromkeys(table_paths(model.config), "q8_0")
+    bank, tables = (
+        bank_source(checkpoint, root / "bank"),
+        dict.fromkeys(table_paths(model.config), "q8_0"),
+    )
     packed, _ = assemble(bank, mixed_plan(groups_of(bank), ("q4_0", "q8_0", "bf16")) | tables)
     save_checkpoint(packed, load_tokenizer(str(tokenizer)), root / "packed")
     return root / "packed"
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def packed(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A model with packed layers and blocks of different widths; the Llama has an untied head."""
     sizes = {"hidden_size": 192, "intermediate_size": 64, "head_dim": 32}
     model = built("alike", request.param, **sizes, tie_word_embeddings=request.param != "llama")
@@ -128,8 +145,14 @@ def packed(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: p
 
 def test_packed_bytes_are_those_of_the_checkpoint(packed: Path, tmp_path: Path) -> None:
     write_gguf(packed, tmp_path / "model.gguf", "tiny")
-    found = {tensor.name: tensor.data.view("uint8") for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    stored = {name: each.view(torch.uint8).numpy() for name, each in load_file(packed / "model.safetensors").items()}
+    found = {
+        tensor.name: tensor.data.view("uint8")
+        for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    }
+    stored = {
+        name: each.view(torch.uint8).numpy()
+        for name, each in load_file(packed / "model.safetensors").items()
+    }
     q, k, v = (stored[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv")
     if "blk.0.attn_qkv.weight" in found:
         assert numpy.array_equal(found["blk.0.attn_qkv.weight"], numpy.concatenate([q, k, v]))
@@ -138,9 +161,15 @@ def test_packed_bytes_are_those_of_the_checkpoint(packed: Path, tmp_path: Path) 
         for name, rows in (("q", q), ("k", k)):  # rows i and i + 16 of a head become neighbours
             neighbours = rows.reshape(-1, 2, 16, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
             assert numpy.array_equal(found[f"blk.0.attn_{name}.weight"], neighbours)
-    others = {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down"}
+    others = {
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.down_proj": "ffn_down",
+    }
     for old, new in others.items():
-        assert numpy.array_equal(found[f"blk.0.{new}.weight"], stored[f"model.layers.0.{old}.weight"])
+        assert numpy.array_equal(
+            found[f"blk.0.{new}.weight"], stored[f"model.layers.0.{old}.weight"]
+        )
     assert numpy.array_equal(found["token_embd.weight"], stored["model.embed_tokens.weight"])
     assert ("output.weight" in found) == ("lm_head.weight" in stored)
 

@@ -7,7 +7,16 @@ from typing import Any
 from conftest import demo_rows
 from safetensors.torch import save_file
 from tiny_families import family_model
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from qpruner.export.gguf import llama_cpp
@@ -31,8 +40,14 @@ SPACES = {
 
 
 def corpus() -> list[str]:
-    questions = [f"{row['question']} {' '.join(row['choices']['text'])}" for row in demo_rows("questions_train.jsonl")]
-    return [*questions, *(f"{first} {second}" for first, second in zip(PIECES, reversed(PIECES), strict=True))] * 2
+    questions = [
+        f"{row['question']} {' '.join(row['choices']['text'])}"
+        for row in demo_rows("questions_train.jsonl")
+    ]
+    return [
+        *questions,
+        *(f"{first} {second}" for first, second in zip(PIECES, reversed(PIECES), strict=True)),
+    ] * 2
 
 
 def byte_level(name: str) -> Tokenizer:
@@ -52,7 +67,9 @@ def byte_level(name: str) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
         corpus(),
-        trainers.BpeTrainer(vocab_size=900, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=900, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return trained
 
@@ -66,13 +83,18 @@ def sentencepiece(spaces: str) -> Tokenizer:
     first.train_from_iterator(
         [line[:60] for line in corpus()],
         trainers.BpeTrainer(
-            vocab_size=1100, special_tokens=[*SPECIAL, *bytes_], limit_alphabet=120, show_progress=False
+            vocab_size=1100,
+            special_tokens=[*SPECIAL, *bytes_],
+            limit_alphabet=120,
+            show_progress=False,
         ),
     )
     vocabulary = first.get_vocab()
     pairs = [
         (token[:at], token[at:])
-        for token in sorted(set(vocabulary) - set(SPECIAL) - set(bytes_), key=vocabulary.__getitem__)
+        for token in sorted(
+            set(vocabulary) - set(SPECIAL) - set(bytes_), key=vocabulary.__getitem__
+        )
         for at in range(1, len(token))
         if token[:at] in vocabulary and token[at:] in vocabulary
     ]
@@ -80,7 +102,9 @@ def sentencepiece(spaces: str) -> Tokenizer:
     trained = Tokenizer(model)
     trained.normalizer = normalizers.Sequence(steps) if steps else None
     trained.pre_tokenizer = splitter
-    trained.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
+    trained.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in SPECIAL]
+    )
     return trained
 
 

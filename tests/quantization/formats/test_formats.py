@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from qpruner.errors import UserError
-from qpruner.quantization.formats import ALIASES, DENSE, Format, GridFormat, by_size, format_of, formats
+from qpruner.quantization.formats import (
+    ALIASES,
+    DENSE,
+    Format,
+    GridFormat,
+    by_size,
+    format_of,
+    formats,
+)
 
 PACKED = [each for each in formats().values() if each.is_packed]
 BY_ROWS = [each for each in PACKED if each.holds_embeddings]
@@ -53,14 +61,20 @@ def test_the_error_is_that_of_its_bits(each: Format) -> None:
 def test_half_precision_is_the_rounded_float32(each: Format, dtype: torch.dtype) -> None:
     for columns in widths_of(each):
         tensors = each.pack(gaussian(columns))
-        assert torch.equal(each.unpack(tensors, columns, dtype), each.unpack(tensors, columns, torch.float32).to(dtype))
+        assert torch.equal(
+            each.unpack(tensors, columns, dtype),
+            each.unpack(tensors, columns, torch.float32).to(dtype),
+        )
 
 
 @pytest.mark.parametrize("each", BY_ROWS, ids=lambda each: each.name)
 def test_a_weight_of_16_bits_packs_as_its_float32(each: Format) -> None:
     for columns in widths_of(each):
         weight = gaussian(columns).bfloat16()
-        half, full = (each.unpack(each.pack(part), columns, torch.float32) for part in (weight, weight.float()))
+        half, full = (
+            each.unpack(each.pack(part), columns, torch.float32)
+            for part in (weight, weight.float())
+        )
         assert torch.equal(half, full)
 
 
@@ -70,8 +84,12 @@ def test_rows_unpack_alone_as_in_the_whole(each: Format) -> None:
         packed = each.pack(gaussian(columns))["weight"]
         whole = each.unpack({"weight": packed}, columns, torch.float32)
         for at in ([5, 5, 0], [ROWS - 1], []):
-            assert torch.equal(each.unpack({"weight": packed[at]}, columns, torch.float32), whole[at])
-        assert torch.equal(each.unpack({"weight": packed[3:4]}, columns, torch.float32), whole[3:4]), "not copied"
+            assert torch.equal(
+                each.unpack({"weight": packed[at]}, columns, torch.float32), whole[at]
+            )
+        assert torch.equal(
+            each.unpack({"weight": packed[3:4]}, columns, torch.float32), whole[3:4]
+        ), "not copied"
         assert packed.dtype == torch.uint8 and len(packed) == ROWS
 
 
@@ -92,7 +110,11 @@ def test_a_grid_column_by_column_packs_the_same(each: GridFormat) -> None:
         weight = gaussian(columns)
         edges = [*range(0, columns, each.group_size or columns), columns]
         grids = [each.grid(weight[:, start:end]) for start, end in pairwise(edges)]
-        by_column = [grid for grid, (start, end) in zip(grids, pairwise(edges), strict=True) for _ in range(start, end)]
+        by_column = [
+            grid
+            for grid, (start, end) in zip(grids, pairwise(edges), strict=True)
+            for _ in range(start, end)
+        ]
         pairs = list(zip(weight.split(1, dim=1), by_column, strict=True))
         codes = [each.codes(column, *grid) for column, grid in pairs]
         values = [each.values(code, *grid) for code, grid in zip(codes, by_column, strict=True)]
@@ -103,12 +125,24 @@ def test_a_grid_column_by_column_packs_the_same(each: GridFormat) -> None:
 
 
 def test_names_letters_and_colours_are_unique() -> None:
-    modules = [module for name, module in sys.modules.items() if name.startswith("qpruner.quantization.formats.")]
-    made = {id(value): value for module in modules for value in vars(module).values() if isinstance(value, Format)}
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("qpruner.quantization.formats.")
+    ]
+    made = {
+        id(value): value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, Format)
+    }
     assert len(made) == len(formats()), "two formats of one name"
     for kind in ("letter", "colour"):
         assert len({getattr(each, kind) for each in formats().values()}) == len(formats()), kind
-    assert all(len(each.letter) == 1 and re.fullmatch("#[0-9a-f]{6}", each.colour) for each in formats().values())
+    assert all(
+        len(each.letter) == 1 and re.fullmatch("#[0-9a-f]{6}", each.colour)
+        for each in formats().values()
+    )
 
 
 def test_formats_are_found_by_name_smallest_first() -> None:

@@ -50,7 +50,9 @@ def test_bytes_are_those_of_llama_cpp(name: str, shape: tuple[int, int]) -> None
     packed = format_of(name).pack(weight)["weight"].numpy()
     np.testing.assert_array_equal(packed, libgguf.quantize_rows(weight.numpy(), EVERY[name]))
     if name in SIMPLE:
-        np.testing.assert_array_equal(packed, gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType(EVERY[name])))
+        np.testing.assert_array_equal(
+            packed, gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType(EVERY[name]))
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -67,7 +69,9 @@ def test_values_are_those_of_gguf_bit_for_bit(name: str, shape: tuple[int, int])
 @pytest.mark.parametrize("name", EVERY)
 def test_any_bytes_unpack_as_in_gguf(name: str) -> None:
     """Files of others have codes that our rounding never writes."""
-    packed = np.random.default_rng(0).integers(0, 256, (50, format_of(name).packed_bytes(1, 512, 2)), dtype=np.uint8)
+    packed = np.random.default_rng(0).integers(
+        0, 256, (50, format_of(name).packed_bytes(1, 512, 2)), dtype=np.uint8
+    )
     with np.errstate(all="ignore"):
         theirs = gguf.dequantize(packed, gguf.GGMLQuantizationType(EVERY[name]))
     ours = format_of(name).unpack({"weight": torch.from_numpy(packed)}, 512, torch.float32)

@@ -16,7 +16,9 @@ def weight_of(dtype: torch.dtype, steps: bool) -> torch.Tensor:
     weight = torch.randn(ROWS, COLUMNS, generator=generator) * 0.03
     if steps:
         largest = weight.abs().amax(dim=1, keepdim=True)
-        weight = torch.randint(-127, 127, weight.shape, generator=generator).add(0.5) * (largest / 127)
+        weight = torch.randint(-127, 127, weight.shape, generator=generator).add(0.5) * (
+            largest / 127
+        )
         weight[:, 0] = largest[:, 0]
     return weight.to(dtype)
 
@@ -31,7 +33,9 @@ def test_codes_are_those_of_llm_int8(dtype: torch.dtype, steps: bool) -> None:
     unpacked = theirs.float() * (largest / 127).unsqueeze(1)
     assert torch.equal(int8.unpack(tensors, COLUMNS, torch.float32), unpacked)
     columns = weight[:, :256]
-    assert torch.equal(pack(int8, columns, torch.eye(256))["weight"], int8.pack(columns)["weight"]), "GPTQ"
+    assert torch.equal(
+        pack(int8, columns, torch.eye(256))["weight"], int8.pack(columns)["weight"]
+    ), "GPTQ"
 
 
 def test_rows_of_zeros_stay_zero() -> None:

@@ -15,7 +15,11 @@ from qpruner.quantization.mixed import packed_layer
 
 Linears = tuple[PackedLinear, torch.nn.Linear]
 ROWS, COLUMNS = 70, 256
-GENERIC = [name for name, each in formats().items() if each.is_packed and each.holds_embeddings and not each.missing()]
+GENERIC = [
+    name
+    for name, each in formats().items()
+    if each.is_packed and each.holds_embeddings and not each.missing()
+]
 
 
 @pytest.fixture(params=["one piece", "pieces"])
@@ -95,7 +99,9 @@ def test_a_packed_embedding_looks_up_unpacked_rows(name: str, scale: float | Non
 def test_layers_survive_copies_processes_and_types() -> None:
     packed, _ = both("int8")
     expected = packed(inputs())
-    table = packed_layer(torch.nn.Embedding(ROWS, COLUMNS), "int8", {"weight": packed.weight}, torch.bfloat16)
+    table = packed_layer(
+        torch.nn.Embedding(ROWS, COLUMNS), "int8", {"weight": packed.weight}, torch.bfloat16
+    )
     model = torch.nn.ModuleList([packed, table])
     empty = copy.deepcopy(model)
     empty[0].weight.data.zero_()
