@@ -1,4 +1,5 @@
-"""Leaves the commit in what is built, for `qpruner --version` where there is no git; all else is in pyproject.toml."""
+"""Leaves the commit in what is built, for `qpruner --version` where there is no git; all else is in
+pyproject.toml."""
 
 import runpy
 from pathlib import Path

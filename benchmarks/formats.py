@@ -1,12 +1,14 @@
 """Compare formats and roundings on one model: bytes, loss after equal fine-tunes, seconds.
 
-    .venv/bin/python benchmarks/formats.py tune_configs/demo_smollm2_cpu.yaml --steps 8 --out runs/formats \
+    .venv/bin/python benchmarks/formats.py tune_configs/demo_smollm2_cpu.yaml --steps 8 --out
+    runs/formats \
         bf16 nf4 q4_0 q4_0+q8_0 w3 w3:gptq best:100e6:q4_0,q5_0,q8_0
 
-The model is not pruned. A row is `FORMAT` for all blocks, `FORMAT+FORMAT` with a format for the embeddings, either with
-`:gptq` for calibrated rounding; `best:BYTES:FORMATS` is the knapsack over these formats, for blocks and embeddings, by
-the errors of the weights. Losses are those of the configuration's validation rows and of its confirmation rows that
-judge, adapters rounded to 16 bits as they are saved. One bank is built in OUT and used again.
+The model is not pruned. A row is `FORMAT` for all blocks, `FORMAT+FORMAT` with a format for the
+embeddings, either with `:gptq` for calibrated rounding; `best:BYTES:FORMATS` is the knapsack over
+these formats, for blocks and embeddings, by the errors of the weights. Losses are those of the
+configuration's validation rows and of its confirmation rows that judge, adapters rounded to 16 bits
+as they are saved. One bank is built in OUT and used again.
 """
 
 import argparse
@@ -39,7 +41,8 @@ from qpruner.training.finetune import Listener, Schedule, finetune
 
 
 class Rows:
-    """The prepared base model and rows of a configuration, and banks for nearest and calibrated rounding."""
+    """The prepared base model and rows of a configuration, and banks for nearest and calibrated
+    rounding."""
 
     def __init__(self, config: RunConfig, out: Path) -> None:
         self.config, self.out = config, out

@@ -1,14 +1,16 @@
-"""Measures one GPU on a model of Llama-2-7B's shape: prune, bank, one trial, fine-tune, memory, estimates, tests.
+"""Measures one GPU on a model of Llama-2-7B's shape: prune, bank, one trial, fine-tune, memory,
+estimates, tests.
 
     .venv/bin/python benchmarks/gpu_7b.py                       # seven parts, 20 minutes at most
-    .venv/bin/python benchmarks/gpu_7b.py --part trial memory   # on what earlier parts left in the work folder
-    .venv/bin/python benchmarks/gpu_7b.py --shape tiny          # the same on a CPU, in a minute
+    .venv/bin/python benchmarks/gpu_7b.py --part trial memory   # on what earlier parts left in the
+    work folder .venv/bin/python benchmarks/gpu_7b.py --shape tiny          # the same on a CPU, in
+    a minute
 
-Needs torch, transformers, peft, bitsandbytes and qpruner (`gpu_kit.py` packs them for a machine without a package
-index), a GPU with 24 GB and 25 GB of disk; no Ray, no datasets, no download: weights and rows are random. Every part
-(gpu_parts.py) is a process of its own, of 8 minutes at most, that prints its JSON line as it ends and appends it to
-`results.jsonl` in the work folder; one that fails says why in its line, and the next begins. Ends with a table and a
-JSON line.
+Needs torch, transformers, peft, bitsandbytes and qpruner (`gpu_kit.py` packs them for a machine
+without a package index), a GPU with 24 GB and 25 GB of disk; no Ray, no datasets, no download:
+weights and rows are random. Every part (gpu_parts.py) is a process of its own, of 8 minutes at
+most, that prints its JSON line as it ends and appends it to `results.jsonl` in the work folder; one
+that fails says why in its line, and the next begins. Ends with a table and a JSON line.
 """
 
 import argparse
@@ -73,7 +75,8 @@ def row(line: Line) -> str:
 
 
 def figures(found: dict[str, Any], unit: str = "") -> Iterator[str]:
-    """Numbers and texts by name, those of a nested record behind its name; lists are left to the JSON line."""
+    """Numbers and texts by name, those of a nested record behind its name; lists are left to the
+    JSON line."""
     for name, value in found.items():
         of = name if name.endswith(("bytes", "memory")) else unit
         if isinstance(value, dict) and name != "versions":

@@ -1,4 +1,5 @@
-"""A part of `gpu_7b.py`: what `qpruner check` expects of memory and seconds, beside what the other parts measured."""
+"""A part of `gpu_7b.py`: what `qpruner check` expects of memory and seconds, beside what the other
+parts measured."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from qpruner.pruning.prune import planned_cut
 
 
 def estimates(setup: Setup) -> Figures:
-    """Seconds and bytes as `check --measure` tells them; `measured` is null where a part has not run."""
+    """Seconds and bytes as `check --measure` tells them; `measured` is null where a part has not
+    run."""
     config, inspection, found = setup.config, inspected(setup), measured(setup)
     rates = hours.measured_rates(config, inspection, threads=1, machine="here")
     times = hours.stage_times(config, inspection, rates, slots=1)
@@ -42,7 +44,8 @@ def estimates(setup: Setup) -> Figures:
 
 
 def inspected(setup: Setup) -> Any:
-    """Stands for a `preflight.Inspection` in the estimates, with rows of the benchmark's lengths and no task."""
+    """Stands for a `preflight.Inspection` in the estimates, with rows of the benchmark's lengths
+    and no task."""
     config, base = setup.config, setup.base()
     cuts = {name: planned_cut(base, each) for name, each in config.prune.cuts.items()}
     [(name, cut)], on_gpu = cuts.items(), torch.cuda.is_available()

@@ -1,11 +1,13 @@
-"""Pack what `gpu_7b.py` needs into one folder and one tar file, for a machine with a GPU and no package index.
+"""Pack what `gpu_7b.py` needs into one folder and one tar file, for a machine with a GPU and no
+package index.
 
     .venv/bin/python benchmarks/gpu_kit.py 130 --python 3.12 --out dist/gpu_kit
 
-130 is the CUDA version of the torch there (`torch.version.cuda`, 13.0), of which alone the bitsandbytes wheel keeps its
-library; 3.12 is the Python there, on Linux and x86-64. That machine brings torch and numpy (and pytest, for the tests);
-all else comes in the versions that are installed here. There: `bash install.sh`, which says how to go on.
-Needs a package index here. Refuses a kit of more than 60 MB.
+130 is the CUDA version of the torch there (`torch.version.cuda`, 13.0), of which alone the
+bitsandbytes wheel keeps its library; 3.12 is the Python there, on Linux and x86-64. That machine
+brings torch and numpy (and pytest, for the tests); all else comes in the versions that are
+installed here. There: `bash install.sh`, which says how to go on. Needs a package index here.
+Refuses a kit of more than 60 MB.
 """
 
 import argparse
@@ -82,7 +84,8 @@ def download(wheels: Path, python: str) -> None:
 
 
 def keep_one_library(wheel: Path, cuda: str) -> None:
-    """Write a bitsandbytes wheel anew with its CPU library and one for CUDA, and its RECORD without the others."""
+    """Write a bitsandbytes wheel anew with its CPU library and one for CUDA, and its RECORD without
+    the others."""
     with ZipFile(wheel) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     libraries = {name: found[1] for name in files if (found := LIBRARY.fullmatch(name))}

@@ -1,8 +1,10 @@
-"""The parts of `gpu_7b.py`; several run one after the other in one process, without its time limits.
+"""The parts of `gpu_7b.py`; several run one after the other in one process, without its time
+limits.
 
     .venv/bin/python benchmarks/gpu_parts.py prune bank --shape tiny --work FOLDER
 
-A part is a function of the setup that returns figures. It finds what it needs of earlier ones in the work folder.
+A part is a function of the setup that returns figures. It finds what it needs of earlier ones in
+the work folder.
 """
 
 import argparse

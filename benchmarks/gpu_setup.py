@@ -79,7 +79,8 @@ class Setup:
 
     @property
     def config(self) -> RunConfig:
-        """LLM-Pruner's cut and fine-tune as the Llama-2-7B recipe has them, and a trial of 8 steps; nothing is read."""
+        """LLM-Pruner's cut and fine-tune as the Llama-2-7B recipe has them, and a trial of 8 steps;
+        nothing is read."""
         rows, (first, last) = [{"source": "none.jsonl", "format": "text"}], self.cut_blocks
         cut = {
             "rate": 0.2,

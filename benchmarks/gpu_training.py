@@ -1,4 +1,5 @@
-"""Parts of `gpu_7b.py`: speed and memory of a fine-tune beside Trainer with peft's QLoRA, and beside LLM-Pruner's."""
+"""Parts of `gpu_7b.py`: speed and memory of a fine-tune beside Trainer with peft's QLoRA, and
+beside LLM-Pruner's."""
 
 import statistics
 import time
@@ -116,7 +117,8 @@ def train_plainly(model: Any, rows: Rows, setup: Setup, checkpointing: bool = Tr
 
 
 def throughput(setup: Setup) -> Figures:
-    """Non-padding tokens a second of our fine-tune and of Trainer with peft's QLoRA, both at 4 bits."""
+    """Non-padding tokens a second of our fine-tune and of Trainer with peft's QLoRA, both at 4
+    bits."""
     rows, ours, plain = setup.train_rows, our_model(setup, "nf4_double"), plain_model(setup, 4)
     turns: list[tuple[float, float]] = []
     started = time.monotonic()
@@ -133,7 +135,8 @@ def throughput(setup: Setup) -> Figures:
 
 
 def peaks(setup: Setup) -> Figures:
-    """Peak memory of a step on the longest rows, weights included; null for what the GPU has too little memory for."""
+    """Peak memory of a step on the longest rows, weights included; null for what the GPU has too
+    little memory for."""
     rows = setup.longest_rows
     arms: dict[str, Callable[[], float]] = {
         "qpruner_4_and_8_bits": lambda: train_ours(

@@ -1,13 +1,16 @@
-"""Fine-tune every plan of a small space of cuts and formats as a trial of a run would, for replays of a search.
+"""Fine-tune every plan of a small space of cuts and formats as a trial of a run would, for replays
+of a search.
 
-    .venv/bin/qpruner sensitivity CONFIG                                      # makes cuts, bank and sensitivities
-    .venv/bin/python benchmarks/joint_table.py CONFIG --groups 3 --out T.json [--processes 2] [--again 0.1]
+    .venv/bin/qpruner sensitivity CONFIG                                      # makes cuts, bank and
+    sensitivities .venv/bin/python benchmarks/joint_table.py CONFIG --groups 3 --out T.json
+    [--processes 2] [--again 0.1]
 
-A plan of the table is a cut, a format for each of `--groups` runs of consecutive blocks, and one for the embeddings:
-with the demo's configuration 3 cuts x 3 formats in 3 runs and in the embeddings are 243 fine-tunes. Every plan is run
-by `run_trial`, with its validation loss at every rung; a share `--again` of them a second time, under the next seed (of
-data order and dropout), for the noise of a score. What is measured goes to `OUT.lines` as it comes: a build that was
-interrupted goes on there.
+A plan of the table is a cut, a format for each of `--groups` runs of consecutive blocks, and one
+for the embeddings: with the demo's configuration 3 cuts x 3 formats in 3 runs and in the embeddings
+are 243 fine-tunes. Every plan is run by `run_trial`, with its validation loss at every rung; a
+share `--again` of them a second time, under the next seed (of data order and dropout), for the
+noise of a score. What is measured goes to `OUT.lines` as it comes: a build that was interrupted
+goes on there.
 """
 
 import argparse
@@ -50,7 +53,8 @@ def opened(config: RunConfig) -> Context:
 
 
 def members(context: Context, groups: int) -> dict[str, tuple[str, ...]]:
-    """Map each group of the table to the run's groups in it: consecutive blocks, and embeddings with the head."""
+    """Map each group of the table to the run's groups in it: consecutive blocks, and embeddings
+    with the head."""
     names = [group.name for group in context.layout_of(context.reference).groups]
     blocks = [name for name in names if name not in (EMBEDDINGS, HEAD)]
     parts = [part.tolist() for part in np.array_split(np.array(blocks), groups)]
@@ -155,7 +159,8 @@ def table(
 
 
 def noise_of(found: dict[tuple[Plan, int], dict[str, Any]], step: str) -> float:
-    """Estimate how far training seeds move a loss, without what they do to all plans of a cut: a standard deviation."""
+    """Estimate how far training seeds move a loss, without what they do to all plans of a cut: a
+    standard deviation."""
     apart = dict[str, list[float]]()
     for plan, seed in found:
         if seed:
@@ -168,7 +173,8 @@ def noise_of(found: dict[tuple[Plan, int], dict[str, Any]], step: str) -> float:
 def of_groups(
     context: Context, of: dict[str, tuple[str, ...]], method: str | None, levels: list[str]
 ) -> dict[str, list[float]]:
-    """Sum a sensitivity, or without a `method` the error of weights, over each group: level -> values by group."""
+    """Sum a sensitivity, or without a `method` the error of weights, over each group: level ->
+    values by group."""
     values = shared(context, method, [name for each in of.values() for name in each], levels)
     counts = np.cumsum([len(each) for each in of.values()])[:-1]
     return {

@@ -5,10 +5,10 @@
     PEER/.venv/bin/pip install torch 'transformers==4.43.4' accelerate 'datasets<3' sentencepiece
     .venv/bin/python benchmarks/llm_pruner.py --peer PEER --peer-python PEER/.venv/bin/python
 
-Its `llama3.py` runs as it is, on the same weights (float32) and the same 10 x 64 token ids: blocks 4-25 lose 34 % of
-their units. What it kept is read off its pruned model, whose rows are rows of the base model. Twice: on SmolLM2 (9
-query heads, 3 key/value heads), and with the key/value heads repeated, so that each query head has its own.
-A line a run and criterion, then one JSON line.
+Its `llama3.py` runs as it is, on the same weights (float32) and the same 10 x 64 token ids: blocks
+4-25 lose 34 % of their units. What it kept is read off its pruned model, whose rows are rows of the
+base model. Twice: on SmolLM2 (9 query heads, 3 key/value heads), and with the key/value heads
+repeated, so that each query head has its own. A line a run and criterion, then one JSON line.
 """
 
 import argparse
@@ -52,7 +52,8 @@ Kept = dict[int, dict[str, list[int]]]
 
 
 def run_peer(peer: Path, model: Path, tokens: Path, out: Path, arguments: list[str]) -> None:
-    """LLM-Pruner's `llama3.py`, offline: only where its samples and its model come from is replaced."""
+    """LLM-Pruner's `llama3.py`, offline: only where its samples and its model come from is
+    replaced."""
     import transformers
 
     sys.path.insert(0, str(peer))
@@ -173,7 +174,8 @@ def spell_for_peer(folder: Path) -> None:
 
 
 def _every_query_its_own(model: Any) -> Any:
-    """Every query head gets a key/value head, the shared one slightly changed: equal rows could not be told apart."""
+    """Every query head gets a key/value head, the shared one slightly changed: equal rows could not
+    be told apart."""
     from transformers import AutoModelForCausalLM
 
     config, generator = model.config, torch.Generator().manual_seed(0)
@@ -256,7 +258,8 @@ def say(row: dict[str, Any]) -> None:
 
 
 def in_peer(arguments: argparse.Namespace, model: Path, folder: Path, criterion: str) -> Kept:
-    """Let LLM-Pruner cut a model by the samples in `folder/tokens.json`; return the units that it kept."""
+    """Let LLM-Pruner cut a model by the samples in `folder/tokens.json`; return the units that it
+    kept."""
     out = folder / "kept.json"
     given = [str(model), str(folder / "tokens.json"), str(out), criterion]
     python = str(arguments.peer_python.absolute())

@@ -1,13 +1,14 @@
 """Prune a Llama-2-7B-shaped random model by 20 %, and say what it took.
 
-    .venv/bin/python benchmarks/prune_7b.py              # first-order Taylor, nothing made up for, as LLM-Pruner
-    .venv/bin/python benchmarks/prune_7b.py --default    # what `rate: 0.2` alone means
+    .venv/bin/python benchmarks/prune_7b.py              # first-order Taylor, nothing made up for,
+    as LLM-Pruner .venv/bin/python benchmarks/prune_7b.py --default    # what `rate: 0.2` alone
+    means
 
-13.5 GB of random bf16 weights are made here and written as a checkpoint of files of at most 10 GB, as Llama-2-7B's is,
-which is then loaded, cut on 10 samples of 64 tokens, saved and loaded again, by the functions that `qpruner prune`
-calls. Resident memory must stay below 22 GiB (LLM-Pruner holds weights and gradients of everything); it includes pages
-of weight files that are mapped.
-Prints peaks and seconds of each step, then one JSON line. Takes 27 GB of disk.
+13.5 GB of random bf16 weights are made here and written as a checkpoint of files of at most 10 GB,
+as Llama-2-7B's is, which is then loaded, cut on 10 samples of 64 tokens, saved and loaded again, by
+the functions that `qpruner prune` calls. Resident memory must stay below 22 GiB (LLM-Pruner holds
+weights and gradients of everything); it includes pages of weight files that are mapped. Prints
+peaks and seconds of each step, then one JSON line. Takes 27 GB of disk.
 """
 
 import argparse

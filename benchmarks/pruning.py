@@ -1,17 +1,18 @@
-"""Which way of pruning loses least? SmolLM2-135M, before and after a short fine-tune. (Is it faster: pruning_speed.py.)
+"""Which way of pruning loses least? SmolLM2-135M, before and after a short fine-tune. (Is it
+faster: pruning_speed.py.)
 
     .venv/bin/python benchmarks/pruning.py    # all of it: some hours on two cores
     .venv/bin/python benchmarks/pruning.py --minutes 20 --scratch FOLDER   # a piece of it
 
-Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that folder is, else the demo's own.
-Evaluated on the first 16k tokens at context 128. Calibrated on the second half of the same text, or on C4; fine-tuned
-on what lies between. Three seeds, each with its own calibration windows, where recipes are close (`spread`,
-`finetune`). Rows that are in the file of an earlier run (pruning_rows.jsonl beside this, or `--rows`) are not measured
-again, at whatever commit they were measured: each says at which, and on which text it was evaluated. Delete those that
-a change makes old, and commit that file before going on: rows measured beside a changed file say that the checkout was
-modified.
-A line a row, then tables of the rows there are (docs/pruning.md has them), then one JSON line with all rows.
-Perplexities are given as ratios to the unpruned model's, too.
+Text: WikiText-2 validation and web documents (C4) from `--evaldata` where that folder is, else the
+demo's own. Evaluated on the first 16k tokens at context 128. Calibrated on the second half of the
+same text, or on C4; fine-tuned on what lies between. Three seeds, each with its own calibration
+windows, where recipes are close (`spread`, `finetune`). Rows that are in the file of an earlier run
+(pruning_rows.jsonl beside this, or `--rows`) are not measured again, at whatever commit they were
+measured: each says at which, and on which text it was evaluated. Delete those that a change makes
+old, and commit that file before going on: rows measured beside a changed file say that the checkout
+was modified. A line a row, then tables of the rows there are (docs/pruning.md has them), then one
+JSON line with all rows. Perplexities are given as ratios to the unpruned model's, too.
 """
 
 from __future__ import annotations
@@ -84,31 +85,31 @@ LLM_PRUNER = PruneConfig(
     round_to=1,
     **ENDS_KEPT,
 )
-"""Its published setting on this model, with the units that its own program keeps (`llm_pruner.py`): blocks 4-25,
-first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of their units 19.6 % of all parameters
-go."""
+"""Its published setting on this model, with the units that its own program keeps (`llm_pruner.py`):
+blocks 4-25, first-order Taylor summed weight by weight, one batch of 10 x 64 tokens; at 34 % of
+their units 19.6 % of all parameters go."""
 DEFAULT = ("default", "global", "least_squares")
 """What a configuration that says nothing gets."""
 WITH_BLOCKS = {
     f"fisher, {share:.0%} in blocks": (CRITERIA["fisher"], share)
     for share in (0.06, 0.08, 0.1, 0.14)
 }
-"""Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest; at other rates than
-20 % the best of them alone. Importance is measured anew between blocks and channels, so that a row takes three times as
-long as another."""
+"""Share of all parameters that go in whole blocks (two to five of 30), channels making up the rest;
+at other rates than 20 % the best of them alone. Importance is measured anew between blocks and
+channels, so that a row takes three times as long as another."""
 IN_STEPS: dict[str, tuple[dict[str, Any], float]] = {
     f"{criterion}, {steps} steps, 10% in blocks": (CRITERIA[criterion] | {"steps": steps}, 0.1)
     for criterion, steps in (("fisher", 3), ("fisher vector", 3), ("fisher", 2), ("fisher", 5))
 } | {"fisher, 3 steps": (CRITERIA["fisher"] | {"steps": 3}, 0.0)}
-"""Importance is measured anew before each step, whole blocks gone; two, five, and without whole blocks at the highest
-rate alone."""
+"""Importance is measured anew before each step, whole blocks gone; two, five, and without whole
+blocks at the highest rate alone."""
 BESIDE = WITH_BLOCKS | IN_STEPS
 
 
 @dataclass(frozen=True)
 class Row:
-    """One pruned model, measured; `seconds` are those of the pruning and fine-tune that had to be done for it, and
-    `evaluated` names the text that the perplexity is of."""
+    """One pruned model, measured; `seconds` are those of the pruning and fine-tune that had to be
+    done for it, and `evaluated` names the text that the perplexity is of."""
 
     part: str
     criterion: str
@@ -407,7 +408,8 @@ def peers(part: str, texts: Sequence[str]) -> list[Task]:
 
 
 def ends_kept(texts: Sequence[str]) -> list[Task]:
-    """Criteria at 20 % that take it all from LLM-Pruner's range of blocks: some lose by cutting the first and last."""
+    """Criteria at 20 % that take it all from LLM-Pruner's range of blocks: some lose by cutting the
+    first and last."""
     return [
         Task("ends", criterion, recipe(criterion, f"{selection}{MIDDLE}", method), text)
         for criterion in ("fluctuation", "fisher", "taylor first", "activation norm")
@@ -423,7 +425,8 @@ def compensated(
     rates: Sequence[float],
     with_blocks: Sequence[str],
 ) -> list[Task]:
-    """Criteria and selections with every compensation; the default; and fisher with whole blocks beside, in steps."""
+    """Criteria and selections with every compensation; the default; and fisher with whole blocks
+    beside, in steps."""
     recipes = [
         (criterion, selection, method)
         for criterion, selection in chosen
@@ -454,8 +457,8 @@ def repeated(texts: Sequence[str], recipes: Sequence[tuple[str, ...]]) -> list[T
 def finetuned(
     texts: Sequence[str], recipes: Sequence[tuple[str, ...]], once: Sequence[tuple[str, ...]]
 ) -> list[Task]:
-    """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune; some with one choice of
-    calibration windows alone."""
+    """Recipes at 20 % and LLM-Pruner's setting, each after the same short LoRA fine-tune; some with
+    one choice of calibration windows alone."""
     return peers("finetune", texts) + [
         Task("finetune", criterion, recipe(criterion, selection, method), text, seed)
         for seed in SEEDS
@@ -465,8 +468,8 @@ def finetuned(
 
 
 def ranked(rows: Sequence[Row], *keys: str) -> list[tuple[str, ...]]:
-    """Recipes, told by some of a row's fields, by their mean log perplexity over the texts at 20 %; of those that
-    differ in how many blocks or steps there are, the best alone."""
+    """Recipes, told by some of a row's fields, by their mean log perplexity over the texts at 20 %;
+    of those that differ in how many blocks or steps there are, the best alone."""
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row.criterion in CRITERIA.keys() | BESIDE and row.rate == RATES[0]:
@@ -557,8 +560,8 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def table(title: str, rows: Sequence[Row], down: Sequence[str], across: str) -> str:
-    """A row for each value of some fields, a column for each of another; in a cell the texts, the geometric mean over
-    the seeds, with the least and the most of several."""
+    """A row for each value of some fields, a column for each of another; in a cell the texts, the
+    geometric mean over the seeds, with the least and the most of several."""
     columns = sorted(
         {getattr(row, across) for row in rows}, key=lambda value: (*COLUMNS, value).index(value)
     )

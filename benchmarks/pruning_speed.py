@@ -1,18 +1,19 @@
 """Is the pruned model faster? Tokens a second of base and pruned models, in turns in one process.
 
-    .venv/bin/python benchmarks/pruning_speed.py                            # SmolLM2-135M in bf16: 20 % off
-    .venv/bin/python benchmarks/pruning_speed.py --dtype float32
-    .venv/bin/python benchmarks/pruning_speed.py --shape llama-1b           # random weights of Llama-3.2-1B's shape
-    .venv/bin/python benchmarks/pruning_speed.py --models FOLDER --prepare  # only prune, to measure on a quiet machine
-    .venv/bin/python benchmarks/pruning_speed.py --processor-time           # one thread's own, where others are busy
-    .venv/bin/python benchmarks/pruning_speed.py --compile                  # every model by torch.compile
+    .venv/bin/python benchmarks/pruning_speed.py                            # SmolLM2-135M in bf16:
+    20 % off .venv/bin/python benchmarks/pruning_speed.py --dtype float32 .venv/bin/python
+    benchmarks/pruning_speed.py --shape llama-1b           # random weights of Llama-3.2-1B's shape
+    .venv/bin/python benchmarks/pruning_speed.py --models FOLDER --prepare  # only prune, to measure
+    on a quiet machine .venv/bin/python benchmarks/pruning_speed.py --processor-time           # one
+    thread's own, where others are busy .venv/bin/python benchmarks/pruning_speed.py --compile
+    # every model by torch.compile
 
-Decoding reads all weights for a token, so a cut that leaves a share s of the bytes that a token reads promises 1 / s
-(the embedding table is not read, unless it is the head). What a step takes however thin the layers are is measured by
-running it with every matrix product left out: `fixed`. Both together say what is possible with as many blocks:
-base / (fixed + s (base - fixed)).
-A line a model and workload, then one JSON line. Ratios are of neighbours in time, median and quartiles over the turns;
-`fastest` is that of the fastest quarter of the turns.
+Decoding reads all weights for a token, so a cut that leaves a share s of the bytes that a token
+reads promises 1 / s (the embedding table is not read, unless it is the head). What a step takes
+however thin the layers are is measured by running it with every matrix product left out: `fixed`.
+Both together say what is possible with as many blocks: base / (fixed + s (base - fixed)). A line a
+model and workload, then one JSON line. Ratios are of neighbours in time, median and quartiles over
+the turns; `fastest` is that of the fastest quarter of the turns.
 """
 
 import argparse
@@ -51,7 +52,8 @@ WORKLOADS = {
 """Sequences and tokens of context; no context is a prefill."""
 NUM_PREFILLED = 512
 NUM_WARM_UP = 2
-"""Turns that are not counted; a compiled model is compiled in both (its cache has other strides in the second)."""
+"""Turns that are not counted; a compiled model is compiled in both (its cache has other strides in
+the second)."""
 LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,

@@ -1,13 +1,15 @@
-"""Compare what a search returns with the best control and the paper's flow: equal bytes, equal fine-tune, fresh rows.
+"""Compare what a search returns with the best control and the paper's flow: equal bytes, equal
+fine-tune, fresh rows.
 
     .venv/bin/python benchmarks/reach.py benchmarks/reach_smollm2.yaml --out runs/reach \
         [--budgets 60 75 90 110 127] [--formats llama.cpp all] [--set KEY=VALUE ...]
 
-For every budget (MB, adapters included) and set of formats the search runs as `qpruner search` does, without the trials
-of other budgets. Then the plan that it returns, the best control by the rows that choose, and the paper's plan get the
-fine-tune of `finetune` under three training seeds that no trial had, and are scored on the rows that judge. A row of
-the table is the difference of the returned plan to another, paired by row and seed, with its 95 % interval over seeds
-and rows. Finished settings are kept in OUT.
+For every budget (MB, adapters included) and set of formats the search runs as `qpruner search`
+does, without the trials of other budgets. Then the plan that it returns, the best control by the
+rows that choose, and the paper's plan get the fine-tune of `finetune` under three training seeds
+that no trial had, and are scored on the rows that judge. A row of the table is the difference of
+the returned plan to another, paired by row and seed, with its 95 % interval over seeds and rows.
+Finished settings are kept in OUT.
 """
 
 import argparse
@@ -40,7 +42,8 @@ SEEDS = (1, 2, 3)  # trials have 0
 
 
 def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
-    """Name the plans to compare: what the search returned, the best control, and the paper's if it is in the budget."""
+    """Name the plans to compare: what the search returned, the best control, and the paper's if it
+    is in the budget."""
     searched = context.record(SearchRecord)
     controls = [each for each in searched.confirmations if each.control and each.fits]
     returned = (
@@ -78,7 +81,8 @@ def tuned(
 
 
 def compared(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
-    """Return ours minus theirs, and half of its 95 % interval; each has the losses of all rows under each seed."""
+    """Return ours minus theirs, and half of its 95 % interval; each has the losses of all rows
+    under each seed."""
     found = measures.interval([[measures.less(*both)] for both in zip(ours, theirs, strict=True)])
     assert found.half_width is not None
     return found.mean, found.half_width

@@ -1,20 +1,24 @@
-"""The table of record: peers at the bytes they are served at, and what a search returns in as many bytes.
+"""The table of record: peers at the bytes they are served at, and what a search returns in as many
+bytes.
 
-    npm install --prefix NPM @node-llama-cpp/linux-x64@3.22.1          # llama.cpp's quantizer, which xllamacpp lacks
-    .venv/bin/python benchmarks/record.py benchmarks/record_smollm2.yaml --out runs/record --libllama NPM \
-        --rows q4_0 ours-91.7 ... [--seeds 1 2 3] [--peer PEER --peer-python PYTHON] [--set KEY=VALUE ...]
+    npm install --prefix NPM @node-llama-cpp/linux-x64@3.22.1          # llama.cpp's quantizer,
+    which xllamacpp lacks .venv/bin/python benchmarks/record.py benchmarks/record_smollm2.yaml --out
+    runs/record --libllama NPM \
+        --rows q4_0 ours-91.7 ... [--seeds 1 2 3] [--peer PEER --peer-python PYTHON] [--set
+        KEY=VALUE ...]
 
-Every row gets the same fine-tune (`finetune` and `training` of the file, so equal tokens) under three training seeds
-that no trial had. Its files are written as they are served, and everything in the row is of these files: bytes, loss on
-the judging rows, perplexity of WikiText-2 and C4, accuracy on `evaluate.tasks`, and speed on one thread. Quality of all
-rows is computed by transformers in bf16 from the weights in the files; `served loss` is llama.cpp's own for GGUF.
-Each row is compared with ours of the most bytes that are not more than its own, paired by row and seed; the 95 %
-intervals have the effects of both. What is finished is kept in OUT/record.jsonl, a line a row and seed, and not
-measured again. Without `--rows` only the table is printed.
+Every row gets the same fine-tune (`finetune` and `training` of the file, so equal tokens) under
+three training seeds that no trial had. Its files are written as they are served, and everything in
+the row is of these files: bytes, loss on the judging rows, perplexity of WikiText-2 and C4,
+accuracy on `evaluate.tasks`, and speed on one thread. Quality of all rows is computed by
+transformers in bf16 from the weights in the files; `served loss` is llama.cpp's own for GGUF. Each
+row is compared with ours of the most bytes that are not more than its own, paired by row and seed;
+the 95 % intervals have the effects of both. What is finished is kept in OUT/record.jsonl, a line a
+row and seed, and not measured again. Without `--rows` only the table is printed.
 
-Row `autoround` needs an interpreter with `auto-round auto-round-lib` beside qpruner (the second is its kernel for CPUs;
-no version conflicts in November 2026), row `llm-pruner` a clone of LLM-Pruner and its interpreter (llm_pruner.py says
-which).
+Row `autoround` needs an interpreter with `auto-round auto-round-lib` beside qpruner (the second is
+its kernel for CPUs; no version conflicts in November 2026), row `llm-pruner` a clone of LLM-Pruner
+and its interpreter (llm_pruner.py says which).
 """
 
 import argparse
@@ -144,7 +148,8 @@ def scores(bench: Bench, model: Any) -> dict[str, Any]:
 
 
 def speeds(bench: Bench, files: Files, model: Any) -> dict[str, Any]:
-    """Tokens a second on one thread, and the loss in llama.cpp, of the program that serves these files."""
+    """Tokens a second on one thread, and the loss in llama.cpp, of the program that serves these
+    files."""
     if files.gguf:
         about = ServedRow(name="record", form="gguf", format="plan", mean_bits=0.0, file_bytes=0)
         job: Any = ServeJob(
@@ -182,7 +187,8 @@ def provenance() -> dict[str, str]:
 
 
 def table(lines: list[dict[str, Any]]) -> None:
-    """Print the rows of which all seeds are measured, then their differences to ours of as many bytes."""
+    """Print the rows of which all seeds are measured, then their differences to ours of as many
+    bytes."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in ROWS:
         of_row = sorted(

@@ -51,7 +51,8 @@ AUTOROUND = {
     "seqlen": 128,
     "batch_size": 4,
 }
-"""Its own recipe "auto-round-light" (50 iterations), with as many samples of as many tokens as our calibration."""
+"""Its own recipe "auto-round-light" (50 iterations), with as many samples of as many tokens as our
+calibration."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def ours(bench: Bench, megabytes: float, formats: str, plan: str = "") -> Start:
 
 
 def searched(config: RunConfig, name: str, pruned: bool = False) -> Start:
-    """Run a flow up to its plan, without trials of other rows in the same folder; a plan that is found is kept."""
+    """Run a flow up to its plan, without trials of other rows in the same folder; a plan that is
+    found is kept."""
     place = Path(config.output)
     kept, searching = (place.with_name(f"{place.name}-{end}") for end in (f"{name}.json", "now"))
     if not kept.exists():
@@ -187,7 +189,8 @@ def searched(config: RunConfig, name: str, pruned: bool = False) -> Start:
 
 
 def llm_pruner(bench: Bench) -> Start:
-    """LLM-Pruner's own program cuts the model; its rows are rows of the base, so the units that it kept say all."""
+    """LLM-Pruner's own program cuts the model; its rows are rows of the base, so the units that it
+    kept say all."""
     folder, started = bench.asked.out / "llm-pruner", time.monotonic()
     if not (bench.asked.peer and bench.asked.peer_python):
         raise SystemExit(
@@ -301,7 +304,8 @@ def quantized(bench: Bench, start: Start, final: Path, folder: Path, kind: str) 
 
 
 class _Parameters(ctypes.Structure):
-    """`llama_model_quantize_params`, of which the first two fields are the threads and the file type."""
+    """`llama_model_quantize_params`, of which the first two fields are the threads and the file
+    type."""
 
     _fields_ = [("fields", ctypes.c_uint32 * 256)]
 
@@ -350,7 +354,8 @@ def autoround(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     )
     rounding.quantize_and_save(str(dense / "saved"), format="auto_round")
     [saved] = (dense / "saved").iterdir()
-    # Where the CPU has no bf16 it saves embeddings and norms in float32, exactly the bf16 values that they had.
+    # Where the CPU has no bf16 it saves embeddings and norms in float32, exactly the bf16 values
+    # that they had.
     state = load_file(saved / "model.safetensors")
     state = {
         name: each.bfloat16() if each.dtype == torch.float32 else each

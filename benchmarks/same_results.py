@@ -1,10 +1,12 @@
-"""Compares what two commits compute: the same configuration and seed must give the same cut, bank, plans and losses.
+"""Compares what two commits compute: the same configuration and seed must give the same cut, bank,
+plans and losses.
 
     .venv/bin/python benchmarks/same_results.py OLD [NEW] [--config CONFIG] [--set KEY=VALUE ...]
 
-Each commit is checked out into a folder of its own and runs the configuration there, one trial at a time, with this
-Python. Every tensor of the run and every number of its records is compared bit by bit; times, memory, digests, paths
-and words are not. Prints what differs, then counts. Exits 1 where a number or tensor of both differs.
+Each commit is checked out into a folder of its own and runs the configuration there, one trial at a
+time, with this Python. Every tensor of the run and every number of its records is compared bit by
+bit; times, memory, digests, paths and words are not. Prints what differs, then counts. Exits 1
+where a number or tensor of both differs.
 """
 
 import argparse
@@ -54,7 +56,8 @@ VARIES = (
 
 
 def run(commit: str, place: Path, config: str, overrides: list[str]) -> Path:
-    """Run a commit's code in a checkout of its own; return its run folder, which is reused if `place` has it."""
+    """Run a commit's code in a checkout of its own; return its run folder, which is reused if
+    `place` has it."""
     parsed = subprocess.run(
         ["git", "rev-parse", commit], check=True, capture_output=True, text=True
     )  # noqa: S607

@@ -1,13 +1,15 @@
-"""What does the orchestrator cost? A real search on one raylet and on two, and 2,000 trials that do nothing.
+"""What does the orchestrator cost? A real search on one raylet and on two, and 2,000 trials that do
+nothing.
 
     .venv/bin/qpruner sensitivity tune_configs/demo_smollm2_cpu.yaml
     .venv/bin/python benchmarks/scaling.py runs/demo --config tune_configs/demo_smollm2_cpu.yaml
 
-The real search has the same plans on one raylet and on two of one core each, and no ASHA; beside it the same trials in
-one bare process and in two, which is the speed-up that this machine has to give. Both are timed from the start of their
-processes to the end of their last trial, in turns. The 2,000 trials have the random searcher, two slots and no length:
-the driver's processor time and memory a trial, and the seconds in which a new process takes the search up again, are
-the orchestrator's own. Prints a table and a JSON line.
+The real search has the same plans on one raylet and on two of one core each, and no ASHA; beside it
+the same trials in one bare process and in two, which is the speed-up that this machine has to give.
+Both are timed from the start of their processes to the end of their last trial, in turns. The 2,000
+trials have the random searcher, two slots and no length: the driver's processor time and memory a
+trial, and the seconds in which a new process takes the search up again, are the orchestrator's own.
+Prints a table and a JSON line.
 """
 
 import argparse
@@ -31,7 +33,8 @@ NUM_EMPTY, NUM_SIZES = 2000, 20
 
 
 def fixed(config: RunConfig, output: Path) -> RunConfig:
-    """The configuration of a search whose plans are the same on any number of workers, with no trial stopped."""
+    """The configuration of a search whose plans are the same on any number of workers, with no
+    trial stopped."""
     update = {
         "searcher": "random",
         "max_trials": NUM_PLANS,
@@ -72,7 +75,8 @@ def search_seconds(
         settings.write_text(json.dumps(fixed(config, output).model_dump(mode="json")))
         # A process of its own, as a user's.
         command = [sys.executable, "-m", "qpruner", "search", str(settings), "--quiet", "--address"]
-        # Else Ray takes 127.0.0.1 for the address on the way to the internet, where this head does not listen.
+        # Else Ray takes 127.0.0.1 for the address on the way to the internet, where this head does
+        # not listen.
         environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         subprocess.run([*command, cluster.address], check=True, env=environment)
     finally:

@@ -1,13 +1,15 @@
-"""Replay searches on measured tables: how fast each searcher finds the best plan, and what ASHA costs. No model runs.
+"""Replay searches on measured tables: how fast each searcher finds the best plan, and what ASHA
+costs. No model runs.
 
-    .venv/bin/python benchmarks/search_regret.py                                  # every file in benchmarks/tables
-    .venv/bin/python benchmarks/search_regret.py --table FILE --budgets 75 90 --seeds 5     # budgets in MB
+    .venv/bin/python benchmarks/search_regret.py                                  # every file in
+    benchmarks/tables .venv/bin/python benchmarks/search_regret.py --table FILE --budgets 75 90
+    --seeds 5     # budgets in MB
 
-Every searcher gets the controls of a run first; `gp` is given the sensitivities too, which the others cannot use
-(`--blind`: neither). Regret is the loss of the plan that a run would return after so many trials, above that of the
-best plan that fits, in nats and without noise: medians over seeds, of which the worst is in brackets. Trials count in
-the order in which they end. Tables of several rungs are searched with ASHA, by `gp` also without. Prints tables, then
-one JSON line.
+Every searcher gets the controls of a run first; `gp` is given the sensitivities too, which the
+others cannot use (`--blind`: neither). Regret is the loss of the plan that a run would return after
+so many trials, above that of the best plan that fits, in nats and without noise: medians over
+seeds, of which the worst is in brackets. Trials count in the order in which they end. Tables of
+several rungs are searched with ASHA, by `gp` also without. Prints tables, then one JSON line.
 """
 
 import argparse
@@ -63,7 +65,8 @@ def replays(tasks: Sequence[Task], jobs: int) -> Iterator[Replay]:
 
 
 def at_or_below(regrets: Sequence[float], limit: float) -> float:
-    """Count the trials from which on the regret stays at or below a limit; infinite if it never does."""
+    """Count the trials from which on the regret stays at or below a limit; infinite if it never
+    does."""
     above = [number for number, regret in enumerate(regrets, start=1) if regret > limit + 1e-9]
     needed = above[-1] + 1 if above else 1
     return needed if needed <= len(regrets) else math.inf
@@ -150,7 +153,8 @@ def print_aligned(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def about(table: Table, task: Task) -> dict[str, Any]:
-    """Describe the plans inside a budget: how many, the best of each cut, and how well rungs rank them."""
+    """Describe the plans inside a budget: how many, the best of each cut, and how well rungs rank
+    them."""
     space = table.space(task.budget, task.flops_fraction)
     inside = [plan for plan in table.plans if space.is_feasible(plan)]
     best = {
@@ -178,7 +182,8 @@ def about(table: Table, task: Task) -> dict[str, Any]:
 
 
 def knapsacks(table: Table) -> Iterator[dict[str, Any]]:
-    """Describe each cut's knapsacks: by each sensitivity their regret among the cut's plans, in budgets 5 MB apart."""
+    """Describe each cut's knapsacks: by each sensitivity their regret among the cut's plans, in
+    budgets 5 MB apart."""
     for cut in table.cuts if table.plans else ():
         sizes = [table.space_of(cut, 0).plan_bytes(plan) for plan in table.plans if plan.cut == cut]
         spaces = [

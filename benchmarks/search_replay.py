@@ -1,10 +1,12 @@
-"""Replays a search on a table of measured losses, with the package's own searchers, ledger, ASHA and choice of winner.
+"""Replays a search on a table of measured losses, with the package's own searchers, ledger, ASHA
+and choice of winner.
 
-A table is a JSON file, see `joint_table.py`: the bytes of every (cut, group, format), the plans with their losses at
-each rung, and the sensitivities. `additive` stands for plans and losses in a table of too many groups to try every
-plan: `intercept`, and for each format what each group adds. The loss at the last rung counts as the truth. What a
-search sees has noise beside it, of standard deviation `loss_noise`: a draw for each plan and training seed, the same at
-all rungs. As in a run, the trials share one training seed, and finalists are trained again under a further one.
+A table is a JSON file, see `joint_table.py`: the bytes of every (cut, group, format), the plans
+with their losses at each rung, and the sensitivities. `additive` stands for plans and losses in a
+table of too many groups to try every plan: `intercept`, and for each format what each group adds.
+The loss at the last rung counts as the truth. What a search sees has noise beside it, of standard
+deviation `loss_noise`: a draw for each plan and training seed, the same at all rungs. As in a run,
+the trials share one training seed, and finalists are trained again under a further one.
 """
 
 from __future__ import annotations
@@ -213,7 +215,8 @@ class Replay:
     repaired: int  # proposals that were over budget or known
 
     def returned(self, number: int, as_if_finished: bool = False) -> EndedTrial | None:
-        """Return the winner after `number` trials; `as_if_finished`: stopped ones compete too, by their last rung."""
+        """Return the winner after `number` trials; `as_if_finished`: stopped ones compete too, by
+        their last rung."""
         done = [trial for trial in self.trials[:number] if trial.finished or as_if_finished]
         are_controls = [trial.control for trial in done]
         scores, fit = [trial.scores[0] for trial in done], [trial.fits for trial in done]
@@ -289,7 +292,8 @@ class _Witness:
 
 
 def replay(task: Task) -> Replay:
-    """Search a table; with several trials in flight, rungs are spread evenly over durations, log-normal around one."""
+    """Search a table; with several trials in flight, rungs are spread evenly over durations,
+    log-normal around one."""
     table = Table.read(task.path)
     steps, space = table.steps, table.space(task.budget, task.flops_fraction)
     controls = [] if task.blind else table.controls(task.budget, task.flops_fraction)

@@ -1,12 +1,13 @@
-"""Rank correlation of the sensitivities of a model as it is and of its cuts: may one cut's count for all?
+"""Rank correlation of the sensitivities of a model as it is and of its cuts: may one cut's count
+for all?
 
     for rate in 0 0.1 0.2; do
       .venv/bin/qpruner sensitivity CONFIG --set prune.rate=$rate --set output=runs/rate-$rate
     done
     .venv/bin/python benchmarks/shared_sensitivities.py runs/rate-0 runs/rate-0.1 runs/rate-0.2
 
-For each further run, method and format: Spearman's correlation over the blocks' groups with the first run, and the sum
-over the groups in both.
+For each further run, method and format: Spearman's correlation over the blocks' groups with the
+first run, and the sum over the groups in both.
 """
 
 import sys

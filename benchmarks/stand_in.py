@@ -1,7 +1,9 @@
-"""A search whose trials only sleep: everything of ours and of Ray's is real, but for model and training.
+"""A search whose trials only sleep: everything of ours and of Ray's is real, but for model and
+training.
 
-Plans of 64 groups, scored by a loss that adds up over the groups. Lengths are log-normal (sigma 1: one trial in twenty
-takes 3.1 times the mean or more), the same for the same plan. A trial writes down when it slept: only that is work.
+Plans of 64 groups, scored by a loss that adds up over the groups. Lengths are log-normal (sigma 1:
+one trial in twenty takes 3.1 times the mean or more), the same for the same plan. A trial writes
+down when it slept: only that is work.
 """
 
 import json

@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/training_step.py tune_configs/demo_smollm2_cpu.yaml
     .venv/bin/python benchmarks/training_step.py CONFIG --set training.batch_size=64 --steps 1
 
-A model of the configuration's shapes, unpruned, with random weights in its smallest formats and adapters, takes the
-same rows in turns: as they are trained on, with logits at every token (`all logits`), and dealt into micro-batches in
-the epoch's random order (`random order`, where an optimizer batch has several). Seconds are processor seconds of one
-step or pass; tokens are means over the whole training set. Prints a table and a JSON line.
+A model of the configuration's shapes, unpruned, with random weights in its smallest formats and
+adapters, takes the same rows in turns: as they are trained on, with logits at every token (`all
+logits`), and dealt into micro-batches in the epoch's random order (`random order`, where an
+optimizer batch has several). Seconds are processor seconds of one step or pass; tokens are means
+over the whole training set. Prints a table and a JSON line.
 """
 
 import argparse
@@ -34,7 +35,8 @@ MicroBatches = list[list[int]]
 
 
 def random_order(num_rows: int, size: int) -> Iterator[list[int]]:
-    """Micro-batches of the first epoch's order, of which `_Batches` takes the same optimizer batches."""
+    """Micro-batches of the first epoch's order, of which `_Batches` takes the same optimizer
+    batches."""
     order = np.random.default_rng([0, 0]).permutation(num_rows).tolist()
     for start in range(0, num_rows, size):
         yield order[start : start + size]

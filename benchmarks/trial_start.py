@@ -1,14 +1,17 @@
 """How long a trial takes to start: from scratch and from the bank.
 
     .venv/bin/python benchmarks/trial_start.py RUN --config CONFIG      # after qpruner bank CONFIG
-    .venv/bin/python benchmarks/trial_start.py --rows 48760             # only the training rows, as many as Alpaca's
+    .venv/bin/python benchmarks/trial_start.py --rows 48760             # only the training rows, as
+    many as Alpaca's
 
-From scratch is load, quantize, LoftQ and adapters, as every trial of a search without a bank does it. Every repeat is
-two processes of its own, one from scratch and one from the bank, in turns, the libraries imported and settled before
-as in a worker, the files in the page cache. Wall-clock and processor seconds. Prints a table and a JSON line.
+From scratch is load, quantize, LoftQ and adapters, as every trial of a search without a bank does
+it. Every repeat is two processes of its own, one from scratch and one from the bank, in turns, the
+libraries imported and settled before as in a worker, the files in the page cache. Wall-clock and
+processor seconds. Prints a table and a JSON line.
 
-With `--rows` it makes a training set with lengths like Alpaca's (110 tokens in the mean), and a process of its own for
-every repeat loads it and pads the first batch of 64 rows. Memory is what the process has more of after that.
+With `--rows` it makes a training set with lengths like Alpaca's (110 tokens in the mean), and a
+process of its own for every repeat loads it and pads the first batch of 64 rows. Memory is what the
+process has more of after that.
 """
 
 import argparse
@@ -96,7 +99,8 @@ def measure(
 
 
 def make_rows(count: int, folder: Path) -> None:
-    """Save rows whose prompts are about as long as Alpaca's, template included, and their responses, too."""
+    """Save rows whose prompts are about as long as Alpaca's, template included, and their
+    responses, too."""
     generator = np.random.default_rng(0)
     prompts = generator.lognormal(np.log(45), 0.25, count).astype(int).clip(38, 200)
     responses = generator.lognormal(np.log(42), 0.95, count).astype(int).clip(2, 400)

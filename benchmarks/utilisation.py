@@ -1,13 +1,15 @@
-"""What share of the accelerators' time does a search keep them busy? Trials that sleep, on GPUs that are only counted.
+"""What share of the accelerators' time does a search keep them busy? Trials that sleep, on GPUs
+that are only counted.
 
     .venv/bin/python benchmarks/utilisation.py                          # about 35 minutes
     .venv/bin/python benchmarks/utilisation.py --slots 4 --seconds 10 --trials-per-slot 8
 
-The search is the real one: searcher, ASHA, Tune, records, checkpoints of 100 kB. Lengths are log-normal, sigma 1, with
-the given mean for a trial that runs to its end; ASHA stops about half of them at a quarter of it and half of the others
-at the half. Busy is asleep: a report, a checkpoint, a decision, a new plan, a process that starts are idle time. The
-share counts from the moment at which every slot has been busy at once to the last suggestion; the ramp before and the
-tail after it are told apart. Prints a table and a JSON line.
+The search is the real one: searcher, ASHA, Tune, records, checkpoints of 100 kB. Lengths are
+log-normal, sigma 1, with the given mean for a trial that runs to its end; ASHA stops about half of
+them at a quarter of it and half of the others at the half. Busy is asleep: a report, a checkpoint,
+a decision, a new plan, a process that starts are idle time. The share counts from the moment at
+which every slot has been busy at once to the last suggestion; the ramp before and the tail after it
+are told apart. Prints a table and a JSON line.
 """
 
 import argparse
@@ -24,8 +26,8 @@ import ray
 from stand_in import FIRST_RUNG, Slept, run_search, sleeps, start_ray
 
 SETTINGS = ((1, 10.0, 24), (4, 10.0, 24), (16, 10.0, 48), (16, 60.0, 10), (64, 60.0, 10))
-"""(slots, mean seconds of a trial, trials a slot). Two cores start 16 processes in a minute and 64 in seven, in which
-trials of ten seconds on 64 slots would be over."""
+"""(slots, mean seconds of a trial, trials a slot). Two cores start 16 processes in a minute and 64
+in seven, in which trials of ten seconds on 64 slots would be over."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Usage:
         ramp_seconds: From the start of the search to the window.
         tail_seconds: From the last suggestion to the end.
         rung_gap_ms: Median and 95th percentile of the time between two sleeps of one trial.
-        trial_gap_ms: The same between the last sleep of a trial and the first of the next in the same process.
+        trial_gap_ms: The same between the last sleep of a trial and the first of the next in the
+            same process.
         driver_ms: Processor time of the driver for a trial.
     """
 

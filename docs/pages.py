@@ -1,6 +1,7 @@
 """Add the pages of the root to the site.
 
-The site's root is that of the repository with `docs/` laid into it, so links between the two lose their folder.
+The site's root is that of the repository with `docs/` laid into it, so links between the two lose
+their folder.
 """
 
 from pathlib import Path

@@ -2,9 +2,10 @@
 
     python docs/pictures.py runs/demo
 
-`terminal.svg` is the run's search shown again: its stages, and its trials' records as they stood at one moment, go
-through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the real TensorBoard on the
-run, for `report.png`, `report-phone.png` (both dark too) and `plans.png` its report.
+`terminal.svg` is the run's search shown again: its stages, and its trials' records as they stood at
+one moment, go through the view that `qpruner run` has. For `tensorboard.png` Chromium opens the
+real TensorBoard on the run, for `report.png`, `report-phone.png` (both dark too) and `plans.png`
+its report.
 """
 
 import contextlib
@@ -53,7 +54,8 @@ class Screen(io.StringIO):
 
 
 def terminal_picture(run: Snapshot) -> str:
-    """Draw the search as `qpruner run` showed it when most trials were past their first rung and not over, as SVG."""
+    """Draw the search as `qpruner run` showed it when most trials were past their first rung and
+    not over, as SVG."""
     moment = moment_of(run.own_trials)
     timed = sorted(
         (*events_of_stages(run, moment), *events_of_trials(run, moment)), key=lambda each: each[0]

@@ -1,7 +1,9 @@
-"""Writes into the headers of `tune_configs/` what each of their commands takes: `python docs/recipes.py`.
+"""Writes into the headers of `tune_configs/` what each of their commands takes: `python
+docs/recipes.py`.
 
-Under every `# Command:` of a recipe for GPUs a line `# Memory:` has the peak of each kind of work, as `qpruner check`
-counts it, and the smallest card that it fits. Shapes alone decide it: neither weights nor rows are read.
+Under every `# Command:` of a recipe for GPUs a line `# Memory:` has the peak of each kind of work,
+as `qpruner check` counts it, and the smallest card that it fits. Shapes alone decide it: neither
+weights nor rows are read.
 """
 
 import itertools

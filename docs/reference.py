@@ -1,4 +1,5 @@
-"""Write the pages that are made from the code, `configuration.md` and `commands.md`: `python docs/reference.py`."""
+"""Write the pages that are made from the code, `configuration.md` and `commands.md`: `python
+docs/reference.py`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ def pages() -> dict[str, str]:
 
 
 def commands() -> str:
-    """Write the page of every verb: its arguments, its help and its options, those that several verbs share once."""
+    """Write the page of every verb: its arguments, its help and its options, those that several
+    verbs share once."""
     verbs = [main.commands[name] for name in main.list_commands(click.Context(main))]
     by_line: dict[str, list[str]] = {}
     for verb in verbs:
@@ -79,7 +81,8 @@ def _text(text: str | None) -> str:
 
 
 def configuration() -> str:
-    """Write the page of every key: its type, rule, default and meaning, as the configuration's JSON schema has them."""
+    """Write the page of every key: its type, rule, default and meaning, as the configuration's JSON
+    schema has them."""
     schema = RunConfig.model_json_schema()
     lines = [
         *("# Configuration", "", MADE, ""),
@@ -97,7 +100,8 @@ def configuration() -> str:
 def _section(
     path: str, schema: dict[str, Any], defined: dict[str, Any], shown: dict[str, str]
 ) -> Iterator[str]:
-    """Yield a section's keys, then the sections inside it that are not `shown` yet, each under the first path to it."""
+    """Yield a section's keys, then the sections inside it that are not `shown` yet, each under the
+    first path to it."""
     yield from (f"## {path.rstrip('.') or 'The file'}", "", _text(schema.get("description")), "")
     required, inner = schema.get("required", ()), []
     for name, field in schema["properties"].items():
@@ -117,7 +121,8 @@ def _section(
 
 
 def _referred(field: dict[str, Any]) -> str | None:
-    """Return the name of the section that a field holds, alone, in a list, or where null may stand in its place."""
+    """Return the name of the section that a field holds, alone, in a list, or where null may stand
+    in its place."""
     if "$ref" in field:
         return str(field["$ref"]).rpartition("/")[2]
     inside = [*field.get("anyOf", ()), *([field["items"]] if "items" in field else [])]

@@ -1,7 +1,9 @@
-"""Writes `served_table.md`, which server takes which format and family: `python docs/served.py` (minutes).
+"""Writes `served_table.md`, which server takes which format and family: `python docs/served.py`
+(minutes).
 
-Each cell is an export of a tiny random model with an adapter, loaded again and compared. vLLM itself loads what it can
-if another environment has it (`QPRUNER_VLLM_PYTHON`, see `launch/serve_tests.sh`), else transformers does.
+Each cell is an export of a tiny random model with an adapter, loaded again and compared. vLLM
+itself loads what it can if another environment has it (`QPRUNER_VLLM_PYTHON`, see
+`launch/serve_tests.sh`), else transformers does.
 """
 
 import multiprocessing

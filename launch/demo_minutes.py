@@ -1,4 +1,5 @@
-"""Print in about how many minutes the demo runs on two free cores of this kind, from the time of a matrix product."""
+"""Print in about how many minutes the demo runs on two free cores of this kind, from the time of a
+matrix product."""
 
 import time
 
@@ -7,7 +8,8 @@ import torch
 from qpruner.models import cpu
 
 STARTS, PRODUCTS = 150.0, 18_000
-"""Seconds for starts of processes, and products in a run: 3.6 minutes at 3.5 ms each, at 21 ms about 9."""
+"""Seconds for starts of processes, and products in a run: 3.6 minutes at 3.5 ms each, at 21 ms
+about 9."""
 
 cpu.install()
 torch.set_num_threads(1)

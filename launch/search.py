@@ -1,7 +1,9 @@
-"""Runs `qpruner run CONFIG --address auto` on the head of a cluster, in the folder that the cluster file installs.
+"""Runs `qpruner run CONFIG --address auto` on the head of a cluster, in the folder that the cluster
+file installs.
 
-Usage: ray submit cluster.yaml launch/search.py CONFIG [options of `qpruner run`]     (Ray copies this file to the head)
-CONFIG is a path on the head, relative to ~/qpruner. After `--percent-encoded` all arguments are, as submit.sh does it.
+Usage: ray submit cluster.yaml launch/search.py CONFIG [options of `qpruner run`]     (Ray copies
+this file to the head) CONFIG is a path on the head, relative to ~/qpruner. After
+`--percent-encoded` all arguments are, as submit.sh does it.
 """
 
 import os

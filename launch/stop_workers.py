@@ -1,6 +1,7 @@
 """Stops Ray on every worker of an on-premise cluster; launch/down.sh runs it on the head.
 
-`ray down` does not end their raylets (Ray 2.60). The addresses and the key are in the file that `ray up` wrote there.
+`ray down` does not end their raylets (Ray 2.60). The addresses and the key are in the file that
+`ray up` wrote there.
 """
 
 import subprocess

@@ -1,6 +1,8 @@
-"""Translate the settings of pip (files and PIP_ variables), which uv does not read: print exports of uv's variables.
+"""Translate the settings of pip (files and PIP_ variables), which uv does not read: print exports
+of uv's variables.
 
-Usage: eval "$(pip config list | python launch/uv_settings.py)"     Exit status 1: uv cannot have these settings.
+Usage: eval "$(pip config list | python launch/uv_settings.py)"     Exit status 1: uv cannot have
+these settings.
 """
 
 import ast
@@ -19,7 +21,8 @@ SAME = {
     "timeout": "UV_HTTP_TIMEOUT",
     "default-timeout": "UV_HTTP_TIMEOUT",
 }
-"""uv's variable for a setting of pip; several values are separated by blanks, of UV_FIND_LINKS by commas."""
+"""uv's variable for a setting of pip; several values are separated by blanks, of UV_FIND_LINKS by
+commas."""
 NO_MATTER = {
     "disable-pip-version-check",
     "no-input",

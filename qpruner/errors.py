@@ -1,4 +1,5 @@
-"""Define the errors that users can meet: a `UserError` (exit code 2) is a mistake in the input; others exit with 1."""
+"""Define the errors that users can meet: a `UserError` (exit code 2) is a mistake in the input;
+others exit with 1."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -31,7 +32,8 @@ class UserError(QprunerError):
 
 
 class ConfigError(UserError):
-    """One or more problems in a configuration, listed in one message; `source` is the configuration file."""
+    """One or more problems in a configuration, listed in one message; `source` is the configuration
+    file."""
 
     def __init__(self, problems: Iterable[str], source: str | None = None) -> None:
         self.problems, self.source = tuple(problems), source
@@ -43,7 +45,8 @@ class ConfigError(UserError):
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
-    """Run independent checks and return their results; raise the mistakes of all at once as one `ConfigError`."""
+    """Run independent checks and return their results; raise the mistakes of all at once as one
+    `ConfigError`."""
     found, errors = [], []
     for check in checks:
         try:
@@ -95,7 +98,8 @@ class StageError(RemediableError):
 
 
 class StorageError(RemediableError):
-    """The run's storage cannot be used, even after repeated attempts; it may be full or unreachable."""
+    """The run's storage cannot be used, even after repeated attempts; it may be full or
+    unreachable."""
 
 
 class OutOfMemory(RemediableError):
@@ -110,7 +114,8 @@ class NodeDiffers(RemediableError):
 
 
 def note_defect(error: Exception, evidence: str = "the output above") -> str:
-    """Add to an unexpected error, unless present, the note that it is a likely defect to report; return the note."""
+    """Add to an unexpected error, unless present, the note that it is a likely defect to report;
+    return the note."""
     for note in getattr(error, "__notes__", ()):
         if DEFECT in note:
             return str(note)
@@ -136,7 +141,8 @@ class WorkerDied(QprunerError):
 
 
 class TakenOver(QprunerError):
-    """Another process has taken over this trial or fine-tune, because this machine was unreachable for a while."""
+    """Another process has taken over this trial or fine-tune, because this machine was unreachable
+    for a while."""
 
 
 class CorruptFile(QprunerError):

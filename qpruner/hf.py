@@ -1,7 +1,7 @@
 """Let plain transformers load the models that qpruner writes: import this module once.
 
-`AutoModelForCausalLM.from_pretrained(folder)` then loads pruned and final models, with the adapter if there is one. On
-a CPU without bfloat16 instructions, matrix products are computed in float32.
+`AutoModelForCausalLM.from_pretrained(folder)` then loads pruned and final models, with the adapter
+if there is one. On a CPU without bfloat16 instructions, matrix products are computed in float32.
 """
 
 from pathlib import Path
@@ -20,13 +20,15 @@ cpu.install()
 
 
 def weights_folder(folder: Path) -> Path:
-    """Return the folder with the weights of a model: the subfolder `base` of a peft export, else the folder itself."""
+    """Return the folder with the weights of a model: the subfolder `base` of a peft export, else
+    the folder itself."""
     base = folder / PEFT_BASE
     return base if base.is_dir() and not (folder / "config.json").exists() else folder
 
 
 def load(folder: Path, on_progress: OnWork = ignore_progress) -> Any:
-    """Load a final model, an export or any other transformers model onto the best device; loads no tokenizer."""
+    """Load a final model, an export or any other transformers model onto the best device; loads no
+    tokenizer."""
     from transformers import AutoModelForCausalLM
 
     weights = weights_folder(folder)

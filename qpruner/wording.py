@@ -17,14 +17,16 @@ def counted(number: float, noun: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str], heading: str) -> str:
-    """Suggest the known word that is most like a misspelt one; if none is like it, list all known words."""
+    """Suggest the known word that is most like a misspelt one; if none is like it, list all known
+    words."""
     words = list(known)
     near = difflib.get_close_matches(word, words, n=1)
     return f"did you mean `{near[0]}`?" if near else f"{heading} {', '.join(words)}"
 
 
 def error_text(stderr: float | None, digits: int) -> str:
-    """Format a standard error to follow its mean, as `` (se 0.048)``; empty if there is no standard error."""
+    """Format a standard error to follow its mean, as `` (se 0.048)``; empty if there is no standard
+    error."""
     return "" if stderr is None or math.isnan(stderr) else f" (se {stderr:.{digits}f})"
 
 
@@ -38,7 +40,8 @@ def without_nan(value: Any) -> Any:
 
 
 def as_called() -> str:
-    """Return the command line of this process for a shell, with the path of a program that is not on PATH."""
+    """Return the command line of this process for a shell, with the path of a program that is not
+    on PATH."""
     called, *arguments = sys.argv
     name = Path(called).name
     program = (

@@ -23,12 +23,14 @@ def copy_checkout(into: Path) -> Path:
 
 
 def environment_with(environment: Path, *source: object) -> Path:
-    """Make a virtual environment with what `pip install` finds at a source: a wheel, an archive or a checkout."""
+    """Make a virtual environment with what `pip install` finds at a source: a wheel, an archive or
+    a checkout."""
     subprocess.run(
         [sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60
     )
     (site,) = environment.glob("lib/python*/site-packages")
-    # Shares the installed dependencies, but not the editable qpruner: .pth files there are not followed.
+    # Shares the installed dependencies, but not the editable qpruner: .pth files there are not
+    # followed.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     pip = (
         sys.executable,

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# On a busy machine, threads wait for one another: a 64 x 128 LoftQ start took 290 ms with two, 1.3 ms with one.
+# On a busy machine, threads wait for one another: a 64 x 128 LoftQ start took 290 ms with two, 1.3
+# ms with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Instead of two minutes, for full disks on which no test makes room.
 os.environ.setdefault("QPRUNER_STORAGE_PATIENCE_SECONDS", "1")
@@ -41,7 +42,8 @@ DEMO_DATA = files("qpruner") / "demo" / "data"
 
 
 def pytest_collection_finish() -> None:
-    """Exclude the libraries, which are imported by now, from garbage collection, which takes 0.3 s a time with them."""
+    """Exclude the libraries, which are imported by now, from garbage collection, which takes 0.3 s
+    a time with them."""
     gc.collect()
     gc.freeze()
 
@@ -53,7 +55,8 @@ def demo_rows(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer Llama (2 key/value heads, 4 query heads, 256 channels) and a byte-level BPE."""
+    """A folder with a random two-layer Llama (2 key/value heads, 4 query heads, 256 channels) and a
+    byte-level BPE."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -208,7 +211,8 @@ def full(disk: Path) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
-    """Fill a file system except for some bytes, until qpruner waits for room; yield the file that takes the room."""
+    """Fill a file system except for some bytes, until qpruner waits for room; yield the file that
+    takes the room."""
 
     class MakeRoom(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

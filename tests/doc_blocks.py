@@ -16,7 +16,8 @@ FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its page relative to the root, the line of its opening fence, its language and its text."""
+    """A fenced block: its page relative to the root, the line of its opening fence, its language
+    and its text."""
 
     page: str
     line: int

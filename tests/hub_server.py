@@ -1,4 +1,5 @@
-"""A local model hub with the endpoints that huggingface_hub uses to create, commit to and read a repository."""
+"""A local model hub with the endpoints that huggingface_hub uses to create, commit to and read a
+repository."""
 
 import base64
 import hashlib

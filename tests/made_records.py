@@ -8,7 +8,8 @@ from qpruner.search.roles import rival_of
 
 
 def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
-    """Make a search of nine trials by `gp`, in which trial 7 with this plan beat the control of trial 2."""
+    """Make a search of nine trials by `gp`, in which trial 7 with this plan beat the control of
+    trial 2."""
     fields: dict[str, Any] = {
         "digest": "c" * 16,
         "trials_digest": "1" * 16,
@@ -43,7 +44,8 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
 
 
 def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
-    """Make a finalist with this loss on both of two rows; it is a control if its origin is the name of one."""
+    """Make a finalist with this loss on both of two rows; it is a control if its origin is the name
+    of one."""
     control = is_control(origin)
     fields: dict[str, Any] = {
         "control": control,

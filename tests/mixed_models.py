@@ -93,7 +93,8 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def final_model(tiny_model: Path, root: Path) -> Path:
-    """Write a final model of several formats, embeddings too, with an adapter on every layer; return its folder."""
+    """Write a final model of several formats, embeddings too, with an adapter on every layer;
+    return its folder."""
     bank = bank_source(tiny_model, root / "bank")
     model, starts = assemble(bank, mixed_plan(groups_of(bank), PATTERN) | {EMBEDDINGS: "int8"})
     save_checkpoint(model, load_tokenizer(str(tiny_model)), root / "final")
@@ -107,7 +108,8 @@ def final_model(tiny_model: Path, root: Path) -> Path:
 
 
 def off_by(logits: torch.Tensor, final: Path) -> float:
-    """Compute the difference of logits from those of a final model, relative to the effect of its adapter."""
+    """Compute the difference of logits from those of a final model, relative to the effect of its
+    adapter."""
     model = AutoModelForCausalLM.from_pretrained(final)
     expected = logits_of(model).float()
     for name, parameter in model.named_parameters():

@@ -101,7 +101,8 @@ class Store:
 
 @contextmanager
 def object_store(**settings: str) -> Iterator[Store]:
-    """Run the server with an empty bucket until the end of the block; settings are environment variables."""
+    """Run the server with an empty bucket until the end of the block; settings are environment
+    variables."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

@@ -77,7 +77,8 @@ def plain_transformers_answers(
     working_folder: Path,
     ragged: Iterable[Path] = (),
 ) -> list[dict[str, Any]]:
-    """Return logits in float32, greedily generated tokens and the number of layers, or the error, for each folder.
+    """Return logits in float32, greedily generated tokens and the number of layers, or the error,
+    for each folder.
 
     Folders in `ragged` come last and are loaded after `import qpruner.hf`.
     """

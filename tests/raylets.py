@@ -39,7 +39,8 @@ class Raylets:
         return node
 
     def in_a_thread(self) -> None:
-        """Allow threads to add nodes: leave out the signal handler, which only the main thread can set."""
+        """Allow threads to add nodes: leave out the signal handler, which only the main thread can
+        set."""
         self.cluster._shutdown_at_exit = False
 
     def add_apart(self, mounts: str, **resources: Any) -> Any:

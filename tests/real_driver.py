@@ -87,7 +87,8 @@ def driver(
     before: str = "",
     **environment: str,
 ) -> Iterator[Driver]:
-    """Start a command, with `inside` before it and after the Python `before`; kill all its processes at the end."""
+    """Start a command, with `inside` before it and after the Python `before`; kill all its
+    processes at the end."""
     run = Path(yaml.safe_load(config.read_text())["output"])
     program = (
         ("-c", f"{before}\nfrom qpruner.cli.main import main\nmain()")

@@ -67,7 +67,8 @@ def broken(*_: Any) -> Any:
 def test_an_unexpected_error_has_a_remedy(
     tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The remedy is on the terminal, in the state and log of the run, in the JSON, and in the Python exception."""
+    """The remedy is on the terminal, in the state and log of the run, in the JSON, and in the
+    Python exception."""
     monkeypatch.setattr(Prepare, "run", broken)
     config, log = write_yaml(tiny_raw), tmp_path / "run" / "qpruner.log"
     done = command("prepare", config, "--json")

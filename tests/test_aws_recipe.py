@@ -1,6 +1,8 @@
-"""Run the AWS recipe of docs/cluster.md against a simulation of AWS (moto), with the AWS CLI and Ray's node provider.
+"""Run the AWS recipe of docs/cluster.md against a simulation of AWS (moto), with the AWS CLI and
+Ray's node provider.
 
-The simulation has roles, networks, machines and buckets, but checks no permissions and starts no machines.
+The simulation has roles, networks, machines and buckets, but checks no permissions and starts no
+machines.
 """
 
 import json

@@ -58,7 +58,8 @@ def test_ray_accepts_the_file_and_mounts_the_package(path: Path) -> None:
 
 
 def test_both_cluster_files_set_machines_up_alike() -> None:
-    """So a real `ray up` of one file (tests/cluster) shows that versions and token reach the workers."""
+    """So a real `ray up` of one file (tests/cluster) shows that versions and token reach the
+    workers."""
     aws, own = prepared(AWS), prepared(ON_PREMISE)
     for key in ("file_mounts", "rsync_exclude", "cluster_synced_files"):
         assert aws[key] == own[key]
@@ -177,7 +178,8 @@ def filled(path: Path, folder: Path, **changes: str) -> Path:
 
 @pytest.fixture
 def with_programs(tmp_path: Path) -> dict[str, str]:
-    """A PATH with stand-ins for ssh and rsync, used only if this machine lacks them; no test calls them."""
+    """A PATH with stand-ins for ssh and rsync, used only if this machine lacks them; no test calls
+    them."""
     for name in ("ssh", "rsync"):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -307,7 +309,8 @@ def test_scripts_are_valid_and_explain_their_usage(path: Path) -> None:
 
 @FILES
 def test_a_cluster_is_named_for_its_user_and_folder(path: Path, tmp_path: Path) -> None:
-    """Under one name two colleagues in one account would share a cluster, and one take down that of the other."""
+    """Under one name two colleagues in one account would share a cluster, and one take down that of
+    the other."""
     names = []
     for mine in (tmp_path / path.name, tmp_path / f"another-{path.name}"):
         mine.write_text(path.read_text())

@@ -24,7 +24,8 @@ pytestmark = [
 
 
 def memory_bytes(driver: psutil.Process) -> int:
-    """Sum the proportional memory (PSS) of a process and its descendants, except those that just ended."""
+    """Sum the proportional memory (PSS) of a process and its descendants, except those that just
+    ended."""
     total = 0
     for process in [driver, *driver.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -97,7 +98,8 @@ def test_demo(tmp_path: Path) -> None:
         [*command[:3], "check", str(config), "--json"], capture_output=True, text=True, cwd=ROOT
     )
     expected = json.loads(checked.stdout.splitlines()[-1])["memory"]["trial, training"]["total"]
-    # The estimate of `qpruner check` is for rows of `data.max_length`, those of the demo are a third as long.
+    # The estimate of `qpruner check` is for rows of `data.max_length`, those of the demo are a
+    # third as long.
     assert expected / 4 < table["searched"]["peak_memory_bytes"] < expected
     assert all(
         row["perplexity"] > 1 and row["decode_tokens_per_second"] is None

@@ -1,7 +1,8 @@
-"""README and docs are right: their commands and snippets run in a fresh checkout with a tiny model (`pytest -m docs`).
+"""README and docs are right: their commands and snippets run in a fresh checkout with a tiny model
+(`pytest -m docs`).
 
-`NOT_RUN` and `INLINE_NOT_RUN` give the reasons for the others. The fast tests compare verbs, keys, messages and links
-with the code.
+`NOT_RUN` and `INLINE_NOT_RUN` give the reasons for the others. The fast tests compare verbs, keys,
+messages and links with the code.
 """
 
 import ast
@@ -125,7 +126,8 @@ def matches(block: Block, page: str, start: str) -> bool:
 
 
 def spans(page: Path) -> list[str]:
-    """Return the code in the prose of a page; `qpruner` is put before verbs with arguments (`plan RUN`)."""
+    """Return the code in the prose of a page; `qpruner` is put before verbs with arguments (`plan
+    RUN`)."""
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     found = [
         " ".join(span.split()).removeprefix(".venv/bin/") for _, span in CODE_SPAN.findall(prose)
@@ -135,7 +137,8 @@ def spans(page: Path) -> list[str]:
 
 
 def inline_commands(page: Path) -> list[str]:
-    """Return the commands in the prose of a page: a program with arguments, not just a name like `ray up`."""
+    """Return the commands in the prose of a page: a program with arguments, not just a name like
+    `ray up`."""
     return [
         span
         for span in spans(page)
@@ -216,7 +219,8 @@ def test_files_that_commands_name_are_there() -> None:
     "page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"], ids=lambda page: page.name
 )
 def test_paths_and_names_of_the_code_are_there(page: Path) -> None:
-    """`ROOM/` and `ROOM/FILE.py` exist here or in the package; in `ROOM/FILE.py: NAME`, the file has the name."""
+    """`ROOM/` and `ROOM/FILE.py` exist here or in the package; in `ROOM/FILE.py: NAME`, the file
+    has the name."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     paths = re.findall(r"`(?:qpruner/)?((?:[a-z_]+/)+(?:[a-z_]+\.py)?)(?:: ([A-Za-z_.]+))?`", text)
     assert len(paths) > 10
@@ -338,7 +342,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     """A fresh checkout with a `my.yaml`, and a `.venv` with qpruner and its dependencies."""
     folder = copy_checkout(tmp_path_factory.mktemp("docs") / "qpruner")
     environment = environment_with(folder / ".venv", "--editable", folder)
-    # launch/setup.sh writes this file after an installation, which it could not do here without pip.
+    # launch/setup.sh writes this file after an installation, which it could not do here without
+    # pip.
     asked = (folder / "pyproject.toml").read_bytes() + b"demo demo-model"
     (environment / "qpruner-installed-demo").write_text(hashlib.sha256(asked).hexdigest())
     for name, output in (
@@ -434,7 +439,8 @@ def test_command_in_prose(command: str, demo: Path) -> None:
 @pytest.mark.docs
 @pytest.mark.parametrize("folder", ["final", "cuts/cut-20", "export/merged", "export/peft/base"])
 def test_mixed_models_load_after_our_import_only(folder: str, demo: Path) -> None:
-    """As docs/using.md says; a merged model whose blocks are alike, as of a winner that is not pruned, is plain."""
+    """As docs/using.md says; a merged model whose blocks are alike, as of a winner that is not
+    pruned, is plain."""
     for form in ("merged", "peft"):
         execute(
             demo, "bash", f"[ -d runs/demo/export/{form} ] || qpruner export runs/demo --to {form}"

@@ -1,4 +1,5 @@
-"""`benchmarks/gpu_7b.py` and its kit with a tiny model on the CPU, through the same functions as on a GPU."""
+"""`benchmarks/gpu_7b.py` and its kit with a tiny model on the CPU, through the same functions as on
+a GPU."""
 
 import importlib.util
 import json

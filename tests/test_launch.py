@@ -93,7 +93,8 @@ def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> N
 
 
 def test_uv_gets_the_settings_of_pip(tmp_path: Path) -> None:
-    """Translate pip's files and variables, but keep uv's own; with a setting that uv lacks, pip installs."""
+    """Translate pip's files and variables, but keep uv's own; with a setting that uv lacks, pip
+    installs."""
     (tmp_path / "pip.conf").write_text(
         "[global]\ntimeout = 7\nfind-links = /a /b\n[install]\nno-index = true\n"
     )

@@ -64,7 +64,8 @@ def environment(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run_in(environment: Path, *command: object, minutes: float = 1, **variables: str) -> str:
-    """Run a command in a virtual environment, without access to the checkout, and return its output."""
+    """Run a command in a virtual environment, without access to the checkout, and return its
+    output."""
     bare = {
         name: value
         for name, value in os.environ.items()
@@ -150,7 +151,8 @@ def test_bash_completes_verbs_options_choices_and_files(environment: Path) -> No
 
 
 def interpreter(version: str) -> str:
-    """Find a Python that can make environments, on the path or in pyenv; skip the test if there is none."""
+    """Find a Python that can make environments, on the path or in pyenv; skip the test if there is
+    none."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     found = [shutil.which(f"python{version}"), *sorted(versions.glob(f"{version}.*/bin/python"))]
     for python in filter(None, found):

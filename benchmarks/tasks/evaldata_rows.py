@@ -7,7 +7,8 @@ HUB = Path(__file__).resolve().parents[3] / "shared" / "evaldata" / "hub"
 
 
 def load(files: dict[str, str], **_: Any) -> Any:
-    """The named files as the splits of one data set; lm-eval passes the task's metadata along, which is not needed."""
+    """The named files as the splits of one data set; lm-eval passes the task's metadata along,
+    which is not needed."""
     import datasets
 
     return datasets.DatasetDict(

@@ -33,7 +33,8 @@ def check(
     for_gpus: bool,
     show_config: bool,
 ) -> dict[str, Any]:
-    """Print and return the sizes, memory and time of a planned run; raise a `UserError` if the run cannot work."""
+    """Print and return the sizes, memory and time of a planned run; raise a `UserError` if the run
+    cannot work."""
     if measure and for_gpus:
         raise UserError(
             "`--measure` times this machine, `--gpu` assumes another one: give only one of them"
@@ -144,7 +145,8 @@ def _format_text(name: str, offered: dict[str, Any]) -> str:
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
-    """Time a few steps on this machine; raise a `UserError` if trials need a GPU and the machine has none."""
+    """Time a few steps on this machine; raise a `UserError` if trials need a GPU and the machine
+    has none."""
     import torch
 
     cores = max(1, int(found.resources.get("cpu", 1)))
@@ -208,7 +210,8 @@ def _questions(by_task: dict[str, int]) -> str:
 
 
 def _cut_lines(facts: dict[str, Any], limit: float | None) -> Iterator[str]:
-    """Format the parameters of each cut, the blocks if some are dropped, and multiply-adds if they have a limit."""
+    """Format the parameters of each cut, the blocks if some are dropped, and multiply-adds if they
+    have a limit."""
     for name, cut in facts["cuts"].items():
         kept = f"{facts['parameters_base'] / 1e6:.1f} M -> {cut['parameters'] / 1e6:.1f} M"
         if cut["blocks"] < facts["blocks_base"]:

@@ -1,4 +1,5 @@
-"""The command line: verbs and their options; exit code 2 for a mistake in the input, 1 for any other failure.
+"""The command line: verbs and their options; exit code 2 for a mistake in the input, 1 for any
+other failure.
 
 With `--json` the last line of stdout is one JSON object. Heavy imports stay inside the verbs.
 """
@@ -48,7 +49,8 @@ ABOUT_TO = (
     "gguf: for llama.cpp, Ollama; vllm; merged: a dense model; peft: adapter and quantized model."
 )
 ABOUT_DAMAGE = "repeat `qpruner run` to write it again, or fetch it again if the file is yours"
-"""Remedy for a damaged file in a verb that runs no stages; the error of a stage has a more exact remedy."""
+"""Remedy for a damaged file in a verb that runs no stages; the error of a stage has a more exact
+remedy."""
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:
@@ -68,7 +70,8 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
 )
 def main() -> None:
     """Make a large language model fit into your memory with the least loss of quality."""
-    # Beside a busy process torch's spinning threads doubled a step's time. Read when torch loads: they sleep soon.
+    # Beside a busy process torch's spinning threads doubled a step's time. Read when torch loads:
+    # they sleep soon.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     codecs.register_error(PLAIN, _in_plain_characters)
     for stream in (sys.stdout, sys.stderr):
@@ -77,7 +80,8 @@ def main() -> None:
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
-    """Write `+-` for the sign of intervals, and `?` for other characters that a terminal's encoding lacks."""
+    """Write `+-` for the sign of intervals, and `?` for other characters that a terminal's encoding
+    lacks."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end]
     return "".join("+-" if character == "±" else "?" for character in lacking), error.end
@@ -86,7 +90,8 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
 def _guarded(
     as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None
 ) -> None:
-    """Run a verb; turn a `QprunerError` into an exit code and a message (naming `--plan` if `plan_file` is given)."""
+    """Run a verb; turn a `QprunerError` into an exit code and a message (naming `--plan` if
+    `plan_file` is given)."""
     try:
         outcome, code = work(), 0
     except QprunerError as error:
@@ -97,7 +102,8 @@ def _guarded(
         click.echo(f"error: {text}{remedy}", err=True)
         outcome = {"status": "error", "kind": type(error).__name__, "error": text}
     except BrokenPipeError:
-        raise  # click exits quietly if the reader closes the pipe, as in `qpruner trials RUN | head`
+        # click exits quietly if the reader closes the pipe, as in `qpruner trials RUN | head`
+        raise
     except Exception as error:
         outcome, code = (
             {
@@ -118,7 +124,8 @@ def _guarded(
 
 
 def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]]], None]:
-    """Register a function as a verb with these options; the function returns the object that `--json` prints."""
+    """Register a function as a verb with these options; the function returns the object that
+    `--json` prints."""
 
     def register(function: Callable[..., dict[str, Any]]) -> None:
         @functools.wraps(function)
@@ -283,7 +290,8 @@ def schema(results: bool) -> None:
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Export the final model for llama.cpp, vLLM, transformers or peft; keep only files that predict the same."""
+    """Export the final model for llama.cpp, vLLM, transformers or peft; keep only files that
+    predict the same."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 
@@ -330,7 +338,8 @@ _verb(
     _json,
 )
 def generate(**options: Any) -> dict[str, Any]:
-    """Print answers to a prompt from a run's base, pruned and final models, or from the model in a folder."""
+    """Print answers to a prompt from a run's base, pruned and final models, or from the model in a
+    folder."""
     quiet_libraries()
     from qpruner.cli import model_verbs
 

@@ -26,7 +26,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def generate(
     place: str, which: str | None, prompts: Sequence[str], as_json: bool, **sampling: Any
 ) -> dict[str, Any]:
-    """Print the answer of every model of a run or folder to every prompt; `sampling` has the fields of `Sampling`."""
+    """Print the answer of every model of a run or folder to every prompt; `sampling` has the fields
+    of `Sampling`."""
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError(
             "`--prompt TEXT` is missing or empty: give at least one, each with some text"

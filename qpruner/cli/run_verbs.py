@@ -28,11 +28,13 @@ SHOWN = (
     *("trial", "winner", "from", "cut", "status", "failure", "bytes", "mean_bits", "step"),
     *("loss", "accuracy", "seconds", "search", "plan"),
 )
-MOST_LINES = 10  # maximum number of running trials, and of failed trials, that `status` lists; `trials` lists all
+# maximum number of running trials, and of failed trials, that `status` lists; `trials` lists all
+MOST_LINES = 10
 
 
 def status(run: str, as_json: bool) -> dict[str, Any]:
-    """Show the state of a run, from any shell or machine: its stages, its trials and the best trial so far."""
+    """Show the state of a run, from any shell or machine: its stages, its trials and the best trial
+    so far."""
     snapshot = read_snapshot(RunDir(run, create=False))
     facts = run_views.status(snapshot, time.time())
     if not as_json:
@@ -137,7 +139,8 @@ def _cell(name: str, row: dict[str, Any]) -> str:
 
 
 def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
-    """Print a trial's plan as YAML, by default the winner's, to edit or use in another run (`--plan`)."""
+    """Print a trial's plan as YAML, by default the winner's, to edit or use in another run
+    (`--plan`)."""
     snapshot = read_snapshot(RunDir(run, create=False))
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
     budget = snapshot.state.search.budget_bytes if snapshot.state.search else None

@@ -1,6 +1,7 @@
 """Print the events of a run: one line each and, on a terminal, a live view below them.
 
-The live view shows the stages, the progress within a stage, and the search. The log is `qpruner.log` in the run folder.
+The live view shows the stages, the progress within a stage, and the search. The log is
+`qpruner.log` in the run folder.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ SILENCE_SECONDS = (
 )
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
-"""The time left is estimated from the steps of the last 10 minutes: one step of a large model may take a minute."""
+"""The time left is estimated from the steps of the last 10 minutes: one step of a large model may
+take a minute."""
 LINES_ABOVE = 10  # approximate number of lines of the live view above the list of running trials
 FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
 """Options of rich that wrap text in a narrow window; without them a live view cuts the text off."""
@@ -47,7 +49,8 @@ class Terminal:
         self._console = console = Console(
             highlight=False, emoji=False, soft_wrap=True, stderr=stderr
         )
-        # Whether the cursor cannot move. With `FORCE_COLOR` rich alone would take a pipe for a terminal.
+        # Whether the cursor cannot move. With `FORCE_COLOR` rich alone would take a pipe for a
+        # terminal.
         self._is_plain = not (
             console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
         )
@@ -166,7 +169,8 @@ class Terminal:
                 (task for task in self._progress.tasks if task.id == self._bars.get(stage)), None
             )
             if before and (before.total != total or before.completed >= done):
-                # A stage may count several things in turn: each gets a new bar, with its own pace and total.
+                # A stage may count several things in turn: each gets a new bar, with its own pace
+                # and total.
                 self._progress.remove_task(before.id)
                 before = None
             if before is None:

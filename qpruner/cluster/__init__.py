@@ -1,1 +1,2 @@
-"""Everything that imports Ray: the connection, tasks, checks of nodes, and the search under Ray Tune."""
+"""Everything that imports Ray: the connection, tasks, checks of nodes, and the search under Ray
+Tune."""

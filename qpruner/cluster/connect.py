@@ -24,9 +24,13 @@ from qpruner.runs.storage import CACHE, cache_root
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 OBJECT_STORE_BYTES = 200 * 1024**2
-"""Shared memory of Ray on a single machine: small, because workers read weights from the run folder."""
+"""Shared memory of Ray on a single machine: small, because workers read weights from the run
+folder."""
 ANSWER_SECONDS = 15.0
-"""Time for a head node to answer. Ray itself would try for 80 to 200 seconds (measured, Ray 2.60)."""
+"""Time for a head node to answer.
+
+Ray itself would try for 80 to 200 seconds (measured, Ray 2.60).
+"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Cluster:
     was_joined: bool = False  # before `connect` was called
 
     def slots(self) -> Slots:
-        """Return the sizes of present machines that are not about to leave, and of machines that may be started."""
+        """Return the sizes of present machines that are not about to leave, and of machines that
+        may be started."""
         import ray
 
         draining = ray_private.state.get_draining_nodes()
@@ -46,12 +51,14 @@ class Cluster:
 
 
 def connect(address: str | None) -> Cluster:
-    """Join the cluster at `address`; without an address start a separate Ray on this machine, on loopback."""
+    """Join the cluster at `address`; without an address start a separate Ray on this machine, on
+    loopback."""
     import ray
 
     variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if address:
-        # Each machine fetches a file of the bank once for all its workers, because the run's storage is remote.
+        # Each machine fetches a file of the bank once for all its workers, because the run's
+        # storage is remote.
         variables[BANK_CACHE] = os.environ.get(
             BANK_CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}"
         )
@@ -86,20 +93,23 @@ def disconnect() -> None:
 def _start(options: dict[str, Any]) -> None:
     """Start Ray so that it listens on loopback only.
 
-    On Linux, Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens on all interfaces.
-    On macOS, where it supports no clusters, it keeps 127.0.0.1: an environment variable and a constant ask for that.
+    On Linux, Ray (2.60) replaces 127.0.0.1 by the address on the route to the internet, and listens
+    on all interfaces. On macOS, where it supports no clusters, it keeps 127.0.0.1: an environment
+    variable and a constant ask for that.
     """
     import ray
 
     constants = ray_private.constants
     name, clusters = constants.ENABLE_RAY_CLUSTERS_ENV_VAR, constants.ENABLE_RAY_CLUSTER
-    # With the last two, which a cluster's head node sets, Ray would load the cluster's state or use its port.
+    # With the last two, which a cluster's head node sets, Ray would load the cluster's state or use
+    # its port.
     variables = (name, "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
     before = {each: os.environ.pop(each) for each in variables if each in os.environ}
     os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         ensure_token()
-        # Ray (2.60) would count all cores of the machine, those outside this process's CPU affinity too.
+        # Ray (2.60) would count all cores of the machine, those outside this process's CPU affinity
+        # too.
         options = {"num_cpus": num_cores(), "object_store_memory": OBJECT_STORE_BYTES, **options}
         ray.init(address="local", include_dashboard=False, **options)
     except Exception as error:
@@ -116,7 +126,8 @@ def _start(options: dict[str, Any]) -> None:
 
 
 def ensure_token() -> None:
-    """Write Ray's token file, readable by its owner only; Ray (2.60) would let every user of the machine read it.
+    """Write Ray's token file, readable by its owner only; Ray (2.60) would let every user of the
+    machine read it.
 
     If the home folder cannot be written, the file is in a private temporary folder.
     """
@@ -144,7 +155,8 @@ def _write_token(path: Path) -> None:
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
-    """Join the cluster at an address; refuse the address of a Ray client, and another version of Ray or Python."""
+    """Join the cluster at an address; refuse the address of a Ray client, and another version of
+    Ray or Python."""
     import ray
 
     if address.startswith("ray://"):
@@ -153,7 +165,8 @@ def _join(address: str, options: dict[str, Any]) -> None:
             f"--address {address}: qpruner does not work through a Ray client; {remedy}"
         )
     try:
-        # Connect first: this fails at once where nothing listens, while Ray would log many attempts.
+        # Connect first: this fails at once where nothing listens, while Ray would log many
+        # attempts.
         host, _, port = ray_private.canonicalize_address_or_die(address).rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(address=address, **options)
@@ -166,8 +179,9 @@ def _join(address: str, options: dict[str, Any]) -> None:
 def _growth() -> Slots:
     """Return the machines that the cluster's autoscaler may start; none if there is no autoscaler.
 
-    Ray (2.60) has no API for this, so the path of the cluster file is read from the command line of the monitor process
-    on the head node. A driver on another machine or on Kubernetes does not see this process: it gets none.
+    Ray (2.60) has no API for this, so the path of the cluster file is read from the command line of
+    the monitor process on the head node. A driver on another machine or on Kubernetes does not see
+    this process: it gets none.
     """
     import ray
 
@@ -183,8 +197,10 @@ def _growth() -> Slots:
 
 
 def read_growth(file: Path, head: Node) -> Slots:
-    """Return the workers that a cluster file allows beside `head`; skip node types that state no CPUs or GPUs."""
-    # Ray's own reader (`FileConfigReader`) prints warnings and needs the ssh key that the file names.
+    """Return the workers that a cluster file allows beside `head`; skip node types that state no
+    CPUs or GPUs."""
+    # Ray's own reader (`FileConfigReader`) prints warnings and needs the ssh key that the file
+    # names.
     try:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:

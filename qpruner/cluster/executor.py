@@ -50,7 +50,8 @@ class LocalExecutor:
 
 
 class ClusterExecutor:
-    """Runs each work in a new process on a node; this process, the driver, holds no model. See also `run_tasks`."""
+    """Runs each work in a new process on a node; this process, the driver, holds no model. See also
+    `run_tasks`."""
 
     def __init__(
         self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes
@@ -58,7 +59,8 @@ class ClusterExecutor:
         self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
-        """Run the work on a node and return its result; run it again in a new process if the process dies."""
+        """Run the work on a node and return its result; run it again in a new process if the
+        process dies."""
         from qpruner.cluster.tasks import run_tasks
 
         jobs = [Streamed(work, int(self._resources.get("cpu", 1.0)))]
@@ -84,7 +86,8 @@ class Streamed(Generic[Result]):
 
 
 def run_streamed(job: Streamed[Result]) -> Any:
-    """Run work in another thread, as a job for `run_tasks`; yield each event at once, and return the result."""
+    """Run work in another thread, as a job for `run_tasks`; yield each event at once, and return
+    the result."""
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(job.torch_threads,)) as thread:
         outcome = thread.submit(job.work, events.put)

@@ -1,4 +1,5 @@
-"""Runs a function in several processes that Ray Train connects by torch's process group; no other module uses it.
+"""Runs a function in several processes that Ray Train connects by torch's process group; no other
+module uses it.
 
 A group that runs again resumes from the files that the function itself has saved.
 """
@@ -38,10 +39,12 @@ def run_groups(
     check_node: bytes,
     **more: Any,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)` for every job in a group of `num_workers` processes, otherwise like `run_tasks`.
+    """Run `function(job)` for every job in a group of `num_workers` processes, otherwise like
+    `run_tasks`.
 
-    If a process dies, the job runs again in another group. Rank 0 returns the result. `resources` are for one process,
-    `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a folder that all nodes share.
+    If a process dies, the job runs again in another group. Rank 0 returns the result. `resources`
+    are for one process, `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a
+    folder that all nodes share.
     """
     run = partial(_run, function, resources, num_workers, scratch, check_node)
     try:
@@ -90,9 +93,11 @@ def _run(
 
 
 class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Checks the nodes of a group before its function starts, and writes their ids to a file; frees CPUs and GPUs.
+    """Checks the nodes of a group before its function starts, and writes their ids to a file; frees
+    CPUs and GPUs.
 
-    If a process dies before the function starts, Ray Train (2.60) keeps them, tries again and waits for them forever.
+    If a process dies before the function starts, Ray Train (2.60) keeps them, tries again and waits
+    for them forever.
     """
 
     def __init__(self, nodes: Path, check_node: bytes) -> None:
@@ -100,14 +105,16 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
         self._held: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """End the run where Ray Train would start the group again; this counts like any other death."""
+        """End the run where Ray Train would start the group again; this counts like any other
+        death."""
         if self._held:
             raise WorkerGroupError(
                 "", {0: RayActorError(error_msg="a process died, or its machine leaves")}
             )
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Check the nodes before Ray Train (2.60) sends them `self`: another version of qpruner may lack its class."""
+        """Check the nodes before Ray Train (2.60) sends them `self`: another version of qpruner may
+        lack its class."""
         check = cloudpickle.loads(self._check_node)
         self._held = ray.get(workers[0].actor.execute.remote(get_current_placement_group))
         try:
@@ -123,7 +130,8 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
-    """Return the failure that caused the others: the death of a process, or an error that is no broken connection."""
+    """Return the failure that caused the others: the death of a process, or an error that is no
+    broken connection."""
     causes: list[Exception] = [
         getattr(failure, "health_check_failure", failure) for failure in failures.values()
     ]
@@ -146,7 +154,8 @@ class _Connection(TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(TorchBackend):  # type: ignore[misc]
-    """Chooses the network interface, then lets torch connect the processes; an error counts like any other death."""
+    """Chooses the network interface, then lets torch connect the processes; an error counts like
+    any other death."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         try:
@@ -157,7 +166,8 @@ class _Backend(TorchBackend):  # type: ignore[misc]
 
 
 def _choose_interface() -> None:
-    """Make gloo and NCCL use the interface with Ray's address; gloo would use the address of the host's name."""
+    """Make gloo and NCCL use the interface with Ray's address; gloo would use the address of the
+    host's name."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if address in [each.address for each in addresses]:

@@ -1,7 +1,7 @@
 """Checks that nodes can work on a run: all of them before the run, and each one before its work.
 
-The code of the checks is sent to the node, where another qpruner or none may be installed: it imports nothing of
-qpruner, except to reach the storage, and returns plain data.
+The code of the checks is sent to the node, where another qpruner or none may be installed: it
+imports nothing of qpruner, except to reach the storage, and returns plain data.
 """
 
 import contextlib
@@ -21,11 +21,13 @@ from qpruner.cluster.slots import Node, size_of
 from qpruner.runs.records import RUN_ID
 from qpruner.runs.run_dir import RunDir
 
-ANSWER_SECONDS = 120.0  # time for a node to answer; importing torch from a cold network file system can take a minute
+# time for a node to answer; importing torch from a cold network file system can take a minute
+ANSWER_SECONDS = 120.0
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MISSING = "not installed"
 REFUSAL = "NodeDiffers: "
-"""The start of the error of an unusable node, a RuntimeError, because every qpruner can unpickle this type."""
+"""The start of the error of an unusable node, a RuntimeError, because every qpruner can unpickle
+this type."""
 
 Gpus = Sequence[tuple[str, int, tuple[int, int]]]
 """(model, bytes of memory, compute capability) of each GPU that torch can use."""
@@ -44,10 +46,11 @@ class NodeReport:
 
 
 def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[NodeReport]:
-    """Check every live node of the joined cluster; a node without an answer in time is reported with that problem.
+    """Check every live node of the joined cluster; a node without an answer in time is reported
+    with that problem.
 
-    `storage` is a folder of the run, and `driver` the name and content of a file that this process has written there.
-    Every node writes a file there, too: its name and content are the node's id.
+    `storage` is a folder of the run, and `driver` the name and content of a file that this process
+    has written there. Every node writes a file there, too: its name and content are the node's id.
     """
     import ray
     from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
@@ -90,7 +93,8 @@ def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> 
 
 
 def packed_check(driver_versions: Mapping[str, str], run: RunDir | None) -> bytes:
-    """Pickle `check_node` for workers; it skips the versions if there are none, and the storage if there is no run."""
+    """Pickle `check_node` for workers; it skips the versions if there are none, and the storage if
+    there is no run."""
     from ray import cloudpickle
 
     place = (str(run.root), run.place, RUN_ID, run.id) if run else None
@@ -117,7 +121,8 @@ def _module_by_value() -> Iterator[None]:
 def look_at_one(
     storage: str, driver: str, node_id: str, driver_versions: Mapping[str, str], num_gpus: float
 ) -> dict[str, Any]:
-    """Check this node, on which Ray counts `num_gpus`; return the fields `problems` and `gpus` of `NodeReport`."""
+    """Check this node, on which Ray counts `num_gpus`; return the fields `problems` and `gpus` of
+    `NodeReport`."""
     usable, gpu_trouble = _gpus(num_gpus) if num_gpus else ([], "")
     remedy = "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray"
     differs = differences(driver_versions)
@@ -130,9 +135,11 @@ def look_at_one(
 
 
 def check_node(driver_versions: Mapping[str, str], place: tuple[str, str, str, str] | None) -> None:
-    """Raise a RuntimeError (`NodeDiffers: NODE: reason`) if this node has other versions, no storage or no GPU.
+    """Raise a RuntimeError (`NodeDiffers: NODE: reason`) if this node has other versions, no
+    storage or no GPU.
 
-    `place` is the folder of the run, its name in messages, and the name and content of a file in it.
+    `place` is the folder of the run, its name in messages, and the name and content of a file in
+    it.
     """
     trouble = differences(driver_versions)
     if place and not trouble:  # reading the storage needs the driver's qpruner
@@ -152,7 +159,8 @@ def own_name() -> str:
 
 
 def own_device() -> str:
-    """Return the name of the GPU that Ray gave this process, with that of the node, or that of the node alone."""
+    """Return the name of the GPU that Ray gave this process, with that of the node, or that of the
+    node alone."""
     import ray
 
     gpus = ",".join(str(each) for each in ray.get_gpu_ids())
@@ -160,7 +168,8 @@ def own_device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be equal on all nodes, without suffixes for a device as in `2.13.0+cpu`."""
+    """Return the versions that must be equal on all nodes, without suffixes for a device as in
+    `2.13.0+cpu`."""
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "qpruner's code": _code()}
     for name in PACKAGES:
         try:
@@ -194,7 +203,8 @@ def _code() -> str:
 
 
 def _unseen_gpus() -> str:
-    """Return a message if Ray gave this process a GPU, the machine has an NVIDIA card, and torch sees no GPU."""
+    """Return a message if Ray gave this process a GPU, the machine has an NVIDIA card, and torch
+    sees no GPU."""
     import ray
 
     # `get_gpu_ids` would start a cluster in a process that is no worker.
@@ -207,7 +217,8 @@ def _unseen_gpus() -> str:
 
 
 def _has_hardware() -> bool:
-    """Return True if this machine has an NVIDIA driver or card; Ray may count GPUs that do not exist."""
+    """Return True if this machine has an NVIDIA driver or card; Ray may count GPUs that do not
+    exist."""
     if Path("/proc/driver/nvidia/gpus").exists():  # containers may hide the cards
         return True
     nvidia, display = "0x10de", "0x03"
@@ -256,7 +267,8 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
 def _storage_trouble(
     folder: Path, driver: str, text: str, own: str = "", seconds: float | None = None
 ) -> str:
-    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a file `own`."""
+    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a
+    file `own`."""
     action = "read"
     try:
         from qpruner.runs.storage import retry_storage, storage_at

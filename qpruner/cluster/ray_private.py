@@ -1,4 +1,5 @@
-"""All private names of Ray that qpruner uses (Ray 2.60), each imported at its first use: some modules are slow."""
+"""All private names of Ray that qpruner uses (Ray 2.60), each imported at its first use: some
+modules are slow."""
 
 import importlib
 from typing import Any
@@ -13,13 +14,15 @@ NAMES = {
     "TorchBackend": "ray.train.torch.config:_TorchBackend",
     "ControllerCallback": "ray.train.v2._internal.execution.callback:ControllerCallback",
     "WorkerGroupCallback": "ray.train.v2._internal.execution.callback:WorkerGroupCallback",
-    # Ray Tune: the folder of errors, the class that starts workers, the variables sent to workers, the rungs of ASHA.
+    # Ray Tune: the folder of errors, the class that starts workers, the variables sent to workers,
+    # the rungs of ASHA.
     "session_dir": "ray.train.constants:_get_ray_train_session_dir",
     "RayActorManager": "ray.air.execution._internal:RayActorManager",
     "tune_controller": "ray.tune.execution:tune_controller",
     "ENV_VARS_TO_PROPAGATE": "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE",
     "AshaBracket": "ray.tune.schedulers.async_hyperband:_Bracket",
-    # The W&B callback of Ray: the process that writes one row, and the option that keeps this process on this node.
+    # The W&B callback of Ray: the process that writes one row, and the option that keeps this
+    # process on this node.
     "WandbLoggingActor": "ray.air.integrations.wandb:_WandbLoggingActor",
     "on_current_node": "ray.air.util.node:_force_on_current_node",
 }

@@ -1,4 +1,5 @@
-"""Counts the trials or tasks that fit on the present machines, and on those that an autoscaler may start."""
+"""Counts the trials or tasks that fit on the present machines, and on those that an autoscaler may
+start."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -42,7 +43,8 @@ def size_of(node: Mapping[str, Any]) -> Node:
 
 @dataclass(frozen=True)
 class Slots:
-    """The present machines, and the machines that an autoscaler may start; a slot is room for one trial or task."""
+    """The present machines, and the machines that an autoscaler may start; a slot is room for one
+    trial or task."""
 
     nodes: tuple[Node, ...]
     head: Node = Node(0, 0)  # of a cluster with an autoscaler; it is also one of `nodes`
@@ -58,7 +60,8 @@ class Slots:
 
     @property
     def largest(self) -> Node:
-        """Return the machine with the most GPUs, then the most cores, including machines that may be started."""
+        """Return the machine with the most GPUs, then the most cores, including machines that may
+        be started."""
         return max((*self.nodes, *self.workers), key=lambda node: (node.gpus, node.cpus))
 
     def fits(self, resources: Mapping[str, float]) -> int:
@@ -66,7 +69,8 @@ class Slots:
         return sum(node.fits(resources) for node in self.nodes)
 
     def at_most(self, resources: Mapping[str, float]) -> int:
-        """Count the tasks that fit at once after the autoscaler has started all machines that it may start."""
+        """Count the tasks that fit at once after the autoscaler has started all machines that it
+        may start."""
         by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)[
             : self.max_workers
         ]
@@ -75,13 +79,15 @@ class Slots:
         )
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
-        """Return the resources of one trial: those asked for; by default one core, and one GPU if a machine has one."""
+        """Return the resources of one trial: those asked for; by default one core, and one GPU if a
+        machine has one."""
         automatic = {"cpu": 1.0, "gpu": 1.0} if self.largest.gpus >= 1 else {"cpu": 1.0}
         given = {name: amount for name, amount in (asked or {}).items() if amount is not None}
         return {name: amount for name, amount in (automatic | given).items() if amount > 0}
 
     def cores_each(self, num_tasks: int) -> float:
-        """Return the largest number of cores per task at which this many tasks fit at once; at least 1."""
+        """Return the largest number of cores per task at which this many tasks fit at once; at
+        least 1."""
         most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
         return float(
             next(
@@ -95,7 +101,8 @@ class Slots:
         )
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Return how many trials may be in flight (see `Room`), up to `limit`; raise `UserError` if none ever fits."""
+        """Return how many trials may be in flight (see `Room`), up to `limit`; raise `UserError` if
+        none ever fits."""
         most = self.at_most(resources)
         if most < 1:
             number = counted(len(self.nodes), "machine")
@@ -107,7 +114,8 @@ class Slots:
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use, by its CPU affinity and by the quota of its container."""
+    """Count the cores that this process may use, by its CPU affinity and by the quota of its
+    container."""
     return int(cpu_count())
 
 
@@ -119,23 +127,27 @@ def local_slots() -> Slots:
 
 
 def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
-    """Return an assumed machine to plan a run for: room for one trial or, if trials share a GPU, for those on one."""
+    """Return an assumed machine to plan a run for: room for one trial or, if trials share a GPU,
+    for those on one."""
     asked = trial or {}
     gpu = asked.get("gpu") or 1.0
     return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
 
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """Return the resources of each worker; several that train one model together need whole GPUs (NCCL)."""
+    """Return the resources of each worker; several that train one model together need whole GPUs
+    (NCCL)."""
     return (
         {**trial, "gpu": 1.0} if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1 else dict(trial)
     )
 
 
 class Room:
-    """Counts the trials that may be in flight (run, or wait for a machine), while machines join and leave.
+    """Counts the trials that may be in flight (run, or wait for a machine), while machines join and
+    leave.
 
-    Waiting trials make the autoscaler start machines. Ray's `request_resources` would outlive a killed driver.
+    Waiting trials make the autoscaler start machines. Ray's `request_resources` would outlive a
+    killed driver.
     """
 
     def __init__(
@@ -155,7 +167,8 @@ class Room:
         self._room, self._next_look = 0, 0.0
 
     def __call__(self, num_held: int) -> int:
-        """Return how many trials may be in flight while so many slots are held; report a change of slots.
+        """Return how many trials may be in flight while so many slots are held; report a change of
+        slots.
 
         The machines are counted anew after `LOOK_SECONDS`.
         """

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError)
-"""Errors that mean that a worker died; the task of a process group ends with the RayActorError of a dead process."""
+"""Errors that mean that a worker died; the task of a process group ends with the RayActorError of a
+dead process."""
 MAX_DEATHS = (
     3  # deaths of workers in a row, on machines that stay and without progress, that fail a job
 )
@@ -42,9 +43,11 @@ ANSWER_SECONDS = 2.0  # a machine that accepts no connection within this time co
 
 
 def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function: a worker unpickles the function only after `check_node` (see `node_check.packed_check`).
+    """Wrap a function: a worker unpickles the function only after `check_node` (see
+    `node_check.packed_check`).
 
-    The wrapper is nested, so that its code is pickled with it: a node with another qpruner could not import it.
+    The wrapper is nested, so that its code is pickled with it: a node with another qpruner could
+    not import it.
     """
     packed = cloudpickle.dumps(function)
 
@@ -69,13 +72,15 @@ def run_tasks(
     progress: Callable[[int], object] = lambda position: None,
     on_event: Emit | None = None,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)` for every job in worker processes; yield the position and result of each finished job.
+    """Run `function(job)` for every job in worker processes; yield the position and result of each
+    finished job.
 
-    `resources` are for one job. Errors of `function` are raised here with their own type. Each job with a GPU, and with
-    `own_process` each other job too, has a new process, in which its memory can be measured. `check_node` (see
-    `packed_check`) raises on an unusable node. `on_tick` is called each second, `on_held` with the GPU seconds of each
-    finished job. `progress` returns what a job has saved: after a change its deaths count from 0 again. With `on_event`
-    the function is a generator.
+    `resources` are for one job. Errors of `function` are raised here with their own type. Each job
+    with a GPU, and with `own_process` each other job too, has a new process, in which its memory
+    can be measured. `check_node` (see `packed_check`) raises on an unusable node. `on_tick` is
+    called each second, `on_held` with the GPU seconds of each finished job. `progress` returns what
+    a job has saved: after a change its deaths count from 0 again. With `on_event` the function is a
+    generator.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
     emit, work = on_event or (lambda event: None), partial(_timed, function, on_event is not None)
@@ -120,7 +125,8 @@ def run_tasks(
 
 
 def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iterator[Any]:
-    """Yield the events of a generator, then the function's result and its seconds; free the memory of the job."""
+    """Yield the events of a generator, then the function's result and its seconds; free the memory
+    of the job."""
     from qpruner.models.memory import release
 
     started, found = time.monotonic(), function(job)
@@ -133,11 +139,12 @@ def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iter
 def _starter(
     name: str, resources: Mapping[str, float], own_process: bool
 ) -> Callable[[bytes], Any]:
-    """Return a function that starts a Ray task, which yields the id of its node, then what the pickled work yields.
+    """Return a function that starts a Ray task, which yields the id of its node, then what the
+    pickled work yields.
 
-    A process keeps the first GPU that it has used, whatever Ray writes into CUDA_VISIBLE_DEVICES later, so that a
-    process with a GPU serves one job. Ray (2.60) may run even that job in a process that has served tasks without a
-    GPU; an environment of its own gives it a new one.
+    A process keeps the first GPU that it has used, whatever Ray writes into CUDA_VISIBLE_DEVICES
+    later, so that a process with a GPU serves one job. Ray (2.60) may run even that job in a
+    process that has served tasks without a GPU; an environment of its own gives it a new one.
     """
 
     def located(
@@ -167,7 +174,8 @@ def _starter(
 
 
 class DeathCounter:
-    """Counts the deaths of each job's workers since its last progress; ignores machines that leave the cluster."""
+    """Counts the deaths of each job's workers since its last progress; ignores machines that leave
+    the cluster."""
 
     def __init__(self, progress: Callable[[int], object] = lambda position: None) -> None:
         self._progress = progress
@@ -175,7 +183,8 @@ class DeathCounter:
         self._saved: dict[int, object] = {}
 
     def count(self, position: int, node: str | None, error: Exception) -> str:
-        """Count the death of a worker (node None: it never began); return its error in one line or raise WorkerDied."""
+        """Count the death of a worker (node None: it never began); return its error in one line or
+        raise WorkerDied."""
         death = error.cause if isinstance(error, RayTaskError) else error
         saved = self._progress(position)
         if saved != self._saved.get(position):
@@ -191,7 +200,8 @@ class DeathCounter:
 
 
 def is_staying(node_id: str) -> bool:
-    """Return True if a node accepts connections (Ray 2.60 lists a killed node for up to 15 s) and is not to leave."""
+    """Return True if a node accepts connections (Ray 2.60 lists a killed node for up to 15 s) and
+    is not to leave."""
     node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
     if node is None or not node["Alive"] or node_id in ray_private.state.get_draining_nodes():
         return False
@@ -205,7 +215,8 @@ def is_staying(node_id: str) -> bool:
 
 
 def original_error(error: Any) -> Exception:
-    """Return the error of the worker that a `RayTaskError` wraps; a failed `check_node` becomes NodeDiffers."""
+    """Return the error of the worker that a `RayTaskError` wraps; a failed `check_node` becomes
+    NodeDiffers."""
     cause: Exception = error.cause
     text = str(cause)
     return NodeDiffers(text.removeprefix(REFUSAL)) if text.startswith(REFUSAL) else cause

@@ -1,3 +1,4 @@
-"""Define a run's configuration: its fields (`schema`), rules between keys (`rules`), loading and overrides (`load`)."""
+"""Define a run's configuration: its fields (`schema`), rules between keys (`rules`), loading and
+overrides (`load`)."""
 
 from qpruner.config import rules as rules

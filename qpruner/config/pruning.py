@@ -24,8 +24,8 @@ class DataSource(Section):
     format: Literal["instruction", "multiple_choice", "text"] = "instruction"
     """How a row is turned into a prompt and a response."""
     columns: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
-    """Column of the format -> column of the source. instruction: instruction, input, output; multiple_choice: question,
-    choices (one column or a list of columns), answer; text: text."""
+    """Column of the format -> column of the source. instruction: instruction, input, output;
+    multiple_choice: question, choices (one column or a list of columns), answer; text: text."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -37,23 +37,26 @@ class DataSource(Section):
 class CalibrationConfig(Section):
     """Samples on which importance and sensitivity are measured.
 
-    Sensitivity uses response tokens only, importance too unless `data.response_only` is false. In plain text every
-    token counts.
+    Sensitivity uses response tokens only, importance too unless `data.response_only` is false. In
+    plain text every token counts.
     """
 
     data: tuple[DataSource, ...] | None = None
-    """Rows for importance, compensation, GPTQ; null takes the training rows. Sensitivities always use training rows."""
+    """Rows for importance, compensation, GPTQ; null takes the training rows. Sensitivities always
+    use training rows."""
     packing: bool = True
-    """Join the rows and cut them into samples of exactly `max_length` tokens; if false, each row is a sample."""
+    """Join the rows and cut them into samples of exactly `max_length` tokens; if false, each row is
+    a sample."""
     num_samples: Positive = 64
     """Samples used for importance, compensation and GPTQ."""
     batch_size: Positive = 10
-    """Samples per backward pass. |w * gradient| is exact within a batch; absolute values of several batches are summed.
-    Memory grows with samples x tokens x vocabulary."""
+    """Samples per backward pass. |w * gradient| is exact within a batch; absolute values of several
+    batches are summed. Memory grows with samples x tokens x vocabulary."""
     num_sensitivity_samples: Positive = 64
     """Training rows used for sensitivity."""
     max_length: Annotated[int, Field(ge=4)] = 128
-    """Tokens of each importance sample (without packing: the maximum); sensitivity samples use `data.max_length`."""
+    """Tokens of each importance sample (without packing: the maximum); sensitivity samples use
+    `data.max_length`."""
 
 
 RATES = ("rates", "rate", "layer_rate")
@@ -67,7 +70,8 @@ FEW_STEPS = {1: 0.2, 2: 0.3}
 MOST_OF_A_STEP = 0.1
 """Share of all parameters that each step cuts by default at higher rates."""
 MOST_OF_BLOCKS = 0.1
-"""Default maximum share cut as whole blocks beside other units; more would cost more accuracy (docs/pruning.md)."""
+"""Default maximum share cut as whole blocks beside other units; more would cost more accuracy
+(docs/pruning.md)."""
 
 
 def _percent(rate: float) -> str:
@@ -78,19 +82,23 @@ class PruneConfig(Section):
     """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels."""
 
     rates: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = (0.0, 0.1, 0.2)
-    """Shares of *all* parameters to remove, ascending: each is a cut that the search may choose; 0 is no cut."""
+    """Shares of *all* parameters to remove, ascending: each is a cut that the search may choose; 0
+    is no cut."""
     rate: Rate | None = None
     """Instead of `rates`: a single share; 0 skips the cut."""
     layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Instead of `rates`: the share of its units that each block loses (LLM-Pruner's ratio). It changes the defaults to
-    `selection: per_layer`, `round_to: 1` and `query_heads: modulo`, which keep the same units as LLM-Pruner."""
+    """Instead of `rates`: the share of its units that each block loses (LLM-Pruner's ratio). It
+    changes the defaults to `selection: per_layer`, `round_to: 1` and `query_heads: modulo`, which
+    keep the same units as LLM-Pruner."""
     units: Annotated[tuple[Literal["block", "attention", "mlp"], ...], Field(min_length=1)] = (
         "attention",
         "mlp",
     )
-    """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP channels."""
+    """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP
+    channels."""
     depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Part of `rate` to cut as whole blocks beside other units; null: half of it, at most a tenth of all parameters."""
+    """Part of `rate` to cut as whole blocks beside other units; null: half of it, at most a tenth
+    of all parameters."""
     importance: Literal[
         "fisher", "taylor", "magnitude", "fluctuation", "activation_norm", "random"
     ] = "fisher"
@@ -98,30 +106,36 @@ class PruneConfig(Section):
     order: Literal["first", "second", "mixed"] = "first"
     """Taylor only: gradient, squared gradient, or both."""
     aggregation: Literal["element", "vector"] = "element"
-    """Fisher and Taylor: score each weight, or the sum over a row or column, which is much faster with Fisher."""
+    """Fisher and Taylor: score each weight, or the sum over a row or column, which is much faster
+    with Fisher."""
     norm: Literal["l1", "l2"] = "l2"
     """Magnitude only: absolute or squared weights."""
     reduction: Literal["sum", "mean", "max", "product", "last"] = "sum"
-    """Fisher, Taylor, magnitude: how to combine the scores of a unit's matrices; `last`: the output projection only."""
+    """Fisher, Taylor, magnitude: how to combine the scores of a unit's matrices; `last`: the output
+    projection only."""
     query_heads: Literal["served", "modulo"] = "served"
-    """Fisher, Taylor, magnitude: which key/value head gets the score of query head h, if query heads share them: the
-    head that serves it, or head h modulo their number, as in LLM-Pruner's code."""
+    """Fisher, Taylor, magnitude: which key/value head gets the score of query head h, if query
+    heads share them: the head that serves it, or head h modulo their number, as in LLM-Pruner's
+    code."""
     selection: Literal["per_layer", "global"] = "global"
-    """Cut the same share of every block, or the least important units of the whole model. `layer_rate` and `uniform`
-    change the default to `per_layer`."""
+    """Cut the same share of every block, or the least important units of the whole model.
+    `layer_rate` and `uniform` change the default to `per_layer`."""
     compensation: Literal["none", "least_squares"] | None = None
-    """How the output projections (o, down) compensate for the cut: not at all, or by weights solved for on the
-    calibration samples. Null: `least_squares`, or `none` for whole blocks alone in a family with a norm
-    after the MLP."""
+    """How the output projections (o, down) compensate for the cut: not at all, or by weights solved
+    for on the calibration samples. Null: `least_squares`, or `none` for whole blocks alone in a
+    family with a norm after the MLP."""
     ridge: Annotated[float, Field(gt=0.0)] = RIDGE
-    """Least squares only: strength of the pull to the original weights, relative to the inputs' mean square."""
+    """Least squares only: strength of the pull to the original weights, relative to the inputs'
+    mean square."""
     steps: Positive | None = None
-    """Number of steps of the cut; importance is measured again before each. Null: one for up to 20 % of all parameters,
-    two up to 30 %, beyond that one for every 10 %; one with `layer_rate`."""
+    """Number of steps of the cut; importance is measured again before each. Null: one for up to 20
+    % of all parameters, two up to 30 %, beyond that one for every 10 %; one with `layer_rate`."""
     round_to: Positive = 64
-    """Keep a multiple of this number of MLP channels in each block: 64 suits GPU kernels, 1 is closest to the rate."""
+    """Keep a multiple of this number of MLP channels in each block: 64 suits GPU kernels, 1 is
+    closest to the rate."""
     uniform: bool = False
-    """Give every block the same widths, so that the pruned model is a plain checkpoint that loads without qpruner."""
+    """Give every block the same widths, so that the pruned model is a plain checkpoint that loads
+    without qpruner."""
     first_layer: Annotated[int, Field(ge=0)] = 0
     """First block that may be cut, counted from 0."""
     last_layer: int = -1
@@ -194,7 +208,8 @@ class PruneConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, raw: Any) -> Any:
-        """Set what `layer_rate` and `uniform` imply for other keys that are not given, such as `selection`."""
+        """Set what `layer_rate` and `uniform` imply for other keys that are not given, such as
+        `selection`."""
         if not isinstance(raw, dict):
             return raw
         implied: dict[str, Any] = {}

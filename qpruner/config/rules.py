@@ -1,7 +1,8 @@
 """Rules between keys of a configuration: keys that exclude each other, and keys without effect.
 
-A rule yields a sentence with the key, the value, the rule and the remedy. It runs when pydantic validates its section,
-so that all problems of a file are reported at once. A key without effect gives a warning.
+A rule yields a sentence with the key, the value, the rule and the remedy. It runs when pydantic
+validates its section, so that all problems of a file are reported at once. A key without effect
+gives a warning.
 """
 
 from collections.abc import Iterator
@@ -232,8 +233,9 @@ def _idle_in_sensitivity(sensitivity: schema.SensitivityConfig) -> tuple[Idle, .
 def _idle_in_run(run: schema.RunConfig) -> tuple[Idle, ...]:
     """Return the keys, as `section.key`, that have no effect because of another section.
 
-    A given `search.plan` gives no warning for the keys of the search: `--plan` may be added to any configuration.
-    `calibration.num_sensitivity_samples` always has an effect: `qpruner compare` pairs losses only if it is equal.
+    A given `search.plan` gives no warning for the keys of the search: `--plan` may be added to any
+    configuration. `calibration.num_sensitivity_samples` always has an effect: `qpruner compare`
+    pairs losses only if it is equal.
     """
     only = f"{', '.join(run.quantize.levels)} is the only format (`quantize`), so nothing is"
     searched = (f"search.{key}" for key in OF_SEARCHING)

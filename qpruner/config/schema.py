@@ -1,7 +1,8 @@
 """The fields of a run's configuration: a frozen pydantic model for each section of the YAML file.
 
-Rules between keys are in `qpruner.config.rules`, loading and overrides in `qpruner.config.load`. The docstring of a
-field is its text in `docs/configuration.md` and in the JSON schema (`qpruner schema`).
+Rules between keys are in `qpruner.config.rules`, loading and overrides in `qpruner.config.load`.
+The docstring of a field is its text in `docs/configuration.md` and in the JSON schema (`qpruner
+schema`).
 """
 
 import re
@@ -29,13 +30,15 @@ class ModelConfig(Section):
     """The base model."""
 
     source: Named
-    """Hub id, local folder, `.gguf` file, or `package:NAME/FILE` for a file inside an installed Python package."""
+    """Hub id, local folder, `.gguf` file, or `package:NAME/FILE` for a file inside an installed
+    Python package."""
     revision: str | None = None
     """Git revision of a hub model; the default branch when null."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the unquantized weights."""
     device_map: Literal["single", "auto"] = "single"
-    """Where the dense model is placed for pruning: on one device, or spread over all GPUs by accelerate."""
+    """Where the dense model is placed for pruning: on one device, or spread over all GPUs by
+    accelerate."""
     trust_remote_code: bool = False
     """Run Python code from the repository of a hub model; only for authors whom you trust."""
 
@@ -48,9 +51,11 @@ class DataConfig(Section):
     validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Rows on which trials are scored."""
     confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Rows on which no trial is scored: odd ones choose among the best trials, even ones judge the winner."""
+    """Rows on which no trial is scored: odd ones choose among the best trials, even ones judge the
+    winner."""
     template: Literal["alpaca", "alpaca_short", "chat"] = "alpaca"
-    """How instruction rows are written: the Alpaca prompt, without its preamble, or the tokenizer's chat template."""
+    """How instruction rows are written: the Alpaca prompt, without its preamble, or the tokenizer's
+    chat template."""
     max_length: Annotated[int, Field(ge=8)] = 256
     """Maximum tokens of a row; the end of a longer row is cut off."""
     response_only: bool = True
@@ -60,7 +65,8 @@ class DataConfig(Section):
 
 
 class BudgetConfig(Section):
-    """The size that a plan may have (give exactly one of the first four keys), and its multiply-adds."""
+    """The size that a plan may have (give exactly one of the first four keys), and its
+    multiply-adds."""
 
     fraction: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """0: the size with every group in its smallest format; 1: in its largest; linear between."""
@@ -71,8 +77,8 @@ class BudgetConfig(Section):
     bytes: Positive | None = None
     """Bytes of the whole model, adapters included."""
     flops_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Beside the size: most multiply-adds per token, as a share of the base model's. Only pruning lowers them: cuts
-    above it are not searched, and their plans cannot win."""
+    """Beside the size: most multiply-adds per token, as a share of the base model's. Only pruning
+    lowers them: cuts above it are not searched, and their plans cannot win."""
 
     @property
     def size(self) -> tuple[str, float]:
@@ -88,17 +94,20 @@ class QuantizeConfig(Section):
     group: Literal["block", "sublayer", "projection"] = "block"
     """The part of the model that gets one format."""
     formats: Annotated[tuple[Named, ...], Field(min_length=1)] | None = None
-    """Formats to choose from, see [formats](formats.md). A group gets those that all its layers take. With a single one
-    for all groups, nothing is measured; with one cut too, one trial is run. Null takes nf4 and int8."""
+    """Formats to choose from, see [formats](formats.md). A group gets those that all its layers
+    take. With a single one for all groups, nothing is measured; with one cut too, one trial is run.
+    Null takes nf4 and int8."""
     bits: Annotated[tuple[Bits, ...], Field(min_length=1)] | None = None
     """Short for `formats`: 4 is nf4, 8 is int8, 16 is bf16 (not packed)."""
     double_quant: bool = False
     """Take nf4_double, with quantized scales, in place of nf4."""
     embeddings: Annotated[tuple[Named, ...], Field(min_length=1)] = (DENSE,)
-    """Formats for the token embeddings and for the head (one group if they are tied); bf16 leaves them unpacked."""
+    """Formats for the token embeddings and for the head (one group if they are tied); bf16 leaves
+    them unpacked."""
     rounding: Literal["nearest", "gptq"] = "nearest"
-    """Round weights to the nearest code, or so that the layer's outputs on the calibration rows change least (GPTQ).
-    LoftQ then counts errors of outputs too. nf4, k-quants, 8 bits and untied embeddings always round to nearest."""
+    """Round weights to the nearest code, or so that the layer's outputs on the calibration rows
+    change least (GPTQ). LoftQ then counts errors of outputs too. nf4, k-quants, 8 bits and untied
+    embeddings always round to nearest."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
     """The size that a plan may have."""
 
@@ -171,10 +180,12 @@ MEASUREMENT = ("kl", "loss")
 
 
 class SensitivityConfig(Section):
-    """Scores how much each group suffers in a smaller format, for the controls and the searcher's prior."""
+    """Scores how much each group suffers in a smaller format, for the controls and the searcher's
+    prior."""
 
     methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
-    """Methods to measure, on the least pruned cut; see [the search](search.md#before-the-first-trial)."""
+    """Methods to measure, on the least pruned cut; see [the
+    search](search.md#before-the-first-trial)."""
     batch_size: Positive = 4
     """Samples per pass. Scores do not depend on it, except for rounding; memory grows with it."""
     num_measured_samples: Positive = 32
@@ -195,27 +206,30 @@ class ResourcesConfig(Section):
     cpu: Annotated[float, Field(gt=0)] = 1.0
     """CPU cores."""
     gpu: Annotated[float, Field(ge=0)] | None = None
-    """A share of a GPU, one GPU, or several over which the model is spread; null takes one if there are GPUs."""
+    """A share of a GPU, one GPU, or several over which the model is spread; null takes one if there
+    are GPUs."""
 
 
 class SearchConfig(Section):
     """The search for the best plan."""
 
     searcher: Literal["gp", "hyperopt", "bayesopt", "random"] = "gp"
-    """gp is a Gaussian process over plans (BoTorch). hyperopt (TPE) and bayesopt (bayesian-optimization) run through
-    Ray's searchers. random is the control."""
+    """gp is a Gaussian process over plans (BoTorch). hyperopt (TPE) and bayesopt
+    (bayesian-optimization) run through Ray's searchers. random is the control."""
     max_trials: Positive = 16
     """The search ends after this many trials, controls included."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """The search ends after this many hours, interrupted sessions included; running trials finish."""
+    """The search ends after this many hours, interrupted sessions included; running trials finish.
+    """
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """The search ends after its trials have held GPUs for this many hours; running trials finish."""
+    """The search ends after its trials have held GPUs for this many hours; running trials finish.
+    """
     plan: Named | None = None
     """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or a method of
     `sensitivity.methods` for its seed plan. `--plan` sets it too."""
     max_concurrent: Positive | None = None
-    """Maximum trials, fine-tunes or other jobs at once; null: as many as fit on the cluster, including machines that an
-    autoscaler may start."""
+    """Maximum trials, fine-tunes or other jobs at once; null: as many as fit on the cluster,
+    including machines that an autoscaler may start."""
     steps: Positive = 16
     """Optimizer steps of a full trial; the last rung."""
     first_rung: Positive = 4
@@ -223,28 +237,34 @@ class SearchConfig(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = 2
     """ASHA keeps one in this many trials at each rung."""
     metric: Literal["loss", "accuracy", AccuracyMetric] = "loss"
-    """Validation loss, or the mean over `tasks` of a metric that each task reports; `accuracy` takes a task's acc_norm,
-    else acc, else exact_match. The same metric on fresh rows or questions chooses the winner."""
+    """Validation loss, or the mean over `tasks` of a metric that each task reports; `accuracy`
+    takes a task's acc_norm, else acc, else exact_match. The same metric on fresh rows or questions
+    chooses the winner."""
     tasks: tuple[str, ...] = ()
     """lm-eval tasks scored at every rung."""
     limit: Positive | None = None
-    """Maximum questions per task. Needed unless `metric` is loss: as many further questions choose the winner."""
+    """Maximum questions per task.
+
+    Needed unless `metric` is loss: as many further questions choose the winner.
+    """
     confirm: Positive = 3
     """Number of best trials to score on fresh rows, beside the controls."""
     confirm_seeds: Annotated[int, Field(ge=0)] = 1
-    """Further training seeds for the finalists that cannot be told apart from the best on fresh rows: each is trained
-    again, and the lowest mean over all its seeds wins."""
+    """Further training seeds for the finalists that cannot be told apart from the best on fresh
+    rows: each is trained again, and the lowest mean over all its seeds wins."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU if there are GPUs, else one CPU core."""
     trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """A trial without progress for this long (no forward pass, nothing loaded) is killed and recorded as hung."""
+    """A trial without progress for this long (no forward pass, nothing loaded) is killed and
+    recorded as hung."""
     retry_out_of_memory: bool = True
-    """Repeat a trial that runs out of memory with smaller micro-batches, then on another GPU, before its plan counts as
-    infeasible. With `false` the other GPU is tried at once."""
+    """Repeat a trial that runs out of memory with smaller micro-batches, then on another GPU,
+    before its plan counts as infeasible. With `false` the other GPU is tried at once."""
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Steps at which trials are scored: `first_rung` times powers of `reduction_factor`, and the last step."""
+        """Steps at which trials are scored: `first_rung` times powers of `reduction_factor`, and
+        the last step."""
         rungs, step = [], self.first_rung
         while step < self.steps:
             rungs.append(step)
@@ -253,7 +273,8 @@ class SearchConfig(Section):
 
     @property
     def plan_method(self) -> str | None:
-        """The sensitivity method that chooses the plan instead of a search; None if `plan` names no method."""
+        """The sensitivity method that chooses the plan instead of a search; None if `plan` names no
+        method."""
         return self.plan if self.plan in get_args(SensitivityMethod) else None
 
     @property
@@ -273,7 +294,8 @@ class SearchConfig(Section):
 
     @property
     def named_metric(self) -> str | None:
-        """The lm-eval metric that `metric` names; None for the loss, and for `accuracy`, which depends on the task."""
+        """The lm-eval metric that `metric` names; None for the loss, and for `accuracy`, which
+        depends on the task."""
         return None if self.metric in ("loss", "accuracy") else self.metric
 
 
@@ -285,15 +307,18 @@ class FinetuneConfig(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training rows."""
     compare: bool = False
-    """After the report on the winner, give base, pruned model, random plans and controls that did not lose as trials
-    the same fine-tune, for the final table and its claim. `--set finetune.compare=true` adds this to a finished run."""
+    """After the report on the winner, give base, pruned model, random plans and controls that did
+    not lose as trials the same fine-tune, for the final table and its claim. `--set
+    finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
-    """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with one worker."""
+    """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with
+    one worker."""
     seeds: Positive = 3
-    """With `compare`: training seeds (data order and dropout) for the winner, its rival and the random plans, counted
-    from `seed` + 1. With one, the claim holds for one training seed only."""
+    """With `compare`: training seeds (data order and dropout) for the winner, its rival and the
+    random plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
     random_plans: Annotated[int, Field(ge=0)] = 3
-    """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim needs several."""
+    """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim
+    needs several."""
 
 
 class EvaluateConfig(Section):
@@ -302,7 +327,8 @@ class EvaluateConfig(Section):
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """lm-eval tasks."""
     include_path: str | None = None
-    """A folder with further lm-eval task files (also `package:NAME/FOLDER`), for `search.tasks` too."""
+    """A folder with further lm-eval task files (also `package:NAME/FOLDER`), for `search.tasks`
+    too."""
     limit: Positive | None = None
     """Maximum questions per task."""
     num_fewshot: Annotated[int, Field(ge=0)] = 0
@@ -310,19 +336,21 @@ class EvaluateConfig(Section):
     batch_size: Positive = 16
     """Requests per forward pass."""
     text: Annotated[tuple[DataSource, ...], Field(min_length=1)] | None = None
-    """Held-out text (`format: text`) for the table's perplexity, in windows of `data.max_length` tokens. Null takes the
-    responses of the confirmation rows that judge the winner; none if they are multiple-choice."""
+    """Held-out text (`format: text`) for the table's perplexity, in windows of `data.max_length`
+    tokens. Null takes the responses of the confirmation rows that judge the winner; none if they
+    are multiple-choice."""
 
 
 class ServeConfig(Section):
     """Files of the final model for other servers."""
 
     to: tuple[Literal["gguf", "gguf_merged", "vllm", "vllm_merged"], ...] = ()
-    """Forms to write to `serve/` in the run folder, as `qpruner export` does: gguf for llama.cpp and Ollama, timed
-    there instead of in transformers, vllm for vLLM; with the adapter in its own file or merged. `--set serve.to=[gguf]`
-    adds this to a finished run."""
+    """Forms to write to `serve/` in the run folder, as `qpruner export` does: gguf for llama.cpp
+    and Ollama, timed there instead of in transformers, vllm for vLLM; with the adapter in its own
+    file or merged. `--set serve.to=[gguf]` adds this to a finished run."""
     threads: Positive | None = None
-    """CPU threads of every measured row; null takes the cores of a trial (`search.resources_per_trial`)."""
+    """CPU threads of every measured row; null takes the cores of a trial
+    (`search.resources_per_trial`)."""
 
     @property
     def uses_llama_cpp(self) -> bool:
@@ -345,16 +373,19 @@ class CardConfig(Section):
     base_model: HubId | None = None
     """Hub id of the base model; null takes `model.source` if it is a hub id."""
     license: Annotated[str, Field(pattern=LICENSE_ID)] | None = None
-    """The hub's identifier of the final model's licence, such as apache-2.0; null takes the base model's."""
+    """The hub's identifier of the final model's licence, such as apache-2.0; null takes the base
+    model's."""
     datasets: tuple[HubId, ...] | None = None
-    """Hub ids of the training data; null takes the hub ids in `data.train`, `[]` states that there are none."""
+    """Hub ids of the training data; null takes the hub ids in `data.train`, `[]` states that there
+    are none."""
 
 
 class RunConfig(Section):
     """The configuration of a run."""
 
     output: Named
-    """The run folder, or `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`; credentials come from the environment."""
+    """The run folder, or `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`; credentials come from the
+    environment."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of sampling, adapters, data order and the searcher."""
     model: ModelConfig
@@ -371,8 +402,9 @@ class RunConfig(Section):
     serve: ServeConfig = ServeConfig()
     card: CardConfig = CardConfig()
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Where every trial and fine-tune is logged besides TensorBoard. Places and keys come from the trackers' own
-    environment variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
+    """Where every trial and fine-tune is logged besides TensorBoard. Places and keys come from the
+    trackers' own environment variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE;
+    MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
 
     @property
     def measured_methods(self) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ Idle = tuple[bool, str, tuple[str, ...]]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen; refuses unknown keys, infinities, and booleans in place of other values."""
+    """Base of every section: frozen; refuses unknown keys, infinities, and booleans in place of
+    other values."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False

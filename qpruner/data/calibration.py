@@ -1,4 +1,5 @@
-"""Run calibration samples through a model, and call a visitor with gradients, inputs or outputs of each batch."""
+"""Run calibration samples through a model, and call a visitor with gradients, inputs or outputs of
+each batch."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 OnProgress = Callable[[int, int], None]
 """Callback for progress: it gets the number of finished steps and the total number."""
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Function from token losses ``(samples, seq)`` and the number of labelled tokens per sample to the loss of a batch."""
+"""Function from token losses ``(samples, seq)`` and the number of labelled tokens per sample to the
+loss of a batch."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Encoded calibration samples; `on_progress` counts batches, or blocks or groups of layers in loops over these."""
+    """Encoded calibration samples; `on_progress` counts batches, or blocks or groups of layers in
+    loops over these."""
 
     rows: Rows
     pad_id: int
@@ -49,14 +52,16 @@ def visit_gradients(
     samples: Samples,
     visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
 ) -> None:
-    """Visit each parameter with its gradient of the mean loss of each batch; one gradient is held at a time."""
+    """Visit each parameter with its gradient of the mean loss of each batch; one gradient is held
+    at a time."""
 
     def hook_for(name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             parameter.grad = None
             assert gradient is not None
-            # A NaN or infinity makes the sum NaN or infinite; testing each entry takes a tenth of a pass on a CPU.
+            # A NaN or infinity makes the sum NaN or infinite; testing each entry takes a tenth of a
+            # pass on a CPU.
             if not gradient.sum(dtype=torch.float32).isfinite():
                 raise TrainingDiverged(
                     f"the gradient of {name} is NaN or infinite on the calibration samples"
@@ -81,11 +86,12 @@ def visit_mask_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Visit ``sum w_ij dL/dw_ij`` over each row or column of linear layers, float32 ``(samples, rows or columns)``.
+    """Visit ``sum w_ij dL/dw_ij`` over each row or column of linear layers, float32 ``(samples,
+    rows or columns)``.
 
-    This is the gradient of a sample's mean loss L at a mask factor. With ``y = W x + b``, token t adds
-    ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj dL/dx_tj`` to column j: one backward pass gives a whole batch.
-    `linears` maps names to a layer and 0 (rows) or 1 (columns).
+    This is the gradient of a sample's mean loss L at a mask factor. With ``y = W x + b``, token t
+    adds ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj dL/dx_tj`` to column j: one backward pass
+    gives a whole batch. `linears` maps names to a layer and 0 (rows) or 1 (columns).
     """
 
     def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -118,7 +124,8 @@ def visit_linear_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit inputs ``(samples, seq, columns)`` of layers, and gradients ``(samples, seq, rows)`` at their outputs."""
+    """Visit inputs ``(samples, seq, columns)`` of layers, and gradients ``(samples, seq, rows)`` at
+    their outputs."""
     places = {name: (linear, True, False) for name, linear in linears.items()}
     _visit_activations(model, places, samples, lambda losses, counts: losses.sum(), visit)
 
@@ -130,14 +137,16 @@ def _visit_activations(
     loss: Loss,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit activations and gradients ``(samples, seq, features)``; `places`: layer, and whether each is of inputs."""
+    """Visit activations and gradients ``(samples, seq, features)``; `places`: layer, and whether
+    each is of inputs."""
     num_rows = 0
 
     def hook_for(name: str, of_inputs: bool, at_inputs: bool) -> Callable[..., None]:
         def listen(
             module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> None:
-            # Detached: a hook with a reference to its own tensor would keep the graph alive until garbage collection.
+            # Detached: a hook with a reference to its own tensor would keep the graph alive until
+            # garbage collection.
             values = (inputs[0] if of_inputs else output).detach()
 
             def on_gradient(gradient: torch.Tensor) -> None:
@@ -187,7 +196,8 @@ def _gradients_of(
 
 
 class InputMoments:
-    """Running mean and mean square over tokens of each input feature of a layer, in float64 on the CPU."""
+    """Running mean and mean square over tokens of each input feature of a layer, in float64 on the
+    CPU."""
 
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
@@ -221,7 +231,8 @@ def visit_inputs(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without padding tokens."""
+    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without
+    padding tokens."""
     tokens = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -247,7 +258,8 @@ def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
 
 
 def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Select the rows of `inputs` ``(batch, seq, features)`` or ``(batch * seq, features)`` where `tokens` is True."""
+    """Select the rows of `inputs` ``(batch, seq, features)`` or ``(batch * seq, features)`` where
+    `tokens` is True."""
     return inputs.reshape(-1, inputs.shape[-1])[tokens.flatten().to(inputs.device)]
 
 
@@ -258,7 +270,8 @@ def visit_outputs(
     samples: Samples,
     visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
 ) -> None:
-    """Visit float32 outputs ``(positions, features)`` and the likeliest tokens, where the next token has a label."""
+    """Visit float32 outputs ``(positions, features)`` and the likeliest tokens, where the next
+    token has a label."""
     outputs: dict[str, torch.Tensor] = {}
     positions = torch.empty(0, dtype=torch.bool)
 

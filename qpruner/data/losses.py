@@ -1,4 +1,5 @@
-"""Compute losses and logits at the positions whose next token has a label; the head runs only there."""
+"""Compute losses and logits at the positions whose next token has a label; the head runs only
+there."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,9 +18,11 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per labelled token; `by_row` has values with this mean whose spread gives `stderr`.
+    """Mean loss in nats per labelled token; `by_row` has values with this mean whose spread gives
+    `stderr`.
 
-    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, m the mean of n (delta method for a ratio).
+    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, m the mean of n (delta
+    method for a ratio).
     """
 
     mean: float
@@ -33,7 +36,8 @@ class LossResult:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) -> LossResult:
-    """Compute the cross entropy on labelled tokens in nats; raise `TrainingDiverged` if it is NaN or infinite."""
+    """Compute the cross entropy on labelled tokens in nats; raise `TrainingDiverged` if it is NaN
+    or infinite."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -70,7 +74,8 @@ def batches(
 
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the cross entropy of each next token in nats, float32 ``(batch, seq)``; zero where it has no label."""
+    """Compute the cross entropy of each next token in nats, float32 ``(batch, seq)``; zero where it
+    has no label."""
     logits = predicted_logits(model, batch)
     positions = predicting(batch["labels"]).to(logits.device)
     losses = torch.zeros(positions.shape, device=logits.device)
@@ -81,7 +86,8 @@ def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> t
 
 
 def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute logits ``(positions, vocabulary)`` at all positions of the batch whose next token has a label."""
+    """Compute logits ``(positions, vocabulary)`` at all positions of the batch whose next token has
+    a label."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with labelled_only(model, batch["labels"]):
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
@@ -90,7 +96,8 @@ def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) 
 
 @contextmanager
 def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
-    """Make the head run only at positions whose next token has a label; logits are ``(positions, vocabulary)``."""
+    """Make the head run only at positions whose next token has a label; logits are ``(positions,
+    vocabulary)``."""
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
     with hooked(

@@ -1,8 +1,9 @@
-"""Define means, standard errors and intervals over tasks and questions, for trials and for the report alike.
+"""Define means, standard errors and intervals over tasks and questions, for trials and for the
+report alike.
 
-A task with n values v of standard deviation s has the mean of v and stderr ``s / sqrt(n)``. Over T tasks, which have
-the same weight: the mean of means, and ``sqrt(sum stderr^2) / T``. For several fine-tunes v is their mean for a
-question. Rows of text are the questions of a single task.
+A task with n values v of standard deviation s has the mean of v and stderr ``s / sqrt(n)``. Over T
+tasks, which have the same weight: the mean of means, and ``sqrt(sum stderr^2) / T``. For several
+fine-tunes v is their mean for a question. Rows of text are the questions of a single task.
 """
 
 import math
@@ -61,29 +62,33 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval excludes zero; values that are all equal do not prove that their spread is zero."""
+        """Whether the interval excludes zero; values that are all equal do not prove that their
+        spread is zero."""
         return bool(self.half_width) and abs(self.mean) > (self.half_width or 0.0)
 
 
 def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
     """Estimate the mean difference of two models over all questions and training seeds.
 
-    A question and a seed each shift the difference at random. For T tasks of n questions and S seeds, with the variance
-    V of the mean that each effect causes,
+    A question and a seed each shift the difference at random. For T tasks of n questions and S
+    seeds, with the variance V of the mean that each effect causes,
 
-        half_width^2 = sum over tasks of t(n - 1)^2 V(questions) / T^2 + t(S - 1)^2 max(0, V(seeds) - V(residual)),
+        half_width^2 = sum over tasks of t(n - 1)^2 V(questions) / T^2 + t(S - 1)^2 max(0, V(seeds)
+        - V(residual)),
 
-    where V(questions) is the variance of the means by question over n, V(seeds) that of the means by seed over S,
-    V(residual) the part of both that is noise of single questions, and t Student's quantile (Banerjee 1960,
-    "Approximate confidence interval for linear functions of means of k populations", Sankhya 22). Simulated with noise
-    as in `benchmarks/record_rows.jsonl`, the interval holds the true mean in 94 to 98 % of cases, for 2 to 182
-    questions and 1 to 10 seeds, but in 92 to 94 % for two seeds whose effect is five to eight times larger.
-    Satterthwaite's degrees of freedom gave 86 % for two seeds (2026-12-02).
+    where V(questions) is the variance of the means by question over n, V(seeds) that of the means
+    by seed over S, V(residual) the part of both that is noise of single questions, and t Student's
+    quantile (Banerjee 1960, "Approximate confidence interval for linear functions of means of k
+    populations", Sankhya 22). Simulated with noise as in `benchmarks/record_rows.jsonl`, the
+    interval holds the true mean in 94 to 98 % of cases, for 2 to 182 questions and 1 to 10 seeds,
+    but in 92 to 94 % for two seeds whose effect is five to eight times larger. Satterthwaite's
+    degrees of freedom gave 86 % for two seeds (2026-12-02).
 
     Args:
-        by_seed: For each training seed, for each task, the difference on each question. With a single seed the
-            interval holds for this seed only.
-        num_intervals: How many intervals are to hold together, with a probability of 95 % (Bonferroni).
+        by_seed: For each training seed, for each task, the difference on each question. With a
+            single seed the interval holds for this seed only.
+        num_intervals: How many intervals are to hold together, with a probability of 95 %
+            (Bonferroni).
     """
     import numpy as np
 
@@ -111,27 +116,31 @@ def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
 
 
 def prediction_interval(values: Sequence[float]) -> Interval:
-    """Average at least two values; the interval holds one more value like them with a probability of 95 % (Student)."""
+    """Average at least two values; the interval holds one more value like them with a probability
+    of 95 % (Student)."""
     spread = quantile(len(values) - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
     return Interval(statistics.fmean(values), spread)
 
 
 @cache
 def quantile(degrees_of_freedom: int, num_intervals: int = 1) -> float:
-    """Return Student's two-sided quantile for intervals that hold together with a probability of 95 %."""
+    """Return Student's two-sided quantile for intervals that hold together with a probability of 95
+    %."""
     from scipy.stats import t
 
     return float(t.ppf(1 - (1 - CONFIDENCE) / 2 / num_intervals, degrees_of_freedom))
 
 
 def accuracy_name(metrics: Mapping[str, str]) -> str:
-    """Return the metric of all tasks (task -> metric in lm-eval), or `accuracy` if they have different metrics."""
+    """Return the metric of all tasks (task -> metric in lm-eval), or `accuracy` if they have
+    different metrics."""
     names = set(metrics.values())
     return names.pop() if len(names) == 1 else ACCURACY
 
 
 def accuracy_in_full(metrics: Mapping[str, str]) -> str:
-    """Return the metric, with tasks if they differ in it: `accuracy (acc_norm of arc_easy, piqa; acc of boolq)`."""
+    """Return the metric, with tasks if they differ in it: `accuracy (acc_norm of arc_easy, piqa;
+    acc of boolq)`."""
     name = accuracy_name(metrics)
     if name != ACCURACY or not metrics:
         return name

@@ -1,4 +1,5 @@
-"""Read rows from data files and from the hub, and map their columns to those of a row format (`COLUMNS`)."""
+"""Read rows from data files and from the hub, and map their columns to those of a row format
+(`COLUMNS`)."""
 
 import csv
 import json
@@ -22,7 +23,8 @@ COLUMNS = {
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 """Suffixes of supported data files, and the builders of `datasets` that read them."""
 OTHER_SUFFIXES = {".tsv", ".xlsx", ".gz", ".zip", ".arrow", ".yaml", ".yml"}
-"""Suffixes of unsupported files; a relative path with such a suffix is refused instead of looked up on the hub."""
+"""Suffixes of unsupported files; a relative path with such a suffix is refused instead of looked up
+on the hub."""
 SPLIT_REFUSALS = (
     "Unknown split",
     "corresponds to no data",
@@ -35,7 +37,8 @@ SPLIT_REFUSALS = (
 
 @dataclass(frozen=True)
 class Example:
-    """A row: `prompt` is a question or instruction, `context` its input; a text has only a `response`."""
+    """A row: `prompt` is a question or instruction, `context` its input; a text has only a
+    `response`."""
 
     format: str
     prompt: str
@@ -44,12 +47,14 @@ class Example:
 
     @property
     def identity(self) -> str:
-        """Normalized prompt and context, or text: two rows with the same identity count as duplicates."""
+        """Normalized prompt and context, or text: two rows with the same identity count as
+        duplicates."""
         return normalized(f"{self.prompt} {self.context}" if self.prompt else self.response)
 
 
 def normalized(text: str) -> str:
-    """Lower the case and drop punctuation and extra spaces, but keep operators, because 7 + 5 is not 7 * 5."""
+    """Lower the case and drop punctuation and extra spaces, but keep operators, because 7 + 5 is
+    not 7 * 5."""
     return " ".join(
         re.findall(r"[^\W_]+|-(?=\d)|[+*/=<>#%$^&|~\u20ac\u00a3\u00d7\u00f7]", text.lower())
     )
@@ -68,7 +73,8 @@ def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
-    """Raise `UserError` if two splits share a row; `splits` maps names to `Example.identity` values."""
+    """Raise `UserError` if two splits share a row; `splits` maps names to `Example.identity`
+    values."""
     checked: list[tuple[str, set[str]]] = []
     for name, identities in splits.items():
         rows = {identity for identity in identities if identity}
@@ -129,7 +135,8 @@ def _read_file(path: Path, split: str, key: str) -> Any:
         raise UserError(f"`{key}.source`: file {path} is empty; name another file")
     builder, options = BUILDERS[path.suffix.lower()], dict[str, Any]()
     if builder == "csv":
-        # Every cell is text: pandas would read `007` as the number 7, and `null` or `NA` as an empty cell.
+        # Every cell is text: pandas would read `007` as the number 7, and `null` or `NA` as an
+        # empty cell.
         with path.open(newline="", encoding="utf-8") as file:
             columns = next(csv.reader(file))
         options["features"] = datasets.Features(
@@ -140,7 +147,8 @@ def _read_file(path: Path, split: str, key: str) -> Any:
 
 
 def _line_without_row(path: Path) -> str | None:
-    """Describe the first line that is not a JSON object, because `datasets` reports wrong line numbers."""
+    """Describe the first line that is not a JSON object, because `datasets` reports wrong line
+    numbers."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -152,7 +160,8 @@ def _line_without_row(path: Path) -> str | None:
 
 
 def _check_columns(available: Sequence[str], source: DataSource, key: str) -> None:
-    """Raise `UserError` if `source.columns` names a column that the row format or the data (`available`) lack."""
+    """Raise `UserError` if `source.columns` names a column that the row format or the data
+    (`available`) lack."""
     known = COLUMNS[source.format]
     if unknown := sorted(set(source.columns) - set(known)):
         rule = f"format {source.format} knows the keys {', '.join(known)}"
@@ -208,7 +217,8 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
 
 
 def _choices(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Return texts and labels of the choices from several columns, a list, or ARC's `{text, label}`."""
+    """Return texts and labels of the choices from several columns, a list, or ARC's `{text,
+    label}`."""
     found = [row[column] for column in columns] if len(columns) > 1 else row[columns[0]]
     if isinstance(found, dict):
         return list(found["text"]), list(found["label"])

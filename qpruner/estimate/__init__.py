@@ -1,4 +1,5 @@
-"""Estimate the memory of a run by part and, if steps were timed, its hours by stage, without loading the model."""
+"""Estimate the memory of a run by part and, if steps were timed, its hours by stage, without
+loading the model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,8 @@ from qpruner.wording import counted, duration
 def facts(
     config: RunConfig, inspection: Inspection, rates: Rates | None, slots: int, gpus: float | None
 ) -> dict[str, Any]:
-    """Return all estimates, for `slots` trials at once that hold `gpus` each; hours only with `rates`."""
+    """Return all estimates, for `slots` trials at once that hold `gpus` each; hours only with
+    `rates`."""
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")
@@ -36,7 +38,8 @@ def facts(
 def _hours(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int, gpus: float | None
 ) -> dict[str, Any]:
-    """Return hours elapsed (`wall`) and hours of use: of GPUs or, without GPUs, of slots (the room for one trial)."""
+    """Return hours elapsed (`wall`) and hours of use: of GPUs or, without GPUs, of slots (the room
+    for one trial)."""
     held = 1.0 if gpus is None else gpus
     times = stage_times(config, inspection, rates, slots)
     # Half a GPU is half as fast; several GPUs make a trial no faster than one.
@@ -67,7 +70,8 @@ def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], m
 
 
 def memory_text(found: Mapping[str, Any]) -> list[str]:
-    """Format the memory as lines: the total of each kind of work, then its parts, the largest first."""
+    """Format the memory as lines: the total of each kind of work, then its parts, the largest
+    first."""
     free, trials = found["memory_free"], found["trials_sharing_memory"]
     beside = f" with {trials} trials or fine-tunes at once" if trials > 1 else ""
     here = "" if free is None else f"; {_amount(free)} free here"

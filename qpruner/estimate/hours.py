@@ -1,4 +1,5 @@
-"""Estimate the hours of the longest stages: their tokens times the seconds of a token in timed steps."""
+"""Estimate the hours of the longest stages: their tokens times the seconds of a token in timed
+steps."""
 
 from __future__ import annotations
 
@@ -21,13 +22,17 @@ from qpruner.pipeline.search import Search
 
 CHOICES = 4  # assumed number of answers to choose from in each question of a task
 PADDING = 1.2
-"""Tokens of a micro-batch relative to its rows, as rows of a batch are sorted by length: 1 to 1.3 for real texts."""
-UNTUNED = 3  # number of models that are scored without a fine-tune: base, pruned, and quantized by the winner's plan
+"""Tokens of a micro-batch relative to its rows, as rows of a batch are sorted by length: 1 to 1.3
+for real texts."""
+# number of models that are scored without a fine-tune: base, pruned, and quantized by the winner's
+# plan
+UNTUNED = 3
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds per token of training and of a forward pass on one slot (room for one trial), and what was timed."""
+    """Seconds per token of training and of a forward pass on one slot (room for one trial), and
+    what was timed."""
 
     training: float
     scoring: float
@@ -61,7 +66,8 @@ class StageTime(NamedTuple):
 def stage_times(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int
 ) -> dict[str, StageTime]:
-    """Estimate the time of the stages that take longest, without starts, loading, packing and saving."""
+    """Estimate the time of the stages that take longest, without starts, loading, packing and
+    saving."""
     count, workers, compared = (
         _Tokens(config, inspection),
         config.finetune.num_workers,
@@ -90,7 +96,8 @@ def stage_times(
 def expected_steps(config: RunConfig) -> tuple[float, float]:
     """Estimate the total optimizer steps, and the total rungs reached, of all trials of a search.
 
-    ASHA keeps one trial in `reduction_factor` at each rung, but every plan to beat (`preflight.most_controls`).
+    ASHA keeps one trial in `reduction_factor` at each rung, but every plan to beat
+    (`preflight.most_controls`).
     """
     search = config.search
     controls = min(config.num_trials, most_controls(config))
@@ -106,14 +113,16 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
 
 
 def num_confirmed_again(config: RunConfig) -> int:
-    """Count the trainings of finalists under further seeds, if none of them can be told apart from the best."""
+    """Count the trainings of finalists under further seeds, if none of them can be told apart from
+    the best."""
     search = config.search
     finalists = min(search.max_trials, search.confirm + 1) if config.is_searched else 0
     return finalists * search.confirm_seeds
 
 
 def num_compared(config: RunConfig) -> int:
-    """Count the fine-tunes that `finetune.compare` adds to the first one of the winner; equal plans share one."""
+    """Count the fine-tunes that `finetune.compare` adds to the first one of the winner; equal plans
+    share one."""
     settings = config.finetune
     drawn = settings.random_plans if config.has_choice else 0
     # Base and pruned model, and the controls, the best of which gets the other training seeds too.
@@ -122,7 +131,8 @@ def num_compared(config: RunConfig) -> int:
 
 
 class _Tokens:
-    """Counts the tokens that each kind of work passes through the model; a backward pass takes as long as two more."""
+    """Counts the tokens that each kind of work passes through the model; a backward pass takes as
+    long as two more."""
 
     def __init__(self, config: RunConfig, inspection: Inspection) -> None:
         self._config, self._inspection = config, inspection
@@ -149,7 +159,8 @@ class _Tokens:
         """Count the tokens of validation at every rung, and of scoring the finalists on fresh rows."""
         search, (_, rungs) = self._config.search, expected_steps(self._config)
         rung = self.split("validation") + self._questions("search")
-        # A given plan is the only finalist to score: an earlier search has already scored the controls.
+        # A given plan is the only finalist to score: an earlier search has already scored the
+        # controls.
         best = min(search.max_trials, search.confirm + most_controls(self._config))
         finalists = (best if self._config.is_searched else 1) + num_confirmed_again(self._config)
         return rungs * rung + finalists * (
@@ -160,7 +171,8 @@ class _Tokens:
         return self._questions("evaluate") + sum(self._lengths.get("text", ()))
 
     def prune(self) -> float:
-        """Count importance and compensation in every step; all cuts share the importance of the first."""
+        """Count importance and compensation in every step; all cuts share the importance of the
+        first."""
         passes = 0
         asked = [cut.settings for cut in self._inspection.cuts.values() if not cut.settings.is_off]
         for number, settings in enumerate(asked):

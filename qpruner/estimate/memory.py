@@ -1,9 +1,10 @@
 """Estimate the peak memory of each kind of work, by part, from the shapes.
 
-For each token, an adapted layer of r rows and c columns keeps for the backward pass its input in float32 (4 c), the
-adapter's inner values (4 x rank), and about e (r + c) for input and output in elements of e bytes; within 15 % of
-autograd's, 25 % on a CPU without bfloat16. With gradient checkpointing every block keeps its input, and one block all
-of this. Packed layers keep no input, and unpack their weight in each pass.
+For each token, an adapted layer of r rows and c columns keeps for the backward pass its input in
+float32 (4 c), the adapter's inner values (4 x rank), and about e (r + c) for input and output in
+elements of e bytes; within 15 % of autograd's, 25 % on a CPU without bfloat16. With gradient
+checkpointing every block keeps its input, and one block all of this. Packed layers keep no input,
+and unpack their weight in each pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,16 +26,20 @@ from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
 from qpruner.sensitivity.measurement import POSITIONS
 
 LOGIT_BYTES = 12
-"""Bytes of training per logit, at tokens that may have a label: float32 copies for the loss, and two gradients."""
+"""Bytes of training per logit, at tokens that may have a label: float32 copies for the loss, and
+two gradients."""
 SCORED = ("validation", "confirmation")
 PREDICTION_BYTES = 9
-"""Maximum bytes per logit in a pass without a loss: the logit, a copy, and the check that it is finite."""
+"""Maximum bytes per logit in a pass without a loss: the logit, a copy, and the check that it is
+finite."""
 DENSE = 1.5
-"""Bytes that a dense model keeps for the backward pass, relative to inputs and outputs of its linear layers: float32
-norms and gates add some. Measured 0.7 (OPT), 1.13 (Llama), 1.29 (Qwen3), 1.48 (Gemma 3), 1.53 (Phi-3), 2026-11."""
+"""Bytes that a dense model keeps for the backward pass, relative to inputs and outputs of its
+linear layers: float32 norms and gates add some. Measured 0.7 (OPT), 1.13 (Llama), 1.29 (Qwen3),
+1.48 (Gemma 3), 1.53 (Phi-3), 2026-11."""
 FLOAT32_BYTES = 4
 COMPONENT_BYTES = 32
-"""Bytes per output value for principal components in float64: value, copy for LAPACK, vectors and a spare copy."""
+"""Bytes per output value for principal components in float64: value, copy for LAPACK, vectors and a
+spare copy."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Memory:
 
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate a step of the largest trials, those of the unpruned model, with a plan as large as the budget."""
+    """Estimate a step of the largest trials, those of the unpruned model, with a plan as large as
+    the budget."""
     about, layout = (
         "(`training.micro_batch_size`), in the final fine-tune too",
         _largest_trial(config, inspection),
@@ -60,7 +66,8 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the memory of `finetune.compare`: its largest step trains the base, neither pruned nor quantized."""
+    """Estimate the memory of `finetune.compare`: its largest step trains the base, neither pruned
+    nor quantized."""
     base = inspection.base
     about = "of the base model, unpacked (`finetune.compare`, `training.micro_batch_size`)"
     return _step(config, inspection, base, base.plan_bytes(base.dense()), about)
@@ -123,7 +130,8 @@ def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
 
 
 def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """Count what a packed layer needs in a pass: all its weights by bitsandbytes, else a piece of them with copies."""
+    """Count what a packed layer needs in a pass: all its weights by bitsandbytes, else a piece of
+    them with copies."""
     if plan_bytes >= layout.plan_bytes(layout.dense()):
         return {}
     largest, piece = (
@@ -150,7 +158,8 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate importance: gradients if needed; a float32 per weight for `order: mixed` with `aggregation: element`."""
+    """Estimate importance: gradients if needed; a float32 per weight for `order: mixed` with
+    `aggregation: element`."""
     calibration, base = config.calibration, inspection.base
     parts = _weights(base)
     if not settings.width_units or settings.importance not in ("fisher", "taylor"):
@@ -176,7 +185,8 @@ def _compensation_memory(
     parts, widest = _by_block(config, inspection), _widest_input(inspection.base)
     if settings.compensates_by == "least_squares":
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
-        # The output that the projection should have, the change of its weights, and its weights in float32.
+        # The output that the projection should have, the change of its weights, and its weights in
+        # float32.
         parts["solution"] = 3 * FLOAT32_BYTES * int(inspection.model_config.hidden_size) * widest
     return Memory(f"compensation on {_samples(config)} (`calibration.num_samples`)", parts)
 
@@ -191,7 +201,8 @@ def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_block(config: RunConfig, inspection: Inspection) -> dict[str, int]:
-    """Count a pass of all samples through one block after the other, with masks of one byte per pair of tokens."""
+    """Count a pass of all samples through one block after the other, with masks of one byte per
+    pair of tokens."""
     length, base = config.calibration.max_length, inspection.base
     each = length * (int(inspection.model_config.hidden_size) * base.element_bytes + length)
     return _weights(base) | {
@@ -236,7 +247,8 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> dict[str, int]:
-    """Count mutual information, by part: the outputs of all groups at all drawn positions, in a batch in float32."""
+    """Count mutual information, by part: the outputs of all groups at all drawn positions, in a
+    batch in float32."""
     dense, positions = inspection.reference, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(_blocks(dense))
     if config.quantize.group == "projection":
@@ -251,9 +263,11 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> d
 
 
 def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int) -> dict[str, int]:
-    """Count the memory of measuring KL and loss by part; `quantized group` includes its largest layer unpacked.
+    """Count the memory of measuring KL and loss by part; `quantized group` includes its largest
+    layer unpacked.
 
-    `log-probabilities` is the larger of two peaks: when those of the unquantized model are made, or compared.
+    `log-probabilities` is the larger of two peaks: when those of the unquantized model are made, or
+    compared.
     """
     dense, config = inspection.reference, inspection.model_config
     quantized = [
@@ -325,7 +339,8 @@ def _largest(groups: Iterable[Group]) -> int:
 
 
 def _widest(layout: Layout, tokens: int) -> int:
-    """Count the bytes that a pass without gradients holds at once: inputs and outputs of the widest group's layers."""
+    """Count the bytes that a pass without gradients holds at once: inputs and outputs of the widest
+    group's layers."""
     return max(
         _kept(group.linears, tokens, layout.element_bytes, None) for group in _blocks(layout)
     )

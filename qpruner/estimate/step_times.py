@@ -1,6 +1,7 @@
 """Time a few real steps of training and scoring on this device, with the shapes of the model.
 
-Models of one and of five blocks, with adapters and packed random weights, give the time of a block and of the rest.
+Models of one and of five blocks, with adapters and packed random weights, give the time of a block
+and of the rest.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ REPEATS = 3
 def measure(
     config: RunConfig, model_config: Any, share_labelled: float, threads: int
 ) -> tuple[float, float]:
-    """Return the seconds of training and of scoring on a micro-batch of full rows, with labels at a share of tokens."""
+    """Return the seconds of training and of scoring on a micro-batch of full rows, with labels at a
+    share of tokens."""
     limit_threads(threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
@@ -91,7 +93,8 @@ def _least(work: Callable[[], object]) -> float:
 
 
 def small_model(config: RunConfig, model_config: Any, num_blocks: int) -> Any:
-    """Build a small model of middle blocks, as outer ones may be wider, with its blocks in their smallest formats."""
+    """Build a small model of middle blocks, as outer ones may be wider, with its blocks in their
+    smallest formats."""
     from transformers import AutoModelForCausalLM
 
     ragged.install(family_of(model_config))

@@ -10,9 +10,11 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from qpruner.hf import PEFT_BASE
 
 Form = Literal["packed", "peft", "merged", "merged and plain", "merged with code"]
-"""The final folder, a peft export, and merged models that need qpruner, nothing, or the file beside the weights."""
+"""The final folder, a peft export, and merged models that need qpruner, nothing, or the file beside
+the weights."""
 STATED = {"base_model": "base model", "license": "licence", "datasets": "datasets"}
-"""Keys of a card's metadata and of the configuration section `card`, with their names in messages."""
+"""Keys of a card's metadata and of the configuration section `card`, with their names in messages.
+"""
 TITLE = "## Load it"
 _SECTION = re.compile(rf"^{TITLE}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 _NEEDS_US = (
@@ -31,8 +33,8 @@ _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{place}"{options})  # with a GPU: add .to("cuda")
 """
-# Base and adapter are loaded from a local folder: from a repository transformers 5.24 would attach the adapter by
-# itself and look for its weights in the folder of the base model.
+# Base and adapter are loaded from a local folder: from a repository transformers 5.24 would attach
+# the adapter by itself and look for its weights in the folder of the base model.
 _PEFT_CODE = f"""from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +46,8 @@ model = PeftModel.from_pretrained(base, folder)
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """Read the YAML metadata of a card; return an empty dictionary if the card has no valid metadata."""
+    """Read the YAML metadata of a card; return an empty dictionary if the card has no valid
+    metadata."""
     block = REGEX_YAML_BLOCK.search(card.removeprefix("\N{BOM}"))
     try:
         metadata = yaml.safe_load(block[2]) if block else None
@@ -54,13 +57,15 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def missing_keys(card: str) -> tuple[str, ...]:
-    """List those of the keys `base_model`, `license` and `datasets` that are missing in the metadata of a card."""
+    """List those of the keys `base_model`, `license` and `datasets` that are missing in the
+    metadata of a card."""
     metadata = front_matter(card)
     return tuple(key for key in STATED if metadata.get(key) is None)
 
 
 def missing_remark(keys: Sequence[str]) -> str | None:
-    """Return a message that names the missing metadata and the configuration keys to set; None if `keys` is empty."""
+    """Return a message that names the missing metadata and the configuration keys to set; None if
+    `keys` is empty."""
     if not keys:
         return None
     names, stated_by = (
@@ -85,5 +90,6 @@ def loading_section(form: Form, place: str = "this folder") -> str:
 
 
 def with_loading_section(card: str, form: Form, place: str) -> str:
-    """Replace a card's section on loading by the section for a model of this form in the repository `place`."""
+    """Replace a card's section on loading by the section for a model of this form in the repository
+    `place`."""
     return _SECTION.sub(lambda _: f"{loading_section(form, place)}\n", card)

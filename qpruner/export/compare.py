@@ -1,4 +1,5 @@
-"""Compare an export with the final model, as transformers loads it, or as the program that serves it computes it."""
+"""Compare an export with the final model, as transformers loads it, or as the program that serves
+it computes it."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,8 +19,8 @@ from qpruner.quantization.formats.layers import PackedEmbedding
 Rows = Sequence[Sequence[int]]  # token ids
 PEFT_PREFIX = "base_model.model."  # prefix that peft adds to the names of layers
 MOST_PERPLEXITY, MOST_LOST = 0.01, 0.25
-"""Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in the demo in
-llama.cpp, 2026-11-29); both beyond three standard errors."""
+"""Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in
+the demo in llama.cpp, 2026-11-29); both beyond three standard errors."""
 TOP = 64  # number of the likeliest tokens whose probabilities a server gives
 LEAST_LIMIT, MOST_ROUNDING = (
     5e-4,
@@ -29,7 +30,8 @@ LEAST_LIMIT, MOST_ROUNDING = (
 
 @dataclass(frozen=True)
 class Compared:
-    """How like the predictions of an export are to those of the model that it was made from; losses are in nats."""
+    """How like the predictions of an export are to those of the model that it was made from; losses
+    are in nats."""
 
     divergence: float  # KL divergence in nats per token
     agreement: float  # share of positions at which both predict the same token
@@ -50,7 +52,8 @@ class Predictions(NamedTuple):
 def compare(
     final: Path, exported: Path, samples: Rows, on_progress: OnWork = ignore_progress
 ) -> Compared:
-    """Compare predictions of an export in transformers with those of the final model; see `compare_served`."""
+    """Compare predictions of an export in transformers with those of the final model; see
+    `compare_served`."""
     model, found = load(exported, on_progress).eval(), []
     for sample in samples:
         values = log_probabilities(model, sample)[:-1]
@@ -93,14 +96,16 @@ def compare_served(
     rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
     on_progress: OnWork = ignore_progress,
 ) -> Compared:
-    """Compare what the program `by` predicts with the checkpoint in transformers, computed in float32.
+    """Compare what the program `by` predicts with the checkpoint in transformers, computed in
+    float32.
 
-    In `rounding` the model rounds as the program does. Raise `StageError` if predictions differ by more than rounding
-    explains, or the adapter's effect is another.
+    In `rounding` the model rounds as the program does. Raise `StageError` if predictions differ by
+    more than rounding explains, or the adapter's effect is another.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # transformers forbids `model.float()` for packed layers; ours compute in the type of their inputs.
+    # transformers forbids `model.float()` for packed layers; ours compute in the type of their
+    # inputs.
     model = torch.nn.Module.float(load(checkpoint, on_progress).eval())
     adapters = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
@@ -180,6 +185,7 @@ def export_error(difference: str) -> StageError:
 
 @torch.no_grad()
 def log_probabilities(model: Any, sample: Sequence[int]) -> torch.Tensor:
-    """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of a sample."""
+    """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of
+    a sample."""
     logits: torch.Tensor = model(torch.tensor([sample], device=device())).logits[0]
     return logits.float().log_softmax(-1).cpu()

@@ -1,8 +1,9 @@
-"""Export the final model in forms that other tools load, as files that were loaded again before they count as done.
+"""Export the final model in forms that other tools load, as files that were loaded again before
+they count as done.
 
-An export is written to a hidden folder, loaded by the program that will serve it and compared with the model; only then
-is it renamed. Layers that a server cannot take in the plan's format get the nearest one (`recode`);
-`Exported.remarks` says so.
+An export is written to a hidden folder, loaded by the program that will serve it and compared with
+the model; only then is it renamed. Layers that a server cannot take in the plan's format get the
+nearest one (`recode`); `Exported.remarks` says so.
 """
 
 import importlib.util
@@ -57,7 +58,8 @@ RECODED = "recoded"
 
 @dataclass(frozen=True)
 class Exported(Compared):
-    """A finished export, compared with the checkpoint in its formats; `loss_before` is that of the final model."""
+    """A finished export, compared with the checkpoint in its formats; `loss_before` is that of the
+    final model."""
 
     form: Form
     folder: Path
@@ -74,7 +76,8 @@ class Exported(Compared):
 def refusal(
     form: Form, config: Any, ragged: bool = False, uniform: str = architectures.UNIFORM
 ) -> str | None:
-    """Say why a model cannot be exported in a form, and what would work; None if it can (`architectures.refusal`)."""
+    """Say why a model cannot be exported in a form, and what would work; None if it can
+    (`architectures.refusal`)."""
     if form.startswith("gguf"):
         if reason := architectures.refusal(config, ragged, uniform):
             return reason
@@ -88,11 +91,13 @@ def refusal(
 def export(
     run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_progress
 ) -> Exported:
-    """Export the final model of a run to a new folder; raise `StageError` if the export and the model differ.
+    """Export the final model of a run to a new folder; raise `StageError` if the export and the
+    model differ.
 
-    The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the quantized model in a
-    subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM with the adapter in files of its own;
-    `gguf_merged` and `vllm_merged` have it merged into the packed weights.
+    The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the
+    quantized model in a subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM
+    with the adapter in files of its own; `gguf_merged` and `vllm_merged` have it merged into the
+    packed weights.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
@@ -125,7 +130,8 @@ def export(
 
 
 def _grams_of(run: RunDir, final: Path) -> GramOf:
-    """Return the `GramOf` of a run: it reads the matrices by which GPTQ rounded the final model; None without GPTQ."""
+    """Return the `GramOf` of a run: it reads the matrices by which GPTQ rounded the final model;
+    None without GPTQ."""
     tuned, config = run.read_record("finetune", FinetuneRecord), checkpoint_config(final)
     row = tuned and tuned.candidates[0]
     return lambda path: (
@@ -137,7 +143,8 @@ def _grams_of(run: RunDir, final: Path) -> GramOf:
 
 @contextmanager
 def _hidden_folder(target: Path) -> Iterator[Path]:
-    """Yield the path of a new folder beside `target`, for this process alone; what is left there is deleted."""
+    """Yield the path of a new folder beside `target`, for this process alone; what is left there is
+    deleted."""
     # A name of ours: beside `config` there may be a `.config` that is not.
     place = target.with_name(f".{target.name}.qpruner-export")
     lock, folder = FileLock(place / "lock"), place / target.name
@@ -181,7 +188,8 @@ class _Work:
     def recoded(
         self, new_format: NewFormat, fixed: Mapping[str, str]
     ) -> tuple[Path, dict[str, str]]:
-        """Return a checkpoint in other formats, merged if the form wants it, and the layers that changed."""
+        """Return a checkpoint in other formats, merged if the form wants it, and the layers that
+        changed."""
         merge = self.form.endswith("merged")
         if not merge and not changes(self.final, new_format, fixed):
             return self.final, {}
@@ -232,7 +240,8 @@ def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
 
 
 def _merged(work: _Work) -> Exported:
-    """Write a dense model; if its blocks differ, with the file that builds them in plain transformers."""
+    """Write a dense model; if its blocks differ, with the file that builds them in plain
+    transformers."""
     recode(work.final, work.folder, dense, True, work.on_progress)
     config = checkpoint_config(work.folder)
     if not for_vllm.needs_modeling(config):
@@ -245,7 +254,8 @@ def _merged(work: _Work) -> Exported:
 
 
 def _peft(work: _Work) -> Exported:
-    """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in `target`."""
+    """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in
+    `target`."""
     base, left_out = work.folder / PEFT_BASE, shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     retry_storage(
         lambda: shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True), work.target

@@ -1,4 +1,5 @@
-"""Load the models of a run or of a folder, and generate answers to prompts, which depend on a seed only."""
+"""Load the models of a run or of a folder, and generate answers to prompts, which depend on a seed
+only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from qpruner.runs.storage import export_command, run_path
 from qpruner.wording import nearest
 
 FINAL = "final"
-"""Name of a run's final model; the others have the names of the cuts, `base` is the model before pruning."""
+"""Name of a run's final model; the others have the names of the cuts, `base` is the model before
+pruning."""
 AGAINST_SHORTAGE = (
     "select fewer models with `--which`, lower `--max-tokens` or shorten the prompt; if a GPU ran out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 Template = Literal["chat", "alpaca", "alpaca_short", "none"]
-"""Prompt template, as in `data.template`: the tokenizer's chat template if it has one, an Alpaca template, or none."""
+"""Prompt template, as in `data.template`: the tokenizer's chat template if it has one, an Alpaca
+template, or none."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: `text` leaves out the special tokens that `num_tokens` counts; `ended` says what ended the answer."""
+    """An answer: `text` leaves out the special tokens that `num_tokens` counts; `ended` says what
+    ended the answer."""
 
     text: str
     num_tokens: int
@@ -68,7 +72,8 @@ class Generator:
             raise UserError(
                 f"the prompt has {length} tokens, but the model's context {context}: shorten the prompt"
             )
-        # An answer ends at the end token of the tokenizer or at one in the model's generation_config.json.
+        # An answer ends at the end token of the tokenizer or at one in the model's
+        # generation_config.json.
         eos = self._model.generation_config.eos_token_id
         ends = sorted(
             {*(eos if isinstance(eos, list) else [eos]), self._tokenizer.eos_token_id} - {None}
@@ -111,7 +116,8 @@ class Generator:
 
 @dataclass(frozen=True)
 class Source:
-    """The folder of a model; for a run's dense models, `settings` is the section `model` of its configuration."""
+    """The folder of a model; for a run's dense models, `settings` is the section `model` of its
+    configuration."""
 
     name: str
     folder: Path
@@ -142,7 +148,8 @@ class Source:
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run that `which` names (all if `which` is empty), or the single model in a folder."""
+    """Find the models of a run that `which` names (all if `which` is empty), or the single model in
+    a folder."""
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
         raise UserError(
             f"models are loaded from a folder: download the final model with `{command}`, then name FOLDER"
@@ -171,7 +178,8 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
 
 
 def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run that `which` names; if `which` is empty, all models that the run has made."""
+    """Find the models of a run that `which` names; if `which` is empty, all models that the run has
+    made."""
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
     settings = ModelConfig.model_validate(state.config["model"])

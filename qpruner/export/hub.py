@@ -1,4 +1,5 @@
-"""Push a final model and its card to a model hub, with the token in `HF_TOKEN` or of `hf auth login`."""
+"""Push a final model and its card to a model hub, with the token in `HF_TOKEN` or of `hf auth
+login`."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ HUBS_OWN = ".gitattributes"
 
 @dataclass(frozen=True)
 class Pushed:
-    """The result of a push: `url` is the commit's address, `card_lacks` lists keys to set in the section `card`."""
+    """The result of a push: `url` is the commit's address, `card_lacks` lists keys to set in the
+    section `card`."""
 
     url: str
     num_files: int
@@ -41,11 +43,13 @@ def push(
 ) -> Pushed:
     """Upload the final model, or an export of it, to the repository OWNER/NAME as one commit.
 
-    All other files of the repository are deleted, because transformers would attach an old adapter to a merged model.
+    All other files of the repository are deleted, because transformers would attach an old adapter
+    to a merged model.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-    # HTTPError comes from httpx in huggingface_hub 1.x and from httpx2 in 2.x; this module re-exports it in both.
+    # HTTPError comes from httpx in huggingface_hub 1.x and from httpx2 in 2.x; this module
+    # re-exports it in both.
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -121,7 +125,8 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == ADAPTER:
-            # transformers 5.24 loads the base model from this entry; a path on this machine would be useless there.
+            # transformers 5.24 loads the base model from this entry; a path on this machine would
+            # be useless there.
             settings = json.loads(path.read_text(encoding="utf-8")) | {
                 "base_model_name_or_path": repo_id
             }

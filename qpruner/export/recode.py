@@ -1,4 +1,7 @@
-"""Rewrite a final model in other formats, or with its adapter merged. Every export starts from such a checkpoint."""
+"""Rewrite a final model in other formats, or with its adapter merged.
+
+Every export starts from such a checkpoint.
+"""
 
 import json
 import shutil
@@ -44,12 +47,14 @@ def recode(
     fixed: Mapping[str, str] | None = None,
     gram_of: GramOf = lambda path: None,
 ) -> dict[str, str]:
-    """Write the model of a final folder with every packed layer in `new_format(its format, its columns)`.
+    """Write the model of a final folder with every packed layer in `new_format(its format, its
+    columns)`.
 
-    `fixed` names the formats of single layers instead. Layers that keep their format and are not merged keep their
-    bytes. With `merge`, ``alpha / rank * B A`` is added to each weight in float32, which is then rounded once, to its
-    format (where `gram_of` has a matrix, by GPTQ) or to the model's type; no adapter is written. Return the layers that
-    changed, each with its new format.
+    `fixed` names the formats of single layers instead. Layers that keep their format and are not
+    merged keep their bytes. With `merge`, ``alpha / rank * B A`` is added to each weight in
+    float32, which is then rounded once, to its format (where `gram_of` has a matrix, by GPTQ) or to
+    the model's type; no adapter is written. Return the layers that changed, each with its new
+    format.
     """
     config, changed = checkpoint_config(final), changes(final, new_format, fixed)
     old, widths = formats_of(config), columns_of(config)
@@ -111,7 +116,8 @@ def columns_of(config: Any) -> dict[str, int]:
 
 
 def take_weight(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Remove the tensors of a layer's weight from the state, and return them by their names in the layer."""
+    """Remove the tensors of a layer's weight from the state, and return them by their names in the
+    layer."""
     names = [name for name in state if name.startswith(f"{path}.weight")]
     return {name.removeprefix(f"{path}."): state.pop(name) for name in names}
 

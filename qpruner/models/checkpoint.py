@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 RENAMED = "embed_out.", "lm_head."
-"""Prefixes of the head of GPT-NeoX in files and in the model: transformers renames it when it loads and saves."""
+"""Prefixes of the head of GPT-NeoX in files and in the model: transformers renames it when it loads
+and saves."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ def prepare_base(
 ) -> Base:
     """Provide the base model as a local folder with safetensors weights.
 
-    A local folder is used in place. A hub model is downloaded into the hub cache, with the model card that states its
-    license, or into `folder` if other machines need it (`is_shared`). A .gguf file is dequantized into `folder`.
+    A local folder is used in place. A hub model is downloaded into the hub cache, with the model
+    card that states its license, or into `folder` if other machines need it (`is_shared`). A .gguf
+    file is dequantized into `folder`.
     """
     source = check_source(model)
     if Path(source).is_dir():
@@ -85,7 +87,8 @@ def prepare_base(
 
 
 def _reporting_bar(on_progress: OnWork) -> Any:
-    """Create a class of invisible progress bars that reports the megabytes downloaded over all files."""
+    """Create a class of invisible progress bars that reports the megabytes downloaded over all
+    files."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc,type-arg]
@@ -117,7 +120,8 @@ def save_checkpoint(
 def read_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read tensors with `wanted` names in the model, and call `on_piece` after each; raise `CorruptFile` for damage."""
+    """Read tensors with `wanted` names in the model, and call `on_piece` after each; raise
+    `CorruptFile` for damage."""
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(checkpoint.glob("*.safetensors")) or [checkpoint / "model.safetensors"]:
         try:

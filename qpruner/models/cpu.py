@@ -1,8 +1,9 @@
 """Run bfloat16 at the speed of float32 on CPUs without bfloat16 instructions.
 
-On such a CPU torch is slow: a layer of 1024 x 576 x 1536 with its backward pass took 1.7 s on an AVX2 core (0.05 s in
-float32; torch 2.13), with AVX-512 without BF16, where oneDNN emulates the instructions, 195 ms (46 ms). This module
-computes products and attention in float32, and rounds to bfloat16 as the instructions do. Weights stay bfloat16.
+On such a CPU torch is slow: a layer of 1024 x 576 x 1536 with its backward pass took 1.7 s on an
+AVX2 core (0.05 s in float32; torch 2.13), with AVX-512 without BF16, where oneDNN emulates the
+instructions, 195 ms (46 ms). This module computes products and attention in float32, and rounds to
+bfloat16 as the instructions do. Weights stay bfloat16.
 """
 
 import functools
@@ -15,12 +16,14 @@ import torch
 from qpruner.quantization.formats import layers
 
 WORTH_WIDENING = 4
-"""Rows from which products are faster in float32: 1456 x 8 x 1536 takes 2 ms (82), 1 x 576 x 1536 0.23 ms (0.19)."""
+"""Rows from which products are faster in float32: 1456 x 8 x 1536 takes 2 ms (82), 1 x 576 x 1536
+0.23 ms (0.19)."""
 
 
 @functools.cache
 def install() -> None:
-    """Compute bfloat16 products in float32 in this process if its CPU has no instructions for them; idempotent."""
+    """Compute bfloat16 products in float32 in this process if its CPU has no instructions for them;
+    idempotent."""
     if not has_bfloat16():
         widen()
 
@@ -36,7 +39,8 @@ def has_bfloat16() -> bool:
 
 
 def widen() -> None:
-    """Make torch's CPU kernels of matrix products, packed layers and transformers' attention compute in float32."""
+    """Make torch's CPU kernels of matrix products, packed layers and transformers' attention
+    compute in float32."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -1,6 +1,8 @@
-"""Load config, tokenizer and unquantized weights from a hub id, a local folder, a `.gguf` file or `package:NAME/FILE`.
+"""Load config, tokenizer and unquantized weights from a hub id, a local folder, a `.gguf` file or
+`package:NAME/FILE`.
 
-Weights are read from safetensors or GGUF only, never from a pickle; packages are found without importing them.
+Weights are read from safetensors or GGUF only, never from a pickle; packages are found without
+importing them.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def resolve_source(source: str, key: str) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """Make a local path absolute, for processes with another working folder; return any other source unchanged."""
+    """Make a local path absolute, for processes with another working folder; return any other
+    source unchanged."""
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
@@ -145,7 +148,8 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 def load_dense(
     source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnWork = ignore_progress
 ) -> PreTrainedModel:
-    """Load an unquantized model with the revision and device map of `model` (None: main revision, one device)."""
+    """Load an unquantized model with the revision and device map of `model` (None: main revision,
+    one device)."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -179,7 +183,8 @@ def load_dense(
 
 
 def check_reachable(model: PreTrainedModel) -> None:
-    """Refuse a model that accelerate left partly on disk, or partly in host memory while there are GPUs."""
+    """Refuse a model that accelerate left partly on disk, or partly in host memory while there are
+    GPUs."""
     places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
     unreachable = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     for name, place in places.items():
@@ -195,7 +200,8 @@ def check_reachable(model: PreTrainedModel) -> None:
 
 @contextmanager
 def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
-    """Report the tensors that transformers loads and the files it saves, instead of showing progress bars."""
+    """Report the tensors that transformers loads and the files it saves, instead of showing
+    progress bars."""
     from transformers.utils import logging
 
     before = logging.set_tqdm_hook(
@@ -228,7 +234,8 @@ def checkpoint_config(folder: Path) -> Any:
 
 
 def _damaged(folder: Path, error: Exception) -> CorruptFile:
-    """Build an error that names the first unreadable file of a checkpoint, or the folder if all can be read."""
+    """Build an error that names the first unreadable file of a checkpoint, or the folder if all can
+    be read."""
     config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
     path = next((file for file in weights if not _is_complete(file)), folder)
     try:
@@ -261,7 +268,8 @@ def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
 
 
 def check_folder(path: Path, named: str) -> None:
-    """Refuse a folder without a config or with incomplete safetensors files; messages begin with `named`."""
+    """Refuse a folder without a config or with incomplete safetensors files; messages begin with
+    `named`."""
     if not (path / "config.json").is_file():
         raise UserError(f"{named}: folder {path} has no config.json; name a model folder")
     if not any(path.glob("*.safetensors")):
@@ -287,7 +295,8 @@ def check_folder(path: Path, named: str) -> None:
 
 
 def _is_complete(file: Path) -> bool:
-    """Return True if a file is as long as its header says; `safe_open` would map all of it, which may not fit."""
+    """Return True if a file is as long as its header says; `safe_open` would map all of it, which
+    may not fit."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

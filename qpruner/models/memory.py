@@ -13,7 +13,8 @@ from typing import Any
 from qpruner.errors import OutOfMemory, first_line
 
 STATUS, VMSTAT = Path("/proc/self/status"), Path("/proc/vmstat")
-# oneDNN reports a shortage as a primitive that it could not create; of unsupported ones it names the descriptor.
+# oneDNN reports a shortage as a primitive that it could not create; of unsupported ones it names
+# the descriptor.
 SHORTAGE = re.compile(
     "can't allocate memory|Cannot allocate memory|out of memory|ALLOC_FAILED|bad_alloc|"
     "could not (create|execute) a primitive(?! descriptor)"
@@ -23,7 +24,8 @@ SHORTAGE = re.compile(
 def release() -> None:
     """Return the memory of dropped models to the GPU and, on Linux, to the operating system.
 
-    Without this, a worker grew by 0.6 GB per trial on SmolLM2 (2026-11-25): Trainer, model and callbacks form cycles.
+    Without this, a worker grew by 0.6 GB per trial on SmolLM2 (2026-11-25): Trainer, model and
+    callbacks form cycles.
     """
     gc.collect()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
@@ -33,7 +35,8 @@ def release() -> None:
 
 
 def begin_job(threads: int) -> None:
-    """Free the memory of this worker's earlier jobs; without a GPU, limit torch to `threads` CPU cores."""
+    """Free the memory of this worker's earlier jobs; without a GPU, limit torch to `threads` CPU
+    cores."""
     import peft  # noqa: F401 - so that what it imports is excluded from garbage collection too
 
     freeze_libraries()
@@ -50,7 +53,8 @@ def limit_threads(threads: int) -> None:
 
 
 def freeze_libraries() -> Callable[[], None]:
-    """Exclude all objects from garbage collection (libraries: 0.3 s a pass) until the returned function is called."""
+    """Exclude all objects from garbage collection (libraries: 0.3 s a pass) until the returned
+    function is called."""
     if gc.get_freeze_count():
         return lambda: None
     gc.collect()
@@ -59,13 +63,15 @@ def freeze_libraries() -> Callable[[], None]:
 
 
 def read_weights(model: Any) -> None:
-    """Read every weight once, because a memory-mapped .safetensors file takes memory only when first read."""
+    """Read every weight once, because a memory-mapped .safetensors file takes memory only when
+    first read."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().sum()
 
 
 def copy_weights(model: Any) -> None:
-    """Copy weights out of a memory-mapped .safetensors file, which takes memory until its last tensor is freed."""
+    """Copy weights out of a memory-mapped .safetensors file, which takes memory until its last
+    tensor is freed."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
@@ -90,7 +96,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def kernel_kills() -> int | None:
-    """Count the processes of this machine that Linux killed for lack of memory since boot; None on other systems."""
+    """Count the processes of this machine that Linux killed for lack of memory since boot; None on
+    other systems."""
     with contextlib.suppress(OSError):
         found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
         return int(found[1]) if found else None
@@ -114,7 +121,8 @@ def raising_out_of_memory(remedy: str) -> Iterator[None]:
 
 
 class PeakMemory:
-    """Measure the peak memory from now on: allocated GPU memory, or the rise of resident memory on a CPU."""
+    """Measure the peak memory from now on: allocated GPU memory, or the rise of resident memory on
+    a CPU."""
 
     def __init__(self) -> None:
         import torch
@@ -142,7 +150,8 @@ class PeakMemory:
 
 
 def _most_resident_bytes() -> int:
-    """Return the peak resident bytes of this process, since the last reset or, if there is none, the start."""
+    """Return the peak resident bytes of this process, since the last reset or, if there is none,
+    the start."""
     if found := STATUS.exists() and re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()):
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
 """Build models whose decoder blocks have different widths.
 
-transformers 5.24 reads and writes `per_layer_config`, but its blocks ignore it (huggingface/transformers#45332), so
-this module builds each block from its own layer config.
+transformers 5.24 reads and writes `per_layer_config`, but its blocks ignore it
+(huggingface/transformers#45332), so this module builds each block from its own layer config.
 """
 
 import functools
@@ -16,14 +16,16 @@ _FOLLOWED = "qpruner_model_config"
 _ATTENTION = "_attn_implementation_internal"
 
 
-# transformers warns that a global width was read, which is harmless: blocks are built from their own configs.
+# transformers warns that a global width was read, which is harmless: blocks are built from their
+# own configs.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
     lambda record: "Reading global config value for per-layer attribute" not in record.getMessage()
 )
 
 
 def install(family: Family | None = None) -> None:
-    """Make block i of a family (None: of all families) be built from `config.per_layer_config[i]`; idempotent."""
+    """Make block i of a family (None: of all families) be built from `config.per_layer_config[i]`;
+    idempotent."""
     for each in (
         families().values() if family is None else (family,)
     ):  # to import all modules takes 0.2 s
@@ -60,7 +62,8 @@ def _following_class(config_class: type) -> type:
 
 
 def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
-    """Write the widths of cut blocks into a config: as global keys if all blocks are equal, else per block.
+    """Write the widths of cut blocks into a config: as global keys if all blocks are equal, else
+    per block.
 
     `num_units`: block index -> kind of unit -> number of units kept.
     """
@@ -70,7 +73,8 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
         layer_config = config.per_layer_config[index]
         present = {kind.name: kind.num_units for kind in family.unit_kinds(layer_config)}
         widths[index] = family.widths(layer_config, present | dict(num_units.get(index, {})))
-    # Without an explicit head size transformers derives it from the (now per-layer) number of heads.
+    # Without an explicit head size transformers derives it from the (now per-layer) number of
+    # heads.
     config.head_dim = family.head_dim(config.per_layer_config[0])
     config.per_layer_config = None
     config.allow_global_per_layer_attribute_access = True

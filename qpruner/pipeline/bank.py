@@ -1,7 +1,8 @@
-"""The bank stage: pack every group (layers that share a format) of the reference cut once for all trials.
+"""The bank stage: pack every group (layers that share a format) of the reference cut once for all
+trials.
 
-It also gathers the Gram matrices by which GPTQ rounds. All other entries are made by whoever reads them first, see
-`quantization.bank.read_plan`.
+It also gathers the Gram matrices by which GPTQ rounds. All other entries are made by whoever reads
+them first, see `quantization.bank.read_plan`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Made = dict[tuple[str, str], "EntryRecord"]  # (group, format) -> its entry
 
 
 class Bank(Stage[BankRecord]):
-    """Write one entry (a file) for each group and format: packed weights and initial weights of the adapter."""
+    """Write one entry (a file) for each group and format: packed weights and initial weights of the
+    adapter."""
 
     name = "bank"
     help = "Run up to the bank of packed weights and adapter starts."
@@ -72,7 +74,8 @@ class Bank(Stage[BankRecord]):
         return tuple(level for level in self._layout.levels if format_of(level).is_packed)
 
     def is_complete(self, folder: Path) -> bool:
-        """Return True if the Gram matrices for GPTQ are intact; whoever reads a damaged entry makes it again."""
+        """Return True if the Gram matrices for GPTQ are intact; whoever reads a damaged entry makes
+        it again."""
         return all(bank.has_grams() for bank in self._banks)
 
     def detail(self) -> str:
@@ -198,7 +201,8 @@ class Bank(Stage[BankRecord]):
 
 
 def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
-    """Estimate the bytes of all entries that a run may make: of each cut in every format; adapters are in float32."""
+    """Estimate the bytes of all entries that a run may make: of each cut in every format; adapters
+    are in float32."""
     base, pruned, size = inspection.base, inspection.reference, 0
     for layout in inspection.layouts.values():
         for level in layout.levels:
@@ -229,7 +233,8 @@ class FillJob:
 
 
 def fill(job: FillJob, emit: Emit) -> Made:
-    """Make the entries of a job, except those that a worker made before it died, and return their records."""
+    """Make the entries of a job, except those that a worker made before it died, and return their
+    records."""
     from qpruner.quantization.bank import make_entries
 
     made: Made = {}
@@ -245,7 +250,8 @@ def fill(job: FillJob, emit: Emit) -> Made:
 
 
 def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -> None:
-    """Write the Gram matrices of the inputs of all layers in the blocks of a cut's model, and of its head."""
+    """Write the Gram matrices of the inputs of all layers in the blocks of a cut's model, and of
+    its head."""
     from qpruner.data.calibration import Samples
     from qpruner.pruning.grams import gather
     from qpruner.quantization.bank import write_grams
@@ -262,7 +268,8 @@ def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -
 
 
 def _remove_stale(bank: BankSource) -> None:
-    """Remove entries of other inputs or formats, and unfinished files of killed processes, from a bank's folder."""
+    """Remove entries of other inputs or formats, and unfinished files of killed processes, from a
+    bank's folder."""
     kept = set()
     for name in (files := files_in(bank.folder)):
         path = bank.folder / name

@@ -1,7 +1,8 @@
 """The rows of the final table, and the jobs that fine-tune and score them.
 
-A row has one or more fine-tunes, which differ in training seed or plan; each fine-tune is a job. The folder of a job is
-named by the digest of everything that the job depends on. Equal jobs share a folder, and later commands reuse it.
+A row has one or more fine-tunes, which differ in training seed or plan; each fine-tune is a job.
+The folder of a job is named by the digest of everything that the job depends on. Equal jobs share a
+folder, and later commands reuse it.
 """
 
 import itertools
@@ -47,7 +48,8 @@ Result = TypeVar("Result")
 def winner_row(context: Context) -> Row:
     """Return the row of the winning plan, with the first training seed.
 
-    This seed differs from the seed of the trials: with the data order of its trial, the winner would look too good.
+    This seed differs from the seed of the trials: with the data order of its trial, the winner
+    would look too good.
     """
     searched = context.record(SearchRecord)
     plan = PrecisionPlan.from_dict(searched.best_plan, searched.best_cut)
@@ -61,9 +63,10 @@ def winner_row(context: Context) -> Row:
 def table_rows(context: Context) -> list[Row]:
     """List the rows of the final table in order.
 
-    Controls that the winner beat as trials are left out, but its rival and the paper's flow stay. If a control won, the
-    rival is the best searched plan. Random plans have about the winner's bytes, and its cut. The winner, its rival and
-    the random plans get `finetune.seeds` training seeds each, the other rows get one.
+    Controls that the winner beat as trials are left out, but its rival and the paper's flow stay.
+    If a control won, the rival is the best searched plan. Random plans have about the winner's
+    bytes, and its cut. The winner, its rival and the random plans get `finetune.seeds` training
+    seeds each, the other rows get one.
     """
     config, winner, searched = context.config, winner_row(context), context.record(SearchRecord)
     [(first, plan)] = winner.plans
@@ -121,7 +124,8 @@ def untuned_candidates(context: Context, winner: PrecisionPlan) -> list[Candidat
 def candidates_for(
     context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]
 ) -> list[Candidate]:
-    """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed (None: untuned)."""
+    """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed
+    (None: untuned)."""
     config, run = context.config, context.run_dir
     searched, length = context.record(SearchRecord), (config.finetune.steps, config.finetune.epochs)
     settings = (config.lora, config.training, length, config.seed, config.evaluate.batch_size)
@@ -153,7 +157,8 @@ def job_keys(jobs: Iterable[Candidate]) -> list[tuple[str, str, int | None, str]
 
 
 def distinct(jobs: Iterable[Candidate]) -> list[Candidate]:
-    """Return one candidate per folder; rows of the final table with the same plan and fine-tune share a folder."""
+    """Return one candidate per folder; rows of the final table with the same plan and fine-tune
+    share a folder."""
     return list({job.folder: job for job in jobs}.values())
 
 
@@ -168,7 +173,8 @@ def run_jobs(
     own_process: bool = False,
     **more: Any,
 ) -> Iterator[tuple[Candidate, Result]]:
-    """Run a function in parallel on the jobs whose folders are not in `found`, each in `num_workers` processes.
+    """Run a function in parallel on the jobs whose folders are not in `found`, each in
+    `num_workers` processes.
 
     Yield each job with its result as it ends, and emit the progress of all in `unit`.
     """
@@ -199,9 +205,11 @@ def run_jobs(
 def job_progress(
     stage: Stage[Any], files: list[Path], num_jobs: int, unit: str
 ) -> Callable[[], None]:
-    """Return a callback that emits the progress of equally long jobs, summed from the progress files of workers.
+    """Return a callback that emits the progress of equally long jobs, summed from the progress
+    files of workers.
 
-    `files` are those of the unfinished jobs, each with the text `done total`; `num_jobs` counts finished jobs too.
+    `files` are those of the unfinished jobs, each with the text `done total`; `num_jobs` counts
+    finished jobs too.
     """
     last = -1
 

@@ -1,4 +1,5 @@
-"""Score finalists on fresh rows; train those that cannot be told apart under further seeds before one of them wins."""
+"""Score finalists on fresh rows; train those that cannot be told apart under further seeds before
+one of them wins."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 FINALISTS = "scoring finalists on fresh rows"
 APART = 1000
-"""Added to `seed` and 1 for the first further seed: the seeds that choose a winner must not judge it afterwards."""
+"""Added to `seed` and 1 for the first further seed: the seeds that choose a winner must not judge
+it afterwards."""
 
 
 def with_further_seeds(
@@ -34,7 +36,8 @@ def with_further_seeds(
     trials: Mapping[int, TrialRecord],
     job: SearchJob,
 ) -> tuple[list[Confirmation], float]:
-    """Score the `choice.contenders` among the finalists in the budget under `search.confirm_seeds` further seeds.
+    """Score the `choice.contenders` among the finalists in the budget under `search.confirm_seeds`
+    further seeds.
 
     Return all finalists, and the GPU seconds that training and scoring used.
     """
@@ -71,7 +74,8 @@ def with_further_seeds(
 
 
 def further_seeds(config: RunConfig) -> range:
-    """Return the training seeds `search.confirm_seeds`, which neither a trial nor a row of the final table has."""
+    """Return the training seeds `search.confirm_seeds`, which neither a trial nor a row of the
+    final table has."""
     return range(config.seed + 1 + APART, config.seed + 1 + APART + config.search.confirm_seeds)
 
 
@@ -89,7 +93,8 @@ def candidate_of(stage: Stage[Any], trial: TrialRecord, folder: Path, seed: int)
 
 
 def _averaged(finalist: Confirmation, more: Mapping[int, KeptScore]) -> Confirmation:
-    """Add the scores under further seeds to a finalist, whose own scores become means over all of its seeds."""
+    """Add the scores under further seeds to a finalist, whose own scores become means over all of
+    its seeds."""
     losses = finalist.losses | {seed: score.losses for seed, score in more.items()}
     scores: list[FreshScore] = [finalist, *more.values()]
     update: dict[str, Any] = {
@@ -107,10 +112,12 @@ def kept_scores(
     wanted: Mapping[Path, tuple[Candidate, tuple[Any, ...]]],
     trains: bool = False,
 ) -> list[KeptScore]:
-    """Score candidates on fresh rows, after a training or not, and keep each score in its file in a trial's folder.
+    """Score candidates on fresh rows, after a training or not, and keep each score in its file in a
+    trial's folder.
 
-    A score that an earlier command kept is reused if it depends on the same: the values beside the candidate, metric
-    and questions. The name of the trials folder is a digest of what else the scores depend on.
+    A score that an earlier command kept is reused if it depends on the same: the values beside the
+    candidate, metric and questions. The name of the trials folder is a digest of what else the
+    scores depend on.
     """
     context, files = stage.context, {job.folder: file for file, (job, _) in wanted.items()}
     asked = (context.config.search.metric, context.inspection.questions["fresh"])

@@ -81,9 +81,11 @@ class Evaluate(Stage[EvalRecord]):
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
-    """Encode text for perplexity into a folder; return a description and the folder, or None twice without a text.
+    """Encode text for perplexity into a folder; return a description and the folder, or None twice
+    without a text.
 
-    Without `evaluate.text`, use the half of `data.confirmation` that judges the winner, unless a row has choices.
+    Without `evaluate.text`, use the half of `data.confirmation` that judges the winner, unless a
+    row has choices.
     """
     examples, length = context.inspection.examples, context.config.data.max_length
     if "text" in examples:
@@ -102,7 +104,8 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
 
 
 def scores_digest(context: Context) -> str:
-    """Compute the digest of everything that models are scored on: tasks, their metrics, texts and settings."""
+    """Compute the digest of everything that models are scored on: tasks, their metrics, texts and
+    settings."""
     texts = [row.response for row in context.inspection.examples.get("text", ())]
     metrics = context.inspection.metrics["evaluate"]
     return digest_of(
@@ -117,7 +120,8 @@ def scores_digest(context: Context) -> str:
 def score_jobs(
     stage: Stage[Any], jobs: list[Candidate], text: Path | None
 ) -> dict[Path, RowScores]:
-    """Score models on `evaluate.tasks` and `text`, unless recorded; return the scores of all models by job folder."""
+    """Score models on `evaluate.tasks` and `text`, unless recorded; return the scores of all models
+    by job folder."""
     context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
@@ -150,7 +154,8 @@ def scores_line(row: RowScores) -> str:
 def rows_of(
     jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dict[Path, Inference]
 ) -> list[RowScores]:
-    """List the scores of the jobs under their row names, with memory and speed where they were measured."""
+    """List the scores of the jobs under their row names, with memory and speed where they were
+    measured."""
     return [
         scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)})
         for job in jobs
@@ -160,7 +165,8 @@ def rows_of(
 def measure_in_turns(
     stage: Stage[Any], jobs: Iterable[Candidate]
 ) -> tuple[InferenceSetting | None, dict[Path, Inference]]:
-    """Measure memory and speed of models, alternating between them; return the setting, and results by job folder.
+    """Measure memory and speed of models, alternating between them; return the setting, and results
+    by job folder.
 
     Nothing is measured if llama.cpp serves the winner: its speed there is what counts.
     """

@@ -1,4 +1,5 @@
-"""The finetune stage: fine-tune the adapters of the winning plan anew, and write the folder `final`."""
+"""The finetune stage: fine-tune the adapters of the winning plan anew, and write the folder
+`final`."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,8 @@ from qpruner.wording import counted
 
 
 class Finetune(Stage[FinetuneRecord]):
-    """Fine-tune the adapters of the winning plan for `finetune.steps` or epochs, and write the folder `final`."""
+    """Fine-tune the adapters of the winning plan for `finetune.steps` or epochs, and write the
+    folder `final`."""
 
     name = "finetune"
     help = "Run up to the final fine-tune."
@@ -135,7 +137,8 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
-    """Return the record in a job's folder, None if there is none, or a message if the folder is damaged."""
+    """Return the record in a job's folder, None if there is none, or a message if the folder is
+    damaged."""
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
         record = storage.read_json(folder / "record.json", CandidateRecord)
@@ -169,7 +172,8 @@ def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> Ca
 
 @contextmanager
 def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
-    """Set aside the folder of an adapter that the `with` block finds damaged, and raise `StageError` of this stage.
+    """Set aside the folder of an adapter that the `with` block finds damaged, and raise
+    `StageError` of this stage.
 
     A folder that this process finds intact stays: another machine may not see it.
     """
@@ -192,7 +196,8 @@ def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
 
 
 def write_final(winner: Candidate, folder: Path, emit: Emit) -> None:
-    """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import qpruner.hf`."""
+    """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import
+    qpruner.hf`."""
     from qpruner.quantization.assembly import assemble
 
     on_progress, adapter = loading_progress(emit, "finetune"), storage.fetch(winner.adapter)

@@ -1,7 +1,8 @@
 """The flow: its stages, and the one loop that runs them.
 
-Each stage leaves a record. A stage is skipped if the digest in its record equals the digest of its current inputs, so
-`qpruner run` can be repeated after any crash. Subcommands, `status` and estimates derive from `STAGES`.
+Each stage leaves a record. A stage is skipped if the digest in its record equals the digest of its
+current inputs, so `qpruner run` can be repeated after any crash. Subcommands, `status` and
+estimates derive from `STAGES`.
 """
 
 import time
@@ -60,7 +61,8 @@ def run_flow(context: Context, until: str) -> Results:
 def run_stage(stage: Stage[Any]) -> None:
     """Run one stage unless its record is valid, and add the record to the context.
 
-    The stage writes into a scratch folder, which replaces the folder of the stage before the record is written.
+    The stage writes into a scratch folder, which replaces the folder of the stage before the record
+    is written.
     """
     context, run = stage.context, stage.context.run_dir
     stage.begin()
@@ -93,7 +95,8 @@ def run_stage(stage: Stage[Any]) -> None:
 
 
 def recorded(context: Context) -> None:
-    """Add to the context the records that `run` would reuse; the files of the stages are not checked."""
+    """Add to the context the records that `run` would reuse; the files of the stages are not
+    checked."""
     context.records = Results()
     for kind in STAGES:
         if kind.record is None or not kind.is_wanted(context.config):
@@ -111,7 +114,8 @@ def recorded(context: Context) -> None:
 
 @contextmanager
 def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[None]:
-    """Turn known errors of a stage into a `StageError` that names stage, cause and remedy; `root` is the run folder."""
+    """Turn known errors of a stage into a `StageError` that names stage, cause and remedy; `root`
+    is the run folder."""
     try:
         yield
     except StageError:
@@ -142,7 +146,8 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
 
 
 def _damage_remedy(path: Path | None, root: Path | None) -> str:
-    """Say how to replace a damaged file: the run repairs some files itself, others must be deleted first."""
+    """Say how to replace a damaged file: the run repairs some files itself, others must be deleted
+    first."""
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts

@@ -34,14 +34,16 @@ from qpruner.runs.storage import run_root
 PRUNED_EARLIER = "pruned earlier: the cut is skipped"
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1024**3
-FLOPS_MARGIN = 0.02  # share of the base model's multiply-adds by which a cut may differ from what its shapes let expect
+# share of the base model's multiply-adds by which a cut may differ from what its shapes let expect
+FLOPS_MARGIN = 0.02
 Asked = TypeVar("Asked")
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes and sizes of the base model and of all cuts, with the budget, computed without weights."""
+    """Shapes and sizes of the base model and of all cuts, with the budget, computed without
+    weights."""
 
     model_config: Any
     base: Layout
@@ -50,12 +52,17 @@ class Shapes:
     ]  # the cuts that the search may choose, by name, the one that removes least first
     layouts: Mapping[str, Layout]  # the groups of each of these cuts
     left_out: Mapping[str, str]  # name of a cut that cannot be made -> the reason
-    is_estimate: bool  # whether the pruned shapes depend on scores, as with global selection or dropped blocks
+    # whether the pruned shapes depend on scores, as with global selection or dropped blocks
+    is_estimate: bool
     budget_bytes: int
     plan: PrecisionPlan | None
-    """The plan of the file in `search.plan`; None without a file or if the names of the groups depend on scores."""
+    """The plan of the file in `search.plan`; None without a file or if the names of the groups
+    depend on scores."""
     packs: bool
-    """Whether later stages quantize the pruned model. Otherwise its widths need not suit the device."""
+    """Whether later stages quantize the pruned model.
+
+    Otherwise its widths need not suit the device.
+    """
 
     @property
     def reference(self) -> Layout:
@@ -76,7 +83,8 @@ class Inspection(Shapes, Rows):
 def inspect(config: RunConfig, works_here: bool = True, packs: bool = True) -> Inspection:
     """Validate a configuration against model, data and tasks.
 
-    With `works_here` the stages run on this machine, so it is checked too; `packs` is False if they pack no weights.
+    With `works_here` the stages run on this machine, so it is checked too; `packs` is False if they
+    pack no weights.
     """
     shapes: Shapes
     rows: Rows
@@ -105,7 +113,8 @@ def _check_positions(config: RunConfig, shapes: Shapes) -> None:
 
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
-    """Compute the shapes and sizes of the base and the pruned model; check cut, budget, plan and device."""
+    """Compute the shapes and sizes of the base and the pruned model; check cut, budget, plan and
+    device."""
     import torch
 
     model_config = load_model_config(config.model)
@@ -143,7 +152,8 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
 
 def is_fast(config: RunConfig, layout: Layout, base: Layout, margin: float = 0.0) -> bool:
-    """Return True if a token takes no more multiply-adds on a cut than `budget.flops_fraction` allows."""
+    """Return True if a token takes no more multiply-adds on a cut than `budget.flops_fraction`
+    allows."""
     return (
         layout.multiply_adds
         <= ((config.quantize.budget.flops_fraction or 1.0) + margin) * base.multiply_adds
@@ -174,7 +184,8 @@ def fast_enough(
 def makeable(
     wanted: Mapping[str, Asked], make: Callable[[Asked], Made]
 ) -> tuple[dict[str, Made], dict[str, str]]:
-    """Make the cuts that can be made, and map the others to the reason; raise the first error if none can be made."""
+    """Make the cuts that can be made, and map the others to the reason; raise the first error if
+    none can be made."""
     cuts, errors = dict[str, Made](), dict[str, UserError]()
     for name, asked in wanted.items():
         try:
@@ -194,10 +205,11 @@ def left_out_text(name: str, reason: str) -> str:
 def plan_in_file(
     config: RunConfig, layouts: Mapping[str, Layout], base: Layout, budget_bytes: int | None
 ) -> PrecisionPlan | None:
-    """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit model or budget.
+    """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit
+    model or budget.
 
-    `layouts` are those of the cuts within `budget.flops_fraction`. A plan of the base model, which a control may be, is
-    accepted too, if that model is within it.
+    `layouts` are those of the cuts within `budget.flops_fraction`. A plan of the base model, which
+    a control may be, is accepted too, if that model is within it.
     """
     if (file := config.search.plan_file) is None:
         return None
@@ -217,7 +229,8 @@ def plan_in_file(
 
 
 def _doubts(config: RunConfig, shapes: Shapes) -> Iterator[str]:
-    """Warn if all plans fit, or if the plans to beat (`pipeline/controls.py`) run first and may use up all trials."""
+    """Warn if all plans fit, or if the plans to beat (`pipeline/controls.py`) run first and may use
+    up all trials."""
     most = shapes.base.plan_bytes(shapes.base.largest())
     if config.quantize.has_choice and most <= shapes.budget_bytes:
         yield f"`quantize.budget`: every plan fits, as the largest takes {most / 1e6:.1f} MB: ask for fewer bytes"
@@ -235,7 +248,8 @@ def most_controls(config: RunConfig) -> int:
 
 
 def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
-    """List the groups of a model (layers that share a format), to compute the bytes of plans, adapters included."""
+    """List the groups of a model (layers that share a format), to compute the bytes of plans,
+    adapters included."""
     return layout_of(
         model_config,
         config.quantize,
@@ -247,7 +261,8 @@ def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> 
 
 
 def is_pruned(model_config: Any) -> bool:
-    """Return True if the blocks differ in width, so the model was pruned earlier and is not cut again."""
+    """Return True if the blocks differ in width, so the model was pruned earlier and is not cut
+    again."""
     return bool(model_config.is_heterogeneous)
 
 
@@ -321,7 +336,8 @@ def check_gpu(config: RunConfig, capability: Capability) -> None:
 
 
 def check_device(capability: Capability | None, config: RunConfig, packs: bool) -> None:
-    """Raise an error if a GPU of this compute capability, or a CPU (None), cannot run type and formats of a model."""
+    """Raise an error if a GPU of this compute capability, or a CPU (None), cannot run type and
+    formats of a model."""
     if capability is None and config.model.dtype == "float16":
         raise UserError(
             "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32"
@@ -331,7 +347,8 @@ def check_device(capability: Capability | None, config: RunConfig, packs: bool) 
 
 
 def check_cut(on_gpu: bool, config: RunConfig, cut: Cut) -> Cut:
-    """Return the cut; raise an error if the formats cannot hold the widths that it is expected to leave."""
+    """Return the cut; raise an error if the formats cannot hold the widths that it is expected to
+    leave."""
     try:
         check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
     except UserError as error:

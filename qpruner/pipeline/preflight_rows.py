@@ -1,4 +1,5 @@
-"""Check the rows and questions of a run: they exist, do not overlap between uses, and can be encoded."""
+"""Check the rows and questions of a run: they exist, do not overlap between uses, and can be
+encoded."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,14 +21,17 @@ ALPACA_TOKENS, QUESTION_TOKENS = 40, 4
 TEMPLATE_END = 8  # maximum number of tokens that a template appends to a response
 SPLITS = ("train", "validation", "confirmation")
 FEW_TOKENS = 500
-"""A mean loss over fewer tokens is too noisy: on 143 tokens 8 bits were worse than 4 bits (LOG.md, 2026-11-27)."""
+"""A mean loss over fewer tokens is too noisy: on 143 tokens 8 bits were worse than 4 bits (LOG.md,
+2026-11-27)."""
 LONGEST_HEADING = 5
-"""Rows of `evaluate.text` with at most this many words, such as headings, may also occur in the data."""
+"""Rows of `evaluate.text` with at most this many words, such as headings, may also occur in the
+data."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by split; questions to score trials (`search`), choose the winner (`fresh`) and test models (`evaluate`)."""
+    """Rows by split; questions to score trials (`search`), choose the winner (`fresh`) and test
+    models (`evaluate`)."""
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
@@ -39,7 +43,8 @@ class Rows:
 
 
 def check_rows(config: RunConfig) -> Rows:
-    """Load all rows and questions of the run, with warnings; raise an error if two uses of the data overlap."""
+    """Load all rows and questions of the run, with warnings; raise an error if two uses of the data
+    overlap."""
     check_cache()
     examples: dict[str, list[Example]]
     tasks: dict[str, dict[str, TaskQuestions]]
@@ -75,7 +80,8 @@ def check_rows(config: RunConfig) -> Rows:
 
 
 def check_cache() -> None:
-    """Raise a `UserError` if the libraries of Hugging Face cannot write to their cache, through which all rows go."""
+    """Raise a `UserError` if the libraries of Hugging Face cannot write to their cache, through
+    which all rows go."""
     from datasets.config import HF_DATASETS_CACHE
 
     try:
@@ -139,7 +145,8 @@ def about_labelled(row: Example, data: DataConfig) -> int:
 
 
 def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
-    """Bound the labelled tokens of every row from above, at twice the tokens per character of English text."""
+    """Bound the labelled tokens of every row from above, at twice the tokens per character of
+    English text."""
     if not rows or data.packing or not data.response_only:
         return data.max_length
     return min(data.max_length, TEMPLATE_END + 2 * max(about_tokens(row)[1] for row in rows))

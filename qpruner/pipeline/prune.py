@@ -49,7 +49,8 @@ CUT_FILE = "cut.json"  # name of the record in the folder of a cut, which is wri
 
 @dataclass(frozen=True)
 class Wanted:
-    """A cut to make: its settings, its digest and its folder, which has the record alone if nothing is cut."""
+    """A cut to make: its settings, its digest and its folder, which has the record alone if nothing
+    is cut."""
 
     settings: PruneConfig
     digest: str
@@ -63,7 +64,8 @@ Made = tuple[dict[str, CutRecord], dict[str, str]]
 class Prune(Stage[PruneRecord]):
     """Make each cut: score all units, select the units to keep, compensate, cut and save the model.
 
-    The importance of the first step is measured once for all cuts. A cut that an earlier command made is reused.
+    The importance of the first step is measured once for all cuts. A cut that an earlier command
+    made is reused.
     """
 
     name = "prune"
@@ -124,7 +126,8 @@ class Prune(Stage[PruneRecord]):
         return {"cuts": cuts, "left_out": {**context.inspection.left_out, **left_out}}
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
-        """Return the records of the cuts that earlier commands made with equal inputs and whose files are intact."""
+        """Return the records of the cuts that earlier commands made with equal inputs and whose
+        files are intact."""
         root, found = self.context.run_dir.root, dict[str, CutRecord]()
         for name, each in wanted.items():
             if super().is_complete(each.folder) and storage_at(each.folder).read_list():
@@ -184,7 +187,8 @@ def make_cuts(
     saved: Sequence[Path],
     emit: Emit,
 ) -> Made:
-    """Make the cuts of the base model, each in its folder; the importances in the folders `saved` are used again."""
+    """Make the cuts of the base model, each in its folder; the importances in the folders `saved`
+    are used again."""
     made, left_out = dict[str, CutRecord](), dict[str, str]()
     cutter, model = Cutter(config, base, data, saved, emit), None
     for name, each in wanted.items():
@@ -301,7 +305,8 @@ class Cutter:
 
 
 def describe(settings: PruneConfig, target: str) -> str:
-    """Describe a cut in one line, or several by their `target`, of which `settings` are those of the largest."""
+    """Describe a cut in one line, or several by their `target`, of which `settings` are those of
+    the largest."""
     if settings.is_off:
         return target
     parts = [target, f"by {settings.criterion.replace('_', ' ')}", settings.selection]
@@ -324,7 +329,8 @@ def target_text(settings: PruneConfig) -> str:
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWidths, ...]:
-    """List the kept units (indices) and parameters of each block; `before` has their parameters before the cut."""
+    """List the kept units (indices) and parameters of each block; `before` has their parameters
+    before the cut."""
     from qpruner.pruning.prune import block_sizes
 
     family, after = (

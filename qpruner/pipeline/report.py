@@ -13,7 +13,10 @@ WRITTEN = "report.html, report.md and results.json"
 
 
 class Report(Stage[Record]):
-    """Write every file of the report. This stage keeps no record and is never skipped, because writing is fast."""
+    """Write every file of the report.
+
+    This stage keeps no record and is never skipped, because writing is fast.
+    """
 
     name = "report"
 
@@ -35,7 +38,8 @@ class Report(Stage[Record]):
 
 
 def report_unfinished(run_dir: RunDir) -> str:
-    """Write the report of an unfinished run and return a message with its path, or a warning if writing fails."""
+    """Write the report of an unfinished run and return a message with its path, or a warning if
+    writing fails."""
     from qpruner.report.files import write_report
 
     try:

@@ -1,4 +1,5 @@
-"""Run a command: check the configuration, hold the lock of the run folder, keep `run.json`, and run the flow."""
+"""Run a command: check the configuration, hold the lock of the run folder, keep `run.json`, and run
+the flow."""
 
 import contextlib
 import logging
@@ -70,8 +71,8 @@ def check(
 ) -> Checked:
     """Raise the errors that `run` would raise before its first stage; return what `run` would do.
 
-    Without an `address` the run is planned for this machine. With `gpu_is_elsewhere` it is planned for a machine with
-    the GPUs that a trial asks for.
+    Without an `address` the run is planned for this machine. With `gpu_is_elsewhere` it is planned
+    for a machine with the GPUs that a trial asks for.
     """
     inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
     run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
@@ -114,7 +115,8 @@ def run(
 ) -> Results:
     """Run the flow up to the stage `until`, skip recorded stages, and return all records.
 
-    Without an `address` Ray starts on this machine when a stage needs Ray. `command` is the command line to show users.
+    Without an `address` Ray starts on this machine when a stage needs Ray. `command` is the command
+    line to show users.
     """
     from qpruner.search.tensorboard import FOLDER, Board  # loads torch
 
@@ -166,7 +168,8 @@ def run(
 
 
 def _check_room(context: Context) -> tuple[int, int]:
-    """Raise an error if the disk is too small for the run; return the bytes needed at most, and the free bytes."""
+    """Raise an error if the disk is too small for the run; return the bytes needed at most, and the
+    free bytes."""
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
     wanted = [
@@ -191,7 +194,8 @@ def _check_room(context: Context) -> tuple[int, int]:
 
 
 def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
-    """Emit the warnings of the configuration and the stages, then raise the errors of stages and nodes."""
+    """Emit the warnings of the configuration and the stages, then raise the errors of stages and
+    nodes."""
     for warning in context.config.warnings:
         context.emit(Message(COMMAND, f"warning: {warning}"))
     for stage in stages:
@@ -204,7 +208,8 @@ def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> Non
 
 
 class RunProgress:
-    """Writes the state of the latest command to `run.json`, for `status` in other shells and on other machines.
+    """Writes the state of the latest command to `run.json`, for `status` in other shells and on
+    other machines.
 
     Steps inside a stage are written at intervals. `has_begun` is True once a stage has started; a
     command that starts no stage keeps the file of an earlier command.

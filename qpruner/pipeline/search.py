@@ -1,8 +1,10 @@
-"""The search stage: try plans in trials, then choose the winner on fresh rows, on which no trial was scored.
+"""The search stage: try plans in trials, then choose the winner on fresh rows, on which no trial
+was scored.
 
-Results of trials depend on weights, data and training (`trials_digest`); the proposed plans also depend on budget,
-searcher and sensitivities (`search_digest`). Searches with equal `trials_digest` share a folder and reuse its trials.
-Controls are the plans to beat, which need no search (see `controls.py`).
+Results of trials depend on weights, data and training (`trials_digest`); the proposed plans also
+depend on budget, searcher and sensitivities (`search_digest`). Searches with equal `trials_digest`
+share a folder and reuse its trials. Controls are the plans to beat, which need no search (see
+`controls.py`).
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan to try without a search (`search.plan`, or the only one possible); None if plans are searched."""
+        """The plan to try without a search (`search.plan`, or the only one possible); None if plans
+        are searched."""
         space, method = self.context.space.spaces[0], self.config.search.plan_method
         if method:
             return choice.seed_plan(
@@ -100,7 +103,8 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of everything that a trial's result depends on, but its plan and `TrialRecord.model`.
+        """Digest of everything that a trial's result depends on, but its plan and
+        `TrialRecord.model`.
 
         So a further cut starts from the trials of the others.
         """
@@ -164,7 +168,8 @@ class Search(Stage[SearchRecord]):
         check_trackers(self.config.trackers)
 
     def begin(self) -> None:
-        """Emit the recorded trials; delete the record of the search if one of its trials is set aside or not over."""
+        """Emit the recorded trials; delete the record of the search if one of its trials is set
+        aside or not over."""
         context, settings = self.context, self.config.search
         set_aside_damaged(self.folder, self.search_digest, self.notify)
         set_aside_others(
@@ -378,7 +383,8 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
 def confirm(
     stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob
 ) -> tuple[list[Confirmation], float]:
-    """Score the finalists on rows that no trial has used; return the scores and the GPU seconds that scoring used."""
+    """Score the finalists on rows that no trial has used; return the scores and the GPU seconds
+    that scoring used."""
     context, confirmations, wanted = stage.context, [], {}
     for trial in finalists:
         checkpoint = checkpoint_of(job.trials, trial)
@@ -414,7 +420,8 @@ def confirm(
 
 
 def lost_controls(job: SearchJob, trials: Sequence[TrialRecord], ended: str) -> dict[str, str]:
-    """Return the controls in the budget without a finished trial, and the reasons; `ended` is why the search ended."""
+    """Return the controls in the budget without a finished trial, and the reasons; `ended` is why
+    the search ended."""
     by_plan = {plan_of(trial): trial for trial in trials}
     lost = {}
     for origin, plan in job.controls:

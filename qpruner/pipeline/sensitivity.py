@@ -1,4 +1,5 @@
-"""The sensitivity stage: score by several methods the harm to the model if one group gets a smaller format."""
+"""The sensitivity stage: score by several methods the harm to the model if one group gets a smaller
+format."""
 
 from __future__ import annotations
 
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
     Score = Callable[[Any, Subject], Result]
 
-FOLDER = "sensitivities"  # of the run, with a file for each method, named by a digest of what its scores depend on
+# of the run, with a file for each method, named by a digest of what its scores depend on
+FOLDER = "sensitivities"
 
 
 class Sensitivity(Stage[SensitivityRecord]):
-    """Score for each group the harm to the model by every format; reuse earlier scores of the same inputs."""
+    """Score for each group the harm to the model by every format; reuse earlier scores of the same
+    inputs."""
 
     name = "sensitivity"
     help = "Run up to the sensitivities."
@@ -86,7 +89,8 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    """Format the smallest and largest difference of any group: its score in its smallest format minus the largest."""
+    """Format the smallest and largest difference of any group: its score in its smallest format
+    minus the largest."""
     offered = [
         [value for value in of_group if value is not None]
         for of_group in zip(*scores.values.values(), strict=True)
@@ -98,9 +102,11 @@ def _range(method: str, scores: MethodScores) -> str:
 def _scored(
     context: Context, missing: set[str], known: Mapping[str, MethodScores]
 ) -> Iterator[tuple[str, MethodScores]]:
-    """Yield the scores of the missing methods, and of other methods that the same passes over the data compute.
+    """Yield the scores of the missing methods, and of other methods that the same passes over the
+    data compute.
 
-    `known` has the scores by KL and loss that are there already. Without them, packed embeddings are measured alone.
+    `known` has the scores by KL and loss that are there already. Without them, packed embeddings
+    are measured alone.
     """
     from qpruner.data.calibration import Samples
     from qpruner.sensitivity import methods as scoring
@@ -141,7 +147,8 @@ def _scored(
 def _on_model(
     context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]
 ) -> Result:
-    """Score groups on the pruned model in the executor, and report progress under the names of the methods."""
+    """Score groups on the pruned model in the executor, and report progress under the names of the
+    methods."""
     work = partial(
         _score,
         context.checkpoint_of(context.reference),

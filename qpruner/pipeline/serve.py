@@ -1,4 +1,5 @@
-"""The serve stage: write the final model for other servers, and measure its size, loss and speed as they serve it."""
+"""The serve stage: write the final model for other servers, and measure its size, loss and speed as
+they serve it."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,11 +25,13 @@ from qpruner.training.table_rows import Candidate
 
 COLUMNS = 4096  # columns that every format takes
 BASE_BYTES = 6
-"""Bytes per weight of the base model's files, and of the largest checkpoint that one of them is written from."""
+"""Bytes per weight of the base model's files, and of the largest checkpoint that one of them is
+written from."""
 
 
 class Serve(Stage[ServeRecord]):
-    """Write the forms in `serve.to`, and measure them beside the base model, in turns in one process."""
+    """Write the forms in `serve.to`, and measure them beside the base model, in turns in one
+    process."""
 
     name = "serve"
     record = ServeRecord
@@ -60,7 +63,8 @@ class Serve(Stage[ServeRecord]):
             self._check_tokenizer()
 
     def _refusal(self, form: ServedForm) -> str | None:
-        """Say why the base model or a cut cannot have this form, and what would work; None if all can."""
+        """Say why the base model or a cut cannot have this form, and what would work; None if all
+        can."""
         from qpruner.export.forms import refusal
 
         inspection = self.context.inspection
@@ -105,7 +109,8 @@ class Serve(Stage[ServeRecord]):
 
     @cached_property
     def _rival(self) -> tuple[Candidate, float] | None:
-        """The winner's rival, with the winner's training seed, and its mean bits; None if it had no fine-tune."""
+        """The winner's rival, with the winner's training seed, and its mean bits; None if it had no
+        fine-tune."""
         results = self.context.records
         if not (results.comparison and (name := rival_row(results))):
             return None
@@ -151,7 +156,8 @@ class Serve(Stage[ServeRecord]):
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the packages that write and run the files; those that are missing are left out."""
+    """Return the versions of the packages that write and run the files; those that are missing are
+    left out."""
     found = {}
     for name in ("gguf", "xllamacpp", "vllm"):
         with suppress(PackageNotFoundError):

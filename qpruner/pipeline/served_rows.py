@@ -50,7 +50,8 @@ class Served:
 
 @dataclass(frozen=True)
 class ServeJob:
-    """The work of the stage: folders, the winner, and the best simple alternative with its mean bits (`rival`)."""
+    """The work of the stage: folders, the winner, and the best simple alternative with its mean
+    bits (`rival`)."""
 
     config: RunConfig
     root: Path
@@ -120,7 +121,8 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
 
 
 def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
-    """Return the mean bits of the blocks' weights in files in which some layers have another format."""
+    """Return the mean bits of the blocks' weights in files in which some layers have another
+    format."""
     bits, total = 0.0, 0
     for group in job.layout.groups:
         for linear in group.linears if group.name not in (EMBEDDINGS, HEAD) else ():
@@ -153,7 +155,8 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
 def write_rival(
     rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork
 ) -> list[Served]:
-    """Write the best simple alternative, fine-tuned, as GGUF files; return no row if llama.cpp lacks its formats."""
+    """Write the best simple alternative, fine-tuned, as GGUF files; return no row if llama.cpp
+    lacks its formats."""
     from qpruner.export.gguf import writing
 
     if any(each.is_packed and not each.ggml_type for each in map(format_of, rival.plan.values())):
@@ -179,7 +182,8 @@ def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -
 def measure_in_turns(
     job: ServeJob, served: Sequence[Served]
 ) -> Iterator[tuple[int, int] | dict[str, Any]]:
-    """Measure speed, and the loss in the first turn; yield done and total turns, then the setting and all rows."""
+    """Measure speed, and the loss in the first turn; yield done and total turns, then the setting
+    and all rows."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llama.cpp may be a build for GPUs
     from qpruner.data.encoding import load_confirmation, load_encoded
     from qpruner.export.gguf.llama_cpp import build
@@ -231,5 +235,6 @@ def _loss(job: ServeJob, served: Served, rows: Sequence[Any]) -> float | None:
     ) as llama:
         found = [llama.loss(row["input_ids"], row["labels"]) for row in rows]
     if not all(math.isfinite(total) for total, _ in found):
-        return None  # llama.cpp rounds the inputs of F16 weights to F16, where those of some models are infinite
+        # llama.cpp rounds the inputs of F16 weights to F16, where those of some models are infinite
+        return None
     return loss_result(*zip(*found, strict=True)).mean

@@ -22,7 +22,8 @@ FileType = TypeVar("FileType", bound=BaseModel)
 class Stage(ABC, Generic[RecordType]):
     """A step of the flow that leaves a record.
 
-    The command line imports every stage, so torch, transformers and Ray are imported inside functions only.
+    The command line imports every stage, so torch, transformers and Ray are imported inside
+    functions only.
     """
 
     name: ClassVar[str]  # name of the stage and of its folder, record and subcommand
@@ -31,7 +32,8 @@ class Stage(ABC, Generic[RecordType]):
     keeps_files: ClassVar[bool] = True  # whether the stage leaves a folder of its name
     starts_ray: ClassVar[bool] = True  # whether the stage may start Ray on this machine
     trains: ClassVar[bool] = False
-    """Whether the stage trains; only then may training settings be the cause of a loss that is NaN or infinite."""
+    """Whether the stage trains; only then may training settings be the cause of a loss that is NaN
+    or infinite."""
     memory_keys: ClassVar[str] = (
         "`training.micro_batch_size` or `data.max_length`, or set `training.gradient_checkpointing`"
     )
@@ -91,7 +93,8 @@ class Stage(ABC, Generic[RecordType]):
         return self.disk_bytes() if is_recorded else sum(map(disk_bytes_in, self.unfinished()))
 
     def matching_record(self, digest: str) -> RecordType | None:
-        """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a damaged record."""
+        """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a
+        damaged record."""
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
         is_there = (
@@ -100,7 +103,8 @@ class Stage(ABC, Generic[RecordType]):
         return record if record and record.digest == digest and is_there else None
 
     def is_complete(self, folder: Path) -> bool:
-        """Return True if the checksums of a folder and its subfolders match; else set the damaged folder aside."""
+        """Return True if the checksums of a folder and its subfolders match; else set the damaged
+        folder aside."""
         inner = [
             folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)
         ]
@@ -120,7 +124,8 @@ class Stage(ABC, Generic[RecordType]):
     def read_intact(
         self, file: Path, kind: type[FileType], place: Path, remedy: str
     ) -> FileType | None:
-        """Read a JSON file; return None if it is missing or damaged. Set a damaged file aside in `place`."""
+        """Read a JSON file; return None if it is missing or damaged. Set a damaged file aside in
+        `place`."""
         try:
             return read_json(file, kind)
         except CorruptFile as error:

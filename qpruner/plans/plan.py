@@ -22,7 +22,8 @@ from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, for
 from qpruner.runs.records import Confirmation, TrialRecord
 
 EMBEDDINGS, HEAD = "embeddings", "head"
-"""Names of the groups outside the blocks; there is no head group if the head is tied to the embeddings."""
+"""Names of the groups outside the blocks; there is no head group if the head is tied to the
+embeddings."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def cut_title(cut: str) -> str:
 
 
 def formats_text(plan: Mapping[str, str]) -> str:
-    """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one format."""
+    """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one
+    format."""
     counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
     of_blocks = (
         list(counts)
@@ -61,7 +63,8 @@ def formats_text(plan: Mapping[str, str]) -> str:
 
 
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
-    """Compare a plan with the budget in words: `0.75 MB left of the budget of 127.11 MB`, or `0.75 MB above ...`."""
+    """Compare a plan with the budget in words: `0.75 MB left of the budget of 127.11 MB`, or `0.75
+    MB above ...`."""
     left = (budget_bytes - plan_bytes) / 1e6
     return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"
 
@@ -102,7 +105,8 @@ class PrecisionPlan:
     @classmethod
     def from_dict(cls, formats: Mapping[str, str], cut: str = UNPRUNED) -> PrecisionPlan:
         """Make a plan from a mapping of groups to formats."""
-        # Interned to save memory: a searcher keeps every plan, and each record would have its own copy of the names.
+        # Interned to save memory: a searcher keeps every plan, and each record would have its own
+        # copy of the names.
         return cls(
             tuple(map(sys.intern, formats)),
             tuple(map(sys.intern, formats.values())),
@@ -149,7 +153,8 @@ def plan_of(record: TrialRecord | Confirmation) -> PrecisionPlan:
 
 
 def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) -> tuple[str, ...]:
-    """Return the groups of a cut by their names in the base model of `num_blocks`: blocks `dropped` shift numbers."""
+    """Return the groups of a cut by their names in the base model of `num_blocks`: blocks `dropped`
+    shift numbers."""
     kept = sorted(set(range(num_blocks)) - set(dropped))
     names = {f"{new}": f"{old:0{len(str(num_blocks - 1))}d}" for new, old in enumerate(kept)}
     return tuple(
@@ -158,7 +163,8 @@ def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) ->
 
 
 def next_format(name: str, offered: Sequence[str]) -> str:
-    """Return the format itself if it is among `offered` (smallest first), else the next larger, else the largest."""
+    """Return the format itself if it is among `offered` (smallest first), else the next larger,
+    else the largest."""
     order = list(formats())
     at = order.index(format_of(name).name)
     return next((each for each in offered if order.index(each) >= at), offered[-1])
@@ -188,11 +194,13 @@ class Layout:
 
     @property
     def trained_bytes(self) -> int:
-        """Count the bytes of the adapters in float32, as they are trained and kept in the bank and in checkpoints."""
+        """Count the bytes of the adapters in float32, as they are trained and kept in the bank and
+        in checkpoints."""
         return self.adapter_bytes // self.element_bytes * 4
 
     def uniform(self, name: str) -> PrecisionPlan:
-        """Return the plan with every group in one format; one that is not offered it takes its next larger one."""
+        """Return the plan with every group in one format; one that is not offered it takes its next
+        larger one."""
         return self._plan(next_format(name, group.formats) for group in self.groups)
 
     def dense(self) -> PrecisionPlan:
@@ -228,7 +236,8 @@ class Layout:
         return grouped + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
-        """Return the average bits of a weight in the blocks' groups; scales, embeddings and head do not count."""
+        """Return the average bits of a weight in the blocks' groups; scales, embeddings and head do
+        not count."""
         of_groups = zip(self.groups, plan.formats, strict=True)
         counted = [
             (group, name) for group, name in of_groups if group.name not in (EMBEDDINGS, HEAD)
@@ -246,11 +255,13 @@ class Layout:
 def read_plan(
     path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]], only: str = ""
 ) -> PrecisionPlan:
-    """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under the key `plan`.
+    """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under
+    the key `plan`.
 
-    A key `cut` beside the groups or the plan names the cut; without it the cut is `only`, the single one of a run.
-    `offered` has for each cut its groups with their formats (see `Layout.offered`). The bit-widths of `ALIASES` stand
-    for formats; a group with a single format may be left out. Raise `PlanRefused` with all problems.
+    A key `cut` beside the groups or the plan names the cut; without it the cut is `only`, the
+    single one of a run. `offered` has for each cut its groups with their formats (see
+    `Layout.offered`). The bit-widths of `ALIASES` stand for formats; a group with a single format
+    may be left out. Raise `PlanRefused` with all problems.
     """
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))

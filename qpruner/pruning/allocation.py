@@ -1,7 +1,7 @@
 """Decide how many units each block loses when all blocks lose about the same share.
 
-Attention units are coarse (a key/value head of Llama-2-7B with its query head is 2.1 million weights), so they are
-allocated first, and channels fill the rest.
+Attention units are coarse (a key/value head of Llama-2-7B with its query head is 2.1 million
+weights), so they are allocated first, and channels fill the rest.
 """
 
 import math
@@ -15,7 +15,8 @@ from qpruner.pruning.units import KindSize, Sizes, available, smallest_step
 def counts_per_layer(
     sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False
 ) -> dict[int, dict[str, int]]:
-    """Count the units to remove: `target` parameters in all, about the same share of each kind in each block."""
+    """Count the units to remove: `target` parameters in all, about the same share of each kind in
+    each block."""
     if uniform:
         return dict.fromkeys(sizes, _uniform_counts(sizes, target, round_to))
     heads, channels = (
@@ -44,7 +45,8 @@ def _head_counts(
     share: float,
     round_to: int,
 ) -> dict[int, int]:
-    """Count the attention units to remove per block: their share, but more where channels cannot fill the rest."""
+    """Count the attention units to remove per block: their share, but more where channels cannot
+    fill the rest."""
     gone = {index: min(int(share * size.count + 0.5), size.most) for index, size in heads.items()}
     # Channels can remove more afterwards, but cannot give anything back.
     while (
@@ -70,7 +72,8 @@ def _head_counts(
 
 
 def _channel_counts(channels: Mapping[int, KindSize], target: int, round_to: int) -> dict[int, int]:
-    """Count the channels to remove per block: equal shares in multiples of `round_to`, `target` parameters in all."""
+    """Count the channels to remove per block: equal shares in multiples of `round_to`, `target`
+    parameters in all."""
     share = max(target, 0) / sum(size.parameters * size.count for size in channels.values())
     bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
     stays = {
@@ -104,8 +107,8 @@ def _channel_counts(channels: Mapping[int, KindSize], target: int, round_to: int
 def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
     """Choose how many units of each kind every block loses, nearest to `target`.
 
-    Misses of at most half the smallest unit in each block count as equal; then the choice is taken that exceeds the
-    even share of attention units least, then the most even one.
+    Misses of at most half the smallest unit in each block count as equal; then the choice is taken
+    that exceeds the even share of attention units least, then the most even one.
     """
     share, kinds = target / available(sizes), next(iter(sizes.values()))
     near = len(sizes) * smallest_step(sizes, round_to) / 2

@@ -1,8 +1,8 @@
 """Compensate for removed units by new weights in the output projections.
 
-Before the cut the columns of removed units in an output projection (o, down) are set to zero, and their contribution
-moves to the kept columns (least squares, as in SliceGPT, ZipLM and SoBP); that of dropped blocks moves to the output
-projection before them. The cut itself then changes no output.
+Before the cut the columns of removed units in an output projection (o, down) are set to zero, and
+their contribution moves to the kept columns (least squares, as in SliceGPT, ZipLM and SoBP); that
+of dropped blocks moves to the output projection before them. The cut itself then changes no output.
 """
 
 import itertools
@@ -26,10 +26,12 @@ class _InputsCaptured(Exception):
 
 
 class BlockStream:
-    """Run the blocks of a model one by one on the hidden states ``(batch, seq, hidden)`` of the samples.
+    """Run the blocks of a model one by one on the hidden states ``(batch, seq, hidden)`` of the
+    samples.
 
-    A pass in which blocks return their inputs captures masks and positions, which do not depend on hidden states. Each
-    block then runs by itself, also after its weights changed. Memory holds the hidden states before one block only.
+    A pass in which blocks return their inputs captures masks and positions, which do not depend on
+    hidden states. Each block then runs by itself, also after its weights changed. Memory holds the
+    hidden states before one block only.
     """
 
     @torch.no_grad()
@@ -64,9 +66,11 @@ class BlockStream:
     def visit(
         self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()
     ) -> None:
-        """Run block `index` and pass the inputs ``(tokens, features)`` of a linear layer to `visit`, batch by batch.
+        """Run block `index` and pass the inputs ``(tokens, features)`` of a linear layer to
+        `visit`, batch by batch.
 
-        `visit` also gets the sum ``(tokens, hidden)`` of what the blocks `behind` it, if any, add to the hidden states.
+        `visit` also gets the sum ``(tokens, hidden)`` of what the blocks `behind` it, if any, add
+        to the hidden states.
         """
         layer = self._blocks[index].get_submodule(linear)
         for batch, tokens in enumerate(self._tokens):
@@ -93,7 +97,8 @@ class BlockStream:
     def advance(
         self, index: int, on_batch: Callable[[torch.Tensor], None] = lambda tokens: None
     ) -> None:
-        """Replace the hidden states before block `index` by those after it; give `on_batch` the mask of its tokens."""
+        """Replace the hidden states before block `index` by those after it; give `on_batch` the
+        mask of its tokens."""
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
             on_batch(self._tokens[batch])
@@ -101,12 +106,14 @@ class BlockStream:
 
     @torch.no_grad()
     def _base(self, batch: dict[str, torch.Tensor]) -> Any:
-        """Run the base model without its head, because no logits are needed; return the head's inputs."""
+        """Run the base model without its head, because no logits are needed; return the head's
+        inputs."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         return self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
     def head_inputs(self) -> Iterator[torch.Tensor]:
-        """After the last block, yield the inputs ``(tokens, features)`` of the head, batch by batch."""
+        """After the last block, yield the inputs ``(tokens, features)`` of the head, batch by
+        batch."""
         for inputs, tokens, hidden in zip(self._batches, self._tokens, self._hidden, strict=True):
             # The base model applies what lies between the blocks and the head, such as a norm.
             with returning(
@@ -123,7 +130,8 @@ class BlockStream:
 
 
 class _Grams(list[torch.Tensor]):
-    """Sums in float32 of ``inputs^T inputs`` (features, features), and ``targets^T inputs`` (outputs, features)."""
+    """Sums in float32 of ``inputs^T inputs`` (features, features), and ``targets^T inputs``
+    (outputs, features)."""
 
     def add(self, *pair: torch.Tensor) -> None:
         """Add inputs ``(tokens, features)`` and perhaps targets ``(tokens, outputs)``."""
@@ -143,12 +151,13 @@ def compensate_blocks(
     ridge: float,
     samples: Samples,
 ) -> None:
-    """Make the MLP output projection (down) before dropped blocks add what these added, if its block is in `layers`.
+    """Make the MLP output projection (down) before dropped blocks add what these added, if its
+    block is in `layers`.
 
-    Let X be its inputs over the calibration tokens, and D what the dropped blocks directly behind it add to the
-    residual stream. The weights that minimize ``|X (W' - W)^T - D|^2 + lambda |W' - W|^2`` are ``W' = W + D^T X (X^T X
-    + lambda I)^-1``; `ridge` is lambda relative to the mean square of the inputs. Nothing changes in families where a
-    norm follows the projection.
+    Let X be its inputs over the calibration tokens, and D what the dropped blocks directly behind
+    it add to the residual stream. The weights that minimize ``|X (W' - W)^T - D|^2 + lambda |W' -
+    W|^2`` are ``W' = W + D^T X (X^T X + lambda I)^-1``; `ridge` is lambda relative to the mean
+    square of the inputs. Nothing changes in families where a norm follows the projection.
     """
     family, count = family_of(model.config), model.config.num_hidden_layers
     if (factor := family.residual_factor(model.config)) is None:
@@ -170,7 +179,8 @@ def compensate_blocks(
 
 
 def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Samples) -> None:
-    """Zero the columns of removed units and compensate by least squares, on inputs of the pruned model."""
+    """Zero the columns of removed units and compensate by least squares, on inputs of the pruned
+    model."""
     family = family_of(model.config)
     stream = BlockStream(model, samples)
     for index in range(model.config.num_hidden_layers):
@@ -208,8 +218,9 @@ def _solve(
 ) -> None:
     """Replace the kept columns of `weight` by the least-squares solution; `gram` is ``G``.
 
-    With ``G = X^T X`` over the calibration tokens, S the kept columns and R the removed columns, the weights ``W'``
-    that minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R G_RS (G_SS + lambda I)^-1``.
+    With ``G = X^T X`` over the calibration tokens, S the kept columns and R the removed columns,
+    the weights ``W'`` that minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R
+    G_RS (G_SS + lambda I)^-1``.
     """
     stays, removed = stays.to(gram.device), removed.to(gram.device)
     given = weight[:, removed].float() @ gram[removed][:, stays]
@@ -220,7 +231,8 @@ def _solve(
 def _ridge_solution(
     gram: torch.Tensor, given: torch.Tensor, ridge: float, name: str
 ) -> torch.Tensor:
-    """Compute ``given (gram + lambda I)^-1``, where lambda is `ridge` times the mean of the diagonal of `gram`."""
+    """Compute ``given (gram + lambda I)^-1``, where lambda is `ridge` times the mean of the
+    diagonal of `gram`."""
     penalty = max(ridge * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(gram)

@@ -1,16 +1,19 @@
 """Score the importance of units and blocks.
 
-Taylor and magnitude use every matrix that a unit owns part of. They sum a salience per weight over the rows or columns
-of the unit, and reduce the scores of all matrices to one by `reduction` (LLM-Pruner, arXiv 2305.11627, section 3.2).
-Fluctuation (FLAP) and activation norm (Wanda) use the inputs of the output projections (o, down). Biases and norms are
-cut with their unit but not scored, as in LLM-Pruner.
+Taylor and magnitude use every matrix that a unit owns part of. They sum a salience per weight over
+the rows or columns of the unit, and reduce the scores of all matrices to one by `reduction`
+(LLM-Pruner, arXiv 2305.11627, section 3.2). Fluctuation (FLAP) and activation norm (Wanda) use the
+inputs of the output projections (o, down). Biases and norms are cut with their unit but not scored,
+as in LLM-Pruner.
 
-Taylor estimates how the loss changes when the weights of a unit are zero (LLM-Pruner, eqs. 3 to 5). Salience is ``s = w
-g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit (`vector`, eq. 4). With ``s`` of the
-mean loss over all N samples and ``s_j`` of sample j alone, a unit sums ``|s|`` (`first`), ``1/N sum_j s_j^2``
-(`second`) or ``|s - 1/2 1/N sum_j s_j^2|`` (`mixed`) over its entries. `second` uses the diagonal Fisher information
-for the Hessian, without the factor 1/2, as LLM-Pruner's code does; with `vector` it is that of a mask on the row (arXiv
-2204.09656, eq. 7). With several batches `element` sums ``|.|`` over them, which changes `first` and `mixed`.
+Taylor estimates how the loss changes when the weights of a unit are zero (LLM-Pruner, eqs. 3 to 5).
+Salience is ``s = w g`` per weight (`element`, eq. 5), or its sum over each row or column of a unit
+(`vector`, eq. 4). With ``s`` of the mean loss over all N samples and ``s_j`` of sample j alone, a
+unit sums ``|s|`` (`first`), ``1/N sum_j s_j^2`` (`second`) or ``|s - 1/2 1/N sum_j s_j^2|``
+(`mixed`) over its entries. `second` uses the diagonal Fisher information for the Hessian, without
+the factor 1/2, as LLM-Pruner's code does; with `vector` it is that of a mask on the row (arXiv
+2204.09656, eq. 7). With several batches `element` sums ``|.|`` over them, which changes `first` and
+`mixed`.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ def score(
     samples: Samples,
     seed: int = 0,
 ) -> Scores:
-    """Score the units of the blocks in `layers` by `settings.importance`; raise `TrainingDiverged` at a NaN."""
+    """Score the units of the blocks in `layers` by `settings.importance`; raise `TrainingDiverged`
+    at a NaN."""
     kinds, importance = (
         unit_kinds_of(model.config, layers, settings.width_units),
         settings.importance,
@@ -89,7 +93,8 @@ def _by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: st
     linears: dict[str, Any] = {
         name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in dims
     }
-    # The loss of all samples is a mean over tokens, so each sample is weighted by its number of predicted tokens.
+    # The loss of all samples is a mean over tokens, so each sample is weighted by its number of
+    # predicted tokens.
     counts = torch.tensor(
         [int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows]
     )
@@ -149,11 +154,13 @@ def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Te
 
 
 def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic: str) -> Scores:
-    """Score a unit by the columns it owns in an output projection: squared column norm times an input statistic.
+    """Score a unit by the columns it owns in an output projection: squared column norm times an
+    input statistic.
 
-    `variance` is the score of FLAP, ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4): the output error when feature
-    j is replaced by its mean. `mean_square` is the squared score of Wanda, ``|W| * ||x||``, summed over the column:
-    ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1), the output error when feature j is replaced by zero.
+    `variance` is the score of FLAP, ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4): the output
+    error when feature j is replaced by its mean. `mean_square` is the squared score of Wanda, ``|W|
+    * ||x||``, summed over the column: ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1),
+    the output error when feature j is replaced by zero.
     """
     path, scores = family_of(model.config).block_path, Scores()
     outputs = {
@@ -173,9 +180,11 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
 
 
 class UnitScores:
-    """Sum scores per matrix and unit (in q and o per query head), then reduce them to one score per unit.
+    """Sum scores per matrix and unit (in q and o per query head), then reduce them to one score per
+    unit.
 
-    `matrices` holds by name the matrices that units own parts of; `dims` holds the dimension that units divide.
+    `matrices` holds by name the matrices that units own parts of; `dims` holds the dimension that
+    units divide.
     """
 
     def __init__(self, model: PreTrainedModel, kinds: Kinds) -> None:
@@ -208,7 +217,8 @@ class UnitScores:
             scores[position] = scores[position] + by_head if position in scores else by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
-        """Reduce to one score per unit; with `modulo` query head h counts for unit ``h % units``, as in LLM-Pruner."""
+        """Reduce to one score per unit; with `modulo` query head h counts for unit ``h % units``,
+        as in LLM-Pruner."""
         scores: Scores = {}
         for (index, kind), by_matrix in self._scores.items():
             by_unit = [
@@ -229,7 +239,8 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "product": lambda scores: scores.prod(dim=0),
     "last": lambda scores: scores[-1],
 }
-"""Name -> function from scores ``(matrices, units)`` to ``(units,)``; the last matrix is the output projection."""
+"""Name -> function from scores ``(matrices, units)`` to ``(units,)``; the last matrix is the output
+projection."""
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:
@@ -248,7 +259,8 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 def block_importance(
     model: PreTrainedModel, layers: Sequence[int], samples: Samples
 ) -> dict[int, float]:
-    """Score blocks by one minus the mean cosine between input and output (ShortGPT, arXiv 2403.03853, eq. 1)."""
+    """Score blocks by one minus the mean cosine between input and output (ShortGPT, arXiv
+    2403.03853, eq. 1)."""
     family = family_of(model.config)
     sums = dict.fromkeys(layers, 0.0)
     tokens = torch.empty(0, dtype=torch.bool)

@@ -1,4 +1,5 @@
-"""Prune a model: drop blocks, then score, select, compensate and cut units, in one or several steps."""
+"""Prune a model: drop blocks, then score, select, compensate and cut units, in one or several
+steps."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class FirstScores:
 
 
 def save_importance(folder: Path, scores: Scores, blocks: Mapping[int, float]) -> None:
-    """Save each block's scores of units as an array such as `7.mlp`, and (index, score) of blocks as array `block`."""
+    """Save each block's scores of units as an array such as `7.mlp`, and (index, score) of blocks
+    as array `block`."""
     arrays: dict[str, Any] = {
         f"{at}.{kind}": each.numpy() for at, kinds in scores.items() for kind, each in kinds.items()
     }
@@ -72,9 +74,11 @@ def load_importance(folder: Path) -> dict[str, Any]:
 
 
 class Criteria:
-    """Scores units and blocks, and compensates for those removed, on samples; `seed` is for `importance: random`.
+    """Scores units and blocks, and compensates for those removed, on samples; `seed` is for
+    `importance: random`.
 
-    Without samples (for a model without weights) all units score the same, and the later a block, the lower its score.
+    Without samples (for a model without weights) all units score the same, and the later a block,
+    the lower its score.
     """
 
     def __init__(
@@ -123,13 +127,15 @@ class Criteria:
         return self._first.units[self._dropped]
 
     def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
-        """Compensate for all units missing from `kept`, before they are cut, by the method `prune.compensation`."""
+        """Compensate for all units missing from `kept`, before they are cut, by the method
+        `prune.compensation`."""
         samples = self._samples_for("compensation")
         if samples is not None and self._settings.compensates_by == "least_squares":
             compensate(model, kept, self._settings.ridge, samples)
 
     def progress_of(self, work: str) -> OnProgress:
-        """Return a callback that reports the progress of `work` with the number of the current step."""
+        """Return a callback that reports the progress of `work` with the number of the current
+        step."""
         total = self._settings.num_steps
         step = f", step {self._step} of {total}" if self._step and total > 1 else ""
         return partial(self._on_work, f"{work}{step}")
@@ -163,11 +169,12 @@ def prune(
     on_work: OnWork = ignore_progress,
     first: FirstScores | None = None,
 ) -> Pruned:
-    """Cut the least important units of a model in place, so that the requested share of parameters is removed.
+    """Cut the least important units of a model in place, so that the requested share of parameters
+    is removed.
 
-    Cuts of one model that differ in their rate only may share `first`, which is filled by the first of them.
-    Raise `UserError` if the rate cannot be met or the model shares weights that a cut would break, and
-    `TrainingDiverged` if a weight, gradient or score is NaN or infinite.
+    Cuts of one model that differ in their rate only may share `first`, which is filled by the first
+    of them. Raise `UserError` if the rate cannot be met or the model shares weights that a cut
+    would break, and `TrainingDiverged` if a weight, gradient or score is NaN or infinite.
     """
     for name, parameter in model.named_parameters():
         check_finite(parameter, f"the weight {name}")  # it would make every gradient NaN
@@ -176,9 +183,11 @@ def prune(
 
 
 def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
-    """Fill in the defaults of the settings, and compute the config of the pruned model; read no weights.
+    """Fill in the defaults of the settings, and compute the config of the pruned model; read no
+    weights.
 
-    If widths depend on scores, the config has average widths. Raise `UserError` if the model cannot be cut like this.
+    If widths depend on scores, the config has average widths. Raise `UserError` if the model cannot
+    be cut like this.
     """
     settings = settled(model_config, settings)
     if settings.is_off:
@@ -294,7 +303,8 @@ def _cut_widths(
 
 
 def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[int]) -> int:
-    """Count the blocks to drop, at least one but not all; `order` lists those that may go, least important first."""
+    """Count the blocks to drop, at least one but not all; `order` lists those that may go, least
+    important first."""
     sizes, total, share = block_sizes(model, order), num_parameters(model), settings.block_rate
     removed = list(itertools.accumulate(sizes[:-1], initial=0))
     count = min(range(len(removed)), key=lambda count: abs(removed[count] - share * total))

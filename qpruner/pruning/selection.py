@@ -1,6 +1,8 @@
-"""Select the units to keep: the least important are removed until the requested share of parameters is met.
+"""Select the units to keep: the least important are removed until the requested share of parameters
+is met.
 
-It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value group.
+It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value
+group.
 """
 
 import itertools
@@ -34,9 +36,10 @@ def select(
 ) -> Kept:
     """Select the units to keep, so that the share `progress` of `target` parameters is removed.
 
-    `values` are importances, -inf for units that an earlier step removed. `per_layer` removes the same share from every
-    block, `global` the units of least importance per parameter from any block. The number of kept channels is a
-    multiple of `round_to`, and with `uniform` the same in every block.
+    `values` are importances, -inf for units that an earlier step removed. `per_layer` removes the
+    same share from every block, `global` the units of least importance per parameter from any
+    block. The number of kept channels is a multiple of `round_to`, and with `uniform` the same in
+    every block.
     """
     _check_round_to(sizes, round_to)
     most = most_removable(sizes, round_to)
@@ -57,10 +60,11 @@ def select_rate(
     uniform: bool = False,
     progress: float = 1.0,
 ) -> Kept:
-    """Select the units to keep when every block loses the share `layer_rate` of its units, rounded as in LLM-Pruner.
+    """Select the units to keep when every block loses the share `layer_rate` of its units, rounded
+    as in LLM-Pruner.
 
-    Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))`` are removed, rounded
-    down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
+    Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))``
+    are removed, rounded down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
     """
     _check_round_to(sizes, round_to)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
@@ -112,7 +116,8 @@ def _keep_most_important(
     round_to: int,
     progress: float,
 ) -> Kept:
-    """Keep the most important units of each block; remove only the share `progress` of the counts in `removed`."""
+    """Keep the most important units of each block; remove only the share `progress` of the counts
+    in `removed`."""
     bundles, num_cut = {}, {}
     for index, by_kind in values.items():
         for name, scores in by_kind.items():
@@ -129,7 +134,8 @@ def _keep_most_important(
 def _kept_units(
     bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mapping[Place, int]
 ) -> Kept:
-    """List the units that stay when each block and kind (`Place`) loses its first `num_cut` bundles (`_bundles`)."""
+    """List the units that stay when each block and kind (`Place`) loses its first `num_cut` bundles
+    (`_bundles`)."""
     kept: Kept = {}
     for (index, name), ordered in bundles.items():
         stays = sorted(unit for bundle in ordered[num_cut[index, name] :] for unit in bundle)
@@ -150,8 +156,9 @@ def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[i
 class _Ranking:
     """Rank the bundles of all blocks, least important per parameter first.
 
-    A bundle is a key/value group, or `round_to` channels of adjacent scores in one block. `num_cut` counts
-    those that earlier steps removed from a place; `order` lists the others by place and position in `bundles[place]`.
+    A bundle is a key/value group, or `round_to` channels of adjacent scores in one block. `num_cut`
+    counts those that earlier steps removed from a place; `order` lists the others by place and
+    position in `bundles[place]`.
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
@@ -189,7 +196,8 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
     )
     for place, position in ranking.order:
         parameters = ranking.parameters[place, position]
-        # The bundles of a place are removed in order, so a bundle that is too large also keeps its successors.
+        # The bundles of a place are removed in order, so a bundle that is too large also keeps its
+        # successors.
         if removed + parameters <= target + finest // 2 and num_cut[place] == position:
             num_cut[place] += 1
             removed += parameters
@@ -200,7 +208,8 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
 def _correct_with_coarse_units(
     ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, tolerance: int
 ) -> None:
-    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore surplus fine units."""
+    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore
+    surplus fine units."""
     finest = MLP if any(name == MLP for _, name in num_cut) else ATTENTION
     for place, position in ranking.order:
         if target - removed <= tolerance:

@@ -1,4 +1,5 @@
-"""Fill in the defaults of the `prune` section for a model, and refuse settings that the model does not support."""
+"""Fill in the defaults of the `prune` section for a model, and refuse settings that the model does
+not support."""
 
 from __future__ import annotations
 
@@ -14,14 +15,16 @@ from qpruner.pruning.units import plain_counts, unit_kinds_of
 
 @dataclass(frozen=True)
 class Cut:
-    """A planned cut: the settings with the defaults for a model, and the expected model config after the cut."""
+    """A planned cut: the settings with the defaults for a model, and the expected model config
+    after the cut."""
 
     settings: PruneConfig
     expected: Any
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
-    """Fill in `steps` and `compensation` if they are null, and reset keys without effect to their defaults."""
+    """Fill in `steps` and `compensation` if they are null, and reset keys without effect to their
+    defaults."""
     settings = settings.in_effect()
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
@@ -64,7 +67,8 @@ def are_alike(model_config: Any) -> bool:
 
 
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int]) -> None:
-    """Refuse settings and models with which `prune.uniform` cannot give a checkpoint that loads without qpruner."""
+    """Refuse settings and models with which `prune.uniform` cannot give a checkpoint that loads
+    without qpruner."""
     family, count = family_of(model_config), model_config.num_hidden_layers
     if len(layers) < count and settings.width_units:
         raise UserError(
@@ -83,7 +87,8 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
 
 
 def _fits_uniform(model_config: Any, settings: PruneConfig) -> bool:
-    """Return True if blocks load without qpruner after all have lost as many units; a single one always stays."""
+    """Return True if blocks load without qpruner after all have lost as many units; a single one
+    always stays."""
     kinds = {kind.name: kind.num_units for kind in unit_kinds_of(model_config, [0])[0]}
     return (
         ATTENTION not in settings.width_units

@@ -22,8 +22,8 @@ def cut(
 ) -> PreTrainedModel:
     """Remove every unit that is not kept, in place.
 
-    A cut block is rebuilt from its own config around the same tensors, so no parameter exists twice. Blocks and unit
-    kinds that `kept` does not name keep all units.
+    A cut block is rebuilt from its own config around the same tensors, so no parameter exists
+    twice. Blocks and unit kinds that `kept` does not name keep all units.
     """
     family, config = family_of(model.config), model.config
     ragged.install(family)
@@ -58,7 +58,8 @@ def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def check_not_shared(model: PreTrainedModel) -> None:
-    """Refuse a model whose blocks share weights with other layers, because a cut of one would break the other."""
+    """Refuse a model whose blocks share weights with other layers, because a cut of one would break
+    the other."""
     family = family_of(model.config)
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -98,7 +99,8 @@ def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) ->
 def _stays(
     length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]
 ) -> torch.Tensor:
-    """List the indices of a dimension to keep: indices of kept units, and indices that no unit owns."""
+    """List the indices of a dimension to keep: indices of kept units, and indices that no unit
+    owns."""
     stays = torch.ones(length, dtype=torch.bool)
     for item in items:
         stays[item.offset : item.offset + num_units * item.width] = False
@@ -116,7 +118,8 @@ def _rebuild_block(model: PreTrainedModel, index: int) -> None:
     new.train(old.training)
     for parameter, before in zip(new.parameters(), old.parameters(), strict=True):
         parameter.requires_grad_(before.requires_grad)
-    # In a model that accelerate spread over devices, hooks move the inputs to the device of each module.
+    # In a model that accelerate spread over devices, hooks move the inputs to the device of each
+    # module.
     for name, module in old.named_modules():
         if hasattr(module, "_hf_hook"):
             from accelerate.hooks import add_hook_to_module

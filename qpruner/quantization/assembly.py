@@ -36,8 +36,8 @@ def assemble(
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """Build the model of the plan `formats_by_group`; make the entries that the bank lacks.
 
-    Embeddings and head are unpacked if the plan does not name them. Also return the initial adapters:
-    `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
+    Embeddings and head are unpacked if the plan does not name them. Also return the initial
+    adapters: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
@@ -86,10 +86,12 @@ def attach_adapters(
     grouping: str,
     seed: int,
 ) -> PeftModel:
-    """Add a LoRA adapter to every linear layer of the groups in blocks, packed or not, and set its initial values.
+    """Add a LoRA adapter to every linear layer of the groups in blocks, packed or not, and set its
+    initial values.
 
-    A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq` each row of the
-    random ``A`` is scaled to length 1, as LoftQ does, so that unpacked layers learn as fast as packed layers.
+    A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq`
+    each row of the random ``A`` is scaled to length 1, as LoftQ does, so that unpacked layers learn
+    as fast as packed layers.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -111,7 +113,8 @@ def attach_adapters(
             lora_a.copy_(starts[f"{path}.lora_A"])
             lora_b.copy_(starts[f"{path}.lora_B"])
             continue
-        # Each layer has its own generator, so that its initial values do not depend on the formats of other layers.
+        # Each layer has its own generator, so that its initial values do not depend on the formats
+        # of other layers.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
         random_a = torch.nn.init.kaiming_uniform_(
             torch.empty(lora_a.shape), a=math.sqrt(5), generator=generator
@@ -125,9 +128,11 @@ def attach_adapters(
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model to the device or, outside distributed training, spread it over all GPUs that this process sees.
+    """Move a model to the device or, outside distributed training, spread it over all GPUs that
+    this process sees.
 
-    Ray shows a trial only its own GPUs. A process of a distributed training sees all, but uses torch's current one.
+    Ray shows a trial only its own GPUs. A process of a distributed training sees all, but uses
+    torch's current one.
     """
     if torch.cuda.device_count() < 2 or torch.distributed.is_initialized():
         return model.to(device())
@@ -142,7 +147,8 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def cast_adapters(model: Any) -> None:
-    """Convert a model's adapters to the type of its unpacked weights, in which they are saved and served."""
+    """Convert a model's adapters to the type of its unpacked weights, in which they are saved and
+    served."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(model.config.dtype)

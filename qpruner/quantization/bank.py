@@ -1,8 +1,10 @@
-"""Make and read the bank: packed weights and initial adapters of every (group, format), shared by all trials.
+"""Make and read the bank: packed weights and initial adapters of every (group, format), shared by
+all trials.
 
-An entry depends on its group and format only, not on the rest of a plan. It is a safetensors file with the packed
-tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`; its `EntryRecord` lies beside it. Whoever
-reads a missing or damaged entry makes it (`read_plan`), two processes perhaps at once: they write equal, whole files.
+An entry depends on its group and format only, not on the rest of a plan. It is a safetensors file
+with the packed tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`; its
+`EntryRecord` lies beside it. Whoever reads a missing or damaged entry makes it (`read_plan`), two
+processes perhaps at once: they write equal, whole files.
 """
 
 import functools
@@ -39,7 +41,8 @@ from qpruner.runs.storage import OnPiece
 VERSION = 5  # version of the entries: raise it when the same inputs give different tensors
 GRAMS = "grams"  # subfolder with the Gram matrices of layers' inputs, a file for each block
 FEW_WEIGHTS = 10_000_000
-"""A model with fewer weights is packed without Ray, because starting Ray would take longer than packing."""
+"""A model with fewer weights is packed without Ray, because starting Ray would take longer than
+packing."""
 
 Tensors = dict[str, torch.Tensor]
 Kind = TypeVar("Kind", bound="FileRecord")
@@ -58,13 +61,15 @@ class EntryRecord(FileRecord):
     """Identifies an entry, and says how much error its packed weights have left."""
 
     residual_ratio: float
-    """Norm of the error with initial adapters (of the weights; under GPTQ, of the outputs), divided by that without."""
+    """Norm of the error with initial adapters (of the weights; under GPTQ, of the outputs), divided
+    by that without."""
     error: float  # squared norm of that error, divided by that of the weights (or outputs)
 
 
 @dataclass(frozen=True)
 class BankSource:
-    """Where the bank of a cut is, and what its entries are made from; the paths are the same on every node."""
+    """Where the bank of a cut is, and what its entries are made from; the paths are the same on
+    every node."""
 
     folder: Path
     checkpoint: Path
@@ -80,7 +85,8 @@ class BankSource:
         return self.folder / level / f"{group}.safetensors"
 
     def digest(self, level: str) -> str:
-        """Compute the digest of all that an entry depends on: of the inputs, and of what packs its format."""
+        """Compute the digest of all that an entry depends on: of the inputs, and of what packs its
+        format."""
         packing = format_of(level)
         return digest_of(
             self.inputs, level, packing.version, version(packing.package) if packing.package else ""
@@ -96,9 +102,11 @@ class BankSource:
         return found if found and found.inputs == self.digest(level) else None
 
     def has_grams(self) -> bool:
-        """Return True if no Gram matrices are used, or if those of all blocks and of the head are there.
+        """Return True if no Gram matrices are used, or if those of all blocks and of the head are
+        there.
 
-        Their sha256 is checked where they are read: of a model of 8 billion parameters they are 20 GB a cut.
+        Their sha256 is checked where they are read: of a model of 8 billion parameters they are 20
+        GB a cut.
         """
         if not self.uses_grams:
             return True
@@ -143,10 +151,11 @@ def build_entries(
     seed: int,
     grams: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Entry]:
-    """Pack the layers of a group (path -> weight ``(rows, columns)``) in each format; without `lora` without adapters.
+    """Pack the layers of a group (path -> weight ``(rows, columns)``) in each format; without
+    `lora` without adapters.
 
-    `grams` has the Gram matrix of each layer's inputs ``(columns, columns)`` for GPTQ; layers with one are packed
-    together.
+    `grams` has the Gram matrix of each layer's inputs ``(columns, columns)`` for GPTQ; layers with
+    one are packed together.
     """
     gram_of, sharing = grams or dict.fromkeys(weights), dict[int | str, list[str]]()
     total = sum(change_size(weight.float(), gram_of[path]) ** 2 for path, weight in weights.items())
@@ -180,7 +189,8 @@ def build_entries(
 def make_entries(
     bank: BankSource, group: str, levels: Sequence[str], on_piece: OnPiece = lambda: None
 ) -> Iterator[tuple[EntryRecord, Tensors]]:
-    """Pack a group in each of some formats on this process's device, write the entries, and yield them in order."""
+    """Pack a group in each of some formats on this process's device, write the entries, and yield
+    them in order."""
     checkpoint = storage.fetch(bank.checkpoint, on_piece)
     config = checkpoint_config(checkpoint)
     paths = group_paths(config, bank.grouping)[group]
@@ -215,7 +225,8 @@ def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> Entry
 
 
 def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor]) -> None:
-    """Write the Gram matrices of a block or the head, each under the paths of the layers that share the input."""
+    """Write the Gram matrices of a block or the head, each under the paths of the layers that share
+    the input."""
     path = grams_file(bank.folder, next(iter(grams))[0])
     named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
     storage.write_json(
@@ -226,7 +237,8 @@ def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor])
 def read_plan(
     bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lambda: None
 ) -> Tensors:
-    """Read the tensors of all groups that a plan packs; make the entries that are missing or damaged."""
+    """Read the tensors of all groups that a plan packs; make the entries that are missing or
+    damaged."""
     tensors: Tensors = {}
     made, wanted = (
         0,
@@ -248,9 +260,11 @@ def read_plan(
 
 
 def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> Tensors:
-    """Read the Gram matrices ``(columns, columns)`` of the inputs of layers of one block, or of a table of tokens.
+    """Read the Gram matrices ``(columns, columns)`` of the inputs of layers of one block, or of a
+    table of tokens.
 
-    Embeddings that are not tied only look rows up, and have none. `CorruptFile`: one is missing, damaged or changed.
+    Embeddings that are not tied only look rows up, and have none. `CorruptFile`: one is missing,
+    damaged or changed.
     """
     path = grams_file(folder, paths[0])
     if path.stem == paths[0] != logits_path(config):  # a table is in no block
@@ -269,7 +283,8 @@ def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> 
 
 
 def grams_file(folder: Path, path: str) -> Path:
-    """Return the path of the Gram matrices of the block that a layer is in; the head has a file of its own."""
+    """Return the path of the Gram matrices of the block that a layer is in; the head has a file of
+    its own."""
     parts = path.split(".")
     end = next((at for at, part in enumerate(parts, 1) if part.isdigit()), len(parts))
     return folder / GRAMS / f"{'.'.join(parts[:end])}.safetensors"
@@ -281,10 +296,12 @@ def record_path(path: Path) -> Path:
 
 
 class Starts:
-    """Initial weights of trials: unpacked, with the adapter added, for every group and packed format.
+    """Initial weights of trials: unpacked, with the adapter added, for every group and packed
+    format.
 
-    The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight only. `groups` maps
-    each group to the paths of its layers, `offered` to the formats that it takes.
+    The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight
+    only. `groups` maps each group to the paths of its layers, `offered` to the formats that it
+    takes.
     """
 
     def __init__(
@@ -306,7 +323,8 @@ class Starts:
         }
 
     def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
-        """Compute the float32 weight of the layer at `path` at the start of a trial, of shape and device `like`."""
+        """Compute the float32 weight of the layer at `path` at the start of a trial, of shape and
+        device `like`."""
         stored = layer_tensors(self._entries[group, level], path)
         own = {name: tensor.to(like.device) for name, tensor in stored.items()}
         lora_a, lora_b = own.pop("lora_A", None), own.pop("lora_B", None)
@@ -339,7 +357,8 @@ def _read_record(path: Path, kind: type[Kind]) -> Kind | None:
 def _read_tensors(
     path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None
 ) -> Tensors | None:
-    """Read a tensor file of these inputs; None if it is missing, and also if it is damaged, which is logged."""
+    """Read a tensor file of these inputs; None if it is missing, and also if it is damaged, which
+    is logged."""
     record = _read_record(path, kind)
     if record is None or record.inputs != inputs:
         return None
@@ -354,7 +373,8 @@ def _read_tensors(
 
 
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
-    """Return a bank file, or its cached copy if storage is remote; None if it does not have this sha256."""
+    """Return a bank file, or its cached copy if storage is remote; None if it does not have this
+    sha256."""
     named = os.environ.get(BANK_CACHE)
     if not named and storage.storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None

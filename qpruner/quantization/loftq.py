@@ -1,14 +1,17 @@
-"""Compute LoftQ: initial adapters that reduce the quantization error (Li et al., arXiv 2310.08659, algorithm 1).
+"""Compute LoftQ: initial adapters that reduce the quantization error (Li et al., arXiv 2310.08659,
+algorithm 1).
 
-The algorithm alternates ``Q_t = quantize(W - s B A)`` and a rank-r SVD of ``W - dequantize(Q_t)``. With one iteration
-``Q`` is the plainly quantized weight. The loop stops at the first iteration that does not reduce the error.
+The algorithm alternates ``Q_t = quantize(W - s B A)`` and a rank-r SVD of ``W - dequantize(Q_t)``.
+With one iteration ``Q`` is the plainly quantized weight. The loop stops at the first iteration that
+does not reduce the error.
 
-With the Gram matrix of a layer's inputs, quantize is GPTQ where the format has grids, and the adapter repairs outputs
-instead of weights. Half of its rank lies along the principal directions of the inputs, in which a fine-tune learns
-fast (EVA, Paischer et al., arXiv 2410.07170); the other half is the SVD of what the outputs still lose.
+With the Gram matrix of a layer's inputs, quantize is GPTQ where the format has grids, and the
+adapter repairs outputs instead of weights. Half of its rank lies along the principal directions of
+the inputs, in which a fine-tune learns fast (EVA, Paischer et al., arXiv 2410.07170); the other
+half is the SVD of what the outputs still lose.
 
-SmolLM2-135M, unpruned, rank 8, embeddings in q8_0, confirmation loss after 8 steps on the demo's rows (2026-11-29; the
-unpacked model: 1.886; the last two columns are GPTQ's):
+SmolLM2-135M, unpruned, rank 8, embeddings in q8_0, confirmation loss after 8 steps on the demo's
+rows (2026-11-29; the unpacked model: 1.886; the last two columns are GPTQ's):
 
 | format | nearest, plain SVD | no start | SVD of the outputs' error | half of each |
 |---|---|---|---|---|
@@ -40,7 +43,8 @@ class LoftqStart:
     packed: dict[str, torch.Tensor]
     lora_a: torch.Tensor  # float32 ``(rank, columns)``
     lora_b: torch.Tensor  # float32 ``(rows, rank)``
-    plain_error: float  # norm of ``W - dequantize(quantize(W))``; with a Gram matrix of its outputs (`change_size`)
+    # norm of ``W - dequantize(quantize(W))``; with a Gram matrix of its outputs (`change_size`)
+    plain_error: float
     error: float  # norm of ``W - dequantize(Q) - scaling * B A``
 
 
@@ -52,11 +56,12 @@ def loftq_start(
     seed: int,
     gram: torch.Tensor | None = None,
 ) -> LoftqStart:
-    """Compute the initial adapter of a linear layer W ``(rows, columns)``, `packed` by `rounding.pack`, with LoftQ.
+    """Compute the initial adapter of a linear layer W ``(rows, columns)``, `packed` by
+    `rounding.pack`, with LoftQ.
 
-    The product ``B A`` is scaled by alpha / rank, as in peft; `seed` seeds the randomized SVD. With the Gram matrix of
-    the inputs ``(columns, columns)`` formats with grids are rounded by GPTQ, the SVD is of what the outputs lose, and
-    the loop stops where that does not get less.
+    The product ``B A`` is scaled by alpha / rank, as in peft; `seed` seeds the randomized SVD. With
+    the Gram matrix of the inputs ``(columns, columns)`` formats with grids are rounded by GPTQ, the
+    SVD is of what the outputs lose, and the loop stops where that does not get less.
     """
     rank, scaling = lora.rank, lora.alpha / lora.rank
     weight = weight.detach()
@@ -84,7 +89,8 @@ def loftq_start(
 def _errors(
     residual: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, gram: torch.Tensor | None
 ) -> tuple[float, float]:
-    """Return the norms of ``R`` and of ``R - B A``; with a Gram matrix, of what they make of the outputs."""
+    """Return the norms of ``R`` and of ``R - B A``; with a Gram matrix, of what they make of the
+    outputs."""
     if gram is None:
         return float(residual.norm()), float((residual - lora_b @ lora_a).norm())
     outputs = residual @ gram  # the one product of full size
@@ -106,9 +112,10 @@ def _factorize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factorize `residual` into about ``scaling * B A``.
 
-    Without a Gram matrix this is the best rank-r approximation, with rows of ``A`` of length 1. LoftQ splits the
-    singular values evenly; at 8 bits both factors and their gradients are then near zero, and the adapter learns slowly
-    (SmolLM2 was worse at 8 than at 4 bits after 16 steps). With it outputs of ``A`` have the inputs' mean square.
+    Without a Gram matrix this is the best rank-r approximation, with rows of ``A`` of length 1.
+    LoftQ splits the singular values evenly; at 8 bits both factors and their gradients are then
+    near zero, and the adapter learns slowly (SmolLM2 was worse at 8 than at 4 bits after 16 steps).
+    With it outputs of ``A`` have the inputs' mean square.
     """
     count = min(rank, *residual.shape)
     if gram is None:

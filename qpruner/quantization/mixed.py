@@ -1,7 +1,7 @@
 """Build layers of several formats in one model, and register them with transformers.
 
-This module registers a quantization method `qpruner`. It builds each layer in its own format; transformers reads and
-writes the packed tensors.
+This module registers a quantization method `qpruner`. It builds each layer in its own format;
+transformers reads and writes the packed tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def packed_layer(
 ) -> torch.nn.Module:
     """Build a layer from the tensors that `Format.pack` returned, as `from_pretrained` would.
 
-    The layer has the size, bias and device of `module`, a linear layer or an embedding, in a model of type `dtype`.
+    The layer has the size, bias and device of `module`, a linear layer or an embedding, in a model
+    of type `dtype`.
     """
     found, device = format_of(format_name), module.get_parameter("weight").device
     with torch.device("meta"):
@@ -52,7 +53,8 @@ def packed_layer(
 
 
 def flag_for_peft(model: Any) -> None:
-    """Let peft recognize the layers of every format, as the model of the next plan may have formats that this lacks."""
+    """Let peft recognize the layers of every format, as the model of the next plan may have formats
+    that this lacks."""
     for found in formats().values():
         if found.peft_flag:
             setattr(model, found.peft_flag, True)
@@ -60,7 +62,8 @@ def flag_for_peft(model: Any) -> None:
 
 @register_quantization_config(METHOD)
 class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a checkpoint: `formats` maps the paths of packed layers to names of formats.
+    """The `quantization_config` of a checkpoint: `formats` maps the paths of packed layers to names
+    of formats.
 
     A head that is tied to a packed embedding is not listed.
     """
@@ -82,7 +85,8 @@ def _known(name: str, path: str) -> Format:
 
 
 def _usable(name: str, path: str, module: Any) -> Format:
-    """Return a format; raise `UserError` if its package is missing, or if it cannot hold this layer here."""
+    """Return a format; raise `UserError` if its package is missing, or if it cannot hold this layer
+    here."""
     found = _known(name, path)
     is_table = isinstance(module, torch.nn.Embedding)
     columns = module.embedding_dim if is_table else module.in_features
@@ -102,7 +106,8 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
         self._formats: dict[str, str] = hf_quantizer.quantization_config.formats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
-        """Return itself: transformers copies this object for each layer, and a copy would include the whole config."""
+        """Return itself: transformers copies this object for each layer, and a copy would include
+        the whole config."""
         return self
 
     def convert(
@@ -146,11 +151,13 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """Cast unpacked weights only: `dtype` is that of the empty layer, and packed layers have whole numbers."""
+        """Cast unpacked weights only: `dtype` is that of the empty layer, and packed layers have
+        whole numbers."""
         return dtype if dtype is not None and dtype.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # The model is on the meta device here: transformers loads the weights, and ties the head, afterwards.
+        # The model is on the meta device here: transformers loads the weights, and ties the head,
+        # afterwards.
         dtype, names = model.dtype, dict(self.quantization_config.formats)
         tied = {
             head.removesuffix(".weight"): source
@@ -169,7 +176,8 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         flag_for_peft(model)
-        # Packed tensors are saved unchanged; transformers 5.24 would ask _Deserialize for an inverse and fail.
+        # Packed tensors are saved unchanged; transformers 5.24 would ask _Deserialize for an
+        # inverse and fail.
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
@@ -181,7 +189,8 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """Return the operation by which transformers turns the packed tensors of a layer into parameters."""
+        """Return the operation by which transformers turns the packed tensors of a layer into
+        parameters."""
         return {"deserialize": _Deserialize}
 
     def is_serializable(self) -> bool:

@@ -1,8 +1,9 @@
-"""Pack weights, rounding to nearest, or so that the outputs change least: GPTQ (Frantar et al., arXiv 2210.17323).
+"""Pack weights, rounding to nearest, or so that the outputs change least: GPTQ (Frantar et al.,
+arXiv 2210.17323).
 
-With inputs X ``(tokens, columns)`` the outputs change by ``|X (W - Q)^T|^2 = tr((W - Q) G (W - Q)^T)``, where ``G`` is
-the Gram matrix ``X^T X``. GPTQ rounds one column after another, and each time changes the columns that are not yet
-rounded so that they make up for its error.
+With inputs X ``(tokens, columns)`` the outputs change by ``|X (W - Q)^T|^2 = tr((W - Q) G (W -
+Q)^T)``, where ``G`` is the Gram matrix ``X^T X``. GPTQ rounds one column after another, and each
+time changes the columns that are not yet rounded so that they make up for its error.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from qpruner.errors import TrainingDiverged
 from qpruner.quantization.formats import Format, GridFormat
 
 DAMPING = (0.01, 0.1, 1.0, 10.0)
-"""Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky succeeds."""
+"""Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky
+succeeds."""
 BLOCK = 128  # columns whose errors are carried to all later columns in one product
 ROWS = (
     2**14
@@ -26,10 +28,12 @@ _KEPT: Any = WeakTensorKeyDictionary()  # Gram matrix -> what was computed from 
 def pack(
     format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Pack a weight ``(rows, columns)``: by GPTQ if there is a Gram matrix and the format has grids, else to nearest.
+    """Pack a weight ``(rows, columns)``: by GPTQ if there is a Gram matrix and the format has
+    grids, else to nearest.
 
-    `gram` is ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter. Return the tensors of
-    `Format.pack`; raise `TrainingDiverged` if the Gram matrix is NaN or infinite.
+    `gram` is ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter.
+    Return the tensors of `Format.pack`; raise `TrainingDiverged` if the Gram matrix is NaN or
+    infinite.
     """
     return pack_together(format_, [weight], gram)[0]
 
@@ -37,7 +41,8 @@ def pack(
 def pack_together(
     format_: Format, weights: Sequence[torch.Tensor], gram: torch.Tensor | None
 ) -> list[dict[str, torch.Tensor]]:
-    """Pack the weights of layers with the same inputs as `pack` does each, but in one pass over the columns."""
+    """Pack the weights of layers with the same inputs as `pack` does each, but in one pass over the
+    columns."""
     if gram is None or not isinstance(format_, GridFormat) or not format_.takes_gptq:
         return [format_.pack(weight.detach()) for weight in weights]
     stacked = torch.cat([weight.detach() for weight in weights])
@@ -47,7 +52,8 @@ def pack_together(
 
 
 def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """Compute the norm of what a float32 change of a weight makes of the outputs; without a Gram matrix, its own norm.
+    """Compute the norm of what a float32 change of a weight makes of the outputs; without a Gram
+    matrix, its own norm.
 
     Under GPTQ the norm of the change itself says little: table in `loftq`, fifth row beside second.
     """
@@ -59,7 +65,8 @@ def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
 
 
 def kept(gram: torch.Tensor, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-    """Return what `compute` makes of a Gram matrix, once for all layers with these inputs and all formats."""
+    """Return what `compute` makes of a Gram matrix, once for all layers with these inputs and all
+    formats."""
     found = _KEPT.setdefault(gram, {})
     if name not in found:
         found[name] = compute()
@@ -67,10 +74,11 @@ def kept(gram: torch.Tensor, name: tuple[Any, ...], compute: Callable[[], Any]) 
 
 
 def gram_root(gram: torch.Tensor) -> torch.Tensor:
-    """Compute an upper triangular R with ``R R^T = G``, the damped Gram matrix ``(columns, columns)``.
+    """Compute an upper triangular R with ``R R^T = G``, the damped Gram matrix ``(columns,
+    columns)``.
 
-    So ``|E R|^2`` is the error that a change E of the weights makes in the outputs. Inputs that are always 0 count as
-    independent inputs of mean size.
+    So ``|E R|^2`` is the error that a change E of the weights makes in the outputs. Inputs that are
+    always 0 count as independent inputs of mean size.
     """
     damped = gram.clone()
     diagonal = damped.diagonal()
@@ -95,10 +103,11 @@ def _round(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return uint8 codes ``(rows, columns)``, and scales and zeros ``(rows, groups)``.
 
-    Columns with large inputs come first, as all others can make up for their errors. Groups stay whole: the grid of one
-    is chosen when its first column is rounded, from weights that make up for earlier errors. Mean output error at 3
-    bits in groups of 64, 21 layers of SmolLM2-135M, other text than the Gram matrices' (2026-11-29): nearest 0.0354,
-    columns as they come 0.0202, this order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
+    Columns with large inputs come first, as all others can make up for their errors. Groups stay
+    whole: the grid of one is chosen when its first column is rounded, from weights that make up for
+    earlier errors. Mean output error at 3 bits in groups of 64, 21 layers of SmolLM2-135M, other
+    text than the Gram matrices' (2026-11-29): nearest 0.0354, columns as they come 0.0202, this
+    order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
     """
     size = format_.group_size or len(gram)
     order, makes_up = kept(gram, ("order", size), lambda: _order_and_inverse(gram, size))
@@ -139,7 +148,8 @@ def _round_rows(
 
 
 def _order_and_inverse(gram: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of the columns, and U ``(columns, columns)`` in this order, with ``U^T U = G^-1``.
+    """Return the order of the columns, and U ``(columns, columns)`` in this order, with ``U^T U =
+    G^-1``.
 
     Row i of U says how later columns make up for an error of column i.
     """
@@ -151,7 +161,8 @@ def _order_and_inverse(gram: torch.Tensor, size: int) -> tuple[torch.Tensor, tor
 
 
 def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
-    """Sort groups of columns by their mean input, and columns within a group by theirs; a shorter group stays last."""
+    """Sort groups of columns by their mean input, and columns within a group by theirs; a shorter
+    group stays last."""
     groups = torch.split(torch.arange(len(diagonal), device=diagonal.device), size)
     means = [float(diagonal[group].mean()) for group in groups]
     first = sorted(range(len(groups)), key=lambda index: (len(groups[index]) < size, -means[index]))
@@ -161,7 +172,8 @@ def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _blocks(columns: int, size: int) -> list[tuple[int, int]]:
-    """Divide columns into blocks of whole groups, or into parts of one group; return where they start and end."""
+    """Divide columns into blocks of whole groups, or into parts of one group; return where they
+    start and end."""
     span = max(size, BLOCK // size * size)
     step = min(span, BLOCK)
     return [

@@ -1,4 +1,5 @@
-"""Writes the claim: how the winner compares with others, as far as the measured spread allows a verdict."""
+"""Writes the claim: how the winner compares with others, as far as the measured spread allows a
+verdict."""
 
 from dataclasses import dataclass
 
@@ -25,10 +26,11 @@ from qpruner.wording import counted
 
 @dataclass(frozen=True)
 class Comparison:
-    """The row `searched` of the final table compared with `other`, the row of its rival or `random`.
+    """The row `searched` of the final table compared with `other`, the row of its rival or
+    `random`.
 
-    `origin` says what suggested the plan of `other`. `more_bytes` is how many bytes more `other` takes, as a share of
-    the bytes of `searched`.
+    `origin` says what suggested the plan of `other`. `more_bytes` is how many bytes more `other`
+    takes, as a share of the bytes of `searched`.
     """
 
     other: str
@@ -51,7 +53,8 @@ def comparisons(results: Results) -> list[Comparison]:
 
 
 def compared(results: Results, other: str) -> Comparison:
-    """Compare the winner with another row of the final table, over the training seeds that both have.
+    """Compare the winner with another row of the final table, over the training seeds that both
+    have.
 
     The verdict is by what the search minimized: the loss or, in a search by accuracy, the accuracy.
     """

@@ -1,4 +1,5 @@
-"""The parts of a report (paragraph, list, table, code, section), and their Markdown; `html` renders the page."""
+"""The parts of a report (paragraph, list, table, code, section), and their Markdown; `html` renders
+the page."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ BAR_WIDTH = 15  # characters of an interval that is drawn without graphics
 
 @dataclass(frozen=True)
 class Compared:
-    """A cell with another model's figure and the winner's difference from it, which is drawn with its 95 % interval.
+    """A cell with another model's figure and the winner's difference from it, which is drawn with
+    its 95 % interval.
 
     `times` is the winner's figure as a multiple, for what has no interval.
     """
@@ -35,11 +37,13 @@ class Compared:
         return f"{self.figure} ({about})" if about else self.figure
 
     def __str__(self) -> str:
-        """Draw the interval in plain characters: `|` is no difference, `o` the mean, and to the right is better."""
+        """Draw the interval in plain characters: `|` is no difference, `o` the mean, and to the
+        right is better."""
         if not (self.difference and self.difference.bar):
             return f"{self.figure}  {self.times}"
         middle, line = BAR_WIDTH // 2, [" "] * BAR_WIDTH
-        # At least a character away from the middle: an interval that excludes zero must not touch it.
+        # At least a character away from the middle: an interval that excludes zero must not touch
+        # it.
         ends = [
             middle + int(math.copysign(max(1, round(abs(end) * middle)), end))
             for end in self.difference.bar
@@ -122,7 +126,8 @@ class Section:
 
 
 def report_md(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
-    """Render `report.md` from its sections; `pictures` is the relative path of the folder with the plots' PNG files."""
+    """Render `report.md` from its sections; `pictures` is the relative path of the folder with the
+    plots' PNG files."""
     blocks = [f"# qpruner: {prose(run.name)}", prose(run.standing), *filter(None, [run.missing])]
     for section in listed:
         blocks += [f"## {section.heading}", *markdown(section.parts, pictures)]
@@ -130,7 +135,8 @@ def report_md(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
 
 
 def markdown(parts: Iterable[Part], pictures: str = "") -> list[str]:
-    """Render parts as Markdown blocks, to be joined by empty lines; plots need `pictures`, the folder of PNG files."""
+    """Render parts as Markdown blocks, to be joined by empty lines; plots need `pictures`, the
+    folder of PNG files."""
     return [block for part in parts for block in _part(part, pictures)]
 
 

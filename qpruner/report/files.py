@@ -22,11 +22,13 @@ from qpruner.wording import without_nan
 
 CARD = "final/README.md"
 PICTURES = "pictures"
-"""Name of the folder with the plots of `report.md`, which are to be copied together with that file."""
+"""Name of the folder with the plots of `report.md`, which are to be copied together with that file.
+"""
 
 
 def write_report(run_dir: RunDir) -> Path:
-    """Write all report files from the run's records, also of an unfinished run; return the path of `report.html`."""
+    """Write all report files from the run's records, also of an unfinished run; return the path of
+    `report.html`."""
     run, scratch = read_snapshot(run_dir), run_dir.scratch(PICTURES)
     listed = sections(run)
     for plot in (part for section in listed for part in section.parts if isinstance(part, Chart)):
@@ -42,7 +44,10 @@ def write_report(run_dir: RunDir) -> Path:
 
 
 class Summary(BaseModel):
-    """All figures of a run, also of an unfinished one. Figures of stages that have not run are null or empty."""
+    """All figures of a run, also of an unfinished one.
+
+    Figures of stages that have not run are null or empty.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -51,19 +56,22 @@ class Summary(BaseModel):
     standing: str
     """How far the run has come, in one or two sentences."""
     claim: str | None
-    """How the winner compares with what users would do instead, and with random plans of equal bytes."""
+    """How the winner compares with what users would do instead, and with random plans of equal
+    bytes."""
     comparisons: tuple[Comparison, ...]
     """The comparisons behind the claim: of the winner with its rival and with random plans."""
     table: tuple[Row, ...]
     """The final table: means over training seeds, with losses in nats per token."""
     finalists: tuple[Finalist, ...]
-    """The winner of the search, the best trials and the controls, as trials scored on fresh rows."""
+    """The winner of the search, the best trials and the controls, as trials scored on fresh rows.
+    """
     records: Results
     """The records of all stages."""
     trials: tuple[TrialRecord, ...]
     """All trials in the search's folder, in the order in which they were suggested."""
     state: RunState
-    """The state of the run's latest command, with its configuration, software versions and hardware."""
+    """The state of the run's latest command, with its configuration, software versions and
+    hardware."""
 
 
 def summary_text(run: Snapshot) -> str:

@@ -1,4 +1,5 @@
-"""Compares the winner of a search with the other finalists, trials of equally many steps, on fresh rows."""
+"""Compares the winner of a search with the other finalists, trials of equally many steps, on fresh
+rows."""
 
 from dataclasses import dataclass
 from statistics import fmean
@@ -11,13 +12,15 @@ from qpruner.search.roles import compared, title_of
 
 @dataclass(frozen=True)
 class Finalist:
-    """A finalist, as a trial of `SearchRecord.steps` steps scored on the fresh rows that chose the winner.
+    """A finalist, as a trial of `SearchRecord.steps` steps scored on the fresh rows that chose the
+    winner.
 
-    `name` is its origin, which `title` puts into words, `trial` its number; users would try a `control` instead of a
-    search. `fits`: whether it may win. `loss` is that under the training seed of all trials, in nats per token; of a
-    finalist that was trained under further seeds too, `mean_loss` is the mean over its `num_seeds`. `difference` is
-    the winner's loss less this one's, on the seeds that both have; None for the winner itself. Its interval holds all
-    pairs of finalists together.
+    `name` is its origin, which `title` puts into words, `trial` its number; users would try a
+    `control` instead of a search. `fits`: whether it may win. `loss` is that under the training
+    seed of all trials, in nats per token; of a finalist that was trained under further seeds too,
+    `mean_loss` is the mean over its `num_seeds`. `difference` is the winner's loss less this one's,
+    on the seeds that both have; None for the winner itself. Its interval holds all pairs of
+    finalists together.
     """
 
     name: str
@@ -35,7 +38,8 @@ class Finalist:
 
 
 def finalists(search: SearchRecord) -> list[Finalist]:
-    """List the winner, then the other finalists in the budget by their loss, then those that exceed it."""
+    """List the winner, then the other finalists in the budget by their loss, then those that exceed
+    it."""
     found = [_finalist(each, search) for each in search.confirmations]
     return sorted(
         found, key=lambda each: (each.difference is not None, not each.fits, each.loss, each.trial)
@@ -67,7 +71,8 @@ def _finalist(finalist: Confirmation, search: SearchRecord) -> Finalist:
 
 
 def _difference(finalist: Confirmation, search: SearchRecord) -> Difference:
-    """Return the loss of the winner less that of another finalist; it decides nothing in a search by accuracy."""
+    """Return the loss of the winner less that of another finalist; it decides nothing in a search
+    by accuracy."""
     paired = compared(search.winner, finalist, len(search.confirmations))
     return Difference(
         measure=SELECTION_LOSS,

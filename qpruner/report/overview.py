@@ -1,4 +1,5 @@
-"""Builds the first screen: the winner beside the base and the best simple alternative, and how sure that is."""
+"""Builds the first screen: the winner beside the base and the best simple alternative, and how sure
+that is."""
 
 import math
 import statistics
@@ -29,7 +30,8 @@ Figures = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class _Rival:
-    """A column: a model's figures, the winner's differences from it, and the number of training seeds behind them."""
+    """A column: a model's figures, the winner's differences from it, and the number of training
+    seeds behind them."""
 
     heading: str
     figures: Figures
@@ -47,7 +49,8 @@ class _Rival:
 
 
 def overview(results: Results) -> Iterator[Paragraph | Table]:
-    """Yield the winner's plan, the table of its figures beside those of its rivals, and how sure they are."""
+    """Yield the winner's plan, the table of its figures beside those of its rivals, and how sure
+    they are."""
     assert results.search and results.evaluate
     search, row = results.search, next(row for row in rows(results) if row.name == SEARCHED)
     about = f"{row.title.capitalize()} ({row.origin}): {cut_title(row.cut)}, {formats_text(search.best_plan)}"
@@ -73,7 +76,8 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
 
 
 def _rivals(results: Results) -> Iterator[_Rival]:
-    """Yield the base and the winner's rival: after the same fine-tune if they had it, else the rival as a trial."""
+    """Yield the base and the winner's rival: after the same fine-tune if they had it, else the
+    rival as a trial."""
     assert results.search and results.prune and results.evaluate
     tuned = {"base\nsame fine-tune": BASE}
     rival, row = rival_as_trial(results.search), rival_row(results)

@@ -1,4 +1,5 @@
-"""Computes what `qpruner status`, `trials`, `plan` and `compare` show of a run, without heavy imports."""
+"""Computes what `qpruner status`, `trials`, `plan` and `compare` show of a run, without heavy
+imports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from qpruner.wording import counted
 
 
 def status(run: Snapshot, now: float) -> dict[str, Any]:
-    """Return what `qpruner status` shows: stages with state and time, and the search; `now` is in Unix seconds."""
+    """Return what `qpruner status` shows: stages with state and time, and the search; `now` is in
+    Unix seconds."""
     stages: list[dict[str, Any]] = []
     for name in run.state.asked_stages:
         if (state := run.state.stages.get(name)) is None:
@@ -126,7 +128,8 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
 
 
 def winner(run: Snapshot) -> TrialRecord:
-    """Return the winner's trial, or that of a given plan (`--plan`); raise `UserError` before the search is over."""
+    """Return the winner's trial, or that of a given plan (`--plan`); raise `UserError` before the
+    search is over."""
     if run.results.search:
         return trial(run, run.results.search.best_index)
     raise UserError(
@@ -221,7 +224,8 @@ def _by_place(setting: Any) -> Any:
 
 @dataclass(frozen=True)
 class Against:
-    """The figures of one run's fine-tuned winner minus those of another's, over the training seeds that both runs have.
+    """The figures of one run's fine-tuned winner minus those of another's, over the training seeds
+    that both runs have.
 
     `no_figures` says why nothing can be compared.
     """
@@ -233,7 +237,8 @@ class Against:
 
 
 def against(run: Results, other: Results) -> Against:
-    """Compare the fine-tuned winners of two runs on the data that both share, paired by training seed and data row."""
+    """Compare the fine-tuned winners of two runs on the data that both share, paired by training
+    seed and data row."""
     if (
         run.finetune is None
         or other.finetune is None

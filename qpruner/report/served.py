@@ -1,4 +1,5 @@
-"""Tells of a run's files for other servers: their size, loss and speed as served, and the commands that use them."""
+"""Tells of a run's files for other servers: their size, loss and speed as served, and the commands
+that use them."""
 
 import statistics
 from collections import Counter
@@ -24,7 +25,8 @@ HEADINGS = (
 
 
 def served(results: Results) -> Table | None:
-    """Build the table of the final model and the base model as they are served; None without stage serve."""
+    """Build the table of the final model and the base model as they are served; None without stage
+    serve."""
     if (record := results.serve) is None:
         return None
     body = [

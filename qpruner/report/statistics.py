@@ -23,17 +23,20 @@ LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS)
 """The measures in nats, for which lower is better; all other measures are accuracies."""
 Pair = tuple[FineTune, FineTune]  # one fine-tune of each of two rows, with the same training seed
 Measured = Mapping[str, Sequence[Answers]]
-"""Measure -> for each pair of fine-tunes, for each task, how much the first exceeds the second on each question."""
+"""Measure -> for each pair of fine-tunes, for each task, how much the first exceeds the second on
+each question."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much one row of the final table exceeds another in a measure: `mean` ± `half_width`, a 95 % interval.
+    """How much one row of the final table exceeds another in a measure: `mean` ± `half_width`, a 95
+    % interval.
 
-    `seeds` are the training seeds behind it; with one of them the interval holds for this seed alone. `spread` is the
-    standard deviation over seeds, `num_pairs` counts questions or `data.confirmation` rows. `verdict` is `better` or
-    `worse` if the interval excludes zero, else `not distinguishable`. Only the measure that decides has a verdict:
-    with three of them, every seventh comparison of equal models would find a difference.
+    `seeds` are the training seeds behind it; with one of them the interval holds for this seed
+    alone. `spread` is the standard deviation over seeds, `num_pairs` counts questions or
+    `data.confirmation` rows. `verdict` is `better` or `worse` if the interval excludes zero, else
+    `not distinguishable`. Only the measure that decides has a verdict: with three of them, every
+    seventh comparison of equal models would find a difference.
     """
 
     measure: str
@@ -81,7 +84,8 @@ class Difference:
 
     @property
     def bar(self) -> tuple[float, float, float] | None:
-        """Low end, mean and high end of the interval, as shares of its far end; those that are better are positive."""
+        """Low end, mean and high end of the interval, as shares of its far end; those that are
+        better are positive."""
         if not self.half_width:
             return None
         better, far = (
@@ -92,14 +96,16 @@ class Difference:
 
 
 def verdict_of(measure: str, found: Interval) -> str:
-    """Say whether the first model is better or worse than the second, as far as the interval allows."""
+    """Say whether the first model is better or worse than the second, as far as the interval
+    allows."""
     if not found.excludes_zero:
         return SAME
     return "better" if (found.mean < 0) == (measure in LOSSES) else "worse"
 
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
-    """Pair each fine-tune of one row with each fine-tune of the other that has the same training seed."""
+    """Pair each fine-tune of one row with each fine-tune of the other that has the same training
+    seed."""
     return [(one, other) for one in ours for other in theirs if one[0].seed == other[0].seed]
 
 
@@ -109,13 +115,15 @@ def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
 
 
 def more_bytes(pairs: Sequence[Pair]) -> float:
-    """Return (second - first) / first of the models' bytes, in the pair with the largest absolute share."""
+    """Return (second - first) / first of the models' bytes, in the pair with the largest absolute
+    share."""
     sizes = [(ours.measured_bytes, theirs.measured_bytes) for (ours, _), (theirs, _) in pairs]
     return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
 
 
 def over_questions(pairs: Sequence[Pair]) -> Measured:
-    """Return first minus second model's accuracies and, if every task has choices, answer losses, by question."""
+    """Return first minus second model's accuracies and, if every task has choices, answer losses,
+    by question."""
     (_, scored), _ = pairs[0]
     accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
     found = {}
@@ -141,8 +149,8 @@ def over_confirmation_rows(pairs: Sequence[Pair]) -> Measured:
 def differences(pairs: Sequence[Pair], measured: Measured, decisive: str) -> tuple[Difference, ...]:
     """Estimate the mean difference in every measure; the measure `decisive` gives the verdict.
 
-    Against several random plans, the interval is that of one more random plan: the spread of their means over seeds
-    includes the effects of plan, seeds and questions.
+    Against several random plans, the interval is that of one more random plan: the spread of their
+    means over seeds includes the effects of plan, seeds and questions.
     """
     seeds = seeds_of(pairs)
     found = []

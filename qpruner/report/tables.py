@@ -100,7 +100,8 @@ def final_tables(results: Results) -> list[Table]:
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
-    """Build one part of the final table; the caption names the metrics of the accuracy if tasks differ in them."""
+    """Build one part of the final table; the caption names the metrics of the accuracy if tasks
+    differ in them."""
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
     if name == measures.ACCURACY and TEST_ACCURACY in headings:
@@ -130,7 +131,8 @@ def legend(results: Results) -> Table:
 
 
 def by_task(results: Results) -> Table:
-    """Build the table of every model, before and after its fine-tune: accuracy by task, losses over all tasks."""
+    """Build the table of every model, before and after its fine-tune: accuracy by task, losses over
+    all tasks."""
     models: dict[str, list[RowScores]] = {}
     for row in results.scores:
         title = title_of(row.name, results.search) + (" (no fine-tune)" if row.seed is None else "")
@@ -150,7 +152,8 @@ def by_task(results: Results) -> Table:
 
 
 def _accuracy(scores: Sequence[TaskScore]) -> str:
-    """Format a model's accuracy on a task: the mean over training seeds and its standard error over questions."""
+    """Format a model's accuracy on a task: the mean over training seeds and its standard error over
+    questions."""
     value = statistics.fmean(score.value for score in scores)
     stderr = measures.over_tasks(measures.averaged([[score.correct] for score in scores])).stderr
     return f"{value:.3f}{error_text(stderr, 3)}"
@@ -166,7 +169,8 @@ def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
 
 
 def cuts(record: PruneRecord) -> Table:
-    """Build the table of the cuts: what each removed, what it computes, and its loss before any fine-tune."""
+    """Build the table of the cuts: what each removed, what it computes, and its loss before any
+    fine-tune."""
     base, last = record.cuts[UNPRUNED], list(record.cuts.values())[-1]
     body = [
         (
@@ -239,9 +243,11 @@ def trials(run: Snapshot) -> Table:
 
 
 def fresh_scores(search: SearchRecord) -> Table:
-    """Build the table of the finalists: the winner, the controls and the best trials, as trials on fresh rows.
+    """Build the table of the finalists: the winner, the controls and the best trials, as trials on
+    fresh rows.
 
-    Most of a loss's own standard error comes from the choice of rows; pairing the losses by row removes this part.
+    Most of a loss's own standard error comes from the choice of rows; pairing the losses by row
+    removes this part.
     """
     scores = {each.index: each for each in search.confirmations}
     body = [
@@ -290,7 +296,8 @@ def _why_not(each: Finalist, search: SearchRecord) -> str:
 
 
 def rungs(search: SearchRecord) -> Table:
-    """Build the table that tells how far early scores can be trusted: each rung's order of the trials."""
+    """Build the table that tells how far early scores can be trusted: each rung's order of the
+    trials."""
     body = [
         (f"{each.step}", f"{each.num_trials}", _tau(each.within), _tau(each.across))
         for each in search.rungs
@@ -306,7 +313,8 @@ def _tau(value: float | None) -> str:
 
 
 def stages(run: Snapshot) -> Table:
-    """Build the table of the stages that were begun, with state, seconds and GPU seconds, and the sums."""
+    """Build the table of the stages that were begun, with state, seconds and GPU seconds, and the
+    sums."""
     # Trials of other searches count, too.
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:

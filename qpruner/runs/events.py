@@ -1,4 +1,5 @@
-"""Events that the stages report while they work, as plain data for the terminal, the log and the tests."""
+"""Events that the stages report while they work, as plain data for the terminal, the log and the
+tests."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class StageFinished(Event):
 
 @dataclass(frozen=True)
 class StageSkipped(Event):
-    """A stage is skipped, as its record was made from the same inputs; `seconds` is how long the recorded run took."""
+    """A stage is skipped, as its record was made from the same inputs; `seconds` is how long the
+    recorded run took."""
 
     stage: str
     figures: str
@@ -69,7 +71,8 @@ class TableMade(Event):
 
 @dataclass(frozen=True)
 class SearchPlanned(Event):
-    """A search starts; `trials` are all recorded trials, also those of searches with other budgets or searchers."""
+    """A search starts; `trials` are all recorded trials, also those of searches with other budgets
+    or searchers."""
 
     search: SearchState
     trials: tuple[TrialRecord, ...]
@@ -84,7 +87,8 @@ class SlotsFound(Event):
 
 @dataclass(frozen=True)
 class TrialChanged(Event):
-    """A trial was submitted, reached a rung, ended or, while it waited, was withdrawn; `trial` is its record then."""
+    """A trial was submitted, reached a rung, ended or, while it waited, was withdrawn; `trial` is
+    its record then."""
 
     trial: TrialRecord
     is_withdrawn: bool = False

@@ -1,8 +1,10 @@
-"""A lock file names the driver, the one process that works on a run; the file's time of change is the last heartbeat.
+"""A lock file names the driver, the one process that works on a run; the file's time of change is
+the last heartbeat.
 
-A lock is stale if its driver is dead: on this machine the process id tells, on another one a minute without heartbeat,
-measured here, since clocks may differ. `filelock` lets one process at a time judge a lock; at a URI, one on each
-machine (pyarrow 26 has no conditional put): of two that take it at once, the first heartbeat ends one.
+A lock is stale if its driver is dead: on this machine the process id tells, on another one a minute
+without heartbeat, measured here, since clocks may differ. `filelock` lets one process at a time
+judge a lock; at a URI, one on each machine (pyarrow 26 has no conditional put): of two that take it
+at once, the first heartbeat ends one.
 """
 
 import contextlib
@@ -33,19 +35,22 @@ class Holder(Recorded):
     """The contents of a lock file: the process that holds the lock of a run."""
 
     host: str
-    machine: str  # boot id and process namespace: processes with the same value see each other's process ids
+    # boot id and process namespace: processes with the same value see each other's process ids
+    machine: str
     pid: int
     started: int  # start of the process in clock ticks since boot, because process ids are reused
     since: str
 
 
 class Driver(NamedTuple):
-    """The process that holds the lock of a run; the next command takes the lock unless the process is alive."""
+    """The process that holds the lock of a run; the next command takes the lock unless the process
+    is alive."""
 
     holder: Holder
     beat: float  # last heartbeat, in Unix seconds by the clock of the storage
     state: Literal["alive", "dead", "silent"]
-    """`dead`: ended on this machine. `silent`: on another machine, without a heartbeat for a minute."""
+    """`dead`: ended on this machine. `silent`: on another machine, without a heartbeat for a
+    minute."""
 
 
 def driver_of(root: Path) -> Driver | None:
@@ -65,7 +70,8 @@ def driver_of(root: Path) -> Driver | None:
 def hold_run(
     root: Path, notify: Callable[[str], None], heartbeat_seconds: float = HEARTBEAT_SECONDS
 ) -> Iterator[Callable[[], bool]]:
-    """Hold the lock of a run, or raise `UserError` if another driver works on it; yield whether the lock is still held.
+    """Hold the lock of a run, or raise `UserError` if another driver works on it; yield whether the
+    lock is still held.
 
     If the lock is lost, the next heartbeat ends this process (SIGTERM).
     """
@@ -119,7 +125,8 @@ def hold_run(
 
 
 def lock_lost(stage: str, evidence: str) -> StageError:
-    """Return the error for a stage during which another driver took the run over, while this process was suspended."""
+    """Return the error for a stage during which another driver took the run over, while this
+    process was suspended."""
     cause = f"another driver took this run over while this one gave no sign of life: {evidence}"
     return StageError(
         stage,
@@ -162,7 +169,8 @@ def _take(
     earlier: tuple[Holder, float] | None,
     seconds: float,
 ) -> tuple[Holder, float] | None:
-    """Take the lock if it is free, stale, or still as it was `earlier`, `seconds` ago; else return what it is now."""
+    """Take the lock if it is free, stale, or still as it was `earlier`, `seconds` ago; else return
+    what it is now."""
     with exclusive(lock.path):
         if current := _read_lock(lock):
             holder, _ = current
@@ -180,7 +188,8 @@ def _is_alive(holder: Holder) -> bool:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot: None if it is dead, 0 if the system has no /proc."""
+    """Return when a process started, in clock ticks since boot: None if it is dead, 0 if the system
+    has no /proc."""
     if not Path("/proc/self/stat").exists():
         return 0 if psutil.pid_exists(pid) else None
     try:
@@ -191,11 +200,13 @@ def _start_ticks(pid: int) -> int | None:
 
 
 def _is_lost(lock: Storage, me: Holder) -> bool:
-    """Return True if this process no longer holds the lock; False also if the storage cannot be reached."""
+    """Return True if this process no longer holds the lock; False also if the storage cannot be
+    reached."""
     try:
         return _read_holder(lock) != me
     except FileNotFoundError:
-        # If the storage is away, other files of the run are missing, too. The storage may come back in between.
+        # If the storage is away, other files of the run are missing, too. The storage may come back
+        # in between.
         return storage_at(lock.path.with_name(RUN_ID)).stat() is not None and lock.stat() is None
 
 
@@ -208,7 +219,10 @@ def _beat(
                 notify(
                     "another driver took this run over, or somebody deleted its lock: this process ends"
                 )
-                # To the main thread: a signal to the process may be delivered to this one, and wakes nobody.
+                # To the main thread: a signal to the process may be delivered to this one, and
+                # wakes nobody.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-                return  # the process ends a little later, in Ray's handler; this thread must not renew the lock
+                # the process ends a little later, in Ray's handler; this thread must not renew the
+                # lock
+                return
             lock.renew(me.model_dump_json().encode())

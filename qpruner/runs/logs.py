@@ -1,4 +1,5 @@
-"""Write and upload the log of a run and its TensorBoard files; keep other libraries off the terminal."""
+"""Write and upload the log of a run and its TensorBoard files; keep other libraries off the
+terminal."""
 
 import logging
 import os
@@ -39,12 +40,14 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def logging_to(root: Path) -> Iterator[None]:
-    """Log to the `qpruner.log` of a run while the block runs, also warnings of libraries and unexpected errors."""
+    """Log to the `qpruner.log` of a run while the block runs, also warnings of libraries and
+    unexpected errors."""
     log = root / LOG
     try:
         root.mkdir(parents=True, exist_ok=True)
         uploaded = retry_storage(storage_at(log).stat, log)
-        # A longer log on this machine stays: its driver is still running, or was killed before it uploaded the rest.
+        # A longer log on this machine stays: its driver is still running, or was killed before it
+        # uploaded the rest.
         if uploaded and not (log.is_file() and log.stat().st_size >= uploaded.size):
             fetch_file(log, log)
         handler = logging.FileHandler(log, encoding="utf-8")
@@ -79,7 +82,8 @@ def logging_to(root: Path) -> Iterator[None]:
 
 
 class Uploader:
-    """Uploads changed TensorBoard files (in `folder`) and the log (`file`) while a command works on a run at a URI."""
+    """Uploads changed TensorBoard files (in `folder`) and the log (`file`) while a command works on
+    a run at a URI."""
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
         self._folder, self._file = root / folder, root / file
@@ -95,7 +99,8 @@ class Uploader:
             self._upload(is_last=False)
 
     def close(self) -> None:
-        """Upload the remaining changes, and delete outdated TensorBoard files of earlier commands at the URI."""
+        """Upload the remaining changes, and delete outdated TensorBoard files of earlier commands
+        at the URI."""
         if self._is_needed:
             self._upload(is_last=True)
 

@@ -1,4 +1,7 @@
-"""The version and commit of this code. `setup.py` runs this file, so it imports only the standard library."""
+"""The version and commit of this code.
+
+`setup.py` runs this file, so it imports only the standard library.
+"""
 
 import subprocess
 from pathlib import Path
@@ -6,11 +9,13 @@ from pathlib import Path
 VERSION = "0.1.0"
 _PACKAGE = Path(__file__).resolve().parent.parent
 COMMIT_FILE = "commit.txt"
-"""File that `setup.py` writes into the package of a wheel or source archive; a checkout has none."""
+"""File that `setup.py` writes into the package of a wheel or source archive; a checkout has none.
+"""
 
 
 def commit() -> str | None:
-    """Return the commit of this code, with `+modified` if the checkout has changes; None if it is unknown."""
+    """Return the commit of this code, with `+modified` if the checkout has changes; None if it is
+    unknown."""
     if (_PACKAGE.parent / ".git").exists():
         command = [
             "git",
@@ -33,5 +38,6 @@ def commit() -> str | None:
 
 
 def describe() -> str:
-    """Return the version for people, `0.1.0 (commit f314f2b0c1d2)`, or only the number if the commit is unknown."""
+    """Return the version for people, `0.1.0 (commit f314f2b0c1d2)`, or only the number if the
+    commit is unknown."""
     return f"{VERSION} (commit {known})" if (known := commit()) else VERSION

@@ -1,4 +1,5 @@
-"""Choose the controls that a search has to beat, its finalists, its winner, a Pareto front, and random plans.
+"""Choose the controls that a search has to beat, its finalists, its winner, a Pareto front, and
+random plans.
 
 The replays in `benchmarks/` call these functions too, so they choose plans as a run does.
 """
@@ -18,15 +19,17 @@ SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equ
 BATCH, MAX_BATCHES = 1024, 128
 SCALE = 1e3  # largest gain given to the solver, far above its absolute tolerance of 1e-6
 BEST_FIRST = ("kl", "second_order", "fisher", "loss", "first_order", "mutual_information")
-"""Sensitivities that may choose the plans of controls: the first that is measured does. See docs/results.md, Search."""
+"""Sensitivities that may choose the plans of controls: the first that is measured does. See
+docs/results.md, Search."""
 Point = tuple[float, float]  # the bytes of a plan and its score; both are minimized
 
 
 def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
-    """Return the plan in the budget with the smallest predicted rise of the loss, by an exact knapsack.
+    """Return the plan in the budget with the smallest predicted rise of the loss, by an exact
+    knapsack.
 
-    `values` maps formats to the predicted rise of every group, in any unit; None counts as that of the group's smallest
-    format. Bytes that are left go to formats that are predicted no worse.
+    `values` maps formats to the predicted rise of every group, in any unit; None counts as that of
+    the group's smallest format. Bytes that are left go to formats that are predicted no worse.
     """
     gains = np.zeros((len(space.groups), len(space.levels)))
     for group, offered in enumerate(space.offered):
@@ -40,7 +43,8 @@ def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
 
 
 def _with_left_over(space: PlanSpace, plan: PrecisionPlan, gains: np.ndarray) -> PrecisionPlan:
-    """Raise groups, level by level, as far as bytes are left and the gains ``(groups, levels)`` get no smaller."""
+    """Raise groups, level by level, as far as bytes are left and the gains ``(groups, levels)`` get
+    no smaller."""
     indices, left = list(space.indices_of(plan)), space.budget_bytes - space.plan_bytes(plan)
     for level, group in itertools.product(range(len(space.levels)), range(len(space.groups))):
         sizes, current = space.group_bytes[group], indices[group]
@@ -53,11 +57,12 @@ def _with_left_over(space: PlanSpace, plan: PrecisionPlan, gains: np.ndarray) ->
 
 
 def uniform_plans(space: PlanSpace) -> dict[str, PrecisionPlan]:
-    """Map each format that all groups of blocks are offered to the plan with all of them in it, smallest first.
+    """Map each format that all groups of blocks are offered to the plan with all of them in it,
+    smallest first.
 
-    If they share no format, map each format of any block; blocks that do not take it get their next larger one.
-    Embeddings and head have the largest of their formats with which the plan fits the budget; if none fits, the
-    smallest.
+    If they share no format, map each format of any block; blocks that do not take it get their next
+    larger one. Embeddings and head have the largest of their formats with which the plan fits the
+    budget; if none fits, the smallest.
     """
     outside = [at for at, name in enumerate(space.groups) if name in (EMBEDDINGS, HEAD)]
     inside = [offered for at, offered in enumerate(space.offered) if at not in outside]
@@ -87,7 +92,8 @@ def _with_outside(
 def best_uniform(space: PlanSpace, rises: Prior | None = None) -> PrecisionPlan:
     """Return the one of `uniform_plans` that fits with the least sum of `rises` (see `seed_plan`).
 
-    Of equally good ones, and without rises, it is the one with the largest format. If none fits, it is the smallest.
+    Of equally good ones, and without rises, it is the one with the largest format. If none fits, it
+    is the smallest.
     """
     plans = list(uniform_plans(space).values()) or [space.smallest()]
 
@@ -102,10 +108,11 @@ def best_uniform(space: PlanSpace, rises: Prior | None = None) -> PrecisionPlan:
 
 
 def controls_of(space: PlanSpace, rises: Prior) -> list[tuple[str, PrecisionPlan]]:
-    """Return what one would try of a cut without a search: its best uniform plan, and its best plan by a sensitivity.
+    """Return what one would try of a cut without a search: its best uniform plan, and its best plan
+    by a sensitivity.
 
-    `rises` are as in `seed_plan`. If no plan fits the budget, the uniform plan is over it, and alone; so it is if both
-    are the same.
+    `rises` are as in `seed_plan`. If no plan fits the budget, the uniform plan is over it, and
+    alone; so it is if both are the same.
     """
     name = "unpruned" if space.cut == UNPRUNED else space.cut
     plans = {best_uniform(space, rises): OF_EVERY_CUT[0]}
@@ -120,7 +127,8 @@ def finalist_positions(
     confirm: int,
     can_win: Sequence[bool] | None = None,
 ) -> list[int]:
-    """Return the trials to score on new rows, by position: the `confirm` lowest that `can_win`, and all controls."""
+    """Return the trials to score on new rows, by position: the `confirm` lowest that `can_win`, and
+    all controls."""
     ranked = sorted(
         (at for at in range(len(scores)) if can_win is None or can_win[at]), key=scores.__getitem__
     )
@@ -133,11 +141,13 @@ def contenders(
     confirm: int,
     losses: Sequence[Sequence[float]] = (),
 ) -> list[int]:
-    """Return which finalists to train again under further seeds, by position, before one of them wins.
+    """Return which finalists to train again under further seeds, by position, before one of them
+    wins.
 
-    They are the `confirm` lowest scores on fresh rows and the best control, as far as they cannot be told apart from
-    the lowest: the 95 % interval of the difference of `losses` ``(finalists, rows)``, paired by row, has zero in it.
-    Without losses, as in a search by accuracy, all of them are returned.
+    They are the `confirm` lowest scores on fresh rows and the best control, as far as they cannot
+    be told apart from the lowest: the 95 % interval of the difference of `losses` ``(finalists,
+    rows)``, paired by row, has zero in it. Without losses, as in a search by accuracy, all of them
+    are returned.
     """
     ranked = sorted(range(len(fresh)), key=lambda at: (fresh[at], not are_controls[at], at))
     chosen = {*ranked[:confirm], *[at for at in ranked if are_controls[at]][:1]}
@@ -154,7 +164,8 @@ def contenders(
 def winner_position(
     fresh: Sequence[float], are_controls: Sequence[bool], num_seeds: Sequence[int] | None = None
 ) -> int | None:
-    """Return which finalist wins: the lowest score on fresh rows, a mean over training seeds; controls win ties.
+    """Return which finalist wins: the lowest score on fresh rows, a mean over training seeds;
+    controls win ties.
 
     Only those with the most seeds can win (see `contenders`). None without finalists.
     """
@@ -165,7 +176,8 @@ def winner_position(
 
 
 def non_dominated(points: Sequence[Point]) -> list[int]:
-    """Return the positions of the points on the Pareto front, by rising bytes; of equal points only the first."""
+    """Return the positions of the points on the Pareto front, by rising bytes; of equal points only
+    the first."""
     front, lowest = [], float("inf")
     for position in sorted(range(len(points)), key=lambda position: points[position]):
         if points[position][1] < lowest:
@@ -177,11 +189,13 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
 def random_plans(
     space: PlanSpace, plan: PrecisionPlan, count: int, seed: int
 ) -> list[PrecisionPlan]:
-    """Draw up to `count` plans uniformly from all others whose bytes are within `SAME_BYTES` of those of `plan`.
+    """Draw up to `count` plans uniformly from all others whose bytes are within `SAME_BYTES` of
+    those of `plan`.
 
-    The level of each group is drawn with probabilities ``exp(-tilt * bytes)``, so that plans of the wanted bytes are
-    likely and plans of equal bytes equally likely. Rejection sampling (von Neumann 1951) then makes all plans
-    equally likely. The budget is ignored. There are fewer than `count` plans if 131072 draws do not find enough.
+    The level of each group is drawn with probabilities ``exp(-tilt * bytes)``, so that plans of the
+    wanted bytes are likely and plans of equal bytes equally likely. Rejection sampling (von Neumann
+    1951) then makes all plans equally likely. The budget is ignored. There are fewer than `count`
+    plans if 131072 draws do not find enough.
     """
     if count == 0 or all(len(offered) == 1 for offered in space.offered):
         return []
@@ -212,7 +226,8 @@ def random_plans(
 
 
 def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
-    """Return the probability ``(groups, levels)`` to draw each level: ``exp(-tilt * bytes)`` over its sum per group."""
+    """Return the probability ``(groups, levels)`` to draw each level: ``exp(-tilt * bytes)`` over
+    its sum per group."""
     logits = -tilt * (sizes - np.nanmin(sizes, axis=1, keepdims=True))
     weights = np.nan_to_num(np.exp(logits - np.nanmax(logits, axis=1, keepdims=True)))
     chances: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
@@ -220,7 +235,8 @@ def _chances(sizes: np.ndarray, tilt: float) -> np.ndarray:
 
 
 def _tilt(sizes: np.ndarray, wanted: float) -> float:
-    """Find by bisection, within bounds, the `tilt` of `_chances` at which the expected bytes are `wanted`."""
+    """Find by bisection, within bounds, the `tilt` of `_chances` at which the expected bytes are
+    `wanted`."""
     range_ = (np.nanmax(sizes, axis=1) - np.nanmin(sizes, axis=1)).mean()
     if range_ == 0:  # all formats of a group have equal bytes
         return 0.0

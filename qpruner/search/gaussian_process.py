@@ -1,8 +1,9 @@
 """The searcher `gp`: Bayesian optimization of plans under a byte budget.
 
-It proposes the new plan inside the budget with the largest log expected improvement (Ament et al., arXiv 2310.20708)
-under the model in `plan_model`. In a small space every plan is a candidate; in a large one the best plans of every cut
-for sampled effects of levels, plans improved from those, and neighbours of the best plans, also with other cuts.
+It proposes the new plan inside the budget with the largest log expected improvement (Ament et al.,
+arXiv 2310.20708) under the model in `plan_model`. In a small space every plan is a candidate; in a
+large one the best plans of every cut for sampled effects of levels, plans improved from those, and
+neighbours of the best plans, also with other cuts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ NUM_CLIMBS = 3
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: a proposal beside two other jobs on two cores then took 0.9 s instead of 12 s."""
+    """Limit torch to one thread: a proposal beside two other jobs on two cores then took 0.9 s
+    instead of 12 s."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,7 +50,8 @@ def _one_thread() -> Iterator[None]:
 
 
 class GaussianProcessProposer:
-    """Proposes the plan with the largest log expected improvement over the best scored or running plan."""
+    """Proposes the plan with the largest log expected improvement over the best scored or running
+    plan."""
 
     name = "gp"
 
@@ -90,7 +93,8 @@ class GaussianProcessProposer:
     ) -> tuple[Tensor, Tensor]:
         """Return new plans ``(n, groups + 1)`` and the log expected improvement ``(n,)`` of each.
 
-        The improvement is over the first of the plans `best`; the neighbours of all of these are candidates.
+        The improvement is over the first of the plans `best`; the neighbours of all of these are
+        candidates.
         """
         if self._plans.all is not None:
             candidates = self._plans.new(self._plans.all, seen)
@@ -114,7 +118,8 @@ class GaussianProcessProposer:
     def _ascents(
         self, posterior: Posterior, reference: Tensor, generator: np.random.Generator
     ) -> Tensor:
-        """Find the best plan by each posterior sample of effects, and plans a few steps up the expected improvement."""
+        """Find the best plan by each posterior sample of effects, and plans a few steps up the
+        expected improvement."""
         effects = posterior.effects(
             torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
         )
@@ -131,7 +136,8 @@ class GaussianProcessProposer:
 
 
 def _log_improvement(posterior: Posterior, candidates: Tensor, reference: Tensor) -> Tensor:
-    """Compute the logarithm ``(n,)`` of the expected improvement of plans over `reference` ``(1, groups + 1)``."""
+    """Compute the logarithm ``(n,)`` of the expected improvement of plans over `reference` ``(1,
+    groups + 1)``."""
     mean, variance = posterior.gap(candidates, reference)
     # BoTorch replaces variances below 1e-12: scale the scores so that theirs are larger.
     scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
@@ -141,9 +147,11 @@ def _log_improvement(posterior: Posterior, candidates: Tensor, reference: Tensor
 
 
 class _Marginals(Model):  # type: ignore[misc]
-    """Gives known marginals to BoTorch's acquisition functions: inputs ``(..., 1, 2)`` are mean and variance.
+    """Gives known marginals to BoTorch's acquisition functions: inputs ``(..., 1, 2)`` are mean and
+    variance.
 
-    gpytorch's exact inference over thousands of candidates took 3 s at 500 observations, a hundred times as long.
+    gpytorch's exact inference over thousands of candidates took 3 s at 500 observations, a hundred
+    times as long.
     """
 
     @property
@@ -155,7 +163,8 @@ class _Marginals(Model):  # type: ignore[misc]
 
 
 class Plans:
-    """Plans as rows of `SearchSpace`, int64 ``(n, groups + 1)``, with the bytes of their models and the budget."""
+    """Plans as rows of `SearchSpace`, int64 ``(n, groups + 1)``, with the bytes of their models and
+    the budget."""
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
@@ -212,10 +221,11 @@ class Plans:
         ]
 
     def knapsacks(self, costs: Tensor, capacities: Tensor, cuts: Tensor) -> Tensor:
-        """Find plans ``(s, groups + 1)`` of cuts ``(s,)`` of nearly least cost ``(s, groups, levels)``.
+        """Find plans ``(s, groups + 1)`` of cuts ``(s,)`` of nearly least cost ``(s, groups,
+        levels)``.
 
-        Each is inside a capacity ``(s,)`` of bytes, or the smallest of its cut. Bisect a price per byte (Lagrange's
-        relaxation) for a first plan, then raise groups as long as bytes are left.
+        Each is inside a capacity ``(s,)`` of bytes, or the smallest of its cut. Bisect a price per
+        byte (Lagrange's relaxation) for a first plan, then raise groups as long as bytes are left.
         """
         bytes_, capacities = self.bytes[cuts].to(torch.float64), capacities - self._fixed[cuts]
         steps = bytes_.sort(2).values.diff(dim=2)
@@ -245,7 +255,8 @@ class Plans:
             plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
 
     def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
-        """Return all plans that differ in one group, and the `NUM_SWAPS` best that raise a group and lower another."""
+        """Return all plans that differ in one group, and the `NUM_SWAPS` best that raise a group
+        and lower another."""
         levels, bytes_ = plan[:-1], self.bytes[plan[-1]]
         growth = bytes_ - bytes_[self._rows, levels][:, None]
         rise = effects - effects[self._rows, levels][:, None]

@@ -1,8 +1,9 @@
 """The prior of the searcher `gp`: the expected score of a plan before any score is known.
 
-A plan's score is mostly a sum over its cut and its groups. So the prior is a Bayesian linear model of their effects: of
-the cut from the loss after it, and of groups from their sensitivities, bytes, sublayer and block. Groups have the same
-effects in all cuts. The module `posterior` adds interactions and rungs.
+A plan's score is mostly a sum over its cut and its groups. So the prior is a Bayesian linear model
+of their effects: of the cut from the loss after it, and of groups from their sensitivities, bytes,
+sublayer and block. Groups have the same effects in all cuts. The module `posterior` adds
+interactions and rungs.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ SHARES = {
     "cut": (1.0, 2.0),
     "loss": (1.0, 2.0),
 }
-"""Priors of the additive terms' variances, as shares of the scores' variance over random plans of a cut; see
-`PlanModel`. All priors here are log-normal: (median, standard deviation of the logarithm)."""
+"""Priors of the additive terms' variances, as shares of the scores' variance over random plans of a
+cut; see `PlanModel`. All priors here are log-normal: (median, standard deviation of the logarithm).
+"""
 OTHERS = {
     "pairwise": (0.01, 1.5),
     "local": (0.01, 1.5),
@@ -44,20 +46,23 @@ OTHERS = {
     "decorrelation": (0.02, 1.0),
     "mean": (0.7, 0.7),
 }
-"""Priors of the other hyperparameters: variances of interactions (`pairwise`, `local`); share of differing groups over
-which `local` decays; variance of repeated scores; decay of correlation per rung; scale of the prior mean."""
+"""Priors of the other hyperparameters: variances of interactions (`pairwise`, `local`); share of
+differing groups over which `local` decays; variance of repeated scores; decay of correlation per
+rung; scale of the prior mean."""
 OF_CUTS = {"offset": (1.0, 2.0)}
-"""Prior of the variance of a cut's own level at each rung, if there are several cuts: one may recover late."""
+"""Prior of the variance of a cut's own level at each rung, if there are several cuts: one may
+recover late."""
 AMPLITUDE = (1.2, 0.4)  # prior of the size of effects at a lower rung, relative to the last rung
 
 
 class PlanModel:
     """The prior over effects that a space and its sensitivities imply.
 
-    An effect is the score that a level of a group adds, compared with the highest level that the group is offered. It
-    is 0 for that level and for levels that the group is not offered. Unless said otherwise it is proportional to the
-    `damage`: the relative squared error of the (group, level) as measured (`PlanSpace.damage`), or 4^-bits, minus that
-    of the group's highest level; the largest is 1. The covariance of the effects is a sum of these parts:
+    An effect is the score that a level of a group adds, compared with the highest level that the
+    group is offered. It is 0 for that level and for levels that the group is not offered. Unless
+    said otherwise it is proportional to the `damage`: the relative squared error of the (group,
+    level) as measured (`PlanSpace.damage`), or 4^-bits, minus that of the group's highest level;
+    the largest is 1. The covariance of the effects is a sum of these parts:
 
     - `size`: proportional to the bytes that the smallest level saves;
     - `sublayer`: one effect for all groups of a kind, whose names differ in numbers only (`layers.#.qkv`);
@@ -69,8 +74,9 @@ class PlanModel:
     - `cut`: an independent effect for every cut, if there are several;
     - `loss`: proportional to the loss after the cut (`SearchSpace.losses`).
 
-    `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights. The mean
-    effect is proportional to the mean of the `priors`, each scaled to variance 1; if all are 0, to the bytes saved.
+    `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over
+    independent weights. The mean effect is proportional to the mean of the `priors`, each scaled to
+    variance 1; if all are 0, to the bytes saved.
     """
 
     def __init__(self, whole: SearchSpace, priors: Mapping[str, Prior]) -> None:
@@ -123,7 +129,8 @@ class PlanModel:
             self.parts[name] = pad(part, (of_groups, 0) * 2)
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert rows ``(n, groups + 1)`` to centred one-hot features ``(n, effects)``; 0 without effect."""
+        """Convert rows ``(n, groups + 1)`` to centred one-hot features ``(n, effects)``; 0 without
+        effect."""
         levels, cuts = plans[:, :-1, None], plans[:, -1:]
         hot = (levels == torch.arange(self.num_levels - 1)).to(torch.float64) - self._shares[
             :, None
@@ -134,7 +141,8 @@ class PlanModel:
         return torch.cat([(hot * self.is_free).flatten(1), of_cuts], 1)
 
     def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the share of groups, ``(n, m)``, in which rows ``(n, groups + 1)`` and ``(m, groups + 1)`` differ."""
+        """Return the share of groups, ``(n, m)``, in which rows ``(n, groups + 1)`` and ``(m,
+        groups + 1)`` differ."""
         left, right = left[:, :-1], right[:, :-1]
         agree = torch.zeros(len(left), len(right), dtype=torch.float64)
         for level in range(self.num_levels):
@@ -199,7 +207,8 @@ class PlanModel:
         return parts
 
     def _by_level(self, matrix: Tensor) -> Tensor:
-        """Repeat each entry ``(groups, groups)`` for all levels of both groups: ``(effects, effects)``."""
+        """Repeat each entry ``(groups, groups)`` for all levels of both groups: ``(effects,
+        effects)``."""
         num_levels = self.num_levels - 1
         return matrix.repeat_interleave(num_levels, 0).repeat_interleave(num_levels, 1)
 
@@ -208,7 +217,8 @@ class PlanModel:
         return self._above_reference(list(zip(*rows, strict=True))).reshape(-1)
 
     def _above_reference(self, values: Sequence[Sequence[float | None]]) -> Tensor:
-        """Subtract from values ``(groups, levels)`` the one of each group's highest level; None counts as 0.
+        """Subtract from values ``(groups, levels)`` the one of each group's highest level; None
+        counts as 0.
 
         Returns ``(groups, levels - 1)``, with 0 for levels that have no effect.
         """
@@ -229,7 +239,8 @@ class PlanModel:
 
 
 def _saving(sizes: Sequence[int | None]) -> float:
-    """Return the bytes that a group's smallest level saves; at least a tenth of all: levels may have equal bytes."""
+    """Return the bytes that a group's smallest level saves; at least a tenth of all: levels may
+    have equal bytes."""
     offered = [size for size in sizes if size is not None]
     return max(max(offered) - min(offered), max(offered) / 10) if len(offered) > 1 else 0.0
 
@@ -265,7 +276,8 @@ class Data:
 
 
 def informative(observations: Sequence[Observation]) -> list[Observation]:
-    """Keep the latest observation of every trial, and all of the last `NUM_RUNG_PAIRS` trials that have several."""
+    """Keep the latest observation of every trial, and all of the last `NUM_RUNG_PAIRS` trials that
+    have several."""
     latest = {item.index: item.step for item in observations}
     kept = set(
         sorted({item.index for item in observations if item.step < latest[item.index]})[

@@ -1,7 +1,8 @@
 """The Gaussian process of the searcher `gp`, conditioned on the scores so far, in float64.
 
-The correlation of two rungs falls with their distance (intrinsic coregionalization model, Bonilla et al. 2008), so
-that a trial stopped early informs the last rung. The hyperparameters are the maximum a posteriori.
+The correlation of two rungs falls with their distance (intrinsic coregionalization model, Bonilla
+et al. 2008), so that a trial stopped early informs the last rung. The hyperparameters are the
+maximum a posteriori.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ OWN = ("group", "sensitive")  # parts in which every group has an effect of its 
 
 
 class Posterior:
-    """A `PlanModel` conditioned on scores; its methods predict the last rung, in the unit of the score.
+    """A `PlanModel` conditioned on scores; its methods predict the last rung, in the unit of the
+    score.
 
-    Plans are rows of `SearchSpace`. The `pending` ones ``(p, groups + 1)`` are running. Each counts as if its expected
-    score had been observed: the mean stays and the variance falls (kriging believer, Ginsbourger et al. 2010). The
-    hyperparameters are those of `fitted`, a posterior of the same model and rungs, or else fitted to `data`.
+    Plans are rows of `SearchSpace`. The `pending` ones ``(p, groups + 1)`` are running. Each counts
+    as if its expected score had been observed: the mean stays and the variance falls (kriging
+    believer, Ginsbourger et al. 2010). The hyperparameters are those of `fitted`, a posterior of
+    the same model and rungs, or else fitted to `data`.
     """
 
     unit: Tensor
@@ -68,7 +71,8 @@ class Posterior:
         ]
 
     def _learn(self) -> None:
-        """Learn the unit, the hyperparameters and the scales of groups' own effects from the scores."""
+        """Learn the unit, the hyperparameters and the scales of groups' own effects from the
+        scores."""
         model, data, num = self._model, self._data, len(self._data.scores)
         beliefs = [SHARES.get(name.split()[0]) or model.others[name] for name in self._names]
         beliefs += [AMPLITUDE] * max(0, data.num_rungs - 1)
@@ -87,7 +91,8 @@ class Posterior:
         return self.marginals(plans)[0]
 
     def marginals(self, plans: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean ``(n,)``, whitened covariance with known plans ``(known, n)`` and prior variance ``(n,)``."""
+        """Return mean ``(n,)``, whitened covariance with known plans ``(known, n)`` and prior
+        variance ``(n,)``."""
         features = self._model.features(plans)
         cross = self._between(self._plans, self._ranks, plans, self._ranks.new_zeros(len(plans)))
         additive = (features @ self._covariance * features).sum(1)
@@ -99,7 +104,8 @@ class Posterior:
         return mean, solve_triangular(self._factor, cross, upper=False), prior
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance ``(references, n)`` of each plan's score minus the score of each reference plan."""
+        """Return mean and variance ``(references, n)`` of each plan's score minus the score of each
+        reference plan."""
         mean, white, prior = self.marginals(plans)
         mean_at, white_at, prior_at = self.marginals(reference)
         zeros = self._ranks.new_zeros
@@ -110,7 +116,8 @@ class Posterior:
 
     @cached_property
     def _effects(self) -> tuple[Tensor, Tensor]:
-        """Compute mean ``(effects,)`` and covariance of what each (group, level) adds to the score; 1 is `unit`."""
+        """Compute mean ``(effects,)`` and covariance of what each (group, level) adds to the score;
+        1 is `unit`."""
         to_target = self._rung_factor(self.hyper, self._ranks.new_zeros(1), self._ranks)[0]
         cross = self._covariance @ self._model.features(self._plans).T * to_target
         white = solve_triangular(self._factor, cross.T, upper=False)
@@ -119,19 +126,22 @@ class Posterior:
         ) + cross @ self._weights, self._covariance - white.T @ white
 
     def effects(self, noise: Tensor) -> Tensor:
-        """Return effects ``(1 + s, groups, levels)``: the mean, and a sample per row of noise ``(s, effects)``."""
+        """Return effects ``(1 + s, groups, levels)``: the mean, and a sample per row of noise ``(s,
+        effects)``."""
         mean, covariance = self._effects
         values, vectors = torch.linalg.eigh(covariance)
         samples = mean + noise @ (vectors * values.clamp_min(0).sqrt()).T
         return self._by_level(torch.cat([mean[None], samples]))
 
     def slopes(self, plans: Tensor, references: Tensor) -> Tensor:
-        """Return how much each level, put into `plans`, lowers the expected improvement: ``(n, groups, levels)``.
+        """Return how much each level, put into `plans`, lowers the expected improvement: ``(n,
+        groups, levels)``.
 
-        ``EI = s (u Phi(u) + phi(u))``, where ``s`` is the standard deviation of the gain over the reference plan and
-        ``u`` its mean divided by ``s``. Its derivative, ``-Phi(u)`` by the mean score and ``phi(u)`` by ``s``, is here
-        divided by ``Phi(u)``. To first order the plan with the least sum of slopes improves at least as much as that in
-        `plans`, as ``s`` is convex in the features. Interactions are left out.
+        ``EI = s (u Phi(u) + phi(u))``, where ``s`` is the standard deviation of the gain over the
+        reference plan and ``u`` its mean divided by ``s``. Its derivative, ``-Phi(u)`` by the mean
+        score and ``phi(u)`` by ``s``, is here divided by ``Phi(u)``. To first order the plan with
+        the least sum of slopes improves at least as much as that in `plans`, as ``s`` is convex in
+        the features. Interactions are left out.
         """
         mean, covariance = self._effects
         moved = self._model.features(plans) - self._model.features(references)
@@ -153,7 +163,8 @@ class Posterior:
         return (self.hyper if hyper is None else hyper)[self._names.index(name)].exp()
 
     def _score_unit(self, data: Data) -> Tensor:
-        """Return the ratio of the scores' standard deviation to the prior's; 1 if all scores are equal."""
+        """Return the ratio of the scores' standard deviation to the prior's; 1 if all scores are
+        equal."""
         deviation = data.scores - data.scores.mean()
         if len(data.scores) < 2 or not bool(deviation.abs().max() > 0):
             return torch.ones((), dtype=torch.float64)
@@ -208,10 +219,12 @@ class Posterior:
         return torch.tensor(found.x)
 
     def _stretched(self) -> Tensor:
-        """Return the covariance parts ``(parts, effects, effects)``, with more variance for groups that stand out.
+        """Return the covariance parts ``(parts, effects, effects)``, with more variance for groups
+        that stand out.
 
-        Normal effects of one variance would smooth outliers away. So each group's own effect has Student's t
-        distribution: a normal whose scale expectation maximization finds (Tipping 2001; Lange et al. 1989).
+        Normal effects of one variance would smooth outliers away. So each group's own effect has
+        Student's t distribution: a normal whose scale expectation maximization finds (Tipping 2001;
+        Lange et al. 1989).
         """
         data, levels = self._data, self._model.num_levels - 1
         if len(data.scores) < 2:
@@ -268,9 +281,11 @@ class Posterior:
         return (torch.outer(amplitudes, amplitudes) * torch.exp(decay))[left][:, right]
 
     def _shape(self, hyper: Tensor, additive: Tensor, distance: Tensor) -> Tensor:
-        """Return the kernel within a rung, from its additive part and the share of groups in which plans differ.
+        """Return the kernel within a rung, from its additive part and the share of groups in which
+        plans differ.
 
-        The hyperparameter `pairwise` weighs products of two effects, and `local` all else that similar plans share.
+        The hyperparameter `pairwise` weighs products of two effects, and `local` all else that
+        similar plans share.
         """
         pairwise, local, reach = (
             self._value(name, hyper) for name in ("pairwise", "local", "reach")
@@ -287,7 +302,8 @@ class Posterior:
     def _levels(
         self, hyper: Tensor, plans: Tensor, ranks: Tensor, others: Tensor, their_ranks: Tensor
     ) -> Tensor:
-        """Return the kernel of the mean scores of rungs, of which the prior knows almost nothing, and of cuts there."""
+        """Return the kernel of the mean scores of rungs, of which the prior knows almost nothing,
+        and of cuts there."""
         same_cut = (plans[:, -1:] == others[:, -1]).to(torch.float64)
         same_rung = (ranks[:, None] == their_ranks).to(torch.float64)
         return same_rung * (CONSTANT_VARIANCE + same_cut * self._offset(hyper))

@@ -1,4 +1,5 @@
-"""Computes the progress of a search from its trials' records: counts, best scores and the time left."""
+"""Computes the progress of a search from its trials' records: counts, best scores and the time
+left."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,9 +17,11 @@ Line = tuple[str, TrialRecord | None]
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """The progress of a search: its trials in order of their numbers, and `best`, the best finished searched plan.
+    """The progress of a search: its trials in order of their numbers, and `best`, the best finished
+    searched plan.
 
-    `best_control` is the best finished plan that no searcher proposed. `seconds_left` assumes a trial's mean time.
+    `best_control` is the best finished plan that no searcher proposed. `seconds_left` assumes a
+    trial's mean time.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -83,14 +86,16 @@ def score_title(search: SearchState | SearchRecord) -> str:
 
 
 def score_with_step(score_text: str, scored_step: int, current_step: int) -> str:
-    """Append `@` and the step at which the score was measured, if the trial has since reached a later step."""
+    """Append `@` and the step at which the score was measured, if the trial has since reached a
+    later step."""
     return score_text if scored_step == current_step else f"{score_text} @{scored_step}"
 
 
 def search_lines(
     search: SearchState, now: SearchProgress, is_running: bool = True
 ) -> Iterator[Line]:
-    """Describe a search for the live view and `qpruner status`: counts and time left, then the best trials."""
+    """Describe a search for the live view and `qpruner status`: counts and time left, then the best
+    trials."""
     counts = ", ".join(
         f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed")
     )

@@ -1,7 +1,9 @@
-"""Decides which finalist the winner of a search is compared with, and compares finalists on fresh rows.
+"""Decides which finalist the winner of a search is compared with, and compares finalists on fresh
+rows.
 
-Finalists are trials of equally many steps. Some are trained again under further seeds (`search.confirm_seeds`), and
-another seed moves the losses of all plans together, so two finalists are compared on the seeds that both have.
+Finalists are trials of equally many steps. Some are trained again under further seeds
+(`search.confirm_seeds`), and another seed moves the losses of all plans together, so two finalists
+are compared on the seeds that both have.
 """
 
 from collections.abc import Sequence
@@ -24,14 +26,16 @@ from qpruner.search.choice import winner_position
 
 
 class Paired(NamedTuple):
-    """The mean loss of one finalist less that of another on the same rows, and the training seeds behind it."""
+    """The mean loss of one finalist less that of another on the same rows, and the training seeds
+    behind it."""
 
     seeds: tuple[int, ...]
     less: Interval
 
 
 def best_of(finalists: Sequence[Confirmation], metric: str) -> Confirmation | None:
-    """Return the finalist with the best score, see `choice.winner_position`; None without finalists."""
+    """Return the finalist with the best score, see `choice.winner_position`; None without
+    finalists."""
     scores = [each.cost(metric) for each in finalists]
     position = winner_position(
         scores, [each.control for each in finalists], [len(each.losses) for each in finalists]
@@ -44,8 +48,8 @@ def rival_of(
 ) -> Confirmation | None:
     """Return the finalist that the winner has to be compared with; None if no other may win.
 
-    It is the best control if a searched plan won, and the best searched plan if a control won. If a control won and no
-    searched plan is left, it is the best other control.
+    It is the best control if a searched plan won, and the best searched plan if a control won. If a
+    control won and no searched plan is left, it is the best other control.
     """
     others = [each for each in finalists if each.fits and each.index != winner.index]
     searched = [each for each in others if not each.control] if winner.control else []
@@ -63,7 +67,8 @@ def compared(ours: Confirmation, theirs: Confirmation, num_finalists: int) -> Pa
 
 
 def is_beaten(finalist: Confirmation, search: SearchRecord) -> bool:
-    """Return True if a finalist's loss was above the winner's, beyond the interval of their difference.
+    """Return True if a finalist's loss was above the winner's, beyond the interval of their
+    difference.
 
     In a search by accuracy no loss says that a finalist is worse.
     """
@@ -92,7 +97,8 @@ def rival_row(results: Results) -> str | None:
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
-    """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan or a control."""
+    """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan
+    or a control."""
     if name != SEARCHED or search is None:
         return control_title(name)
     if search.best_origin == GIVEN:

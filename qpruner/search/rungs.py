@@ -1,6 +1,8 @@
-"""Measure how well the order of trials at a rung predicts their order at the last rung, within and across cuts.
+"""Measure how well the order of trials at a rung predicts their order at the last rung, within and
+across cuts.
 
-ASHA stops trials on this belief. Two cuts may recover from pruning at unlike speeds, so it has to be shown for them.
+ASHA stops trials on this belief. Two cuts may recover from pruning at unlike speeds, so it has to
+be shown for them.
 """
 
 import itertools
@@ -12,15 +14,18 @@ import numpy as np
 from qpruner.runs.records import RungAgreement
 
 AGREEMENT = 0.5
-"""Kendall's tau from which on trials of unlike cuts are compared at a rung: three in four pairs are in order."""
+"""Kendall's tau from which on trials of unlike cuts are compared at a rung: three in four pairs are
+in order."""
 ENOUGH_PAIRS = 10
-"""Pairs of finished trials of unlike cuts from which on `AGREEMENT` is believed: rungs that say nothing about the last
-one reach it by chance in 51 % of cases with one pair, in 11 % with 2 x 5 trials, in 4 % with 5 x 5 (2026-11-30)."""
+"""Pairs of finished trials of unlike cuts from which on `AGREEMENT` is believed: rungs that say
+nothing about the last one reach it by chance in 51 % of cases with one pair, in 11 % with 2 x 5
+trials, in 4 % with 5 x 5 (2026-11-30)."""
 
 
 @dataclass
 class Rungs:
-    """The scores of trials at their rungs; lower is better. `cuts` are those whose plans are searched."""
+    """The scores of trials at their rungs; lower is better. `cuts` are those whose plans are
+    searched."""
 
     cuts: Sequence[str]
     last: int  # the step of the last rung
@@ -33,10 +38,11 @@ class Rungs:
         self._scores.setdefault(trial, {})[step] = score
 
     def protects(self, trial: int, step: int) -> bool:
-        """Return True if a trial must not be stopped at a rung: the best of its cut, until cuts can be compared.
+        """Return True if a trial must not be stopped at a rung: the best of its cut, until cuts can
+        be compared.
 
-        They can be once every cut has a trial at the last rung, if this rung puts `ENOUGH_PAIRS` of trials of unlike
-        cuts in the order of the last one (`AGREEMENT`).
+        They can be once every cut has a trial at the last rung, if this rung puts `ENOUGH_PAIRS` of
+        trials of unlike cuts in the order of the last one (`AGREEMENT`).
         """
         cut, score = self._cut_of[trial], self._scores[trial][step]
         rivals = (scores for index, scores in self._scores.items() if self._cut_of[index] == cut)
@@ -58,7 +64,8 @@ class Rungs:
 def agreements(
     trials: Iterable[tuple[str, Mapping[int, float]]], last: int
 ) -> tuple[RungAgreement, ...]:
-    """Compare the rungs of trials, each given by its cut and its scores by step, with the rung of step `last`."""
+    """Compare the rungs of trials, each given by its cut and its scores by step, with the rung of
+    step `last`."""
     finished = [(cut, scores) for cut, scores in trials if last in scores]
     steps = sorted({step for _, scores in finished for step in scores if step < last})
     return tuple(

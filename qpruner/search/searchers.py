@@ -1,4 +1,5 @@
-"""Proposers of plans, and the ledger that turns proposals into new plans inside the budget; Ray is not used here.
+"""Proposers of plans, and the ledger that turns proposals into new plans inside the budget; Ray is
+not used here.
 
 Suggestion k depends only on the seed, k and the results known when it is asked for.
 """
@@ -17,16 +18,20 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import SearchSpace
 
 Prior = Mapping[str, Sequence[float | None]]
-"""A sensitivity: for each format the predicted rise of the loss by every group, in nats or another unit.
+"""A sensitivity: for each format the predicted rise of the loss by every group, in nats or another
+unit.
 
-None where a group is not offered the format. The groups are in the order of `SearchSpace.groups`."""
+None where a group is not offered the format. The groups are in the order of `SearchSpace.groups`.
+"""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """The score of the plan proposed as number `index`, at the rung of `step` optimizer steps; lower is better.
+    """The score of the plan proposed as number `index`, at the rung of `step` optimizer steps;
+    lower is better.
 
-    No standard error is kept: all trials answer the same questions, so drawing these adds no noise between plans.
+    No standard error is kept: all trials answer the same questions, so drawing these adds no noise
+    between plans.
     """
 
     index: int
@@ -37,7 +42,8 @@ class Observation:
 
 @dataclass(frozen=True)
 class History:
-    """All that is known of the plans of a space when one is proposed, in order of the suggestions' indices."""
+    """All that is known of the plans of a space when one is proposed, in order of the suggestions'
+    indices."""
 
     observations: tuple[Observation, ...] = ()  # every rung of every trial, running ones included
     pending: tuple[PrecisionPlan, ...] = ()  # plans of running trials
@@ -89,7 +95,8 @@ def check_searcher(name: str) -> None:
 
 @dataclass(frozen=True)
 class RandomProposer:
-    """Proposes a uniformly random cut, and level for each group, as the baseline of the other searchers."""
+    """Proposes a uniformly random cut, and level for each group, as the baseline of the other
+    searchers."""
 
     space: SearchSpace
     seed: int
@@ -110,9 +117,10 @@ class RandomProposer:
 class Ledger:
     """Suggests the plans of a search one by one, the controls first, and keeps their scores.
 
-    A proposal over budget or known already gives way to the nearest new feasible plan. A plan that diverges or does not
-    fit in memory counts as bad, not as unknown: at the last step that any plan has reached, it gets the worst score
-    there plus the range of scores there; if all are equal, the score plus 1 %.
+    A proposal over budget or known already gives way to the nearest new feasible plan. A plan that
+    diverges or does not fit in memory counts as bad, not as unknown: at the last step that any plan
+    has reached, it gets the worst score there plus the range of scores there; if all are equal, the
+    score plus 1 %.
     """
 
     space: SearchSpace
@@ -133,7 +141,8 @@ class Ledger:
     def recall(
         self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True
     ) -> None:
-        """Add a recorded trial, before `close` or `hand_out_again`; without `counts` it is not one of `max_trials`."""
+        """Add a recorded trial, before `close` or `hand_out_again`; without `counts` it is not one
+        of `max_trials`."""
         self._known[suggestion.plan] = suggestion.index
         for rung in rungs:
             self.observe(rung)
@@ -148,7 +157,8 @@ class Ledger:
         return suggestion
 
     def observe(self, observation: Observation) -> bool:
-        """Add the score of a rung; return False if it was known, as when a resumed trial reports it again."""
+        """Add the score of a rung; return False if it was known, as when a resumed trial reports it
+        again."""
         key = observation.index, observation.step
         is_new = key not in self._observations
         self._observations[key] = observation
@@ -161,7 +171,8 @@ class Ledger:
             self._untrainable[suggestion.index] = suggestion.plan
 
     def hand_out_again(self, suggestion: Suggestion) -> None:
-        """Queue an unfinished trial to be handed out before new ones; it will report its last rung again."""
+        """Queue an unfinished trial to be handed out before new ones; it will report its last rung
+        again."""
         self._live.pop(suggestion.index, None)
         self._unfinished.append(suggestion)
 
@@ -172,7 +183,8 @@ class Ledger:
         self._counted.discard(suggestion.index)
 
     def end(self, reason: str) -> None:
-        """End the search after the trials that are running or queued; only the first `reason` is kept."""
+        """End the search after the trials that are running or queued; only the first `reason` is
+        kept."""
         self.ended = self.ended or reason
 
     def history(self) -> History:

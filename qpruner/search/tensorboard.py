@@ -1,10 +1,11 @@
 """Shows a search in TensorBoard: `tensorboard --logdir RUN` compares its trials.
 
-HParams has one row for each trial that is over. Scalars has the trials' curves, and the best score so far of searched
-plans. Text has the configuration.
+HParams has one row for each trial that is over. Scalars has the trials' curves, and the best score
+so far of searched plans. Text has the configuration.
 
-A file depends only on the records that it shows, so writing it twice changes nothing: during a search new messages are
-appended, after a crash the repeated command completes or rewrites it. tensorboardX's `SummaryWriter` cannot do that.
+A file depends only on the records that it shows, so writing it twice changes nothing: during a
+search new messages are appended, after a crash the repeated command completes or rewrites it.
+tensorboardX's `SummaryWriter` cannot do that.
 """
 
 import logging
@@ -35,7 +36,8 @@ FILE = "events.out.tfevents"  # prefix by which TensorBoard recognizes event fil
 TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
 """Values of DataType and Status in the HParams plugin's api.proto."""
 RUNGS = "validation by rung"
-"""Tag group of the HParams table's metrics; in Scalars its name sorts after the groups of the curves."""
+"""Tag group of the HParams table's metrics; in Scalars its name sorts after the groups of the
+curves."""
 BEST = "search/best so far"
 
 
@@ -48,7 +50,8 @@ class Board:
         self._trials: dict[int, TrialRecord] = {}
 
     def listen(self, event: events.Event) -> None:
-        """Update the files after an event; a write error is logged, and the next command writes what is missing."""
+        """Update the files after an event; a write error is logged, and the next command writes
+        what is missing."""
         try:
             self._listen(event)
         except OSError as error:
@@ -111,7 +114,8 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
                     _scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment)
                 )
     if trial.is_over:
-        # Fits a column of 10 em. Without a title TensorBoard shows the file's path, which begins alike in all rows.
+        # Fits a column of 10 em. Without a title TensorBoard shows the file's path, which begins
+        # alike in all rows.
         title = f"{trial.index:04d} of {folder.parent.name}"
         found += _session(
             title, _columns(search, trial), trial.status != "failed", (started, moments[-1])
@@ -125,7 +129,10 @@ def run_name(trial: TrialRecord) -> str:
 
 
 def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
-    """Return a trial's HParams columns. TensorBoard shows the first five by name: capitals put useful ones first."""
+    """Return a trial's HParams columns.
+
+    TensorBoard shows the first five by name: capitals put useful ones first.
+    """
     return {
         "#": f"{trial.index:04d}",  # a text, because TensorBoard shows numbers with four decimals
         "Cut": trial.cut,
@@ -142,7 +149,8 @@ def _columns(search: SearchState, trial: TrialRecord) -> dict[str, str | float]:
 def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
     """Map tags to metric columns of the HParams table; the first is the score that compares trials.
 
-    Every finished trial has all these metrics. TensorBoard's parallel coordinates leave out a trial that lacks one.
+    Every finished trial has all these metrics. TensorBoard's parallel coordinates leave out a trial
+    that lacks one.
     """
     scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
     steps = config.search.rungs
@@ -159,7 +167,8 @@ def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
 
 
 def write_events(folder: Path, messages: Sequence[Any]) -> None:
-    """Write exactly these messages to the event file in a folder, which TensorBoard shows as one run."""
+    """Write exactly these messages to the event file in a folder, which TensorBoard shows as one
+    run."""
     version = Event(wall_time=messages[0].wall_time, file_version="brain.Event:2")
     path, wanted = folder / f"{FILE}.0", _framed([version, *messages])
     found = path.read_bytes() if path.is_file() else b""
@@ -190,7 +199,8 @@ def _scalar(tag: str, value: float, step: int, time: float) -> Any:
 
 
 def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
-    """Declare the HParams table's columns: parameters (name -> example value) and metrics (tag -> title)."""
+    """Declare the HParams table's columns: parameters (name -> example value) and metrics (tag ->
+    title)."""
     content = HParamsPluginData(version=0)
     for name, value in columns.items():
         content.experiment.hparam_infos.add(
@@ -204,9 +214,11 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
 def _session(
     title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]
 ) -> list[Any]:
-    """Return the messages of an HParams row, whose `title` must be unique, because TensorBoard merges equal ones.
+    """Return the messages of an HParams row, whose `title` must be unique, because TensorBoard
+    merges equal ones.
 
-    TensorBoard takes the metrics from the run's last scalars. tensorboardX's `hparams` sets neither titles nor times.
+    TensorBoard takes the metrics from the run's last scalars. tensorboardX's `hparams` sets neither
+    titles nor times.
     """
     start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]

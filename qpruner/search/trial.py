@@ -1,4 +1,5 @@
-"""Run one trial: fine-tune a plan for a few steps and score it at every rung. Nothing here knows of Ray."""
+"""Run one trial: fine-tune a plan for a few steps and score it at every rung. Nothing here knows of
+Ray."""
 
 import threading
 from pathlib import Path
@@ -23,7 +24,8 @@ from qpruner.training.finetune import Listener, Schedule, finetune, step_losses
 def run_trial(
     job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None
 ) -> None:
-    """Assemble the plan's model, fine-tune it (from `start`, if any), score rungs, and report them and checkpoints."""
+    """Assemble the plan's model, fine-tune it (from `start`, if any), score rungs, and report them
+    and checkpoints."""
     config, materials = job.config, job.materials
     one_at_a_time = threading.Lock()  # several threads read files
 
@@ -33,7 +35,8 @@ def run_trial(
 
     start = fetch(start) if start else None
     bank = materials.banks[job.cut]
-    # One seed for adapters, data order and dropout of all trials: another order moves the loss more than most plans do.
+    # One seed for adapters, data order and dropout of all trials: another order moves the loss more
+    # than most plans do.
     peft_model = plan_model(bank, job.plan, config.seed, on_read)
     progress(0)
     tokenizer = load_tokenizer(str(bank.checkpoint))

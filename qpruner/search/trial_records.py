@@ -1,7 +1,7 @@
 """The interface of a trial, and the records of a search's trials.
 
-Searches share a folder of trials if a trial gives the same result in each of them (`TrialRecord.digest`).
-`TrialRecord.search` is the search that a trial belongs to.
+Searches share a folder of trials if a trial gives the same result in each of them
+(`TrialRecord.digest`). `TrialRecord.search` is the search that a trial belongs to.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ REMEDIES = SETTING_REMEDIES | {
 """What to do about each kind of failure."""
 
 Report = Callable[[RungResult | None, Path], None]
-"""Callback that gets a checkpoint and the result of its rung, None between rungs; may raise to stop the trial."""
+"""Callback that gets a checkpoint and the result of its rung, None between rungs; may raise to stop
+the trial."""
 Progress = Callable[[int], None]
-"""Callback that gets the last optimizer step, before every forward pass and whenever something is loaded."""
+"""Callback that gets the last optimizer step, before every forward pass and whenever something is
+loaded."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ class TrialJob:
 
 
 Trial = Callable[[TrialJob, Path | None, Report, Progress], None]
-"""The type of `run_trial` and of what tests run instead; the path is the last checkpoint of the trial, if any."""
+"""The type of `run_trial` and of what tests run instead; the path is the last checkpoint of the
+trial, if any."""
 
 
 def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
-    """Read every recorded trial, in order of index; raise `CorruptFile` for a damaged one unless `skip_damaged`."""
+    """Read every recorded trial, in order of index; raise `CorruptFile` for a damaged one unless
+    `skip_damaged`."""
     found = list(_records(folder).values())
     damaged = [each for each in found if isinstance(each, CorruptFile)]
     if damaged and not skip_damaged:
@@ -83,10 +87,12 @@ def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
 
 
 def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) -> None:
-    """Move damaged records of trials, and damaged checkpoints of unfinished trials, into `damaged/`.
+    """Move damaged records of trials, and damaged checkpoints of unfinished trials, into
+    `damaged/`.
 
-    The number of a damaged record gets another plan; the other trials restart. If the clock of `search` is damaged, its
-    time counts from zero again. `notify` gets one line about each damaged file.
+    The number of a damaged record gets another plan; the other trials restart. If the clock of
+    `search` is damaged, its time counts from zero again. `notify` gets one line about each damaged
+    file.
     """
     for path, record in _records(folder).items():
         if isinstance(record, CorruptFile):
@@ -104,7 +110,8 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
 def set_aside_others(
     folder: Path, models: Mapping[str, str], notify: Callable[[str], None]
 ) -> None:
-    """Move trials of other weights into `damaged/`: a cut that was made again may differ, as on another machine.
+    """Move trials of other weights into `damaged/`: a cut that was made again may differ, as on
+    another machine.
 
     `models` maps cuts to their present digests (see `TrialRecord.model`).
     """
@@ -116,7 +123,8 @@ def set_aside_others(
 
 
 def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str], None]) -> bool:
-    """If a trial's last checkpoint is damaged, set it aside, restart the trial from its start and return True."""
+    """If a trial's last checkpoint is damaged, set it aside, restart the trial from its start and
+    return True."""
     if (checkpoint := checkpoint_of(folder, record)) is None:
         return False
     read_trial(folder, record.index)  # waits if the storage is away, where all files seem missing
@@ -166,7 +174,8 @@ def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | Non
 
 
 def read_pulse(folder: Path, index: int) -> TrialPulse | None:
-    """Read a trial's last pulse; None if there is none yet, the storage is away, or a crash damaged the file."""
+    """Read a trial's last pulse; None if there is none yet, the storage is away, or a crash damaged
+    the file."""
     text = storage.read_progress(trial_folder(folder, index) / "pulse.json")
     with contextlib.suppress(ValidationError):
         return TrialPulse.model_validate_json(text) if text else None
@@ -198,7 +207,8 @@ def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
 
 
 def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:
-    """Remove all checkpoints but the last recorded one of each trial; killed workers may have left others."""
+    """Remove all checkpoints but the last recorded one of each trial; killed workers may have left
+    others."""
     last = {trial_folder(trials, record.index): checkpoint_of(trials, record) for record in records}
 
     def clean(folder: Path) -> None:
@@ -218,7 +228,8 @@ def read_clock(trials: Path, search: str) -> SearchClock:
 
 
 def write_seconds(trials: Path, search: str, seconds: float, session: int | None = None) -> bool:
-    """Save the time that a search has taken; return False if another session than `session` has begun since."""
+    """Save the time that a search has taken; return False if another session than `session` has
+    begun since."""
     clock = read_clock(trials, search)
     if session is not None and clock.sessions > session:
         return False
@@ -236,7 +247,8 @@ def begin_session(trials: Path, search: str) -> int:
 
 
 def wait_for_storage(trials: Path, search: str) -> None:
-    """Wait until the clock of a search can be read: a storage that is away may show an empty folder."""
+    """Wait until the clock of a search can be read: a storage that is away may show an empty
+    folder."""
     storage.read_existing(_clock_path(trials, search), SearchClock)
 
 

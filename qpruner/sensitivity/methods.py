@@ -1,4 +1,5 @@
-"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the pruned model."""
+"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the
+pruned model."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 Rises = Mapping[Pair, float]  # predicted rise for each pair of a group and a packed format
 MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
-"""Method -> the measurement that embeddings and head take, to which a Taylor expansion of linear layers is blind."""
+"""Method -> the measurement that embeddings and head take, to which a Taylor expansion of linear
+layers is blind."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def by_information(
 def by_expansion(
     model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]
 ) -> dict[str, MethodScores]:
-    """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and head."""
+    """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and
+    head."""
     started = time.monotonic()
     found = expand(model, subject.samples, subject.blocks.starts)
     by_method = {
@@ -108,7 +111,8 @@ def by_measurement(model: PreTrainedModel, subject: Subject) -> dict[str, Method
 
 
 def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> dict[str, Rises]:
-    """Return the rises by `kl` and `loss` of packed embeddings and head from the scores of `groups`."""
+    """Return the rises by `kl` and `loss` of packed embeddings and head from the scores of
+    `groups`."""
     tables = [(at, group) for at, group in enumerate(groups) if group.name in (EMBEDDINGS, HEAD)]
     return {
         method: {
@@ -135,7 +139,8 @@ def _scores(
 
 
 def _by_format(rises: Rises, groups: Sequence[Group]) -> dict[str, tuple[float | None, ...]]:
-    """Map each format, smallest first, to the rises of all groups: 0 if unpacked, None where it is not offered."""
+    """Map each format, smallest first, to the rises of all groups: 0 if unpacked, None where it is
+    not offered."""
     levels = by_size(tuple({name for group in groups for name in group.formats}))
 
     def rise(group: Group, name: str) -> float | None:

@@ -1,8 +1,10 @@
-"""Estimate the mutual information between the output of each group and the predicted token, as the QPruner paper does.
+"""Estimate the mutual information between the output of each group and the predicted token, as the
+QPruner paper does.
 
-The estimator is Ross's (2014, doi:10.1371/journal.pone.0087357), as in scikit-learn's `mutual_info_classif`, applied
-jointly to the leading principal components, whitened, of a group's output at the predicted positions. Rare tokens are
-pooled. To reduce the bias, the mean estimate for shuffled labels is subtracted.
+The estimator is Ross's (2014, doi:10.1371/journal.pone.0087357), as in scikit-learn's
+`mutual_info_classif`, applied jointly to the leading principal components, whitened, of a group's
+output at the predicted positions. Rare tokens are pooled. To reduce the bias, the mean estimate for
+shuffled labels is subtracted.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def measure(
     seed: int,
     on_group: OnProgress,
 ) -> tuple[float, ...]:
-    """Estimate every group's mutual information in nats; `seed` draws positions and shuffles, `on_group` counts."""
+    """Estimate every group's mutual information in nats; `seed` draws positions and shuffles,
+    `on_group` counts."""
     samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
     modules = output_modules(model.config, group)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
@@ -74,9 +77,11 @@ def measure(
 
 
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:
-    """Keep the labels of `max_positions` randomly drawn positions; drop the tokens and rows that are not needed.
+    """Keep the labels of `max_positions` randomly drawn positions; drop the tokens and rows that
+    are not needed.
 
-    They are drawn from all rows, because neighbouring positions have similar outputs. The shortest row comes first.
+    They are drawn from all rows, because neighbouring positions have similar outputs. The shortest
+    row comes first.
     """
     labelled = [
         (row, at)
@@ -96,9 +101,11 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
 
 
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
-    """Estimate mutual information in nats as ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>`` (Ross); may be negative.
+    """Estimate mutual information in nats as ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>`` (Ross);
+    may be negative.
 
-    `components` is ``(samples, components)``. Every label must occur twice; a rare one uses fewer neighbours.
+    `components` is ``(samples, components)``. Every label must occur twice; a rare one uses fewer
+    neighbours.
     """
     from scipy.special import digamma
     from sklearn.neighbors import KDTree, NearestNeighbors
@@ -109,7 +116,8 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
         same = labels == label
         neighbors = min(num_neighbors, int(same.sum()) - 1)
         nearest = NearestNeighbors(n_neighbors=neighbors, metric="chebyshev").fit(components[same])
-        # Just below the distance of the k-th neighbour, so that m counts strictly closer points and the point itself.
+        # Just below the distance of the k-th neighbour, so that m counts strictly closer points and
+        # the point itself.
         radius[same] = np.nextafter(nearest.kneighbors()[0][:, -1], 0)
         used[same], members[same] = neighbors, same.sum()
     closer = KDTree(components, metric="chebyshev").query_radius(
@@ -124,19 +132,22 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
 
 
 def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
-    """Compute the leading principal components of outputs ``(samples, features)``, scaled to unit variance."""
+    """Compute the leading principal components of outputs ``(samples, features)``, scaled to unit
+    variance."""
     centered = outputs.to(torch.float64, copy=True)
     centered -= centered.mean(dim=0)
     left, values, _ = torch.linalg.svd(centered, full_matrices=False)
     kept = max(1, min(num_components, int((values > values[0] * 1e-9).sum())))
     whitened: Floats = (left[:, :kept] * len(outputs) ** 0.5).numpy()
-    # The estimator needs distinct points, but the first projections see one token without context, so their outputs
-    # repeat exactly. As in scikit-learn's mutual_info_classif, a little noise makes them distinct.
+    # The estimator needs distinct points, but the first projections see one token without context,
+    # so their outputs repeat exactly. As in scikit-learn's mutual_info_classif, a little noise
+    # makes them distinct.
     return whitened + 1e-6 * np.random.default_rng(0).standard_normal(whitened.shape)
 
 
 def pool_rare(labels: Integers, minimum: int) -> Integers:
-    """Merge labels that occur fewer than `minimum` times into -1, or into the commonest label if -1 would be rare."""
+    """Merge labels that occur fewer than `minimum` times into -1, or into the commonest label if -1
+    would be rare."""
     values, counts = np.unique(labels, return_counts=True)
     pooled = np.where(np.isin(labels, values[counts >= minimum]), labels, -1)
     if 0 < (pooled == -1).sum() < minimum:

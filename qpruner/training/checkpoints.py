@@ -1,4 +1,5 @@
-"""Say when to save a training, and store a fine-tune's checkpoints and adapter, which only one process may write."""
+"""Say when to save a training, and store a fine-tune's checkpoints and adapter, which only one
+process may write."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-SECONDS = 30.0  # seconds of training after which it is saved, unless saving takes more than one part in `COST` of them
+# seconds of training after which it is saved, unless saving takes more than one part in `COST` of
+# them
+SECONDS = 30.0
 COST = 20
 
 
@@ -31,19 +34,22 @@ class SaveClock:
         return time.monotonic() - self._last >= self._pause
 
     def saved(self, since: float) -> None:
-        """Note that the training was saved just now, and that saving began at the monotonic time `since`."""
+        """Note that the training was saved just now, and that saving began at the monotonic time
+        `since`."""
         self._last = time.monotonic()
         self._pause = max(self._seconds, COST * (self._last - since))
 
 
 class _Owner(Recorded):
-    """The file that names the owner of a fine-tune: its latest process or, in a group, the process of rank 0."""
+    """The file that names the owner of a fine-tune: its latest process or, in a group, the process
+    of rank 0."""
 
     worker: str
 
 
 class Ownership:
-    """Let only the latest process of a fine-tune write: an earlier one that seemed dead may still be running."""
+    """Let only the latest process of a fine-tune write: an earlier one that seemed dead may still
+    be running."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.worker = path, uuid.uuid4().hex
@@ -59,7 +65,8 @@ class Ownership:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint of a fine-tune, fetched from an object store if needed, or None."""
+    """Return the newest intact checkpoint of a fine-tune, fetched from an object store if needed,
+    or None."""
     listed = [
         name.removesuffix(storage.FILES)
         for name in storage.children(folder)
@@ -75,7 +82,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_damaged(checkpoint: Path) -> bool:
-    """Return True if a checkpoint's files differ from its list of files; without such a list, return False."""
+    """Return True if a checkpoint's files differ from its list of files; without such a list,
+    return False."""
     try:
         storage.storage_at(checkpoint).verify()
         return False
@@ -86,7 +94,8 @@ def is_damaged(checkpoint: Path) -> bool:
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
     """Publish a checkpoint in the fine-tune's folder, then remove the earlier ones.
 
-    In an object store it lacks the random states of workers on other machines: their dropout then starts from the seed.
+    In an object store it lacks the random states of workers on other machines: their dropout then
+    starts from the seed.
     """
     from torch import distributed
 
@@ -108,7 +117,8 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 def publish_adapter(
     model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership
 ) -> str:
-    """Save the adapter to a temporary folder in `checkpoints`, move it to `adapter`, and return its weights' digest."""
+    """Save the adapter to a temporary folder in `checkpoints`, move it to `adapter`, and return its
+    weights' digest."""
     aside = storage.storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with storage.writing_folder(aside):
         storage.retry_storage(lambda: model.save_pretrained(aside), aside)
@@ -119,7 +129,8 @@ def publish_adapter(
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved weights into a model's adapters, in the type in which they are served; `CorruptFile` if cut short."""
+    """Load saved weights into a model's adapters, in the type in which they are served;
+    `CorruptFile` if cut short."""
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -27,7 +27,8 @@ METRICS: tuple[str, ...] = get_args(
 
 @dataclass(frozen=True)
 class TaskQuestions:
-    """The texts of a task's questions, to look for them in the training rows, and the metric that scores the task."""
+    """The texts of a task's questions, to look for them in the training rows, and the metric that
+    scores the task."""
 
     texts: list[str]
     metric: str
@@ -44,10 +45,12 @@ def score_tasks(
     metric: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
-    """Run lm-eval on a model in memory; return one score per task, of a group of tasks one per subtask.
+    """Run lm-eval on a model in memory; return one score per task, of a group of tasks one per
+    subtask.
 
-    The first `skip` questions are left out; the next `limit` (None: all) are scored, by `metric` or else the first of
-    `METRICS` that a task reports. `on_progress` counts requests (one per choice or generation).
+    The first `skip` questions are left out; the next `limit` (None: all) are scored, by `metric` or
+    else the first of `METRICS` that a task reports. `on_progress` counts requests (one per choice
+    or generation).
     """
     from lm_eval import simple_evaluate
 
@@ -76,7 +79,8 @@ def score_tasks(
 
 
 def _counting_model(on_progress: OnProgress) -> Any:
-    """Derive a class from lm-eval's model that counts answers (by its cache hook) and computes only their logits."""
+    """Derive a class from lm-eval's model that counts answers (by its cache hook) and computes only
+    their logits."""
     import torch
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
@@ -124,7 +128,8 @@ def task_questions(
     limit: int | None,
     metric: str | None = None,
 ) -> dict[str, TaskQuestions]:
-    """Load the first `limit` questions of each task, and check tasks and metric; errors name the key `key`."""
+    """Load the first `limit` questions of each task, and check tasks and metric; errors name the
+    key `key`."""
     known = _task_manager(include_path, tuple(tasks)).all_tasks
     for task in (task for task in tasks if task not in known):
         folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
@@ -154,7 +159,8 @@ def task_questions(
 
 
 def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: str) -> str:
-    """Choose the metric that scores a task: `wanted`, or else the first of `METRICS` that the task reports."""
+    """Choose the metric that scores a task: `wanted`, or else the first of `METRICS` that the task
+    reports."""
     accuracies = [name for name in METRICS if name in reported]
     if not accuracies:
         rule = f"must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}"
@@ -169,8 +175,10 @@ def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: 
 
 @functools.lru_cache(maxsize=4)
 def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
-    """Read lm-eval's index of tasks; read its built-in tasks (6 s) only if `include_path` lacks one of `tasks`."""
-    # lm-eval draws progress bars and logs every request it builds; the stages emit their own events.
+    """Read lm-eval's index of tasks; read its built-in tasks (6 s) only if `include_path` lacks one
+    of `tasks`."""
+    # lm-eval draws progress bars and logs every request it builds; the stages emit their own
+    # events.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from lm_eval.tasks import TaskManager
 
@@ -183,7 +191,8 @@ def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
 
 
 def _question(task: Any, doc: dict[str, Any]) -> str:
-    """Return a question's text: the column with the question if the row has one, else the task's full prompt."""
+    """Return a question's text: the column with the question if the row has one, else the task's
+    full prompt."""
     for column in ("question", "goal", "query", "ctx", "sentence"):
         if isinstance(doc.get(column), str):
             return f"{doc[column]} {doc.get('passage', '')}".strip()
@@ -191,7 +200,8 @@ def _question(task: Any, doc: dict[str, Any]) -> str:
 
 
 def _score(task: str, samples: list[dict[str, Any]], wanted: str | None) -> TaskScore:
-    """Compute a task's score from lm-eval's log, which has an entry for each question and each answer filter."""
+    """Compute a task's score from lm-eval's log, which has an entry for each question and each
+    answer filter."""
     by_filter: dict[str, list[dict[str, Any]]] = {}
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
         by_filter.setdefault(sample["filter"], []).append(sample)
@@ -212,7 +222,8 @@ def _score(task: str, samples: list[dict[str, Any]], wanted: str | None) -> Task
 
 
 def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:
-    """Return each right choice's negative log-likelihood in nats; empty if a question has no choices."""
+    """Return each right choice's negative log-likelihood in nats; empty if a question has no
+    choices."""
     losses = []
     for sample in samples:
         responses, target = sample["filtered_resps"], sample["target"]

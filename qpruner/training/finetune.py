@@ -1,8 +1,9 @@
 """Train adapters with transformers' Trainer, for trials and the final fine-tune alike.
 
-A checkpoint holds adapter, optimizer, scheduler and random state, so a resumed training gives the same result as an
-uninterrupted one. If torch has a process group, its processes share every batch and sum their gradients, so that losses
-equal those of one process. The first process saves and calls the listener.
+A checkpoint holds adapter, optimizer, scheduler and random state, so a resumed training gives the
+same result as an uninterrupted one. If torch has a process group, its processes share every batch
+and sum their gradients, so that losses equal those of one process. The first process saves and
+calls the listener.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 DIVERGED_BY = 1.0  # nats per token
-MOST_JOINED = 1024  # tokens; attention, which masks the other rows, takes more time than padding from there on
+# tokens; attention, which masks the other rows, takes more time than padding from there on
+MOST_JOINED = 1024
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train (`steps`, else `epochs`), and when to save beside the last step: at `rungs` and by time."""
+    """How long to train (`steps`, else `epochs`), and when to save beside the last step: at `rungs`
+    and by time."""
 
     steps: int | None
     epochs: float | None = None
@@ -49,10 +52,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Listener:
-    """Callbacks of a training. All processes call `on_save`; the first process alone calls the others.
+    """Callbacks of a training. All processes call `on_save`; the first process alone calls the
+    others.
 
-    `on_rung` gets step, checkpoint folder and training loss, `on_step` gets step, total steps and training loss, and
-    `on_save` the folder of every checkpoint, before `on_rung`. An error of `on_rung` or `before_save` ends it.
+    `on_rung` gets step, checkpoint folder and training loss, `on_step` gets step, total steps and
+    training loss, and `on_save` the folder of every checkpoint, before `on_rung`. An error of
+    `on_rung` or `before_save` ends it.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
@@ -97,10 +102,11 @@ def finetune(
 ) -> TrainingResult:
     """Train a model's adapters (see `attach_adapters`) in place, and save checkpoints in `output`.
 
-    All processes get the same `rows`, and `settings.batch_size` counts the rows of all processes. `seed` sets data
-    order and dropout. `start` is a checkpoint of the same training, to resume from.
-    Raise `TrainingDiverged` if a step's loss or gradient is NaN or infinite, or its loss is more than `DIVERGED_BY`
-    above both the first step's loss and the loss of a blind guess, ln(vocabulary size).
+    All processes get the same `rows`, and `settings.batch_size` counts the rows of all processes.
+    `seed` sets data order and dropout. `start` is a checkpoint of the same training, to resume
+    from. Raise `TrainingDiverged` if a step's loss or gradient is NaN or infinite, or its loss is
+    more than `DIVERGED_BY` above both the first step's loss and the loss of a blind guess,
+    ln(vocabulary size).
     """
     share = Share.own()
     batches = _Batches(row_lengths(rows), settings, seed, share)
@@ -146,9 +152,11 @@ def _losses(state: TrainerState) -> list[float]:
 
 
 def _shared(model: PeftModel, start: Path | None) -> Path | None:
-    """Let DistributedDataParallel share the adapters alone, and return the first process's `start` in every process.
+    """Let DistributedDataParallel share the adapters alone, and return the first process's `start`
+    in every process.
 
-    Every process has read the other weights itself. In a network folder machines may see different latest checkpoints.
+    Every process has read the other weights itself. In a network folder machines may see different
+    latest checkpoints.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -163,10 +171,11 @@ def _shared(model: PeftModel, start: Path | None) -> Path | None:
 class _Batches(Sampler[list[int]]):
     """Samples the micro-batches of one process in an epoch, as row numbers.
 
-    An optimizer batch is the next `batch_size` rows of the epoch's random order, for any number of processes. Its rows
-    are sorted by length, longest first, and dealt to the processes in micro-batches; this keeps padding short. If no
-    row is left for a process, it gets the blank row, which has no labels and comes after all others. Accelerate (1.15)
-    would repeat rows instead, and would resume every epoch in the first epoch's order.
+    An optimizer batch is the next `batch_size` rows of the epoch's random order, for any number of
+    processes. Its rows are sorted by length, longest first, and dealt to the processes in
+    micro-batches; this keeps padding short. If no row is left for a process, it gets the blank row,
+    which has no labels and comes after all others. Accelerate (1.15) would repeat rows instead, and
+    would resume every epoch in the first epoch's order.
     """
 
     def __init__(
@@ -180,7 +189,8 @@ class _Batches(Sampler[list[int]]):
         return -(-len(self._lengths) // (self._size * self._share.processes))
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Both numbers are seeds: with their sum, a seed's second epoch would have the order of the next seed's first.
+        # Both numbers are seeds: with their sum, a seed's second epoch would have the order of the
+        # next seed's first.
         order = (
             np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths)).tolist()
         )
@@ -194,7 +204,8 @@ class _Batches(Sampler[list[int]]):
 
 
 def _collate(rows: Rows, pad_id: int, joins: bool = True) -> dict[str, Any]:
-    """Join a micro-batch to one row without padding, which saves a CPU a fifth of a step; or else pad its rows."""
+    """Join a micro-batch to one row without padding, which saves a CPU a fifth of a step; or else
+    pad its rows."""
     lengths = row_lengths(rows)
     if not joins or sum(lengths) > MOST_JOINED:
         return collate(rows, pad_id)
@@ -210,7 +221,8 @@ def _collate(rows: Rows, pad_id: int, joins: bool = True) -> dict[str, Any]:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """A Trainer that takes its batches from `_Batches`, computes logits at labelled tokens only, and retries saves."""
+    """A Trainer that takes its batches from `_Batches`, computes logits at labelled tokens only,
+    and retries saves."""
 
     batches: _Batches
     before_save: Callable[[], None]
@@ -227,14 +239,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if share.rank == 0:
             self.before_save()
         if share.processes > 1:
-            distributed.barrier()  # if `before_save` stops the first process, the others write nothing either
+            # if `before_save` stops the first process, the others write nothing either
+            distributed.barrier()
         retry_storage(
             lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named),
             Path(self.args.output_dir),
         )
 
     def store_flos(self) -> None:
-        """Do not count operations: the count waits for all processes, so a process that repeats a save would hang."""
+        """Do not count operations: the count waits for all processes, so a process that repeats a
+        save would hang."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         pinned = self.args.dataloader_pin_memory
@@ -290,10 +304,11 @@ def _arguments(
 
 @dataclass(eq=False)
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Sets the epoch, saves at rungs, by time and at the end, calls the listener, and stops a diverging training.
+    """Sets the epoch, saves at rungs, by time and at the end, calls the listener, and stops a
+    diverging training.
 
-    Loss and gradient norm are over all processes, so all processes stop at the same step. The first process has the
-    clock for all.
+    Loss and gradient norm are over all processes, so all processes stop at the same step. The first
+    process has the clock for all.
     """
 
     rungs: Sequence[int]

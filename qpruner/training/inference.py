@@ -1,4 +1,5 @@
-"""Measure a model's memory while it generates, and its speed, in turns with other models: speeds drift over minutes."""
+"""Measure a model's memory while it generates, and its speed, in turns with other models: speeds
+drift over minutes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ NUM_TURNS = 3  # number of timed generations per row of the final table
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """Table rows whose fine-tuned models one process times in turns; the file `progress` gets `done total` turns."""
+    """Table rows whose fine-tuned models one process times in turns; the file `progress` gets `done
+    total` turns."""
 
     config: RunConfig
     candidates: tuple[Candidate, ...]
@@ -93,7 +95,8 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 
 
 def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> tuple[float, float]:
-    """Generate at least 2 tokens greedily; return tokens per second of prefill (until the first token) and decode."""
+    """Generate at least 2 tokens greedily; return tokens per second of prefill (until the first
+    token) and decode."""
     clock = _Clock()
     length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
     settings = GenerationConfig(**length, do_sample=False, pad_token_id=0)
@@ -112,7 +115,8 @@ def take_turn(
 ) -> tuple[float, float, int]:
     """Generate once; return tokens per second of prefill and of decode, and the memory in bytes.
 
-    On a GPU this is CUDA's peak; on a CPU, packed tensors plus the rise of resident memory over the loaded model.
+    On a GPU this is CUDA's peak; on a CPU, packed tensors plus the rise of resident memory over the
+    loaded model.
     """
     ids = torch.tensor([prompt], device=model.device)
     model.eval()

@@ -1,6 +1,7 @@
 """Fine-tune and evaluate the rows of the final table, each row in the same way.
 
-Worker processes run these functions, one row at a time; several processes may share a fine-tune. Ray is not used here.
+Worker processes run these functions, one row at a time; several processes may share a fine-tune.
+Ray is not used here.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the final table: the model of a bank quantized by a plan; `folder` is for the fine-tune's files.
+    """A row of the final table: the model of a bank quantized by a plan; `folder` is for the
+    fine-tune's files.
 
-    `name` is used in records, `title` in the table; `origin` says where the plan comes from. `seed` sets data order and
-    dropout of the fine-tune. A row without a seed is scored without a fine-tune, with its initial adapters.
+    `name` is used in records, `title` in the table; `origin` says where the plan comes from. `seed`
+    sets data order and dropout of the fine-tune. A row without a seed is scored without a
+    fine-tune, with its initial adapters.
     """
 
     name: str
@@ -79,15 +82,18 @@ class Candidate:
 
     @property
     def progress(self) -> Path:
-        """File with `done total`: of steps during the fine-tune, of lm-eval requests during the evaluation."""
+        """File with `done total`: of steps during the fine-tune, of lm-eval requests during the
+        evaluation."""
         return self.folder / "progress"
 
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """A worker's job for one row; `text` is a folder with windows of held-out text, which `evaluate_candidate` scores.
+    """A worker's job for one row; `text` is a folder with windows of held-out text, which
+    `evaluate_candidate` scores.
 
-    For `confirm_trial` the row is a finished trial, and the row's folder is the trial's last checkpoint.
+    For `confirm_trial` the row is a finished trial, and the row's folder is the trial's last
+    checkpoint.
     """
 
     config: RunConfig
@@ -99,10 +105,12 @@ class CandidateJob:
 
 
 def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
-    """Fine-tune a candidate on all training rows, from its initial adapters or latest checkpoint, and save the adapter.
+    """Fine-tune a candidate on all training rows, from its initial adapters or latest checkpoint,
+    and save the adapter.
 
-    Return the measured fields of the candidate's record, and errors of experiment trackers. Peak memory is that of
-    this process. If another process starts the same fine-tune, this process raises `TakenOver` before its next write.
+    Return the measured fields of the candidate's record, and errors of experiment trackers. Peak
+    memory is that of this process. If another process starts the same fine-tune, this process
+    raises `TakenOver` before its next write.
     """
     from qpruner.data.losses import mean_loss
     from qpruner.quantization.assembly import cast_adapters, measured_bytes
@@ -180,13 +188,15 @@ def _train(
 
 
 def _remove_staging(candidate: Candidate) -> None:
-    """Remove the checkpoints of a finished fine-tune from this machine, if they were written here to be uploaded."""
+    """Remove the checkpoints of a finished fine-tune from this machine, if they were written here
+    to be uploaded."""
     if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
-    """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be read.
+    """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be
+    read.
 
     Return `scores` and `text_loss` of the row's record, and the seconds that both took.
     """
@@ -213,7 +223,8 @@ def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
 def confirm_trial(job: CandidateJob) -> FinalistScore:
     """Score a trial's last checkpoint on the confirmation rows that choose the winner.
 
-    In a search by accuracy, also score it on `search.limit` questions of each task: those after the trials' questions.
+    In a search by accuracy, also score it on `search.limit` questions of each task: those after the
+    trials' questions.
     """
     begin_job(job.threads)
     model = build(job.candidate)
@@ -222,7 +233,8 @@ def confirm_trial(job: CandidateJob) -> FinalistScore:
 
 
 def confirm_seed(job: CandidateJob) -> FinalistScore:
-    """Train a finalist as long as a trial, under the candidate's seed, and score it as `confirm_trial` does.
+    """Train a finalist as long as a trial, under the candidate's seed, and score it as
+    `confirm_trial` does.
 
     A training that diverges counts as a loss at which it is found to diverge, and no right answer.
     """

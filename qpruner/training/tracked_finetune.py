@@ -16,7 +16,8 @@ TrackerRun = tuple[TrainerCallback, Callable[[], object]]
 
 
 class Tracked(TrainerCallback):  # type: ignore[misc]
-    """Passes a training loop's logs to the trackers; `errors` has a line for every tracker that lacks some."""
+    """Passes a training loop's logs to the trackers; `errors` has a line for every tracker that
+    lacks some."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -40,7 +41,8 @@ class Tracked(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def tracked(trackers: Trackers | None, label: str, about: Mapping[str, Any]) -> Iterator[Tracked]:
-    """Log the training inside the `with` block to each tracker, as a run named `label` with the parameters `about`."""
+    """Log the training inside the `with` block to each tracker, as a run named `label` with the
+    parameters `about`."""
     callback = Tracked()
     if trackers:
         os.environ.update(trackers.environment)

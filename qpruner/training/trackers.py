@@ -1,6 +1,7 @@
 """Settings and checks of the trackers that the key `trackers` names: Weights & Biases and MLflow.
 
-A tracker's address and key come from environment variables, which workers get, and which are never recorded.
+A tracker's address and key come from environment variables, which workers get, and which are never
+recorded.
 """
 
 import importlib.util
@@ -24,8 +25,8 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Defaults of environment variables: the trackers print nothing over the live view, send no reports about the user, and
-wait half a minute, not several, for a server that does not answer."""
+"""Defaults of environment variables: the trackers print nothing over the live view, send no reports
+about the user, and wait half a minute, not several, for a server that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Trackers:
 
 
 def check_trackers(names: tuple[str, ...]) -> dict[str, str]:
-    """Check that all trackers are installed and configured, and MLflow answers; return their environment variables."""
+    """Check that all trackers are installed and configured, and MLflow answers; return their
+    environment variables."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(

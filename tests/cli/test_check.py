@@ -206,7 +206,8 @@ def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: dict[str, Any]) -
 def test_a_plan_is_read_if_the_number_of_blocks_is_known(
     tiny_raw: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Blocks of equal size are cut in a known number, and groups are numbered by the remaining blocks."""
+    """Blocks of equal size are cut in a known number, and groups are numbered by the remaining
+    blocks."""
     raw = changed(tiny_raw, prune__units=["block", "mlp"], prune__depth_share=0.5, prune__rate=0.5)
     inspection = preflight.inspect(validate_config(raw))
     before, after = (

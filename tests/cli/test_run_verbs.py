@@ -110,7 +110,8 @@ def test_status_tells_which_cut_was_left_out(tmp_path: Path) -> None:
 
 
 def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
-    """Trial 5 reports a step beyond its last rung; trial 6 has a slot but no worker yet; trial 7 has no slot."""
+    """Trial 5 reports a step beyond its last rung; trial 6 has a slot but no worker yet; trial 7
+    has no slot."""
     folder = run / "trials" / TRIALS
     write_pulse(
         folder, 5, TrialPulse(node="a node", pid=1, step=3, beats=12, peak_memory_bytes=10**6)
@@ -279,7 +280,8 @@ def test_an_invalid_plan_is_refused(tmp_path: Path, text: str, problem: str) -> 
 
 
 def test_compare_shows_results_and_differing_settings(tmp_path: Path) -> None:
-    """A key that only one run sets shows a dash for the other; lists are shown without Python's brackets."""
+    """A key that only one run sets shows a dash for the other; lists are shown without Python's
+    brackets."""
     source = {
         "source": "package:qpruner/demo/data/questions_train.jsonl",
         "format": "multiple_choice",

@@ -225,7 +225,8 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
 
 
 def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:
-    """`docs/pictures.py` replays a run up to a moment of its search; the picture loads nothing from another host."""
+    """`docs/pictures.py` replays a run up to a moment of its search; the picture loads nothing from
+    another host."""
     sys.path.insert(0, str(TESTS.parent.parent / "docs"))
     from pictures import moment_of, terminal_picture
 

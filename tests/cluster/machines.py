@@ -1,8 +1,10 @@
-"""Several machines simulated on one: each is a process with its own network, process and mount namespaces.
+"""Several machines simulated on one: each is a process with its own network, process and mount
+namespaces.
 
-Every machine has its own name, address, loopback, process ids, /root, /tmp, /run and /dev/shm, and shares the rest of
-the file system. A bridge connects them. One machine stands for the user's laptop; the others run an sshd. All of them
-are child processes that die with this process, so nothing remains after a test.
+Every machine has its own name, address, loopback, process ids, /root, /tmp, /run and /dev/shm, and
+shares the rest of the file system. A bridge connects them. One machine stands for the user's
+laptop; the others run an sshd. All of them are child processes that die with this process, so
+nothing remains after a test.
 """
 
 import hashlib
@@ -47,7 +49,8 @@ Subsystem sftp internal-sftp
 
 
 def skip_where_impossible(*tools: str) -> None:
-    """Skip the calling test without root, or without the tools for machines and these further tools."""
+    """Skip the calling test without root, or without the tools for machines and these further
+    tools."""
     if os.geteuid() != 0:
         pytest.skip("namespaces need root")
     if missing := [tool for tool in (*TOOLS, *tools) if not shutil.which(tool)]:
@@ -55,9 +58,11 @@ def skip_where_impossible(*tools: str) -> None:
 
 
 def link_environment(folder: Path, constraints: bytes = b"") -> None:
-    """Link this test's environment to `folder/.venv`, so that `launch/setup.sh cluster` finds it installed.
+    """Link this test's environment to `folder/.venv`, so that `launch/setup.sh cluster` finds it
+    installed.
 
-    `constraints` is the content of the file that `PIP_CONSTRAINT` names there: `versions.txt` on a worker.
+    `constraints` is the content of the file that `PIP_CONSTRAINT` names there: `versions.txt` on a
+    worker.
     """
     venv = folder / ".venv"
     venv.mkdir(parents=True)
@@ -93,8 +98,9 @@ def num_trials(run: Path) -> int:
 class Machine:
     """One simulated machine; `home` is the folder that it sees as /root.
 
-    `folder` gives the machine its name and holds its private folders. The folders `visible`, below /tmp or /root, are
-    shared with the real machine. `command` runs as the first process, and the machine ends with it.
+    `folder` gives the machine its name and holds its private folders. The folders `visible`, below
+    /tmp or /root, are shared with the real machine. `command` runs as the first process, and the
+    machine ends with it.
     """
 
     def __init__(self, folder: Path, visible: Iterable[Path], command: str) -> None:
@@ -103,7 +109,8 @@ class Machine:
         for path in (self.home, temporary):
             path.mkdir(parents=True)
         private = {Path("/root"): self.home, Path("/tmp"): temporary}
-        # The machine must resolve its own name; otherwise Ray waits for a name server at each look-up.
+        # The machine must resolve its own name; otherwise Ray waits for a name server at each
+        # look-up.
         (folder / "hosts").write_text(f"127.0.0.1 localhost {folder.name}\n")
         mounts = [("--bind", folder / "hosts", Path("/etc/hosts"))]
         for path in visible:

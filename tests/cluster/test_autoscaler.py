@@ -1,7 +1,9 @@
-"""A whole run on a cluster whose head runs no work: Ray's autoscaler starts workers and ends idle ones.
+"""A whole run on a cluster whose head runs no work: Ray's autoscaler starts workers and ends idle
+ones.
 
-The head is a simulated machine. The workers are raylets on it, which a test provider of Ray starts and ends; Ray counts
-GPUs on them that do not exist. The cluster file is the one that `ray up` would write on the head.
+The head is a simulated machine. The workers are raylets on it, which a test provider of Ray starts
+and ends; Ray counts GPUs on them that do not exist. The cluster file is the one that `ray up` would
+write on the head.
 """
 
 import os
@@ -112,7 +114,8 @@ class Head:
         )
 
     def most_seen(self, process: Driver, until: Callable[[], bool]) -> Counter[str]:
-        """Watch until the condition holds; return the largest numbers of workers, trials in flight and begun trials."""
+        """Watch until the condition holds; return the largest numbers of workers, trials in flight
+        and begun trials."""
         most, deadline = Counter[str](), time.monotonic() + 900
         while not until():
             assert time.monotonic() < deadline, process.said()[-4000:]
@@ -163,8 +166,8 @@ def config_of(model: Path, folder: Path, **keys: object) -> Path:
 def test_a_run_starts_workers_that_end_when_idle(
     tiny_model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The first stage starts one worker, and two trials in flight start a second; no third worker starts. A trial that
-    is too large for every node type is refused before any worker starts."""
+    """The first stage starts one worker, and two trials in flight start a second; no third worker
+    starts. A trial that is too large for every node type is refused before any worker starts."""
     with started(
         tmp_path / "cluster", tmp_path_factory.getbasetemp(), {"CPU": 1, "GPU": 1}
     ) as head:
@@ -193,8 +196,9 @@ def test_a_run_starts_workers_that_end_when_idle(
 def test_trials_that_wait_for_workers_never_begin_at_the_end(
     tiny_model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The autoscaler is stopped, as if the cloud had no quota: one trial runs on the head and three wait. Neither after
-    Ctrl-C nor after `search.max_hours` does a waiting trial begin; the running trial finishes its rung."""
+    """The autoscaler is stopped, as if the cloud had no quota: one trial runs on the head and three
+    wait. Neither after Ctrl-C nor after `search.max_hours` does a waiting trial begin; the running
+    trial finishes its rung."""
     with started(
         tmp_path / "cluster", tmp_path_factory.getbasetemp(), {"CPU": 1}, num_cpus=1
     ) as head:

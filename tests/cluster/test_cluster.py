@@ -174,7 +174,8 @@ sys.stdin.readline()
 print(ray.get(ray.remote(lambda: 6 * 7).remote()), flush=True)
 disconnect()
 """
-"""Prints its cluster and the addresses on which it listens; after a line of input prints the result of a task."""
+"""Prints its cluster and the addresses on which it listens; after a line of input prints the result
+of a task."""
 
 
 @contextmanager
@@ -201,8 +202,9 @@ def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
 def test_a_run_without_an_address_starts_its_own_ray(
     joined: tuple[Raylets, Cluster], tmp_path: Path
 ) -> None:
-    """This holds on the head of a cluster, whose variables name the cluster, and for two such runs at once. Ray listens
-    on loopback only, and the first run makes a token that only its owner can read."""
+    """This holds on the head of a cluster, whose variables name the cluster, and for two such runs
+    at once. Ray listens on loopback only, and the first run makes a token that only its owner can
+    read."""
     address = joined[0].address
     head = {
         "RAY_ADDRESS": address,

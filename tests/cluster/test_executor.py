@@ -1,4 +1,5 @@
-"""Work behaves the same on a cluster and in this process: events arrive at once, errors keep their type."""
+"""Work behaves the same on a cluster and in this process: events arrive at once, errors keep their
+type."""
 
 import errno
 import gc
@@ -93,7 +94,8 @@ def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
 
 @pytest.mark.slow
 def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> None:
-    """After progress between two deaths, as between checkpoints of a fine-tune, deaths are counted anew."""
+    """After progress between two deaths, as between checkpoints of a fine-tune, deaths are counted
+    anew."""
     marks, events = tmp_path / "killed", list[Event]()
     marks.mkdir()
 

@@ -1,4 +1,5 @@
-"""The jobs of a whole flow on four GPUs: each runs on the GPU that Ray reserved for it, and no two at once on one."""
+"""The jobs of a whole flow on four GPUs: each runs on the GPU that Ray reserved for it, and no two
+at once on one."""
 
 import itertools
 import json

@@ -29,8 +29,8 @@ from qpruner.training.finetune import Listener, Schedule, Share, finetune
 pytestmark = pytest.mark.slow
 
 STEPS = 14
-"""Two epochs and two steps. Of 21 rows in batches of four, the last step of an epoch has one row, so one of two workers
-has none."""
+"""Two epochs and two steps. Of 21 rows in batches of four, the last step of an epoch has one row,
+so one of two workers has none."""
 MIDDLE = 8  # the step of a checkpoint in the middle of an epoch
 
 Losses, Rows = dict[int, float], list[dict[str, list[int]]]
@@ -50,7 +50,8 @@ class Training:
 
 
 def train(job: Training) -> Losses:
-    """Train for real, in one process or several; return the loss of each step that this process took."""
+    """Train for real, in one process or several; return the loss of each step that this process
+    took."""
     torch.set_num_threads(1)
     lora = LoraConfig(rank=4, dropout=job.dropout, init="plain")
     bank = BankSource(job.model, job.model, "block", "float32", lora, seed=3)
@@ -79,7 +80,8 @@ def train(job: Training) -> Losses:
             )
 
     job.output.mkdir(parents=True, exist_ok=True)
-    # This norm clips every step: if each worker clipped its own gradients, the losses would differ at once.
+    # This norm clips every step: if each worker clipped its own gradients, the losses would differ
+    # at once.
     settings = TrainingConfig(
         learning_rate=1e-2, batch_size=4, micro_batch_size=job.micro_batch_size, max_grad_norm=0.05
     )
@@ -111,7 +113,8 @@ def steps_of(job: Training) -> list[tuple[int, float]]:
 
 
 Run = Callable[[Callable[[Any], Any], Path, Any], Any]
-"""Runs a function on a job in a group of two processes with one core each; the folder is for Ray Train."""
+"""Runs a function on a job in a group of two processes with one core each; the folder is for Ray
+Train."""
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +199,8 @@ def test_a_killed_group_resumes_from_its_checkpoint(
     run(train, tmp_path, killed)
     steps = steps_of(killed)
     assert (killed.output / "killed").exists()
-    # One forward pass is one step. Step 6 was not finished, and the checkpoint before it is of step 4.
+    # One forward pass is one step. Step 6 was not finished, and the checkpoint before it is of step
+    # 4.
     assert [step for step, _ in steps] == [*range(1, 6), *range(5, STEPS + 1)]
     assert all(loss == losses[step] for step, loss in steps)
 
@@ -237,7 +241,8 @@ def test_a_process_killed_while_connecting_frees_its_slots(run: Run, tmp_path: P
         return float(own)
 
     def listens(process: psutil.Process) -> bool:
-        """Return True if the others connect to this process: torch listens on all addresses, Ray on loopback."""
+        """Return True if the others connect to this process: torch listens on all addresses, Ray on
+        loopback."""
         with suppress(psutil.Error, OSError):
             return "RayTrainWorker" in " ".join(process.cmdline()) and any(
                 each.status == psutil.CONN_LISTEN and each.laddr.ip in ("::", "0.0.0.0")
@@ -262,7 +267,8 @@ def test_a_process_killed_while_connecting_frees_its_slots(run: Run, tmp_path: P
 
 
 class Killed:
-    """Kills the process of a group in which it is read first, which is when the function is about to start."""
+    """Kills the process of a group in which it is read first, which is when the function is about
+    to start."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -25,7 +25,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
-    """A cluster with one worker node. The working directory contains no qpruner, as workers import from it first."""
+    """A cluster with one worker node.
+
+    The working directory contains no qpruner, as workers import from it first.
+    """
     monkeypatch.chdir(tmp_path)
     with raylets(1) as found:
         connect(found.address)

@@ -1,4 +1,5 @@
-"""A real search with trials that only record where they run: every GPU of every node runs one trial at a time."""
+"""A real search with trials that only record where they run: every GPU of every node runs one trial
+at a time."""
 
 import itertools
 import json
@@ -77,7 +78,8 @@ def waiting(folder: Path, pattern: str, number: int) -> Callable[[], None]:
 
 
 def recording_trial(folder: Path, at_once: int) -> Trial:
-    """Make a trial that records where and when it runs; trials end only after `at_once` of them have run together."""
+    """Make a trial that records where and when it runs; trials end only after `at_once` of them
+    have run together."""
     wait = waiting(folder, "began-*", at_once)
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -143,7 +145,8 @@ def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_ctrl_c_starts_no_waiting_trial(slots: Slots, tmp_path: Path) -> None:
-    """There is room for six trials, as on a cluster that may grow, but for three of them no machine."""
+    """There is room for six trials, as on a cluster that may grow, but for three of them no
+    machine."""
     is_first = True
 
     def emit(event: Event) -> None:
@@ -162,7 +165,8 @@ def test_ctrl_c_starts_no_waiting_trial(slots: Slots, tmp_path: Path) -> None:
 def on_device(
     folder: Path, fault: Callable[[TrialJob], None], only: str | None = None, seconds: float = 0.0
 ) -> Trial:
-    """Make a trial that causes a fault on the GPU `only`, or on every one, and otherwise records where it runs."""
+    """Make a trial that causes a fault on the GPU `only`, or on every one, and otherwise records
+    where it runs."""
     intact = recording_trial(folder, 0)
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -177,7 +181,8 @@ def on_device(
 
 
 def out_of_memory() -> Callable[[TrialJob], None]:
-    """Make a fault: allocating more than a process may have, as on a small GPU, or on one that others use."""
+    """Make a fault: allocating more than a process may have, as on a small GPU, or on one that
+    others use."""
 
     def fault(job: TrialJob) -> None:
         import resource
@@ -223,7 +228,8 @@ def searched(job: SearchJob, room: int = 2) -> tuple[list[TrialRecord], list[str
 
 
 def on_gpus(folder: Path, trial: Trial, **settings: Any) -> SearchJob:
-    """Make a search of two controls and five random plans on a machine with two GPUs; no other has as many cores."""
+    """Make a search of two controls and five random plans on a machine with two GPUs; no other has
+    as many cores."""
     job = job_of(folder, **{"searcher": "random", "first_rung": 4, "max_trials": 7} | settings)
     return replace(job, trial=trial, resources={"cpu": 2.0, "gpu": 1.0})
 
@@ -238,7 +244,8 @@ def one_machine(joined: tuple[Raylets, Cluster]) -> Iterator[str]:
 
 @pytest.fixture
 def two_gpus(one_machine: str) -> Iterator[None]:
-    """As above; a GPU that was left out is back after the test, because it is held until this process leaves."""
+    """As above; a GPU that was left out is back after the test, because it is held until this
+    process leaves."""
     yield
     disconnect()
     connect(one_machine)
@@ -246,7 +253,8 @@ def two_gpus(one_machine: str) -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path) -> None:
-    """With one of two slots too small, most trials were lost, controls too, and the command ended with a winner."""
+    """With one of two slots too small, most trials were lost, controls too, and the command ended
+    with a winner."""
     trials, said = searched(
         on_gpus(tmp_path, on_device(tmp_path, out_of_memory(), "1"), max_trials=4)
     )
@@ -267,7 +275,8 @@ def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path)
 def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(
     kind: Fault, tmp_path: Path
 ) -> None:
-    """Trials are longer than a worker takes to start, or the worker of the other GPU would take them all."""
+    """Trials are longer than a worker takes to start, or the worker of the other GPU would take
+    them all."""
     trial = on_device(tmp_path, kind(), "1", seconds=10.0)
     trials, said = searched(on_gpus(tmp_path, trial))
     assert [trial.status for trial in trials] == ["finished"] * 7, [
@@ -364,7 +373,8 @@ def test_a_search_in_which_everything_fails_ends_and_loses_no_plan(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: Path) -> None:
-    """As if its machine had been cut off for a while; another worker's id in the record stands for that worker."""
+    """As if its machine had been cut off for a while; another worker's id in the record stands for
+    that worker."""
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         (checkpoint := tmp_path / f"made-{time.monotonic_ns()}").mkdir()

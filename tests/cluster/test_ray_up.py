@@ -1,8 +1,9 @@
-"""A real `ray up` of launch/cluster_onprem.yaml on simulated machines, and a real search there in two parts.
+"""A real `ray up` of launch/cluster_onprem.yaml on simulated machines, and a real search there in
+two parts.
 
-All commands are the launch scripts, as in docs/cluster.md: up, submit (attached and as a job), watch, fetch, down.
-Different from a real cluster, /shared is another folder, the packages are already installed, and the head has no cores
-for trials, so that all trials run on workers.
+All commands are the launch scripts, as in docs/cluster.md: up, submit (attached and as a job),
+watch, fetch, down. Different from a real cluster, /shared is another folder, the packages are
+already installed, and the head has no cores for trials, so that all trials run on workers.
 """
 
 import importlib.util
@@ -28,7 +29,10 @@ BUSY = (
     "RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=300 RAY_raylet_start_wait_time_s=90 "
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S=600 RAY_health_check_timeout_ms=60000 RAY_health_check_failure_threshold=20"
 )
-"""Longer limits of Ray for a busy machine. The 15 s for the agents of a raylet cannot be changed."""
+"""Longer limits of Ray for a busy machine.
+
+The 15 s for the agents of a raylet cannot be changed.
+"""
 CLIENT = "import sys, ray; ray.init(sys.argv[1]); print('let in')"
 
 
@@ -40,7 +44,8 @@ class Cluster:
     file: Path
     shared: Path
     modes: Iterator[str] = field(default_factory=lambda: itertools.cycle(("token", "disabled")))
-    """Of Ray's authentication on the laptop, for one script after the other: Ray 2.61 turns it on everywhere."""
+    """Of Ray's authentication on the laptop, for one script after the other: Ray 2.61 turns it on
+    everywhere."""
 
     def laptop(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the repository on the laptop, which has no token of its own."""
@@ -122,7 +127,8 @@ def test_callers_without_the_token_are_refused(cluster: Cluster) -> None:
         ("ray", "status", "--address", f"{head}:6379"),
         ("python", "-c", CLIENT, f"ray://{head}:10001"),
     ):
-        # On a busy machine the client server may give up before it has started the process of a client.
+        # On a busy machine the client server may give up before it has started the process of a
+        # client.
         wait_for(
             partial(is_accepted, *command, **right), f"an answer to {command}", PATIENCE_SECONDS
         )

@@ -1,6 +1,7 @@
 """launch/slurm.sbatch, unchanged, under a real SLURM with two simulated machines as nodes.
 
-SLURM counts eight cores and one GPU on each node; in truth the nodes share this machine's cores, and trials use CPUs.
+SLURM counts eight cores and one GPU on each node; in truth the nodes share this machine's cores,
+and trials use CPUs.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""A real search over two cuts on three raylets whose driver, workers and raylets are killed at random.
+"""A real search over two cuts on three raylets whose driver, workers and raylets are killed at
+random.
 
 `pytest -m cluster tests/cluster/test_soak.py -s` prints the numbers of kills and the time.
 """

@@ -1,6 +1,8 @@
-"""Mistakes in a configuration are refused with the key, the value, the rule and the remedy, before expensive work.
+"""Mistakes in a configuration are refused with the key, the value, the rule and the remedy, before
+expensive work.
 
-Mistakes about the model, its rows, tasks or device are tested in `tests/pipeline/test_preflight.py`.
+Mistakes about the model, its rows, tasks or device are tested in
+`tests/pipeline/test_preflight.py`.
 """
 
 import json

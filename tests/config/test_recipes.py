@@ -1,4 +1,5 @@
-"""The recipes of `tune_configs/` are complete, and the commands and figures of their headers are right."""
+"""The recipes of `tune_configs/` are complete, and the commands and figures of their headers are
+right."""
 
 import re
 import runpy
@@ -86,7 +87,8 @@ def test_the_large_recipes_fit_24_or_80_gib() -> None:
 
 
 def inspected(path: Path, tiny_model: Path, folder: Path) -> preflight.Inspection:
-    """Inspect a recipe offline: a hub model is replaced by its shape, its rows and tasks by those of the demo."""
+    """Inspect a recipe offline: a hub model is replaced by its shape, its rows and tasks by those
+    of the demo."""
     config = load_config(path)
     if config.model.source.startswith("package:"):
         return preflight.inspect(config, works_here=False)

@@ -1,4 +1,5 @@
-"""A run writes no token of the environment to its records, logs or TensorBoard files, or to Ray's files."""
+"""A run writes no token of the environment to its records, logs or TensorBoard files, or to Ray's
+files."""
 
 import logging
 import os

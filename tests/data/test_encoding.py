@@ -106,7 +106,8 @@ def test_a_row_has_one_beginning_of_sequence(
 
 
 def test_prompt_and_response_are_tokenized_together(tokenizer: Tokenizer) -> None:
-    """If the prompt ends in a space, tokenizing it with the response merges the space into the next word."""
+    """If the prompt ends in a space, tokenizing it with the response merges the space into the next
+    word."""
     tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
     prompt, response = "Name a gas. Answer: ", "oxygen"
     row = encode(
@@ -161,7 +162,8 @@ def test_a_chunk_without_a_labelled_token_is_dropped() -> None:
 def test_calibration_text_skips_blank_lines(
     packing: bool, tiny_raw: dict[str, Any], with_bos: Tokenizer
 ) -> None:
-    """Half the rows of WikiText are blank; each would be a sample of only a beginning-of-sequence token."""
+    """Half the rows of WikiText are blank; each would be a sample of only a beginning-of-sequence
+    token."""
     rows = [
         Example("text", "", "", text) for text in ("", "Plants take in carbon dioxide.", "") * 4
     ]
@@ -189,7 +191,8 @@ def test_a_batch_is_padded_on_the_right() -> None:
 
 
 def test_saved_rows_are_read_back_one_by_one(tmp_path: Path) -> None:
-    """Wrong offsets are detected as damage even without a list of digests; they could point outside of the file."""
+    """Wrong offsets are detected as damage even without a list of digests; they could point outside
+    of the file."""
     rows = [{"input_ids": [1] * 8, "labels": [1] * 8} for _ in range(3)]
     rows.append({"input_ids": [5, 6, 7, 8, 9, 4, 3, 2], "labels": [IGNORED, 6, 7, 8, 9, 4, 3, 2]})
     save_encoded(rows, tmp_path / "train")

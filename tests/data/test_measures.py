@@ -59,7 +59,8 @@ def test_of_one_seed_the_interval_is_students_over_questions() -> None:
 @pytest.mark.parametrize("num_rows", [2, 4, 8, 32, 182])
 @pytest.mark.parametrize("of_seed", [0.0, 0.005, 0.03])
 def test_intervals_hold_the_true_difference(num_seeds: int, num_rows: int, of_seed: float) -> None:
-    """Rows, seeds and single questions each shift a difference at random; the interval of one seed lacks its shift."""
+    """Rows, seeds and single questions each shift a difference at random; the interval of one seed
+    lacks its shift."""
     generator, number, held = np.random.default_rng(num_seeds * num_rows), 800, 0
     shift = of_seed if num_seeds > 1 else 0.0
     for _ in range(number):

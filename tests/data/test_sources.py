@@ -1,4 +1,5 @@
-"""Rows have the right columns, defects of files are named, and training rows are not used for scoring."""
+"""Rows have the right columns, defects of files are named, and training rows are not used for
+scoring."""
 
 import json
 import re
@@ -60,7 +61,8 @@ def examples_in(path: Path, **source: Any) -> list[Example]:
 def test_rows_of_known_layouts(
     tmp_path: Path, row: dict[str, Any], columns: dict[str, Any], expected: Any
 ) -> None:
-    """An instruction row has prompt, input and output; of a multiple-choice row only the answer is trained on."""
+    """An instruction row has prompt, input and output; of a multiple-choice row only the answer is
+    trained on."""
     if isinstance(expected, tuple):
         assert examples_of(tmp_path, [row], columns=columns) == [Example("instruction", *expected)]
         return

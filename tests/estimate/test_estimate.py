@@ -1,4 +1,5 @@
-"""The estimates of memory and hours are compared with autograd, ASHA and a real fine-tune; real steps are timed."""
+"""The estimates of memory and hours are compared with autograd, ASHA and a real fine-tune; real
+steps are timed."""
 
 import json
 import subprocess
@@ -88,7 +89,10 @@ def kept_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
 @pytest.mark.parametrize("level", ["bf16", "nf4", "int8"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_activations_match_autograd(family: str, level: str) -> None:
-    """Packed layers keep no more than others. Attention in float32, on a CPU without bfloat16, is not included."""
+    """Packed layers keep no more than others.
+
+    Attention in float32, on a CPU without bfloat16, is not included.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
@@ -194,7 +198,8 @@ def test_the_comparison_trains_the_base_model_unpacked(
 def test_the_cut_counts_gradients_and_samples(
     inspection: Inspection, cut: Callable[..., memory.Memory]
 ) -> None:
-    """Gradients count only if importance needs them; compensation counts all samples; the larger one is the peak."""
+    """Gradients count only if importance needs them; compensation counts all samples; the larger
+    one is the peak."""
     by_gradient, by_weights = cut(), cut(prune__importance="magnitude")
     assert by_weights.total < by_gradient.total
     assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
@@ -223,7 +228,8 @@ def test_the_cut_counts_gradients_and_samples(
 
 
 def test_expected_steps_match_asha(changed: Changed) -> None:
-    """A simulated ASHA, where a trial continues while it is in the best half so far, takes few steps more."""
+    """A simulated ASHA, where a trial continues while it is in the best half so far, takes few
+    steps more."""
     config = changed(
         search__max_trials=400, search__steps=16, search__first_rung=2, sensitivity__methods=[]
     )
@@ -322,7 +328,8 @@ print(json.dumps({"peak": done["peak_memory_bytes"], "seconds": done["seconds"]}
 
 @pytest.fixture(scope="module")
 def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run up to its bank, with a model large enough to stand out from the memory of the process itself."""
+    """A run up to its bank, with a model large enough to stand out from the memory of the process
+    itself."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("real")
@@ -332,7 +339,8 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "model")
-    # Packed rows have full length and every token a label, and the model is not cut, as the estimate assumes.
+    # Packed rows have full length and every token a label, and the model is not cut, as the
+    # estimate assumes.
     rows = {
         "data__max_length": 128,
         "data__packing": True,
@@ -351,7 +359,8 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: Path) -> None:
-    """Memory matches within a factor of 1.25; time without loading, on a machine with other load, within 3."""
+    """Memory matches within a factor of 1.25; time without loading, on a machine with other load,
+    within 3."""
 
     def last_line(*command: str) -> dict[str, Any]:
         done = subprocess.run(
@@ -376,7 +385,8 @@ def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3"])
 def test_a_cut_model_of_the_family_is_timed(name: str) -> None:
-    """The families have two kinds of layers, fused projections and a head that is tied or not; times depend on load."""
+    """The families have two kinds of layers, fused projections and a head that is tied or not;
+    times depend on load."""
     changes = "data.max_length=16; lora.dropout=0.1; training.gradient_checkpointing=true"
     changes += "; quantize.embeddings=[int8]; quantize.budget={bytes: 100000}"
     raw = changed_by(changes, raw_config(Path("a-model"), Path("a-run")))

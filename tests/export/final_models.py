@@ -49,7 +49,8 @@ def pruned_model(
 
 
 def run_of(pruned: Path, root: Path, pattern: tuple[str, ...], table: str = "") -> Path:
-    """Write the parts of a run that an export reads: groups have these formats in turn, every layer an adapter."""
+    """Write the parts of a run that an export reads: groups have these formats in turn, every layer
+    an adapter."""
     bank = bank_source(pruned, root / "bank")
     model, starts = assemble(
         bank, mixed_plan(groups_of(bank), pattern) | ({EMBEDDINGS: table} if table else {})

@@ -1,4 +1,5 @@
-"""Exports for other programs are complete or not there, say what they changed, and leave the run as it was."""
+"""Exports for other programs are complete or not there, say what they changed, and leave the run as
+it was."""
 
 import json
 import os

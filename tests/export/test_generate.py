@@ -1,4 +1,5 @@
-"""`qpruner generate` gives the same answers as transformers, for the models of a run and of a folder."""
+"""`qpruner generate` gives the same answers as transformers, for the models of a run and of a
+folder."""
 
 import functools
 import json
@@ -147,7 +148,8 @@ def test_a_chat_template_is_used_where_there_is_one(lively: Path, tmp_path: Path
 
 
 def test_an_answer_ends_at_every_end_token_of_the_model(lively: Path, tmp_path: Path) -> None:
-    """Both the end token of the tokenizer and another in the model's generation_config.json end an answer."""
+    """Both the end token of the tokenizer and another in the model's generation_config.json end an
+    answer."""
     [source] = sources(lively, ())
     generator = source.load()
     plain = generator.answer(PROMPT, Sampling(12, 0.0, 0)).text
@@ -234,7 +236,8 @@ def test_a_running_driver_gives_a_warning(run: Path, tmp_path: Path) -> None:
 def test_suggested_commands_for_a_run_at_a_uri_work(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The commands are suggested by the last line of `qpruner run` and in errors of verbs that need a folder."""
+    """The commands are suggested by the last line of `qpruner run` and in errors of verbs that need
+    a folder."""
     with object_store() as store:
         talk_to(store, monkeypatch)
         monkeypatch.setenv(objects.CACHE, str(tmp_path / "cache"))

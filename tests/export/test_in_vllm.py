@@ -1,4 +1,5 @@
-"""Exports in vLLM itself, whose Python `QPRUNER_VLLM_PYTHON` names: `bash launch/serve_tests.sh` makes its environment.
+"""Exports in vLLM itself, whose Python `QPRUNER_VLLM_PYTHON` names: `bash launch/serve_tests.sh`
+makes its environment.
 
 On a CPU vLLM takes 4 bits only, and heads of 32 or more.
 """
@@ -76,8 +77,8 @@ def test_vllm_serves_four_bits_with_an_adapter(
     done = export(
         RunDir(run_of(pruned, tmp_path / "run", ("w4", "bf16"))), "vllm", tmp_path / "out"
     )
-    # Rounding makes 0.015 in Granite, whose tiny model predicts more sharply (in float32 32 tokens are the same);
-    # without its scale of logits it is 0.46.
+    # Rounding makes 0.015 in Granite, whose tiny model predicts more sharply (in float32 32 tokens
+    # are the same); without its scale of logits it is 0.46.
     most = 0.05 if family == "granite" else 0.01
     assert done.by.startswith("vLLM") and done.divergence < most and not done.recoded
 

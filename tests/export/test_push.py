@@ -52,7 +52,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         }
         for name, value in changes.items():
             monkeypatch.setattr(constants, name, value)
-        # transformers (5.24) keeps the endpoint of its first question, an earlier test's, and tries it for 45 s.
+        # transformers (5.24) keeps the endpoint of its first question, an earlier test's, and tries
+        # it for 45 s.
         monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         yield served
 
@@ -100,7 +101,8 @@ def test_the_final_model_is_pushed_to_a_private_repository(
 
 
 def test_a_merged_model_replaces_the_final_model(run: Path, hub: Hub) -> None:
-    """An adapter pushed before is deleted, because transformers would attach it to the merged model."""
+    """An adapter pushed before is deleted, because transformers would attach it to the merged
+    model."""
     assert (
         "has no merged model: run `qpruner export" in push(run, "--what", "merged", code=2).stderr
     )
@@ -137,7 +139,8 @@ def test_a_peft_export_is_loaded_as_its_card_says(finished: Path, hub: Hub) -> N
     assert {"adapter_model.safetensors", "base/config.json", "base/model.safetensors"} <= set(files)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
     assert not [name for name, content in files.items() if str(finished.parent).encode() in content]
-    # Activations of 8-bit layers are rounded to integers; one rounded differently changes a logit by 0.08.
+    # Activations of 8-bit layers are rounded to integers; one rounded differently changes a logit
+    # by 0.08.
     assert off_by(logits_of(loaded(files["README.md"])), finished / "final") < 0.3
 
 

@@ -1,4 +1,5 @@
-"""A model is written again in other formats: what stays keeps its bytes, what changes is packed once."""
+"""A model is written again in other formats: what stays keeps its bytes, what changes is packed
+once."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The commands of `docs/serve.md` work in the programs that are on PATH: llama.cpp's, `ollama`, `lms` and `vllm`."""
+"""The commands of `docs/serve.md` work in the programs that are on PATH: llama.cpp's, `ollama`,
+`lms` and `vllm`."""
 
 import json
 import os

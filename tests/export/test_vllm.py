@@ -1,4 +1,5 @@
-"""Exports for vLLM predict the same in compressed-tensors, and models of different widths load without qpruner."""
+"""Exports for vLLM predict the same in compressed-tensors, and models of different widths load
+without qpruner."""
 
 import json
 import shutil

@@ -170,7 +170,8 @@ SET_ASIDE = "repeat the command: the damaged file is set aside, and "
         ),
         ("search/best.json", "delete {run}/records/search.json, then repeat the command"),
         ("final/config.json", "delete {run}/final, then repeat the command"),
-        # Deleting these would lose a plan, the intact entries of a bank, or a model that was only unreachable.
+        # Deleting these would lose a plan, the intact entries of a bank, or a model that was only
+        # unreachable.
         ("banks/cut-20/grams/model.layers.0.safetensors", SET_ASIDE),
         ("cuts/cut-20/model.safetensors", SET_ASIDE),
         ("trials/0123abcd/0003/trial.json", SET_ASIDE),
@@ -197,7 +198,8 @@ def test_the_remedy_for_a_damaged_file_loses_nothing_else(
 
 
 def test_errors_of_other_readers_get_a_remedy(tmp_path: Path) -> None:
-    """The error for a missing adapter names its row; the next command repairs a damaged safetensors file."""
+    """The error for a missing adapter names its row; the next command repairs a damaged safetensors
+    file."""
     from safetensors.torch import load_file
 
     from qpruner.training.checkpoints import load_adapter
@@ -361,7 +363,8 @@ def test_a_disk_full_between_cuts_keeps_the_finished_ones(
 def test_a_disk_full_for_a_while_only_delays_a_stage(
     stage: str, kind: type[Event], disk: Path, banked: Path, tiny_raw: dict[str, Any]
 ) -> None:
-    """For the bank, this is after its first entry; a bank without any room is refused with its size."""
+    """For the bank, this is after its first entry; a bank without any room is refused with its
+    size."""
     with contextlib.ExitStack() as meanwhile:
 
         def fill_once(event: Event) -> None:
@@ -379,7 +382,8 @@ def test_a_disk_full_for_a_while_only_delays_a_stage(
 
 @pytest.mark.slow
 def test_a_shared_folder_gone_from_a_node_fails_the_stage(tiny_raw: dict[str, Any]) -> None:
-    """On the only node that works, another file system hides the run folder; this mount is gone with the node."""
+    """On the only node that works, another file system hides the run folder; this mount is gone
+    with the node."""
     raw = with_key(with_key(tiny_raw, "prune.steps", 40), "prune.importance", "taylor")
     record = RunDir(raw["output"]).record_path("prune")
 
@@ -463,7 +467,10 @@ def test_a_diverging_trial_names_step_and_learning_rate(
 
 
 def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[str, Any]) -> None:
-    """Loading may take longer than the limit for hung trials. The rows are loaded last, and are missing here."""
+    """Loading may take longer than the limit for hung trials.
+
+    The rows are loaded last, and are missing here.
+    """
     root, beats = copy_of(banked, tiny_raw), list[int]()
     job = trial_of(root, tiny_raw, "nowhere")
     with pytest.raises(CorruptFile, match="nowhere"):

@@ -1,6 +1,8 @@
-"""Faults of runs at a URI: a killed driver, an empty machine, damaged objects, a server that does not answer.
+"""Faults of runs at a URI: a killed driver, an empty machine, damaged objects, a server that does
+not answer.
 
-The S3 server is a real one on loopback. The results are compared with those of an undisturbed run in a folder.
+The S3 server is a real one on loopback. The results are compared with those of an undisturbed run
+in a folder.
 """
 
 import json
@@ -38,7 +40,8 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def config_at(output: str, folder: Path, model: Path) -> Path:
-    """Write a configuration whose final table has only the base model, the pruned model and the winner."""
+    """Write a configuration whose final table has only the base model, the pruned model and the
+    winner."""
     config = written_config(folder, model)
     raw = with_key(yaml.safe_load(config.read_text()), "finetune.compare", False)
     del raw["finetune"]["seeds"]
@@ -62,7 +65,8 @@ TakenUp = tuple[list[dict[str, Any]], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def taken_up(store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TakenUp:
-    """The trials when the driver was killed, and the output of the same command on an empty machine."""
+    """The trials when the driver was killed, and the output of the same command on an empty
+    machine."""
     folder = tmp_path_factory.mktemp("killed")
     config = config_at(store.uri(KILLED), folder / "a", tiny_model)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,5 @@
-"""Real faults during a search: signals, too little memory, a storage that is full or away, machines that die.
+"""Real faults during a search: signals, too little memory, a storage that is full or away, machines
+that die.
 
 The results of a disturbed search are compared with those of one undisturbed search.
 """
@@ -68,7 +69,8 @@ def finished(process: Driver) -> dict[str, Any]:
 
 
 def between(process: Driver, index: int) -> int:
-    """Wait until a trial is between two rungs and the driver knows the first; return the process id of its worker."""
+    """Wait until a trial is between two rungs and the driver knows the first; return the process id
+    of its worker."""
 
     def at_work() -> int | None:
         return (
@@ -103,7 +105,8 @@ OFTEN = "from qpruner.training import checkpoints; checkpoints.SECONDS = 0.1"
 def test_kills_between_rungs_lose_no_progress(
     measured: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Worker and driver are killed after a checkpoint by time each, and none of them would ever reach a rung."""
+    """Worker and driver are killed after a checkpoint by time each, and none of them would ever
+    reach a rung."""
     keys = {"search.steps": 128, "search.first_rung": 64, "search.max_trials": 1}
     configs = [
         search_config(tiny_model, tmp_path / name, **keys) for name in ("undisturbed", "disturbed")
@@ -323,7 +326,8 @@ BIG = {
 
 @pytest.fixture(scope="module")
 def big(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs of large batches: `measured` up to the sensitivities, `undisturbed` with its one trial."""
+    """A folder with two runs of large batches: `measured` up to the sensitivities, `undisturbed`
+    with its one trial."""
     folder = tmp_path_factory.mktemp("big")
     for name, verb in (("measured", "sensitivity"), ("undisturbed", "search")):
         config = search_config(tiny_model, folder / name, **BIG)
@@ -341,7 +345,8 @@ while all(map(psutil.pid_exists, victims)):
         kept.append(b"x" * 2**26)
 os._exit(0)
 """
-"""Takes memory until only so much is available, and ends when one of the given processes has ended."""
+"""Takes memory until only so much is available, and ends when one of the given processes has ended.
+"""
 
 
 def test_a_machine_out_of_memory_costs_one_worker(
@@ -390,8 +395,9 @@ def test_a_machine_out_of_memory_costs_one_worker(
 def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     retry: bool, big: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The process may take 450 MiB of address space more than at its first pulse, and 64 rows take more. Once the trial
-    has shrunk, the limit goes: torch keeps the address space of a step that failed, so even one row may not fit."""
+    """The process may take 450 MiB of address space more than at its first pulse, and 64 rows take
+    more. Once the trial has shrunk, the limit goes: torch keeps the address space of a step that
+    failed, so even one row may not fit."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
     config = search_config(tiny_model, tmp_path, **BIG, **{"search.retry_out_of_memory": retry})
     with driver(config) as process:
@@ -453,7 +459,8 @@ def group() -> Iterator[Path]:
 def test_a_trial_the_kernel_kills_for_memory_shrinks(
     group: Path, big: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Each new worker is moved into a small control group, until more are killed than may die for other reasons."""
+    """Each new worker is moved into a small control group, until more are killed than may die for
+    other reasons."""
     shutil.copytree(big / "measured" / "run", tmp_path / "run")
     pids: list[int] = []
 
@@ -530,7 +537,8 @@ def test_a_dead_machine_does_not_count_against_its_trial(config: Path, undisturb
 
 
 def test_a_machine_dead_before_any_pulse_does_not_count(config: Path) -> None:
-    """A worker imports for seconds before it reports its node, so the driver asks Ray which node it was."""
+    """A worker imports for seconds before it reports its node, so the driver asks Ray which node it
+    was."""
 
     def begins(node: Any) -> bool:
         for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children():
@@ -554,7 +562,10 @@ def test_a_machine_dead_before_any_pulse_does_not_count(config: Path) -> None:
 
 
 def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None:
-    """As after a spot notice. Without qpruner's handling, Ray Tune keeps giving trials to the worker there."""
+    """As after a spot notice.
+
+    Without qpruner's handling, Ray Tune keeps giving trials to the worker there.
+    """
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
         node = node_of(cluster, process.run, 1)
@@ -569,7 +580,8 @@ def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None
 
 
 def test_a_worker_declared_dead_writes_nothing_more(config: Path, undisturbed: Path) -> None:
-    """A machine is unreachable for a while: its raylet does not answer, and its trial resumes elsewhere."""
+    """A machine is unreachable for a while: its raylet does not answer, and its trial resumes
+    elsewhere."""
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         pid = between(process, 1)
         first = trials_of(process.run)[1]["worker"]

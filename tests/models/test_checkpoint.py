@@ -67,7 +67,8 @@ KINDS: dict[str, tuple[Sequence[str], Callable[[str], PreTrainedModel]]] = {
         lambda name: pruned(name, rate=0.1, units=["mlp"], uniform=True),
     ),
 }
-"""Kinds of pruned models by folder: `ragged` needs `import qpruner.hf` to load, `plain` must load without it."""
+"""Kinds of pruned models by folder: `ragged` needs `import qpruner.hf` to load, `plain` must load
+without it."""
 CUT_MODELS = tuple(f"{kind}/{name}" for kind, (names, _) in KINDS.items() for name in names)
 
 
@@ -109,7 +110,8 @@ def llama(root: Path) -> Path:
 def test_a_new_process_finds_the_same_model(
     name: str, fresh: dict[str, dict[str, Any]], cut_models: dict[str, PreTrainedModel]
 ) -> None:
-    """A block at another position, or with other heads, must still find its own keys and values in the cache."""
+    """A block at another position, or with other heads, must still find its own keys and values in
+    the cache."""
     answer = fresh[name]
     assert torch.equal(torch.tensor(answer["logits"]), logits_of(cut_models[name]))
     cached, uncached = (
@@ -261,7 +263,8 @@ def test_a_hub_model_with_pickled_weights_only_is_refused(
 def test_a_partly_cached_hub_model_is_named_as_such(
     files: dict[str, bytes], tmp_path: Path, fetched_before: str
 ) -> None:
-    """`qpruner check` fetches the config only, and a node that runs the model may not reach the hub."""
+    """`qpruner check` fetches the config only, and a node that runs the model may not reach the
+    hub."""
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
         assert of_hub(hub.endpoint, tmp_path / "home", fetched_before) == ["loaded"]

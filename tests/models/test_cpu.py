@@ -1,4 +1,5 @@
-"""On a CPU without bfloat16 instructions, products are computed in float32, and not much slower than float32."""
+"""On a CPU without bfloat16 instructions, products are computed in float32, and not much slower
+than float32."""
 
 from plain_transformers import run_python
 

@@ -1,4 +1,7 @@
-"""Packed layers, embeddings and heads in every family. Without them a run would fail when it fills the bank."""
+"""Packed layers, embeddings and heads in every family.
+
+Without them a run would fail when it fills the bank.
+"""
 
 from pathlib import Path
 
@@ -22,9 +25,11 @@ from qpruner.quantization.mixed import layer_tensors
 DTYPE, LORA = "float32", LoraConfig(rank=12, alpha=24)
 LAYERS = {"nf4": bnb.nn.Linear4bit, "int8": PackedLinear, "bf16": torch.nn.Linear}
 PATTERN = ("nf4", "int8", "bf16", "int8", "nf4")
-"""Five formats over four projections per block, so that each projection gets other formats in each block."""
+"""Five formats over four projections per block, so that each projection gets other formats in each
+block."""
 NAMES = ("llama", "gpt_neox", "opt", "phi3", "llama, biases")
-"""Separate and fused projections, biases, norms; the linear layers of other families are like these."""
+"""Separate and fused projections, biases, norms; the linear layers of other families are like
+these."""
 
 
 def with_unpacked(

@@ -30,7 +30,8 @@ LABELLED = (4, 7, 1, 5)
 
 
 def rows() -> list[dict[str, list[int]]]:
-    """Make rows with unlabelled prompts and labelled responses; one row also has labels in the middle."""
+    """Make rows with unlabelled prompts and labelled responses; one row also has labels in the
+    middle."""
     generator = torch.Generator().manual_seed(3)
     made = []
     for length, labelled in zip((9, 12, 6, 8), LABELLED, strict=True):
@@ -83,7 +84,8 @@ def assert_same_gradients(
     + [("llama", "bfloat16"), ("gpt_neox", "bfloat16")],
 )
 def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> None:
-    """In float32 they agree up to rounding; in bfloat16, gradients are summed in another order and agree to 2 %."""
+    """In float32 they agree up to rounding; in bfloat16, gradients are summed in another order and
+    agree to 2 %."""
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     model = family_model(name).to(getattr(torch, dtype))
     batch = collate(rows(), PAD)

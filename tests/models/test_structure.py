@@ -1,4 +1,7 @@
-"""The weights that a unit owns in every family. With wrong ones, pruning would cut wrong rows without an error."""
+"""The weights that a unit owns in every family.
+
+With wrong ones, pruning would cut wrong rows without an error.
+"""
 
 import copy
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Tiny random models of all supported families, cuts to try on them, and references for the cut models.
+"""Tiny random models of all supported families, cuts to try on them, and references for the cut
+models.
 
-The reference `silenced` switches off the removed parts of an uncut model without code of the package. With these widths
-every layer can have 4 bits on a CPU (`plan.check_cpu_widths`).
+The reference `silenced` switches off the removed parts of an uncut model without code of the
+package. With these widths every layer can have 4 bits on a CPU (`plan.check_cpu_widths`).
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ OUTPUTS = {
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
     "opt": ("self_attn.out_proj", "fc2"),
 }
-"""Paths of the blocks in a model and of the output projections in a block, where they differ from Llama."""
+"""Paths of the blocks in a model and of the output projections in a block, where they differ from
+Llama."""
 
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {
@@ -78,7 +80,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Variants of families in which a unit owns other weights or is used in another way: name -> family, config keys."""
+"""Variants of families in which a unit owns other weights or is used in another way: name ->
+family, config keys."""
 MODEL_NAMES = (*FAMILY_NAMES, *VARIANTS)
 
 
@@ -123,7 +126,8 @@ def family_model(name: str, seed: int | None = None, **others: Any) -> PreTraine
 
 
 def kept_of(name: str) -> Kept:
-    """Return a cut of attention units and channels: blocks 0 and 2 get different widths, block 1 is uncut."""
+    """Return a cut of attention units and channels: blocks 0 and 2 get different widths, block 1 is
+    uncut."""
     heads = {0: (0, 2, 3, 5), 2: (1, 4)} if family_name(name) in HEADWISE else {0: (0, 2), 2: (1,)}
     channels = {0: (*range(3, 20), 38), 2: tuple(range(0, CHANNELS, 3))}
     return {index: {"attention": heads[index], "mlp": channels[index]} for index in (0, 2)}
@@ -146,8 +150,8 @@ def output_projections(block: torch.nn.Module, family: str) -> tuple[Any, Any]:
 def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
     """Switch off all units of an uncut model that are not kept, in place.
 
-    The columns of removed heads and channels in the output projection become zero. In OLMo 2 the query and key norms
-    leave removed heads out of their mean.
+    The columns of removed heads and channels in the output projection become zero. In OLMo 2 the
+    query and key norms leave removed heads out of their mean.
     """
     family = family_name(name)
     for index, units in kept.items():
@@ -202,7 +206,8 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def generated_scores(model: PreTrainedModel, use_cache: bool) -> torch.Tensor:
-    """Generate four tokens greedily after the prompt and return their logits ``(tokens, 2, vocabulary)``."""
+    """Generate four tokens greedily after the prompt and return their logits ``(tokens, 2,
+    vocabulary)``."""
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
     found = model.generate(prompt(), use_cache=use_cache, return_dict_in_generate=True, **options)
     return torch.stack(found.logits)

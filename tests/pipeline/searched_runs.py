@@ -25,7 +25,8 @@ from qpruner.runs.run_dir import RunDir
 
 
 def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
-    """Make the record of a search that `plan` won with a loss of 1.9; `losses` are those of its controls."""
+    """Make the record of a search that `plan` won with a loss of 1.9; `losses` are those of its
+    controls."""
     found = [
         made_confirmation(index, origin, loss)
         for index, (origin, loss) in enumerate((losses or {"cut-20-knapsack": 2.0}).items())

@@ -1,4 +1,5 @@
-"""The bank stage: it makes what is missing only, and whoever reads a damaged entry makes that one again."""
+"""The bank stage: it makes what is missing only, and whoever reads a damaged entry makes that one
+again."""
 
 import shutil
 from dataclasses import replace
@@ -121,7 +122,8 @@ def test_a_new_version_is_packed_anew(
 
 
 def test_entries_that_a_new_bank_lacks_are_kept(raw: Raw) -> None:
-    """Those of the paper's flow may be of other formats than the run's; what a killed process left is removed."""
+    """Those of the paper's flow may be of other formats than the run's; what a killed process left
+    is removed."""
     bank = bank_in(raw)
     before = folder_digests(bank.folder)
     (bank.folder / "int8" / ".layers.0.down.safetensors.123").write_bytes(b"a part")
@@ -168,7 +170,8 @@ def interrupt(raw: Raw, num_groups: int) -> list[Event]:
     def emit(event: Event) -> None:
         events.append(event)
         if len(built(events)) == num_groups:
-            raise KeyboardInterrupt  # the signal itself is ignored where tests run in the background
+            # the signal itself is ignored where tests run in the background
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(validate_config(raw), emit, until="bank")
@@ -251,7 +254,8 @@ GPTQ = {
 
 
 def test_gram_matrices_are_kept_for_first_use(tiny_raw: Raw) -> None:
-    """Those of every cut; a damaged one is found when it is read, and gathered again by the next command."""
+    """Those of every cut; a damaged one is found when it is read, and gathered again by the next
+    command."""
     del tiny_raw["quantize"]["bits"]
     raw = with_keys(tiny_raw, **GPTQ)
     _, events = filled(raw)
@@ -291,7 +295,8 @@ def test_workers_build_what_this_process_builds(
 
 @pytest.mark.slow
 def test_entries_damaged_under_a_search_are_made_again(tiny_raw: Raw) -> None:
-    """Also those of the base model, which only controls use, and for the second command's scores of finalists."""
+    """Also those of the base model, which only controls use, and for the second command's scores of
+    finalists."""
     keys = {
         "search.max_trials": 3,
         "search.steps": 1,

@@ -85,7 +85,8 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
 
 
 def test_controls_that_the_winner_beat_get_no_fine_tune(context: Context) -> None:
-    """A control within noise of the winner stays, and so do its rival and the paper's flow, however bad."""
+    """A control within noise of the winner stays, and so do its rival and the paper's flow, however
+    bad."""
     losses = {"unpruned-uniform": 2.4, "cut-20-knapsack": 1.91, "cut-20-uniform": 2.5, "paper": 3.0}
     searched = with_rows(context, searched_record(a_winner(context), losses))
     names = {row.name for row in table_rows(with_records(context, search=searched))}

@@ -106,7 +106,8 @@ def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context, tmp_path:
 
 
 def test_a_plan_of_the_base_can_be_given(context: Context, tmp_path: Path) -> None:
-    """A control of it may win, though it is no candidate; without a name the plan is of the only candidate."""
+    """A control of it may win, though it is no candidate; without a name the plan is of the only
+    candidate."""
     plan = context.layout_of(UNPRUNED).smallest()
     (file := tmp_path / "plan.json").write_text(
         json.dumps({"cut": UNPRUNED, "plan": plan.as_dict()})

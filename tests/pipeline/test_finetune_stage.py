@@ -1,4 +1,5 @@
-"""The fine-tunes of the winner and of other rows: none runs twice, and the final folder holds the winner."""
+"""The fine-tunes of the winner and of other rows: none runs twice, and the final folder holds the
+winner."""
 
 import shutil
 from collections.abc import Callable
@@ -227,7 +228,8 @@ def test_the_final_folder_is_the_recorded_winners(
 def test_two_workers_fine_tune_what_one_does(
     changed: Callable[[str, Any], Context], sensed_raw: dict[str, Any]
 ) -> None:
-    """Ray Train runs both workers on packed 4- and 8-bit layers in bfloat16, so about three digits agree."""
+    """Ray Train runs both workers on packed 4- and 8-bit layers in bfloat16, so about three digits
+    agree."""
     found = {}
     for workers in (2, 1):
         whole = with_key(sensed_raw, "training.micro_batch_size", 2)

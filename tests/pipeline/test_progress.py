@@ -71,7 +71,8 @@ def test_progress_of_long_steps_counts_up_once(sensed: tuple[dict[str, Any], lis
 
 
 def test_a_command_up_to_a_stage_leaves_a_report(raw: dict[str, Any], prepared: Path) -> None:
-    """The report describes this command, not an older one, and a command that starts no stage keeps it."""
+    """The report describes this command, not an older one, and a command that starts no stage keeps
+    it."""
     root, said = Path(raw["output"]), list[Event]()
     page, told = root / "report.html", root / "run.json"
     assert "Ended after stage prepare, as asked." in page.read_text()

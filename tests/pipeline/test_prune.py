@@ -37,7 +37,8 @@ PROMPT = [[5, 77, 300, 12, 45, 201]]
 
 @pytest.fixture
 def raw(tiny_model: Path, tmp_path: Path) -> Raw:
-    """A configuration that prunes by first-order Taylor, to any width, because it packs no 4-bit layers."""
+    """A configuration that prunes by first-order Taylor, to any width, because it packs no 4-bit
+    layers."""
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "quantize.bits", [8, 16])
     recipe = {
         "importance": "taylor",
@@ -54,7 +55,8 @@ def changed(raw: Raw, **keys: Any) -> Raw:
 
 
 def pruned(raw: Raw) -> tuple[CutRecord, Path, list[Event]]:
-    """Run the flow up to the prune stage; return the record and the folder of the last cut, and the events."""
+    """Run the flow up to the prune stage; return the record and the folder of the last cut, and the
+    events."""
     events: list[Event] = []
     record = run(validate_config(raw), events.append, until="prune").prune
     assert record is not None
@@ -280,7 +282,8 @@ def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[R
 
 
 def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: Path) -> None:
-    """Other folders raise an error there, because a model without some of its weights would answer wrongly."""
+    """Other folders raise an error there, because a model without some of its weights would answer
+    wrongly."""
     both = ["block", "attention", "mlp"]
     kinds = {
         "solved": {"rate": 0.3, "uniform": True, "compensation": "least_squares"},

@@ -1,7 +1,8 @@
-"""Bad models, rows and tasks, one a row: each is refused, or warned about, before a weight is loaded.
+"""Bad models, rows and tasks, one a row: each is refused, or warned about, before a weight is
+loaded.
 
-A row has a change of a valid configuration and the parts of the message: key, value, rule and remedy. Errors that the
-configuration alone causes: `tests/config/test_bad_input.py`.
+A row has a change of a valid configuration and the parts of the message: key, value, rule and
+remedy. Errors that the configuration alone causes: `tests/config/test_bad_input.py`.
 """
 
 import json
@@ -56,7 +57,8 @@ def config_of(change: str | dict[str, Any], raw: dict[str, Any]) -> RunConfig:
 
 
 def refused_with(message: str, change: str | dict[str, Any], raw: dict[str, Any]) -> None:
-    """Check that a change is refused with all parts of the message, and that nothing is left behind."""
+    """Check that a change is refused with all parts of the message, and that nothing is left
+    behind."""
     with pytest.raises(UserError) as caught:
         inspect(config_of(change, raw))
     assert caught.value.exit_code == 2

@@ -44,7 +44,8 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
         "only controls that the winner beat"
     )
     rival = ["best searched"] if records["search"]["control_won"] else []
-    # An unpruned winner has no random plans; beside all groups in nf4 there may be no other plan of equal bytes.
+    # An unpruned winner has no random plans; beside all groups in nf4 there may be no other plan of
+    # equal bytes.
     random = ["random"] if "random" in names else []
     pruned = ["pruned"] if table[-1]["cut"] != "base" else []
     assert names == ["base", *pruned, *tuned, *rival, *random, "searched"]
@@ -184,7 +185,8 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
 
 
 def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None:
-    """A trial without Ray gives the losses of the same trial in an actor that earlier trials had used."""
+    """A trial without Ray gives the losses of the same trial in an actor that earlier trials had
+    used."""
     *_, trial = (trial for trial in trials_of(undisturbed).values() if trial["cut"] == "cut-20")
     threads = torch.get_num_threads()
     rungs: list[RungResult] = []

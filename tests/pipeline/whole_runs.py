@@ -43,7 +43,8 @@ NOT_COMPARED = {
         "record_digest",
     ),
 }
-"""Fields that may differ between two runs of one configuration, such as times, memory and folders."""
+"""Fields that may differ between two runs of one configuration, such as times, memory and folders.
+"""
 TEST_QUESTIONS = {
     "source": "package:qpruner/demo/data/questions_test.jsonl",
     "format": "text",
@@ -81,7 +82,8 @@ def outcome(root: Path) -> dict[str, Any]:
 
 def written_config(folder: Path, model: Path) -> Path:
     keys = {
-        "search.max_concurrent": 1,  # then the order of results, and with it every proposal, is fixed
+        # then the order of results, and with it every proposal, is fixed
+        "search.max_concurrent": 1,
         "search.max_trials": 5,  # three of them are controls
         "sensitivity.methods": ["mutual_information"],
         "finetune.seeds": 1,
@@ -93,7 +95,8 @@ def written_config(folder: Path, model: Path) -> Path:
 
 
 def is_ray_agent(process: psutil.Process) -> bool:
-    """Return True for two processes of Ray that end up to 95 s after their raylet (measured, Ray 2.60)."""
+    """Return True for two processes of Ray that end up to 95 s after their raylet (measured, Ray
+    2.60)."""
     try:
         return process.name() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     except psutil.NoSuchProcess:
@@ -106,7 +109,8 @@ def kill_when(
     number: signal.Signals = signal.SIGKILL,
     *options: str,
 ) -> None:
-    """Start a run, signal the driver when the condition holds, and wait until the processes of Ray have ended."""
+    """Start a run, signal the driver when the condition holds, and wait until the processes of Ray
+    have ended."""
     driver = subprocess.Popen(
         command(config, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -33,7 +33,8 @@ def test_a_plan_round_trips_through_a_dict(text: str) -> None:
 
 
 def test_a_plan_in_a_notebook_can_be_read() -> None:
-    """Letters are black on light colours and white on dark ones; names cannot break out of the page."""
+    """Letters are black on light colours and white on dark ones; names cannot break out of the
+    page."""
     plan = PrecisionPlan(("a", "b", '"><script>'), ("nf4", "int8", "bf16"))
     page = plan._repr_html_()
     assert [part[:4] for part in page.split(";color:")[1:]] == ["#000", "#fff", "#fff"]

@@ -1,4 +1,5 @@
-"""The best plans in a budget, which models must not exceed; also with formats of groups' own, and of several cuts."""
+"""The best plans in a budget, which models must not exceed; also with formats of groups' own, and
+of several cuts."""
 
 import itertools
 from dataclasses import replace
@@ -15,7 +16,8 @@ from qpruner.plans.space import PlanSpace, SearchSpace
 
 
 def space_of(layout: Layout, share: float) -> PlanSpace:
-    """Make the plan space for a budget between the smallest (share 0) and the largest plan (share 1)."""
+    """Make the plan space for a budget between the smallest (share 0) and the largest plan (share
+    1)."""
     lowest, highest = layout.plan_bytes(layout.smallest()), layout.plan_bytes(layout.largest())
     return PlanSpace.of(layout, lowest + int(share * (highest - lowest)))
 
@@ -44,9 +46,11 @@ def test_the_knapsack_finds_the_best_plan(levels: tuple[str, ...], seed: int) ->
 
 @pytest.mark.parametrize("seed", [0, 51])
 def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
-    """Compare with dynamic programming for 56 groups of many sizes (as after a global cut) and similar gains.
+    """Compare with dynamic programming for 56 groups of many sizes (as after a global cut) and
+    similar gains.
 
-    With seed 51 a solver that stops at a relative gap of 1e-4 (the default of HiGHS) returns a worse plan.
+    With seed 51 a solver that stops at a relative gap of 1e-4 (the default of HiGHS) returns a
+    worse plan.
     """
     generator = np.random.default_rng(seed)
     layout = layout_of([(64, int(columns)) for columns in generator.integers(2, 40, 56) * 8])
@@ -75,7 +79,8 @@ def test_a_plan_one_byte_over_the_budget_is_rejected() -> None:
 
 
 def test_a_plan_of_exactly_the_budget_is_found() -> None:
-    """All other plans exceed the budget by a billionth, which HiGHS accepts, and with a margin no plan is left."""
+    """All other plans exceed the budget by a billionth, which HiGHS accepts, and with a margin no
+    plan is left."""
     half = 500_000_000
     groups = tuple(f"layers.{index}" for index in range(3))
     space = PlanSpace(

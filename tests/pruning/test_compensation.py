@@ -1,6 +1,7 @@
 """Compensation in the output projections, compared with reference solutions on stacked activations.
 
-The references run the whole model for every layer and keep all activations, which the package does not.
+The references run the whole model for every layer and keep all activations, which the package does
+not.
 """
 
 import copy
@@ -86,7 +87,8 @@ def compensated_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_a_solution_on_stacked_activations(name: str) -> None:
-    """Batches are padded; families have windows, norms after sublayers, or attention and MLP in parallel."""
+    """Batches are padded; families have windows, norms after sublayers, or attention and MLP in
+    parallel."""
     samples, model, base = samples_of(batch_size=2), decoder(name), decoder(name)
     by_hand = compensated_by_hand(name, decoder(name), samples)
     compensate(model, KEPT, RIDGE, samples)
@@ -126,7 +128,8 @@ def test_the_pruned_model_is_nearer_to_the_base_model() -> None:
 
 
 def test_activations_are_dropped_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only one square matrix per layer stays in memory: 0.5 GB for a down projection of a 7B model, not 30 GB."""
+    """Only one square matrix per layer stays in memory: 0.5 GB for a down projection of a 7B model,
+    not 30 GB."""
     witness, original = MemoryWitness(), BlockStream.visit
 
     def watched(self: BlockStream, index: int, linear: str, visit: Any) -> None:

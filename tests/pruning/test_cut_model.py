@@ -62,7 +62,8 @@ def test_the_model_loses_the_requested_rate(criterion: dict[str, Any], selection
 
 @pytest.mark.parametrize(("rate", "steps"), [(0.2, 1), (0.3, 2), (0.5, 5)])
 def test_the_defaults_meet_the_rate(rate: float, steps: int) -> None:
-    """The defaults are Fisher, global, least squares, multiples of 64, and more steps for higher rates."""
+    """The defaults are Fisher, global, least squares, multiples of 64, and more steps for higher
+    rates."""
     settings = {
         "importance": "fisher",
         "selection": "global",
@@ -172,7 +173,8 @@ def test_each_step_scores_the_model_that_is_left(selection: str, importance: str
 
 
 def test_uniform_channels_of_a_long_context_phi_are_plain(tmp_path: Path) -> None:
-    """Its config needs a factor for every pair of (hidden size / heads), so heads cannot be cut; channels can."""
+    """Its config needs a factor for every pair of (hidden size / heads), so heads cannot be cut;
+    channels can."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
     rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
     length = {"original_max_position_embeddings": 32}
@@ -207,7 +209,8 @@ def test_uniform_channels_of_a_long_context_phi_are_plain(tmp_path: Path) -> Non
     ids=str,
 )
 def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
-    """`qpruner check` counts bytes on the planned config, which has average widths if widths depend on scores."""
+    """`qpruner check` counts bytes on the planned config, which has average widths if widths depend
+    on scores."""
     settings, model = settings_of(**options), decoder()
     planned = skeleton(planned_cut(model.config, settings).expected)
     pruned = prune(model, settings, samples_of())
@@ -241,7 +244,8 @@ def test_the_config_is_known_without_weights(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_a_model_that_accelerate_has_spread_is_cut_the_same(options: dict[str, Any]) -> None:
-    """`device_map: auto` adds hooks that move inputs to the device of a module; the cut must keep them."""
+    """`device_map: auto` adds hooks that move inputs to the device of a module; the cut must keep
+    them."""
     from accelerate import dispatch_model
 
     plain = prune(decoder(), settings_of(**options), samples_of())
@@ -312,7 +316,8 @@ def test_shared_weights_are_refused(other: str) -> None:
 
 
 def test_a_single_key_value_group_stays_in_a_uniform_cut() -> None:
-    """As in Gemma 3 270M, whose heads together are wider than its hidden states; it was refused for the contrary."""
+    """As in Gemma 3 270M, whose heads together are wider than its hidden states; it was refused for
+    the contrary."""
     model = tiny("llama", num_attention_heads=4, num_key_value_heads=1)
     pruned = prune(model, settings_of(rate=0.1, uniform=True), samples_of())
     assert {kinds["attention"] for kinds in pruned.kept.values()} == {(0,)}

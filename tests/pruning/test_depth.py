@@ -79,7 +79,8 @@ def test_a_block_whose_states_are_broken_is_named() -> None:
 
 
 def test_a_block_is_named_by_its_number_in_the_base() -> None:
-    """Block 1 is dropped before the units are scored; one weight of block 4 is too large for a square in float32."""
+    """Block 1 is dropped before the units are scored; one weight of block 4 is too large for a
+    square in float32."""
     model = decoder()
     with torch.no_grad():
         model.model.layers[4].mlp.gate_proj.weight[0] = 0  # hides the next weight from the outputs
@@ -137,7 +138,8 @@ def compensated_by_hand(model: PreTrainedModel, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["llama", "granite", "opt", "gpt_neox"])
 def test_the_block_before_adds_what_dropped_blocks_added(name: str) -> None:
-    """It is solved by least squares over the calibration tokens without padding; nothing else changes."""
+    """It is solved by least squares over the calibration tokens without padding; nothing else
+    changes."""
     model, front = decoder(name), f"{front_of(name)}.weight"
     compensate_blocks(model, {3, 4}, (1, 2, 3, 4), 0.05, samples_of())
     expected = compensated_by_hand(decoder(name), name)

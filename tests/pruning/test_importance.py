@@ -1,4 +1,7 @@
-"""Importance scores compared with reference computations. With wrong scores, wrong units would be removed."""
+"""Importance scores compared with reference computations.
+
+With wrong scores, wrong units would be removed.
+"""
 
 import gc
 import itertools
@@ -26,7 +29,8 @@ MATRICES = {
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    """Build a model with biases and with confident predictions, so that second-order terms are visible."""
+    """Build a model with biases and with confident predictions, so that second-order terms are
+    visible."""
     model = tiny("llama", attention_bias=True, mlp_bias=True)
     with torch.no_grad():
         model.model.norm.weight.mul_(60)
@@ -101,7 +105,8 @@ def assert_same(scores: Scores, expected: Scores) -> None:
 def test_taylor_equals_weight_times_gradient(
     model: PreTrainedModel, samples: Samples, order: str, aggregation: str, batch_size: int
 ) -> None:
-    """Second order is the mean of squared sample gradients; by vector, signs cancel within a row or column only."""
+    """Second order is the mean of squared sample gradients; by vector, signs cancel within a row or
+    column only."""
     criterion = (
         {"importance": "fisher"} if order == "fisher" else {"importance": "taylor", "order": order}
     )
@@ -240,7 +245,8 @@ def test_scoring_leaves_the_model_as_it_was(
 
 
 def test_one_gradient_at_a_time_is_alive(model: PreTrainedModel, samples: Samples) -> None:
-    """Each gradient is freed before the next is computed, so pruning needs little more memory than the weights."""
+    """Each gradient is freed before the next is computed, so pruning needs little more memory than
+    the weights."""
     weights, witness = weights_of(model), MemoryWitness()
 
     def visit(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
@@ -269,7 +275,8 @@ def test_salience_needs_one_float32_tensor_per_gradient(order: str) -> None:
 def test_nothing_of_a_batch_is_left_when_the_next_begins(
     dim: int, model: PreTrainedModel, samples: Samples
 ) -> None:
-    """The garbage collector must not be needed: with it, the peak of the demo was three times one batch."""
+    """The garbage collector must not be needed: with it, the peak of the demo was three times one
+    batch."""
     witness, layers = MemoryWitness(), model.model.layers
     linear = layers[1].mlp.down_proj
     layers[0].register_forward_pre_hook(lambda module, inputs: witness.see())

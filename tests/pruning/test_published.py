@@ -1,8 +1,10 @@
-"""The units that LLM-Pruner (arXiv 2305.11627) removes with its own settings, by a reimplementation of its code.
+"""The units that LLM-Pruner (arXiv 2305.11627) removes with its own settings, by a reimplementation
+of its code.
 
-If other units were removed, a comparison with its published results would compare other models. If query heads share
-key/value heads, its code counts query head h for key/value head h modulo their number, as `query_heads: modulo` does;
-`served` counts it for its own key/value head. `benchmarks/llm_pruner.py` runs the original program.
+If other units were removed, a comparison with its published results would compare other models. If
+query heads share key/value heads, its code counts query head h for key/value head h modulo their
+number, as `query_heads: modulo` does; `served` counts it for its own key/value head.
+`benchmarks/llm_pruner.py` runs the original program.
 """
 
 from typing import Any
@@ -45,7 +47,8 @@ def decoder(heads: str, seed: int = 0) -> PreTrainedModel:
 def accumulate(
     model: PreTrainedModel, prompts: torch.Tensor, criterion: str
 ) -> dict[str, torch.Tensor]:
-    """Compute `acc_grad`, the mean square of sample gradients, and set `.grad` to the gradient over all samples."""
+    """Compute `acc_grad`, the mean square of sample gradients, and set `.grad` to the gradient over
+    all samples."""
     squares: dict[str, torch.Tensor] = {}
     if criterion in ("param_second", "param_mix"):
         for prompt in prompts:
@@ -62,7 +65,8 @@ def accumulate(
 def lines(
     name: str, model: PreTrainedModel, squares: dict[str, torch.Tensor], criterion: str
 ) -> torch.Tensor:
-    """Compute the importance of each row of a `linear_out` layer, or each column of a `linear_in` layer."""
+    """Compute the importance of each row of a `linear_out` layer, or each column of a `linear_in`
+    layer."""
     weight = model.get_parameter(name).detach()
     dim = 0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
     if criterion in ("l1", "l2"):

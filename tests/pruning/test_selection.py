@@ -23,7 +23,8 @@ def sizes_of(num_layers: int, **kinds: KindSize) -> Sizes:
 def random_scores(
     generator: np.random.Generator, sizes: Sizes, weight_of_heads: float = 1.0
 ) -> Values:
-    """Draw gamma-distributed scores; heads score `weight_of_heads` times as much per parameter as channels."""
+    """Draw gamma-distributed scores; heads score `weight_of_heads` times as much per parameter as
+    channels."""
     return {
         index: {
             kind: (
@@ -133,7 +134,8 @@ def test_the_least_important_go_first(seed: int, selection: str) -> None:
         # A unit a hundred times as large must score a hundred times as much to stay.
         ([900.0, 5.0], [1.0] * 300, 1000, (0,), 300),
         ([900.0, 500.0], [1.0] * 300, 1000, (0, 1), 200),
-        # Channels alone fall short, so a head is removed, and the most important channels come back.
+        # Channels alone fall short, so a head is removed, and the most important channels come
+        # back.
         ([1e9, 1e8], [float(unit) for unit in range(100)], 1200, (0,), 80),
     ],
 )
@@ -251,7 +253,8 @@ def test_too_few_plain_heads_are_refused() -> None:
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("target", range(0, 20000, 2300))
 def test_nearest_heads_where_channels_cannot_shrink(target: int, uniform: bool) -> None:
-    """With `round_to` as wide as the MLP, only heads of 3000 parameters can be removed, if uniform in all blocks."""
+    """With `round_to` as wide as the MLP, only heads of 3000 parameters can be removed, if uniform
+    in all blocks."""
     sizes = sizes_of(3, attention=KindSize(3000, 3), mlp=KindSize(180, 40))
     removed = parameters_of(counts_per_layer(sizes, target, round_to=40, uniform=uniform), sizes)
     step = 9000 if uniform else 3000

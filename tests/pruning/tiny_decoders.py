@@ -51,7 +51,8 @@ class MemoryWitness:
 
 
 def settings_of(**options: Any) -> PruneConfig:
-    """Make settings with first-order Taylor per layer, no compensation and no rounding, whatever the defaults are."""
+    """Make settings with first-order Taylor per layer, no compensation and no rounding, whatever
+    the defaults are."""
     recipe: dict[str, Any] = {"compensation": "none"}
     if list(options.get("units", ())) != ["block"]:
         recipe |= {"importance": "taylor", "selection": "per_layer", "round_to": 1, "steps": 1}
@@ -83,7 +84,8 @@ def logits_of(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
 
 @torch.no_grad()
 def stacked_inputs(model: PreTrainedModel, linear: str, samples: Samples) -> torch.Tensor:
-    """Return the inputs ``(tokens, features)`` of a linear layer in float64, sample by sample without padding."""
+    """Return the inputs ``(tokens, features)`` of a linear layer in float64, sample by sample
+    without padding."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(linear).register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]).double())

@@ -1,4 +1,5 @@
-"""The bank: every trial reads exactly the tensors that were packed; what is missing or damaged is made on first use."""
+"""The bank: every trial reads exactly the tensors that were packed; what is missing or damaged is
+made on first use."""
 
 import multiprocessing
 import os

@@ -113,7 +113,8 @@ def test_the_adapter_never_increases_the_error(shape: tuple[int, int], name: str
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 @pytest.mark.parametrize("on_grid", [False, True])
 def test_more_iterations_never_increase_the_error(name: str, on_grid: bool) -> None:
-    """Weights on a grid come from an already quantized model; five unchecked iterations would double their error."""
+    """Weights on a grid come from an already quantized model; five unchecked iterations would
+    double their error."""
     for shape in SHAPES:
         grid = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float()
         weight = grid if on_grid else weight_of(shape)
@@ -124,7 +125,8 @@ def test_more_iterations_never_increase_the_error(name: str, on_grid: bool) -> N
 
 
 def test_one_iteration_is_the_best_approximation() -> None:
-    """By Eckart-Young the remaining error is the norm of the singular values beyond the rank, for any scaling."""
+    """By Eckart-Young the remaining error is the norm of the singular values beyond the rank, for
+    any scaling."""
     weight = weight_of((64, 128))
     values = torch.linalg.svdvals(plain_change_of(weight, "nf4"))
     for scaling, rank in ((0.5, 8), (1.0, 1), (4.0, 64)):
@@ -150,7 +152,8 @@ def test_the_randomized_svd_is_close_to_the_exact_svd() -> None:
 
 @pytest.mark.parametrize("name", ["nf4", "w3", "w3_hqq", "int8"])
 def test_with_a_gram_the_outputs_start_closer(name: str) -> None:
-    """Formats with grids are rounded by GPTQ too; half of the adapter repairs outputs, half reads the main inputs."""
+    """Formats with grids are rounded by GPTQ too; half of the adapter repairs outputs, half reads
+    the main inputs."""
     weight, gram, losses = weight_of((96, 128)), correlated_gram(128), []
     for iterations in (1, 2, 5):
         start = start_of(weight, name, gram=gram, loftq_iterations=iterations)
@@ -187,7 +190,8 @@ def test_the_whole_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_pa
 
 
 def test_adapters_learn_equally_fast_in_all_formats(tiny_model: Path, tmp_path: Path) -> None:
-    """The first update of B is proportional to A, so a norm of A that depends on bits would favour some formats."""
+    """The first update of B is proportional to A, so a norm of A that depends on bits would favour
+    some formats."""
     bank = bank_source(tiny_model, tmp_path)
     for name in PATTERN:
         model, starts = assemble(bank, mixed_plan(groups_of(bank), (name,)))

@@ -1,4 +1,5 @@
-"""Models of several formats have the predicted size, load as they were saved, and keep no activations."""
+"""Models of several formats have the predicted size, load as they were saved, and keep no
+activations."""
 
 import json
 import shutil
@@ -127,7 +128,8 @@ def test_a_format_that_cannot_be_loaded_is_named(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU kernel's limits")
 def test_every_width_is_decoded_correctly_or_refused(tmp_path: Path) -> None:
-    """The CPU kernel of bitsandbytes decodes some widths to noise; training on these must be impossible."""
+    """The CPU kernel of bitsandbytes decodes some widths to noise; training on these must be
+    impossible."""
     nf4 = format_of("nf4")
     for columns in (*range(1, 18), *range(24, 264, 24), 63, 64, 65, 77, 130, 576):
         weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(0))
@@ -141,7 +143,8 @@ def test_every_width_is_decoded_correctly_or_refused(tmp_path: Path) -> None:
 
 
 def live_inputs(model: Any, checkpointing: bool, kept: list[Any] | None = None) -> int:
-    """Count the inputs of linear layers in blocks that still are in memory before the backward pass.
+    """Count the inputs of linear layers in blocks that still are in memory before the backward
+    pass.
 
     With a list `kept`, the last layer keeps its input there.
     """
@@ -178,7 +181,8 @@ def live_inputs(model: Any, checkpointing: bool, kept: list[Any] | None = None) 
 def test_gradient_checkpointing_frees_activations(
     tiny_model: Path, name: str, tmp_path: Path
 ) -> None:
-    """Layers that keep their input, as bitsandbytes' 8-bit layers do, would cost a gigabyte with Llama-2-7B."""
+    """Layers that keep their input, as bitsandbytes' 8-bit layers do, would cost a gigabyte with
+    Llama-2-7B."""
     bank = bank_source(tiny_model, tmp_path / "bank")
     plan = mixed_plan(groups_of(bank), (name,))
     if has_bfloat16():  # else autograd keeps copies in float32 instead
@@ -190,7 +194,8 @@ def test_gradient_checkpointing_frees_activations(
 
 
 def test_a_final_folder_loads_with_adapter_and_end_tokens(tiny_model: Path, tmp_path: Path) -> None:
-    """Load the folder as a user would: `import qpruner.hf`, then plain transformers, in a new process."""
+    """Load the folder as a user would: `import qpruner.hf`, then plain transformers, in a new
+    process."""
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     # The end token of a chat model's turn is only in generation_config.json.
     GenerationConfig(eos_token_id=[1, 7], do_sample=True, temperature=0.25).save_pretrained(base)
@@ -206,5 +211,6 @@ def test_a_final_folder_loads_with_adapter_and_end_tokens(tiny_model: Path, tmp_
     )
     found, effect = torch.tensor(json.loads(written)), (expected - without).norm()
     assert effect > 0.1 * expected.norm(), "the test needs an adapter with an effect"
-    # transformers 5.24 rounds adapters on 4- and 16-bit layers to the model's bfloat16; peft keeps them in float32.
+    # transformers 5.24 rounds adapters on 4- and 16-bit layers to the model's bfloat16; peft keeps
+    # them in float32.
     assert (found - expected).norm() < 0.05 * effect

@@ -1,4 +1,5 @@
-"""Packed layers stay intact when their model is moved: peft, accelerate and transformers move whole models."""
+"""Packed layers stay intact when their model is moved: peft, accelerate and transformers move whole
+models."""
 
 from pathlib import Path
 

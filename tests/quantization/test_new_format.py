@@ -1,4 +1,5 @@
-"""A new format is one file: added to a copy of the package, it is searched, reported and loaded again."""
+"""A new format is one file: added to a copy of the package, it is searched, reported and loaded
+again."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""GPTQ changes a layer's outputs less than rounding to nearest, for every format with grids and whatever the inputs."""
+"""GPTQ changes a layer's outputs less than rounding to nearest, for every format with grids and
+whatever the inputs."""
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ def weight_of(columns: int = COLUMNS) -> torch.Tensor:
 
 
 def inputs_of(tokens: int = TOKENS, columns: int = COLUMNS) -> torch.Tensor:
-    """Make inputs ``(tokens, columns)`` that correlate, and of sizes that differ, as hidden states do."""
+    """Make inputs ``(tokens, columns)`` that correlate, and of sizes that differ, as hidden states
+    do."""
     generator = torch.Generator().manual_seed(2)
     mixed = torch.randn(tokens, 32, generator=generator) @ torch.randn(
         32, columns, generator=generator
@@ -41,7 +43,8 @@ def scales_of(packed: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("each", GRIDS, ids=lambda each: each.name)
 def test_outputs_change_less_than_by_rounding_to_nearest(each: GridFormat) -> None:
-    """On new inputs, too; 0.3 to 0.5 of nearest's error were measured. 8 bits are rounded to nearest."""
+    """On new inputs, too; 0.3 to 0.5 of nearest's error were measured. 8 bits are rounded to
+    nearest."""
     weight, inputs = weight_of(), inputs_of()
     seen, new = inputs[: TOKENS // 2], inputs[TOKENS // 2 :]
     nearest, by_inputs = each.pack(weight), pack(each, weight, seen.T @ seen)
@@ -93,7 +96,10 @@ def test_codes_stand_on_the_grids_that_are_stored() -> None:
 
 
 def test_fewer_tokens_than_inputs_and_dead_inputs_work() -> None:
-    """Such a Gram matrix is singular. The weights of an input that was always 0 are rounded to nearest."""
+    """Such a Gram matrix is singular.
+
+    The weights of an input that was always 0 are rounded to nearest.
+    """
     weight, dead = weight_of(), [0, 77, 255]
     for tokens in (1, 20, 255):
         inputs = inputs_of(tokens)
@@ -110,7 +116,8 @@ def test_fewer_tokens_than_inputs_and_dead_inputs_work() -> None:
 
 
 def test_a_gram_that_cholesky_refuses_is_damped_more() -> None:
-    """Rounding errors of float32 make a Gram matrix indefinite; a negative eigenvalue of 3 % needs the second step."""
+    """Rounding errors of float32 make a Gram matrix indefinite; a negative eigenvalue of 3 % needs
+    the second step."""
     inputs = inputs_of(64)
     gram = inputs.T @ inputs
     mean = float(gram.diagonal().mean())

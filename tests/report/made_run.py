@@ -1,8 +1,10 @@
-"""Records and folders of runs as commands write them, made with the real record classes; no model is trained.
+"""Records and folders of runs as commands write them, made with the real record classes; no model
+is trained.
 
-`results_of` returns the records of a finished run with given losses and answers in its rows. `MadeRun` writes the
-folder of a long search: by default 30 blocks, 200 trials, two tasks, and random figures except for the best plan.
-`recorded_run` writes the folder of a search of six trials, whose figures are written out here.
+`results_of` returns the records of a finished run with given losses and answers in its rows.
+`MadeRun` writes the folder of a long search: by default 30 blocks, 200 trials, two tasks, and
+random figures except for the best plan. `recorded_run` writes the folder of a search of six trials,
+whose figures are written out here.
 """
 
 import math
@@ -147,7 +149,8 @@ def results_of(
     untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (),
     **changes: Any,
 ) -> Results:
-    """Return a finished run with the rows `scored`, the searched one last; `changes` update the search's record.
+    """Return a finished run with the rows `scored`, the searched one last; `changes` update the
+    search's record.
 
     The winner's rival is the row `RIVAL`, if there is one.
     """
@@ -183,7 +186,8 @@ def results_of(
 
 
 def snapshot(results: Results, **state: Any) -> Snapshot:
-    """Return a run with these records and no trials; `state` updates the state of its latest command."""
+    """Return a run with these records and no trials; `state` updates the state of its latest
+    command."""
     return Snapshot(RunDir("demo", create=False), STATE.model_copy(update=state), None, results, ())
 
 
@@ -194,7 +198,8 @@ def row_of(
     plan: dict[str, str] = SEED_PLAN,
     measured_bytes: int = 100_000_000,
 ) -> list[Scored]:
-    """Return a row with one training seed per confirmation loss; without `scores` all seeds answer alike."""
+    """Return a row with one training seed per confirmation loss; without `scores` all seeds answer
+    alike."""
     scores = scores or [score(answers(50, 20), [1.0] * 50)] * len(losses)
     return [
         (candidate(name, plan, measured_bytes, seed, confirmation_loss=loss), (scored,))
@@ -242,7 +247,8 @@ def with_figures(results: Results) -> Results:
 
 
 def whole_results() -> Results:
-    """Return a finished run with every row, on two tasks; the last three rows have two training seeds."""
+    """Return a finished run with every row, on two tasks; the last three rows have two training
+    seeds."""
     plans = {name: dict.fromkeys(PLAN, level) for name, level in LEVELS.items()}
     plans |= dict.fromkeys((RIVAL, RANDOM), SEED_PLAN) | {SEARCHED: PLAN}
     scored: list[Scored] = []
@@ -279,9 +285,11 @@ SIZES = {BASE: 278_800_000, PRUNED: 223_400_000}
 
 
 class MadeRun:
-    """Writes the folder of a run on `model`, up to and including the stage `until`, and the trials of its search.
+    """Writes the folder of a run on `model`, up to and including the stage `until`, and the trials
+    of its search.
 
-    `stages` are states of later stages, each job held `gpus` GPUs, and `state` updates the state of the command.
+    `stages` are states of later stages, each job held `gpus` GPUs, and `state` updates the state of
+    the command.
     """
 
     def __init__(
@@ -529,7 +537,8 @@ def config_of(folder: Path, **settings: Any) -> RunConfig:
 
 
 def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRecord:
-    """Return a trial with a minute per rung, begun a minute after the previous one; with all rungs it is finished."""
+    """Return a trial with a minute per rung, begun a minute after the previous one; with all rungs
+    it is finished."""
     started = STARTED + 60 * index
     times = [started + 60 * count for count in range(1 + len(losses))]
     rungs = tuple(
@@ -553,7 +562,8 @@ def trial(index: int, plan: str, losses: list[float], **fields: Any) -> TrialRec
 
 
 def trials() -> list[TrialRecord]:
-    """Return six trials: two controls, a plan that beats them, one stopped, one failed and one running."""
+    """Return six trials: two controls, a plan that beats them, one stopped, one failed and one
+    running."""
     return [
         trial(0, "444444", [3.4, 3.3, 3.2], origin="unpruned-uniform"),
         trial(1, "884444", [3.3, 3.2, 3.0], origin=RIVAL),

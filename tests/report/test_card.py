@@ -20,8 +20,8 @@ from qpruner.runs.run_dir import RunDir
 
 
 def card_on(base: str, folder: Path, root: Path, converted: bool = False, **stated: Any) -> Any:
-    """Return the card's metadata for a run on `base`, whose files are in `folder` (written by the run if `converted`).
-    `stated` are keys of `card`."""
+    """Return the card's metadata for a run on `base`, whose files are in `folder` (written by the
+    run if `converted`). `stated` are keys of `card`."""
     made = MadeRun(root, num_trials=4, num_blocks=2, model=base)
     train = [{"source": "data/train.jsonl"}, {"source": "yahma/alpaca-cleaned"}]
     config = made.state.config | {
@@ -109,7 +109,8 @@ def test_a_card_names_the_hub_model_and_data_and_its_licence(tmp_path: Path) -> 
 def test_a_local_models_licence_is_read_where_it_can_be(
     card: bytes, license: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This also holds for a moved run; a folder seen from the command's working folder is no hub id."""
+    """This also holds for a moved run; a folder seen from the command's working folder is no hub
+    id."""
     base = tmp_path / "run" / "prepare" / "model"
     base.mkdir(parents=True)
     (base / "README.md").write_bytes(card)

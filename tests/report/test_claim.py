@@ -84,7 +84,8 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
 def test_inside_the_interval_nothing_is_distinguishable(
     widths: float, verdict: str, other: str
 ) -> None:
-    """Against one plan the interval is Student's over seeds; against several it predicts one more plan."""
+    """Against one plan the interval is Student's over seeds; against several it predicts one more
+    plan."""
     noise = np.array([-0.02, 0.0, 0.02])
     half_width = stats.t.ppf(0.975, 2) * 0.02 * math.sqrt(1 / 3 if other == RIVAL else 1 + 1 / 3)
     ours = 2.0 + noise + widths * half_width
@@ -109,7 +110,8 @@ def test_inside_the_interval_nothing_is_distinguishable(
     [("loss", "worse than {} (+0.100 ±"), ("accuracy", "better than {} (+0.250 ±")],
 )
 def test_what_the_search_minimized_decides(metric: str, verdict: str) -> None:
-    """Of several measures, each at 95 %, one may differ by chance: the others show their intervals alone."""
+    """Of several measures, each at 95 %, one may differ by chance: the others show their intervals
+    alone."""
     off = np.array([0.001, -0.001, 0.0])
     ours, right = list(2.0 + off), [score(answers(400, 200))] * 3
     rivals = row_of(RIVAL, list(1.9 - off), [score(answers(400, 100))] * 3)
@@ -152,7 +154,8 @@ def test_a_search_by_accuracy_is_never_judged_by_its_loss(is_tuned: bool) -> Non
 
 
 def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Scored:
-    """Return a fine-tune: task -> margins of the right answer per question; `rows` -> losses of confirmation rows."""
+    """Return a fine-tune: task -> margins of the right answer per question; `rows` -> losses of
+    confirmation rows."""
     losses = margins.get("rows", np.zeros(2))
     formats = {f"layers.{bit}": "int8" if plan >> bit & 1 else "nf4" for bit in range(4)}
     tuned = candidate(name, formats, seed=seed, confirmation_loss=float(losses.mean()))
@@ -165,7 +168,8 @@ def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Score
 
 
 def better_by(gains: np.ndarray) -> list[Scored]:
-    """Return the best seed and the searched plan, which under each of three seeds gains as much on each row."""
+    """Return the best seed and the searched plan, which under each of three seeds gains as much on
+    each row."""
     theirs, questions = 2.0 + np.arange(len(gains)), {"arc": np.ones(2)}
     losses = {RIVAL: theirs, SEARCHED: theirs - gains}
     return [
@@ -265,8 +269,8 @@ def over_rows(gains: Sequence[float]) -> float:
             None,
             ", 2 training seeds, paired: ",
         ),
-        # The interval is for one more plan, of three values. Student's interval for the mean of the plans, or of nine
-        # fine-tunes, would make it "better".
+        # The interval is for one more plan, of three values. Student's interval for the mean of the
+        # plans, or of nine fine-tunes, would make it "better".
         (
             "nine fine-tunes of three plans",
             "confirmation loss",
@@ -275,7 +279,8 @@ def over_rows(gains: Sequence[float]) -> float:
             ONE_MORE_PLAN,
             "(± 0.0200 over seeds",
         ),
-        # On few questions accuracies may be equal by chance, which does not prove that plans are equal.
+        # On few questions accuracies may be equal by chance, which does not prove that plans are
+        # equal.
         ("random plans tie", "acc", None, 0.25, 0.0, "4 questions"),
         (
             "forty more right answers",
@@ -403,7 +408,8 @@ def test_a_control_without_a_result_is_in_the_headline() -> None:
 
 
 def test_the_claim_never_contradicts_the_table() -> None:
-    """HellaSwag has half of all questions; a gain there and a loss on each of six other tasks is a loss overall."""
+    """HellaSwag has half of all questions; a gain there and a loss on each of six other tasks is a
+    loss overall."""
     generator = np.random.default_rng(0)
     questions = {"boolq": 330, "piqa": 184, "hellaswag": 1004, "winogrande": 127}
     questions |= {"arc_easy": 238, "arc_challenge": 117, "openbookqa": 50}
@@ -428,10 +434,11 @@ def test_the_claim_never_contradicts_the_table() -> None:
 def test_one_more_random_plan_seems_different_in_5_percent(
     spread: float, num_random: int, num_seeds: int
 ) -> None:
-    """Plans differ little in one case, and more in the other; the searched plan is one more random plan.
+    """Plans differ little in one case, and more in the other; the searched plan is one more random
+    plan.
 
-    Margins have random effects of questions, plans and seeds, of plan with seed, and of question with plan and with
-    fine-tune.
+    Margins have random effects of questions, plans and seeds, of plan with seed, and of question
+    with plan and with fine-tune.
     """
     generator = np.random.default_rng(num_random + num_seeds)
     plans, number = num_random + 1, 700

@@ -1,4 +1,5 @@
-"""The report shows first what a user would do instead of a search, and never hides that it is better."""
+"""The report shows first what a user would do instead of a search, and never hides that it is
+better."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ def finalist(
 
 
 def half_width(differences: Sequence[float], num_finalists: int) -> float:
-    """Return half of the interval of a mean over rows, which holds every pair of the finalists together."""
+    """Return half of the interval of a mean over rows, which holds every pair of the finalists
+    together."""
     pairs, count = num_finalists * (num_finalists - 1) / 2, len(differences)
     return float(
         stats.t.ppf(1 - 0.025 / pairs, count - 1) * np.std(differences, ddof=1) / math.sqrt(count)
@@ -156,7 +158,8 @@ def trained_again(found: Confirmation, shift: float = 0.2) -> Confirmation:
 
 
 def test_a_further_seed_of_the_winner_turns_no_verdict() -> None:
-    """Seeds shift all losses together; a control that had the trials' seed alone is compared under that seed."""
+    """Seeds shift all losses together; a control that had the trials' seed alone is compared under
+    that seed."""
     beaten = finalist(3, RIVAL, WINNER + 0.2 * GAIN, 101_000_000, **UNPRUNED)
     tied = (
         trained_again(finalist(9, "gp", WINNER + 0.001)),
@@ -174,7 +177,8 @@ def test_a_further_seed_of_the_winner_turns_no_verdict() -> None:
 
 
 def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
-    """Its one score may be luck, as those of the others were; the winner too is chosen among means over seeds."""
+    """Its one score may be luck, as those of the others were; the winner too is chosen among means
+    over seeds."""
     lucky = OVER.model_copy(update={"fits": True})
     again, winner = trained_again(KNAPSACK), trained_again(finalist(11, "gp", WINNER))
     results = results_of(searched_row([1.0]), confirmations=(lucky, again, winner))
@@ -182,7 +186,8 @@ def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
 
 
 def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
-    """Rows that chose nothing judge them, if both had a fine-tune, and otherwise the headline says which rows did."""
+    """Rows that chose nothing judge them, if both had a fine-tune, and otherwise the headline says
+    which rows did."""
     fresh = (
         SECOND.model_copy(update={"plan": PLAN, "cut": "cut-20"}),
         UNIFORM,
@@ -243,7 +248,8 @@ def tuned(name: str, confirmation: float, size: int, cut: str = "base") -> list[
 
 
 def test_full_fine_tunes_are_compared_with_the_rival_that_the_search_chose() -> None:
-    """The rows that judge the winner do not choose its rival: the luckiest of several equal ones would seem better."""
+    """The rows that judge the winner do not choose its rival: the luckiest of several equal ones
+    would seem better."""
     others = [
         *tuned("unpruned-uniform", 0.9, 80_000_000, "cut-10"),
         *tuned(RIVAL, 1.0, 90_000_000),

@@ -213,7 +213,8 @@ def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: 
 
 
 def test_records_of_an_older_configuration_are_not_shown(tmp_path: Path) -> None:
-    """The folder has all records, but the latest command, with another configuration, only reached pruning."""
+    """The folder has all records, but the latest command, with another configuration, only reached
+    pruning."""
     made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2)
     stages = {name: made.state.stages[name] for name in ("prepare", "prune")}
     made.change_state(stages=stages, search=None, outcome="interrupted")
@@ -237,7 +238,8 @@ def test_results_follow_the_published_schema(long_run: Path) -> None:
 
 
 def test_every_stage_has_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
-    """The search's GPU seconds are those of its trials and of the confirmation; a run on CPUs has none."""
+    """The search's GPU seconds are those of its trials and of the confirmation; a run on CPUs has
+    none."""
 
     def held(made: MadeRun) -> dict[str, str]:
         return {row[0]: row[-1] for row in tables.stages(read_snapshot(made.run)).rows}

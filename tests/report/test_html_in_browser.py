@@ -34,7 +34,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Any]:
-    """Yield a function that opens a page offline and waits for its plots; console messages and requests fail a test."""
+    """Yield a function that opens a page offline and waits for its plots; console messages and
+    requests fail a test."""
     contexts, complaints = [], []
 
     def open_page(path: Path, **options: Any) -> Any:

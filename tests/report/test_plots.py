@@ -120,7 +120,8 @@ def test_the_axis_reaches_the_best_of_each_cut(made: MadeRun) -> None:
 
 
 def test_the_winner_is_marked(made: MadeRun) -> None:
-    """Fresh rows chose the winner, so it may not have the best score; without a mark nobody would find it."""
+    """Fresh rows chose the winner, so it may not have the best score; without a mark nobody would
+    find it."""
     made.win(made.trials[9])
     assert [point["trial"] for point in values_of(made, "pareto") if point["best"]] == [9]
     assert "another trial may have a better score" in chart_of(made, "pareto").caption
@@ -148,7 +149,8 @@ def test_a_given_plan_is_marked(made: MadeRun) -> None:
 
 
 def test_a_terminal_gets_the_plot_in_plain_characters(made: MadeRun) -> None:
-    """Each cut has a character, each control a number that the legend names, and the winner is in brackets."""
+    """Each cut has a character, each control a number that the legend names, and the winner is in
+    brackets."""
     made.write(made.trials[0], cut="base")
     chart = chart_of(made, "pareto")
     lines = ["".join(text for text, _ in line) for line in text_plot(chart)]

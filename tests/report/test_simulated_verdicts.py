@@ -1,6 +1,8 @@
-"""How often the report is right: searches are simulated, from the losses of their finalists to the headline.
+"""How often the report is right: searches are simulated, from the losses of their finalists to the
+headline.
 
-The noise is that of the fine-tunes in `benchmarks/record_rows.jsonl`. The functions that a run calls choose the plans.
+The noise is that of the fine-tunes in `benchmarks/record_rows.jsonl`. The functions that a run
+calls choose the plans.
 """
 
 import itertools
@@ -30,7 +32,8 @@ FURTHER_SEED, JUDGING_SEEDS = 1001, (1, 2, 3)
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations, in nats, of what shifts the difference of two plans: a seed, a row, one row of one seed."""
+    """Standard deviations, in nats, of what shifts the difference of two plans: a seed, a row, one
+    row of one seed."""
 
     seed: float
     row: float
@@ -39,7 +42,8 @@ class Noise:
     def draw(
         self, generator: np.random.Generator, num_plans: int, num_seeds: int, num_rows: int
     ) -> np.ndarray:
-        """Return losses ``(plans, seeds, rows)`` of equal plans, each of which has half of a difference's variance."""
+        """Return losses ``(plans, seeds, rows)`` of equal plans, each of which has half of a
+        difference's variance."""
         shapes = [(self.seed, (num_plans, num_seeds, 1)), (self.row, (num_plans, 1, num_rows))]
         shapes.append((self.residual, (num_plans, num_seeds, num_rows)))
         of_all = generator.normal(2.4, 0.5, (1, 1, num_rows)) + generator.normal(
@@ -86,7 +90,8 @@ def simulated(
     judging_seeds: Sequence[int] = JUDGING_SEEDS,
     is_compared: bool = True,
 ) -> Results:
-    """Return a run in which plan i of the finalists, controls first, is worse than the base by effect i, in nats."""
+    """Return a run in which plan i of the finalists, controls first, is worse than the base by
+    effect i, in nats."""
     shifts = np.array(effects)[:, None, None]
     choosing = noise.draw(generator, len(effects), 2, num_choosing) + shifts
     found = [_finalist(at, {0: rows[0]}) for at, rows in enumerate(choosing)]
@@ -188,7 +193,8 @@ def test_of_equal_plans_none_is_called_better_or_worse(noise: Noise, is_compared
 
 
 def test_of_equal_finalists_none_is_called_worse(noise: Noise) -> None:
-    """The table has six of them: with an interval of 95 % for each, in a third of all runs one seemed worse."""
+    """The table has six of them: with an interval of 95 % for each, in a third of all runs one
+    seemed worse."""
     generator, called = np.random.default_rng(2), []
     for _ in range(400):
         search = simulated(noise, generator, EQUAL, num_judging=2, is_compared=False).search
@@ -230,7 +236,8 @@ def test_the_headline_flatters_no_winner(noise: Noise) -> None:
 
 
 def test_a_beaten_control_is_never_called_better(noise: Noise) -> None:
-    """Two searched plans tie, so a further seed, which shifts all losses, is in their means and in no control's."""
+    """Two searched plans tie, so a further seed, which shifts all losses, is in their means and in
+    no control's."""
     generator = np.random.default_rng(5)
     effects = [0.06, 0.08, 0.0, 0.0, 0.2, 0.2]
     runs = [

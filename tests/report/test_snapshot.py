@@ -1,4 +1,5 @@
-"""Which process works on a run, according to its lock: real processes that run, are stopped or killed."""
+"""Which process works on a run, according to its lock: real processes that run, are stopped or
+killed."""
 
 import os
 import signal
@@ -47,7 +48,8 @@ def stage_line(lines: list[str]) -> str:
 
 
 def lock_of_another_machine(root: Path, seconds_ago: float) -> None:
-    """Write a run whose driver is on another machine, with this process's number and a heartbeat at that time."""
+    """Write a run whose driver is on another machine, with this process's number and a heartbeat at
+    that time."""
     recorded_run(root)
     (root / NAME).write_text(
         this_process().model_copy(update={"machine": "elsewhere"}).model_dump_json()

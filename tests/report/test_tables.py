@@ -74,7 +74,8 @@ def test_a_row_is_the_mean_of_its_tasks_and_of_its_seeds(whole: Results) -> None
 
 
 def test_a_rows_standard_error_is_that_of_its_mean() -> None:
-    """It is the error of the mean over seeds: chance in one seed's answer counts less than chance in all seeds'."""
+    """It is the error of the mean over seeds: chance in one seed's answer counts less than chance
+    in all seeds'."""
     by_seed = [answers(4, 2), answers(4, 3), answers(4, 3)]
     results = results_of(
         [*row_of(RIVAL, [2.0]), *searched_row([1.0] * 3, [score(each) for each in by_seed])]
@@ -166,7 +167,8 @@ def test_each_model_stands_with_its_tasks_and_losses(whole: Results) -> None:
 
 
 def test_a_row_shows_its_models_memory_and_speed(whole: Results) -> None:
-    """Figures are over all turns of all the row's models, since each training seed may have its own plan."""
+    """Figures are over all turns of all the row's models, since each training seed may have its own
+    plan."""
     table = {row.name: row for row in rows(with_figures(whole))}
     assert table["base"].prefill_tokens_per_second == (110.0, 100.0, 150.0)
     assert table["base"].decode_tokens_per_second == (12.0, 10.0, 20.0)

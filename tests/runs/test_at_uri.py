@@ -1,4 +1,5 @@
-"""The work of a worker for a run at a URI, on machines without local copies; without Ray, on a real S3 server."""
+"""The work of a worker for a run at a URI, on machines without local copies; without Ray, on a real
+S3 server."""
 
 import os
 import signal
@@ -184,7 +185,8 @@ def test_a_final_model_with_a_missing_object_is_incomplete(
 
 
 def test_a_fine_tune_taken_over_writes_nothing_more(machine: Machine, config_file: Path) -> None:
-    """Its process is suspended after the first checkpoint, until another machine has finished the fine-tune."""
+    """Its process is suspended after the first checkpoint, until another machine has finished the
+    fine-tune."""
     machine("cut-off", "taken-over")
     with finetune_elsewhere(config_file, "taken-over") as process:
         process.send_signal(signal.SIGSTOP)
@@ -198,7 +200,8 @@ def test_a_fine_tune_taken_over_writes_nothing_more(machine: Machine, config_fil
 
 
 def written_in(folder: Path) -> dict[str, float]:
-    """When each file of a row was written, except its progress, which a process writes before it notices."""
+    """When each file of a row was written, except its progress, which a process writes before it
+    notices."""
     names = set(files_in(folder)) - {"progress"}
     return {name: found.modified for name in names if (found := storage_at(folder / name).stat())}
 

@@ -37,7 +37,8 @@ except UserError:
 EXIT_7 = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
 """First lines of a program that handles SIGTERM, as Ray's driver does."""
 ELSEWHERE = ["unshare", "--pid", "--fork", "--kill-child"]
-"""Runs a command in its own process namespace: as on another machine, nobody here sees whether it is alive."""
+"""Runs a command in its own process namespace: as on another machine, nobody here sees whether it
+is alive."""
 THEIRS = this_process().model_copy(update={"host": "gpu-7", "machine": "elsewhere"})
 HERE = socket.gethostname()
 

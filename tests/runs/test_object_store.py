@@ -1,4 +1,5 @@
-"""A run at a URI: folders are complete or missing on every machine. The S3 server is a real one on loopback."""
+"""A run at a URI: folders are complete or missing on every machine. The S3 server is a real one on
+loopback."""
 
 import json
 import logging
@@ -55,7 +56,8 @@ def run(machine: Machine) -> RunDir:
 
 @pytest.fixture
 def use_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
-    """A function that makes this process use a proxy on loopback, which an environment variable names as many do."""
+    """A function that makes this process use a proxy on loopback, which an environment variable
+    names as many do."""
 
     def use(name: str, port: int) -> None:
         for each in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
@@ -123,7 +125,10 @@ def test_hosts_of_an_excluded_region_are_reached_directly(
     use_proxy: Callable[[str, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As behind a proxy with an endpoint in the private network. This opens the bucket and asks it for nothing."""
+    """As behind a proxy with an endpoint in the private network.
+
+    This opens the bucket and asks it for nothing.
+    """
     port = free_port()
     use_proxy("HTTPS_PROXY", port)
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
@@ -255,7 +260,8 @@ def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_
 def test_waiting_for_a_folder_shows_progress(
     run: RunDir, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trial that waits or downloads must not look hung: here for another process, then for two files."""
+    """A trial that waits or downloads must not look hung: here for another process, then for two
+    files."""
     for name in ("PIECE_BYTES", "HASHED_BYTES"):
         monkeypatch.setattr(base, name, 2**16)
     pieces = {"one": 3, "other": 2}
@@ -349,7 +355,8 @@ def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, sto
 
 
 class Stores(BaseHTTPRequestHandler):
-    """Answers as S3 and Google Cloud Storage do to a role that may use some objects, but not see the bucket."""
+    """Answers as S3 and Google Cloud Storage do to a role that may use some objects, but not see
+    the bucket."""
 
     def do_GET(self) -> None:
         path, code, message = self.path.partition("?")[0], 200, ""
@@ -504,7 +511,8 @@ def test_changed_files_are_uploaded(
 
 
 def test_a_log_continues_that_of_other_machines(machine: Machine) -> None:
-    """Two commands on one machine may also log at once: the second is refused only after its log is open."""
+    """Two commands on one machine may also log at once: the second is refused only after its log is
+    open."""
     here, logger = machine("first"), logging.getLogger("qpruner.test")
     log = here.root / LOG
     with logging_to(here.root):

@@ -1,4 +1,5 @@
-"""A full or missing storage is waited for, then reported with the remedy; written files stay complete."""
+"""A full or missing storage is waited for, then reported with the remedy; written files stay
+complete."""
 
 import errno
 import os
@@ -55,7 +56,8 @@ def test_files_that_a_trial_reads_first_are_waited_for(disk: Path) -> None:
 
 
 def test_pauses_end_but_restart_if_an_attempt_continues(disk: Path) -> None:
-    """Each attempt takes longer than all pauses together, as for a large model; a resumable one makes progress."""
+    """Each attempt takes longer than all pauses together, as for a large model; a resumable one
+    makes progress."""
     attempts = 0
 
     def write() -> None:
@@ -109,7 +111,8 @@ def test_a_full_or_missing_storage_is_reported_or_waited_for(
 
 @contextmanager
 def lost_answer(number: int, nth: int = 1) -> Iterator[None]:
-    """Raise an error after a rename that succeeded: EIO from a lost server, or ENOENT from a repeated request."""
+    """Raise an error after a rename that succeeded: EIO from a lost server, or ENOENT from a
+    repeated request."""
     renames = 0
 
     def on_call(frame: FrameType, event: str, function: object) -> None:

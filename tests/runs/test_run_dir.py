@@ -1,4 +1,5 @@
-"""Records and folders of a run, in a folder and at a URI, are complete even if their writer is killed (SIGKILL)."""
+"""Records and folders of a run, in a folder and at a URI, are complete even if their writer is
+killed (SIGKILL)."""
 
 import math
 import os
@@ -112,7 +113,8 @@ def kill_within_a_write(
 
 
 def test_a_killed_writer_leaves_the_old_record_or_the_new(run_dir: RunDir) -> None:
-    """A reader never sees a part of one: the terminal, `qpruner status` and other nodes read at any time."""
+    """A reader never sees a part of one: the terminal, `qpruner status` and other nodes read at any
+    time."""
     generator, digests = random.Random(0), set[str]()
 
     def look(turn: int) -> None:
@@ -159,7 +161,8 @@ def test_files_of_a_killed_stage_are_complete_or_unrecorded(tmp_path: Path) -> N
     ids=["cut", "zeros", "binary", "list", "own-digest-missing"],
 )
 def test_a_corrupt_record_is_named(run_dir: RunDir, content: bytes) -> None:
-    """As after a full disk or a power failure; the stage then runs again instead of failing with a traceback."""
+    """As after a full disk or a power failure; the stage then runs again instead of failing with a
+    traceback."""
     storage_at(run_dir.record_path("prepare")).write(content)
     with pytest.raises(
         CorruptFile, match=f"{run_dir.place}/records/prepare.json is not a PrepareRecord"
@@ -168,7 +171,8 @@ def test_a_corrupt_record_is_named(run_dir: RunDir, content: bytes) -> None:
 
 
 def test_a_score_without_standard_error_can_be_read(tmp_path: Path) -> None:
-    """It is NaN for a single question; an unreadable record would make its stage run again each time."""
+    """It is NaN for a single question; an unreadable record would make its stage run again each
+    time."""
     record = KeptScore(digest="0", gpu_seconds=0.0, loss=2.5, stderr=math.nan, losses=(2.5,))
     write_json(tmp_path / "record.json", record)
     assert (
@@ -214,7 +218,8 @@ def test_folders_are_listed_moved_and_removed(run_dir: RunDir, tmp_path: Path) -
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[str]]:
-    """Yield the list of system calls in the block: `rename`, and `fsync PATH` for open files below a folder."""
+    """Yield the list of system calls in the block: `rename`, and `fsync PATH` for open files below
+    a folder."""
     calls: list[str] = []
 
     def on_call(frame: FrameType, event: str, function: object) -> None:
@@ -236,7 +241,8 @@ def watched(folder: Path) -> Iterator[list[str]]:
 
 
 def test_files_are_flushed_before_they_get_their_name(tmp_path: Path) -> None:
-    """Otherwise a power failure may leave the name without the contents; this includes the list of a folder."""
+    """Otherwise a power failure may leave the name without the contents; this includes the list of
+    a folder."""
     with watched(tmp_path) as calls:
         write_json(tmp_path / "records" / "bank.json", bank_record())
     written, *others = calls

@@ -44,7 +44,8 @@ def space_of(
     share: float = 0.5,
     seed: int = 0,
 ) -> PlanSpace:
-    """Groups of unlike sizes, and a budget at this share of the way from the smallest plan to the largest."""
+    """Groups of unlike sizes, and a budget at this share of the way from the smallest plan to the
+    largest."""
     weights = np.random.default_rng(seed).integers(50, 200, len(names))
     group_bytes = tuple(tuple(int(weight) * BITS[name] for name in levels) for weight in weights)
     lowest, highest = (sum(sizes[at] for sizes in group_bytes) for at in (0, -1))
@@ -56,7 +57,8 @@ def space_of(
 def masked_space(
     share: float = 0.5, levels: tuple[str, ...] = ("nf4", "int8", "bf16")
 ) -> PlanSpace:
-    """Embeddings without the first level, blocks without the last, a tied group of one level, and a budget."""
+    """Embeddings without the first level, blocks without the last, a tied group of one level, and a
+    budget."""
     names = ("embeddings", *blocks(6), "odd")
     sizes = np.random.default_rng(3).integers(50, 200, len(names))
     refused = {"embeddings": levels[:1], "odd": (levels[0], levels[-1])}
@@ -107,7 +109,8 @@ def job_of(folder: Path, **settings: Any) -> SearchJob:
 def trial(
     index: int, plan: str, losses: Sequence[float], search: str = MINE, **fields: Any
 ) -> TrialRecord:
-    """A trial that reached as many rungs (steps 1, 2, 4) as there are losses; finished if that is all of them."""
+    """A trial that reached as many rungs (steps 1, 2, 4) as there are losses; finished if that is
+    all of them."""
     rungs = tuple(
         RungResult(step=step, loss=loss) for step, loss in zip((1, 2, 4), losses, strict=False)
     )

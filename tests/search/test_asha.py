@@ -1,4 +1,5 @@
-"""Early stopping: controls run to the end, poor trials stop, and an interruption changes no decision.
+"""Early stopping: controls run to the end, poor trials stop, and an interruption changes no
+decision.
 
 Ray's own ASHA code runs here, on stand-ins for trials that have an id and a plan.
 """
@@ -121,7 +122,8 @@ def test_a_control_runs_to_the_last_rung_however_poor() -> None:
 
 @pytest.mark.parametrize(("metric", "factor"), [("loss", 2), ("loss", 3), ("accuracy", 4)])
 def test_a_trial_above_the_cutoff_stops(metric: str, factor: int) -> None:
-    """The best 1/factor of the scores at a rung so far continue (arXiv 1810.05934, as Ray counts it)."""
+    """The best 1/factor of the scores at a rung so far continue (arXiv 1810.05934, as Ray counts
+    it)."""
     session = Session(config_of(factor=factor, metric=metric))
     values = np.random.default_rng(0).uniform(0.2, 0.8, 40)
     cutoffs = [np.inf, *(np.percentile(values[:seen], 100 / factor) for seen in range(1, 40))]
@@ -165,7 +167,10 @@ def test_recorded_rungs_set_the_cutoff() -> None:
 
 
 def test_the_best_of_each_cut_reaches_the_last_rung() -> None:
-    """The cut starts far behind. As it recovers late, the first rung goes on to compare trials of one cut only."""
+    """The cut starts far behind.
+
+    As it recovers late, the first rung goes on to compare trials of one cut only.
+    """
     session = Session(config_of(), space=TWO_CUTS)
     assert session.report_all(OF_BASE, 0.3) == [CONTINUE] * 3 + [STOP]
     assert session.report(10, rung(1, 0.9)) == CONTINUE, (
@@ -180,7 +185,8 @@ def test_the_best_of_each_cut_reaches_the_last_rung() -> None:
 
 
 def test_cuts_compete_once_a_rung_agrees_with_the_last() -> None:
-    """The trial is the best of its cut, which never recovers; few pairs of trials may agree by chance."""
+    """The trial is the best of its cut, which never recovers; few pairs of trials may agree by
+    chance."""
     scores = {10: 0.9, 11: 0.9} | dict.fromkeys(range(OF_BASE, OF_BASE + 5), 0.3)
     finished = [
         record(each, "finished", [rung(step, scores[each]) for step in (1, 2, 4, 8)])
@@ -204,7 +210,8 @@ class Search:
     def __init__(
         self, config: RunConfig, values: np.ndarray, interrupted: tuple[int, int] | None = None
     ) -> None:
-        """Run trials with these losses ``(trials, rungs)``; a new session begins after the rung `interrupted`."""
+        """Run trials with these losses ``(trials, rungs)``; a new session begins after the rung
+        `interrupted`."""
         self.records, self.decisions = dict[int, TrialRecord](), dict[tuple[int, int], str]()
         session = Session(config)
         for index, row in enumerate(values):

@@ -1,4 +1,5 @@
-"""Random plans of equal bytes are equally likely, Pareto fronts non-dominated, and seed plans the best predicted."""
+"""Random plans of equal bytes are equally likely, Pareto fronts non-dominated, and seed plans the
+best predicted."""
 
 import itertools
 from collections import Counter
@@ -101,7 +102,8 @@ def test_no_plan_of_fewer_or_equal_bytes_beats_one_on_the_front() -> None:
 def seed_space(
     num_groups: int, share: float, levels: tuple[str, ...] = ("nf4", "int8"), step: int = 0
 ) -> PlanSpace:
-    """Make groups of `SIZES` bytes, each `step` larger than the previous, and a budget between all low and all high."""
+    """Make groups of `SIZES` bytes, each `step` larger than the previous, and a budget between all
+    low and all high."""
     sizes = tuple(
         tuple(SIZES[name] + step * index for name in levels) for index in range(num_groups)
     )
@@ -124,7 +126,8 @@ def seed_space(
 def test_no_other_plan_in_the_budget_is_predicted_better(
     levels: tuple[str, ...], seed: int, unit: float
 ) -> None:
-    """Rises decrease with the bits to 0 at the highest, and differ by up to three orders of magnitude."""
+    """Rises decrease with the bits to 0 at the highest, and differ by up to three orders of
+    magnitude."""
     space, generator = seed_space(6, 0.45, levels, step=7), np.random.default_rng(seed)
     shares = np.sort(generator.uniform(0, 1, (len(levels) - 1, 6)), axis=0)[::-1]
     rows = [*(shares * 10.0 ** generator.uniform(-3, 0, 6)), np.zeros(6)]
@@ -156,7 +159,8 @@ def test_a_seed_plan_leaves_no_bytes_that_may_help(
 ) -> None:
     """Groups with a predicted rise of zero still get more bits, those of a negative one do not."""
     assert str(seed_plan({"nf4": lowest, "int8": (0.0,) * 6}, seed_space(6, 0.67))) == expected
-    # Although 8 bits are predicted slightly worse than 4, the first group gets 16 bits, which saves most.
+    # Although 8 bits are predicted slightly worse than 4, the first group gets 16 bits, which saves
+    # most.
     values = {"nf4": (0.2, 0.1), "int8": (0.21, 0.05), "bf16": (0.0, 0.0)}
     assert str(seed_plan(values, seed_space(2, 0.5, ("nf4", "int8", "bf16")))) == "F4"
 
@@ -269,7 +273,8 @@ def test_random_plans_have_formats_that_are_offered() -> None:
 
 
 def test_a_trial_that_may_not_win_is_shown_all_the_same() -> None:
-    """A control over budget: the best score of all, scored again, never the winner, and in no finalist's place."""
+    """A control over budget: the best score of all, scored again, never the winner, and in no
+    finalist's place."""
     scores, controls, fits = (
         [1.0, 3.0, 2.0, 4.0],
         [True, False, False, False],
@@ -309,9 +314,11 @@ def test_the_lowest_mean_over_seeds_wins_of_those_that_have_them() -> None:
 
 
 def regrets(seed: int) -> list[float]:
-    """Search plans of a range of 0.13 nats under noise as measured (LOG, 53d67bd): 0.013 nats, and more by rows.
+    """Search plans of a range of 0.13 nats under noise as measured (LOG, 53d67bd): 0.013 nats, and
+    more by rows.
 
-    Return the loss of the plan that wins by one, two and three training seeds, less that of the best plan.
+    Return the loss of the plan that wins by one, two and three training seeds, less that of the
+    best plan.
     """
     generator = np.random.default_rng(seed)
     true, controls = generator.uniform(0, 0.13, 24), [at < 2 for at in range(24)]
@@ -331,6 +338,7 @@ def regrets(seed: int) -> list[float]:
 
 
 def test_further_seeds_return_a_better_plan_for_the_same_scores() -> None:
-    """Over 2000 searches, 3.6 % of the range is lost with one seed, 2.7 % with one further seed, 2.3 % with two."""
+    """Over 2000 searches, 3.6 % of the range is lost with one seed, 2.7 % with one further seed,
+    2.3 % with two."""
     one, two, three = np.mean([regrets(seed) for seed in range(500)], axis=0)
     assert two < 0.85 * one and three < 0.95 * two

@@ -1,4 +1,5 @@
-"""The searcher `gp`: what its model learns from scores, rungs and sensitivities, and which plans it proposes."""
+"""The searcher `gp`: what its model learns from scores, rungs and sensitivities, and which plans it
+proposes."""
 
 import itertools
 from collections.abc import Sequence
@@ -105,7 +106,8 @@ def test_outlier_groups_are_found_from_few_trials() -> None:
 
 
 def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
-    """24 trials have a score at step 4, on another scale; 4 of them also have one at the last step, 8."""
+    """24 trials have a score at step 4, on another scale; 4 of them also have one at the last step,
+    8."""
     space, effects = space_of(blocks(14)), effects_of(14)
     plans = random_plans(space, 80)
     low = [
@@ -186,7 +188,8 @@ def test_large_spaces_too_get_only_new_plans_inside_the_budget() -> None:
 
 
 def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Observation, ...]:
-    """The scores of a search with ASHA: noisy, at three rungs, every other trial stopped at the second."""
+    """The scores of a search with ASHA: noisy, at three rungs, every other trial stopped at the
+    second."""
     noise = np.random.default_rng(2)
     return tuple(
         Observation(
@@ -213,7 +216,8 @@ def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
 
 
 def test_what_a_group_is_not_offered_has_no_effect() -> None:
-    """Effects are relative to each group's own last level; those of other cells are 0, before and after scores."""
+    """Effects are relative to each group's own last level; those of other cells are 0, before and
+    after scores."""
     space = masked_space()
     plans = plans_in(space)[::7][:40]
     model = PlanModel(SearchSpace((space,)), {})

@@ -1,4 +1,5 @@
-"""`qpruner run CONFIG --plan FILE` as a user types it: a plan changed by hand becomes the model, without a search."""
+"""`qpruner run CONFIG --plan FILE` as a user types it: a plan changed by hand becomes the model,
+without a search."""
 
 import json
 from pathlib import Path
@@ -13,7 +14,8 @@ from whole_runs import said
 ENDED = "only one plan was to be tried (`search.plan`, or a single one is possible)"
 CONTROLS = ["unpruned-uniform", "cut-20-uniform", "cut-20-knapsack"]
 UNIFORM, SEED = 1, 2
-"""The numbers of the trials of that search, after the unpruned control, which exceeds the budget."""
+"""The numbers of the trials of that search, after the unpruned control, which exceeds the budget.
+"""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""A node that joins during a run and differs from the driver's: a second raylet with its own code, packages or mounts.
+"""A node that joins during a run and differs from the driver's: a second raylet with its own code,
+packages or mounts.
 
 No work is done there, no trial counts as failed, and the error names the node.
 """
@@ -34,7 +35,8 @@ CPU, HELD = {"cpu": 1.0}, {"cpu": 1.0, "gpu": 1.0}
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
-    """A head and one node, joined by this process from a folder without qpruner: workers import from there first."""
+    """A head and one node, joined by this process from a folder without qpruner: workers import
+    from there first."""
     monkeypatch.chdir(tmp_path)
     with raylets(1, num_gpus=1) as found:
         found.in_a_thread()
@@ -109,7 +111,8 @@ EVERY: tuple[Work, ...] = (as_task, in_group)
     [
         (with_another_qpruner, r"qpruner's code is \w+ there and \w+ here", EVERY, CPU),
         (with_a_folder_of_its_own, "`output`: {run} is not shared", EVERY, CPU),
-        # Work there would run on the CPU for days. A group needs no check: its processes could not connect.
+        # Work there would run on the CPU for days. A group needs no check: its processes could not
+        # connect.
         (
             with_a_gpu_that_torch_does_not_see,
             "a GPU is reserved for work there, but torch",

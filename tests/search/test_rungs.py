@@ -17,7 +17,8 @@ def test_the_agreement_is_kendalls_tau_over_pairs() -> None:
 
 
 def test_a_cut_that_recovers_late_disagrees_across_only() -> None:
-    """Each cut is ordered rightly from the first rung on; the pruned one is behind there, and ahead at the end."""
+    """Each cut is ordered rightly from the first rung on; the pruned one is behind there, and ahead
+    at the end."""
     base = [("base", {1: 1.0 + at, 2: 10.0 + at, 4: 20.0 + at}) for at in range(4)]
     pruned = [("cut-20", {1: 9.0 + at, 2: 7.0 + at, 4: 9.0 + at}) for at in range(4)]
     first, second = agreements([*base, *pruned], last=4)

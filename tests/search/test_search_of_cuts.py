@@ -1,4 +1,5 @@
-"""Searches over several cuts: what `gp` learns of cuts, which plans it finds, and what all searchers keep to."""
+"""Searches over several cuts: what `gp` learns of cuts, which plans it finds, and what all
+searchers keep to."""
 
 from __future__ import annotations
 
@@ -21,15 +22,17 @@ RATES = {UNPRUNED: 0.0, "cut-10": 0.1, "cut-20": 0.2}
 LEVELS = {"nf4": (4, 1.0), "int8": (8, 0.1), "bf16": (16, 0.0)}
 """Bits of a weight, and the share of a group's effect."""
 STEPS, GROWTH, NOISE = (4, 8, 16), (1.3, 1.1, 1.0), 0.002
-"""Steps of the rungs, how much larger effects are there than at the last one, and the standard deviation of a score."""
+"""Steps of the rungs, how much larger effects are there than at the last one, and the standard
+deviation of a score."""
 
 
 @dataclass(frozen=True)
 class MadeTable:
     """Losses of three cuts: what no searcher is told.
 
-    A cut has a level at every rung, and cut `seed % 3` is the worst at the first rung and the best at the last. Of a
-    group's effect, 70 % is that of all cuts. Sensitivities are off by a factor of e, up or down.
+    A cut has a level at every rung, and cut `seed % 3` is the worst at the first rung and the best
+    at the last. Of a group's effect, 70 % is that of all cuts. Sensitivities are off by a factor of
+    e, up or down.
     """
 
     space: SearchSpace
@@ -79,7 +82,8 @@ class MadeTable:
         return float(self.levels[rung][cut] + GROWTH[rung] * effects.sum())
 
     def regret(self, plan: PrecisionPlan) -> float:
-        """The loss of a plan above that of the best, 2.5, as a share of the range of plans in the budget."""
+        """The loss of a plan above that of the best, 2.5, as a share of the range of plans in the
+        budget."""
         worst = max(self.loss(each.smallest()) for each in self.space.spaces)
         return (self.loss(plan) - 2.5) / (worst - 2.5)
 
@@ -131,7 +135,8 @@ def search(table: MadeTable, searcher: str, trials: int, seed: int) -> list[Prec
 
 
 def test_gp_finds_the_late_cut_in_half_of_hyperopts_trials() -> None:
-    """The cut that is the worst at the first rung and the best at the last, and nearly its best plan."""
+    """The cut that is the worst at the first rung and the best at the last, and nearly its best
+    plan."""
     regrets: dict[str, list[float]] = {"gp": [], "hyperopt": []}
     for seed in (103, 104):
         table = MadeTable.draw(seed, 10)
@@ -147,7 +152,8 @@ def test_gp_finds_the_late_cut_in_half_of_hyperopts_trials() -> None:
 
 
 def test_first_rungs_do_not_hide_a_cut_that_recovers() -> None:
-    """Each cut has two scores at the last rung and eight at the first, where the best cut is the worst."""
+    """Each cut has two scores at the last rung and eight at the first, where the best cut is the
+    worst."""
     table = MadeTable.draw(103, 8)
     drawn, observations = np.random.default_rng(1), list[Observation]()
     for each in table.space.spaces:
@@ -181,7 +187,8 @@ def uneven() -> SearchSpace:
 
 @pytest.mark.parametrize("name", ["random", "hyperopt", "gp", "bayesopt"])
 def test_no_searcher_repeats_a_plan_or_passes_the_budget(name: str) -> None:
-    """Scores fall with bytes; plans of the base model, which is not searched here, run as controls only."""
+    """Scores fall with bytes; plans of the base model, which is not searched here, run as controls
+    only."""
     base, *others = uneven().spaces
     space = SearchSpace(tuple(others))
     control = base.smallest()

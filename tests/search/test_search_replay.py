@@ -1,4 +1,5 @@
-"""The benchmark of searchers: tables of measured plans of several cuts, and replays of searches on them."""
+"""The benchmark of searchers: tables of measured plans of several cuts, and replays of searches on
+them."""
 
 import itertools
 import json

@@ -1,6 +1,8 @@
-"""The search stage: when it ends, which trials it reuses, which it scores again on fresh rows, and which plan wins.
+"""The search stage: when it ends, which trials it reuses, which it scores again on fresh rows, and
+which plan wins.
 
-Most tests call a part of it on records as trials write them. The last one runs the whole stage with real Ray.
+Most tests call a part of it on records as trials write them. The last one runs the whole stage with
+real Ray.
 """
 
 import shutil
@@ -51,7 +53,8 @@ from qpruner.search.trial_records import (
 
 
 class Searching:
-    """A search with these recorded trials, and the searcher that Tune asks for plans; two trials may run at once."""
+    """A search with these recorded trials, and the searcher that Tune asks for plans; two trials
+    may run at once."""
 
     def __init__(
         self, job: SearchJob, *records: TrialRecord, proposer: Proposer | None = None
@@ -66,7 +69,8 @@ class Searching:
         self.searcher = PlanSearcher(job, self.ledger, room, devices, emit, self.halt)
 
     def suggest(self, name: str) -> int | str | None:
-        """Ask for a plan as Tune does: returns the number of its trial, or the answer that there is none."""
+        """Ask for a plan as Tune does: returns the number of its trial, or the answer that there is
+        none."""
         given = self.searcher.suggest(name)
         return int(given["trial"]) if isinstance(given, dict) else given
 
@@ -169,7 +173,8 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
     assert search.rest()[0] == (1, "unpruned-knapsack", SEED_PLAN)
     record = read_trials(job.trials)[1]
     assert (record.search, record.origin, record.status) == (MINE, "unpruned-knapsack", "running")
-    # Killed before it went on, and once it is done, the search is the same: that trial and one more.
+    # Killed before it went on, and once it is done, the search is the same: that trial and one
+    # more.
     assert len(Searching(job).rest()) == 2
     assert [
         index
@@ -237,7 +242,8 @@ def test_the_searcher_learns_of_a_plan_that_cannot_be_trained(failure: str, tmp_
 
 
 def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> None:
-    """Three kills fail a trial only at a micro-batch of one row; the record has the last micro-batch that ran."""
+    """Three kills fail a trial only at a micro-batch of one row; the record has the last
+    micro-batch that ran."""
     job = job_of(tmp_path)
     training = job.config.training.model_copy(update={"batch_size": 16, "micro_batch_size": 16})
     job = replace(job, config=job.config.model_copy(update={"training": training}))
@@ -357,7 +363,8 @@ def test_errors_of_all_trials_end_the_search(tmp_path: Path) -> None:
 
 
 def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None:
-    """Its own worker stops for the worker of the other driver: that counts neither as a death nor as an end."""
+    """Its own worker stops for the worker of the other driver: that counts neither as a death nor
+    as an end."""
     job = job_of(tmp_path)
     begin_session(job.trials, job.search)
     search = Searching(job)
@@ -381,7 +388,8 @@ def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None
 
 
 def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
-    """Workers killed after they had recorded the last rung leave other checkpoints, which no worker removes later."""
+    """Workers killed after they had recorded the last rung leave other checkpoints, which no worker
+    removes later."""
     job = job_of(tmp_path)
     search = Searching(job)
     left = ["checkpoint-2", "checkpoint-4", ".checkpoint-2.worker", ".checkpoint-1.doomed"]
@@ -425,7 +433,10 @@ def test_no_more_plans_are_handed_out_than_there_is_room_for(tmp_path: Path) -> 
 
 
 def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
-    """A trial that has begun continues. With more hours, the next search begins with the withdrawn plan."""
+    """A trial that has begun continues.
+
+    With more hours, the next search begins with the withdrawn plan.
+    """
     job = job_of(tmp_path, max_hours=1.0)
     write_seconds(job.trials, job.search, 3599.5)
     search = Searching(job)

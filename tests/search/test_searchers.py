@@ -152,7 +152,8 @@ def test_a_proposal_depends_on_seed_number_and_results_only(make: MakeProposer) 
 
 @pytest.mark.parametrize("name", ["hyperopt", "bayesopt", "gp"])
 def test_a_searcher_learns_from_what_ran(name: str) -> None:
-    """After 30 results in favour of 8 bits in the first groups it proposes that more often than chance does."""
+    """After 30 results in favour of 8 bits in the first groups it proposes that more often than
+    chance does."""
     space = space_of(blocks(8), share=1.0)
     plans = [space.plan_of(row) for row in np.random.default_rng(0).integers(2, size=(30, 8))]
     results = [
@@ -241,7 +242,8 @@ def test_no_searcher_proposes_what_a_group_is_not_offered(name: str) -> None:
 
 @PROPOSERS
 def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -> None:
-    """They run first, whatever they are; the searcher sees those of its own cut alone, and none is proposed."""
+    """They run first, whatever they are; the searcher sees those of its own cut alone, and none is
+    proposed."""
     space = space_of(blocks(6), share=0.3)
     other = replace(space.uniform("nf4"), cut="cut-20")
     controls = [

@@ -1,4 +1,5 @@
-"""Faults at which Tune alone would wait for ever or end without a message: real Ray, with stand-ins for trials."""
+"""Faults at which Tune alone would wait for ever or end without a message: real Ray, with stand-ins
+for trials."""
 
 import shutil
 import subprocess
@@ -110,8 +111,8 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(
 def test_a_full_disk_of_the_driver_ends_the_search(
     room: int, joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
 ) -> None:
-    """The disk fills up after the trial has recorded its last rung and before the driver knows. With room for a second
-    trial, Tune has learned by then that there is none."""
+    """The disk fills up after the trial has recorded its last rung and before the driver knows.
+    With room for a second trial, Tune has learned by then that there is none."""
     filler = disk / "filler"
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -162,7 +163,8 @@ def test_a_trial_waits_for_a_storage_that_is_away(
 def test_a_worker_that_never_leaves_its_trial_is_killed(
     joined: tuple[Raylets, Cluster], tmp_path: Path
 ) -> None:
-    """The next trial waits for this worker: the trial has not failed, and the death is not counted against it."""
+    """The next trial waits for this worker: the trial has not failed, and the death is not counted
+    against it."""
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         is_first = not list(tmp_path.glob("made-*"))

@@ -1,4 +1,5 @@
-"""TensorBoard shows a search: files are read back with its own reader; the last test opens it in a browser."""
+"""TensorBoard shows a search: files are read back with its own reader; the last test opens it in a
+browser."""
 
 import re
 import shutil

@@ -1,4 +1,5 @@
-"""A trial resumed between two rungs, or trained again for the choice of the winner, is the same training."""
+"""A trial resumed between two rungs, or trained again for the choice of the winner, is the same
+training."""
 
 import shutil
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_a_trial_resumed_between_rungs_scores_the_same(job: TrialJob, tmp_path: 
 
 
 def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_path: Path) -> None:
-    """So a further seed differs by its seed alone, though the final fine-tune is longer and takes larger batches."""
+    """So a further seed differs by its seed alone, though the final fine-tune is longer and takes
+    larger batches."""
     rungs_from(None, job, tmp_path)
     config, materials = job.config, job.materials
 

@@ -72,7 +72,8 @@ def banked(
     embeddings: tuple[str, ...] = ("bf16",),
     **options: Any,
 ) -> Banked:
-    """Save a tiny decoder in the subfolder `model`; its groups are packed when their starts are read."""
+    """Save a tiny decoder in the subfolder `model`; its groups are packed when their starts are
+    read."""
     model = tiny(name, **WIDE | options)
     model.save_pretrained(folder / "model")
     quantize = QuantizeConfig(group=group, formats=levels, embeddings=embeddings, budget=BUDGET)

@@ -1,4 +1,5 @@
-"""Compare measured rises with models whose weights were replaced, and with the initial model of a trial."""
+"""Compare measured rises with models whose weights were replaced, and with the initial model of a
+trial."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +19,8 @@ Predictions = tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def predictions(model: torch.nn.Module, samples: Samples) -> Predictions:
-    """Compute log-probabilities ``(positions, vocabulary)`` and labels at all predicted positions, sample by sample."""
+    """Compute log-probabilities ``(positions, vocabulary)`` and labels at all predicted positions,
+    sample by sample."""
     found, labels = [], []
     for row in samples.rows:
         ids, targets = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
@@ -117,7 +119,8 @@ def test_blocks_before_the_group_do_not_run_again(tmp_path: Path) -> None:
         for index, block in enumerate(model.model.layers)
     ]
     measure(model, llama.samples(batch_size=5), llama.starts)
-    # Each block runs once unquantized and once for embeddings, then in two formats for its own and each earlier group.
+    # Each block runs once unquantized and once for embeddings, then in two formats for its own and
+    # each earlier group.
     assert [runs.count(index) for index in range(3)] == [2 + 2 * 1, 2 + 2 * 2, 2 + 2 * 3]
     for hook in hooks:
         hook.remove()

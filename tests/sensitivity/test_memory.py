@@ -1,4 +1,5 @@
-"""Compare the peak memory of sensitivities, scoring and GPTQ's inputs with the prediction of `qpruner check`."""
+"""Compare the peak memory of sensitivities, scoring and GPTQ's inputs with the prediction of
+`qpruner check`."""
 
 from collections import deque
 from collections.abc import Callable, Iterator

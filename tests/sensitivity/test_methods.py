@@ -1,4 +1,5 @@
-"""The scores of all methods have the same shape, and the stage computes only the configured methods."""
+"""The scores of all methods have the same shape, and the stage computes only the configured
+methods."""
 
 import os
 from pathlib import Path
@@ -21,7 +22,8 @@ Raw = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def phi(tmp_path_factory: pytest.TempPathFactory) -> Banked:
-    """A model whose projections are fused into one matrix; its embeddings and head take 8 or 16 bits."""
+    """A model whose projections are fused into one matrix; its embeddings and head take 8 or 16
+    bits."""
     return banked(
         tmp_path_factory.mktemp("bank"),
         "phi3",
@@ -100,13 +102,15 @@ def measured(events: list[Event]) -> set[str]:
 
 
 def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
-    """After an interruption, with a new method, with a new budget, with a damaged file, and with a new bank."""
+    """After an interruption, with a new method, with a new budget, with a damaged file, and with a
+    new bank."""
     events: list[Event] = []
 
     def interrupt(event: Event) -> None:
         events.append(event)
         if measured(events):
-            raise KeyboardInterrupt  # the signal itself is ignored where tests run in the background
+            # the signal itself is ignored where tests run in the background
+            raise KeyboardInterrupt
 
     two = "sensitivity.methods=[mutual_information, kl]"
     with pytest.raises(KeyboardInterrupt):
@@ -124,7 +128,8 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
     assert measured(events) == {"first_order", "fisher", "second_order"}
     assert record_of(raw, f"{three}; quantize.budget={{fraction: 0.9}}", events) == second
     assert "sensitivity" in [event.stage for event in events if isinstance(event, StageSkipped)]
-    # The damage is found when the configured methods change, because the scores are read again then.
+    # The damage is found when the configured methods change, because the scores are read again
+    # then.
     (file,) = (Path(raw["output"]) / "sensitivities").glob("kl-*.json")
     os.truncate(file, 100)
     third = record_of(raw, "sensitivity.methods=[kl, fisher]", events)
@@ -151,7 +156,8 @@ def steps(events: list[Event], detail: str) -> int:
 
 
 def test_packed_embeddings_are_measured_without_the_blocks(raw: Raw) -> None:
-    """If neither KL nor loss is asked for, the passes are few; the scores are the same as with them."""
+    """If neither KL nor loss is asked for, the passes are few; the scores are the same as with
+    them."""
     events: list[Event] = []
     packed = (
         "quantize.embeddings=[int8, bf16]; quantize.budget={bytes: 300000}; sensitivity.methods="

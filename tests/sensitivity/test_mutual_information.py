@@ -1,4 +1,5 @@
-"""Compare mutual information with known values: wrong values would give the bits to the wrong groups."""
+"""Compare mutual information with known values: wrong values would give the bits to the wrong
+groups."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def less_baseline(outputs: Array, labels: Array, components: int = 4) -> float:
 
 
 def mixture_information(means: Array, weights: Array) -> float:
-    """I(X; Y) of unit Gaussians at `means` ``(classes, 2)``: entropy of X, integrated, less that of one Gaussian."""
+    """I(X; Y) of unit Gaussians at `means` ``(classes, 2)``: entropy of X, integrated, less that of
+    one Gaussian."""
     axis = np.linspace(-12, 12, 601)
     x, y = np.meshgrid(axis, axis)
     squares = [(x - mean[0]) ** 2 + (y - mean[1]) ** 2 for mean in means]
@@ -85,7 +87,8 @@ def test_independent_labels_have_no_information(samples: int, num_classes: int) 
 @pytest.mark.parametrize("num_classes", [2, 8])
 @pytest.mark.parametrize("jitter", [1e-1, 0.0])
 def test_an_output_that_decides_the_label_has_its_entropy(num_classes: int, jitter: float) -> None:
-    """Without jitter outputs repeat exactly, like those of the first projections, which see a token without context."""
+    """Without jitter outputs repeat exactly, like those of the first projections, which see a token
+    without context."""
     generator = np.random.default_rng(3)
     labels = generator.integers(0, num_classes, 400)
     outputs = generator.normal(size=(num_classes, 64))[labels] + jitter * generator.normal(
@@ -145,7 +148,8 @@ def test_estimates_do_not_depend_on_the_batch_size(model: PreTrainedModel) -> No
 
 
 def test_positions_are_drawn_from_all_rows(model: PreTrainedModel) -> None:
-    """A long first row gives only its share of the positions, and rows without a drawn position do not run."""
+    """A long first row gives only its share of the positions, and rows without a drawn position do
+    not run."""
     passed: list[list[int]] = []
     hook = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: passed.extend(inputs[0].tolist())

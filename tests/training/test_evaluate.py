@@ -1,4 +1,5 @@
-"""Scores of real lm-eval tasks: which metrics are recorded, and which metric tables and searches use."""
+"""Scores of real lm-eval tasks: which metrics are recorded, and which metric tables and searches
+use."""
 
 import math
 from pathlib import Path
@@ -92,7 +93,8 @@ def scores(model: tuple[Any, Any], folder: str) -> dict[str, TaskScore]:
 def test_tables_prefer_acc_norm_and_know_acc(
     model: tuple[Any, Any], folder: str, positions: list[int], scores: dict[str, TaskScore]
 ) -> None:
-    """Scores equal those of lm-eval's own model, which also computes the logits of all question tokens."""
+    """Scores equal those of lm-eval's own model, which also computes the logits of all question
+    tokens."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

@@ -98,9 +98,11 @@ def test_gradient_checkpointing_changes_no_loss(fresh: Fresh, rows: Rows, tmp_pa
 
 @pytest.mark.parametrize(("num_rows", "processes"), [(1, 3), (24, 1), (70, 3)])
 def test_processes_share_the_batches_of_a_random_order(num_rows: int, processes: int) -> None:
-    """In each step, the processes together take the next twelve rows of the epoch's order, each row once.
+    """In each step, the processes together take the next twelve rows of the epoch's order, each row
+    once.
 
-    In each turn of a batch, all rows of all processes are at least as long as any row of the next turn.
+    In each turn of a batch, all rows of all processes are at least as long as any row of the next
+    turn.
     """
     size, batch = 2, 12
     settings = TrainingConfig(batch_size=batch, micro_batch_size=size)
@@ -153,7 +155,8 @@ class Gradients(TrainerCallback):
 def test_the_gradient_is_that_of_the_whole_batch(
     micro_batch_size: int, fresh: Fresh, tmp_path: Path
 ) -> None:
-    """It is the mean over all labelled tokens of the optimizer batch, in float32, for any size of micro-batch."""
+    """It is the mean over all labelled tokens of the optimizer batch, in float32, for any size of
+    micro-batch."""
     generator = np.random.default_rng(0)
     ids = [generator.integers(2, 500, length).tolist() for length in (6, 60, 8, 33, 7, 12, 51, 9)]
     rows = [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in ids]
@@ -213,8 +216,8 @@ def test_every_epoch_has_its_own_order(fresh: Fresh, rows: Rows, tmp_path: Path)
 
 
 def test_a_loss_far_above_the_first_stops_the_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
-    """The model has learnt its four rows, then the learning rate is far too high. Its logits are ten times as large as
-    a fresh model's, so that a wrong guess has a high loss."""
+    """The model has learnt its four rows, then the learning rate is far too high. Its logits are
+    ten times as large as a fresh model's, so that a wrong guess has a high loss."""
     peft_model = fresh("float32")
     with torch.no_grad():
         peft_model.get_submodule(NORM).weight.fill_(10.0)

@@ -1,4 +1,5 @@
-"""If memory runs out in a command without stages, its message gives a remedy and does not report a defect."""
+"""If memory runs out in a command without stages, its message gives a remedy and does not report a
+defect."""
 
 import json
 import math
@@ -121,7 +122,10 @@ for spare in range(4, 22, 2):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_torchs_errors_are_known_as_out_of_memory(dtype: str) -> None:
-    """They include oneDNN's error of a product in bfloat16. With even less memory, torch may crash."""
+    """They include oneDNN's error of a product in bfloat16.
+
+    With even less memory, torch may crash.
+    """
     done = subprocess.run([sys.executable, "-c", MULTIPLIES, dtype], capture_output=True, text=True)
     known = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]
     assert len(known) == 9 and all(line.startswith("True") for line in known), done

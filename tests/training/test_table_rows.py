@@ -148,7 +148,8 @@ def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
 def test_the_newest_intact_checkpoint_is_resumed(tmp_path: Path) -> None:
     """A checkpoint without a list of its files is ignored, because its process was killed.
 
-    One with a list counts before the earlier one is removed, even if that cannot be: a mounted folder is busy.
+    One with a list counts before the earlier one is removed, even if that cannot be: a mounted
+    folder is busy.
     """
     assert latest_checkpoint(tmp_path / "none") is None
     claim = Ownership(tmp_path / "owner.json")

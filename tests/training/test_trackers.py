@@ -29,7 +29,8 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """Restore the environment after each test, since a worker's variables are set in the tests' process."""
+    """Restore the environment after each test, since a worker's variables are set in the tests'
+    process."""
     with patch.dict(os.environ):
         yield
 
@@ -57,7 +58,8 @@ def mlflow_runs(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
 
 
 def wandb_records(file: Path) -> list[Any]:
-    """Read an offline run's file: seven bytes of header, then protobuf records in LevelDB's log format."""
+    """Read an offline run's file: seven bytes of header, then protobuf records in LevelDB's log
+    format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, parts, found = file.read_bytes(), 7, b"", []

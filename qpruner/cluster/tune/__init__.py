@@ -1,8 +1,9 @@
 """Runs the search under Ray Tune; no other package imports Ray Tune.
 
-Ray Tune schedules, places and stops trials. Each trial writes its record and its last checkpoint to its own folder. A
-search that starts again reads them: the searcher learns from finished trials in order, running trials resume, and the
-rungs of ASHA are filled. Tune's snapshot is not restored: it lacks trials that finished after it (Ray 2.60).
+Ray Tune schedules, places and stops trials. Each trial writes its record and its last checkpoint to
+its own folder. A search that starts again reads them: the searcher learns from finished trials in
+order, running trials resume, and the rungs of ASHA are filled. Tune's snapshot is not restored: it
+lacks trials that finished after it (Ray 2.60).
 """
 
 import os
@@ -11,14 +12,15 @@ import re
 # Send no usage report and print no banner. Ray reads these when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-# Tune's loggers would write every metric to the scratch folder again, and TensorBoard would list these copies as runs.
+# Tune's loggers would write every metric to the scratch folder again, and TensorBoard would list
+# these copies as runs.
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 # Tune's handler makes fit() return as if the search were over, and stays installed afterwards.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 # The searcher decides how many trials wait for a machine; Tune's default is one.
 os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
-# A trial waits until its worker has ended the trial before it; by default Tune (2.60) silently gives the trial up after
-# 2 s. Workers read this variable, because they import this module too.
+# A trial waits until its worker has ended the trial before it; by default Tune (2.60) silently
+# gives the trial up after 2 s. Workers read this variable, because they import this module too.
 os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)
 
 from collections.abc import Callable, Mapping
@@ -53,8 +55,8 @@ from qpruner.search.trial_records import (
 )
 from qpruner.training.trackers import Trackers
 
-# Tune (2.60) would put the driver's AWS keys into the runtime environment of its actors, which Ray writes to its logs.
-# Every machine has its own keys.
+# Tune (2.60) would put the driver's AWS keys into the runtime environment of its actors, which Ray
+# writes to its logs. Every machine has its own keys.
 ray_private.ENV_VARS_TO_PROPAGATE.difference_update(
     [name for name in ray_private.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
 )
@@ -69,14 +71,15 @@ def search(
 ) -> SearchOutcome:
     """Run or resume the search until it is over.
 
-    If Tune ends while trials still have to be resumed, another session of Tune starts. If Tune cannot write, the search
-    waits for the storage, as in `retry_storage`. `room` returns how many trials may run or wait for a machine.
+    If Tune ends while trials still have to be resumed, another session of Tune starts. If Tune
+    cannot write, the search waits for the storage, as in `retry_storage`. `room` returns how many
+    trials may run or wait for a machine.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C. Running trials are recorded up to their last checkpoint.
         NodeDiffers: If a trial was sent to an unusable node.
-        StageError: If trials failed because of the storage, a damaged file or a broken machine, or if the time limit is
-            reached and no machine is left.
+        StageError: If trials failed because of the storage, a damaged file or a broken machine, or
+            if the time limit is reached and no machine is left.
         StorageError: If the storage stays full or unreachable.
     """
     assert ray.is_initialized(), "without `connect`, Tune would choose a cluster itself"
@@ -113,7 +116,8 @@ def _fit(
     halt: Halt,
     trackers: Trackers | None,
 ) -> str | None:
-    """Run one session of Ray Tune; return why there are no more trials, or None if there may be more."""
+    """Run one session of Ray Tune; return why there are no more trials, or None if there may be
+    more."""
     settings = job.config.search
     has_more = (
         job.config.is_searched and job.config.quantize.has_choice
@@ -170,7 +174,8 @@ def _fit(
 
 
 def _disk_error(text: str) -> OSError | None:
-    """Return the disk error at the end of a TuneError's traceback; None if the last error is another one.
+    """Return the disk error at the end of a TuneError's traceback; None if the last error is
+    another one.
 
     The error names no file if Tune (2.60) failed to write to Ray's folder on this machine.
     """
@@ -185,7 +190,8 @@ def _disk_error(text: str) -> OSError | None:
 
 
 def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
-    """Return the outcome of a search from its trials' records; raise `StageError` if its infrastructure failed."""
+    """Return the outcome of a search from its trials' records; raise `StageError` if its
+    infrastructure failed."""
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
@@ -208,7 +214,8 @@ def make_proposer(
 ) -> Proposer:
     """Make the searcher `gp`, `hyperopt`, `bayesopt` or `random`.
 
-    Only `gp` uses `priors`, the sensitivities by method. A searcher whose package is missing raises `UserError`.
+    Only `gp` uses `priors`, the sensitivities by method. A searcher whose package is missing raises
+    `UserError`.
     """
     check_searcher(name)
     if (

@@ -20,11 +20,12 @@ from qpruner.search.rungs import Rungs
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made without a search.
+    """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made
+    without a search.
 
-    Plans outside the space or over the budget, which only controls have, do not compete. `is_cancelled` says whether a
-    waiting trial must not start, by its id. `on_error` gets a trial's id and error, and a function that holds its
-    worker, before the searcher does.
+    Plans outside the space or over the budget, which only controls have, do not compete.
+    `is_cancelled` says whether a waiting trial must not start, by its id. `on_error` gets a trial's
+    id and error, and a function that holds its worker, before the searcher does.
     """
 
     def __init__(
@@ -64,20 +65,23 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
                 bracket.on_result(trial, rung.step, -rung.cost(config.search.metric))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Stop cancelled trials that have not started, then choose the next; Tune can stop them in no other hook."""
+        """Stop cancelled trials that have not started, then choose the next; Tune can stop them in
+        no other hook."""
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING and self._is_cancelled(trial.trial_id):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass the text of the error to `on_error`, and a function that holds the worker (`ActorManager.hold`)."""
+        """Pass the text of the error to `on_error`, and a function that holds the worker
+        (`ActorManager.hold`)."""
         super().on_trial_error(tune_controller, trial)
         # Tune (2.60) tells schedulers alone which worker a trial has.
         hold = partial(
             tune_controller._actor_manager.hold, tune_controller._trial_to_actor.get(trial)
         )
-        # Only this file has the text. If Tune could not write the file, its session has ended before this call.
+        # Only this file has the text. If Tune could not write the file, its session has ended
+        # before this call.
         self._on_error(
             trial.trial_id,
             Path(trial.error_file).read_text(encoding="utf-8", errors="replace"),
@@ -85,7 +89,8 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         )
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether a trial continues after a rung; controls and protected trials do until the last rung."""
+        """Return whether a trial continues after a rung; controls and protected trials do until the
+        last rung."""
         index, step = trial.config["trial"], result[self._time_attr]
         is_last, plan = step >= self._max_t, params_to_plan(trial.config)
         if not self._space.is_feasible(plan):
@@ -97,16 +102,18 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Forget the trial; otherwise Ray would enter the last score of a stopped trial again, at a lower rung."""
+        """Forget the trial; otherwise Ray would enter the last score of a stopped trial again, at a
+        lower rung."""
         self._trial_info.pop(trial.trial_id, None)
 
 
 class _RungsByNumber(AshaBracket):  # type: ignore[misc]
     """Rungs of ASHA that identify trials by number, because a resumed trial gets a new id from Ray.
 
-    A trial passes if it is among the best of all trials and among the best of its cut. Ranked among all alone, nearly
-    every trial of the best cut passes, because controls of poor cuts rank below it: 16 to 53 % of the trials were
-    stopped on SmolLM2's joint table instead of 44 to 57 % (2026-11).
+    A trial passes if it is among the best of all trials and among the best of its cut. Ranked among
+    all alone, nearly every trial of the best cut passes, because controls of poor cuts rank below
+    it: 16 to 53 % of the trials were stopped on SmolLM2's joint table instead of 44 to 57 %
+    (2026-11).
     """
 
     _cut = ""  # of the trial that enters a rung

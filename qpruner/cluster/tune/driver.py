@@ -38,13 +38,14 @@ from qpruner.search import trial_records
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 
 MAX_KILLS = 3
-"""Worker deaths in a row that fail a trial: without a checkpoint between them, on machines that stay. Deaths for memory
-are counted apart, because they say that the plan is infeasible."""
+"""Worker deaths in a row that fail a trial: without a checkpoint between them, on machines that
+stay. Deaths for memory are counted apart, because they say that the plan is infeasible."""
 MAX_ERRORS = (
     3  # trials in a row that failed with an error wherever they were tried, which end the search
 )
 KERNEL_SECONDS = 20.0
-"""Time for a machine to report its kernel's kills: it was just out of memory, and has to start a process."""
+"""Time for a machine to report its kernel's kills: it was just out of memory, and has to start a
+process."""
 
 
 def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +62,8 @@ def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
-    """Gives Tune the plans that a `searchers.Ledger` suggests, and writes the record of each trial before it runs."""
+    """Gives Tune the plans that a `searchers.Ledger` suggests, and writes the record of each trial
+    before it runs."""
 
     def __init__(
         self,
@@ -90,7 +92,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._started, self._is_over, self._next_look = time.monotonic(), False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the parameters of the next trial; None while no more may be in flight; FINISHED at the end."""
+        """Return the parameters of the next trial; None while no more may be in flight; FINISHED at
+        the end."""
         self._look()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
@@ -178,7 +181,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         num_kills = record.kills
         if record.status == "running":
-            # An error of the trial itself is in its record: here the process was killed, or never started.
+            # An error of the trial itself is in its record: here the process was killed, or never
+            # started.
             record = (
                 _after_death(record, death, self._job) if error else _stopped(record, self._job)
             )
@@ -208,7 +212,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.hand_out_again(suggestion)
 
     def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
-        """Queue a trial that failed, to be resumed on another device; it begins with the configured micro-batch."""
+        """Queue a trial that failed, to be resumed on another device; it begins with the configured
+        micro-batch."""
         update = {"status": "running", "failure": None, "reason": None, "micro_batch_size": None}
         moved = record.model_copy(
             update={**update, "failed_on": (*record.failed_on, record.device)}
@@ -220,7 +225,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.hand_out_again(suggestion)
 
     def _end_trial(self, suggestion: Suggestion, record: TrialRecord) -> None:
-        """Add the scores of an ended trial to the `Ledger`, report the trial, and delete its old checkpoints."""
+        """Add the scores of an ended trial to the `Ledger`, report the trial, and delete its old
+        checkpoints."""
         if record.failure != "hung":  # the worker of a hung trial may still write
             try:
                 trial_records.remove_old_checkpoints(self._job.trials, [record])
@@ -242,7 +248,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._halt_after_errors(record)
 
     def _note_score(self, record: TrialRecord) -> None:
-        """Note that a trial has reported a score, which is evidence about devices and earlier errors."""
+        """Note that a trial has reported a score, which is evidence about devices and earlier
+        errors."""
         self._errors.clear()
         self._devices.has_scored(record)
 
@@ -261,14 +268,16 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _save_time(self, record: TrialRecord) -> None:
-        """Count a trial's GPU seconds, and save the time of all sessions: the process may be killed at any moment."""
+        """Count a trial's GPU seconds, and save the time of all sessions: the process may be killed
+        at any moment."""
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
         if not trial_records.write_seconds(job.trials, job.search, self._seconds(), job.session):
             raise lock_lost("search", "the other began a session of this search")
 
     def _look(self) -> bool:
-        """Return True after a time limit; end the search if no machine or device is left that could run a trial."""
+        """Return True after a time limit; end the search if no machine or device is left that could
+        run a trial."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + 1.0
@@ -297,11 +306,13 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 )
 
     def on_error_text(self, trial_id: str, error: str, hold: Hold = lambda: None) -> None:
-        """Store what the error of a trial says about the death of its worker; called before `on_trial_complete`."""
+        """Store what the error of a trial says about the death of its worker; called before
+        `on_trial_complete`."""
         self._halt.on_error_text(error)
         death = self._deaths.setdefault(trial_id, _Death())
         death.hold = hold
-        # Ray (2.60) writes `actor_id: ID` if an actor died, and `The actor ID is unavailable` if its connection broke.
+        # Ray (2.60) writes `actor_id: ID` if an actor died, and `The actor ID is unavailable` if
+        # its connection broke.
         found = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
         table = ray_private.state.actor_table(found[1]) if found else {}
         death.node = table.get("Address", {}).get("NodeID") or death.node
@@ -310,12 +321,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
     def on_hung(self, trial_id: str, is_running: bool) -> None:
-        """Store why a worker is killed: its trial makes no progress or, unless `is_running`, never started there."""
+        """Store why a worker is killed: its trial makes no progress or, unless `is_running`, never
+        started there."""
         death = self._deaths.setdefault(trial_id, _Death())
         death.hung, death.never_started = is_running, not is_running
 
     def _halt_after_errors(self, record: TrialRecord) -> None:
-        """Halt the search after `MAX_ERRORS` trials in a row have failed, with no other device left to try them on.
+        """Halt the search after `MAX_ERRORS` trials in a row have failed, with no other device left
+        to try them on.
 
         The next plans would fail too. The failed trials are retried when the command is repeated.
         """
@@ -359,7 +372,8 @@ def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
 
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
-    """Return the record of a trial after the death of its worker: failed, or running, which means to be resumed."""
+    """Return the record of a trial after the death of its worker: failed, or running, which means
+    to be resumed."""
     if death.never_started:
         return record
     pulse = trial_records.read_pulse(job.trials, record.index)
@@ -378,7 +392,8 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
             f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
         )
         return _failed(record, "hung", reason)
-    # The death of a machine, or an end because the machine is about to leave, does not count against the trial.
+    # The death of a machine, or an end because the machine is about to leave, does not count
+    # against the trial.
     node = death.node or (pulse.node if pulse else None)
     if not death.by_ray and node is not None and not is_staying(node):
         return record
@@ -399,12 +414,14 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
-    """Return the record of a trial that failed; `failure` is the kind, `reason` the text for people."""
+    """Return the record of a trial that failed; `failure` is the kind, `reason` the text for
+    people."""
     return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
 
 
 def _kernel_kills_on(node_id: str) -> int | None:
-    """Count the processes that the kernel of a node has killed for memory; None if the node does not answer."""
+    """Count the processes that the kernel of a node has killed for memory; None if the node does
+    not answer."""
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
     asked = (
         ray.remote(num_cpus=0, max_retries=0)(kernel_kills)

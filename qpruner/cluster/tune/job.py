@@ -20,7 +20,8 @@ from qpruner.search.trial_records import (
 )
 from qpruner.training import checkpoints
 
-METRIC = "score"  # the name of the score that Tune minimizes: the validation loss, or one minus the accuracy
+# the name of the score that Tune minimizes: the validation loss, or one minus the accuracy
+METRIC = "score"
 TIME = "step"
 
 
@@ -48,11 +49,13 @@ class SearchJob:
     )  # in the driver, so that tests can set it
 
     def owns(self, record: TrialRecord) -> bool:
-        """Return True if a trial belongs to this search, not to one with another budget or searcher."""
+        """Return True if a trial belongs to this search, not to one with another budget or
+        searcher."""
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """Return the name of the control that has this plan, such as `unpruned-uniform`; None if no control has it."""
+        """Return the name of the control that has this plan, such as `unpruned-uniform`; None if no
+        control has it."""
         return next((origin for origin, control in self.controls if control == plan), None)
 
     def fits(self, cut: str, plan_bytes: int) -> bool:
@@ -65,7 +68,8 @@ class SearchJob:
 
 
 class LivesInDriver:
-    """Keeps an object out of Tune's snapshot, which is never restored and cannot contain an open terminal."""
+    """Keeps an object out of Tune's snapshot, which is never restored and cannot contain an open
+    terminal."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
@@ -100,7 +104,8 @@ def params_to_plan(params: dict[str, Any]) -> PrecisionPlan:
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Find the largest divisor of the batch up to half a trial's micro-batch; None without one or with retries off."""
+    """Find the largest divisor of the batch up to half a trial's micro-batch; None without one or
+    with retries off."""
     training = config.training
     if not config.search.retry_out_of_memory:
         return None
@@ -122,8 +127,8 @@ def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]
 def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[TrialRecord]]:
     """Return a `Ledger` that knows all recorded trials, and the records of these trials.
 
-    The searcher also learns from the trials of searches with another budget or searcher. Their plans are not run again
-    and do not count towards `max_trials`.
+    The searcher also learns from the trials of searches with another budget or searcher. Their
+    plans are not run again and do not count towards `max_trials`.
     """
     ledger = Ledger(
         job.space,
@@ -147,7 +152,8 @@ def resume_search(job: SearchJob, proposer: Proposer) -> tuple[Ledger, list[Tria
 def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Mark a trial as running if this search has to resume it, and return its record.
 
-    A search resumes trials cut off or to be retried, and its controls that ASHA stopped in another search.
+    A search resumes trials cut off or to be retried, and its controls that ASHA stopped in another
+    search.
     """
     plan = plan_of(record)
     control = job.control_of(plan)

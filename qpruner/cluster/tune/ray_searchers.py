@@ -1,7 +1,8 @@
 """The searchers `hyperopt` and `bayesopt`: TPE and a Gaussian process through classes of Ray Tune.
 
-Ray's classes accept scores only of plans that they have proposed themselves. So each proposal comes from a new object,
-seeded from (seed, index). The known plans are its `points_to_evaluate`: it proposes these first and gets their scores.
+Ray's classes accept scores only of plans that they have proposed themselves. So each proposal comes
+from a new object, seeded from (seed, index). The known plans are its `points_to_evaluate`: it
+proposes these first and gets their scores.
 """
 
 import warnings
@@ -17,7 +18,8 @@ from qpruner.plans.space import SearchSpace
 from qpruner.search.searchers import History, Observation
 
 INITIAL_RANDOM = 4
-"""Random plans before the model is used; with Ray's defaults of 20 and 10, small searches would stay random."""
+"""Random plans before the model is used; with Ray's defaults of 20 and 10, small searches would
+stay random."""
 
 
 def _suggested(search: Any, known: Sequence[Observation]) -> dict[str, Any]:
@@ -31,7 +33,8 @@ def _suggested(search: Any, known: Sequence[Observation]) -> dict[str, Any]:
 
 
 class _Columns:
-    """The groups and the cut as columns of a table of plans; a value is a position among those that a column offers."""
+    """The groups and the cut as columns of a table of plans; a value is a position among those that
+    a column offers."""
 
     def __init__(self, space: SearchSpace) -> None:
         self._space = space
@@ -53,7 +56,10 @@ class _Columns:
 
 
 class HyperOptProposer:
-    """TPE (Bergstra et al. 2011) through Ray's HyperOptSearch; 0.6 ms for each known plan of 30 groups."""
+    """TPE (Bergstra et al.
+
+    2011) through Ray's HyperOptSearch; 0.6 ms for each known plan of 30 groups.
+    """
 
     name = "hyperopt"
 
@@ -81,9 +87,11 @@ class HyperOptProposer:
 
 
 class BayesOptProposer:
-    """A Gaussian process with upper confidence bounds (Snoek et al. 2012) through Ray's BayesOptSearch.
+    """A Gaussian process with upper confidence bounds (Snoek et al. 2012) through Ray's
+    BayesOptSearch.
 
-    BayesOptSearch supports neither integers nor choices, so each column of a plan is a float that is rounded.
+    BayesOptSearch supports neither integers nor choices, so each column of a plan is a float that
+    is rounded.
     """
 
     name = "bayesopt"
@@ -96,7 +104,8 @@ class BayesOptProposer:
 
     def propose(self, index: int, history: History) -> PrecisionPlan:
         """Propose a plan; the same arguments give the same plan."""
-        # A search with another budget may have scored the same plan, but BayesOptSearch accepts a point only once.
+        # A search with another budget may have scored the same plan, but BayesOptSearch accepts a
+        # point only once.
         scored = list({item.plan: item for item in history.last()}.values())
         known = scored if len(scored) >= INITIAL_RANDOM else []
         points = [self._columns.values_of(item.plan) for item in known]

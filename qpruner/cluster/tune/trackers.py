@@ -20,12 +20,14 @@ from qpruner.runs.events import Emit, Message
 from qpruner.training.trackers import Guard, Trackers
 
 FIGURES = (METRIC, "loss", "accuracy", "accuracy_stderr", "train_loss")
-"""The values of a rung that are logged; those that Ray adds, such as clocks and host names, are left out."""
+"""The values of a rung that are logged; those that Ray adds, such as clocks and host names, are
+left out."""
 UPLOAD_SECONDS = 120  # time that the end of a search waits for uploads
 
 
 def tracker_callbacks(trackers: Trackers, emit: Emit) -> list[Callback]:
-    """Return a callback of Tune for each tracker; a tracker is left out after its first error, which is emitted."""
+    """Return a callback of Tune for each tracker; a tracker is left out after its first error,
+    which is emitted."""
     mlflow = partial(
         MLflowLoggerCallback, trackers.tracking_uri, experiment_name=trackers.experiment
     )
@@ -44,7 +46,8 @@ class WandbRows(WandbLoggerCallback):  # type: ignore[misc]
         super().__init__(
             upload_timeout=UPLOAD_SECONDS, environment=trackers.environment, **settings
         )
-        # Ray's class (2.60) puts the key into the runtime environment of the actor, which Ray writes to its logs.
+        # Ray's class (2.60) puts the key into the runtime environment of the actor, which Ray
+        # writes to its logs.
         self._remote_logger_class = ray.remote(num_cpus=0, **on_current_node())(_WandbWriter)
 
     def _cleanup_logging_actor(self, trial: Trial) -> None:

@@ -59,9 +59,11 @@ def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
 
 
 def leave_if_drained() -> None:
-    """End this process if its node is about to leave; its trial resumes on another node from its last checkpoint.
+    """End this process if its node is about to leave; its trial resumes on another node from its
+    last checkpoint.
 
-    Ray starts no new actors on such a node, but Tune (2.60) would give this actor one trial after the other.
+    Ray starts no new actors on such a node, but Tune (2.60) would give this actor one trial after
+    the other.
     """
     if not is_staying(ray.get_runtime_context().get_node_id()):
         os._exit(0)
@@ -107,7 +109,8 @@ class _RecordedTrial:
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def run(self) -> bool:
-        """Run the trial; return False if it failed but can resume, in smaller micro-batches or once storage is back."""
+        """Run the trial; return False if it failed but can resume, in smaller micro-batches or once
+        storage is back."""
         start = trial_records.checkpoint_of(self._job.trials, self._record)
         try:
             own, plan = self._job, self._plan
@@ -141,7 +144,8 @@ class _RecordedTrial:
         return config.model_copy(update={"training": training, "evaluate": evaluate})
 
     def _report(self, result: RungResult | None, checkpoint: Path) -> None:
-        """Publish a checkpoint and record it; record its rung, if it has one, and report that to Tune."""
+        """Publish a checkpoint and record it; record its rung, if it has one, and report that to
+        Tune."""
         step = result.step if result else int(checkpoint.name.removeprefix("checkpoint-"))
         old, digests = (
             trial_records.checkpoint_of(self._job.trials, self._record),
@@ -212,7 +216,8 @@ class _RecordedTrial:
         trial_records.write_pulse(self._job.trials, self._record.index, pulse)
 
     def _was_away(self, error: Exception) -> bool:
-        """Return True if an error, of any type, came from a storage that was unreachable and is back now."""
+        """Return True if an error, of any type, came from a storage that was unreachable and is
+        back now."""
         path = trial_records.trial_path(self._job.trials, self._record.index)
         if diagnosis(error)[0] not in ("error", "damaged"):
             return False
@@ -238,7 +243,8 @@ class _RecordedTrial:
             reason += f" (micro-batch {self._config().training.micro_batch_size})"
         if failure in ("storage", "damaged"):
             reason += f" (on {own_name()})"  # it may be the disk or a copy of this node
-        # If this write fails, the record says "running", and the trial resumes from its last checkpoint.
+        # If this write fails, the record says "running", and the trial resumes from its last
+        # checkpoint.
         with contextlib.suppress(OSError, StorageError):
             self._check_ownership()
             self._write(patience_seconds=0.0, status="failed", failure=failure, reason=reason)
@@ -260,7 +266,8 @@ class _RecordedTrial:
 
 
 def check_free_memory(layout: Layout, plan: PrecisionPlan) -> None:
-    """Raise a `MemoryError` if this device has less free memory than a plan's tensors and Adam's moments take.
+    """Raise a `MemoryError` if this device has less free memory than a plan's tensors and Adam's
+    moments take.
 
     Activations come on top, so that a trial may still run out of memory later.
     """

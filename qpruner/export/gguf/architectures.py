@@ -12,11 +12,12 @@ from qpruner.quantization.formats import nearest_format
 
 RAGGED = ("deci", "openelm")  # architectures whose blocks have widths of their own
 LLAMAS = ("llama", "deci")
-"""Architectures that rotate neighbouring rows of a head as pairs, not rows half a head apart. Only these have optional
-biases on every linear layer, and a factor for each frequency of RoPE."""
+"""Architectures that rotate neighbouring rows of a head as pairs, not rows half a head apart. Only
+these have optional biases on every linear layer, and a factor for each frequency of RoPE."""
 ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}
 """Activation that llama.cpp computes in the MLP; SiLU where it is not listed."""
-# llama.cpp knows 27B models of Gemma by their number of blocks, and scales their attention by another rule.
+# llama.cpp knows 27B models of Gemma by their number of blocks, and scales their attention by
+# another rule.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 UNIFORM = "set `prune.uniform: true`, so that all blocks have the same widths"
 ELSEWHERE = "use another form: `qpruner export RUN --to merged`"
@@ -51,14 +52,16 @@ def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str
 
 
 def query_scale(config: Any, architecture: str) -> float:
-    """Return by how much the attention logits of a Gemma are larger in transformers than in llama.cpp."""
+    """Return by how much the attention logits of a Gemma are larger in transformers than in
+    llama.cpp."""
     is_27b = config.num_hidden_layers == GEMMA_27B[architecture]
     divisor = config.hidden_size // block_widths(config)[0].heads if is_27b else head_size(config)
     return float((divisor / config.query_pre_attn_scalar) ** 0.5)
 
 
 def context_length(config: Any) -> int:
-    """Return the longest context that llama.cpp computes alike: it has sliding windows for Gemma only."""
+    """Return the longest context that llama.cpp computes alike: it has sliding windows for Gemma
+    only."""
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     is_limited = window and (types is None or "sliding_attention" in types)
     is_limited = is_limited and not config.model_type.startswith("gemma")
@@ -97,16 +100,18 @@ def architecture_of(config: Any, ragged: bool = False) -> str:
 
 
 def llama_cpp_format(name: str, columns: int) -> str:
-    """Return the format itself if llama.cpp has it, else that of llama.cpp's formats whose bytes are nearest.
+    """Return the format itself if llama.cpp has it, else that of llama.cpp's formats whose bytes
+    are nearest.
 
-    Of two with the same bytes it is the k-quant, the last by name, whose error is smaller: on the pruned SmolLM2's down
-    projections 0.061 for q4_k, 0.089 for q4_0, 0.094 for nf4 (2026-11-29).
+    Of two with the same bytes it is the k-quant, the last by name, whose error is smaller: on the
+    pruned SmolLM2's down projections 0.061 for q4_k, 0.089 for q4_0, 0.094 for nf4 (2026-11-29).
     """
     return nearest_format(name, columns, lambda each: bool(each.ggml_type))
 
 
 def refusal(config: Any, ragged: bool = False, uniform: str = UNIFORM) -> str | None:
-    """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see `architecture_of`).
+    """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see
+    `architecture_of`).
 
     `uniform` says how to prune it so that all blocks have the same widths.
     """
@@ -128,7 +133,8 @@ def _has_output_biases(config: Any) -> bool:
 
 
 def _width_reasons(config: Any, architecture: str, uniform: str) -> Iterator[str]:
-    """Yield what an architecture cannot have, with a remedy: biases of outputs, an untied head, heads of many sizes."""
+    """Yield what an architecture cannot have, with a remedy: biases of outputs, an untied head,
+    heads of many sizes."""
     if _has_output_biases(config) and architecture not in LLAMAS:
         yield f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {ELSEWHERE}"
     if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:

@@ -1,4 +1,5 @@
-"""Run a generator function in a process of its own, so that a crash of llama.cpp is an error like others."""
+"""Run a generator function in a process of its own, so that a crash of llama.cpp is an error like
+others."""
 
 import importlib
 import os
@@ -18,7 +19,8 @@ REMEDY = "repeat the command; if it happens again, report it with the file and t
 
 
 def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
-    """Yield what a generator function of a module yields in a new interpreter, and raise what it raises."""
+    """Yield what a generator function of a module yields in a new interpreter, and raise what it
+    raises."""
     # Not multiprocessing: its children import the user's script again.
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}

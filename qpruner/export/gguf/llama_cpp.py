@@ -1,11 +1,13 @@
 """Run GGUF files in llama.cpp itself: its library, called through ctypes.
 
-One pass gives the logits of all positions. llama-server has no log-probabilities of a prompt (llama.cpp's #27174).
-The library is the extension module of the package `xllamacpp`, which exports the C API. Structures of parameters grow
-with every build, so they are opaque: the library fills in its defaults, and only the first three fields of a context's
-parameters are set, in their places since 2024. Tried: xllamacpp 0.2.14 to 2026.10 and node-llama-cpp (llama.cpp 0.5.0).
+One pass gives the logits of all positions. llama-server has no log-probabilities of a prompt
+(llama.cpp's #27174). The library is the extension module of the package `xllamacpp`, which exports
+the C API. Structures of parameters grow with every build, so they are opaque: the library fills in
+its defaults, and only the first three fields of a context's parameters are set, in their places
+since 2024. Tried: xllamacpp 0.2.14 to 2026.10 and node-llama-cpp (llama.cpp 0.5.0).
 
-An assertion in the library ends the process, so `isolation.py` calls it in one of its own, quickly: without torch.
+An assertion in the library ends the process, so `isolation.py` calls it in one of its own, quickly:
+without torch.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from scipy.special import log_softmax
 
 from qpruner.errors import StageError, UserError
 
-BATCH = 512  # most tokens in one call: llama.cpp's own default, and the length of its benchmark's prompt
+# most tokens in one call: llama.cpp's own default, and the length of its benchmark's prompt
+BATCH = 512
 ERROR_LEVEL = 4
 INSTALL = 'run `pip install "qpruner[gguf]"`'
 
@@ -143,7 +146,8 @@ def build() -> str:
 
 
 class Llama:
-    """A model in llama.cpp, perhaps with a LoRA adapter, and a context for one sequence of at most `context_length`.
+    """A model in llama.cpp, perhaps with a LoRA adapter, and a context for one sequence of at most
+    `context_length`.
 
     Raise `StageError` if llama.cpp refuses a file; the message has its own last errors.
     """
@@ -212,7 +216,8 @@ class Llama:
         )
 
     def tokens(self, text: str, add_special: bool = False) -> list[int]:
-        """Tokenize a text with the special tokens that are written in it; add those of begin and end if asked."""
+        """Tokenize a text with the special tokens that are written in it; add those of begin and
+        end if asked."""
         encoded = text.encode()
         ids = numpy.empty(len(encoded) + 8, numpy.int32)
         places = (encoded, len(encoded), ids.ctypes.data, len(ids))
@@ -223,7 +228,8 @@ class Llama:
         return found
 
     def logits(self, ids: Sequence[int], wanted: Any = None) -> numpy.ndarray:
-        """Return logits float32 ``(positions, vocabulary)`` of a new sequence, at all positions or those `wanted`."""
+        """Return logits float32 ``(positions, vocabulary)`` of a new sequence, at all positions or
+        those `wanted`."""
         self._restart()
         flags = (
             numpy.ones(len(ids), numpy.int8)
@@ -233,7 +239,8 @@ class Llama:
         return numpy.concatenate(list(self._passes(ids, flags)))
 
     def loss(self, ids: Sequence[int], labels: Sequence[int]) -> tuple[float, int]:
-        """Return the sum of losses of a new sequence in nats, and the number of its tokens with a label (0 or more)."""
+        """Return the sum of losses of a new sequence in nats, and the number of its tokens with a
+        label (0 or more)."""
         next_labels = numpy.append(numpy.asarray(labels)[1:], -1)
         wanted = next_labels >= 0
         found = log_softmax(self.logits(ids, wanted), axis=1)
@@ -261,7 +268,8 @@ class Llama:
         self._call("llama_memory_clear", self._call("llama_get_memory", self._context), True)
 
     def _passes(self, ids: Sequence[int], flags: numpy.ndarray) -> Iterator[numpy.ndarray]:
-        """Append tokens to the sequence, and yield the logits at the flagged positions of each batch."""
+        """Append tokens to the sequence, and yield the logits at the flagged positions of each
+        batch."""
         tokens = numpy.asarray(ids, numpy.int32)
         for start in range(0, len(ids), BATCH):
             part, asked = (

@@ -16,7 +16,8 @@ def modelfile(
     stops: Iterable[int],
     context_length: int,
 ) -> str:
-    """Return the text of a Modelfile for files in the same folder; `stops` are the ids at which generation ends."""
+    """Return the text of a Modelfile for files in the same folder; `stops` are the ids at which
+    generation ends."""
     lines = ["# ollama create NAME -f Modelfile && ollama run NAME", f"FROM ./{file}"]
     if adapter:
         lines.append(f"ADAPTER ./{adapter}")

@@ -47,7 +47,8 @@ SENTENCES = (
 
 
 def token_differences(model: Path, folder: Path) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Yield texts whose ids differ, with the ids of llama.cpp and those of the tokenizer in a folder."""
+    """Yield texts whose ids differ, with the ids of llama.cpp and those of the tokenizer in a
+    folder."""
     tokenizer = load_tokenizer(str(folder))
     (as_served, _), encode = _as_served(tokenizer), tokenizer.backend_tokenizer.encode
     comparable = (
@@ -64,7 +65,8 @@ def token_differences(model: Path, folder: Path) -> Iterator[tuple[str, list[int
 
 
 def texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
-    """Yield texts without end, the same each time, and whether each is a chat (which has its own first token)."""
+    """Yield texts without end, the same each time, and whether each is a chat (which has its own
+    first token)."""
     randomly, plain = random.Random(0), (*PIECES, *CODE, *SENTENCES)
     added = sorted(token.content for token in tokenizer.added_tokens_decoder.values())
 
@@ -108,7 +110,8 @@ def remark(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _as_served(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Callable[[str], str | None], str | None]:
-    """Return a function of a text: the text of which llama.cpp makes the tokenizer's ids; None: the ids differ.
+    """Return a function of a text: the text of which llama.cpp makes the tokenizer's ids; None: the
+    ids differ.
 
     The second value names the texts that change or differ; llama.cpp differs in nothing else.
     """

@@ -1,7 +1,8 @@
 """Write a tokenizer into a GGUF file so that llama.cpp's token ids equal the tokenizer's own.
 
-llama.cpp knows pre-tokenizers by name and has their regular expressions compiled in (`src/llama-vocab.cpp`). A name is
-chosen by the definition in the tokenizer, never by the name of the model, and a definition it lacks is refused.
+llama.cpp knows pre-tokenizers by name and has their regular expressions compiled in
+(`src/llama-vocab.cpp`). A name is chosen by the definition in the tokenizer, never by the name of
+the model, and a definition it lacks is refused.
 """
 
 import json
@@ -34,7 +35,8 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((f"{_WORDS}\\p{{N}}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*{_SPACES}",), False): "qwen2",
     ((f"{_BY_CASE}|\\p{{N}}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n/]*{_SPACES}",), True): "tekken",
 }
-"""Name of a pre-tokenizer in llama.cpp, by its regular expressions and by whether whole words go before merges."""
+"""Name of a pre-tokenizer in llama.cpp, by its regular expressions and by whether whole words go
+before merges."""
 
 _SPECIAL = """
     </s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle> <fim-pad> <fim-prefix>
@@ -46,13 +48,15 @@ _SPECIAL = """
     [EOS] [EOT] [PAD] [e~[ _<EOT> ▁<MID> ▁<PRE> ▁<SUF>
 """
 TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
-"""What llama.cpp takes for one token wherever it is written, if a token has this text (`llama_vocab::impl::load`)."""
+"""What llama.cpp takes for one token wherever it is written, if a token has this text
+(`llama_vocab::impl::load`)."""
 
 
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()
 ) -> dict[str, Any]:
-    """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if it has none."""
+    """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if
+    it has none."""
     definition = backend(tokenizer)
     is_spm = definition["model"]["byte_fallback"]
     if odd := [
@@ -86,7 +90,8 @@ def vocabulary(
 
 
 def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the definition that is really used: transformers builds some tokenizers anew when it loads them."""
+    """Return the definition that is really used: transformers builds some tokenizers anew when it
+    loads them."""
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise UserError(
@@ -121,7 +126,8 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
 
 
 def space_prefix(definition: Mapping[str, Any]) -> str:
-    """Return where a BPE with byte fallback puts a space before text: `always`, `never`, or `first` (start only)."""
+    """Return where a BPE with byte fallback puts a space before text: `always`, `never`, or `first`
+    (start only)."""
     steps = [
         _flat(definition["normalizer"], "normalizers"),
         _flat(definition["pre_tokenizer"], "pretokenizers"),
@@ -180,7 +186,8 @@ def _expressions(step: Mapping[str, Any]) -> list[str]:
             return [GPT_2] if uses else []
         case {"type": "Digits", "individual_digits": True}:
             return [DIGITS]
-        # Every expression above matches all of a text, so that nothing lies between what it matches.
+        # Every expression above matches all of a text, so that nothing lies between what it
+        # matches.
         case {
             "type": "Split",
             "pattern": {"Regex": expression},
@@ -213,7 +220,8 @@ def _tokens(
     added = {token["content"] for token in definition["added_tokens"]}
 
     def is_lost(text: str) -> bool:
-        """Return True for a plain token that no text becomes, but that llama.cpp would find: `</s>` of Qwen."""
+        """Return True for a plain token that no text becomes, but that llama.cpp would find: `</s>`
+        of Qwen."""
         if text not in TAKEN_FOR_SPECIAL or text in added or known[text] in special:
             return False
         return (
@@ -227,8 +235,8 @@ def _tokens(
             tokens[index], types[index] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
     for token in definition["added_tokens"]:
         index, text = token["id"], token["content"]
-        # Gemma 3 has a token for pictures that its embedding lacks. With the sign of a space only plain tokens are
-        # printed as a space.
+        # Gemma 3 has a token for pictures that its embedding lacks. With the sign of a space only
+        # plain tokens are printed as a space.
         if index < vocab_size and (token["special"] or not is_spm or "▁" not in text):
             kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
             tokens[index], types[index] = (
@@ -242,7 +250,8 @@ def _tokens(
 
 
 def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
-    """Without an unknown token, both leave a byte out that has no token: the tokenizer of SmolLM2 lacks 12."""
+    """Without an unknown token, both leave a byte out that has no token: the tokenizer of SmolLM2
+    lacks 12."""
     known, missing = definition["model"]["vocab"], []
     if is_spm:
         missing = [
@@ -266,7 +275,8 @@ def _merges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """Rank tokens by the first merge that makes them: llama.cpp joins the pair whose token has the highest score."""
+    """Rank tokens by the first merge that makes them: llama.cpp joins the pair whose token has the
+    highest score."""
     rank: dict[str, int] = {}
     merges, known = _merges(definition), definition["model"]["vocab"]
     for left, right in merges:
@@ -294,7 +304,8 @@ def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]
 def _special(
     tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]
 ) -> tuple[dict[str, int], dict[str, bool]]:
-    """Return special ids, and whether texts get a first and a last token: by what the tokenizer does with a text."""
+    """Return special ids, and whether texts get a first and a last token: by what the tokenizer
+    does with a text."""
     around = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
     text = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
     at = next(index for index in range(len(around)) if around[index : index + len(text)] == text)

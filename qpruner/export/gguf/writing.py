@@ -1,7 +1,7 @@
 """Write a checkpoint and its adapter as GGUF files.
 
-Packed weights keep their bytes. llama.cpp rotates neighbouring rows of q and k in Llama, so their rows are reordered;
-rows are packed one by one, so that no byte changes.
+Packed weights keep their bytes. llama.cpp rotates neighbouring rows of q and k in Llama, so their
+rows are reordered; rows are packed one by one, so that no byte changes.
 """
 
 import json
@@ -38,12 +38,13 @@ FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_S"
 """Names of file types other than `MOSTLY_` and the type of most weights."""
 QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 PADDED = 4
-"""Fused q, k and v have an adapter of this many times the rank, of which three parts are used. llama.cpp divides alpha
-by the rank, so B is multiplied by as much, and by 4 no bit is lost."""
+"""Fused q, k and v have an adapter of this many times the rank, of which three parts are used.
+llama.cpp divides alpha by the rank, so B is multiplied by as much, and by 4 no bit is lost."""
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: its bytes, as a numpy array ``(rows, bytes)``, or ``(bytes,)`` for a vector."""
+    """A tensor of a file: its bytes, as a numpy array ``(rows, bytes)``, or ``(bytes,)`` for a
+    vector."""
 
     name: str
     type_name: str
@@ -146,7 +147,8 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
-    """Write how queries and keys are rotated by position, and how that is stretched to longer contexts."""
+    """Write how queries and keys are rotated by position, and how that is stretched to longer
+    contexts."""
     found, local = rope_parameters(config), rope_parameters(config, "sliding_attention")
     writer.add_rope_freq_base(found["rope_theta"])
     if local is not found:
@@ -187,11 +189,13 @@ def base_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
 
 
 def adapter_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
-    """Yield ``A (rank, columns)`` and ``B (rows, rank)`` of all layers, in the type that the checkpoint has.
+    """Yield ``A (rank, columns)`` and ``B (rows, rank)`` of all layers, in the type that the
+    checkpoint has.
 
-    That type is exact and takes the bytes that the plan counts. Float32 is 2 % faster in decode and up to 20 % in
-    prefill, for twice the bytes (rank 8 on all layers of a pruned SmolLM2, one AVX-512 core, tokens/s of decode without
-    adapter 137, with one in F32 120, F16 115, BF16 118, 2026-11-29).
+    That type is exact and takes the bytes that the plan counts. Float32 is 2 % faster in decode and
+    up to 20 % in prefill, for twice the bytes (rank 8 on all layers of a pruned SmolLM2, one
+    AVX-512 core, tokens/s of decode without adapter 137, with one in F32 120, F16 115, BF16 118,
+    2026-11-29).
     """
     stored = read_tensors(checkpoint, lambda name: name.startswith(PEFT_PREFIX))
     pairs = {

@@ -1,1 +1,2 @@
-"""Write models that vLLM serves: in the layout of compressed-tensors, blocks of different widths included."""
+"""Write models that vLLM serves: in the layout of compressed-tensors, blocks of different widths
+included."""

@@ -1,7 +1,8 @@
-"""Load an export for vLLM with vLLM, or with transformers where vLLM cannot, and compare it with the checkpoint.
+"""Load an export for vLLM with vLLM, or with transformers where vLLM cannot, and compare it with
+the checkpoint.
 
-vLLM computes in the type of the model, which changes predictions by 0.7 to 1.3 times of what that type changes in
-transformers (tiny random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
+vLLM computes in the type of the model, which changes predictions by 0.7 to 1.3 times of what that
+type changes in transformers (tiny random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
 """
 
 import importlib.util
@@ -58,9 +59,11 @@ def check(
     on_progress: OnWork = ignore_progress,
     server: Server | None = None,
 ) -> Compared:
-    """Compare an export's predictions with those of the checkpoint that it was made from, on rows of token ids.
+    """Compare an export's predictions with those of the checkpoint that it was made from, on rows
+    of token ids.
 
-    The export is loaded in a process of its own, without qpruner, by vLLM if it can; `server` chooses instead.
+    The export is loaded in a process of its own, without qpruner, by vLLM if it can; `server`
+    chooses instead.
     """
     config = checkpoint_config(exported)
     server = server or ("vllm" if _vllm_takes(config) else "transformers")
@@ -86,7 +89,8 @@ def check(
 
 
 def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
-    """Run `outside.py`; return its predictions for each row, and the programs that made them with their versions."""
+    """Run `outside.py`; return its predictions for each row, and the programs that made them with
+    their versions."""
     python = (_python_of_vllm() if asked["server"] == "vllm" else None) or sys.executable
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "predictions.npz"
@@ -117,7 +121,8 @@ def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
 
 
 def _python_of_vllm() -> str | None:
-    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there is none."""
+    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there
+    is none."""
     if named := os.environ.get(PYTHON):
         _check_python(named)
         return named

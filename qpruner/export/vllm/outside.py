@@ -1,7 +1,8 @@
 """Load an exported folder as its users do, without qpruner, and write its predictions to a file.
 
-`checking.py` runs this file as a program, also in the Python of another environment: vLLM needs versions of torch and
-transformers of its own. Here transformers' own classes and `modeling_ragged.py` build the model.
+`checking.py` runs this file as a program, also in the Python of another environment: vLLM needs
+versions of torch and transformers of its own. Here transformers' own classes and
+`modeling_ragged.py` build the model.
 """
 
 import importlib.metadata
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 Row = tuple[Any, Any, Any]
-"""Log-probabilities after each token of a row but the last, as numpy arrays, in the order of `compare.Predictions`."""
+"""Log-probabilities after each token of a row but the last, as numpy arrays, in the order of
+`compare.Predictions`."""
 
 
 def in_transformers(
     folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int
 ) -> Iterator[Row]:
-    """Yield the predictions for each row in transformers; a CPU computes in float32, so that faults stand out."""
+    """Yield the predictions for each row in transformers; a CPU computes in float32, so that faults
+    stand out."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,8 +43,8 @@ def in_transformers(
 def _unpacked(folder: str, trust_remote_code: bool) -> Any:
     """Load a model with transformers, after compressed-tensors has unpacked its layers.
 
-    transformers 5.24 cannot do both: with compressed-tensors 0.18 to 0.20 it finds no room for packed zeros, with 0.17
-    (and in 5.19 alike) none for 3 bits.
+    transformers 5.24 cannot do both: with compressed-tensors 0.18 to 0.20 it finds no room for
+    packed zeros, with 0.17 (and in 5.19 alike) none for 3 bits.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -83,7 +86,8 @@ def in_vllm(
     """Yield the predictions of a model for each row, as vLLM computes them."""
     import numpy as np
 
-    # On a CPU vLLM would take half of the memory; an engine in a process of its own imports everything again.
+    # On a CPU vLLM would take half of the memory; an engine in a process of its own imports
+    # everything again.
     quick = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -106,7 +110,8 @@ def in_vllm(
         folder,
         trust_remote_code=trust,
         max_model_len=max(map(len, rows)) + 1,
-        max_num_seqs=1,  # with an adapter, 0.32 fails to compute prompt log-probabilities of two rows at once
+        # with an adapter, 0.32 fails to compute prompt log-probabilities of two rows at once
+        max_num_seqs=1,
         enforce_eager=True,  # compiling takes longer than these few rows
         max_logprobs=count,
         disable_log_stats=True,
@@ -131,7 +136,8 @@ def in_vllm(
 
 
 def main() -> None:
-    """Read the arguments of a function above from the standard input, and write what it yields to the file `into`."""
+    """Read the arguments of a function above from the standard input, and write what it yields to
+    the file `into`."""
     import numpy as np
 
     asked = json.load(sys.stdin)

@@ -1,7 +1,8 @@
 """Write a checkpoint in the layout of compressed-tensors, which vLLM and transformers read.
 
-Formats of `quantization/formats/compressed_tensors.py` are sliced into its tensors; each is one of its config groups.
-Embeddings and head are unpacked, which changes no weight: vLLM before 0.32 reads no packed embeddings.
+Formats of `quantization/formats/compressed_tensors.py` are sliced into its tensors; each is one of
+its config groups. Embeddings and head are unpacked, which changes no weight: vLLM before 0.32 reads
+no packed embeddings.
 """
 
 import json
@@ -33,7 +34,8 @@ from qpruner.quantization.formats.compressed_tensors import Packed
 MODELING = "modeling_ragged.py"
 ADAPTER_FOLDER = "adapter"
 SERVED: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite")
-"""Families whose packed layers vLLM loads one by one, and whose blocks `modeling_ragged.py` can build."""
+"""Families whose packed layers vLLM loads one by one, and whose blocks `modeling_ragged.py` can
+build."""
 WORD_BITS = 32  # zeros of so many bits are packed along the rows
 
 
@@ -48,7 +50,8 @@ def refusal(config: Any) -> str | None:
 
 
 def vllm_format(name: str, columns: int) -> str:
-    """Return a format that vLLM reads: the same, or the nearest in bytes that these columns allow, or dense."""
+    """Return a format that vLLM reads: the same, or the nearest in bytes that these columns allow,
+    or dense."""
     old = format_of(name)
     if isinstance(old, Packed) and not old.refusal(columns, None):
         return name
@@ -61,7 +64,8 @@ def vllm_format(name: str, columns: int) -> str:
 
 
 def dense_paths(config: Any) -> dict[str, str]:
-    """List the packed layers that must be dense in vLLM: embeddings, head, fused ones whose zeros fill no word."""
+    """List the packed layers that must be dense in vLLM: embeddings, head, fused ones whose zeros
+    fill no word."""
     old, found = formats_of(config), dict.fromkeys(table_paths(config).values(), DENSE)
     shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
     for paths in _fused(config):
@@ -88,7 +92,8 @@ def _fused(config: Any) -> Iterator[tuple[str, ...]]:
 def write_vllm(
     checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress
 ) -> None:
-    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter, whose base will be `target`."""
+    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter, whose base will
+    be `target`."""
     config = checkpoint_config(checkpoint)
     named = formats_of(config)
     for paths in _fused(config):
@@ -169,7 +174,8 @@ def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
         config.model_type == "qwen2"
         and config.num_attention_heads * family_of(config).head_dim(config) != config.hidden_size
     ):
-        # vLLM 0.32's own class for Qwen2 reads no `head_dim`; this one builds transformers' classes.
+        # vLLM 0.32's own class for Qwen2 reads no `head_dim`; this one builds transformers'
+        # classes.
         described["architectures"] = ["TransformersForCausalLM"]
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,5 @@
-"""Describe the supported model families, one file each: where projections are, which weights a pruning unit owns."""
+"""Describe the supported model families, one file each: where projections are, which weights a
+pruning unit owns."""
 
 import functools
 import importlib

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 ATTENTION, MLP = "attention", "mlp"
 """Kinds of unit: a key/value head with its query heads, and an MLP channel."""
 Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
-"""Name of a group (layers that share a format) -> paths of its linear layers, and of the modules at its end."""
+"""Name of a group (layers that share a format) -> paths of its linear layers, and of the modules at
+its end."""
 
 
 @dataclass(frozen=True)
 class UnitSlice:
-    """The part of one parameter that a unit owns, in linear layers with the same entries of the bias.
+    """The part of one parameter that a unit owns, in linear layers with the same entries of the
+    bias.
 
     Unit ``i`` owns indices ``offset + i * width`` to ``offset + (i + 1) * width`` along ``dim``.
     """
@@ -48,7 +50,8 @@ class UnitKind:
 def owned_parameters(
     block: torch.nn.Module, kind: UnitKind
 ) -> Iterator[tuple[UnitSlice, torch.nn.Parameter]]:
-    """Yield every parameter that units of a kind own parts of, biases included, with the slice that they own."""
+    """Yield every parameter that units of a kind own parts of, biases included, with the slice that
+    they own."""
     for item in kind.slices:
         yield item, block.get_parameter(item.parameter)
         path, _, name = item.parameter.rpartition(".")
@@ -59,7 +62,8 @@ def owned_parameters(
 
 @dataclass(frozen=True)
 class Family:
-    """A model family with projections named as in Llama (q, k, v, o, gate, up, down); other families override parts."""
+    """A model family with projections named as in Llama (q, k, v, o, gate, up, down); other
+    families override parts."""
 
     model_type: str  # transformers' `config.model_type`
     decoder_layer: str  # class of the decoder block, in transformers' modeling file of this family
@@ -74,7 +78,8 @@ class Family:
     gguf: str = (
         ""  # llama.cpp's architecture of such models; '' if we do not write GGUF files of them
     )
-    gguf_ragged: str = ""  # llama.cpp's architecture that takes their blocks at different widths; '' if there is none
+    # llama.cpp's architecture that takes their blocks at different widths; '' if there is none
+    gguf_ragged: str = ""
 
     @property
     def module(self) -> str:
@@ -96,7 +101,8 @@ class Family:
         }
 
     def mlp_projections(self) -> dict[str, tuple[str, ...]]:
-        """Map each MLP projection (gate and up as one) to the paths of its layers in a block; the output comes last."""
+        """Map each MLP projection (gate and up as one) to the paths of its layers in a block; the
+        output comes last."""
         return {
             "gate_up": (f"{self.mlp}.gate_proj", f"{self.mlp}.up_proj"),
             "down": (f"{self.mlp}.down_proj",),
@@ -107,7 +113,8 @@ class Family:
         return self.attention_projections() | self.mlp_projections()
 
     def groups(self, grouping: str) -> Groups:
-        """List the groups into which `grouping` (`quantize.group`) divides a block; '' names the block as one group."""
+        """List the groups into which `grouping` (`quantize.group`) divides a block; '' names the
+        block as one group."""
         projections = self.projections()
         if grouping == "projection":
             return {name: (paths, paths) for name, paths in projections.items()}
@@ -163,7 +170,8 @@ class Family:
     def as_cut(
         self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]
     ) -> AbstractContextManager[None]:
-        """Make the kept units of a block compute, inside this context, what they will compute after the cut."""
+        """Make the kept units of a block compute, inside this context, what they will compute after
+        the cut."""
         return nullcontext()
 
     # ---- config keys
@@ -177,7 +185,8 @@ class Family:
         return attention | {self.channels_key: num_units[MLP]}
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
-        """Return True if a checkpoint with these widths in all blocks can be plain: loadable without qpruner."""
+        """Return True if a checkpoint with these widths in all blocks can be plain: loadable
+        without qpruner."""
         return True
 
     def head_dim(self, config: Any) -> int:
@@ -198,7 +207,8 @@ class Family:
 
 @dataclass(frozen=True)
 class DerivedHeadFamily(Family):
-    """A family without grouped heads, whose plain checkpoints have a head size of hidden size / heads."""
+    """A family without grouped heads, whose plain checkpoints have a head size of hidden size /
+    heads."""
 
     def key_value_heads(self, config: Any) -> int:
         return int(config.num_attention_heads)
@@ -232,14 +242,16 @@ class DerivedHeadFamily(Family):
 
 @dataclass(frozen=True)
 class DividedFamily(Family):
-    """A family whose config needs a hidden size divisible by the number of query heads, whatever the head size."""
+    """A family whose config needs a hidden size divisible by the number of query heads, whatever
+    the head size."""
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
         return bool(config.hidden_size % widths["num_attention_heads"] == 0)
 
 
 def _resized(linear: Any, rows: int, columns: int) -> torch.nn.Linear:
-    """Create an empty layer of another size with the device and dtype of the old layer, and a bias if it has one."""
+    """Create an empty layer of another size with the device and dtype of the old layer, and a bias
+    if it has one."""
     import torch
 
     options = {"device": linear.weight.device, "dtype": linear.weight.dtype}

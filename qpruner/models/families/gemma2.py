@@ -1,4 +1,5 @@
-"""Gemma 2: norms before and after each sublayer, alternating windowed and full attention, soft-capped logits."""
+"""Gemma 2: norms before and after each sublayer, alternating windowed and full attention,
+soft-capped logits."""
 
 from qpruner.models.families.family import DividedFamily
 

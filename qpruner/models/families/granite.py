@@ -1,4 +1,5 @@
-"""Granite: the block of Llama, with multipliers on attention, residual (`residual_multiplier`) and logits."""
+"""Granite: the block of Llama, with multipliers on attention, residual (`residual_multiplier`) and
+logits."""
 
 from qpruner.models.families.family import Family
 

@@ -1,4 +1,5 @@
-"""The registry of number formats: nothing outside this folder knows how a format stores its weights."""
+"""The registry of number formats: nothing outside this folder knows how a format stores its
+weights."""
 
 import functools
 import importlib
@@ -43,7 +44,8 @@ def format_of(name: str) -> Format:
 
 
 def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) -> str:
-    """Return the format itself if it is taken, else the last of those nearest in bytes; dense if none is taken."""
+    """Return the format itself if it is taken, else the last of those nearest in bytes; dense if
+    none is taken."""
     wanted, rows = format_of(name), 4096  # what a format stores once for a weight hardly counts
     taken = [
         each for each in formats().values() if is_taken(each) and not each.refusal(columns, None)
@@ -60,6 +62,7 @@ def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) 
 
 
 def by_size(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Sort names of formats by the bytes that they take, smallest first; raise `UserError` for an unknown name."""
+    """Sort names of formats by the bytes that they take, smallest first; raise `UserError` for an
+    unknown name."""
     order = list(formats())
     return tuple(sorted(names, key=lambda name: order.index(format_of(name).name)))

@@ -1,9 +1,11 @@
-"""Integers in groups of columns, as the layout `pack-quantized` of compressed-tensors stores them and vLLM reads them.
+"""Integers in groups of columns, as the layout `pack-quantized` of compressed-tensors stores them
+and vLLM reads them.
 
-A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, zeros alike
-(compressed-tensors 0.20). Scales are bfloat16, as in vLLM: it serves asymmetric 4 bits by Marlin and its CPU kernels,
-and 2, 3 and 8 bits by Humming. In our one tensor a row has its words, then its scales, then its zeros, packed into
-bytes; `parts` is the layout of the checkpoint, where zeros are packed along rows instead.
+A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, zeros
+alike (compressed-tensors 0.20). Scales are bfloat16, as in vLLM: it serves asymmetric 4 bits by
+Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming. In our one tensor a row has its words,
+then its scales, then its zeros, packed into bytes; `parts` is the layout of the checkpoint, where
+zeros are packed along rows instead.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ NORM = 0.7  # p of HQQ
 
 @dataclass(frozen=True, kw_only=True)
 class Packed(GridFormat):
-    """Integer codes of 2, 3, 4 or 8 bits with a scale and an integer zero for each group of columns."""
+    """Integer codes of 2, 3, 4 or 8 bits with a scale and an integer zero for each group of
+    columns."""
 
     bits: int
     group_size: int
     half_quadratic: bool = False
-    """Whether scales and zeros are fitted by HQQ; otherwise they span from the smallest to the largest weight."""
+    """Whether scales and zeros are fitted by HQQ; otherwise they span from the smallest to the
+    largest weight."""
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         return rows * sum(self._row_bytes(columns))
@@ -42,7 +46,8 @@ class Packed(GridFormat):
         return None
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Span the range of each group and 0, or fit it by HQQ; scales are rounded to bfloat16 as they are stored."""
+        """Span the range of each group and 0, or fit it by HQQ; scales are rounded to bfloat16 as
+        they are stored."""
         low, high = (
             weight.amin(dim=-1, keepdim=True).clamp_(max=0),
             weight.amax(dim=-1, keepdim=True).clamp_(min=0),
@@ -64,7 +69,8 @@ class Packed(GridFormat):
         return {"weight": torch.cat([_to_bits(codes, self.bits, words), halves, zeros], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Compute ``scale * (code - zero)``; the difference is exact in bfloat16, so that only the product rounds."""
+        """Compute ``scale * (code - zero)``; the difference is exact in bfloat16, so that only the
+        product rounds."""
         import torch
 
         codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
@@ -86,7 +92,8 @@ class Packed(GridFormat):
         return weight
 
     def parts(self, tensors: Tensors, columns: int) -> Tensors:
-        """Slice packed tensors into those that a checkpoint of compressed-tensors has for a linear layer."""
+        """Slice packed tensors into those that a checkpoint of compressed-tensors has for a linear
+        layer."""
         import torch
 
         packed = tensors["weight"]
@@ -112,10 +119,12 @@ class Packed(GridFormat):
     def _fitted(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, centre: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Try smaller scales around the centre of each group, then half-quadratic steps; keep the least squared error.
+        """Try smaller scales around the centre of each group, then half-quadratic steps; keep the
+        least squared error.
 
-        HQQ itself keeps the range's scale, shifts the zero by fractions of a code and takes the last step. With integer
-        zeros that changes nothing; trying scales, and fitting the scale in each step, does.
+        HQQ itself keeps the range's scale, shifts the zero by fractions of a code and takes the
+        last step. With integer zeros that changes nothing; trying scales, and fitting the scale in
+        each step, does.
         """
         import torch
 
@@ -145,7 +154,8 @@ class Packed(GridFormat):
     def _step(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shrink errors, in units of the scale and with beta = 1 (HQQ, equation 3), then fit scale and zero to them."""
+        """Shrink errors, in units of the scale and with beta = 1 (HQQ, equation 3), then fit scale
+        and zero to them."""
         import torch
 
         codes = self.codes(weight, scale, zero)
@@ -168,7 +178,8 @@ class Packed(GridFormat):
 
 
 def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
-    """Pack uint8 codes ``(rows, columns)`` of some bits each, lowest bits first, into `num_bytes` bytes a row."""
+    """Pack uint8 codes ``(rows, columns)`` of some bits each, lowest bits first, into `num_bytes`
+    bytes a row."""
     import torch
 
     eights = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
@@ -181,7 +192,8 @@ def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
 
 
 def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
-    """Unpack bytes ``(rows, bytes)`` into uint8 codes: eight at once, whose bits move apart by halves of them."""
+    """Unpack bytes ``(rows, bytes)`` into uint8 codes: eight at once, whose bits move apart by
+    halves of them."""
     import torch
 
     if width == 8:

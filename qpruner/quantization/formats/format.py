@@ -1,4 +1,5 @@
-"""Describe a number format: the bytes it takes, what it can hold, how it packs and unpacks a weight.
+"""Describe a number format: the bytes it takes, what it can hold, how it packs and unpacks a
+weight.
 
 No torch is imported here, because configuration, plans and reports read the formats too.
 """
@@ -16,18 +17,21 @@ if TYPE_CHECKING:
 
 Tensors: TypeAlias = "dict[str, torch.Tensor]"
 Capability = tuple[int, int]  # CUDA compute capability of a GPU
-# Unpacking 4096 x 4096 weights of q3_k on one core took 42 ms at 2**17, 28 at 2**19, 34 at 2**22 (2026-11-29).
+# Unpacking 4096 x 4096 weights of q3_k on one core took 42 ms at 2**17, 28 at 2**19, 34 at 2**22
+# (2026-11-29).
 WEIGHTS_PER_THREAD = 2**19
 WEIGHTS_PER_GPU = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format(ABC):
-    """One format in which the weights of a group may be stored; each file of this folder makes one or more.
+    """One format in which the weights of a group may be stored; each file of this folder makes one
+    or more.
 
-    `pack` turns a weight into one uint8 tensor `weight` ``(rows, row bytes)`` in which every row can be unpacked alone,
-    so that one layer and one embedding serve all formats. A format that needs other tensors or another layer overrides
-    `empty_layer` and `fill`, and names the tensors in `more_tensors`.
+    `pack` turns a weight into one uint8 tensor `weight` ``(rows, row bytes)`` in which every row
+    can be unpacked alone, so that one layer and one embedding serve all formats. A format that
+    needs other tensors or another layer overrides `empty_layer` and `fill`, and names the tensors
+    in `more_tensors`.
     """
 
     name: str
@@ -41,7 +45,8 @@ class Format(ABC):
     extra: str = (
         ""  # extra of qpruner that installs `package`; empty if qpruner requires the package
     )
-    doubled: str = ""  # the format with quantized scales that `quantize.double_quant` takes in its place, if any
+    # the format with quantized scales that `quantize.double_quant` takes in its place, if any
+    doubled: str = ""
     is_packed: bool = True  # whether weights are stored in other tensors than in the checkpoint
     holds_embeddings: bool = True  # whether single rows of an embedding can be unpacked
     more_tensors: tuple[
@@ -50,8 +55,10 @@ class Format(ABC):
     uncounted: tuple[
         str, ...
     ] = ()  # those of `more_tensors` that hold no weights and are not counted as bytes
-    ggml_type: str = ""  # name of the type in GGUF files that has the same rows of bytes; empty if llama.cpp has none
-    peft_flag: str = ""  # attribute that must be true on a model, so that peft puts its LoRA layer on such layers
+    # name of the type in GGUF files that has the same rows of bytes; empty if llama.cpp has none
+    ggml_type: str = ""
+    # attribute that must be true on a model, so that peft puts its LoRA layer on such layers
+    peft_flag: str = ""
 
     @property
     def ink(self) -> str:
@@ -66,10 +73,12 @@ class Format(ABC):
 
     @abstractmethod
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """Count the bytes of a packed weight ``(rows, columns)``; unpacked weights take `element_bytes` each."""
+        """Count the bytes of a packed weight ``(rows, columns)``; unpacked weights take
+        `element_bytes` each."""
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Say why a weight with this many columns cannot be packed on a GPU, or on a CPU (None); None if it can."""
+        """Say why a weight with this many columns cannot be packed on a GPU, or on a CPU (None);
+        None if it can."""
         return None
 
     def missing(self) -> str | None:
@@ -84,10 +93,12 @@ class Format(ABC):
 
     @abstractmethod
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Compute the weight ``(rows, columns)`` that packed tensors stand for; `tensors` may be a few of its rows."""
+        """Compute the weight ``(rows, columns)`` that packed tensors stand for; `tensors` may be a
+        few of its rows."""
 
     def empty_layer(self, linear: Any, dtype: torch.dtype) -> torch.nn.Module:
-        """Build a frozen layer of the size of a linear layer or embedding, with empty packed weights, on one device."""
+        """Build a frozen layer of the size of a linear layer or embedding, with empty packed
+        weights, on one device."""
         from qpruner.quantization.formats.layers import packed_module
 
         return packed_module(self, linear, dtype)
@@ -101,10 +112,11 @@ class Format(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class GridFormat(Format):
-    """A format whose groups of columns each round to an evenly spaced grid: ``weight = scale * (code - zero)``.
+    """A format whose groups of columns each round to an evenly spaced grid: ``weight = scale *
+    (code - zero)``.
 
-    With its grid, `qpruner.quantization.rounding` can also round by the inputs of the layer (GPTQ); all other formats
-    round to nearest.
+    With its grid, `qpruner.quantization.rounding` can also round by the inputs of the layer (GPTQ);
+    all other formats round to nearest.
     """
 
     group_size: int | None  # columns that share one grid; None if it is a whole row
@@ -112,7 +124,8 @@ class GridFormat(Format):
 
     @property
     def takes_gptq(self) -> bool:
-        """Say whether GPTQ rounds it: at 8 bits it saves only 0.3 % of SmolLM2's outputs (2026-11-30)."""
+        """Say whether GPTQ rounds it: at 8 bits it saves only 0.3 % of SmolLM2's outputs
+        (2026-11-30)."""
         return self.bits < 8
 
     @abstractmethod
@@ -120,7 +133,8 @@ class GridFormat(Format):
         """Choose scale and zero for float32 weights ``(..., group)``: float32 ``(..., 1)`` each."""
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Round float32 weights ``(..., group)`` to the nearest codes of a grid; a scale of 0 gives `zero`."""
+        """Round float32 weights ``(..., group)`` to the nearest codes of a grid; a scale of 0 gives
+        `zero`."""
         return (weight * inverse_of(scale) + zero).round_().clamp_(0, self.num_codes - 1)
 
     def values(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -129,10 +143,12 @@ class GridFormat(Format):
 
     @abstractmethod
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
-        """Pack uint8 codes ``(rows, columns)`` with float32 scales and zeros ``(rows, groups)`` into bytes."""
+        """Pack uint8 codes ``(rows, columns)`` with float32 scales and zeros ``(rows, groups)``
+        into bytes."""
 
     def pack(self, weight: torch.Tensor) -> Tensors:
-        """Pack a weight ``(rows, columns)`` by rounding to nearest; the last group of a row may be shorter."""
+        """Pack a weight ``(rows, columns)`` by rounding to nearest; the last group of a row may be
+        shorter."""
         import torch
 
         parts = [self._round(weight[rows].detach().float()) for rows in row_parts(weight)]
@@ -173,7 +189,8 @@ def over_127(largest: torch.Tensor) -> torch.Tensor:
 
 
 def row_parts(weight: torch.Tensor) -> Iterator[slice]:
-    """Cut the rows of a weight ``(rows, columns)`` into parts whose float32 copies fit into the processor's cache."""
+    """Cut the rows of a weight ``(rows, columns)`` into parts whose float32 copies fit into the
+    processor's cache."""
     import torch
 
     rows, columns = weight.shape
@@ -192,7 +209,8 @@ def decode_rows(
     dtype: torch.dtype,
     decode: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Unpack uint8 ``(rows, row bytes)`` to ``(rows, columns)``: `decode` makes float32, which is rounded once."""
+    """Unpack uint8 ``(rows, row bytes)`` to ``(rows, columns)``: `decode` makes float32, which is
+    rounded once."""
     weight = packed.new_empty(len(packed), columns, dtype=dtype)
     for rows in row_parts(weight):
         part = weight[rows]

@@ -1,4 +1,5 @@
-"""The simple formats of llama.cpp (ggml-quants.c), bytes of GGUF files: 32 weights with one scale in float16."""
+"""The simple formats of llama.cpp (ggml-quants.c), bytes of GGUF files: 32 weights with one scale
+in float16."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_SIZE = 32
-BELOW_HALF = 0.49999997  # largest float32 below 0.5; added to a number, it rounds halves away from zero as C's roundf
-# A byte times ONES is 8 copies of it, of which BIT_OF_BYTE keeps one bit each (as int64, lowest byte first).
+# largest float32 below 0.5; added to a number, it rounds halves away from zero as C's roundf
+BELOW_HALF = 0.49999997
+# A byte times ONES is 8 copies of it, of which BIT_OF_BYTE keeps one bit each (as int64, lowest
+# byte first).
 ONES = 0x0101010101010101
 BIT_OF_BYTE = 0x8040201008040201 - 2**64
 
@@ -86,7 +89,8 @@ class Simple(Blocks, GridFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Signed(Simple):
-    """Blocks whose scale has the sign that maps their largest weight to code 0, the one code without a partner."""
+    """Blocks whose scale has the sign that maps their largest weight to code 0, the one code
+    without a partner."""
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         zero = self.num_codes // 2

@@ -1,4 +1,5 @@
-"""8-bit integers with a scale for each row, the codes of LLM.int8() (arXiv 2208.07339), without its arithmetic."""
+"""8-bit integers with a scale for each row, the codes of LLM.int8() (arXiv 2208.07339), without its
+arithmetic."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class Int8(GridFormat):
     """Rows of int8 codes, each followed by its scale in float32.
 
-    A grid is the row's largest weight: LLM.int8() multiplies by ``127 / largest``, which a rounded scale loses.
+    A grid is the row's largest weight: LLM.int8() multiplies by ``127 / largest``, which a rounded
+    scale loses.
     """
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:

@@ -1,6 +1,8 @@
-"""The k-quants of llama.cpp (ggml-quants.c): blocks of 256 weights whose groups of 16 or 32 have quantized scales.
+"""The k-quants of llama.cpp (ggml-quants.c): blocks of 256 weights whose groups of 16 or 32 have
+quantized scales.
 
-`libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the `gguf` package, step by step.
+`libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the `gguf` package,
+step by step.
 """
 
 from __future__ import annotations

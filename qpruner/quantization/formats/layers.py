@@ -1,4 +1,5 @@
-"""Frozen layers whose weight stays packed: it is unpacked in each forward pass, and again in each backward pass."""
+"""Frozen layers whose weight stays packed: it is unpacked in each forward pass, and again in each
+backward pass."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,14 +9,17 @@ import torch
 from qpruner.quantization.formats.format import Format
 
 PIECE = {"cpu": 1 << 21, "other": 1 << 24}
-"""Weights that are unpacked at a time, to keep the peak of memory low; on a CPU also for its cache: training steps of
-4096 x 4096 take 1.6 times as long with the whole weight as with 2^21 weights, 1.3 times with 2^18 (2026-11).
+"""Weights that are unpacked at a time, to keep the peak of memory low; on a CPU also for its cache:
+training steps of 4096 x 4096 take 1.6 times as long with the whole weight as with 2^21 weights, 1.3
+times with 2^18 (2026-11).
 """
-widens_bfloat16 = False  # whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it
+# whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it
+widens_bfloat16 = False
 
 
 class _Packed(torch.nn.Module):
-    """A layer with a packed weight, uint8 ``(rows, row bytes)``, and the type in which the model computes."""
+    """A layer with a packed weight, uint8 ``(rows, row bytes)``, and the type in which the model
+    computes."""
 
     format: Format
     compute_dtype: torch.dtype
@@ -39,7 +43,8 @@ class _Packed(torch.nn.Module):
 
 
 class PackedLinear(_Packed, torch.nn.Linear):
-    """A linear layer with a packed weight, that computes in the type of its input; its adapter has `compute_dtype`."""
+    """A linear layer with a packed weight, that computes in the type of its input; its adapter has
+    `compute_dtype`."""
 
     def __init__(
         self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype

@@ -44,7 +44,8 @@ class Nf4(Format):
         return codes_and_table + num_scales + 4 * num_nested + 256 * 4
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Refuse old GPUs, and widths that the CPU kernel decodes to noise (an error of 0.25; bitsandbytes 0.50.2)."""
+        """Refuse old GPUs, and widths that the CPU kernel decodes to noise (an error of 0.25;
+        bitsandbytes 0.50.2)."""
         if capability is None and columns % 16 == 0 and columns % BLOCK_SIZE != 0:
             return f"on a CPU bitsandbytes decodes {columns} columns wrongly, a multiple of 16 but not of {BLOCK_SIZE}"
         if capability is not None and capability < NEEDED_CAPABILITY:
@@ -90,8 +91,9 @@ class Nf4(Format):
             quant_type="nf4",
         )
         layer.weight.data = layer.weight.data.to(torch.uint8)
-        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first evaluation. That changes the model (it
-        # rounds the scales to bf16), and fails for widths that are no multiple of 32, which pruned layers can have.
+        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first evaluation. That
+        # changes the model (it rounds the scales to bf16), and fails for widths that are no
+        # multiple of 32, which pruned layers can have.
         layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         return layer.requires_grad_(False)
 

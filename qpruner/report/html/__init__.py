@@ -1,7 +1,7 @@
 """Renders `report.html`: the run on one page, which needs no network and can be printed.
 
-Vega-Lite draws the plots. Its runtime (0.9 MB), bundled by vl-convert, is part of the page. Jinja escapes all text, and
-a content security policy keeps the page from loading anything.
+Vega-Lite draws the plots. Its runtime (0.9 MB), bundled by vl-convert, is part of the page. Jinja
+escapes all text, and a content security policy keeps the page from loading anything.
 """
 
 import json

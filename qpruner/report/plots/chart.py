@@ -1,7 +1,9 @@
-"""Defines a plot as a Vega-Lite specification, with the settings and encodings that all plots share.
+"""Defines a plot as a Vega-Lite specification, with the settings and encodings that all plots
+share.
 
-Colours are variables of the page's style sheet (``var(--searched)``), so that a drawn plot follows the light, dark and
-print themes. `Chart.png` replaces them by the light theme's values. Formats have one colour in all themes.
+Colours are variables of the page's style sheet (``var(--searched)``), so that a drawn plot follows
+the light, dark and print themes. `Chart.png` replaces them by the light theme's values. Formats
+have one colour in all themes.
 """
 
 import json
@@ -59,7 +61,8 @@ class Chart:
 
     @property
     def complete(self) -> Spec:
-        """The specification with the shared settings; a plot of one panel gets the full width of its container."""
+        """The specification with the shared settings; a plot of one panel gets the full width of
+        its container."""
         one_panel = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
         panels = {
             "autosize": {"type": "pad", "resize": True}
@@ -108,7 +111,8 @@ def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spe
 
 
 def tooltip(**fields: str) -> list[Spec]:
-    """Encode a tooltip: field -> title, with a number format after `|` if the field needs one: ``loss="loss|.4f"``."""
+    """Encode a tooltip: field -> title, with a number format after `|` if the field needs one:
+    ``loss="loss|.4f"``."""
     shown = []
     for field, text in fields.items():
         title, _, number_format = text.partition("|")

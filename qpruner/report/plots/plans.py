@@ -14,7 +14,8 @@ NO_TITLE = {"title": None, "labelLimit": 320}
 
 
 def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | None) -> Chart:
-    """Draw plans below each other by their names, and above them what a sensitivity predicts of every group.
+    """Draw plans below each other by their names, and above them what a sensitivity predicts of
+    every group.
 
     Groups have their names in the base model, so that the same block of two cuts is in one column.
     """
@@ -85,7 +86,8 @@ def _costs(groups: list[str], measured: Sequence[str], method: MethodScores) -> 
 
 
 def costs_of(method: MethodScores) -> list[float | None]:
-    """Return for each group the predicted cost of its smallest format instead of its largest; None if it has one."""
+    """Return for each group the predicted cost of its smallest format instead of its largest; None
+    if it has one."""
     ordered = [method.values[name] for name in by_size(tuple(method.values))]
     found = (
         [value for value in of_group if value is not None]

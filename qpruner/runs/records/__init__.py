@@ -1,7 +1,8 @@
 """Records of a run: small JSON files with the results of its stages.
 
-The record of a stage is written last, so its presence shows that the files of the stage are complete. Its `digest`
-identifies all inputs of the stage: while they stay the same, the stage is skipped.
+The record of a stage is written last, so its presence shows that the files of the stage are
+complete. Its `digest` identifies all inputs of the stage: while they stay the same, the stage is
+skipped.
 """
 
 from typing import Any, Literal
@@ -47,7 +48,8 @@ class PrepareRecord(Record):
 
 
 class LayerWidths(Recorded):
-    """The kv groups and MLP channels that a block keeps, by index in the base model; none if it is removed."""
+    """The kv groups and MLP channels that a block keeps, by index in the base model; none if it is
+    removed."""
 
     layer: int
     kept_kv_groups: tuple[int, ...]
@@ -78,7 +80,8 @@ class CutRecord(Record):
     dropped_blocks: tuple[int, ...]
     layers: tuple[LayerWidths, ...]
     weights: str = ""
-    """Digest of the weight files; another kind of machine may compute slightly different weights."""
+    """Digest of the weight files; another kind of machine may compute slightly different weights.
+    """
     multiply_adds: int
     """Multiply-adds per token, of the layers in blocks and of the head."""
     loss: float
@@ -104,7 +107,8 @@ class MethodScores(Recorded):
 
     unit: str
     values: dict[str, tuple[float | None, ...]]
-    """Format -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0 in bf16.
+    """Format -> for each group, its predicted damage to the unquantized pruned model, in `unit`; 0
+    in bf16.
 
     None if the group does not take the format.
     """
@@ -129,7 +133,8 @@ class BankRecord(Record):
     """File name -> sha256."""
     bytes: int
     residual_ratio: dict[str, dict[str, float]]
-    """Format -> group -> norm of W - Q - BA (under GPTQ, of the outputs it makes), divided by that of W - Q."""
+    """Format -> group -> norm of W - Q - BA (under GPTQ, of the outputs it makes), divided by that
+    of W - Q."""
     error: dict[str, dict[str, float]] = {}
     """Format -> group -> squared norm of W - Q - BA (as above), divided by that of W."""
 
@@ -159,7 +164,8 @@ class CandidateRecord(Record):
     memory_counter: str
     adapter_sha256: str = ""
     bank: str = ""
-    """Digest of the inputs of the bank by whose Gram matrices GPTQ rounded the weights; empty without GPTQ."""
+    """Digest of the inputs of the bank by whose Gram matrices GPTQ rounded the weights; empty
+    without GPTQ."""
 
 
 class FinetuneRecord(Record):
@@ -170,18 +176,21 @@ class FinetuneRecord(Record):
 
 
 class TaskScore(Recorded):
-    """The accuracy on an lm-eval task, with the values of all questions to compare two models question by question."""
+    """The accuracy on an lm-eval task, with the values of all questions to compare two models
+    question by question."""
 
     task: str
     metric: str
-    """The first of `acc_norm`, `acc` and `exact_match` that the task reports; `METRIC,FILTER` if it filters answers."""
+    """The first of `acc_norm`, `acc` and `exact_match` that the task reports; `METRIC,FILTER` if it
+    filters answers."""
     value: float
     stderr: StandardError
     num_questions: int
     correct: tuple[float, ...]
     """1 or 0 for each question by `metric`, in the order of the task."""
     answer_loss: tuple[float, ...] = ()
-    """Negative log-likelihood of the right choice for each question, in nats; empty if the task has no choices."""
+    """Negative log-likelihood of the right choice for each question, in nats; empty if the task has
+    no choices."""
 
 
 class Inference(Recorded):
@@ -203,7 +212,8 @@ class InferenceSetting(Recorded):
 
 
 class RowScores(Recorded):
-    """Scores of one model on the held-out tasks; `seed` is its training seed, None if it was not fine-tuned."""
+    """Scores of one model on the held-out tasks; `seed` is its training seed, None if it was not
+    fine-tuned."""
 
     digest: str
     name: str
@@ -216,7 +226,8 @@ class RowScores(Recorded):
 
 
 class EvalRecord(Record):
-    """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune, and of the winner."""
+    """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune,
+    and of the winner."""
 
     rows: tuple[RowScores, ...]
     text: str | None = None
@@ -232,7 +243,8 @@ class EvalRecord(Record):
 
 
 class ComparisonRecord(Record):
-    """The winner and the models compared with it, all after the same fine-tune, sorted by model, then training seed."""
+    """The winner and the models compared with it, all after the same fine-tune, sorted by model,
+    then training seed."""
 
     candidates: tuple[CandidateRecord, ...]
     rows: tuple[RowScores, ...]
@@ -315,7 +327,8 @@ class RunState(Recorded):
 
     @property
     def compares(self) -> bool:
-        """Whether the command also fine-tunes the models that the winner is compared with (`finetune.compare`)."""
+        """Whether the command also fine-tunes the models that the winner is compared with
+        (`finetune.compare`)."""
         return self.extras["comparison"]
 
 
@@ -355,13 +368,15 @@ class Results(Recorded):
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tuned models: the winner and, after stage comparison, the models that it is compared with."""
+        """The fine-tuned models: the winner and, after stage comparison, the models that it is
+        compared with."""
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
     @property
     def scores(self) -> tuple[RowScores, ...]:
-        """Scores on the held-out tasks: first of the models without a fine-tune, then of the `candidates`."""
+        """Scores on the held-out tasks: first of the models without a fine-tune, then of the
+        `candidates`."""
         rows = self.evaluate.rows if self.evaluate else ()
         if self.comparison is None:
             return rows

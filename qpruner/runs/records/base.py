@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 RUN_ID = "run.id"
-"""File with the id of the run; if it is missing, the storage cannot be reached or the run is new."""
+"""File with the id of the run; if it is missing, the storage cannot be reached or the run is new.
+"""
 
 StandardError = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
 """A standard error; if there is only one question or row, NaN here and null in JSON."""
@@ -45,7 +46,8 @@ def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest_of(*parts: Any) -> str:
-    """Return the digest of some values: the first 16 hex digits of the sha256 of their canonical JSON."""
+    """Return the digest of some values: the first 16 hex digits of the sha256 of their canonical
+    JSON."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

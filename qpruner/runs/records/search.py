@@ -33,7 +33,10 @@ class RungResult(Score):
 
 
 BASE, PRUNED, RANDOM, SEARCHED = "base", "pruned", "random", "searched"
-"""Names of rows in records. The row `searched` has the plan of the winner, even if no searcher proposed it."""
+"""Names of rows in records.
+
+The row `searched` has the plan of the winner, even if no searcher proposed it.
+"""
 BEST_SEARCHED = "best searched"
 """Name of the row with the best plan that a searcher proposed, if a control won."""
 GIVEN = "given"
@@ -41,8 +44,8 @@ GIVEN = "given"
 PAPER = "paper"
 """Origin of the plan that the paper's flow gives at the same bytes."""
 OF_EVERY_CUT = ("-uniform", "-knapsack")
-"""Ends of the origins of all other controls, which begin with their cut (`unpruned` for the base): one format, and the
-best plan by a sensitivity."""
+"""Ends of the origins of all other controls, which begin with their cut (`unpruned` for the base):
+one format, and the best plan by a sensitivity."""
 
 
 def is_control(origin: str) -> bool:
@@ -62,16 +65,22 @@ class Begun(Recorded):
 
 
 class TrialRecord(Recorded):
-    """The state and scores of one trial. A search resumes from these records, not from the snapshot of Ray Tune."""
+    """The state and scores of one trial.
+
+    A search resumes from these records, not from the snapshot of Ray Tune.
+    """
 
     index: int
     """Position among the proposed plans, from 0."""
     digest: str
-    """Digest of all that the result depends on but the plan and `model`; equal to `SearchRecord.trials_digest`."""
+    """Digest of all that the result depends on but the plan and `model`; equal to
+    `SearchRecord.trials_digest`."""
     search: str
-    """Digest of the search that proposed the plan: its sensitivities, budget, searcher and other settings."""
+    """Digest of the search that proposed the plan: its sensitivities, budget, searcher and other
+    settings."""
     origin: str
-    """Name of the searcher, or of a control (see `is_control`): `unpruned-uniform`, `cut-10-knapsack`, ..."""
+    """Name of the searcher, or of a control (see `is_control`): `unpruned-uniform`,
+    `cut-10-knapsack`, ..."""
     cut: str = "base"
     """Name of the cut that the plan quantizes; `base` is the model before pruning."""
     model: str = ""
@@ -87,12 +96,14 @@ class TrialRecord(Recorded):
         Literal["infeasible", "diverged", "hung", "lost", "storage", "damaged", "machine", "error"]
         | None
     ) = None
-    """`lost`: its worker processes died. Trials with `storage`, `damaged` or `machine` are run again."""
+    """`lost`: its worker processes died. Trials with `storage`, `damaged` or `machine` are run
+    again."""
     seconds: float = 0.0
     """Seconds that workers spent on the trial in all sessions (see `SearchClock`)."""
     gpu_seconds: float = 0.0
     earlier_gpu_seconds: dict[str, float] = {}
-    """Share of `gpu_seconds` that earlier searches used for this trial, by the digest of the search."""
+    """Share of `gpu_seconds` that earlier searches used for this trial, by the digest of the
+    search."""
     peak_memory_bytes: int | None = None
     """Peak memory of the worker process, less its memory at the start."""
     memory_counter: str | None = None
@@ -111,9 +122,11 @@ class TrialRecord(Recorded):
     micro_batch_size: int | None = None
     """Rows per micro-batch, if memory was too small for `training.micro_batch_size`."""
     kills: int = 0
-    """Worker deaths since the last checkpoint, except by loss of the machine and for lack of memory."""
+    """Worker deaths since the last checkpoint, except by loss of the machine and for lack of
+    memory."""
     memory_kills: int = 0
-    """Worker deaths since the last checkpoint for lack of memory, except those answered by a smaller micro-batch."""
+    """Worker deaths since the last checkpoint for lack of memory, except those answered by a
+    smaller micro-batch."""
     times: tuple[float, ...] = ()
     """Unix seconds of the start, of each rung and of the end."""
     begun: tuple[Begun, ...] = ()
@@ -149,7 +162,8 @@ class TrialRecord(Recorded):
 
     @property
     def is_control(self) -> bool:
-        """Whether no searcher proposed the plan: it is one that users would try instead, or that they gave."""
+        """Whether no searcher proposed the plan: it is one that users would try instead, or that
+        they gave."""
         return self.is_given or is_control(self.origin)
 
     @property
@@ -159,12 +173,14 @@ class TrialRecord(Recorded):
 
     @property
     def infrastructure_failed(self) -> bool:
-        """Whether the trial failed because of the storage, a damaged file or a machine, and not because of the plan."""
+        """Whether the trial failed because of the storage, a damaged file or a machine, and not
+        because of the plan."""
         return self.failure in ("storage", "damaged", "machine")
 
     @property
     def should_retry(self) -> bool:
-        """Whether the next session runs the trial again: its infrastructure failed, or it hung before any rung."""
+        """Whether the next session runs the trial again: its infrastructure failed, or it hung
+        before any rung."""
         return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
 
@@ -185,14 +201,16 @@ class TrialPulse(Recorded):
 
 
 class SearchClock(Recorded):
-    """The time that a search took, and its number of sessions; each command that runs its trials begins a session."""
+    """The time that a search took, and its number of sessions; each command that runs its trials
+    begins a session."""
 
     seconds: float
     sessions: int = 0
 
 
 class FreshScore(Score):
-    """The score of a finished trial on fresh rows and questions, on which the search itself scores no trial.
+    """The score of a finished trial on fresh rows and questions, on which the search itself scores
+    no trial.
 
     The fresh rows are the half of the `data.confirmation` rows that selects the winner.
     """
@@ -220,7 +238,8 @@ class Confirmation(FreshScore):
 
     index: int
     origin: str
-    """Name of the control or of the searcher; it ends in `of another search` if the trial is reused."""
+    """Name of the control or of the searcher; it ends in `of another search` if the trial is
+    reused."""
     control: bool
     reused: bool
     """Whether another search ran the trial."""
@@ -230,15 +249,17 @@ class Confirmation(FreshScore):
     fits: bool = True
     """Whether the plan is within the budget; a control may exceed it, and is then no winner."""
     losses: dict[int, tuple[float, ...]]
-    """Training seed -> loss of each fresh row, in nats per token: the trial's own seed first, then the further seeds of
-    `search.confirm_seeds`, under which finalists are trained that cannot be told apart.
+    """Training seed -> loss of each fresh row, in nats per token: the trial's own seed first, then
+    the further seeds of `search.confirm_seeds`, under which finalists are trained that cannot be
+    told apart.
 
-    The scores are means over these seeds, and the winner is one of the finalists that have most of them. Two finalists
-    are compared on the seeds that both have."""
+    The scores are means over these seeds, and the winner is one of the finalists that have most of
+    them. Two finalists are compared on the seeds that both have."""
 
 
 class RungAgreement(Recorded):
-    """How a rung orders finished trials, against the last rung: Kendall's tau over their pairs, from -1 to 1."""
+    """How a rung orders finished trials, against the last rung: Kendall's tau over their pairs,
+    from -1 to 1."""
 
     step: int
     num_trials: int
@@ -276,7 +297,8 @@ class SearchRecord(Record):
     confirmation_gpu_seconds: float = 0.0
     """GPU seconds spent on finalists: scores on fresh rows, and training under further seeds."""
     rungs: tuple[RungAgreement, ...] = ()
-    """How well each earlier rung predicts the order at the last one, over finished trials, reused ones included."""
+    """How well each earlier rung predicts the order at the last one, over finished trials, reused
+    ones included."""
     confirmations: tuple[Confirmation, ...]
     best_index: int
     best_origin: str
@@ -287,7 +309,8 @@ class SearchRecord(Record):
     lost_controls: dict[str, str] = {}
     """Origin of each control in the budget that has no finished trial -> the reason."""
     rival: int | None
-    """Index of the finalist that the winner is compared with (see `search.roles.rival_of`); None if it is alone."""
+    """Index of the finalist that the winner is compared with (see `search.roles.rival_of`); None if
+    it is alone."""
     resumed: int
     """Number of trials that an earlier, interrupted command had recorded."""
     sessions: int = 1

@@ -16,7 +16,8 @@ FORM_TITLES: dict[ServedForm, str] = {
 
 
 class ServedRow(Recorded):
-    """A model as it is served: the final one in one form, the best simple alternative, or the base as it is."""
+    """A model as it is served: the final one in one form, the best simple alternative, or the base
+    as it is."""
 
     name: str
     """`base`, `searched` or a control, as in the final table."""
@@ -24,7 +25,8 @@ class ServedRow(Recorded):
     format: str
     """The type of the base model's weights; `plan` if each group has its own format."""
     files: tuple[str, ...] = ()
-    """Paths in the run folder of the final model; other files are removed once they are measured."""
+    """Paths in the run folder of the final model; other files are removed once they are measured.
+    """
     file_bytes: int
     """Bytes of all files of the model and its adapter, with tokenizer and metadata."""
     mean_bits: float
@@ -37,7 +39,8 @@ class ServedRow(Recorded):
     check: str = ""
     """What the files were compared with before they were called done, and how alike they were."""
     recoded: dict[str, str] = {}
-    """Layer -> its format in these files, for layers that the server cannot take as the plan has them."""
+    """Layer -> its format in these files, for layers that the server cannot take as the plan has
+    them."""
 
     @property
     def title(self) -> str:
@@ -58,13 +61,15 @@ class ServeSetting(Recorded):
 
 
 class ServeRecord(Record):
-    """The final model as files for other servers, and the base model beside it, measured in turns in one process."""
+    """The final model as files for other servers, and the base model beside it, measured in turns
+    in one process."""
 
     rows: tuple[ServedRow, ...]
     setting: ServeSetting
 
     @property
     def best(self) -> ServedRow | None:
-        """The final model's row with the least loss of those that llama.cpp has measured; None without one."""
+        """The final model's row with the least loss of those that llama.cpp has measured; None
+        without one."""
         measured = [row for row in self.rows if row.name == SEARCHED and row.loss is not None]
         return min(measured, key=lambda row: row.loss or 0.0, default=None)

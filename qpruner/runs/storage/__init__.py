@@ -1,6 +1,8 @@
-"""Read and write the files of a run, in a folder or in an object store; wait while the storage is full or away.
+"""Read and write the files of a run, in a folder or in an object store; wait while the storage is
+full or away.
 
-Every file has a path on this machine; for a run in an object store it holds a local copy of the object.
+Every file has a path on this machine; for a run in an object store it holds a local copy of the
+object.
 """
 
 import contextlib
@@ -34,18 +36,21 @@ from qpruner.runs.storage.retry import retry_storage as retry_storage
 from qpruner.runs.storage.retry import storage_error as storage_error
 
 OWN_DIGEST = "record_digest"
-"""Key in a record file for the digest of all other keys, because damaged JSON may still be valid JSON."""
+"""Key in a record file for the digest of all other keys, because damaged JSON may still be valid
+JSON."""
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
 
 
 def storage_at(path: Path) -> Storage:
-    """Return the storage of a path: in an object store if the path belongs to a run at a URI, else the path itself."""
+    """Return the storage of a path: in an object store if the path belongs to a run at a URI, else
+    the path itself."""
     return objects_at(path) or Storage(path)
 
 
 def run_path(output: str | Path) -> Path:
-    """Return the path on this machine for the folder or URI of a run; raise `UserError` if either is invalid."""
+    """Return the path on this machine for the folder or URI of a run; raise `UserError` if either
+    is invalid."""
     if isinstance(output, str) and "://" in output:
         return mirror_of(output)
     root = Path(output).expanduser().resolve()
@@ -58,7 +63,8 @@ def run_path(output: str | Path) -> Path:
 
 
 def run_root(output: str | Path) -> Path:
-    """Return the path on this machine for the folder or URI of a run, and check that the bucket of a URI answers."""
+    """Return the path on this machine for the folder or URI of a run, and check that the bucket of
+    a URI answers."""
     root = run_path(output)
     if not isinstance(output, Path):
         _check_reachable(root)
@@ -77,7 +83,8 @@ def display_name(path: Path) -> str:
 
 
 def export_command(root: Path) -> str:
-    """Return the command that exports the final model of a run to a folder; empty if the run is in a folder."""
+    """Return the command that exports the final model of a run to a folder; empty if the run is in
+    a folder."""
     storage = storage_at(root)
     return (
         ""
@@ -87,7 +94,8 @@ def export_command(root: Path) -> str:
 
 
 def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
-    """Write a record as JSON with its own digest; a reader sees the old file or the new one, never a part."""
+    """Write a record as JSON with its own digest; a reader sees the old file or the new one, never
+    a part."""
     fields = json.loads(data.model_dump_json())
     text = json.dumps(fields | {OWN_DIGEST: digest_of(fields)}, indent=2, ensure_ascii=False)
     write_text(path, text + "\n", patience_seconds)
@@ -107,7 +115,8 @@ def read_text(path: Path) -> str | None:
 
 
 def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
-    """Read a record that is known to exist; retry if it is missing, because then the storage must be away."""
+    """Read a record that is known to exist; retry if it is missing, because then the storage must
+    be away."""
 
     def read() -> RecordType:
         if (record := read_json(path, kind)) is None:
@@ -118,7 +127,8 @@ def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
 
 
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
-    """Read a record of this kind; return None if the file is missing, and raise `CorruptFile` if it is damaged."""
+    """Read a record of this kind; return None if the file is missing, and raise `CorruptFile` if it
+    is damaged."""
     try:
         if (text := read_text(path)) is None:
             return None
@@ -139,12 +149,14 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
 
 
 def progress_seconds(path: Path) -> float:
-    """Return the seconds between two writes of progress; more in an object store, which charges for each write."""
+    """Return the seconds between two writes of progress; more in an object store, which charges for
+    each write."""
     return 1.0 if storage_at(path).fills_this_disk else 5.0
 
 
 def write_progress(path: Path, text: str) -> bool:
-    """Try once to write progress to a file, where other writes are tried again; return True if that worked."""
+    """Try once to write progress to a file, where other writes are tried again; return True if that
+    worked."""
     with contextlib.suppress(OSError, StorageError):
         storage_at(path).write(text.encode(), durable=False)
         return True
@@ -193,7 +205,8 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def published_folders(parent: Path) -> list[Path]:
-    """List the complete folders inside a folder: on a disk all, in an object store those with a file list."""
+    """List the complete folders inside a folder: on a disk all, in an object store those with a
+    file list."""
     names = children(parent)
     if storage_at(parent).fills_this_disk:
         return [parent / name for name in names if (parent / name).is_dir()]
@@ -214,7 +227,8 @@ def quarantine(path: Path, place: Path) -> str:
 
 @contextmanager
 def writing_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder on this machine to write to; then write its file list, and upload all if the run is at a URI."""
+    """Yield a folder on this machine to write to; then write its file list, and upload all if the
+    run is at a URI."""
     storage = storage_at(target)
     here = storage.staging
     if here == target:
@@ -231,7 +245,8 @@ def writing_folder(target: Path) -> Iterator[Path]:
 
 
 def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
-    """Make a folder of a run available on this machine, compare it once with its file list, and return its path.
+    """Make a folder of a run available on this machine, compare it once with its file list, and
+    return its path.
 
     A damaged local copy is downloaded again; damage in the storage itself raises `CorruptFile`.
     """
@@ -240,7 +255,8 @@ def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
 
 
 def require_arrived(folder: Path) -> None:
-    """Raise `StorageError` if a folder that another machine wrote is missing here, as on a disk that is not shared."""
+    """Raise `StorageError` if a folder that another machine wrote is missing here, as on a disk
+    that is not shared."""
     if storage_at(folder).fills_this_disk:
         listed = list_path(folder)
         try:

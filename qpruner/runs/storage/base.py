@@ -1,4 +1,5 @@
-"""The storage of a run in a folder, and the lists of digests that show whether a folder is complete."""
+"""The storage of a run in a folder, and the lists of digests that show whether a folder is
+complete."""
 
 import contextlib
 import hashlib
@@ -23,13 +24,16 @@ from qpruner.runs.storage.retry import FULL, Result, retry_storage
 
 Item = TypeVar("Item")
 
-FILES = ".files.json"  # suffix of the file list of a folder, such as `prune.files.json` next to `prune/`
+# suffix of the file list of a folder, such as `prune.files.json` next to `prune/`
+FILES = ".files.json"
 PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
-"""Bytes per read when copying, and fewer when digesting: many threads digest at once while memory is measured."""
+"""Bytes per read when copying, and fewer when digesting: many threads digest at once while memory
+is measured."""
 WAITING_SECONDS = 0.1
 CONCURRENT = 16  # number of files that are read, uploaded or downloaded at once
 OnPiece = Callable[[], object]
-"""Called from any thread after each piece read, and while waiting for another process, to show progress."""
+"""Called from any thread after each piece read, and while waiting for another process, to show
+progress."""
 
 
 class FileList(Recorded):
@@ -39,7 +43,8 @@ class FileList(Recorded):
 
 
 verified: dict[Path, FileList] = {}
-"""Folders on this machine that this process wrote or verified, with their file lists at that time."""
+"""Folders on this machine that this process wrote or verified, with their file lists at that time.
+"""
 
 
 def list_path(folder: Path) -> Path:
@@ -84,7 +89,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file or folder; also succeed if an earlier attempt renamed it, but its answer was lost."""
+    """Rename a file or folder; also succeed if an earlier attempt renamed it, but its answer was
+    lost."""
     try:
         path.replace(target)
     except FileNotFoundError:
@@ -92,7 +98,8 @@ def rename(path: Path, target: Path) -> None:
 
 
 def share_files(folder: Path) -> None:
-    """Give files the read permissions of their folder, because safetensors makes files readable for the owner only."""
+    """Give files the read permissions of their folder, because safetensors makes files readable for
+    the owner only."""
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -108,7 +115,8 @@ def empty_folder(folder: Path) -> Path:
 
 @contextmanager
 def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
-    """Lock a path for this process; while another process has the lock, wait and call `on_piece` to show progress."""
+    """Lock a path for this process; while another process has the lock, wait and call `on_piece` to
+    show progress."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     while not lock.is_locked:
@@ -156,14 +164,16 @@ class Stat(NamedTuple):
 
 
 class Storage:
-    """A file or folder of a run in a local or shared folder, identified by its path on this machine.
+    """A file or folder of a run in a local or shared folder, identified by its path on this
+    machine.
 
-    Methods on one file raise `FileNotFoundError` if it is missing, and `OSError` if the storage is full or away; the
-    callers retry. Methods on folders and file lists retry by themselves.
+    Methods on one file raise `FileNotFoundError` if it is missing, and `OSError` if the storage is
+    full or away; the callers retry. Methods on folders and file lists retry by themselves.
     """
 
     fills_this_disk = True
-    """Whether the files take room on a disk of this machine; if not, any machine can resume the run."""
+    """Whether the files take room on a disk of this machine; if not, any machine can resume the
+    run."""
     access_remedy = "`output` must be in a folder that every node can read and write"
 
     def __init__(self, path: Path) -> None:
@@ -184,7 +194,8 @@ class Storage:
 
     @property
     def staging(self) -> Path:
-        """The path on this machine to write to: the path itself, or a place whose files are uploaded afterwards."""
+        """The path on this machine to write to: the path itself, or a place whose files are
+        uploaded afterwards."""
         return self.path
 
     def open(self) -> AbstractContextManager[Any]:
@@ -213,11 +224,13 @@ class Storage:
             raise
 
     def put(self, file: Path) -> str:
-        """Copy a file of this machine to this storage, unless it is already there, and return its sha256."""
+        """Copy a file of this machine to this storage, unless it is already there, and return its
+        sha256."""
         return self.digest() if file == self.path else Storage(file).download(self.path)
 
     def write(self, data: bytes, durable: bool = True) -> None:
-        """Write the file; a reader sees the old or the new contents, never a part; if `durable`, also after a crash."""
+        """Write the file; a reader sees the old or the new contents, never a part; if `durable`,
+        also after a crash."""
         # At random: processes of two machines that share this storage may have the same process id.
         new = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         if durable:
@@ -235,7 +248,8 @@ class Storage:
             sync(self.path.parent)
 
     def renew(self, data: bytes) -> None:
-        """Set the time of change to now; `data` must be the present contents, which an object store must rewrite."""
+        """Set the time of change to now; `data` must be the present contents, which an object store
+        must rewrite."""
         os.utime(self.path)
 
     def stat(self) -> Stat | None:
@@ -281,7 +295,8 @@ class Storage:
             list_path(self.path).rename(list_path(target))
 
     def put_folder(self, folder: Path) -> FileList:
-        """Copy a folder of this machine to this storage durably, unless it is there; write its file list last."""
+        """Copy a folder of this machine to this storage durably, unless it is there; write its file
+        list last."""
         if folder != self.path:
             shutil.copytree(folder, self.path, dirs_exist_ok=True)
         share_files(self.path)
@@ -297,7 +312,8 @@ class Storage:
         return listed
 
     def publish(self, folder: Path) -> None:
-        """Move a finished folder of this machine to this storage; it replaces an earlier folder there."""
+        """Move a finished folder of this machine to this storage; it replaces an earlier folder
+        there."""
         target = self.path
         retry_storage(lambda: share_files(folder), folder)
 
@@ -321,7 +337,8 @@ class Storage:
         return type(self)(list_path(self.path))
 
     def read_list(self) -> FileList | None:
-        """Read the file list of the folder; return None if there is none, and raise `CorruptFile` if it is damaged."""
+        """Read the file list of the folder; return None if there is none, and raise `CorruptFile`
+        if it is damaged."""
         try:
             return FileList.model_validate_json(retry_storage(self.file_list.read, self.path))
         except FileNotFoundError:
@@ -335,7 +352,8 @@ class Storage:
             self.verify(on_piece)
 
     def verify(self, on_piece: OnPiece = lambda: None) -> None:
-        """Compare the folder with its file list, if it has one; raise `CorruptFile` for a damaged or missing file."""
+        """Compare the folder with its file list, if it has one; raise `CorruptFile` for a damaged
+        or missing file."""
         if listed := self.read_list():
             self.compare(listed, lambda name: (self / name).digest(on_piece))
             verified[self.path] = listed
@@ -366,7 +384,8 @@ def write_list(folder: Path, listed: FileList) -> None:
 
 
 def keep_copy(folder: Path, path: Path, listed: FileList) -> None:
-    """Move a downloaded folder to its path on this machine, and write its file list once all files are durable."""
+    """Move a downloaded folder to its path on this machine, and write its file list once all files
+    are durable."""
     list_path(path).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)

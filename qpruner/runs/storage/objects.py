@@ -1,7 +1,7 @@
 """The storage of a run in an object store (`s3://`, `gs://`), through pyarrow.
 
-Each machine has a mirror of the run, a folder for local copies whose path contains the URI. The files of a folder are
-uploaded before its file list: a folder without a list does not exist.
+Each machine has a mirror of the run, a folder for local copies whose path contains the URI. The
+files of a folder are uploaded before its file list: a folder without a list does not exist.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from qpruner.runs.storage.base import FILES, FileList, OnPiece, Stat, Storage, f
 from qpruner.runs.storage.retry import retry_storage
 
 CACHE = "QPRUNER_CACHE"
-"""Environment variable: the folder of this machine for mirrors of runs; `~/.cache/qpruner` by default."""
+"""Environment variable: the folder of this machine for mirrors of runs; `~/.cache/qpruner` by
+default."""
 CONNECT_SECONDS, QUIET_SECONDS, ATTEMPTS = 5.0, 5.0, 2
-"""Limits that end an unanswered request after about ten seconds; `retry_storage` may then repeat the request."""
+"""Limits that end an unanswered request after about ten seconds; `retry_storage` may then repeat
+the request."""
 REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT|PERMISSION_DENIED"
 )
@@ -41,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """Return the folder for local copies on this machine, which may be deleted while no command runs."""
+    """Return the folder for local copies on this machine, which may be deleted while no command
+    runs."""
     return Path(os.environ.get(CACHE, "~/.cache/qpruner")).expanduser().resolve()
 
 
@@ -54,7 +57,8 @@ def mirror_of(uri: str) -> Path:
         raise UserError(f"`output` {form}") from None
     options = {"scheme": "https"} | dict(parse_qsl(parts.query, keep_blank_values=True))
     prefix = parts.path.strip("/")
-    # Messages must not repeat keys. A key may contain a slash, and then only its start is in `netloc`.
+    # Messages must not repeat keys. A key may contain a slash, and then only its start is in
+    # `netloc`.
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI must not contain credentials; {CREDENTIALS}")
     if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in (
@@ -81,7 +85,8 @@ def mirror_of(uri: str) -> Path:
 
 
 def objects_at(path: Path) -> ObjectStorage | None:
-    """Return the objects that a path in a mirror (local copy of a run in an object store) stands for; else None."""
+    """Return the objects that a path in a mirror (local copy of a run in an object store) stands
+    for; else None."""
     return ObjectStorage(path) if cache_root() / "runs" in path.parents else None
 
 
@@ -122,7 +127,8 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
 
 
 def _proxy_for(endpoint: str, scheme: str) -> str | None:
-    """Return the proxy that HTTPS_PROXY or HTTP_PROXY names, unless NO_PROXY excludes the host of the endpoint.
+    """Return the proxy that HTTPS_PROXY or HTTP_PROXY names, unless NO_PROXY excludes the host of
+    the endpoint.
 
     pyarrow (26) does not read these variables for S3.
     """
@@ -162,8 +168,8 @@ class ObjectStorage(Storage):
             yield stream
 
     def read(self) -> bytes:
-        # pyarrow (26) first asks for the size, and then reads so many bytes: only the beginning, if a longer object was
-        # uploaded in between.
+        # pyarrow (26) first asks for the size, and then reads so many bytes: only the beginning, if
+        # a longer object was uploaded in between.
         while True:
             with self.open() as stream:
                 data, before = bytes(stream.read()), stream.metadata()
@@ -243,7 +249,8 @@ class ObjectStorage(Storage):
         list_path(folder).unlink(missing_ok=True)
 
     def fetch(self, on_piece: OnPiece = lambda: None) -> None:
-        # All processes of a machine share one copy while the list stays the same; each process verifies it once.
+        # All processes of a machine share one copy while the list stays the same; each process
+        # verifies it once.
         if (listed := self.read_list()) is None:
             raise CorruptFile(
                 f"{self.name} is missing or incomplete: there is no {self.file_list.name}",
@@ -290,7 +297,8 @@ class ObjectStorage(Storage):
         self.compare(doubtful, lambda name: (self / name).digest())
 
     def check_reachable(self) -> None:
-        """Raise `UserError` if the store does not answer or refuses access to the objects (not the bucket itself)."""
+        """Raise `UserError` if the store does not answer or refuses access to the objects (not the
+        bucket itself)."""
         try:
             with contextlib.suppress(FileNotFoundError):
                 self._infos(recursive=False, must_exist=True)
@@ -308,7 +316,8 @@ class ObjectStorage(Storage):
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Turn errors that pyarrow raises inside the block into Python errors, judged by their text."""
+        """Turn errors that pyarrow raises inside the block into Python errors, judged by their
+        text."""
         try:
             yield
         except OSError as error:

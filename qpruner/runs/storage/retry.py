@@ -1,4 +1,5 @@
-"""Retry operations that fail because a storage is full or away, then raise an error with the remedy."""
+"""Retry operations that fail because a storage is full or away, then raise an error with the
+remedy."""
 
 import errno
 import logging
@@ -23,7 +24,8 @@ DISK_AWAY = (errno.EIO, errno.EROFS, errno.ESTALE)
 HOST_AWAY = (errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 AWAY = (*DISK_AWAY, *HOST_AWAY, errno.ECONNREFUSED, errno.ECONNRESET)
 TORCH_CANNOT_WRITE = "inline_container.cc"
-"""Part of the error of torch.save (2.13) on a full disk; the error names only the C++ file that noticed it."""
+"""Part of the error of torch.save (2.13) on a full disk; the error names only the C++ file that
+noticed it."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,12 @@ def retry_storage(
     was_there: bool = False,
     resumable: bool = False,
 ) -> Result:
-    """Run an operation; repeat it with growing pauses while the storage is full or away, then raise `StorageError`.
+    """Run an operation; repeat it with growing pauses while the storage is full or away, then raise
+    `StorageError`.
 
-    The pauses take `seconds` in all; with `resumable` they start again after a long attempt. With `was_there` a missing
-    file means that the storage is away. `path` names the storage in errors that name no file.
+    The pauses take `seconds` in all; with `resumable` they start again after a long attempt. With
+    `was_there` a missing file means that the storage is away. `path` names the storage in errors
+    that name no file.
     """
     limit, started = PATIENCE_SECONDS if seconds is None else seconds, 0.0
 
@@ -80,7 +84,8 @@ def retry_storage(
 
 
 def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
-    """Return the `StorageError` for an error of a storage that is full or away; return None for any other error."""
+    """Return the `StorageError` for an error of a storage that is full or away; return None for any
+    other error."""
     number, place = _number_of(error), getattr(error, "filename", None) or path
     if number in FULL:
         return StorageError(
@@ -94,7 +99,8 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
 
 
 def _number_of(error: BaseException) -> int:
-    """Find the errno of an error; return 0 if it has none, or one that may also come from a model hub."""
+    """Find the errno of an error; return 0 if it has none, or one that may also come from a model
+    hub."""
     text = str(error)
     if isinstance(error, OSError):
         found = re.search(

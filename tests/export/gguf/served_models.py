@@ -1,4 +1,5 @@
-"""Write tiny models of all families as GGUF files, and compare llama.cpp's logits with those of transformers."""
+"""Write tiny models of all families as GGUF files, and compare llama.cpp's logits with those of
+transformers."""
 
 import shutil
 from pathlib import Path
@@ -25,8 +26,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5)).tolist()
 MOST_ERROR = 4e-3
-"""Largest relative error of logits. llama.cpp keeps keys and values in float16, and has a table of GELU in it: 0.0003
-to 0.0018 here with xllamacpp, to 0.0032 with node-llama-cpp's AVX-512 (2026-11-29)."""
+"""Largest relative error of logits. llama.cpp keeps keys and values in float16, and has a table of
+GELU in it: 0.0003 to 0.0018 here with xllamacpp, to 0.0032 with node-llama-cpp's AVX-512
+(2026-11-29)."""
 
 
 def built(kind: str, name: str, **others: Any) -> PreTrainedModel:
@@ -55,7 +57,8 @@ def written(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
 
 
 def error_of(file: Path, model: Any, adapter: Path | None = None, num_tokens: int = 0) -> float:
-    """Return the relative error of llama.cpp's logits; check that both continue by the same `num_tokens` tokens."""
+    """Return the relative error of llama.cpp's logits; check that both continue by the same
+    `num_tokens` tokens."""
     with Llama(file, adapter) as llama:
         found = torch.from_numpy(llama.logits(IDS))
         llama.prefill(IDS)

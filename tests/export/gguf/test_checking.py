@@ -1,4 +1,5 @@
-"""Files that differ from their checkpoint are refused: other bytes, tokens or predictions; sound files pass."""
+"""Files that differ from their checkpoint are refused: other bytes, tokens or predictions; sound
+files pass."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""llama.cpp in a process of its own: results come one by one, and a crash is an error with a remedy."""
+"""llama.cpp in a process of its own: results come one by one, and a crash is an error with a
+remedy."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""llama.cpp, called through its library: tokens, logits, adapters, and what a user reads if it cannot be used."""
+"""llama.cpp, called through its library: tokens, logits, adapters, and what a user reads if it
+cannot be used."""
 
 import shutil
 import sys

@@ -28,7 +28,8 @@ from qpruner.models.loading import load_tokenizer
 
 
 def compared(folder: Path, extra: int = 3) -> tuple[Any, list[Any]]:
-    """Write a tokenizer; return it and the texts whose ids differ. The embedding has `extra` rows more than tokens."""
+    """Write a tokenizer; return it and the texts whose ids differ. The embedding has `extra` rows
+    more than tokens."""
     tokenizer = load_tokenizer(str(folder))
     return tokenizer, list(
         token_differences(vocabulary_file(folder, len(tokenizer) + extra), folder)
@@ -123,7 +124,8 @@ def test_texts_of_which_llama_cpp_makes_other_tokens_are_told(tmp_path: Path) ->
 
 
 def test_an_added_token_without_a_row_is_no_difference(tmp_path: Path) -> None:
-    """A token for padding, added by a fine-tune that padded with it and never resized the embedding."""
+    """A token for padding, added by a fine-tune that padded with it and never resized the
+    embedding."""
     tokenizer = load_tokenizer(str(saved(byte_level("llama-bpe"), tmp_path)))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path)

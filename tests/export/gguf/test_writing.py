@@ -1,4 +1,5 @@
-"""Models of all families in llama.cpp: the logits and tokens of transformers, the bytes of the checkpoint."""
+"""Models of all families in llama.cpp: the logits and tokens of transformers, the bytes of the
+checkpoint."""
 
 import os
 from pathlib import Path

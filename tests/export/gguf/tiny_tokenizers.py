@@ -1,4 +1,5 @@
-"""Train small tokenizers of the kinds that llama.cpp knows, and write them as GGUF files with a minimal model."""
+"""Train small tokenizers of the kinds that llama.cpp knows, and write them as GGUF files with a
+minimal model."""
 
 import ctypes
 from pathlib import Path
@@ -55,7 +56,8 @@ def byte_level(name: str) -> Tokenizer:
     expressions, ignores_merges = EXPRESSIONS[name]
     trained = Tokenizer(models.BPE(ignore_merges=ignores_merges))
     trained.normalizer = normalizers.NFC() if name == "qwen2" else None
-    # As the tokenizers in use say it: the expression of GPT-2 and the digits have steps of their own.
+    # As the tokenizers in use say it: the expression of GPT-2 and the digits have steps of their
+    # own.
     steps: list[Any] = [pre_tokenizers.Split(Regex(each), "isolated") for each in expressions]
     if name in ("gpt-2", "smollm"):
         steps = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
@@ -75,7 +77,8 @@ def byte_level(name: str) -> Tokenizer:
 
 
 def sentencepiece(spaces: str) -> Tokenizer:
-    """Train a BPE with byte fallback, and give it all pairs that make a token, as those of SentencePiece have them."""
+    """Train a BPE with byte fallback, and give it all pairs that make a token, as those of
+    SentencePiece have them."""
     steps, splitter = SPACES[spaces]
     first = Tokenizer(models.BPE())
     first.normalizer = normalizers.Replace(" ", "▁")

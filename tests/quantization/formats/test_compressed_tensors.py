@@ -1,4 +1,5 @@
-"""Formats for vLLM have the codes, words and zeros of compressed-tensors, and HQQ fits its grids better."""
+"""Formats for vLLM have the codes, words and zeros of compressed-tensors, and HQQ fits its grids
+better."""
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def test_every_width_has_two_group_sizes_and_two_fits() -> None:
 
 
 def test_words_are_those_of_compressed_tensors() -> None:
-    """The words that its `pack_to_int32` (version 0.20.1) gives for these codes; 3 bits cross the edges of words."""
+    """The words that its `pack_to_int32` (version 0.20.1) gives for these codes; 3 bits cross the
+    edges of words."""
     codes = torch.arange(64).unsqueeze(0) * 37 % 251
     expected = {
         W2: [1228481764, -460090802, 1313683764, 887411603],
@@ -78,7 +80,8 @@ def test_compressed_tensors_unpacks_the_same(each: Packed) -> None:
 
 
 def test_half_quadratic_scales_leave_less_error() -> None:
-    """At 2 and 3 bits a range that reaches to the largest weights wastes codes; groups of one value must work, too."""
+    """At 2 and 3 bits a range that reaches to the largest weights wastes codes; groups of one value
+    must work, too."""
     weight = gaussian(256)
     weight[0, :64], weight[1, :64], weight[2, 0] = 0.0, 0.02, 1.0
     for bits, share in ((2, 0.9), (3, 0.95), (4, 0.98), (8, 0.999)):

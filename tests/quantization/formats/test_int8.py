@@ -1,4 +1,5 @@
-"""int8 has the codes and scales of LLM.int8() for every weight, though its layer computes otherwise."""
+"""int8 has the codes and scales of LLM.int8() for every weight, though its layer computes
+otherwise."""
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ ROWS, COLUMNS = 64, 4096
 
 
 def weight_of(dtype: torch.dtype, steps: bool) -> torch.Tensor:
-    """Random weights, or multiples of half a step of their row, which rounding errors would move to another code."""
+    """Random weights, or multiples of half a step of their row, which rounding errors would move to
+    another code."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS, generator=generator) * 0.03
     if steps:

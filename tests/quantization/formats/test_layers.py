@@ -1,4 +1,5 @@
-"""Packed layers compute what unpacked layers with the same weights compute, and keep no activations."""
+"""Packed layers compute what unpacked layers with the same weights compute, and keep no
+activations."""
 
 import copy
 import pickle
