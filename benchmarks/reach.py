@@ -45,7 +45,7 @@ def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
     """Name the plans to compare: what the search returned, the best control, and the paper's if it
     is in the budget."""
     searched = context.record(SearchRecord)
-    controls = [each for each in searched.confirmations if each.control and each.fits]
+    controls = [each for each in searched.finalists if each.control and each.fits]
     returned = (
         searched.best_origin,
         PrecisionPlan.from_dict(searched.best_plan, searched.best_cut),

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +179,8 @@ def searched(config: RunConfig, name: str, pruned: bool = False) -> Start:
         )
         plan, cut = found.best_plan, found.best_cut
         if pruned and cut == UNPRUNED:  # a control won, which the paper's flow does not have
-            others = [each for each in found.confirmations if each.cut != UNPRUNED and each.fits]
-            best = min(others, key=attrgetter("loss"))
+            others = [each for each in found.finalists if each.cut != UNPRUNED and each.fits]
+            best = min(others, key=lambda finalist: finalist.mean.loss)
             plan, cut = best.plan, best.cut
         kept.write_text(json.dumps({"plan": plan, "cut": cut, "seconds": seconds}))
     kept_plan = json.loads(kept.read_text())

@@ -1,8 +1,16 @@
 """Records of a search and of pruning as stages write them; tests change single fields."""
 
+from statistics import fmean
 from typing import Any
 
-from qpruner.runs.records import Confirmation, CutRecord, LayerWidths, PruneRecord, SearchRecord
+from qpruner.runs.records import (
+    CutRecord,
+    Finalist,
+    FreshScore,
+    LayerWidths,
+    PruneRecord,
+    SearchRecord,
+)
 from qpruner.runs.records.search import is_control
 from qpruner.search.roles import rival_of
 
@@ -32,30 +40,44 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     }
     fields |= {"best_index": 7, "best_origin": "gp", "best_plan": plan, "best_cut": "cut-20"}
     finalists = (
-        made_confirmation(2, "unpruned-knapsack", 2.125),
-        made_confirmation(7, "gp", 2.0625, plan=plan),
+        made_finalist(2, "unpruned-knapsack", 2.125),
+        made_finalist(7, "gp", 2.0625, plan=plan),
     )
     ended = "all 9 trials were spent (`search.max_trials`)"
-    fields |= {"ended": ended, "confirmations": finalists} | changes
-    winner = next(each for each in fields["confirmations"] if each.index == fields["best_index"])
-    rival = rival_of(fields["confirmations"], winner, fields["metric"])
+    fields |= {"ended": ended, "finalists": finalists} | changes
+    winner = next(each for each in fields["finalists"] if each.index == fields["best_index"])
+    rival = rival_of(fields["finalists"], winner, fields["metric"])
     decided = {"rival": rival.index if rival else None, "control_won": winner.control}
     return SearchRecord(**decided | fields)
 
 
-def made_confirmation(index: int, origin: str, loss: float, **changes: Any) -> Confirmation:
-    """Make a finalist with this loss on both of two rows; it is a control if its origin is the name
-    of one."""
-    control = is_control(origin)
+def made_finalist(
+    index: int,
+    origin: str,
+    loss: float,
+    losses: dict[int, tuple[float, ...]] | None = None,
+    accuracy: float | None = None,
+    accuracy_stderr: float | None = None,
+    **changes: Any,
+) -> Finalist:
+    """Make a finalist with this loss on both of two rows, or with other `losses` by seed and row.
+
+    It is a control if its origin is the name of one.
+    """
+    scores = {
+        seed: FreshScore(
+            loss=fmean(of_seed), losses=of_seed, accuracy=accuracy, accuracy_stderr=accuracy_stderr
+        )
+        for seed, of_seed in (losses or {0: (loss, loss)}).items()
+    }
     fields: dict[str, Any] = {
-        "control": control,
+        "control": is_control(origin),
         "cut": "cut-20",
         "reused": False,
-        "stderr": 0.0625,
+        "plan": {"layers.0": "nf4", "layers.1": "int8"},
+        "plan_bytes": 100_000_000,
     }
-    fields |= {"losses": {0: (loss, loss)}}
-    fields |= {"plan": {"layers.0": "nf4", "layers.1": "int8"}, "plan_bytes": 100_000_000}
-    return Confirmation(index=index, origin=origin, loss=loss, **fields | changes)
+    return Finalist(index=index, origin=origin, scores=scores, **fields | changes)
 
 
 def made_layer(index: int, groups: int, channels: int) -> LayerWidths:

@@ -73,7 +73,7 @@ def test_demo(tmp_path: Path) -> None:
         f"{cut}-{kind}" for cut in ("unpruned", "cut-10") for kind in ("uniform", "knapsack")
     ]
     pruned = ["pruned"] if "pruned" in table else []  # the winner may be a plan of the base model
-    finalists = {each["name"]: each for each in outcome["finalists"]}
+    finalists = {each["origin"]: each for each in outcome["finalists"]}
     assert finalists.keys() >= set(controls)
     left_out = [name for name in controls if name not in table]
     assert list(table) == [

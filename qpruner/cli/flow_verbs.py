@@ -1,7 +1,6 @@
 """The verbs that run stages, all up to a given one."""
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from qpruner.pipeline import run as pipeline
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
 from qpruner.plans.plan import cut_title
-from qpruner.report.claim import claim, headline
-from qpruner.report.finalists import finalists
+from qpruner.report.claim import claim, finalists, headline
 from qpruner.report.results import rows
+from qpruner.report.run_views import finalist_row
 from qpruner.report.sections import answer
 from qpruner.report.snapshot import read_snapshot
 from qpruner.report.tables import cuts
@@ -52,9 +51,8 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
     if results.finetune and results.evaluate:
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]
-        figures["finalists"] = (
-            [asdict(row) for row in finalists(results.search)] if results.search else []
-        )
+    if results.finetune and results.evaluate and results.search:
+        figures["finalists"] = list(map(finalist_row, finalists(results.search)))
     return figures
 
 

@@ -91,7 +91,7 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
     lines += map(_failed, search["failures"][:MOST_LINES])
     if search["winner"] is not None:
         chosen, name = search["winner"], score_title(state).removeprefix("validation ")
-        fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
+        fresh = next(each for each in search["finalists"] if each["index"] == chosen)
         unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
         text = f"winner        selection {name} {fresh[state.metric]:.4f}, trial {chosen} ({fresh['origin']})"
         lines.append(f"{text}{unbeaten}; `qpruner plan` prints its plan")

@@ -1,2 +1,3 @@
 """Run the stages: `flow.py` lists and runs them, `run.py` does the rest of a command (checks, lock,
-`run.json`)."""
+`run.json`).
+"""

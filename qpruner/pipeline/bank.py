@@ -35,7 +35,8 @@ Made = dict[tuple[str, str], "EntryRecord"]  # (group, format) -> its entry
 
 class Bank(Stage[BankRecord]):
     """Write one entry (a file) for each group and format: packed weights and initial weights of the
-    adapter."""
+    adapter.
+    """
 
     name = "bank"
     help = "Run up to the bank of packed weights and adapter starts."
@@ -75,7 +76,8 @@ class Bank(Stage[BankRecord]):
 
     def is_complete(self, folder: Path) -> bool:
         """Return True if the Gram matrices for GPTQ are intact; whoever reads a damaged entry makes
-        it again."""
+        it again.
+        """
         return all(bank.has_grams() for bank in self._banks)
 
     def detail(self) -> str:
@@ -202,7 +204,8 @@ class Bank(Stage[BankRecord]):
 
 def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
     """Estimate the bytes of all entries that a run may make: of each cut in every format; adapters
-    are in float32."""
+    are in float32.
+    """
     base, pruned, size = inspection.base, inspection.reference, 0
     for layout in inspection.layouts.values():
         for level in layout.levels:
@@ -234,7 +237,8 @@ class FillJob:
 
 def fill(job: FillJob, emit: Emit) -> Made:
     """Make the entries of a job, except those that a worker made before it died, and return their
-    records."""
+    records.
+    """
     from qpruner.quantization.bank import make_entries
 
     made: Made = {}
@@ -251,7 +255,8 @@ def fill(job: FillJob, emit: Emit) -> Made:
 
 def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -> None:
     """Write the Gram matrices of the inputs of all layers in the blocks of a cut's model, and of
-    its head."""
+    its head.
+    """
     from qpruner.data.calibration import Samples
     from qpruner.pruning.grams import gather
     from qpruner.quantization.bank import write_grams
@@ -269,7 +274,8 @@ def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -
 
 def _remove_stale(bank: BankSource) -> None:
     """Remove entries of other inputs or formats, and unfinished files of killed processes, from a
-    bank's folder."""
+    bank's folder.
+    """
     kept = set()
     for name in (files := files_in(bank.folder)):
         path = bank.folder / name

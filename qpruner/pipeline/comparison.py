@@ -17,7 +17,8 @@ from qpruner.wording import counted
 
 class Comparison(Stage[ComparisonRecord]):
     """Fine-tune and score the models of the final table (winner and baselines); reuse the records
-    of the winner."""
+    of the winner.
+    """
 
     name = "comparison"
     record = ComparisonRecord

@@ -73,9 +73,7 @@ def table_rows(context: Context) -> list[Row]:
     seeds = range(first, first + config.finetune.seeds)
     rival = None if searched.rival is None else searched.finalist(searched.rival)
     beaten = {
-        (each.cut, *each.plan.items())
-        for each in searched.confirmations
-        if is_beaten(each, searched)
+        (each.cut, *each.plan.items()) for each in searched.finalists if is_beaten(each, searched)
     }
 
     def same(name: str, origin: str, plan: PrecisionPlan, under: Iterable[int] = seeds[:1]) -> Row:
@@ -125,7 +123,8 @@ def candidates_for(
     context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]
 ) -> list[Candidate]:
     """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed
-    (None: untuned)."""
+    (None: untuned).
+    """
     config, run = context.config, context.run_dir
     searched, length = context.record(SearchRecord), (config.finetune.steps, config.finetune.epochs)
     settings = (config.lora, config.training, length, config.seed, config.evaluate.batch_size)
@@ -158,7 +157,8 @@ def job_keys(jobs: Iterable[Candidate]) -> list[tuple[str, str, int | None, str]
 
 def distinct(jobs: Iterable[Candidate]) -> list[Candidate]:
     """Return one candidate per folder; rows of the final table with the same plan and fine-tune
-    share a folder."""
+    share a folder.
+    """
     return list({job.folder: job for job in jobs}.values())
 
 

@@ -76,7 +76,8 @@ class Context:
     @cached_property
     def _usable(self) -> tuple[dict[str, str], dict[str, str]]:
         """Sort the cuts that were made into those whose widths the formats can hold, and the others
-        with the reason."""
+        with the reason.
+        """
 
         def usable(cut: str) -> str:
             if self.inspection.packs:
@@ -105,7 +106,8 @@ class Context:
 
     def bank_of(self, cut: str) -> BankSource:
         """Describe the bank of a cut; its entries depend on all that `inputs` is a digest of, and
-        on their formats."""
+        on their formats.
+        """
         from qpruner.quantization.bank import VERSION, BankSource
 
         config, quantize, made = (
@@ -142,7 +144,8 @@ class Context:
 
     def task_digest(self, use: str) -> str:
         """Compute the digest of the questions of `search` or `evaluate`, and of files in
-        `evaluate.include_path`."""
+        `evaluate.include_path`.
+        """
         return digest_of(self.inspection.questions[use], *self.task_files)
 
     @cached_property
@@ -167,7 +170,8 @@ class Context:
 
     def layout_of(self, cut: str) -> Layout:
         """Return the groups of a cut (layers that share a format), to compute the bytes of any
-        plan."""
+        plan.
+        """
         if cut not in self._layouts:
             self._layouts[cut] = preflight.layout_for(
                 self.config, self.config_of(cut), self.on_gpu, cut
@@ -177,12 +181,14 @@ class Context:
     @property
     def checkpoint_bytes(self) -> int:
         """Estimated bytes of a training checkpoint at most: the adapter of the base model and its
-        two Adam moments."""
+        two Adam moments.
+        """
         return 3 * self.inspection.base.trained_bytes
 
     def base_groups_of(self, cut: str) -> tuple[str, ...]:
         """Return the groups of a cut by their names in the base model: blocks that were dropped
-        shift numbers."""
+        shift numbers.
+        """
         count = int(self.inspection.model_config.num_hidden_layers)
         groups = [group.name for group in self.layout_of(cut).groups]
         return in_base(groups, count, self.record(PruneRecord).cuts[cut].dropped_blocks)
@@ -207,7 +213,8 @@ class Context:
         error: Mapping[str, Mapping[str, float]] | None = None,
     ) -> PlanSpace:
         """Return all plans of a cut within the budget; `layout` if other formats are offered than
-        those of the run."""
+        those of the run.
+        """
         return PlanSpace.of(
             layout or self.layout_of(cut), self.budget_bytes, error, self.base_groups_of(cut)
         )
@@ -219,7 +226,8 @@ class Context:
 
     def may_win(self, cut: str) -> bool:
         """Return True if a token takes no more multiply-adds on this cut than
-        `budget.flops_fraction` allows."""
+        `budget.flops_fraction` allows.
+        """
         return preflight.is_fast(self.config, self.layout_of(cut), self.inspection.base)
 
     @property
@@ -258,7 +266,8 @@ class Context:
     @property
     def known_slots(self) -> Slots:
         """The room for trials at `address`, on the machine that `check --gpu` assumes, or here;
-        does not start Ray."""
+        does not start Ray.
+        """
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
@@ -285,7 +294,8 @@ class Context:
     @cached_property
     def check_node(self) -> bytes:
         """A pickled function that checks a node; every process on the cluster calls this function
-        first."""
+        first.
+        """
         if not self.address:
             return packed_check({}, None)
         return packed_check(versions(), self.run_dir)
@@ -304,7 +314,8 @@ class Context:
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
         """Return a worker's resources (without GPUs tasks share the cores), and how many of
-        `num_tasks` run at once."""
+        `num_tasks` run at once.
+        """
         resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
         room = slots.at_most(resources)
         if limit := self.config.search.max_concurrent:
@@ -325,7 +336,8 @@ class Context:
         **more: Any,
     ) -> Iterator[tuple[int, Result]]:
         """Run `function(job)` for all jobs on nodes that pass `check_node`; yield position and
-        result of each job."""
+        result of each job.
+        """
         from qpruner.cluster.tasks import run_tasks
 
         return run_tasks(
@@ -334,7 +346,8 @@ class Context:
 
     def check_lock(self, stage: str) -> None:
         """Raise an error if another driver took over the lock, for example while this process was
-        suspended."""
+        suspended.
+        """
         if not self.holds_run():
             raise lock_lost(
                 stage,

@@ -105,7 +105,8 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
 
 def scores_digest(context: Context) -> str:
     """Compute the digest of everything that models are scored on: tasks, their metrics, texts and
-    settings."""
+    settings.
+    """
     texts = [row.response for row in context.inspection.examples.get("text", ())]
     metrics = context.inspection.metrics["evaluate"]
     return digest_of(
@@ -121,7 +122,8 @@ def score_jobs(
     stage: Stage[Any], jobs: list[Candidate], text: Path | None
 ) -> dict[Path, RowScores]:
     """Score models on `evaluate.tasks` and `text`, unless recorded; return the scores of all models
-    by job folder."""
+    by job folder.
+    """
     context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
     for job in jobs:
@@ -155,7 +157,8 @@ def rows_of(
     jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dict[Path, Inference]
 ) -> list[RowScores]:
     """List the scores of the jobs under their row names, with memory and speed where they were
-    measured."""
+    measured.
+    """
     return [
         scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)})
         for job in jobs

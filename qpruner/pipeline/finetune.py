@@ -1,5 +1,6 @@
 """The finetune stage: fine-tune the adapters of the winning plan anew, and write the folder
-`final`."""
+`final`.
+"""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,8 @@ from qpruner.wording import counted
 
 class Finetune(Stage[FinetuneRecord]):
     """Fine-tune the adapters of the winning plan for `finetune.steps` or epochs, and write the
-    folder `final`."""
+    folder `final`.
+    """
 
     name = "finetune"
     help = "Run up to the final fine-tune."
@@ -138,7 +140,8 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
     """Return the record in a job's folder, None if there is none, or a message if the folder is
-    damaged."""
+    damaged.
+    """
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
         record = storage.read_json(folder / "record.json", CandidateRecord)
@@ -197,7 +200,8 @@ def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
 
 def write_final(winner: Candidate, folder: Path, emit: Emit) -> None:
     """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import
-    qpruner.hf`."""
+    qpruner.hf`.
+    """
     from qpruner.quantization.assembly import assemble
 
     on_progress, adapter = loading_progress(emit, "finetune"), storage.fetch(winner.adapter)

@@ -96,7 +96,8 @@ def run_stage(stage: Stage[Any]) -> None:
 
 def recorded(context: Context) -> None:
     """Add to the context the records that `run` would reuse; the files of the stages are not
-    checked."""
+    checked.
+    """
     context.records = Results()
     for kind in STAGES:
         if kind.record is None or not kind.is_wanted(context.config):
@@ -115,7 +116,8 @@ def recorded(context: Context) -> None:
 @contextmanager
 def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[None]:
     """Turn known errors of a stage into a `StageError` that names stage, cause and remedy; `root`
-    is the run folder."""
+    is the run folder.
+    """
     try:
         yield
     except StageError:
@@ -147,7 +149,8 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
 
 def _damage_remedy(path: Path | None, root: Path | None) -> str:
     """Say how to replace a damaged file: the run repairs some files itself, others must be deleted
-    first."""
+    first.
+    """
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts

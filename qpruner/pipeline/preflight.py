@@ -43,7 +43,8 @@ Made = TypeVar("Made")
 @dataclass(frozen=True)
 class Shapes:
     """Shapes and sizes of the base model and of all cuts, with the budget, computed without
-    weights."""
+    weights.
+    """
 
     model_config: Any
     base: Layout
@@ -114,7 +115,8 @@ def _check_positions(config: RunConfig, shapes: Shapes) -> None:
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
     """Compute the shapes and sizes of the base and the pruned model; check cut, budget, plan and
-    device."""
+    device.
+    """
     import torch
 
     model_config = load_model_config(config.model)
@@ -153,7 +155,8 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
 def is_fast(config: RunConfig, layout: Layout, base: Layout, margin: float = 0.0) -> bool:
     """Return True if a token takes no more multiply-adds on a cut than `budget.flops_fraction`
-    allows."""
+    allows.
+    """
     return (
         layout.multiply_adds
         <= ((config.quantize.budget.flops_fraction or 1.0) + margin) * base.multiply_adds
@@ -185,7 +188,8 @@ def makeable(
     wanted: Mapping[str, Asked], make: Callable[[Asked], Made]
 ) -> tuple[dict[str, Made], dict[str, str]]:
     """Make the cuts that can be made, and map the others to the reason; raise the first error if
-    none can be made."""
+    none can be made.
+    """
     cuts, errors = dict[str, Made](), dict[str, UserError]()
     for name, asked in wanted.items():
         try:
@@ -230,7 +234,8 @@ def plan_in_file(
 
 def _doubts(config: RunConfig, shapes: Shapes) -> Iterator[str]:
     """Warn if all plans fit, or if the plans to beat (`pipeline/controls.py`) run first and may use
-    up all trials."""
+    up all trials.
+    """
     most = shapes.base.plan_bytes(shapes.base.largest())
     if config.quantize.has_choice and most <= shapes.budget_bytes:
         yield f"`quantize.budget`: every plan fits, as the largest takes {most / 1e6:.1f} MB: ask for fewer bytes"
@@ -249,7 +254,8 @@ def most_controls(config: RunConfig) -> int:
 
 def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
     """List the groups of a model (layers that share a format), to compute the bytes of plans,
-    adapters included."""
+    adapters included.
+    """
     return layout_of(
         model_config,
         config.quantize,
@@ -262,7 +268,8 @@ def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> 
 
 def is_pruned(model_config: Any) -> bool:
     """Return True if the blocks differ in width, so the model was pruned earlier and is not cut
-    again."""
+    again.
+    """
     return bool(model_config.is_heterogeneous)
 
 
@@ -337,7 +344,8 @@ def check_gpu(config: RunConfig, capability: Capability) -> None:
 
 def check_device(capability: Capability | None, config: RunConfig, packs: bool) -> None:
     """Raise an error if a GPU of this compute capability, or a CPU (None), cannot run type and
-    formats of a model."""
+    formats of a model.
+    """
     if capability is None and config.model.dtype == "float16":
         raise UserError(
             "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16 or float32"
@@ -348,7 +356,8 @@ def check_device(capability: Capability | None, config: RunConfig, packs: bool) 
 
 def check_cut(on_gpu: bool, config: RunConfig, cut: Cut) -> Cut:
     """Return the cut; raise an error if the formats cannot hold the widths that it is expected to
-    leave."""
+    leave.
+    """
     try:
         check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
     except UserError as error:

@@ -1,5 +1,6 @@
 """Check the rows and questions of a run: they exist, do not overlap between uses, and can be
-encoded."""
+encoded.
+"""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,8 @@ data."""
 @dataclass(frozen=True)
 class Rows:
     """Rows by split; questions to score trials (`search`), choose the winner (`fresh`) and test
-    models (`evaluate`)."""
+    models (`evaluate`).
+    """
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
@@ -44,7 +46,8 @@ class Rows:
 
 def check_rows(config: RunConfig) -> Rows:
     """Load all rows and questions of the run, with warnings; raise an error if two uses of the data
-    overlap."""
+    overlap.
+    """
     check_cache()
     examples: dict[str, list[Example]]
     tasks: dict[str, dict[str, TaskQuestions]]
@@ -81,7 +84,8 @@ def check_rows(config: RunConfig) -> Rows:
 
 def check_cache() -> None:
     """Raise a `UserError` if the libraries of Hugging Face cannot write to their cache, through
-    which all rows go."""
+    which all rows go.
+    """
     from datasets.config import HF_DATASETS_CACHE
 
     try:
@@ -146,7 +150,8 @@ def about_labelled(row: Example, data: DataConfig) -> int:
 
 def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
     """Bound the labelled tokens of every row from above, at twice the tokens per character of
-    English text."""
+    English text.
+    """
     if not rows or data.packing or not data.response_only:
         return data.max_length
     return min(data.max_length, TEMPLATE_END + 2 * max(about_tokens(row)[1] for row in rows))

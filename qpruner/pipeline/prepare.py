@@ -68,7 +68,8 @@ class Prepare(Stage[PrepareRecord]):
 
 def _provide_base(model: ModelConfig, target: Path, is_shared: bool, emit: Emit) -> Base:
     """Load the base model; write to `target` what was converted from .gguf, or a hub model if nodes
-    share the run."""
+    share the run.
+    """
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
     return replace(base, path=str(target)) if base.converted else base
@@ -76,7 +77,8 @@ def _provide_base(model: ModelConfig, target: Path, is_shared: bool, emit: Emit)
 
 def loading_progress(emit: Emit, stage: str) -> OnWork:
     """Return a callback that reports the progress of named work, such as loading weights, as
-    progress of a stage."""
+    progress of a stage.
+    """
     return lambda what, done, total: emit(Progress(stage, done, total, what))
 
 

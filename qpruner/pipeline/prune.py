@@ -50,7 +50,8 @@ CUT_FILE = "cut.json"  # name of the record in the folder of a cut, which is wri
 @dataclass(frozen=True)
 class Wanted:
     """A cut to make: its settings, its digest and its folder, which has the record alone if nothing
-    is cut."""
+    is cut.
+    """
 
     settings: PruneConfig
     digest: str
@@ -127,7 +128,8 @@ class Prune(Stage[PruneRecord]):
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
         """Return the records of the cuts that earlier commands made with equal inputs and whose
-        files are intact."""
+        files are intact.
+        """
         root, found = self.context.run_dir.root, dict[str, CutRecord]()
         for name, each in wanted.items():
             if super().is_complete(each.folder) and storage_at(each.folder).read_list():
@@ -188,7 +190,8 @@ def make_cuts(
     emit: Emit,
 ) -> Made:
     """Make the cuts of the base model, each in its folder; the importances in the folders `saved`
-    are used again."""
+    are used again.
+    """
     made, left_out = dict[str, CutRecord](), dict[str, str]()
     cutter, model = Cutter(config, base, data, saved, emit), None
     for name, each in wanted.items():
@@ -306,7 +309,8 @@ class Cutter:
 
 def describe(settings: PruneConfig, target: str) -> str:
     """Describe a cut in one line, or several by their `target`, of which `settings` are those of
-    the largest."""
+    the largest.
+    """
     if settings.is_off:
         return target
     parts = [target, f"by {settings.criterion.replace('_', ' ')}", settings.selection]
@@ -330,7 +334,8 @@ def target_text(settings: PruneConfig) -> str:
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWidths, ...]:
     """List the kept units (indices) and parameters of each block; `before` has their parameters
-    before the cut."""
+    before the cut.
+    """
     from qpruner.pruning.prune import block_sizes
 
     family, after = (

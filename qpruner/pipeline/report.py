@@ -39,7 +39,8 @@ class Report(Stage[Record]):
 
 def report_unfinished(run_dir: RunDir) -> str:
     """Write the report of an unfinished run and return a message with its path, or a warning if
-    writing fails."""
+    writing fails.
+    """
     from qpruner.report.files import write_report
 
     try:

@@ -1,5 +1,6 @@
 """Run a command: check the configuration, hold the lock of the run folder, keep `run.json`, and run
-the flow."""
+the flow.
+"""
 
 import contextlib
 import logging
@@ -169,7 +170,8 @@ def run(
 
 def _check_room(context: Context) -> tuple[int, int]:
     """Raise an error if the disk is too small for the run; return the bytes needed at most, and the
-    free bytes."""
+    free bytes.
+    """
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
     wanted = [
@@ -195,7 +197,8 @@ def _check_room(context: Context) -> tuple[int, int]:
 
 def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
     """Emit the warnings of the configuration and the stages, then raise the errors of stages and
-    nodes."""
+    nodes.
+    """
     for warning in context.config.warnings:
         context.emit(Message(COMMAND, f"warning: {warning}"))
     for stage in stages:

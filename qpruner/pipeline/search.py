@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qpruner.config.pruning import RATES
-from qpruner.data.measures import accuracy_name
 from qpruner.errors import CorruptFile, StageError, UserError
-from qpruner.pipeline.confirm_seeds import candidate_of, kept_scores, with_further_seeds
 from qpruner.pipeline.controls import controls, shared
+from qpruner.pipeline.finalists import score_finalists, with_further_seeds
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
 from qpruner.quantization.formats import PAPER
@@ -28,7 +27,6 @@ from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     GIVEN,
     BankRecord,
-    Confirmation,
     SearchRecord,
     SearchState,
     SensitivityRecord,
@@ -43,15 +41,13 @@ from qpruner.search.searchers import check_searcher
 from qpruner.search.trial_records import (
     SETTING_REMEDIES,
     Materials,
-    checkpoint_of,
     read_trials,
     restart_if_damaged,
     set_aside_damaged,
     set_aside_others,
-    trial_folder,
 )
 from qpruner.training.trackers import check_trackers
-from qpruner.wording import counted, error_text
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob, SearchOutcome
@@ -71,7 +67,8 @@ class Search(Stage[SearchRecord]):
     @cached_property
     def given(self) -> PrecisionPlan | None:
         """The plan to try without a search (`search.plan`, or the only one possible); None if plans
-        are searched."""
+        are searched.
+        """
         space, method = self.context.space.spaces[0], self.config.search.plan_method
         if method:
             return choice.seed_plan(
@@ -169,7 +166,8 @@ class Search(Stage[SearchRecord]):
 
     def begin(self) -> None:
         """Emit the recorded trials; delete the record of the search if one of its trials is set
-        aside or not over."""
+        aside or not over.
+        """
         context, settings = self.context, self.config.search
         set_aside_damaged(self.folder, self.search_digest, self.notify)
         set_aside_others(
@@ -187,7 +185,7 @@ class Search(Stage[SearchRecord]):
             if record and not (
                 len(own) >= record.num_trials
                 and all(trial.is_over for trial in own)
-                and over.issuperset(each.index for each in record.confirmations)
+                and over.issuperset(each.index for each in record.finalists)
             ):
                 context.forget(
                     "search"
@@ -227,21 +225,21 @@ class Search(Stage[SearchRecord]):
             self.notify(f"resuming with {counted(resumed, 'recorded trial')}")
         if others := own.count(False):
             self.notify(f"starting with {counted(others, 'trial')} of earlier searches")
-        outcome, finalists = self._finalists(job)
-        confirmations, gpu_seconds = confirm(self, finalists, job)
-        by_index = {trial.index: trial for trial in finalists}
+        outcome, trials = self._finalists(job)
+        finalists = score_finalists(self, trials, job)
         if self.given is None:
-            confirmations, more_gpu_seconds = with_further_seeds(self, confirmations, by_index, job)
-            gpu_seconds += more_gpu_seconds
-        best = best_of([each for each in confirmations if each.fits], self._metric)
+            finalists = with_further_seeds(self, finalists, trials, job)
+        best = best_of([finalist for finalist in finalists if finalist.fits], self._metric)
         if best is None:
             raise StageError(
                 "search",
                 "no trial that fits into the budget finished",
                 "see the trials' reasons in the log",
             )
-        rival = rival_of(confirmations, best, self._metric)
-        write_json(scratch / "best.json", by_index[best.index])
+        rival = rival_of(finalists, best, self._metric)
+        write_json(
+            scratch / "best.json", next(trial for trial in trials if trial.index == best.index)
+        )
         statuses, all_trials = (
             [trial.status for trial in outcome.trials],
             (*outcome.trials, *outcome.reused),
@@ -267,8 +265,7 @@ class Search(Stage[SearchRecord]):
             "search_seconds": outcome.seconds,
             "gpu_seconds": outcome.gpu_seconds,
             "sessions": outcome.sessions,
-            "confirmation_gpu_seconds": gpu_seconds,
-            "confirmations": confirmations,
+            "finalists": finalists,
             "rungs": agreements(scores, self.config.search.steps),
             "best_index": best.index,
             "best_origin": best.origin,
@@ -380,48 +377,10 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
     return [finished[position] for position in chosen]
 
 
-def confirm(
-    stage: Stage[Any], finalists: Sequence[TrialRecord], job: SearchJob
-) -> tuple[list[Confirmation], float]:
-    """Score the finalists on rows that no trial has used; return the scores and the GPU seconds
-    that scoring used."""
-    context, confirmations, wanted = stage.context, [], {}
-    for trial in finalists:
-        checkpoint = checkpoint_of(job.trials, trial)
-        assert checkpoint is not None, "a finished trial has a checkpoint"
-        candidate = candidate_of(stage, trial, checkpoint, context.config.seed)
-        wanted[trial_folder(job.trials, trial.index) / "fresh.json"] = (
-            candidate,
-            (trial.checkpoint,),
-        )
-    scores = kept_scores(stage, wanted)
-    for trial, score in zip(finalists, scores, strict=True):
-        control, reused = job.control_of(plan_of(trial)), not job.owns(trial)
-        each = Confirmation(
-            index=trial.index,
-            origin=control or (f"{trial.origin} of another search" if reused else trial.origin),
-            control=control not in (None, GIVEN),
-            reused=reused,
-            cut=trial.cut,
-            plan=trial.plan,
-            plan_bytes=trial.plan_bytes,
-            fits=job.fits(trial.cut, trial.plan_bytes),
-            losses={context.config.seed: score.losses},
-            **score.model_dump(exclude={"digest", "gpu_seconds", "losses"}),
-        )
-        text = f"finalist: trial {each.index} ({each.origin}), selection loss {each.loss:.4f}"
-        text += error_text(each.stderr, 4)
-        if each.accuracy is not None:
-            name = accuracy_name(context.inspection.metrics["search"])
-            text += f", selection {name} {each.accuracy:.3f}{error_text(each.accuracy_stderr, 3)}"
-        stage.notify(text)
-        confirmations.append(each)
-    return confirmations, sum(score.gpu_seconds for score in scores)
-
-
 def lost_controls(job: SearchJob, trials: Sequence[TrialRecord], ended: str) -> dict[str, str]:
     """Return the controls in the budget without a finished trial, and the reasons; `ended` is why
-    the search ended."""
+    the search ended.
+    """
     by_plan = {plan_of(trial): trial for trial in trials}
     lost = {}
     for origin, plan in job.controls:

@@ -1,5 +1,6 @@
 """The sensitivity stage: score by several methods the harm to the model if one group gets a smaller
-format."""
+format.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ FOLDER = "sensitivities"
 
 class Sensitivity(Stage[SensitivityRecord]):
     """Score for each group the harm to the model by every format; reuse earlier scores of the same
-    inputs."""
+    inputs.
+    """
 
     name = "sensitivity"
     help = "Run up to the sensitivities."
@@ -90,7 +92,8 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 def _range(method: str, scores: MethodScores) -> str:
     """Format the smallest and largest difference of any group: its score in its smallest format
-    minus the largest."""
+    minus the largest.
+    """
     offered = [
         [value for value in of_group if value is not None]
         for of_group in zip(*scores.values.values(), strict=True)
@@ -148,7 +151,8 @@ def _on_model(
     context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]
 ) -> Result:
     """Score groups on the pruned model in the executor, and report progress under the names of the
-    methods."""
+    methods.
+    """
     work = partial(
         _score,
         context.checkpoint_of(context.reference),

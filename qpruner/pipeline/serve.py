@@ -1,5 +1,6 @@
 """The serve stage: write the final model for other servers, and measure its size, loss and speed as
-they serve it."""
+they serve it.
+"""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,7 +32,8 @@ written from."""
 
 class Serve(Stage[ServeRecord]):
     """Write the forms in `serve.to`, and measure them beside the base model, in turns in one
-    process."""
+    process.
+    """
 
     name = "serve"
     record = ServeRecord
@@ -64,7 +66,8 @@ class Serve(Stage[ServeRecord]):
 
     def _refusal(self, form: ServedForm) -> str | None:
         """Say why the base model or a cut cannot have this form, and what would work; None if all
-        can."""
+        can.
+        """
         from qpruner.export.forms import refusal
 
         inspection = self.context.inspection
@@ -110,7 +113,8 @@ class Serve(Stage[ServeRecord]):
     @cached_property
     def _rival(self) -> tuple[Candidate, float] | None:
         """The winner's rival, with the winner's training seed, and its mean bits; None if it had no
-        fine-tune."""
+        fine-tune.
+        """
         results = self.context.records
         if not (results.comparison and (name := rival_row(results))):
             return None
@@ -157,7 +161,8 @@ class Serve(Stage[ServeRecord]):
 
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that write and run the files; those that are missing are
-    left out."""
+    left out.
+    """
     found = {}
     for name in ("gguf", "xllamacpp", "vllm"):
         with suppress(PackageNotFoundError):

@@ -51,7 +51,8 @@ class Served:
 @dataclass(frozen=True)
 class ServeJob:
     """The work of the stage: folders, the winner, and the best simple alternative with its mean
-    bits (`rival`)."""
+    bits (`rival`).
+    """
 
     config: RunConfig
     root: Path
@@ -122,7 +123,8 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
 
 def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
     """Return the mean bits of the blocks' weights in files in which some layers have another
-    format."""
+    format.
+    """
     bits, total = 0.0, 0
     for group in job.layout.groups:
         for linear in group.linears if group.name not in (EMBEDDINGS, HEAD) else ():
@@ -156,7 +158,8 @@ def write_rival(
     rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork
 ) -> list[Served]:
     """Write the best simple alternative, fine-tuned, as GGUF files; return no row if llama.cpp
-    lacks its formats."""
+    lacks its formats.
+    """
     from qpruner.export.gguf import writing
 
     if any(each.is_packed and not each.ggml_type for each in map(format_of, rival.plan.values())):
@@ -183,7 +186,8 @@ def measure_in_turns(
     job: ServeJob, served: Sequence[Served]
 ) -> Iterator[tuple[int, int] | dict[str, Any]]:
     """Measure speed, and the loss in the first turn; yield done and total turns, then the setting
-    and all rows."""
+    and all rows.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llama.cpp may be a build for GPUs
     from qpruner.data.encoding import load_confirmation, load_encoded
     from qpruner.export.gguf.llama_cpp import build

@@ -94,7 +94,8 @@ class Stage(ABC, Generic[RecordType]):
 
     def matching_record(self, digest: str) -> RecordType | None:
         """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a
-        damaged record."""
+        damaged record.
+        """
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
         is_there = (
@@ -104,7 +105,8 @@ class Stage(ABC, Generic[RecordType]):
 
     def is_complete(self, folder: Path) -> bool:
         """Return True if the checksums of a folder and its subfolders match; else set the damaged
-        folder aside."""
+        folder aside.
+        """
         inner = [
             folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)
         ]
@@ -125,7 +127,8 @@ class Stage(ABC, Generic[RecordType]):
         self, file: Path, kind: type[FileType], place: Path, remedy: str
     ) -> FileType | None:
         """Read a JSON file; return None if it is missing or damaged. Set a damaged file aside in
-        `place`."""
+        `place`.
+        """
         try:
             return read_json(file, kind)
         except CorruptFile as error:

@@ -19,7 +19,7 @@ from qpruner.config.load import parse_yaml
 from qpruner.config.pruning import UNPRUNED as UNPRUNED
 from qpruner.errors import PlanRefused
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
-from qpruner.runs.records import Confirmation, TrialRecord
+from qpruner.runs.records import Finalist, TrialRecord
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 """Names of the groups outside the blocks; there is no head group if the head is tied to the
@@ -50,7 +50,8 @@ def cut_title(cut: str) -> str:
 
 def formats_text(plan: Mapping[str, str]) -> str:
     """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one
-    format."""
+    format.
+    """
     counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
     of_blocks = (
         list(counts)
@@ -64,7 +65,8 @@ def formats_text(plan: Mapping[str, str]) -> str:
 
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
     """Compare a plan with the budget in words: `0.75 MB left of the budget of 127.11 MB`, or `0.75
-    MB above ...`."""
+    MB above ...`.
+    """
     left = (budget_bytes - plan_bytes) / 1e6
     return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"
 
@@ -147,14 +149,15 @@ class PrecisionPlan:
         return "".join(format_of(name).letter for name in self.formats)
 
 
-def plan_of(record: TrialRecord | Confirmation) -> PrecisionPlan:
+def plan_of(record: TrialRecord | Finalist) -> PrecisionPlan:
     """Return a trial's plan."""
     return PrecisionPlan.from_dict(record.plan, record.cut)
 
 
 def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) -> tuple[str, ...]:
     """Return the groups of a cut by their names in the base model of `num_blocks`: blocks `dropped`
-    shift numbers."""
+    shift numbers.
+    """
     kept = sorted(set(range(num_blocks)) - set(dropped))
     names = {f"{new}": f"{old:0{len(str(num_blocks - 1))}d}" for new, old in enumerate(kept)}
     return tuple(
@@ -164,7 +167,8 @@ def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) ->
 
 def next_format(name: str, offered: Sequence[str]) -> str:
     """Return the format itself if it is among `offered` (smallest first), else the next larger,
-    else the largest."""
+    else the largest.
+    """
     order = list(formats())
     at = order.index(format_of(name).name)
     return next((each for each in offered if order.index(each) >= at), offered[-1])
@@ -195,12 +199,14 @@ class Layout:
     @property
     def trained_bytes(self) -> int:
         """Count the bytes of the adapters in float32, as they are trained and kept in the bank and
-        in checkpoints."""
+        in checkpoints.
+        """
         return self.adapter_bytes // self.element_bytes * 4
 
     def uniform(self, name: str) -> PrecisionPlan:
         """Return the plan with every group in one format; one that is not offered it takes its next
-        larger one."""
+        larger one.
+        """
         return self._plan(next_format(name, group.formats) for group in self.groups)
 
     def dense(self) -> PrecisionPlan:
@@ -237,7 +243,8 @@ class Layout:
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
         """Return the average bits of a weight in the blocks' groups; scales, embeddings and head do
-        not count."""
+        not count.
+        """
         of_groups = zip(self.groups, plan.formats, strict=True)
         counted = [
             (group, name) for group, name in of_groups if group.name not in (EMBEDDINGS, HEAD)

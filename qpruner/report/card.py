@@ -26,7 +26,8 @@ METRICS = {
 
 def model_card(run: Snapshot) -> str:
     """Return the final model's card; if `card.license` is not set, the licence comes from the base
-    model's card."""
+    model's card.
+    """
     assert run.results.evaluate and run.results.search and run.results.prepare
     config, search = run.state.config, run.results.search
     base = config["model"]["source"]
@@ -61,7 +62,8 @@ def model_card(run: Snapshot) -> str:
 
 def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
     """Yield the final model's score on each task; the final model is the winner under the first
-    training seed."""
+    training seed.
+    """
     assert run.results.evaluate
     row = next(
         row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None
@@ -79,7 +81,8 @@ def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
 
 def _is_hub_id(source: str, folder: Path) -> bool:
     """Return True if a source is the id of a model or data set on a hub, not a local path (relative
-    to `folder`)."""
+    to `folder`).
+    """
     return (
         source.count("/") == 1
         and not source.startswith(("/", ".", "~", "package:"))
@@ -90,7 +93,8 @@ def _is_hub_id(source: str, folder: Path) -> bool:
 
 def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, Any]:
     """Return card metadata known without the section `card`: hub ids of base model and data sets,
-    and the licence."""
+    and the licence.
+    """
     source = config["model"]["source"]
     base = source if _is_hub_id(source, folder) else None
     data = dict.fromkeys(each["source"] for each in config["data"]["train"])

@@ -1,15 +1,16 @@
 """Writes the claim: how the winner compares with others, as far as the measured spread allows a
-verdict."""
+verdict.
+"""
 
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
 from qpruner.plans.plan import UNPRUNED
-from qpruner.report.finalists import rival_as_trial
 from qpruner.report.results import fine_tunes
 from qpruner.report.statistics import (
     CONFIRMATION_LOSS,
     SAME,
+    SELECTION_LOSS,
     Difference,
     differences,
     differences_text,
@@ -18,9 +19,10 @@ from qpruner.report.statistics import (
     over_questions,
     paired,
     seeds_of,
+    verdict_of,
 )
-from qpruner.runs.records import BEST_SEARCHED, RANDOM, SEARCHED, Results, SearchRecord
-from qpruner.search.roles import control_title, rival_row
+from qpruner.runs.records import BEST_SEARCHED, RANDOM, SEARCHED, Finalist, Results, SearchRecord
+from qpruner.search.roles import compared_as_trials, control_title, rival_row
 from qpruner.wording import counted
 
 
@@ -68,28 +70,75 @@ def compared(results: Results, other: str) -> Comparison:
     return Comparison(other, pairs[0][1][0].origin, seeds_of(pairs), more_bytes(pairs), found)
 
 
+def finalists(search: SearchRecord) -> list[Finalist]:
+    """List the winner, then the others in the budget by their loss, then those that exceed it."""
+
+    def key(finalist: Finalist) -> tuple[bool, bool, float, int]:
+        is_other = finalist.index != search.best_index
+        return is_other, not finalist.fits, finalist.of_trial.loss, finalist.index
+
+    return sorted(search.finalists, key=key)
+
+
+def difference_from(finalist: Finalist, search: SearchRecord) -> Difference | None:
+    """Return the winner's loss less that of another finalist, as trials on the rows that chose it.
+
+    None for the winner itself. In a search by accuracy the loss decides nothing.
+    """
+    if finalist.index == search.best_index:
+        return None
+    seeds, less = compared_as_trials(search.winner, finalist, len(search.finalists))
+    return Difference(
+        measure=SELECTION_LOSS,
+        mean=less.mean,
+        spread=None,
+        half_width=less.half_width,
+        num_pairs=len(finalist.of_trial.losses),
+        seeds=seeds,
+        verdict=None if search.by_accuracy else verdict_of(SELECTION_LOSS, less),
+    )
+
+
+def finalist_differences(search: SearchRecord) -> dict[int, Difference | None]:
+    """Map the trial of each finalist, in the order of `finalists`, to `difference_from` it."""
+    return {each.index: difference_from(each, search) for each in finalists(search)}
+
+
 def headline(results: Results) -> str:
     """Say how small the winner is, and how it compares with its rival, no surer than the spread."""
     assert results.search and results.prune
-    winner, search = fine_tunes(results)[SEARCHED][0][0], results.search
-    smaller = f"{results.prune.cuts[UNPRUNED].bytes_before / winner.measured_bytes:.1f} times smaller than the base"
+    search = results.search
+    winner, _ = fine_tunes(results)[SEARCHED][0]
+    ratio = results.prune.cuts[UNPRUNED].bytes_before / winner.measured_bytes
+    smaller = f"{ratio:.1f} times smaller than the base"
     if search.control_won:
-        smaller = f"{smaller}. A plan that needs no search won: {control_title(search.best_origin)}"
-    rival, row = rival_as_trial(search), rival_row(results)
-    if rival is None or rival.difference is None:
-        return f"{smaller}; compared with no other plan{_lost(search)}"
+        smaller += f". A plan that needs no search won: {control_title(search.best_origin)}"
+    return f"{smaller}; {_beside_rival(results, search)}{_lost(search)}"
+
+
+def _beside_rival(results: Results, search: SearchRecord) -> str:
+    """Compare the winner with its rival: after their fine-tunes or, without these, as trials."""
+    rival = search.rival_as_trial
+    if rival is None:
+        return "compared with no other plan"
     which = "the best simple alternative" if rival.control else "the best searched plan"
+    row = rival_row(results)
     if row is None and search.by_accuracy:
-        ours, theirs = search.winner.accuracy, search.finalist(rival.trial).accuracy
         name = accuracy_name(search.metrics)
-        scores = f"{name} {ours:.3f} as a trial, that of {which} {theirs:.3f}, on the questions that chose the winner"
-        return f"{smaller}; {scores}{_lost(search)}"
-    found = compared(results, row).differences if row else (rival.difference,)
-    decisive = next(each for each in found if each.verdict)
-    than = f"{decisive.verdict} {'from' if decisive.verdict == SAME else 'than'}"
-    where = "" if row else ", both as trials on the rows that chose the winner"
+        ours = f"{name} {search.winner.of_trial.accuracy:.3f} as a trial"
+        theirs = f"that of {which} {rival.of_trial.accuracy:.3f}"
+        return f"{ours}, {theirs}, on the questions that chose the winner"
+
+    if row is None:
+        decisive = difference_from(rival, search)
+        where = ", both as trials on the rows that chose the winner"
+    else:
+        decisive = next(each for each in compared(results, row).differences if each.verdict)
+        where = ""
+    assert decisive
+    preposition = "from" if decisive.verdict == SAME else "than"
     by = f" ({decisive.short_text})" if decisive.short_text else ""
-    return f"{smaller}; {than} {which}{where}{by}{_lost(search)}"
+    return f"{decisive.verdict} {preposition} {which}{where}{by}"
 
 
 def _lost(search: SearchRecord) -> str:
@@ -105,13 +154,14 @@ def _lost(search: SearchRecord) -> str:
 def claim(results: Results) -> str:
     """State the headline and, each on a line that begins with a dash, the comparisons behind it."""
     assert results.search
-    items, rival = list(map(_item, comparisons(results))), rival_as_trial(results.search)
+    items = [_item(comparison) for comparison in comparisons(results)]
+    rival = results.search.rival_as_trial
     if not items:
         items = ["No other plan had this fine-tune, so nothing is claimed at equal bytes."]
-        if rival and rival.difference:
-            items.append(
-                f"Against {rival.title}, as trials on the rows that chose the winner: {rival.difference.text}."
-            )
+        is_comparable = rival is not None and not results.search.by_accuracy
+        if is_comparable and (difference := difference_from(rival, results.search)):
+            against = f"Against {control_title(rival.origin)}, as trials on the rows that chose the winner"
+            items.append(f"{against}: {difference.text}.")
     for name, reason in results.search.lost_controls.items():
         items.append(f"Without a result: {control_title(name)}, {reason}.")
     return "\n- ".join([f"{headline(results)}.", *items])

@@ -1,5 +1,6 @@
 """The parts of a report (paragraph, list, table, code, section), and their Markdown; `html` renders
-the page."""
+the page.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Compared:
 
     def __str__(self) -> str:
         """Draw the interval in plain characters: `|` is no difference, `o` the mean, and to the
-        right is better."""
+        right is better.
+        """
         if not (self.difference and self.difference.bar):
             return f"{self.figure}  {self.times}"
         middle, line = BAR_WIDTH // 2, [" "] * BAR_WIDTH
@@ -127,7 +129,8 @@ class Section:
 
 def report_md(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
     """Render `report.md` from its sections; `pictures` is the relative path of the folder with the
-    plots' PNG files."""
+    plots' PNG files.
+    """
     blocks = [f"# qpruner: {prose(run.name)}", prose(run.standing), *filter(None, [run.missing])]
     for section in listed:
         blocks += [f"## {section.heading}", *markdown(section.parts, pictures)]
@@ -136,7 +139,8 @@ def report_md(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
 
 def markdown(parts: Iterable[Part], pictures: str = "") -> list[str]:
     """Render parts as Markdown blocks, to be joined by empty lines; plots need `pictures`, the
-    folder of PNG files."""
+    folder of PNG files.
+    """
     return [block for part in parts for block in _part(part, pictures)]
 
 

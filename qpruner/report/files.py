@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict
 
 from qpruner.report import html
 from qpruner.report.card import model_card
-from qpruner.report.claim import Comparison, claim, comparisons
+from qpruner.report.claim import Comparison, claim, comparisons, finalist_differences
 from qpruner.report.content import report_md
-from qpruner.report.finalists import Finalist, finalists
 from qpruner.report.plots.chart import Chart
 from qpruner.report.results import Row, rows
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import Snapshot, read_snapshot
+from qpruner.report.statistics import Difference
 from qpruner.runs.records import Results, RunState, TrialRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import published_folders, storage_at, write_text
@@ -28,7 +28,8 @@ PICTURES = "pictures"
 
 def write_report(run_dir: RunDir) -> Path:
     """Write all report files from the run's records, also of an unfinished run; return the path of
-    `report.html`."""
+    `report.html`.
+    """
     run, scratch = read_snapshot(run_dir), run_dir.scratch(PICTURES)
     listed = sections(run)
     for plot in (part for section in listed for part in section.parts if isinstance(part, Chart)):
@@ -51,7 +52,7 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     """Version of this file's format. It changes when a field is removed or changes its meaning."""
     standing: str
     """How far the run has come, in one or two sentences."""
@@ -62,8 +63,9 @@ class Summary(BaseModel):
     """The comparisons behind the claim: of the winner with its rival and with random plans."""
     table: tuple[Row, ...]
     """The final table: means over training seeds, with losses in nats per token."""
-    finalists: tuple[Finalist, ...]
-    """The winner of the search, the best trials and the controls, as trials scored on fresh rows.
+    finalist_differences: dict[int, Difference | None]
+    """Trial number of each of `records.search.finalists`, the winner first -> the winner's loss less
+    its own, as trials on the fresh rows that chose the winner; null for the winner itself.
     """
     records: Results
     """The records of all stages."""
@@ -82,7 +84,7 @@ def summary_text(run: Snapshot) -> str:
         claim=claim(results) if is_complete else None,
         comparisons=tuple(comparisons(results)) if is_complete else (),
         table=tuple(rows(results)) if is_complete else (),
-        finalists=tuple(finalists(results.search)) if results.search else (),
+        finalist_differences=finalist_differences(results.search) if results.search else {},
         records=results,
         trials=run.trials,
         state=run.state,
@@ -97,6 +99,6 @@ def summary_schema() -> str:
     schema = Summary.model_json_schema(mode="serialization")
     about = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": "urn:qpruner:results:2",
+        "$id": "urn:qpruner:results:3",
     }
     return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"

@@ -1,5 +1,6 @@
 """Builds the first screen: the winner beside the base and the best simple alternative, and how sure
-that is."""
+that is.
+"""
 
 import math
 import statistics
@@ -8,14 +9,13 @@ from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name, over_tasks
 from qpruner.plans.plan import UNPRUNED, cut_title, formats_text
-from qpruner.report.claim import compared
+from qpruner.report.claim import compared, difference_from
 from qpruner.report.content import Compared, Paragraph, Table
-from qpruner.report.finalists import finalists, rival_as_trial
 from qpruner.report.results import Row, rows
 from qpruner.report.served import decode_in_llama_cpp
 from qpruner.report.statistics import ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS, Difference
 from qpruner.runs.records import BASE, SEARCHED, Results
-from qpruner.search.roles import rival_row
+from qpruner.search.roles import control_title, rival_row
 from qpruner.wording import counted
 
 SIZE, PERPLEXITY, LLAMA_CPP, TRANSFORMERS = (
@@ -31,7 +31,8 @@ Figures = Mapping[str, float | None]
 @dataclass(frozen=True)
 class _Rival:
     """A column: a model's figures, the winner's differences from it, and the number of training
-    seeds behind them."""
+    seeds behind them.
+    """
 
     heading: str
     figures: Figures
@@ -50,7 +51,8 @@ class _Rival:
 
 def overview(results: Results) -> Iterator[Paragraph | Table]:
     """Yield the winner's plan, the table of its figures beside those of its rivals, and how sure
-    they are."""
+    they are.
+    """
     assert results.search and results.evaluate
     search, row = results.search, next(row for row in rows(results) if row.name == SEARCHED)
     about = f"{row.title.capitalize()} ({row.origin}): {cut_title(row.cut)}, {formats_text(search.best_plan)}"
@@ -58,7 +60,7 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
         f"{about}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter included.", is_note=True
     )
     rivals = list(_rivals(results))
-    ours = {**_figures(row, results), SELECTION_LOSS: finalists(search)[0].loss}
+    ours = {**_figures(row, results), SELECTION_LOSS: search.winner.of_trial.loss}
     metric, body = accuracy_name(results.evaluate.metrics), []
     for measure, value in ours.items():
         cells = [rival.cell(measure, value) for rival in rivals] if value is not None else []
@@ -77,12 +79,13 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
 
 def _rivals(results: Results) -> Iterator[_Rival]:
     """Yield the base and the winner's rival: after the same fine-tune if they had it, else the
-    rival as a trial."""
+    rival as a trial.
+    """
     assert results.search and results.prune and results.evaluate
     tuned = {"base\nsame fine-tune": BASE}
-    rival, row = rival_as_trial(results.search), rival_row(results)
+    rival, row = results.search.rival_as_trial, rival_row(results)
     heading = (
-        f"best simple alternative\n{rival.title}"
+        f"best simple alternative\n{control_title(rival.origin)}"
         if rival and rival.control
         else "best searched plan"
     )
@@ -109,11 +112,9 @@ def _rivals(results: Results) -> Iterator[_Rival]:
             yield _Rival(
                 title, _figures(by_name[name], results), found.differences, len(found.seeds)
             )
-    if row is None and rival and rival.difference:
-        figures = {SIZE: rival.plan_bytes / 1e6, SELECTION_LOSS: rival.loss}
-        yield _Rival(
-            f"{heading}, as a trial", figures, (rival.difference,), len(rival.difference.seeds)
-        )
+    if row is None and rival and (difference := difference_from(rival, results.search)):
+        figures = {SIZE: rival.plan_bytes / 1e6, SELECTION_LOSS: rival.of_trial.loss}
+        yield _Rival(f"{heading}, as a trial", figures, (difference,), len(difference.seeds))
 
 
 def _figures(row: Row, results: Results) -> Figures:

@@ -67,7 +67,8 @@ def rows(results: Results) -> list[Row]:
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
     """Group the run's fine-tunes by the name of their row; rows and fine-tunes keep the order of
-    the records."""
+    the records.
+    """
     scored = [row for row in results.scores if row.seed is not None]
     by_name: dict[str, list[FineTune]] = {}
     for each in zip(results.candidates, scored, strict=True):

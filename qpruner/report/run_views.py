@@ -1,13 +1,17 @@
 """Computes what `qpruner status`, `trials`, `plan` and `compare` show of a run, without heavy
-imports."""
+imports.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+from qpruner.data import measures
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.plans.plan import formats_text, plan_of
+from qpruner.report.claim import finalists
 from qpruner.report.results import fine_tunes, rows
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
@@ -20,7 +24,7 @@ from qpruner.report.statistics import (
     paired,
     seeds_of,
 )
-from qpruner.runs.records import SEARCHED, Results, TrialRecord, flat
+from qpruner.runs.records import SEARCHED, Finalist, Results, TrialRecord, flat
 from qpruner.search.progress import score_title, search_progress
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
@@ -28,7 +32,8 @@ from qpruner.wording import counted
 
 def status(run: Snapshot, now: float) -> dict[str, Any]:
     """Return what `qpruner status` shows: stages with state and time, and the search; `now` is in
-    Unix seconds."""
+    Unix seconds.
+    """
     stages: list[dict[str, Any]] = []
     for name in run.state.asked_stages:
         if (state := run.state.stages.get(name)) is None:
@@ -73,7 +78,6 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
     search, record = run.state.search, run.results.search
     if search is None:
         return None
-    fresh = record.confirmations if record else ()
     now = search_progress(search, run.trials)
     return {
         **search.model_dump(),
@@ -88,8 +92,14 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
         "best_control": trial_row(run, now.best_control) if now.best_control else None,
         "winner": record.best_index if record else None,
         "control_won": record.control_won if record else None,
-        "confirmations": [each.model_dump(exclude={"losses", "plan"}) for each in fresh],
+        "finalists": list(map(finalist_row, finalists(record))) if record else [],
     }
+
+
+def finalist_row(finalist: Finalist) -> dict[str, Any]:
+    """Return a finalist with the means of its scores over training seeds."""
+    about: dict[str, Any] = finalist.model_dump(exclude={"scores", "plan"})
+    return about | finalist.mean.model_dump() | {"seeds": list(finalist.scores)}
 
 
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
@@ -129,7 +139,8 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
 
 def winner(run: Snapshot) -> TrialRecord:
     """Return the winner's trial, or that of a given plan (`--plan`); raise `UserError` before the
-    search is over."""
+    search is over.
+    """
     if run.results.search:
         return trial(run, run.results.search.best_index)
     raise UserError(
@@ -167,6 +178,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
         return facts
     chosen = trial(run, record.best_index)
     fresh = record.winner
+    mean_losses = [fmean(losses) for losses in zip(*fresh.losses.values(), strict=True)]
     facts |= {
         "winner": record.best_index,
         "from": record.best_origin,
@@ -175,8 +187,8 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "mean_bits": chosen.mean_bits,
         "formats": formats_text(chosen.plan),
         "validation_loss": chosen.rungs[-1].loss,
-        "selection_loss": fresh.loss,
-        "selection_stderr": fresh.stderr,
+        "selection_loss": fresh.mean.loss,
+        "selection_stderr": measures.over_questions(mean_losses).stderr,
         "search_hours": record.total_seconds / 3600,
         "search_gpu_hours": record.total_gpu_seconds / 3600,
         "run_hours": sum(run.results.seconds.values()) / 3600,
@@ -238,7 +250,8 @@ class Against:
 
 def against(run: Results, other: Results) -> Against:
     """Compare the fine-tuned winners of two runs on the data that both share, paired by training
-    seed and data row."""
+    seed and data row.
+    """
     if (
         run.finetune is None
         or other.finetune is None

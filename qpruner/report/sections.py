@@ -8,9 +8,8 @@ import yaml
 from qpruner.data.measures import accuracy_in_full
 from qpruner.plans.plan import cut_title, in_base, plan_of
 from qpruner.report import tables
-from qpruner.report.claim import claim, headline
+from qpruner.report.claim import claim, finalists, headline
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
-from qpruner.report.finalists import finalists
 from qpruner.report.overview import overview
 from qpruner.report.plots.plans import kept_by_block, plan_bars
 from qpruner.report.plots.search import score_by_bytes
@@ -18,6 +17,7 @@ from qpruner.report.served import served
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.runs.records import GIVEN, Results, SearchRecord
 from qpruner.search.progress import failing_devices, search_lines, search_progress
+from qpruner.search.roles import finalist_title
 from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration
 
@@ -48,7 +48,8 @@ def sections(run: Snapshot) -> list[Section]:
 
 def answer(run: Snapshot) -> Iterator[Part]:
     """Yield the first screen: what the winner is beside its rivals, or how far the search is, and
-    the picture."""
+    the picture.
+    """
     parts: list[Part | None] = [*map(Paragraph, _unfinished_search(run))]
     if run.is_complete:
         parts = [*overview(run.results)]
@@ -61,7 +62,7 @@ def measured(results: Results) -> Iterator[Part]:
     lead, *items = claim(results).splitlines()
     yield Paragraph(lead)
     yield Items(tuple(item.removeprefix("- ") for item in items))
-    if results.search and len(results.search.confirmations) > 1:
+    if results.search and len(results.search.finalists) > 1:
         yield tables.fresh_scores(results.search)
     yield from filter(
         None, [*tables.final_tables(results), served(results), tables.legend(results)]
@@ -71,10 +72,9 @@ def measured(results: Results) -> Iterator[Part]:
 def _plans(run: Snapshot) -> Iterator[Part]:
     search, shown = run.results.search, {}
     if search:
-        confirmed = {each.index: each for each in search.confirmations}
         shown = {
-            f"{each.trial}: {each.title}": plan_of(confirmed[each.trial])
-            for each in finalists(search)
+            f"{finalist.index}: {finalist_title(finalist, search)}": plan_of(finalist)
+            for finalist in finalists(search)
         }
     elif run.state.search:
         now = search_progress(run.state.search, run.trials)

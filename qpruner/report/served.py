@@ -1,5 +1,6 @@
 """Tells of a run's files for other servers: their size, loss and speed as served, and the commands
-that use them."""
+that use them.
+"""
 
 import statistics
 from collections import Counter
@@ -26,7 +27,8 @@ HEADINGS = (
 
 def served(results: Results) -> Table | None:
     """Build the table of the final model and the base model as they are served; None without stage
-    serve."""
+    serve.
+    """
     if (record := results.serve) is None:
         return None
     body = [

@@ -60,13 +60,15 @@ class Snapshot:
     @property
     def process(self) -> Holder | RunState:
         """The living process that holds the lock, whose command may be newer than `state`; else
-        that of `state`."""
+        that of `state`.
+        """
         return self.driver.holder if self.driver and self.driver.state == "alive" else self.state
 
     @property
     def outcome(self) -> str:
         """The recorded outcome; else `RUNNING`, `CUT_OFF` (process died), or `GONE` (no heartbeat
-        from its machine)."""
+        from its machine).
+        """
         is_newer = (self.process.host, self.process.pid) != (self.state.host, self.state.pid)
         if self.state.outcome != RUNNING and not is_newer:
             return self.state.outcome
@@ -79,19 +81,22 @@ class Snapshot:
     @property
     def last_sign(self) -> float:
         """Time of the driver's last heartbeat or, without a lock, of the last state update, in Unix
-        seconds."""
+        seconds.
+        """
         return self.driver.beat if self.driver else self.state.updated
 
     @property
     def is_complete(self) -> bool:
         """Whether the winner is fine-tuned and evaluated; other plans to compare it with may still
-        be missing."""
+        be missing.
+        """
         return self.results.evaluate is not None
 
     @property
     def how_to_compare(self) -> str | None:
         """How to compare the winner with other plans; None if `finetune.compare` is set, or the run
-        is not finished."""
+        is not finished.
+        """
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         how = (
             "To compare the winner with the base, the controls and random plans after the same fine-tune, run "
@@ -102,7 +107,8 @@ class Snapshot:
     @property
     def plan(self) -> PrecisionPlan | None:
         """The plan of the winner or, before the search is over, of the best finished trial;
-        notebooks draw it."""
+        notebooks draw it.
+        """
         if record := self.results.search:
             return PrecisionPlan.from_dict(record.best_plan, record.best_cut)
         return plan_of(self.best_trial) if self.best_trial else None
@@ -120,7 +126,8 @@ class Snapshot:
     @property
     def best_trial(self) -> TrialRecord | None:
         """The winner; before the search is over, the finished trial in the budget with the best
-        last score."""
+        last score.
+        """
         if self.results.search:
             best = self.results.search.best_index
             return next((trial for trial in self.trials if trial.index == best), None)
@@ -193,7 +200,8 @@ class Snapshot:
 
 def read_snapshot(run: RunDir) -> Snapshot:
     """Read a run's folder; raise `UserError` if it holds no run, and `CorruptFile` if a record
-    cannot be read."""
+    cannot be read.
+    """
     # The lock is read first, because a command writes its last state before it releases the lock.
     driver, state = driver_of(run.root), run.read_state(RunState)
     if state is None:
@@ -240,6 +248,7 @@ def driver_text(run: RunDir) -> str | None:
 
 def warning_of_driver(run: RunDir) -> str | None:
     """Return a warning that a running command may replace the run's models; None if no command is
-    running."""
+    running.
+    """
     driver = driver_text(run)
     return driver and f"warning: {driver} and may replace its models meanwhile"

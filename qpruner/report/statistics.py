@@ -85,7 +85,8 @@ class Difference:
     @property
     def bar(self) -> tuple[float, float, float] | None:
         """Low end, mean and high end of the interval, as shares of its far end; those that are
-        better are positive."""
+        better are positive.
+        """
         if not self.half_width:
             return None
         better, far = (
@@ -97,7 +98,8 @@ class Difference:
 
 def verdict_of(measure: str, found: Interval) -> str:
     """Say whether the first model is better or worse than the second, as far as the interval
-    allows."""
+    allows.
+    """
     if not found.excludes_zero:
         return SAME
     return "better" if (found.mean < 0) == (measure in LOSSES) else "worse"
@@ -105,7 +107,8 @@ def verdict_of(measure: str, found: Interval) -> str:
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
     """Pair each fine-tune of one row with each fine-tune of the other that has the same training
-    seed."""
+    seed.
+    """
     return [(one, other) for one in ours for other in theirs if one[0].seed == other[0].seed]
 
 
@@ -116,14 +119,16 @@ def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
 
 def more_bytes(pairs: Sequence[Pair]) -> float:
     """Return (second - first) / first of the models' bytes, in the pair with the largest absolute
-    share."""
+    share.
+    """
     sizes = [(ours.measured_bytes, theirs.measured_bytes) for (ours, _), (theirs, _) in pairs]
     return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
 
 
 def over_questions(pairs: Sequence[Pair]) -> Measured:
     """Return first minus second model's accuracies and, if every task has choices, answer losses,
-    by question."""
+    by question.
+    """
     (_, scored), _ = pairs[0]
     accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
     found = {}

@@ -5,15 +5,16 @@ import statistics
 from collections.abc import Sequence
 
 from qpruner.data import measures
-from qpruner.plans.plan import UNPRUNED, cut_title, plan_of
+from qpruner.plans.plan import UNPRUNED, cut_title, formats_text, plan_of
 from qpruner.quantization.formats import by_size, format_of
+from qpruner.report.claim import difference_from, finalists
 from qpruner.report.content import Compared, Table
-from qpruner.report.finalists import Finalist, finalists
 from qpruner.report.results import Row, rows, speed_text
 from qpruner.report.snapshot import STATUSES, Snapshot
 from qpruner.runs.records import (
     RANDOM,
     SEARCHED,
+    Finalist,
     PruneRecord,
     Results,
     RowScores,
@@ -22,7 +23,7 @@ from qpruner.runs.records import (
 )
 from qpruner.search.choice import SAME_BYTES
 from qpruner.search.progress import score_title
-from qpruner.search.roles import title_of
+from qpruner.search.roles import finalist_title, title_of
 from qpruner.wording import counted, error_text
 
 TEST_ACCURACY = "test accuracy"
@@ -101,7 +102,8 @@ def final_tables(results: Results) -> list[Table]:
 
 def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
     """Build one part of the final table; the caption names the metrics of the accuracy if tasks
-    differ in them."""
+    differ in them.
+    """
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
     if name == measures.ACCURACY and TEST_ACCURACY in headings:
@@ -132,7 +134,8 @@ def legend(results: Results) -> Table:
 
 def by_task(results: Results) -> Table:
     """Build the table of every model, before and after its fine-tune: accuracy by task, losses over
-    all tasks."""
+    all tasks.
+    """
     models: dict[str, list[RowScores]] = {}
     for row in results.scores:
         title = title_of(row.name, results.search) + (" (no fine-tune)" if row.seed is None else "")
@@ -153,7 +156,8 @@ def by_task(results: Results) -> Table:
 
 def _accuracy(scores: Sequence[TaskScore]) -> str:
     """Format a model's accuracy on a task: the mean over training seeds and its standard error over
-    questions."""
+    questions.
+    """
     value = statistics.fmean(score.value for score in scores)
     stderr = measures.over_tasks(measures.averaged([[score.correct] for score in scores])).stderr
     return f"{value:.3f}{error_text(stderr, 3)}"
@@ -170,7 +174,8 @@ def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
 
 def cuts(record: PruneRecord) -> Table:
     """Build the table of the cuts: what each removed, what it computes, and its loss before any
-    fine-tune."""
+    fine-tune.
+    """
     base, last = record.cuts[UNPRUNED], list(record.cuts.values())[-1]
     body = [
         (
@@ -249,22 +254,7 @@ def fresh_scores(search: SearchRecord) -> Table:
     Most of a loss's own standard error comes from the choice of rows; pairing the losses by row
     removes this part.
     """
-    scores = {each.index: each for each in search.confirmations}
-    body = [
-        (
-            f"{each.title}{', reused' if score.reused else ''}",
-            f"{each.trial}",
-            cut_title(each.cut),
-            each.formats,
-            _megabytes(each.plan_bytes) + _why_not(each, search),
-            Compared(f"{each.loss:.4f}", difference=each.difference),
-            "-" if each.num_seeds == 1 else f"{each.mean_loss:.4f} ({each.num_seeds} seeds)",
-            "-"
-            if score.accuracy is None
-            else f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}",
-        )
-        for each, score in ((each, scores[each.trial]) for each in finalists(search))
-    ]
+    body = [_finalist(finalist, search) for finalist in finalists(search)]
     of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
     caption = (
         f"The winner, every control (what one would do instead) and the best trials: all as trials{of_steps}, on the "
@@ -285,19 +275,34 @@ def fresh_scores(search: SearchRecord) -> Table:
     return Table(caption, headings, body).without_empty_columns()
 
 
-def _why_not(each: Finalist, search: SearchRecord) -> str:
-    if each.fits:
-        return ""
+def _finalist(finalist: Finalist, search: SearchRecord) -> tuple[str | Compared, ...]:
+    """Return the cells of one finalist."""
+    size = _megabytes(finalist.plan_bytes)
+    if not finalist.fits:
+        is_large = finalist.plan_bytes > search.budget_bytes
+        size += ", exceeds the budget" if is_large else ", computes more than the budget"
+    num_seeds = len(finalist.scores)
+    mean = finalist.mean
+    accuracy = "-"
+    if mean.accuracy is not None:
+        accuracy = f"{mean.accuracy:.3f}{error_text(mean.accuracy_stderr, 3)}"
+    loss = f"{finalist.of_trial.loss:.4f}"
     return (
-        ", exceeds the budget"
-        if each.plan_bytes > search.budget_bytes
-        else ", computes more than the budget"
+        finalist_title(finalist, search) + (", reused" if finalist.reused else ""),
+        str(finalist.index),
+        cut_title(finalist.cut),
+        formats_text(finalist.plan),
+        size,
+        Compared(loss, difference=difference_from(finalist, search)),
+        "-" if num_seeds == 1 else f"{mean.loss:.4f} ({num_seeds} seeds)",
+        accuracy,
     )
 
 
 def rungs(search: SearchRecord) -> Table:
     """Build the table that tells how far early scores can be trusted: each rung's order of the
-    trials."""
+    trials.
+    """
     body = [
         (f"{each.step}", f"{each.num_trials}", _tau(each.within), _tau(each.across))
         for each in search.rungs
@@ -314,7 +319,8 @@ def _tau(value: float | None) -> str:
 
 def stages(run: Snapshot) -> Table:
     """Build the table of the stages that were begun, with state, seconds and GPU seconds, and the
-    sums."""
+    sums.
+    """
     # Trials of other searches count, too.
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
     if run.results.search:

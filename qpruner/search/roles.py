@@ -17,7 +17,7 @@ from qpruner.runs.records import (
     PAPER,
     RANDOM,
     SEARCHED,
-    Confirmation,
+    Finalist,
     Results,
     SearchRecord,
     is_control,
@@ -27,25 +27,25 @@ from qpruner.search.choice import winner_position
 
 class Paired(NamedTuple):
     """The mean loss of one finalist less that of another on the same rows, and the training seeds
-    behind it."""
+    behind it.
+    """
 
     seeds: tuple[int, ...]
     less: Interval
 
 
-def best_of(finalists: Sequence[Confirmation], metric: str) -> Confirmation | None:
+def best_of(finalists: Sequence[Finalist], metric: str) -> Finalist | None:
     """Return the finalist with the best score, see `choice.winner_position`; None without
-    finalists."""
-    scores = [each.cost(metric) for each in finalists]
+    finalists.
+    """
+    scores = [each.mean.cost(metric) for each in finalists]
     position = winner_position(
         scores, [each.control for each in finalists], [len(each.losses) for each in finalists]
     )
     return None if position is None else finalists[position]
 
 
-def rival_of(
-    finalists: Sequence[Confirmation], winner: Confirmation, metric: str
-) -> Confirmation | None:
+def rival_of(finalists: Sequence[Finalist], winner: Finalist, metric: str) -> Finalist | None:
     """Return the finalist that the winner has to be compared with; None if no other may win.
 
     It is the best control if a searched plan won, and the best searched plan if a control won. If a
@@ -56,7 +56,7 @@ def rival_of(
     return best_of(searched or [each for each in others if each.control], metric)
 
 
-def compared(ours: Confirmation, theirs: Confirmation, num_finalists: int) -> Paired:
+def compared_as_trials(ours: Finalist, theirs: Finalist, num_finalists: int) -> Paired:
     """Compare the losses of two finalists, paired by training seed and row.
 
     Every two of the finalists may be compared, so their intervals hold all pairs together.
@@ -66,7 +66,7 @@ def compared(ours: Confirmation, theirs: Confirmation, num_finalists: int) -> Pa
     return Paired(seeds, interval(by_seed, num_finalists * (num_finalists - 1) // 2))
 
 
-def is_beaten(finalist: Confirmation, search: SearchRecord) -> bool:
+def is_beaten(finalist: Finalist, search: SearchRecord) -> bool:
     """Return True if a finalist's loss was above the winner's, beyond the interval of their
     difference.
 
@@ -74,7 +74,7 @@ def is_beaten(finalist: Confirmation, search: SearchRecord) -> bool:
     """
     if search.by_accuracy:
         return False
-    more = compared(finalist, search.winner, len(search.confirmations)).less
+    more = compared_as_trials(finalist, search.winner, len(search.finalists)).less
     return more.mean > 0 and more.excludes_zero
 
 
@@ -84,9 +84,8 @@ def rival_row(results: Results) -> str | None:
     The search chose the rival, on other rows than those that judge it there.
     """
     assert results.search
-    if results.search.rival is None:
+    if (rival := results.search.rival_as_trial) is None:
         return None
-    rival = results.search.finalist(results.search.rival)
     for tuned in results.candidates:
         if tuned.name not in (SEARCHED, RANDOM) and (tuned.cut, tuned.plan) == (
             rival.cut,
@@ -98,17 +97,20 @@ def rival_row(results: Results) -> str | None:
 
 def title_of(name: str, search: SearchRecord | None) -> str:
     """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan
-    or a control."""
+    or a control.
+    """
     if name != SEARCHED or search is None:
         return control_title(name)
     if search.best_origin == GIVEN:
-        known = (
-            each.origin
-            for each in search.confirmations
-            if each.index == search.best_index and each.control
-        )
-        return "".join(["given plan", *(f" ({origin})" for origin in known)])
+        winner = search.winner
+        return f"given plan ({winner.origin})" if winner.control else "given plan"
     return f"winner ({control_title(search.best_origin)})" if search.control_won else name
+
+
+def finalist_title(finalist: Finalist, search: SearchRecord) -> str:
+    """Return a finalist's name in reports."""
+    is_winner = finalist.index == search.best_index
+    return title_of(SEARCHED if is_winner else finalist.origin, search)
 
 
 def control_title(name: str) -> str:

@@ -22,7 +22,7 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, begin_job
 from qpruner.plans.plan import UNPRUNED
-from qpruner.runs.records import FinalistScore
+from qpruner.runs.records import FreshScore
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import (
     Ownership,
@@ -83,7 +83,8 @@ class Candidate:
     @property
     def progress(self) -> Path:
         """File with `done total`: of steps during the fine-tune, of lm-eval requests during the
-        evaluation."""
+        evaluation.
+        """
         return self.folder / "progress"
 
 
@@ -189,7 +190,8 @@ def _train(
 
 def _remove_staging(candidate: Candidate) -> None:
     """Remove the checkpoints of a finished fine-tune from this machine, if they were written here
-    to be uploaded."""
+    to be uploaded.
+    """
     if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -220,7 +222,7 @@ def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
     return {"scores": scores, "text_loss": loss}, time.monotonic() - started
 
 
-def confirm_trial(job: CandidateJob) -> FinalistScore:
+def confirm_trial(job: CandidateJob) -> FreshScore:
     """Score a trial's last checkpoint on the confirmation rows that choose the winner.
 
     In a search by accuracy, also score it on `search.limit` questions of each task: those after the
@@ -232,7 +234,7 @@ def confirm_trial(job: CandidateJob) -> FinalistScore:
     return _fresh_score(job, model)
 
 
-def confirm_seed(job: CandidateJob) -> FinalistScore:
+def confirm_seed(job: CandidateJob) -> FreshScore:
     """Train a finalist as long as a trial, under the candidate's seed, and score it as
     `confirm_trial` does.
 
@@ -257,13 +259,13 @@ def confirm_seed(job: CandidateJob) -> FinalistScore:
         worst = math.log(len(tokenizer)) + DIVERGED_BY
         losses = (worst,) * len(load_confirmation(job.data, "choose"))
         accuracy = 0.0 if config.search.by_accuracy else None
-        return FinalistScore(loss=worst, losses=losses, stderr=math.nan, accuracy=accuracy)
+        return FreshScore(loss=worst, losses=losses, accuracy=accuracy)
     _remove_staging(candidate)
     cast_adapters(model)
     return _fresh_score(job, model)
 
 
-def _fresh_score(job: CandidateJob, model: PeftModel) -> FinalistScore:
+def _fresh_score(job: CandidateJob, model: PeftModel) -> FreshScore:
     from qpruner.data.losses import mean_loss
     from qpruner.training.evaluate import score_tasks
 
@@ -274,7 +276,7 @@ def _fresh_score(job: CandidateJob, model: PeftModel) -> FinalistScore:
         int(tokenizer.pad_token_id),
         settings.batch_size,
     )
-    score = FinalistScore(loss=loss.mean, stderr=loss.stderr, losses=_rounded(loss))
+    score = FreshScore(loss=loss.mean, losses=_rounded(loss))
     if search.metric == "loss":
         return score
     limit, metric = search.limit, search.named_metric

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 from conftest import command
-from made_records import made_confirmation
+from made_records import made_finalist
 from made_run import GROUPS, TRIALS, MadeRun, recorded_run, trial, trials
 from plain_transformers import run_python
 
@@ -23,7 +23,14 @@ from qpruner.report.html import render
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.lock import hold_run
-from qpruner.runs.records import EvalRecord, RunState, SearchRecord, TrialPulse, TrialRecord
+from qpruner.runs.records import (
+    SEARCHED,
+    EvalRecord,
+    RunState,
+    SearchRecord,
+    TrialPulse,
+    TrialRecord,
+)
 from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import REMEDIES, write_pulse, write_trial
 
@@ -91,7 +98,7 @@ def test_status_names_the_winner(over: Path) -> None:
     record = RunDir(over).read_record("search", SearchRecord)
     assert record
     control = {
-        "confirmations": (made_confirmation(1, "unpruned-knapsack", 2.9),),
+        "finalists": (made_finalist(1, "unpruned-knapsack", 2.9),),
         "control_won": True,
     }
     changes = {"best_index": 1, "best_origin": "unpruned-knapsack", **control}
@@ -316,7 +323,8 @@ def test_compare_shows_results_and_differing_settings(tmp_path: Path) -> None:
 def test_compare_shows_hours_of_search_and_run(tmp_path: Path) -> None:
     """Records of an earlier configuration in the same folder are not counted."""
     made = MadeRun(tmp_path / "run", num_trials=12, num_blocks=2, until="finetune", gpus=2.0)
-    made.change("search", gpu_seconds=7200.0, confirmation_gpu_seconds=36.0)
+    made.change("search", gpu_seconds=7200.0)
+    made.hold_for_finalists(36.0)
     made.run.write_record(
         "evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=(), tested="asked")
     )
@@ -333,7 +341,7 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
 
     rows = list(better.record("comparison").rows)
     for place, row in enumerate(rows):
-        if row.name == table.SEARCHED:
+        if row.name == SEARCHED:
             scores = [
                 each.model_copy(
                     update={

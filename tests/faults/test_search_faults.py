@@ -265,7 +265,7 @@ def test_only_damaged_files_of_a_search_are_made_again(
         rungs_of(run) == rungs_of(undisturbed)
         and len(list(run.glob("trials/*/damaged/*/trial.json"))) == 1
     )
-    assert again["confirmations"] == search_record(undisturbed)["confirmations"]
+    assert again["finalists"] == search_record(undisturbed)["finalists"]
 
 
 # ---- numbers

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ignore, raw_config, with_key, with_keys
-from made_records import made_confirmation, made_search
+from made_records import made_finalist, made_search
 
 from qpruner.config.load import validate_config
 from qpruner.pipeline import preflight
@@ -28,13 +28,11 @@ def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None)
     """Make the record of a search that `plan` won with a loss of 1.9; `losses` are those of its
     controls."""
     found = [
-        made_confirmation(index, origin, loss)
+        made_finalist(index, origin, loss)
         for index, (origin, loss) in enumerate((losses or {"cut-20-knapsack": 2.0}).items())
     ]
-    found.append(made_confirmation(7, "gp", 1.9, cut=plan.cut, plan=plan.as_dict()))
-    return made_search(
-        plan.as_dict(), digest="0" * 16, best_cut=plan.cut, confirmations=tuple(found)
-    )
+    found.append(made_finalist(7, "gp", 1.9, cut=plan.cut, plan=plan.as_dict()))
+    return made_search(plan.as_dict(), digest="0" * 16, best_cut=plan.cut, finalists=tuple(found))
 
 
 def with_winner(

@@ -328,5 +328,5 @@ def test_entries_damaged_under_a_search_are_made_again(tiny_raw: Raw) -> None:
         path.unlink()
     (root / "records" / "search.json").unlink()
     again = run(validate_config(raw), ignore, until="search").search
-    assert checkpoints and scores and again and again.confirmations == searched.confirmations
+    assert checkpoints and scores and again and again.finalists == searched.finalists
     assert folder_digests(root / "banks") == whole

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import with_keys
-from made_records import made_confirmation, made_search
+from made_records import made_finalist, made_search
 from searched_runs import (
     a_winner,
     folders,
@@ -32,13 +32,13 @@ from qpruner.pipeline.comparison_rows import (
     untuned_candidates,
     winner_row,
 )
-from qpruner.pipeline.confirm_seeds import further_seeds
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import scores_digest
+from qpruner.pipeline.finalists import further_seeds
 from qpruner.pipeline.search import Search
 from qpruner.runs.events import Event
-from qpruner.runs.records import GIVEN, SearchRecord, SensitivityRecord
+from qpruner.runs.records import GIVEN, FreshScore, SearchRecord, SensitivityRecord
 from qpruner.search.choice import seed_plan
 
 CONTROLS = (
@@ -68,9 +68,9 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     context = changed("finetune.seeds", 2)
     best, plan = controls(context)[2]
     searched = searched_record(a_winner(context), {"unpruned-uniform": 2.1, best: 2.0})
-    uniform, rival, winner = searched.confirmations
+    uniform, rival, winner = searched.finalists
     rival = rival.model_copy(update={"plan": plan.as_dict(), "cut": plan.cut})
-    searched = searched.model_copy(update={"confirmations": (uniform, rival, winner)})
+    searched = searched.model_copy(update={"finalists": (uniform, rival, winner)})
     found = {row.name: row for row in table_rows(with_records(context, search=searched))}
     assert sum(len(row.plans) for row in found.values()) <= 1 + num_compared(context.config), (
         "as `check` counts"
@@ -104,13 +104,14 @@ def with_rows(context: Context, searched: SearchRecord) -> SearchRecord:
     """Give the finalists of a search losses that vary by row, and the controls their plans."""
     plans, noise = dict(controls(context)), (0.1, -0.2, 0.1, 0.0)
     found = []
-    for position, each in enumerate(searched.confirmations):
-        rows = tuple(each.loss + noise[(row + position) % 4] for row in range(16))
-        update: dict[str, Any] = {"losses": {0: rows}}
+    for position, each in enumerate(searched.finalists):
+        loss = each.mean.loss
+        rows = tuple(loss + noise[(row + position) % 4] for row in range(16))
+        update: dict[str, Any] = {"scores": {0: FreshScore(loss=loss, losses=rows)}}
         if each.control:
             update |= {"plan": plans[each.origin].as_dict(), "cut": plans[each.origin].cut}
         found.append(each.model_copy(update=update))
-    return searched.model_copy(update={"confirmations": tuple(found)})
+    return searched.model_copy(update={"finalists": tuple(found)})
 
 
 def test_if_a_control_won_the_best_searched_plan_is_its_rival(
@@ -119,10 +120,10 @@ def test_if_a_control_won_the_best_searched_plan_is_its_rival(
     context = changed("finetune.seeds", 2)
     won, plan = dict(controls(context))["cut-20-knapsack"], a_winner(context)
     fresh = (
-        made_confirmation(3, "gp", 2.0, cut=plan.cut, plan=plan.as_dict()),
-        made_confirmation(7, "cut-20-knapsack", 1.9, cut=won.cut, plan=won.as_dict()),
+        made_finalist(3, "gp", 2.0, cut=plan.cut, plan=plan.as_dict()),
+        made_finalist(7, "cut-20-knapsack", 1.9, cut=won.cut, plan=won.as_dict()),
     )
-    about = {"best_origin": "cut-20-knapsack", "best_cut": won.cut, "confirmations": fresh}
+    about = {"best_origin": "cut-20-knapsack", "best_cut": won.cut, "finalists": fresh}
     searched = made_search(won.as_dict(), digest="0" * 16, **about)
     rows = {row.name: row for row in table_rows(with_records(context, search=searched))}
     assert (

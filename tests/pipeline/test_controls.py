@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import flip_a_byte
-from made_records import made_confirmation, made_search
+from made_records import made_finalist, made_search
 from searched_runs import with_records
 
 from qpruner.errors import PlanRefused
@@ -128,10 +128,10 @@ def test_a_search_that_lost_a_trial_runs_again(lost: int, context: Context) -> N
     for index, of in enumerate((search.search_digest, "another")):
         fields = {"index": index, "digest": search.trials_digest, "search": of, **about}
         write_trial(search.folder, TrialRecord.model_validate(fields))
-    finalists = (made_confirmation(1, "gp", 2.0),)
+    finalists = (made_finalist(1, "gp", 2.0),)
     run_dir.write_record(
         "search",
-        made_search({}, digest=search.digest, num_trials=1, confirmations=finalists, best_index=1),
+        made_search({}, digest=search.digest, num_trials=1, finalists=finalists, best_index=1),
     )
     run_dir.stage("search").mkdir()
     search.begin()

@@ -96,9 +96,9 @@ def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_
     assert {index: after[index] for index in before} == before, "reused trials stay unchanged"
     plans = {(trial["cut"], *trial["plan"].values()) for trial in after.values()}
     assert len(plans) == len(after) == len(before) + 3
-    controls = {each["origin"]: each for each in second["confirmations"] if each["control"]}
+    controls = {each["origin"]: each for each in second["finalists"] if each["control"]}
     assert controls["cut-20-uniform"]["reused"]
-    losses = {each["index"]: each["loss"] for each in second["confirmations"]}
+    losses = {each["index"]: each["scores"]["0"]["loss"] for each in second["finalists"]}
     assert losses[second["best_index"]] == min(losses.values())
 
 
@@ -119,7 +119,7 @@ def test_a_comparison_is_added_to_a_finished_run(
 
     assert "--set finetune.compare=true" in said(config, "--set", "finetune.compare=false")
     before = written()
-    assert {each["index"] for each in search_record(root)["confirmations"] if each["control"]} == {
+    assert {each["index"] for each in search_record(root)["finalists"] if each["control"]} == {
         index for index, trial in trials_of(root).items() if is_control(trial["origin"])
     }, (
         "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"

@@ -33,7 +33,7 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
         "cut-20-knapsack",
         "paper",
     ]
-    confirmed = {each["origin"]: each for each in records["search"]["confirmations"]}
+    confirmed = {each["origin"]: each for each in records["search"]["finalists"]}
     tuned = [name for name in controls if name in names]
     left_out = confirmed.keys() & {*controls} - {*tuned}
     [winner] = [
@@ -49,7 +49,7 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     random = ["random"] if "random" in names else []
     pruned = ["pruned"] if table[-1]["cut"] != "base" else []
     assert names == ["base", *pruned, *tuned, *rival, *random, "searched"]
-    instead = [each["origin"] for each in records["search"]["confirmations"] if each["control"]]
+    instead = [each["origin"] for each in records["search"]["finalists"] if each["control"]]
     assert {"unpruned-uniform", "cut-20-knapsack"} <= set(instead)
     assert told["status"] == "ok" and told["claim"] == claim
     assert table[-1]["measured_bytes"] <= records["search"]["budget_bytes"]
@@ -87,7 +87,7 @@ def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:
     assert controls and all(trial["status"] == "finished" for trial in controls), (
         "controls are exempt from ASHA"
     )
-    confirmed = {each["index"] for each in search["confirmations"]}
+    confirmed = {each["index"] for each in search["finalists"]}
     assert {trial["index"] for trial in controls} <= confirmed, (
         "and scored again on fresh rows with the finalists"
     )

@@ -22,7 +22,6 @@ NOT_COMPARED = {
         "seconds",
         "search_seconds",
         "gpu_seconds",
-        "confirmation_gpu_seconds",
         "times",
         "begun",
         "sessions",
@@ -41,6 +40,7 @@ NOT_COMPARED = {
         "state",
         "standing",
         "record_digest",
+        "scored",
     ),
 }
 """Fields that may differ between two runs of one configuration, such as times, memory and folders.

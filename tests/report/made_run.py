@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from conftest import raw_config, with_keys
-from made_records import made_confirmation, made_layer, made_prune, made_search
+from made_records import made_finalist, made_layer, made_prune, made_search
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
@@ -31,8 +31,8 @@ from qpruner.runs.records import (
     BankRecord,
     CandidateRecord,
     ComparisonRecord,
-    Confirmation,
     EvalRecord,
+    Finalist,
     FinetuneRecord,
     Inference,
     InferenceSetting,
@@ -43,6 +43,7 @@ from qpruner.runs.records import (
     RowScores,
     RungResult,
     RunState,
+    SearchRecord,
     SearchState,
     SensitivityRecord,
     StageState,
@@ -163,9 +164,9 @@ def results_of(
     }
     told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
     plans = {record.name: {"plan": record.plan, "cut": record.cut} for record, _ in scored}
-    control = made_confirmation(2, RIVAL, 2.125, reused=True, **plans.get(RIVAL, {}))
-    best = made_confirmation(11, "gp", 2.0625, stderr=0.03125, **plans[SEARCHED])
-    search = STAGE | trials | told | {"confirmations": (control, best), "best_index": 11} | changes
+    control = made_finalist(2, RIVAL, 2.125, reused=True, **plans.get(RIVAL, {}))
+    best = made_finalist(11, "gp", 2.0625, losses={0: (2.03125, 2.09375)}, **plans[SEARCHED])
+    search = STAGE | trials | told | {"finalists": (control, best), "best_index": 11} | changes
     rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
     rows += [
         RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored
@@ -265,8 +266,8 @@ def whole_results() -> Results:
     return results_of(scored, untuned)
 
 
-def made_finalist(trial: TrialRecord, loss: float) -> Confirmation:
-    return made_confirmation(
+def finalist_of(trial: TrialRecord, loss: float) -> Finalist:
+    return made_finalist(
         trial.index, trial.origin, loss, plan=trial.plan, plan_bytes=trial.plan_bytes
     )
 
@@ -354,11 +355,21 @@ class MadeRun:
         assert self.state.search
         self.change_state(search=self.state.search.model_copy(update=changes))
 
+    def hold_for_finalists(self, gpu_seconds: float) -> None:
+        """Record these GPU seconds for scoring the finalists."""
+        search = self.run.read_record("search", SearchRecord)
+        assert search
+        first, *others = search.finalists
+        score = first.of_trial.model_copy(update={"gpu_seconds": gpu_seconds})
+        scores = dict.fromkeys(list(first.scores)[:1], score)
+        first = first.model_copy(update={"scores": first.scores | scores})
+        self.change("search", finalists=(first, *others))
+
     def win(self, best: TrialRecord, **changes: Any) -> None:
         """Make a trial the winner, and the only one scored on fresh rows."""
-        fresh = (made_finalist(best, 3.0),)
+        fresh = (finalist_of(best, 3.0),)
         chosen = {"best_index": best.index, "best_plan": best.plan, "best_origin": best.origin}
-        self.change("search", **chosen, confirmations=fresh, rival=None, **changes)
+        self.change("search", **chosen, finalists=fresh, rival=None, **changes)
 
     def _make_trials(self, count: int) -> list[TrialRecord]:
         ends, trials = [STARTED] * 8, []
@@ -452,11 +463,9 @@ class MadeRun:
             if trial.status == "finished" and trial.plan_bytes <= BUDGET
         ]
         best = min(finished, key=lambda trial: trial.rungs[-1].loss)
-        found = [
-            made_finalist(each, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)
-        ]
-        losses = [each.loss for each in found if each.control]
-        found[1] = made_finalist(self.trials[1], min(losses) - 0.01)  # the best control
+        found = [finalist_of(each, each.rungs[-1].loss - 0.1) for each in (*self.trials[:3], best)]
+        losses = [each.mean.loss for each in found if each.control]
+        found[1] = finalist_of(self.trials[1], min(losses) - 0.01)  # the best control
         search = {
             f"num_{status}": statuses.count(status) for status in ("finished", "stopped", "failed")
         }
@@ -466,7 +475,7 @@ class MadeRun:
         }
         search |= {"trials_digest": TRIALS, "budget_bytes": BUDGET, "search_seconds": 1800.0}
         search |= {"best_index": best.index, "best_origin": best.origin}
-        search |= {"confirmations": tuple(found)}
+        search |= {"finalists": tuple(found)}
         untuned = [(name, self._scores(name)) for name in UNTUNED]
         made = with_figures(results_of(self._scored(best.plan), untuned, **search, **self._stage))
         assert made.search and made.finetune and made.evaluate
@@ -607,8 +616,8 @@ def recorded_run(
     if is_over:
         best, ended = records[2], {"num_trials": 6, "num_finished": 3, "num_stopped": 1}
         chosen = {"best_index": 2, "trials_digest": TRIALS, "budget_bytes": 32 * MEGABYTE}
-        fresh = (made_finalist(best, best.rungs[-1].loss + 0.05),)
-        run.write_record("search", made_search(best.plan, confirmations=fresh, **ended, **chosen))
+        fresh = (finalist_of(best, best.rungs[-1].loss + 0.05),)
+        run.write_record("search", made_search(best.plan, finalists=fresh, **ended, **chosen))
         stage = StageState(state="done", started=STARTED, seconds=600.0, text="3 finished")
     told = {
         "config": config_of(root, **settings).model_dump(mode="json"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made_confirmation, made_search
+from made_records import made_finalist, made_search
 from made_run import (
     PLAN,
     RIVAL,
@@ -51,10 +51,10 @@ def differences(results: Results, other: str = RIVAL) -> dict[str, Difference]:
 def test_a_control_that_won_is_named() -> None:
     scored = [*row_of(BEST_SEARCHED, [2.0]), *searched_row([1.0])]
     fresh = (
-        made_confirmation(4, "gp", 2.0, plan=SEED_PLAN),
-        made_confirmation(11, RIVAL, 1.9, plan=PLAN),
+        made_finalist(4, "gp", 2.0, plan=SEED_PLAN),
+        made_finalist(11, RIVAL, 1.9, plan=PLAN),
     )
-    results = results_of(scored, best_origin=RIVAL, confirmations=fresh)
+    results = results_of(scored, best_origin=RIVAL, finalists=fresh)
     said = (
         "3.0 times smaller than the base. A plan that needs no search won: not pruned, knapsack; "
     )
@@ -71,7 +71,7 @@ def test_a_plan_that_was_given_is_not_called_searched() -> None:
     results = results_of([*row_of(RIVAL, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
     assert rows(results)[-1].title == "given plan"
     alone = search_text(
-        made_search(PLAN, best_origin=GIVEN, confirmations=(made_confirmation(7, GIVEN, 2.0),))
+        made_search(PLAN, best_origin=GIVEN, finalists=(made_finalist(7, GIVEN, 2.0),))
     )
     assert alone.startswith("a given plan on loss, "), "no searcher chose it"
 
@@ -116,11 +116,11 @@ def test_what_the_search_minimized_decides(metric: str, verdict: str) -> None:
     ours, right = list(2.0 + off), [score(answers(400, 200))] * 3
     rivals = row_of(RIVAL, list(1.9 - off), [score(answers(400, 100))] * 3)
     fresh = [
-        made_confirmation(2, RIVAL, 2.1, plan=SEED_PLAN, accuracy=0.2, accuracy_stderr=0.1),
-        made_confirmation(11, "gp", 2.0, plan=PLAN, accuracy=0.3, accuracy_stderr=0.1),
+        made_finalist(2, RIVAL, 2.1, plan=SEED_PLAN, accuracy=0.2, accuracy_stderr=0.1),
+        made_finalist(11, "gp", 2.0, plan=PLAN, accuracy=0.3, accuracy_stderr=0.1),
     ]
     results = results_of(
-        [*rivals, *searched_row(ours, right)], metric=metric, confirmations=tuple(fresh)
+        [*rivals, *searched_row(ours, right)], metric=metric, finalists=tuple(fresh)
     )
     assert f"; {verdict.format('the best simple alternative')}" in headline(results)
     found = differences(results)
@@ -133,15 +133,15 @@ def test_what_the_search_minimized_decides(metric: str, verdict: str) -> None:
 def test_a_search_by_accuracy_is_never_judged_by_its_loss(is_tuned: bool) -> None:
     """The winner has the higher accuracy and, beyond every doubt, the higher loss."""
     losses = [{0: tuple(mean + 0.001 * (at % 3) for at in range(64))} for mean in (2.0, 2.1)]
-    rival = made_confirmation(
+    rival = made_finalist(
         2, RIVAL, 2.0, plan=SEED_PLAN, losses=losses[0], accuracy=0.5, accuracy_stderr=0.1
     )
-    winner = made_confirmation(
+    winner = made_finalist(
         11, "gp", 2.1, plan=PLAN, losses=losses[1], accuracy=0.8, accuracy_stderr=0.1
     )
     rows = row_of(RIVAL, [2.0] * 3, [score(answers(400, 100))] * 3) if is_tuned else []
     rows += searched_row([2.1] * 3, [score(answers(400, 200))] * 3)
-    results = results_of(rows, metric="accuracy", confirmations=(rival, winner))
+    results = results_of(rows, metric="accuracy", finalists=(rival, winner))
     said = "better than the best simple alternative (+0.250 ± "
     if not is_tuned:
         said = "accuracy 0.800 as a trial, that of the best simple alternative 0.500, on the questions that chose"
@@ -387,7 +387,7 @@ def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None
 
 
 def test_a_winner_alone_claims_nothing_at_equal_bytes() -> None:
-    alone = results_of(searched_row([1.0]), confirmations=(made_confirmation(11, "gp", 2.0),))
+    alone = results_of(searched_row([1.0]), finalists=(made_finalist(11, "gp", 2.0),))
     lead, *others = claim(alone).splitlines()
     assert lead == "3.0 times smaller than the base; compared with no other plan."
     assert others == ["- No other plan had this fine-tune, so nothing is claimed at equal bytes."]

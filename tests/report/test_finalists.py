@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made_confirmation, made_search
+from made_records import made_finalist, made_search
 from made_run import PLAN, RIVAL, Scored, results_of, row_of, searched_row, snapshot
 from scipy import stats
 
 from qpruner.plans.plan import formats_text
 from qpruner.report import tables
 from qpruner.report.card import model_card
-from qpruner.report.claim import claim, comparisons, headline
+from qpruner.report.claim import claim, comparisons, finalist_differences, finalists, headline
 from qpruner.report.content import Compared, Paragraph, Table, report_md
-from qpruner.report.finalists import finalists
 from qpruner.report.overview import overview
 from qpruner.report.results import rows
 from qpruner.report.sections import sections
-from qpruner.runs.records import BEST_SEARCHED, Confirmation, Results, RungAgreement
-from qpruner.search.roles import control_title
+from qpruner.runs.records import BEST_SEARCHED, Finalist, FreshScore, Results, RungAgreement
+from qpruner.search.roles import control_title, finalist_title
 
 BUDGET = 101_500_000
 NF4 = dict.fromkeys(PLAN, "nf4")
@@ -30,10 +29,10 @@ UNPRUNED = {"cut": "base", "plan": NF4}
 
 def finalist(
     index: int, origin: str, losses: Sequence[float], size: int = 100_000_000, **changes: Any
-) -> Confirmation:
+) -> Finalist:
     """Return a finalist with these losses on the fresh rows under the trials' seed."""
     own = {"losses": {0: tuple(losses)}, "plan": PLAN, "plan_bytes": size, "fits": size <= BUDGET}
-    return made_confirmation(index, origin, float(np.mean(losses)), **own | changes)
+    return made_finalist(index, origin, float(np.mean(losses)), **own | changes)
 
 
 def half_width(differences: Sequence[float], num_finalists: int) -> float:
@@ -54,10 +53,10 @@ SECOND = finalist(9, "gp", WINNER + 0.5 * GAIN, 90_000_000)
 PAPER = finalist(5, "paper", WINNER + np.array([1.0, -0.9, 1.0, -1.0] * 4), 99_000_000)
 
 
-def searched(*controls: Confirmation, **changes: Any) -> Results:
+def searched(*controls: Finalist, **changes: Any) -> Results:
     """Return a finished run whose winner is trial 11, scored beside these controls."""
     fresh = (*controls, finalist(11, "gp", WINNER))
-    return results_of(searched_row([1.0]), confirmations=fresh, steps=8, **changes)
+    return results_of(searched_row([1.0]), finalists=fresh, steps=8, **changes)
 
 
 def test_the_winner_stands_beside_every_finalist() -> None:
@@ -89,22 +88,18 @@ def test_scored_accuracies_and_seeds_have_columns() -> None:
         seed: tuple(WINNER + 0.5 * GAIN + shift)
         for seed, shift in ((0, 0.0), (1001, 0.2), (1002, 0.1))
     }
-    measured = {
-        "accuracy": 0.5,
-        "accuracy_stderr": 0.1,
-        "losses": losses,
-        "loss": SECOND.loss + 0.1,
-    }
-    scored = Confirmation(**SECOND.model_dump() | measured | {"reused": True})
+    about = {"accuracy": 0.5, "accuracy_stderr": 0.1, "losses": losses, "reused": True}
+    scored = made_finalist(9, "gp", 0.0, plan=PLAN, plan_bytes=90_000_000, **about)
+    of_trial = scored.of_trial.loss
     found = tables.fresh_scores(searched(scored).search)  # type: ignore[arg-type]
     told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
     assert told[1]["row"] == "gp, reused"
     loss, mean = told[1]["selection loss"], told[1]["mean over seeds"]
-    assert f"{loss}".startswith(f"{SECOND.loss:.4f}  ["), (
+    assert f"{loss}".startswith(f"{of_trial:.4f}  ["), (
         "the loss is that under the seed of all trials"
     )
-    assert mean == f"{SECOND.loss + 0.1:.4f} (3 seeds)" and told[0]["mean over seeds"] == "-"
+    assert mean == f"{of_trial + 0.1:.4f} (3 seeds)" and told[0]["mean over seeds"] == "-"
 
 
 def test_rungs_say_how_they_order_trials_within_and_between_cuts() -> None:
@@ -150,11 +145,11 @@ def test_without_its_fine_tune_the_rival_is_compared_as_a_trial() -> None:
     )
 
 
-def trained_again(found: Confirmation, shift: float = 0.2) -> Confirmation:
+def trained_again(found: Finalist, shift: float = 0.2) -> Finalist:
     """Return a finalist that was trained under a further seed, which shifts its losses."""
-    [of_trial] = found.losses.values()
-    losses = {0: of_trial, 1001: tuple(each + shift for each in of_trial)}
-    return found.model_copy(update={"losses": losses, "loss": found.loss + shift / 2})
+    losses = tuple(each + shift for each in found.of_trial.losses)
+    further = FreshScore(loss=found.of_trial.loss + shift, losses=losses)
+    return found.model_copy(update={"scores": {**found.scores, 1001: further}})
 
 
 def test_a_further_seed_of_the_winner_turns_no_verdict() -> None:
@@ -165,15 +160,15 @@ def test_a_further_seed_of_the_winner_turns_no_verdict() -> None:
         trained_again(finalist(9, "gp", WINNER + 0.001)),
         trained_again(finalist(11, "gp", WINNER)),
     )
-    results = results_of(searched_row([1.0]), confirmations=(beaten, *tied), steps=8)
-    assert results.search and beaten.loss < results.search.winner.loss, (
+    results = results_of(searched_row([1.0]), finalists=(beaten, *tied), steps=8)
+    assert results.search and beaten.mean.loss < results.search.winner.mean.loss, (
         "means over different seeds mislead"
     )
     assert as_a_trial(results).endswith(" under training seed 0 alone), better.")
-    shown = {each.trial: each.difference for each in finalists(results.search)}
+    shown = finalist_differences(results.search)
     assert shown[9] and shown[9].seeds == (0, 1001) and shown[3] and shown[3].seeds == (0,)
     [row] = [row for row in tables.fresh_scores(results.search).rows if row[1] == "3"]
-    assert isinstance(row[-2], Compared) and row[-2].figure == f"{beaten.loss:.4f}"
+    assert isinstance(row[-2], Compared) and row[-2].figure == f"{beaten.mean.loss:.4f}"
 
 
 def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
@@ -181,7 +176,7 @@ def test_a_control_that_was_not_trained_again_is_no_rival() -> None:
     over seeds."""
     lucky = OVER.model_copy(update={"fits": True})
     again, winner = trained_again(KNAPSACK), trained_again(finalist(11, "gp", WINNER))
-    results = results_of(searched_row([1.0]), confirmations=(lucky, again, winner))
+    results = results_of(searched_row([1.0]), finalists=(lucky, again, winner))
     assert as_a_trial(results).startswith("- Against not pruned, knapsack, ")
 
 
@@ -193,7 +188,7 @@ def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
         UNIFORM,
         finalist(11, RIVAL, WINNER, **UNPRUNED),
     )
-    won = {"confirmations": fresh, "best_origin": RIVAL}
+    won = {"finalists": fresh, "best_origin": RIVAL}
     alone = searched_row([1.0], plan=NF4)
     width = half_width(0.5 * GAIN, 3)
     lead = (
@@ -220,13 +215,17 @@ def test_a_control_that_won_without_a_search_is_compared_with_the_next() -> None
         "best_cut": "base",
         "best_plan": NF4,
     }
-    fresh = (UNIFORM, KNAPSACK.model_copy(update={"loss": 3.0}))
-    results = results_of(searched_row([1.0]), confirmations=fresh, steps=8, **won)
+    fresh = (UNIFORM, KNAPSACK)
+    results = results_of(searched_row([1.0]), finalists=fresh, steps=8, **won)
     assert "A plan that needs no search won: not pruned, knapsack; " in claim(results)
     assert "- Against not pruned, uniform, as trials on the rows that chose the winner: " in claim(
         results
     )
-    assert results.search and finalists(results.search)[0].title == "winner (not pruned, knapsack)"
+    assert (
+        results.search
+        and finalist_title(finalists(results.search)[0], results.search)
+        == "winner (not pruned, knapsack)"
+    )
     assert rows(results)[0].title == "winner (not pruned, knapsack)"
     about, table, _ = overview(results)
     assert about == Paragraph(
@@ -257,19 +256,19 @@ def test_full_fine_tunes_are_compared_with_the_rival_that_the_search_chose() -> 
     ]
     paper = PAPER.model_copy(update={"plan": NF4})
     results = results_of(
-        [*others, *searched_row([1.5])], confirmations=(KNAPSACK, paper, finalist(11, "gp", WINNER))
+        [*others, *searched_row([1.5])], finalists=(KNAPSACK, paper, finalist(11, "gp", WINNER))
     )
     [found] = comparisons(results)
     assert found.other == "paper", "as trials the paper's flow was better than the knapsack"
     limited = KNAPSACK.model_copy(update={"fits": False})
     results = results_of(
-        [*others, *searched_row([1.5])], confirmations=(limited, paper, finalist(11, "gp", WINNER))
+        [*others, *searched_row([1.5])], finalists=(limited, paper, finalist(11, "gp", WINNER))
     )
     assert (
         tables.fresh_scores(results.search).rows[2][4] == "101.0 MB, computes more than the budget"
     )  # type: ignore[arg-type]
     results = results_of(
-        [*others, *searched_row([1.5])], confirmations=(KNAPSACK, finalist(11, "gp", WINNER))
+        [*others, *searched_row([1.5])], finalists=(KNAPSACK, finalist(11, "gp", WINNER))
     )
     [found] = comparisons(results)
     assert found.other == RIVAL and found.more_bytes == pytest.approx(-0.1), (

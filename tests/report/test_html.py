@@ -245,7 +245,7 @@ def test_every_stage_has_the_gpu_seconds_that_it_held(tmp_path: Path) -> None:
         return {row[0]: row[-1] for row in tables.stages(read_snapshot(made.run)).rows}
 
     made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2, gpus=2.0)
-    made.change("search", confirmation_gpu_seconds=1.5)
+    made.hold_for_finalists(1.5)
     search = 2.0 * sum(trial.seconds for trial in made.trials) + 1.5
     found = held(made)
     assert found.pop("all stages") == f"{123.0 * (len(STAGES) - 1) + search:.1f}"

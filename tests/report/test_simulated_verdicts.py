@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made_confirmation
+from made_records import made_finalist
 from made_run import RIVAL, Scored, answers, candidate, results_of, score
 
-from qpruner.report.claim import comparisons, headline
-from qpruner.report.finalists import finalists
-from qpruner.runs.records import BEST_SEARCHED, SEARCHED, Confirmation, Results
+from qpruner.report.claim import comparisons, finalist_differences, headline
+from qpruner.runs.records import BEST_SEARCHED, SEARCHED, Finalist, Results
 from qpruner.search.choice import contenders
 from qpruner.search.roles import best_of, rival_of
 
@@ -96,7 +95,9 @@ def simulated(
     choosing = noise.draw(generator, len(effects), 2, num_choosing) + shifts
     found = [_finalist(at, {0: rows[0]}) for at, rows in enumerate(choosing)]
     rows = [each.losses[0] for each in found]
-    again = contenders([each.loss for each in found], [each.control for each in found], 3, rows)
+    again = contenders(
+        [each.mean.loss for each in found], [each.control for each in found], 3, rows
+    )
     for at in again if len(again) > 1 else ():
         found[at] = _finalist(at, {0: choosing[at][0], FURTHER_SEED: choosing[at][1]})
     winner = best_of(found, metric="loss")
@@ -111,23 +112,21 @@ def simulated(
             + scored
         )
     chosen = {"best_index": winner.index, "best_origin": winner.origin}
-    return results_of(scored, confirmations=tuple(found), **chosen)
+    return results_of(scored, finalists=tuple(found), **chosen)
 
 
-def _finalist(at: int, losses: dict[int, Any]) -> Confirmation:
+def _finalist(at: int, losses: dict[int, Any]) -> Finalist:
     origin = [*CONTROLS, *["gp"] * SEARCHED_PLANS][at]
     by_seed = {seed: tuple(rows.tolist()) for seed, rows in losses.items()}
     mean = float(np.mean(list(losses.values())))
-    return made_confirmation(at, origin, mean, losses=by_seed, plan=_plan(at))
+    return made_finalist(at, origin, mean, losses=by_seed, plan=_plan(at))
 
 
 def _plan(at: int) -> dict[str, str]:
     return {f"layers.{bit}": "int8" if at >> bit & 1 else "nf4" for bit in range(4)}
 
 
-def _tuned(
-    name: str, finalist: Confirmation, losses: np.ndarray, seeds: Sequence[int]
-) -> list[Scored]:
+def _tuned(name: str, finalist: Finalist, losses: np.ndarray, seeds: Sequence[int]) -> list[Scored]:
     rows: list[Scored] = []
     for seed, of_rows in zip(seeds, losses[finalist.index].tolist(), strict=True):
         tuned = candidate(name, finalist.plan, seed=seed, confirmation_loss=float(np.mean(of_rows)))
@@ -201,8 +200,8 @@ def test_of_equal_finalists_none_is_called_worse(noise: Noise) -> None:
         assert search
         called.append(
             any(
-                each.difference and each.difference.verdict == "better"
-                for each in finalists(search)
+                difference and difference.verdict == "better"
+                for difference in finalist_differences(search).values()
             )
         )
     assert share(called) <= 0.07

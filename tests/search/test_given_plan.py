@@ -61,7 +61,7 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
     assert [(row["from"], row["search"]) for row in listed] == [
         *((origin, "another") for origin in CONTROLS), ("given", "this"),
     ]  # fmt: skip
-    assert [each["origin"] for each in record["confirmations"]] == ["given"] and record[
+    assert [each["origin"] for each in record["finalists"]] == ["given"] and record[
         "best_control"
     ] is None
     tuned = {row["name"]: row for row in comparison_rows(run)}
@@ -70,9 +70,9 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
 
     said(searched, "--set", "search.confirm=9", verb="search")
     again = search_record(run)
-    origins = [each["origin"] for each in again["confirmations"]]
+    origins = [each["origin"] for each in again["finalists"]]
     assert origins == [
-        *(each["origin"] for each in before["confirmations"]),
+        *(each["origin"] for each in before["finalists"]),
         "given of another search",
     ]
 
@@ -175,7 +175,7 @@ def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) 
     said(uniform, "--set", f"output={run}", *BY_INFORMATION, verb="search")
     record = search_record(run)
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
-    assert [each["origin"] for each in record["confirmations"]] == ["given"]
+    assert [each["origin"] for each in record["finalists"]] == ["given"]
     assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"], (
         "half the bytes between all at 4 and all at 8"
     )

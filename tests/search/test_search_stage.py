@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import away, disk_of, flipped, with_keys
-from made_records import made_confirmation
+from made_records import made_finalist
 from made_searches import ANOTHER, MINE, SEED_PLAN, job_of, plan_of, trial
 from ray.exceptions import RaySystemError
 from ray.tune.experiment import Trial
@@ -29,7 +29,7 @@ from qpruner.cluster.tune.driver import PlanSearcher
 from qpruner.cluster.tune.job import METRIC, TIME, resume_search
 from qpruner.config.load import validate_config
 from qpruner.errors import StageError
-from qpruner.pipeline.confirm_seeds import FINALISTS, further_seeds
+from qpruner.pipeline.finalists import UNIT, further_seeds
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import choose_finalists, lost_controls
 from qpruner.plans.plan import PrecisionPlan
@@ -574,10 +574,7 @@ def test_a_search_by_accuracy_takes_the_most_accurate(tmp_path: Path) -> None:
     job = job_of(tmp_path, metric="accuracy", tasks=["piqa"], limit=10, confirm=2)
     assert [each.index for each in choose_finalists(trials, job)] == [0, 1]
     fresh = [
-        made_confirmation(at, "random", 3.0 - 0.1 * at).model_copy(
-            update={"accuracy": 0.9 - 0.1 * at}
-        )
-        for at in range(2)
+        made_finalist(at, "random", 3.0 - 0.1 * at, accuracy=0.9 - 0.1 * at) for at in range(2)
     ]
     best = best_of(fresh, metric="accuracy")
     assert best and best.index == 0
@@ -636,8 +633,8 @@ def test_controls_without_a_result_are_kept_with_the_reason(tmp_path: Path) -> N
 def test_a_control_that_no_searched_plan_beats_is_returned() -> None:
     for searched, winner in ((2.9, 4), (3.0, 5), (3.1, 5)):
         confirmed = [
-            made_confirmation(4, "gp", searched),
-            made_confirmation(5, "unpruned-knapsack", 3.0),
+            made_finalist(4, "gp", searched),
+            made_finalist(5, "unpruned-knapsack", 3.0),
         ]
         best = best_of(confirmed, metric="loss")
         assert best is not None and best.index == winner
@@ -666,13 +663,13 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[st
         ]
 
     first, said = searched()
-    again = {each.index: each for each in first.confirmations if len(each.losses) > 1}
+    again = {each.index: each for each in first.finalists if len(each.losses) > 1}
     assert 2 <= len(again) <= 4 and len(said) == 2 * len(again)
     for each in again.values():
         assert list(each.losses) == [config.seed, *further_seeds(config)]
-        assert each.loss == pytest.approx(np.mean(list(each.losses.values())), abs=1e-4)
+        assert each.mean.loss == pytest.approx(np.mean(list(each.losses.values())), abs=1e-4)
     assert first.rival is not None and first.rival != first.best_index
-    assert again[first.best_index].loss == min(each.loss for each in again.values())
+    assert again[first.best_index].mean.loss == min(each.mean.loss for each in again.values())
     run_folder = Path(config.output)
     (run_folder / "records" / "search.json").unlink()
     damaged, missing = sorted(run_folder.glob("trials/*/*/seed-*.json"))[:2]
@@ -685,7 +682,7 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[st
     second, said = searched()
     assert (
         len(said) == 2
-        and second.confirmations == first.confirmations
+        and second.finalists == first.finalists
         and second.best_index == first.best_index
     )
     assert not list(run_folder.glob("trials/*/*/seed-*[0-9]")) and not part.exists(), (
@@ -708,9 +705,7 @@ def test_a_search_by_accuracy(tiny_raw: dict[str, Any]) -> None:
     finalists = [
         (each.done, each.total)
         for each in events
-        if isinstance(each, Progress) and each.detail == FINALISTS
+        if isinstance(each, Progress) and each.detail == UNIT
     ]
-    assert finalists == [
-        (done, len(found.confirmations)) for done in range(len(found.confirmations) + 1)
-    ]
-    assert all(each.accuracy is not None for each in found.confirmations)
+    assert finalists == [(done, len(found.finalists)) for done in range(len(found.finalists) + 1)]
+    assert all(each.mean.accuracy is not None for each in found.finalists)

@@ -62,7 +62,8 @@ class Chart:
     @property
     def complete(self) -> Spec:
         """The specification with the shared settings; a plot of one panel gets the full width of
-        its container."""
+        its container.
+        """
         one_panel = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
         panels = {
             "autosize": {"type": "pad", "resize": True}
@@ -112,7 +113,8 @@ def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spe
 
 def tooltip(**fields: str) -> list[Spec]:
     """Encode a tooltip: field -> title, with a number format after `|` if the field needs one:
-    ``loss="loss|.4f"``."""
+    ``loss="loss|.4f"``.
+    """
     shown = []
     for field, text in fields.items():
         title, _, number_format = text.partition("|")

@@ -87,7 +87,8 @@ def _costs(groups: list[str], measured: Sequence[str], method: MethodScores) -> 
 
 def costs_of(method: MethodScores) -> list[float | None]:
     """Return for each group the predicted cost of its smallest format instead of its largest; None
-    if it has one."""
+    if it has one.
+    """
     ordered = [method.values[name] for name in by_size(tuple(method.values))]
     found = (
         [value for value in of_group if value is not None]

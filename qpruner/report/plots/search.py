@@ -36,7 +36,8 @@ REACH = (
 
 def score_by_bytes(run: Snapshot) -> Chart | None:
     """Draw score against bytes, the Pareto front of the finished trials and the budget; None
-    without scored trials."""
+    without scored trials.
+    """
     scored = [trial for trial in run.trials if trial.rungs and trial.is_over]
     if not scored or not run.state.search:
         return None
@@ -102,7 +103,8 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
 
 def _point(run: Snapshot, trial: TrialRecord, is_best: bool) -> Spec:
     """Return the fields that the plot and its tooltips show of a trial, with the score of its last
-    rung."""
+    rung.
+    """
     name = control_title(trial.origin).rpartition(", ")[2] if kind_of(trial) == CONTROL else ""
     return {
         "trial": trial.index,
@@ -122,7 +124,8 @@ def _point(run: Snapshot, trial: TrialRecord, is_best: bool) -> Spec:
 
 def kind_of(trial: TrialRecord) -> str:
     """Return a trial's legend: `stopped early`, `failed`, `given plan`, `control` (needs no search)
-    or `searched`."""
+    or `searched`.
+    """
     if trial.status in ("stopped", "failed"):
         return STOPPED if trial.status == "stopped" else FAILED
     if trial.is_given:
@@ -132,7 +135,8 @@ def kind_of(trial: TrialRecord) -> str:
 
 def _score_axis(metric: str, title: str, points: Values) -> Spec:
     """Encode the score on an axis that has each cut's best, and ends before the outliers, drawn at
-    the axis's end."""
+    the axis's end.
+    """
     sign = -1 if metric == "accuracy" else 1
     costs = sorted(sign * point["score"] for point in points)
     of_cuts = [
@@ -157,7 +161,8 @@ def _score_axis(metric: str, title: str, points: Values) -> Spec:
 
 def _space_names(points: Values, ends: Sequence[float]) -> None:
     """Choose how many pixels below its point each name stands, the winner's first, so that names do
-    not overlap."""
+    not overlap.
+    """
     sizes, taken = [point["megabytes"] for point in points], list[tuple[float, float]]()
     for point in sorted(
         (each for each in points if each["name"]), key=lambda each: not each["best"]

@@ -1,5 +1,6 @@
 """Draws the plot of a search with plain characters, for a terminal, from the points of the plot on
-the page."""
+the page.
+"""
 
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.search import CONTROL, FAILED, STOPPED
@@ -13,7 +14,8 @@ Span = tuple[str, str]  # a piece of a line and its colour
 
 def text_plot(chart: Chart) -> list[list[Span]]:
     """Draw the points: a character for each cut, numbers for the controls, the winner in brackets;
-    with a legend."""
+    with a legend.
+    """
     points, [budget] = chart.spec["data"]["values"], chart.spec["layer"][0]["data"]["values"]
     axis, colours = (chart.spec["layer"][2]["encoding"][name] for name in ("y", "color"))
     scores = axis["scale"].get("domain") or [point["score"] for point in points]

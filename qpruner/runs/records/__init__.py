@@ -22,10 +22,8 @@ from qpruner.runs.records.search import PRUNED as PRUNED
 from qpruner.runs.records.search import RANDOM as RANDOM
 from qpruner.runs.records.search import SEARCHED as SEARCHED
 from qpruner.runs.records.search import Begun as Begun
-from qpruner.runs.records.search import Confirmation as Confirmation
-from qpruner.runs.records.search import FinalistScore as FinalistScore
+from qpruner.runs.records.search import Finalist as Finalist
 from qpruner.runs.records.search import FreshScore as FreshScore
-from qpruner.runs.records.search import KeptScore as KeptScore
 from qpruner.runs.records.search import RungAgreement as RungAgreement
 from qpruner.runs.records.search import RungResult as RungResult
 from qpruner.runs.records.search import SearchClock as SearchClock
@@ -49,7 +47,8 @@ class PrepareRecord(Record):
 
 class LayerWidths(Recorded):
     """The kv groups and MLP channels that a block keeps, by index in the base model; none if it is
-    removed."""
+    removed.
+    """
 
     layer: int
     kept_kv_groups: tuple[int, ...]
@@ -177,7 +176,8 @@ class FinetuneRecord(Record):
 
 class TaskScore(Recorded):
     """The accuracy on an lm-eval task, with the values of all questions to compare two models
-    question by question."""
+    question by question.
+    """
 
     task: str
     metric: str
@@ -213,7 +213,8 @@ class InferenceSetting(Recorded):
 
 class RowScores(Recorded):
     """Scores of one model on the held-out tasks; `seed` is its training seed, None if it was not
-    fine-tuned."""
+    fine-tuned.
+    """
 
     digest: str
     name: str
@@ -227,7 +228,8 @@ class RowScores(Recorded):
 
 class EvalRecord(Record):
     """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune,
-    and of the winner."""
+    and of the winner.
+    """
 
     rows: tuple[RowScores, ...]
     text: str | None = None
@@ -244,7 +246,8 @@ class EvalRecord(Record):
 
 class ComparisonRecord(Record):
     """The winner and the models compared with it, all after the same fine-tune, sorted by model,
-    then training seed."""
+    then training seed.
+    """
 
     candidates: tuple[CandidateRecord, ...]
     rows: tuple[RowScores, ...]
@@ -328,7 +331,8 @@ class RunState(Recorded):
     @property
     def compares(self) -> bool:
         """Whether the command also fine-tunes the models that the winner is compared with
-        (`finetune.compare`)."""
+        (`finetune.compare`).
+        """
         return self.extras["comparison"]
 
 
@@ -369,14 +373,16 @@ class Results(Recorded):
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
         """The fine-tuned models: the winner and, after stage comparison, the models that it is
-        compared with."""
+        compared with.
+        """
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
     @property
     def scores(self) -> tuple[RowScores, ...]:
         """Scores on the held-out tasks: first of the models without a fine-tune, then of the
-        `candidates`."""
+        `candidates`.
+        """
         rows = self.evaluate.rows if self.evaluate else ()
         if self.comparison is None:
             return rows

@@ -1,8 +1,9 @@
 """Records of the search: trials, finalists and the outcome."""
 
+from statistics import fmean
 from typing import Literal
 
-from qpruner.runs.records.base import Record, Recorded, StandardError
+from qpruner.runs.records.base import Record, Recorded
 
 
 class Score(Recorded):
@@ -163,7 +164,8 @@ class TrialRecord(Recorded):
     @property
     def is_control(self) -> bool:
         """Whether no searcher proposed the plan: it is one that users would try instead, or that
-        they gave."""
+        they gave.
+        """
         return self.is_given or is_control(self.origin)
 
     @property
@@ -174,13 +176,15 @@ class TrialRecord(Recorded):
     @property
     def infrastructure_failed(self) -> bool:
         """Whether the trial failed because of the storage, a damaged file or a machine, and not
-        because of the plan."""
+        because of the plan.
+        """
         return self.failure in ("storage", "damaged", "machine")
 
     @property
     def should_retry(self) -> bool:
         """Whether the next session runs the trial again: its infrastructure failed, or it hung
-        before any rung."""
+        before any rung.
+        """
         return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
 
@@ -202,45 +206,36 @@ class TrialPulse(Recorded):
 
 class SearchClock(Recorded):
     """The time that a search took, and its number of sessions; each command that runs its trials
-    begins a session."""
+    begins a session.
+    """
 
     seconds: float
     sessions: int = 0
 
 
 class FreshScore(Score):
-    """The score of a finished trial on fresh rows and questions, on which the search itself scores
-    no trial.
+    """The score of a plan on fresh rows and questions, after a fine-tune as long as a trial.
 
-    The fresh rows are the half of the `data.confirmation` rows that selects the winner.
+    The search itself scores no trial on them. The fresh rows are the half of the
+    `data.confirmation` rows that selects the winner.
     """
-
-    stderr: StandardError
-
-
-class FinalistScore(FreshScore):
-    """A `FreshScore` with the loss of each fresh row, to compare two finalists row by row."""
 
     losses: tuple[float, ...]
     """Loss of each fresh row, in nats per token."""
-
-
-class KeptScore(FinalistScore):
-    """A `FinalistScore` stored in the folder of the trial for later commands."""
-
-    digest: str
+    scored: str = ""
     """Digest of the scored weights and of the fresh rows and questions."""
-    gpu_seconds: float
+    gpu_seconds: float = 0.0
 
 
-class Confirmation(FreshScore):
-    """A finalist (one of the best trials, or a control) with its score on fresh rows."""
+class Finalist(Recorded):
+    """One of the best trials or a control, with its scores on fresh rows."""
 
     index: int
+    """Number of the trial."""
     origin: str
-    """Name of the control or of the searcher; it ends in `of another search` if the trial is
-    reused."""
+    """Name of the control or of the searcher; that of a reused trial ends in `of another search`."""
     control: bool
+    """Whether users would try the plan instead of a search."""
     reused: bool
     """Whether another search ran the trial."""
     cut: str = "base"
@@ -248,18 +243,40 @@ class Confirmation(FreshScore):
     plan_bytes: int
     fits: bool = True
     """Whether the plan is within the budget; a control may exceed it, and is then no winner."""
-    losses: dict[int, tuple[float, ...]]
-    """Training seed -> loss of each fresh row, in nats per token: the trial's own seed first, then
-    the further seeds of `search.confirm_seeds`, under which finalists are trained that cannot be
-    told apart.
+    scores: dict[int, FreshScore]
+    """Score by training seed: the trial's own seed first, then those of `search.confirm_seeds`,
+    under which finalists are trained that cannot be told apart.
 
-    The scores are means over these seeds, and the winner is one of the finalists that have most of
-    them. Two finalists are compared on the seeds that both have."""
+    The winner is one of the finalists that have most seeds. Two finalists are compared on the seeds
+    that both have.
+    """
+
+    @property
+    def losses(self) -> dict[int, tuple[float, ...]]:
+        """Training seed -> loss of each fresh row, in nats per token."""
+        return {seed: score.losses for seed, score in self.scores.items()}
+
+    @property
+    def of_trial(self) -> FreshScore:
+        """The score under the training seed of all trials."""
+        return next(iter(self.scores.values()))
+
+    @property
+    def mean(self) -> Score:
+        """The means over the training seeds."""
+        scores = self.scores.values()
+        loss = fmean(score.loss for score in scores)
+        if self.of_trial.accuracy is None:
+            return Score(loss=loss)
+        accuracy = fmean(score.value("accuracy") for score in scores)
+        stderr = fmean(score.accuracy_stderr or 0.0 for score in scores)
+        return Score(loss=loss, accuracy=accuracy, accuracy_stderr=stderr)
 
 
 class RungAgreement(Recorded):
     """How a rung orders finished trials, against the last rung: Kendall's tau over their pairs,
-    from -1 to 1."""
+    from -1 to 1.
+    """
 
     step: int
     num_trials: int
@@ -294,12 +311,10 @@ class SearchRecord(Record):
     """Wall-clock seconds of the trials, in all sessions."""
     gpu_seconds: float
     """GPU seconds of the trials."""
-    confirmation_gpu_seconds: float = 0.0
-    """GPU seconds spent on finalists: scores on fresh rows, and training under further seeds."""
     rungs: tuple[RungAgreement, ...] = ()
     """How well each earlier rung predicts the order at the last one, over finished trials, reused
     ones included."""
-    confirmations: tuple[Confirmation, ...]
+    finalists: tuple[Finalist, ...]
     best_index: int
     best_origin: str
     best_cut: str = "base"
@@ -322,18 +337,29 @@ class SearchRecord(Record):
         return self.metric == "accuracy"
 
     @property
-    def winner(self) -> Confirmation:
+    def winner(self) -> Finalist:
         """The winner, as a trial on fresh rows."""
         return self.finalist(self.best_index)
 
-    def finalist(self, index: int) -> Confirmation:
+    @property
+    def rival_as_trial(self) -> Finalist | None:
+        """The finalist that the winner is compared with; None if it is alone."""
+        return None if self.rival is None else self.finalist(self.rival)
+
+    def finalist(self, index: int) -> Finalist:
         """Return the finalist with the number of its trial."""
-        return next(each for each in self.confirmations if each.index == index)
+        return next(each for each in self.finalists if each.index == index)
 
     @property
     def total_seconds(self) -> float:
         """Seconds of all sessions, the scoring of the finalists included."""
         return max(self.seconds, self.search_seconds)
+
+    @property
+    def confirmation_gpu_seconds(self) -> float:
+        """GPU seconds spent on finalists: scores on fresh rows, and training under further seeds."""
+        scores = (score for finalist in self.finalists for score in finalist.scores.values())
+        return sum(score.gpu_seconds for score in scores)
 
     @property
     def total_gpu_seconds(self) -> float:

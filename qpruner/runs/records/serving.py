@@ -17,7 +17,8 @@ FORM_TITLES: dict[ServedForm, str] = {
 
 class ServedRow(Recorded):
     """A model as it is served: the final one in one form, the best simple alternative, or the base
-    as it is."""
+    as it is.
+    """
 
     name: str
     """`base`, `searched` or a control, as in the final table."""
@@ -62,7 +63,8 @@ class ServeSetting(Recorded):
 
 class ServeRecord(Record):
     """The final model as files for other servers, and the base model beside it, measured in turns
-    in one process."""
+    in one process.
+    """
 
     rows: tuple[ServedRow, ...]
     setting: ServeSetting
@@ -70,6 +72,7 @@ class ServeRecord(Record):
     @property
     def best(self) -> ServedRow | None:
         """The final model's row with the least loss of those that llama.cpp has measured; None
-        without one."""
+        without one.
+        """
         measured = [row for row in self.rows if row.name == SEARCHED and row.loss is not None]
         return min(measured, key=lambda row: row.loss or 0.0, default=None)
