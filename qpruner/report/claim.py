@@ -158,9 +158,10 @@ def claim(results: Results) -> str:
     rival = results.search.rival_as_trial
     if not items:
         items = ["No other plan had this fine-tune, so nothing is claimed at equal bytes."]
-        is_comparable = rival is not None and not results.search.by_accuracy
-        if is_comparable and (difference := difference_from(rival, results.search)):
-            against = f"Against {control_title(rival.origin)}, as trials on the rows that chose the winner"
+        difference = rival and difference_from(rival, results.search)
+        if rival and difference and difference.verdict:
+            title = control_title(rival.origin)
+            against = f"Against {title}, as trials on the rows that chose the winner"
             items.append(f"{against}: {difference.text}.")
     for name, reason in results.search.lost_controls.items():
         items.append(f"Without a result: {control_title(name)}, {reason}.")

@@ -10,6 +10,7 @@ from raylets import raylets
 from test_placement import breakdown, recording_trial
 
 from qpruner.cluster.connect import connect, disconnect
+from qpruner.cluster.slots import Room
 from qpruner.cluster.tune import search
 from qpruner.cluster.tune.devices import MAX_FAILURES
 from qpruner.errors import StageError
@@ -23,7 +24,7 @@ def test_if_the_other_machine_leaves_the_search_ends(tmp_path: Path, num_failure
     """A GPU that may be at fault is tried again; one that was left out is not."""
     with raylets(0) as cluster:
         bad = cluster.add(num_cpus=2, num_gpus=1)
-        connect(cluster.address)
+        joined = connect(cluster.address)
         good = cluster.add(num_cpus=2, num_gpus=1)
         intact, fail, of_bad = recording_trial(tmp_path, 0), breakdown(), bad.node_id
 
@@ -52,7 +53,7 @@ def test_if_the_other_machine_leaves_the_search_ends(tmp_path: Path, num_failure
         job = replace(job, trial=trial, resources={"cpu": 1.0, "gpu": 1.0})
         try:
             with pytest.raises(StageError) as caught:
-                search(job, lambda held: 2 - held, emit)
+                search(job, Room(joined.slots, job.resources, None, emit), emit)
         finally:
             disconnect()
         trouble = (

@@ -4,7 +4,7 @@ import pytest
 from made_searches import trial
 
 from qpruner.cluster.tune.callbacks import Holding
-from qpruner.cluster.tune.devices import MAX_TRIES, Devices
+from qpruner.cluster.tune.devices import MAX_TRIES, TO_COME, Devices
 from qpruner.errors import StageError
 from qpruner.runs.events import Event, Message
 from qpruner.runs.records import TrialRecord
@@ -18,7 +18,6 @@ class Bench:
         self.nodes = {"node": number}
         self.devices = Devices(lambda: self.nodes, self.events.append)
         self.held: list[str] = []
-        self.kept: list[str] = []
         self._records: dict[int, TrialRecord] = {}
 
     def record(self, index: int, device: str) -> TrialRecord:
@@ -38,7 +37,7 @@ class Bench:
 
     def _hold(self, device: str) -> Holding:
         self.held.append(device)
-        return Holding("node", lambda: self.held.remove(device), lambda: self.kept.append(device))
+        return Holding("node", lambda: self.held.remove(device))
 
 
 def test_a_device_is_held_until_a_second_one_tells_whose_fault_it_was() -> None:
@@ -113,7 +112,7 @@ def test_two_bad_devices_of_four_are_left_out_and_no_plan_is_blamed() -> None:
     bench.scores(1, "b")
     assert bench.fails(2, "c") and bench.fails(2, "d"), "each of the two has failed another trial"
     bench.scores(2, "a")
-    assert bench.held == ["c", "d"] == bench.kept and len(bench.events) == 2
+    assert bench.held == ["c", "d"] and len(bench.events) == 2
 
 
 def test_a_plan_too_large_for_all_of_many_devices_is_tried_on_three() -> None:
@@ -154,3 +153,31 @@ def test_a_device_whose_node_has_left_is_held_no_more() -> None:
     bench.nodes = {"another": 2}
     bench.devices.look()
     assert bench.held == [] and bench.devices.num_held == 0
+
+
+def test_a_trial_that_ends_without_a_score_lets_go_of_its_devices() -> None:
+    """It may diverge on the other device, or hang there."""
+    bench = Bench(2)
+    assert bench.fails(0, "a") and bench.held == ["a"]
+    bench.devices.release(0)
+    assert bench.held == []
+
+
+def test_failures_of_an_earlier_command_are_not_counted() -> None:
+    bench = Bench(4)
+    bench.record(0, "c")
+    earlier = bench.record(0, "c").model_copy(update={"failed_on": ("c", "d")})
+    assert bench.devices.should_move(earlier, lambda: None), "its device leaves, and is not held"
+    assert bench.held == []
+
+
+def test_a_device_that_may_be_started_is_another() -> None:
+    """As with a spot machine, which an autoscaler replaces."""
+    bench = Bench(1)
+    bench.nodes[TO_COME] = 1
+    assert bench.fails(0, "a")
+    bench.devices.look()
+    assert bench.held == ["a"]
+    bench.nodes[TO_COME] = 0
+    bench.devices.look()
+    assert bench.held == []

@@ -141,7 +141,7 @@ def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
     list(
         run_tasks(
             lambda seconds: time.sleep(seconds),
-            [0.5, 0.5],
+            [2.0, 2.0],
             GPU,
             2,
             False,
@@ -149,7 +149,9 @@ def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
             on_held=tasks.append,
         )
     )
-    assert len(tasks) == 2 and all(0.5 <= seconds < 0.9 for seconds in tasks)
+    assert len(tasks) == 2 and all(2.0 <= seconds < 4.0 for seconds in tasks), (
+        "one waits for 2 s and a start"
+    )
 
 
 @pytest.mark.slow

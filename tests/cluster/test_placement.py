@@ -18,9 +18,7 @@ from made_searches import CONTROLS, LAYOUT, job_of, plan_of
 from raylets import Raylets, raylets
 
 from qpruner.cluster.connect import Cluster, connect, disconnect
-from qpruner.cluster.node_check import packed_check
 from qpruner.cluster.slots import Room, Slots
-from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.tune.devices import MAX_FAILURES
 from qpruner.cluster.tune.driver import MAX_ERRORS
@@ -210,16 +208,6 @@ def breakdown(mended: Path | None = None) -> Callable[[TrialJob], None]:
     return fault
 
 
-def gpu_of_task() -> Callable[[float], str]:
-    """Make a job that takes so many seconds and returns the GPU that it sees."""
-
-    def gpu_of(seconds: float) -> str:
-        time.sleep(seconds)
-        return os.environ["CUDA_VISIBLE_DEVICES"]
-
-    return gpu_of
-
-
 def searched(job: SearchJob, room: int = 2) -> tuple[list[TrialRecord], list[str]]:
     """Run a search; return its trials and the messages."""
     events: list[Event] = []
@@ -235,20 +223,11 @@ def on_gpus(folder: Path, trial: Trial, **settings: Any) -> SearchJob:
 
 
 @pytest.fixture(scope="module")
-def one_machine(joined: tuple[Raylets, Cluster]) -> Iterator[str]:
+def two_gpus(joined: tuple[Raylets, Cluster]) -> Iterator[None]:
     """Only the machine with two GPUs, which has four cores, can run a trial that takes two cores."""
     joined[0].cluster.remove_node(joined[0].nodes.pop())
-    yield joined[0].address
-    joined[0].add(num_cpus=4, num_gpus=GPUS[1])
-
-
-@pytest.fixture
-def two_gpus(one_machine: str) -> Iterator[None]:
-    """As above; a GPU that was left out is back after the test, because it is held until this
-    process leaves."""
     yield
-    disconnect()
-    connect(one_machine)
+    joined[0].add(num_cpus=4, num_gpus=GPUS[1])
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -290,7 +269,7 @@ def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_gpus")
-def test_a_gpu_that_kills_processes_gets_no_more_trials_and_no_later_job(tmp_path: Path) -> None:
+def test_a_gpu_that_kills_processes_gets_no_more_trials(tmp_path: Path) -> None:
     """A faulty driver ends the process without an error of Python's."""
 
     def fault(job: TrialJob) -> None:
@@ -304,10 +283,31 @@ def test_a_gpu_that_kills_processes_gets_no_more_trials_and_no_later_job(tmp_pat
     assert len([trial for trial in trials if trial.failed_on]) == MAX_FAILURES
     [named] = [text for text in said if text.startswith("warning")]
     assert "2 trials failed on GPU 1 of 127.0.0.1" in named
-    later = run_tasks(
-        gpu_of_task(), [1.0] * 4, {"cpu": 1.0, "gpu": 1.0}, 4, False, packed_check({}, None)
-    )
-    assert {gpus for _, gpus in later} == {"0"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_gets_trials_again_after_one_that_diverged_elsewhere(tmp_path: Path) -> None:
+    """A trial fails once on one GPU and diverges on the other: neither GPU is to blame."""
+    fail, intact = breakdown(), recording_trial(tmp_path, 0)
+
+    def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
+        from qpruner.errors import TrainingDiverged
+
+        if dict(job.plan) == first:
+            is_moved = (tmp_path / "failed").exists()
+            (tmp_path / "failed").touch()
+            if is_moved:
+                raise TrainingDiverged("the loss is nan")
+            fail(job)
+        time.sleep(5.0)
+        intact(job, start, report, progress)
+
+    first = CONTROLS[0][1].as_dict()
+    trials, _ = searched(on_gpus(tmp_path, trial))
+    assert (trials[0].failure, len(trials[0].failed_on)) == ("diverged", 1)
+    used = Counter(trial.device for trial in trials[1:])
+    assert len(used) == 2, used
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ class Searching:
         self.job, self.room, self.events = job, 2, list[Event]()
         self.ledger, _ = resume_search(job, proposer or RandomProposer(job.space, seed=0))
         self.halt = Halt(self.events.append)
-        devices = Devices(lambda: {"node": self.room}, self.events.append)
+        devices = Devices(lambda: {"node": 1}, self.events.append)
         room, emit = lambda held: self.room - held, self.events.append
         self.searcher = PlanSearcher(job, self.ledger, room, devices, emit, self.halt)
 

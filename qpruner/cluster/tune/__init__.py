@@ -83,29 +83,19 @@ def search(
         StorageError: If the storage stays full or unreachable.
     """
     assert ray.is_initialized(), "without `connect`, Tune would choose a cluster itself"
-    halt, devices = Halt(emit), Devices(partial(count_devices, job.resources), emit)
+    halt, devices = Halt(emit), Devices(partial(count_devices, job.resources, room), emit)
     job = replace(job, session=begin_session(job.trials, job.search))
-    config = job.config
-    try:
-        while True:
-            ended = retry_storage(
-                lambda: _fit(job, room, devices, emit, halt, trackers), job.scratch, resumable=True
-            )
-            if halt.interrupted:
-                raise KeyboardInterrupt
-            if halt.trouble:
-                raise halt.trouble
-            outcome = _outcome(job, ended or "")
-            if ended is not None and all(trial.is_over for trial in outcome.trials):
-                return outcome
-    finally:
-        # Later stages use a GPU that was left out only if they need all of a machine.
-        if (
-            not job.resources.get("gpu")
-            or config.finetune.num_workers > 1
-            or config.model.device_map == "auto"
-        ):
-            devices.end_search()
+    while True:
+        ended = retry_storage(
+            lambda: _fit(job, room, devices, emit, halt, trackers), job.scratch, resumable=True
+        )
+        if halt.interrupted:
+            raise KeyboardInterrupt
+        if halt.trouble:
+            raise halt.trouble
+        outcome = _outcome(job, ended or "")
+        if ended is not None and all(trial.is_over for trial in outcome.trials):
+            return outcome
 
 
 def _fit(

@@ -14,7 +14,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.callback import Callback
 from ray.tune.experiment import Trial
 from ray.tune.stopper import Stopper
-from ray.util import placement_group_table, remove_placement_group
+from ray.util import placement_group_table
 
 from qpruner.cluster.ray_private import RayActorManager
 from qpruner.cluster.tasks import is_staying
@@ -34,16 +34,12 @@ class Holding(NamedTuple):
     node: str
     """Ray's id of the node that the device is part of."""
     let_go: Callable[[], None]
-    """Gives the device to others again; a device that is not kept is theirs at the end of the
-    session of Tune."""
-    keep: Callable[[], None]
-    """Keeps the device from others after the session of Tune too, until this process leaves the
-    cluster."""
+    """Gives the device to others again, who also get it at the end of the session of Tune."""
 
 
 Hold = Callable[[], Holding | None]
 """Holds the device of a worker that has failed (see `ActorManager.hold`); returns None if its node
-has left."""
+leaves."""
 
 
 class ActorManager(RayActorManager):  # type: ignore[misc]
@@ -67,13 +63,13 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
         """Hold the device of a worker whose trial has failed; Tune no longer knows a worker whose
         process has ended."""
         worker = tracked_actor or self._failing
-        resources = (
-            self._held[worker]
-            if worker in self._held
-            else self._live_actors_to_ray_actors_resources[worker][1]
+        _, live = self._live_actors_to_ray_actors_resources.get(worker, (None, None))
+        if (resources := self._held.get(worker, live)) is None:
+            return None  # it has never started
+        node = next(
+            iter(placement_group_table(resources.placement_group)["bundles_to_node_id"].values()),
+            "",
         )
-        group = resources.placement_group
-        node = next(iter(placement_group_table(group)["bundles_to_node_id"].values()), "")
         if not is_staying(node):
             return None
         self._to_hold.add(worker)
@@ -81,15 +77,8 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
         def let_go() -> None:
             self._to_hold.discard(worker)
             self._free_unless_held(worker)
-            remove_placement_group(group)  # if it is kept
 
-        def keep() -> None:
-            self._held.pop(worker)
-            self._resource_manager._acquired_pgs.discard(
-                group
-            )  # which Tune would remove at the end of its session
-
-        return Holding(node, let_go, keep)
+        return Holding(node, let_go)
 
     def _cleanup_actor(self, tracked_actor: Any) -> None:
         self._cleanup_actor_futures(tracked_actor)
@@ -103,7 +92,7 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
             self._resource_manager.free_resources(self._held.pop(tracked_actor))
 
     def cleanup(self) -> None:
-        """End all workers, and let go of all devices but those that are kept."""
+        """End all workers, and let go of all devices."""
         for resources in self._held.values():
             self._resource_manager.free_resources(resources)
         super().cleanup()  # begins anew, without any that are held

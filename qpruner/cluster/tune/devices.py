@@ -4,11 +4,11 @@ trials.
 A device is a GPU, or a machine if trials use no GPU. A failure may be the plan's fault (it is too
 large for any device) or the device's (it is smaller than others, another program uses its memory,
 or it is broken). Only other devices can tell, so a device where a trial has failed gets no trials
-until that trial has reported a score from another device, or the plan is blamed.
+until that trial has reported a score from another device, or is over.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import ray
@@ -26,23 +26,25 @@ MAX_TRIES = 3
 """Failures of one trial after which its plan is blamed. Those on a device count that has failed no
 other trial which then ran elsewhere, and every further one on the same device."""
 
+TO_COME = "to come"
+"""Stands for the node of devices that an autoscaler may start."""
+
 
 @dataclass
 class _Held:
-    """A device that gets no trials, the node that it is part of, and the functions that end this
+    """A device that gets no trials, the node that it is part of, and the function that ends this
     (see `Holding`)."""
 
     device: str
     node: str
     let_go: Callable[[], None]
-    keep: Callable[[], None]
 
 
 class Devices:
     """Counts failures by device, and holds devices that fail where others succeed.
 
     `count` returns the number of devices of each node that is in the cluster now, by the id of the
-    node.
+    node, and that of devices that an autoscaler may start, by `TO_COME`.
     """
 
     def __init__(self, count: Callable[[], Mapping[str, int]], emit: Emit) -> None:
@@ -50,6 +52,9 @@ class Devices:
         self._suspects: defaultdict[int, list[_Held]] = defaultdict(
             list
         )  # by the number of the trial that failed
+        self._tried: defaultdict[int, list[str]] = defaultdict(
+            list
+        )  # devices on which a trial failed in this command
         self._failures: Counter[str] = Counter()  # of trials that ran on another device
         self._left_out: list[_Held] = []  # several of one device, if trials share it
 
@@ -59,21 +64,25 @@ class Devices:
         return len(self._left_out) + sum(map(len, self._suspects.values()))
 
     def should_move(self, record: TrialRecord, hold: Hold) -> bool:
-        """Return True if a trial that failed is to be tried on another device; its own is then
-        held."""
-        tried = [device for device in (*record.failed_on, record.device) if device is not None]
-        num_bad = sum(1 for device in {*tried} if self._failures[device])
-        if (
-            record.device is None
-            or len(tried) - num_bad >= MAX_TRIES
-            or not self._leaves_another(record)
-        ):
-            self._release(record.index)
+        """Return True if a trial that failed is to be tried on another device; its own is held,
+        unless it leaves."""
+        if record.device is None:
             return False
-        holding = hold()
-        if holding is not None:
+        tried = self._tried[record.index]
+        tried.append(record.device)
+        num_bad = sum(1 for device in {*tried} if self._failures[device])
+        if len(tried) - num_bad >= MAX_TRIES or not self._leaves_another({*tried}, record.device):
+            self.release(record.index)
+            return False
+        if holding := hold():
             self._suspects[record.index].append(_Held(record.device, *holding))
-        return holding is not None
+        return True
+
+    def release(self, index: int) -> None:
+        """Let go of the devices on which a trial has failed that is over and has told nothing about
+        them."""
+        for held in self._suspects.pop(index, []):
+            held.let_go()
 
     def has_scored(self, record: TrialRecord) -> None:
         """Decide on the devices on which a trial had failed before it reported a score, if there
@@ -89,9 +98,8 @@ class Devices:
             if held.device not in {each.device for each in self._left_out}:
                 text = f"{self._failures[held.device]} trials failed on {held.device} and ran on other devices"
                 self._emit(
-                    Message("search", f"warning: {text}: it gets no more trials of this command")
+                    Message("search", f"warning: {text}: it gets no more trials of this search")
                 )
-            held.keep()
             self._left_out.append(held)
 
     def look(self) -> None:
@@ -108,41 +116,33 @@ class Devices:
         total = sum(count.values())
         if not total or len(self._names()) < total:
             return
-        for index in list(self._suspects):
-            self._release(index)
-        if len(names := self._names()) == total:
+        self._release_all()
+        if len(names := self._names()) >= total:
             cause = f"no other device is left than {', '.join(sorted(names))}, where trials failed that ran elsewhere"
             raise StageError(
                 "search", cause, "add a machine, or repair these and repeat the command: it resumes"
             )
 
     def end_session(self) -> None:
-        """Let go of all suspects, because no trial is left that could tell."""
-        for index in list(self._suspects):
-            self._release(index)
+        """Forget all devices, which Tune lets go of at the end of its session; failures stay
+        counted."""
+        self._release_all()
+        self._left_out.clear()
 
-    def end_search(self) -> None:
-        """Let go of all devices."""
-        self.end_session()
-        while self._left_out:
-            self._left_out.pop().let_go()
+    def _release_all(self) -> None:
+        for index in list(self._suspects):
+            self.release(index)
 
     def _names(self) -> set[str]:
         """Return the devices that are held."""
         return {each.device for held in (self._left_out, *self._suspects.values()) for each in held}
 
-    def _release(self, index: int) -> None:
-        """Let go of the devices on which a trial has failed."""
-        for held in self._suspects.pop(index, []):
-            held.let_go()
-
-    def _leaves_another(self, record: TrialRecord) -> bool:
-        """Return True if another device may run a trial while its own is held; let go of other
+    def _leaves_another(self, tried: Collection[str], device: str) -> bool:
+        """Return True if another device may run a trial while this one is held; let go of other
         suspects if needed."""
         total = sum(self._count().values())
-        tried = {*record.failed_on, record.device}
-        while len({*self._names(), record.device}) >= total:
-            suspects = ((index, held) for index, each in self._suspects.items() for held in each)
+        while len({*self._names(), device}) >= total:
+            suspects = [(index, held) for index, each in self._suspects.items() for held in each]
             other = next(
                 ((index, held) for index, held in suspects if held.device not in tried), None
             )
@@ -163,10 +163,18 @@ def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
     return [each for each in held if each.node in count]
 
 
-def count_devices(resources: Mapping[str, float]) -> dict[str, int]:
-    """Count the devices of each node that is now in the cluster and has room for a trial, by the id
-    of the node."""
+def count_devices(resources: Mapping[str, float], room: Callable[[int], int]) -> dict[str, int]:
+    """Count the devices that have room for a trial: of each node in the cluster, by its id, and
+    those `TO_COME`.
+
+    `room` returns for how many trials there is room if so many slots are held, also on machines
+    that may be started.
+    """
     nodes = {node["NodeID"]: size_of(node) for node in ray.nodes() if node["Alive"]}
-    room = {name: node.fits(resources) for name, node in nodes.items()}
-    most = {name: int(node.gpus) if resources.get("gpu") else 1 for name, node in nodes.items()}
-    return {name: min(room[name], most[name]) for name in nodes if room[name]}
+    slots = {name: node.fits(resources) for name, node in nodes.items()}
+    count = {
+        name: min(slots[name], int(node.gpus) if resources.get("gpu") else 1)
+        for name, node in nodes.items()
+        if slots[name]
+    }
+    return count | {TO_COME: max(0, room(0) - sum(slots.values()))}

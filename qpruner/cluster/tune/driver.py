@@ -179,18 +179,15 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._ledger.withdraw(suggestion)
             self._emit(TrialChanged(record, is_withdrawn=True))
             return
-        num_kills = record.kills
+        before = (record.kills, record.memory_kills)
         if record.status == "running":
             # An error of the trial itself is in its record: here the process was killed, or never
             # started.
             record = (
                 _after_death(record, death, self._job) if error else _stopped(record, self._job)
             )
-            failure = (
-                "its worker process died"
-                if record.kills > num_kills and not record.is_over
-                else None
-            )
+            was_killed = (record.kills, record.memory_kills) != before and not record.is_over
+            failure = "its worker process died" if was_killed else None
         else:
             failure = record.reason if record.failure in ("infeasible", "error") else None
         if failure and self._devices.should_move(record, death.hold):
@@ -201,6 +198,7 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         trial_records.write_trial(self._job.trials, record)
         if record.is_over:
             self._end_trial(suggestion, record)
+            self._devices.release(record.index)
             return
         place = f"step {record.saved_step}" if record.saved_step else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
@@ -214,10 +212,14 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
         """Queue a trial that failed, to be resumed on another device; it begins with the configured
         micro-batch."""
-        update = {"status": "running", "failure": None, "reason": None, "micro_batch_size": None}
-        moved = record.model_copy(
-            update={**update, "failed_on": (*record.failed_on, record.device)}
-        )
+        update: dict[str, Any] = {
+            "status": "running",
+            "failure": None,
+            "reason": None,
+            "micro_batch_size": None,
+        }
+        update |= {"kills": 0, "memory_kills": 0, "failed_on": (*record.failed_on, record.device)}
+        moved = record.model_copy(update=update)
         trial_records.write_trial(self._job.trials, moved)
         text = f"trial {record.index} failed on {record.device} ({failure}) and is tried on another device"
         self._emit(Message("search", text))
