@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.models.memory import is_out_of_memory, shortage_text
 from qpruner.pipeline.bank import Bank
@@ -45,16 +46,25 @@ STAGES: Stages = (
 )
 
 
+def names_of(stages: Stages) -> tuple[str, ...]:
+    """List the names of stages."""
+    return tuple(stage.name for stage in stages)
+
+
 def stages_until(until: str) -> Stages:
     """List the stages up to and including `until`."""
-    return STAGES[: [stage.name for stage in STAGES].index(until) + 1]
+    return STAGES[: names_of(STAGES).index(until) + 1]
+
+
+def wanted_stages(config: RunConfig, until: str = "report") -> Stages:
+    """List the stages up to `until` that the configuration asks for."""
+    return tuple(stage for stage in stages_until(until) if stage.is_wanted(config))
 
 
 def run_flow(context: Context, until: str) -> Results:
     """Run the stages that the configuration asks for, up to `until`, and return their records."""
-    for kind in stages_until(until):
-        if kind.is_wanted(context.config):
-            run_stage(kind(context))
+    for kind in wanted_stages(context.config, until):
+        run_stage(kind(context))
     return context.records
 
 
@@ -98,8 +108,8 @@ def recorded(context: Context) -> None:
     """Add to the context the records that `run` would reuse; the files of the stages are not
     checked."""
     context.records = Results()
-    for kind in STAGES:
-        if kind.record is None or not kind.is_wanted(context.config):
+    for kind in wanted_stages(context.config):
+        if kind.record is None:
             continue
         stage, record = kind(context), None
         with suppress(CorruptFile):

@@ -7,6 +7,8 @@ skipped.
 
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from qpruner.runs.records.base import RUN_ID as RUN_ID
 from qpruner.runs.records.base import Record as Record
 from qpruner.runs.records.base import Recorded as Recorded
@@ -283,14 +285,14 @@ class SearchState(Recorded):
     """Trials that can run at once; None if no trial had to run."""
 
 
-EXTRAS = ("comparison", "serve")
-"""Stages after the evaluation, which not every run has."""
-
-
 class RunState(Recorded):
     """`run.json`: the state of the latest command on a run folder, for other processes to read."""
 
     config: dict[str, Any]
+    flow: tuple[str, ...]
+    """The stages that the configuration asks for, in order."""
+    asked: tuple[str, ...]
+    """Those stages of `flow` that the command runs."""
     until: str
     """The last stage that the command runs."""
     command: str
@@ -309,27 +311,20 @@ class RunState(Recorded):
     stages: dict[str, StageState] = {}
     search: SearchState | None = None
 
-    @property
-    def asked_stages(self) -> list[str]:
-        """The stages that the command runs, in the order of the flow."""
-        names = [*Results.model_fields, "report"]  # the report has no record
-        left_out = {name for name, is_wanted in self.extras.items() if not is_wanted}
-        return [name for name in names[: names.index(self.until) + 1] if name not in left_out]
-
-    @property
-    def extras(self) -> dict[str, bool]:
-        """Stage that not every run has -> whether the configuration asks for it."""
-        asked = [
-            (self.config.get(section) or {}).get(key)
-            for section, key in (("finetune", "compare"), ("serve", "to"))
-        ]
-        return {name: bool(each) for name, each in zip(EXTRAS, asked, strict=True)}
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Take the stages that began for `flow` and `asked`, which older runs did not record."""
+        begun = tuple(fields.get("stages", ()))
+        return {"flow": begun, "asked": begun, **fields}
 
     @property
     def compares(self) -> bool:
-        """Whether the command also fine-tunes the models that the winner is compared with
-        (`finetune.compare`)."""
-        return self.extras["comparison"]
+        """Whether the command also fine-tunes the models that the winner is compared with.
+
+        The key `finetune.compare` asks for this.
+        """
+        return "comparison" in self.flow
 
 
 MARK = "qpruner_export.json"
