@@ -105,8 +105,10 @@ def run_stage(stage: Stage[Any]) -> None:
 
 
 def recorded(context: Context) -> None:
-    """Add to the context the records that `run` would reuse; the files of the stages are not
-    checked."""
+    """Add to the context the records that `run` would reuse.
+
+    The files of the stages are not checked.
+    """
     context.records = Results()
     for kind in wanted_stages(context.config):
         if kind.record is None:
@@ -124,17 +126,23 @@ def recorded(context: Context) -> None:
 
 @contextmanager
 def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[None]:
-    """Turn known errors of a stage into a `StageError` that names stage, cause and remedy; `root`
-    is the run folder."""
+    """Turn known errors of a stage into a `StageError` that names stage, cause and remedy.
+
+    Args:
+        stage: The class of the stage.
+        root: The run folder, if there is one.
+    """
     try:
         yield
     except StageError:
         raise
     except TrainingDiverged as error:
-        remedy = "the weights of the base model are broken or too large for `model.dtype`: use another copy or dtype"
         remedy = (
-            "lower `training.learning_rate`, or use bfloat16 or float32" if stage.trains else remedy
+            "the weights of the base model are broken or too large for `model.dtype`: use another "
+            "copy or dtype"
         )
+        if stage.trains:
+            remedy = "lower `training.learning_rate`, or use bfloat16 or float32"
         raise StageError(stage.name, str(error), remedy) from error
     except CorruptFile as error:
         raise StageError(stage.name, str(error), _damage_remedy(error.path, root)) from error
@@ -151,13 +159,18 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
             ) from error
         if type(error).__name__ != "SafetensorError":
             raise
-        remedy = "repeat the command, which replaces damaged files of the run; if your own model is damaged, replace it"
+        remedy = (
+            "repeat the command, which replaces damaged files of the run; if your own model is "
+            "damaged, replace it"
+        )
         raise StageError(stage.name, f"a safetensors file is damaged ({error})", remedy) from error
 
 
 def _damage_remedy(path: Path | None, root: Path | None) -> str:
-    """Say how to replace a damaged file: the run repairs some files itself, others must be deleted
-    first."""
+    """Say how to replace a damaged file.
+
+    The run repairs some files itself; others must be deleted first.
+    """
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"
     parts = path.relative_to(root).parts

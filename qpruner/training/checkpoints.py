@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SECONDS = 30.0
-"""Seconds of training between two saves, more if saving takes longer than this divided by `COST`."""
+"""Seconds of training between two saves; more if saving takes longer than this over `COST`."""
 
 COST = 20
 """How many times as long as a save training lasts before the next one, at least."""

@@ -1,5 +1,4 @@
-"""Check GGUF files by loading them in llama.cpp, and compare them with the checkpoint from which
-they were written.
+"""Check GGUF files in llama.cpp against the checkpoint from which they were written.
 
 Three checks see different faults. The bytes of every tensor are read again from disk and compared.
 Token ids are compared on the rows' texts. Predictions of llama.cpp are compared with those of
@@ -43,8 +42,18 @@ def check(
     rows: Rows,
     on_progress: OnWork = ignore_progress,
 ) -> Compared:
-    """Compare the files of a model and its adapter with their checkpoint, predictions on rows of
-    token ids."""
+    """Compare the files of a model and its adapter with their checkpoint.
+
+    Args:
+        checkpoint: The folder from which the files were written.
+        model: The GGUF file of the model.
+        adapter: The GGUF file of the adapter; None if it is merged.
+        rows: Rows of token ids, on which tokens and predictions are compared.
+        on_progress: Gets a description, the number of finished pieces and of all.
+
+    Raises:
+        StageError: Bytes, token ids or predictions differ.
+    """
     check_bytes(checkpoint, model, adapter, on_progress)
     for text, found, expected in isolated(token_differences, model, checkpoint, rows):
         raise export_error(
@@ -58,25 +67,26 @@ def check_bytes(
 ) -> None:
     """Read the files again, and compare types and bytes of all tensors with the checkpoint."""
     config = checkpoint_config(checkpoint)
-    for file, tensors in (
-        (model, base_tensors),
-        *([(adapter, adapter_tensors)] if adapter else []),
-    ):
-        found = {each.name: each for each in read_gguf(file).tensors}
-        expected = list(tensors(checkpoint, config))
-        for done, (name, type_name, data) in enumerate(expected, 1):
-            if (stored := found.pop(name, None)) is None:
-                raise export_error(f"{file.name} has no tensor `{name}`")
-            same_type = stored.tensor_type.name == type_name
-            if not same_type or not numpy.array_equal(
-                stored.data.view(numpy.uint8).ravel(), data.ravel()
-            ):
-                raise export_error(f"{file.name} has other bytes in `{name}`")
-            on_progress("reading the file again", done, len(expected))
-        if found:
-            raise export_error(
-                f"{file.name} has a tensor that the checkpoint lacks: `{min(found)}`"
-            )
+    _check_file(model, list(base_tensors(checkpoint, config)), on_progress)
+    if adapter:
+        _check_file(adapter, list(adapter_tensors(checkpoint, config)), on_progress)
+
+
+def _check_file(
+    file: Path, expected: list[tuple[str, str, numpy.ndarray]], on_progress: OnWork
+) -> None:
+    """Compare a file's tensors with the expected names, types and bytes."""
+    stored = {tensor.name: tensor for tensor in read_gguf(file).tensors}
+    for done, (name, type_name, data) in enumerate(expected, 1):
+        if name not in stored:
+            raise export_error(f"{file.name} has no tensor `{name}`")
+        tensor = stored.pop(name)
+        written = tensor.data.view(numpy.uint8).ravel()
+        if tensor.tensor_type.name != type_name or not numpy.array_equal(written, data.ravel()):
+            raise export_error(f"{file.name} has other bytes in `{name}`")
+        on_progress("reading the file again", done, len(expected))
+    if stored:
+        raise export_error(f"{file.name} has a tensor that the checkpoint lacks: `{min(stored)}`")
 
 
 def token_differences(

@@ -43,13 +43,15 @@ NO_CHATS = "texts that are no chat: begin them with a space"
 """
 
 _SPECIAL = """
-    </s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle> <fim-pad> <fim-prefix>
-    <fim-repo> <fim-suffix> <fim_middle> <fim_pad> <fim_prefix> <fim_suffix> <reponame> <turn|> <|calls|> <|call|>
-    <|channel|> <|code_middle|> <|code_prefix|> <|code_suffix|> <|constrain|> <|end_of_text|> <|endoftext|> <|end|>
-    <|eom_id|> <|eot_id|> <|file_sep|> <|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|> <|fim_suffix|> <|flush|>
-    <|im_end|> <|message|> <|middle|> <|prefix|> <|repo_name|> <|return|> <|start|> <|suffix|> <|tool_response>
-    <\uff5cend▁of▁sentence\uff5c> <\uff5cfim▁begin\uff5c> <\uff5cfim▁end\uff5c> <\uff5cfim▁hole\uff5c>
-    [EOS] [EOT] [PAD] [e~[ _<EOT> ▁<MID> ▁<PRE> ▁<SUF>
+    </s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos>
+    <fim-middle> <fim-pad> <fim-prefix> <fim-repo> <fim-suffix> <fim_middle> <fim_pad>
+    <fim_prefix> <fim_suffix> <reponame> <turn|> <|calls|> <|call|> <|channel|> <|code_middle|>
+    <|code_prefix|> <|code_suffix|> <|constrain|> <|end_of_text|> <|endoftext|> <|end|>
+    <|eom_id|> <|eot_id|> <|file_sep|> <|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|>
+    <|fim_suffix|> <|flush|> <|im_end|> <|message|> <|middle|> <|prefix|> <|repo_name|>
+    <|return|> <|start|> <|suffix|> <|tool_response> <\uff5cend▁of▁sentence\uff5c>
+    <\uff5cfim▁begin\uff5c> <\uff5cfim▁end\uff5c> <\uff5cfim▁hole\uff5c> [EOS] [EOT] [PAD] [e~[
+    _<EOT> ▁<MID> ▁<PRE> ▁<SUF>
 """
 TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text
@@ -59,8 +61,11 @@ TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()
 ) -> dict[str, Any]:
-    """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if
-    it has none."""
+    """Translate a tokenizer for llama.cpp, as values for the writer's methods.
+
+    Raises:
+        UserError: llama.cpp cannot do what the tokenizer does.
+    """
     definition = backend(tokenizer)
     is_spm = definition["model"]["byte_fallback"]
     if odd := [
@@ -94,12 +99,15 @@ def vocabulary(
 
 
 def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the definition that is really used: transformers builds some tokenizers anew when it
-    loads them."""
+    """Return the definition that is really used.
+
+    It may differ from the file, because transformers builds some tokenizers anew as it loads them.
+    """
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise UserError(
-            f"the tokenizer is a {kind} without `tokenizer.json`, only fast ones are written; {INSTEAD}"
+            f"the tokenizer is a {kind} without `tokenizer.json`, only fast ones are written; "
+            f"{INSTEAD}"
         )
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
@@ -130,8 +138,11 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
 
 
 def space_prefix(definition: Mapping[str, Any]) -> str:
-    """Return where a BPE with byte fallback puts a space before text: `always`, `never`, or `first`
-    (start only)."""
+    """Return where a BPE with byte fallback puts a space before text.
+
+    Returns:
+        `always`, `never`, or `first`: at the start only.
+    """
     steps = [
         _flat(definition["normalizer"], "normalizers"),
         _flat(definition["pre_tokenizer"], "pretokenizers"),
@@ -190,7 +201,7 @@ def differing_texts(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """Return the ids at which generation ends, by `generation_config.json` or else `config.json`."""
+    """Return the ids that end a generation, by `generation_config.json` or else `config.json`."""
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
@@ -202,7 +213,8 @@ def stop_ids(folder: Path) -> list[int]:
 def _unknown(key: str, value: Any, known: str) -> UserError:
     found = json.dumps(value, ensure_ascii=False)
     return UserError(
-        f"llama.cpp cannot do what `{key}` of the tokenizer says: {found}; known are {known}; {INSTEAD}"
+        f"llama.cpp cannot do what `{key}` of the tokenizer says: {found}; known are {known}; "
+        f"{INSTEAD}"
     )
 
 
@@ -256,8 +268,10 @@ def _tokens(
     added = {token["content"] for token in definition["added_tokens"]}
 
     def is_lost(text: str) -> bool:
-        """Return True for a plain token that no text becomes, but that llama.cpp would find: `</s>`
-        of Qwen."""
+        """Return True for a plain token that no text becomes, but that llama.cpp would find.
+
+        Qwen's `</s>` is one.
+        """
         if text not in TAKEN_FOR_SPECIAL or text in added or known[text] in special:
             return False
         return (
@@ -286,8 +300,11 @@ def _tokens(
 
 
 def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
-    """Without an unknown token, both leave a byte out that has no token: the tokenizer of SmolLM2
-    lacks 12."""
+    """Raise an error if bytes have no token, but texts with them get tokens.
+
+    Without an unknown token, the tokenizer and llama.cpp both leave such a byte out: the tokenizer
+    of SmolLM2 lacks 12.
+    """
     known, missing = definition["model"]["vocab"], []
     if is_spm:
         missing = [
@@ -311,8 +328,10 @@ def _merges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """Rank tokens by the first merge that makes them: llama.cpp joins the pair whose token has the
-    highest score."""
+    """Rank tokens by the first merge that makes them.
+
+    llama.cpp joins the pair whose token has the highest score.
+    """
     rank: dict[str, int] = {}
     merges, known = _merges(definition), definition["model"]["vocab"]
     for left, right in merges:
@@ -340,8 +359,10 @@ def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]
 def _special(
     tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]
 ) -> tuple[dict[str, int], dict[str, bool]]:
-    """Return special ids, and whether texts get a first and a last token: by what the tokenizer
-    does with a text."""
+    """Return special ids, and whether texts get a first and a last token.
+
+    Both follow from what the tokenizer does with a text.
+    """
     around = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
     text = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
     at = next(index for index in range(len(around)) if around[index : index + len(text)] == text)

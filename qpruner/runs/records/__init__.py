@@ -50,8 +50,10 @@ class PrepareRecord(Record):
 
 
 class LayerWidths(Recorded):
-    """The kv groups and MLP channels that a block keeps, by index in the base model; none if it is
-    removed."""
+    """The key/value groups and MLP channels that a block keeps, by their index in the base model.
+
+    A block that is removed keeps none.
+    """
 
     layer: int
     kept_kv_groups: tuple[int, ...]
@@ -142,7 +144,7 @@ class BankRecord(Record):
 
 
 class CandidateRecord(Record):
-    """One fine-tune, under one training seed, of a model that the run compares in its final table."""
+    """One fine-tune, under one training seed, of a model in the run's final table."""
 
     name: str
     origin: str
@@ -178,8 +180,10 @@ class FinetuneRecord(Record):
 
 
 class TaskScore(Recorded):
-    """The accuracy on an lm-eval task, with the values of all questions to compare two models
-    question by question."""
+    """The accuracy on an lm-eval task.
+
+    It has the values of all questions, to compare two models question by question.
+    """
 
     task: str
     metric: str
@@ -214,12 +218,12 @@ class InferenceSetting(Recorded):
 
 
 class RowScores(Recorded):
-    """Scores of one model on the held-out tasks; `seed` is its training seed, None if it was not
-    fine-tuned."""
+    """Scores of one model on the held-out tasks."""
 
     digest: str
     name: str
     seed: int | None
+    """The training seed; None if the model was not fine-tuned."""
     scores: tuple[TaskScore, ...]
     text_loss: float | None = None
     """Loss on the held-out text, in nats per token; None if there is no such text."""
@@ -228,8 +232,10 @@ class RowScores(Recorded):
 
 
 class EvalRecord(Record):
-    """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune,
-    and of the winner."""
+    """Scores on the held-out tasks: of models before any fine-tune, and of the winner.
+
+    The former are the base, the pruned and the quantized model.
+    """
 
     rows: tuple[RowScores, ...]
     text: str | None = None
@@ -245,8 +251,10 @@ class EvalRecord(Record):
 
 
 class ComparisonRecord(Record):
-    """The winner and the models compared with it, all after the same fine-tune, sorted by model,
-    then training seed."""
+    """The winner and the models compared with it, all after the same fine-tune.
+
+    They are sorted by model, then by training seed.
+    """
 
     candidates: tuple[CandidateRecord, ...]
     rows: tuple[RowScores, ...]
@@ -354,24 +362,22 @@ class Results(Recorded):
     @property
     def left_out(self) -> dict[str, str]:
         """Name of a cut that cannot be made, or not be packed -> the reason."""
-        return {
-            cut: why
-            for record in (self.prune, self.bank)
-            if record
-            for cut, why in record.left_out.items()
-        }
+        pruning = self.prune.left_out if self.prune else {}
+        packing = self.bank.left_out if self.bank else {}
+        return {**pruning, **packing}
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tuned models: the winner and, after stage comparison, the models that it is
-        compared with."""
+        """The fine-tuned models: the winner and, after stage comparison, those compared with it."""
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
     @property
     def scores(self) -> tuple[RowScores, ...]:
-        """Scores on the held-out tasks: first of the models without a fine-tune, then of the
-        `candidates`."""
+        """Scores on the held-out tasks.
+
+        Models without a fine-tune come first, then the `candidates`.
+        """
         rows = self.evaluate.rows if self.evaluate else ()
         if self.comparison is None:
             return rows
