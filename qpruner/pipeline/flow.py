@@ -74,7 +74,8 @@ def run_stage(stage: Stage[Any]) -> None:
     The stage writes into a scratch folder, which replaces the folder of the stage before the record
     is written.
     """
-    context, run = stage.context, stage.context.run_dir
+    context = stage.context
+    run = context.run_dir
     stage.begin()
     digest = stage.digest if stage.record else ""
     try:
@@ -87,7 +88,8 @@ def run_stage(stage: Stage[Any]) -> None:
         context.emit(StageSkipped(stage.name, stage.summary(record), record.seconds))
         return
     context.emit(StageStarted(stage.name, stage.detail()))
-    started, held = time.monotonic(), context.gpu_time.seconds
+    started = time.monotonic()
+    held = context.gpu_time.seconds
     with explained(type(stage), run.root):
         if stage.record is None:
             stage.run(run.root)
@@ -113,7 +115,8 @@ def recorded(context: Context) -> None:
     for kind in wanted_stages(context.config):
         if kind.record is None:
             continue
-        stage, record = kind(context), None
+        stage = kind(context)
+        record = None
         with suppress(CorruptFile):
             if exists(
                 context.run_dir.record_path(stage.name)
