@@ -22,8 +22,6 @@ from qpruner.plans.plan import PrecisionPlan, cut_title, plan_of
 from qpruner.quantization.formats import format_of
 from qpruner.report import content
 from qpruner.report.content import Cell, Paragraph, Part
-from qpruner.report.plots.chart import Chart
-from qpruner.report.plots.text import text_plot
 from qpruner.runs import events
 from qpruner.runs.records import SearchState, TrialRecord
 from qpruner.search import progress as trials_now
@@ -147,16 +145,13 @@ class Terminal:
         self._console.print(table)
 
     def show(self, parts: Iterable[Part]) -> None:
-        """Print paragraphs, tables and the plot of a search."""
+        """Print paragraphs and tables; plots are in the report only."""
         for part in parts:
             if isinstance(part, Paragraph):
                 self.say(part.text, is_prose=True)
             elif isinstance(part, content.Table):
                 self.say(f"{part.caption}:")
                 self.table(part.headings, part.rows)
-            elif isinstance(part, Chart):
-                for line in text_plot(part):
-                    self._console.print(Text.assemble(*line))
 
     def say(self, text: str, is_prose: bool = False) -> None:
         """Print a line; on a terminal, prose is wrapped between words."""

@@ -14,7 +14,7 @@ from qpruner.estimate.step_times import measure
 from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.finetune import Finetune
-from qpruner.pipeline.flow import STAGES
+from qpruner.pipeline.flow import wanted_stages
 from qpruner.pipeline.preflight import Inspection, most_controls
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
 from qpruner.pipeline.prune import Prune
@@ -89,7 +89,7 @@ def stage_times(
             max(1, min(slots // workers, compared)) * workers,
         ),
     }
-    wanted = [stage for stage in STAGES if stage in times and stage.is_wanted(config)]
+    wanted = [stage for stage in wanted_stages(config) if stage in times]
     return {stage.name: StageTime(times[stage][0] / 3600, times[stage][1]) for stage in wanted}
 
 

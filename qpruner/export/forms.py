@@ -267,9 +267,8 @@ def _peft(work: _Work) -> Exported:
 
 def _gguf(work: _Work) -> Exported:
     """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
-    from qpruner.export.gguf import checking, same_tokens, writing
+    from qpruner.export.gguf import checking, vocabulary, writing
     from qpruner.export.gguf.modelfile import modelfile
-    from qpruner.export.gguf.vocabulary import stop_ids
 
     checkpoint, recoded = work.recoded(architectures.llama_cpp_format, {})
     work.folder.mkdir(parents=True, exist_ok=True)
@@ -280,12 +279,13 @@ def _gguf(work: _Work) -> Exported:
         writing.write_adapter(checkpoint, adapter, work.on_progress)
     config, tokenizer = checkpoint_config(checkpoint), load_tokenizer(str(checkpoint))
     names = model.name, adapter.name if adapter else None
-    text = modelfile(*names, tokenizer, stop_ids(checkpoint), architectures.context_length(config))
+    stops = vocabulary.stop_ids(checkpoint)
+    text = modelfile(*names, tokenizer, stops, architectures.context_length(config))
     retry_storage(
         lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder
     )
     found = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
-    remarks = architectures.remark(config), same_tokens.remark(tokenizer)
+    remarks = architectures.remark(config), vocabulary.remark(tokenizer)
     return work.exported(found, checkpoint, recoded, remarks)
 
 

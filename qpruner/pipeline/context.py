@@ -25,7 +25,7 @@ from qpruner.runs.lock import lock_lost
 from qpruner.runs.records import PrepareRecord, PruneRecord, Record, Results, digest_of
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name, fetch, fetch_file, file_digest
-from qpruner.training.trackers import Trackers, check_trackers
+from qpruner.training.trackers import Trackers, trackers_of
 
 if TYPE_CHECKING:
     from qpruner.quantization.bank import BankSource
@@ -246,12 +246,12 @@ class Context:
     @cached_property
     def trackers(self) -> Trackers | None:
         """The configured experiment trackers, or None."""
-        names, root = self.config.trackers, self.run_dir.root
+        names = self.config.trackers
         if not names:
             return None
-        return Trackers(
-            names, display_name(root).rstrip("/").rpartition("/")[2], root, check_trackers(names)
-        )
+        root = self.run_dir.root
+        run = display_name(root).rstrip("/").rpartition("/")[2]
+        return trackers_of(names, run, root)
 
     @cached_property
     def cluster(self) -> Cluster:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StageError, StorageError, TrainingDiverged
 from qpruner.models.memory import is_out_of_memory, shortage_text
 from qpruner.pipeline.bank import Bank
@@ -45,16 +46,25 @@ STAGES: Stages = (
 )
 
 
+def names_of(stages: Stages) -> tuple[str, ...]:
+    """List the names of stages."""
+    return tuple(stage.name for stage in stages)
+
+
 def stages_until(until: str) -> Stages:
     """List the stages up to and including `until`."""
-    return STAGES[: [stage.name for stage in STAGES].index(until) + 1]
+    return STAGES[: names_of(STAGES).index(until) + 1]
+
+
+def wanted_stages(config: RunConfig, until: str = "report") -> Stages:
+    """List the stages up to `until` that the configuration asks for."""
+    return tuple(stage for stage in stages_until(until) if stage.is_wanted(config))
 
 
 def run_flow(context: Context, until: str) -> Results:
     """Run the stages that the configuration asks for, up to `until`, and return their records."""
-    for kind in stages_until(until):
-        if kind.is_wanted(context.config):
-            run_stage(kind(context))
+    for kind in wanted_stages(context.config, until):
+        run_stage(kind(context))
     return context.records
 
 
@@ -64,7 +74,8 @@ def run_stage(stage: Stage[Any]) -> None:
     The stage writes into a scratch folder, which replaces the folder of the stage before the record
     is written.
     """
-    context, run = stage.context, stage.context.run_dir
+    context = stage.context
+    run = context.run_dir
     stage.begin()
     digest = stage.digest if stage.record else ""
     try:
@@ -77,7 +88,8 @@ def run_stage(stage: Stage[Any]) -> None:
         context.emit(StageSkipped(stage.name, stage.summary(record), record.seconds))
         return
     context.emit(StageStarted(stage.name, stage.detail()))
-    started, held = time.monotonic(), context.gpu_time.seconds
+    started = time.monotonic()
+    held = context.gpu_time.seconds
     with explained(type(stage), run.root):
         if stage.record is None:
             stage.run(run.root)
@@ -95,14 +107,16 @@ def run_stage(stage: Stage[Any]) -> None:
 
 
 def recorded(context: Context) -> None:
-    """Add to the context the records that `run` would reuse; the files of the stages are not
-    checked.
+    """Add to the context the records that `run` would reuse.
+
+    The files of the stages are not checked.
     """
     context.records = Results()
-    for kind in STAGES:
-        if kind.record is None or not kind.is_wanted(context.config):
+    for kind in wanted_stages(context.config):
+        if kind.record is None:
             continue
-        stage, record = kind(context), None
+        stage = kind(context)
+        record = None
         with suppress(CorruptFile):
             if exists(
                 context.run_dir.record_path(stage.name)
@@ -115,18 +129,23 @@ def recorded(context: Context) -> None:
 
 @contextmanager
 def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[None]:
-    """Turn known errors of a stage into a `StageError` that names stage, cause and remedy; `root`
-    is the run folder.
+    """Turn known errors of a stage into a `StageError` that names stage, cause and remedy.
+
+    Args:
+        stage: The class of the stage.
+        root: The run folder, if there is one.
     """
     try:
         yield
     except StageError:
         raise
     except TrainingDiverged as error:
-        remedy = "the weights of the base model are broken or too large for `model.dtype`: use another copy or dtype"
         remedy = (
-            "lower `training.learning_rate`, or use bfloat16 or float32" if stage.trains else remedy
+            "the weights of the base model are broken or too large for `model.dtype`: use another "
+            "copy or dtype"
         )
+        if stage.trains:
+            remedy = "lower `training.learning_rate`, or use bfloat16 or float32"
         raise StageError(stage.name, str(error), remedy) from error
     except CorruptFile as error:
         raise StageError(stage.name, str(error), _damage_remedy(error.path, root)) from error
@@ -143,13 +162,17 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
             ) from error
         if type(error).__name__ != "SafetensorError":
             raise
-        remedy = "repeat the command, which replaces damaged files of the run; if your own model is damaged, replace it"
+        remedy = (
+            "repeat the command, which replaces damaged files of the run; if your own model is "
+            "damaged, replace it"
+        )
         raise StageError(stage.name, f"a safetensors file is damaged ({error})", remedy) from error
 
 
 def _damage_remedy(path: Path | None, root: Path | None) -> str:
-    """Say how to replace a damaged file: the run repairs some files itself, others must be deleted
-    first.
+    """Say how to replace a damaged file.
+
+    The run repairs some files itself; others must be deleted first.
     """
     if path is None or root is None or not path.is_relative_to(root):
         return "fetch or write that file again, then repeat the command"

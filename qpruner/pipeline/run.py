@@ -27,7 +27,7 @@ from qpruner.models.memory import freeze_libraries
 from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.flow import STAGES, recorded, run_flow, stages_until
+from qpruner.pipeline.flow import STAGES, names_of, recorded, run_flow, stages_until, wanted_stages
 from qpruner.pipeline.nodes import look_at_nodes
 from qpruner.pipeline.report import Report, report_unfinished
 from qpruner.pipeline.serve import Serve
@@ -174,9 +174,7 @@ def _check_room(context: Context) -> tuple[int, int]:
     """
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
-    wanted = [
-        stage(context) for stage in STAGES if stage.record and stage.is_wanted(context.config)
-    ]
+    wanted = [stage(context) for stage in wanted_stages(context.config) if stage.record]
     free, needed = (
         shutil.disk_usage(existing).free,
         SMALL_FILES + sum(stage.disk_bytes() for stage in wanted),
@@ -233,6 +231,8 @@ class RunProgress:
         self.has_begun = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
+            flow=names_of(wanted_stages(config)),
+            asked=names_of(wanted_stages(config, until)),
             until=until,
             command=command or as_called(),
             folder=os.getcwd(),

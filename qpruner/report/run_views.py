@@ -35,7 +35,7 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
     Unix seconds.
     """
     stages: list[dict[str, Any]] = []
-    for name in run.state.asked_stages:
+    for name in run.state.asked:
         if (state := run.state.stages.get(name)) is None:
             stages.append(
                 {"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""}

@@ -193,8 +193,8 @@ class Snapshot:
     @property
     def missing(self) -> str | None:
         """A sentence that lists the stages without a record; None if every stage has a record."""
-        asked = [name for name in Results.model_fields if self.state.extras.get(name, True)]
-        names = [name for name in asked if getattr(self.results, name) is None]
+        results = dict(self.results)
+        names = [name for name in self.state.flow if name in results and results[name] is None]
         return f"There is no result yet from: {', '.join(names)}." if names else None
 
 

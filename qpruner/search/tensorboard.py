@@ -4,8 +4,10 @@ HParams has one row for each trial that is over. Scalars has the trials' curves,
 so far of searched plans. Text has the configuration.
 
 A file depends only on the records that it shows, so writing it twice changes nothing: during a
-search new messages are appended, after a crash the repeated command completes or rewrites it.
-tensorboardX's `SummaryWriter` cannot do that.
+search new messages are appended, after a crash the repeated command completes or rewrites it. The
+`SummaryWriter` of torch and of tensorboardX names every file by time and host and writes the time
+into it, so a repeated command would add files that double every curve. It also sets neither titles
+nor times of the HParams table's rows.
 """
 
 import logging
@@ -33,8 +35,13 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
 FILE = "events.out.tfevents"  # prefix by which TensorBoard recognizes event files
-TEXT, NUMBER, SUCCESS, FAILURE = 1, 3, 1, 2
-"""Values of DataType and Status in the HParams plugin's api.proto."""
+
+# Values of DataType and Status in the HParams plugin's api.proto.
+TEXT = 1
+NUMBER = 3
+SUCCESS = 1
+FAILURE = 2
+
 RUNGS = "validation by rung"
 """Tag group of the HParams table's metrics; in Scalars its name sorts after the groups of the
 curves."""
@@ -45,25 +52,30 @@ class Board:
     """Follows a search's events and keeps its TensorBoard files in the run folder `root`."""
 
     def __init__(self, root: Path, config: RunConfig) -> None:
-        self._folder, self._config = root / FOLDER, config
+        self._folder = root / FOLDER
+        self._config = config
         self._search: SearchState | None = None
         self._trials: dict[int, TrialRecord] = {}
 
     def listen(self, event: events.Event) -> None:
-        """Update the files after an event; a write error is logged, and the next command writes
-        what is missing."""
+        """Update the files after an event.
+
+        A write error is logged, and the next command writes what is missing.
+        """
         try:
             self._listen(event)
         except OSError as error:
             logger.warning(
-                "TensorBoard's files could not be written: %s; repeat the command to write what is missing",
+                "TensorBoard's files could not be written: %s; repeat the command to write what is "
+                "missing",
                 error,
             )
 
     def _listen(self, event: events.Event) -> None:
         match event:
             case events.SearchPlanned(search, trials):
-                self._search, self._trials = search, {trial.index: trial for trial in trials}
+                self._search = search
+                self._trials = {trial.index: trial for trial in trials}
                 # Remove the files of earlier searches that are not shown beside this one.
                 kept = {run_name(trial) for trial in trials}
                 for folder in self._folder.glob("trial-*"):
@@ -80,19 +92,23 @@ class Board:
 
     def _write_curves(self, search: SearchState) -> None:
         """Write the curve of the best score, the HParams columns and `config`."""
-        config, trials = self._config, in_order_of_end(self._trials.values())
-        over = [trial for trial in trials if trial.search == search.search]
-        told = f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```"
-        found: list[Any] = [Event(wall_time=0.0, summary=text_summary("config", told))]
+        trials = in_order_of_end(self._trials.values())
+        keys = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
+        text = text_summary("config", f"```yaml\n{keys}```")
+        messages: list[Any] = [Event(wall_time=0.0, summary=text)]
         if trials:  # without trials there is no table
             whole = max(trials, key=lambda trial: len(trial.plan))  # a cut may lack blocks
-            found.append(_experiment(_columns(search, whole), _metrics(search, config)))
-        for count, (value, trial) in enumerate(
-            zip(best_so_far(over, search.metric), over, strict=True), 1
-        ):
+            columns = _columns(search, whole)
+            messages.append(_experiment(columns, _metrics(search, self._config)))
+
+        of_this_search = [trial for trial in trials if trial.search == search.search]
+        best = best_so_far(of_this_search, search.metric)
+        for count, trial in enumerate(of_this_search, 1):
+            value = best[count - 1]
             if value is not None:
-                found.append(_scalar(BEST, value, count, trial.times[-1] if trial.times else 0.0))
-        write_events(self._folder / "search", found)
+                moment = trial.times[-1] if trial.times else 0.0
+                messages.append(_scalar(BEST, value, count, moment))
+        write_events(self._folder / "search", messages)
 
 
 def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
@@ -101,26 +117,25 @@ def write_trial(folder: Path, search: SearchState, trial: TrialRecord) -> None:
         return
     started, *moments = trial.times or (0.0,)
     moments += [started] * (len(trial.rungs) + 1 - len(moments))
-    found: list[Any] = []
+    messages: list[Any] = []
     step = 0
     for rung, moment in zip(trial.rungs, moments, strict=False):
         for loss in rung.train_losses:
             step += 1
-            found.append(_scalar("train/loss", loss, step, moment))
-        for name, value in (("loss", rung.loss), (accuracy_name(search.metrics), rung.accuracy)):
+            messages.append(_scalar("train/loss", loss, step, moment))
+        scores = {"loss": rung.loss, accuracy_name(search.metrics): rung.accuracy}
+        for name, value in scores.items():
             if value is not None:
-                found.append(_scalar(f"validation/{name}", value, rung.step, moment))
-                found.append(
-                    _scalar(f"{RUNGS}/{name} at step {rung.step}", value, rung.step, moment)
-                )
+                of_rung = f"{RUNGS}/{name} at step {rung.step}"
+                messages.append(_scalar(f"validation/{name}", value, rung.step, moment))
+                messages.append(_scalar(of_rung, value, rung.step, moment))
     if trial.is_over:
         # Fits a column of 10 em. Without a title TensorBoard shows the file's path, which begins
         # alike in all rows.
         title = f"{trial.index:04d} of {folder.parent.name}"
-        found += _session(
-            title, _columns(search, trial), trial.status != "failed", (started, moments[-1])
-        )
-    write_events(folder / run_name(trial), found)
+        has_worked = trial.status != "failed"
+        messages += _session(title, _columns(search, trial), has_worked, (started, moments[-1]))
+    write_events(folder / run_name(trial), messages)
 
 
 def run_name(trial: TrialRecord) -> str:
@@ -152,35 +167,36 @@ def _metrics(search: SearchState, config: RunConfig) -> dict[str, str]:
     Every finished trial has all these metrics. TensorBoard's parallel coordinates leave out a trial
     that lacks one.
     """
-    scored = ("loss", accuracy_name(search.metrics)) if config.search.tasks else ("loss",)
-    steps = config.search.rungs
-    rungs = {
-        f"{RUNGS}/{name} at step {step}": f"{name} at step {step}"
-        for name in scored
-        for step in steps
-    }
-    last = f"{RUNGS}/{score_name(search)} at step {steps[-1]}"
-    return {last: rungs[last]} | rungs
+    last = f"{score_name(search)} at step {config.search.rungs[-1]}"
+    titles = [last]
+    for name in ("loss", accuracy_name(search.metrics)):
+        if name == "loss" or config.search.tasks:
+            titles += [f"{name} at step {step}" for step in config.search.rungs]
+    return {f"{RUNGS}/{title}": title for title in titles}
 
 
 # ---- messages and files
 
 
 def write_events(folder: Path, messages: Sequence[Any]) -> None:
-    """Write exactly these messages to the event file in a folder, which TensorBoard shows as one
-    run."""
+    """Write exactly these messages to the event file in a folder.
+
+    TensorBoard shows the folder as one run. Messages that follow those in the file are appended,
+    because TensorBoard does not read a file again that it has open.
+    """
     version = Event(wall_time=messages[0].wall_time, file_version="brain.Event:2")
-    path, wanted = folder / f"{FILE}.0", _framed([version, *messages])
-    found = path.read_bytes() if path.is_file() else b""
-    if found == wanted:
+    content = _framed([version, *messages])
+    path = folder / f"{FILE}.0"
+    written = path.read_bytes() if path.is_file() else b""
+    if written == content:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if found and wanted.startswith(found):
+    if written and content.startswith(written):
         with path.open("ab") as file:
-            file.write(wanted[len(found) :])
+            file.write(content[len(written) :])
         return
     aside = folder / ".0"
-    aside.write_bytes(wanted)
+    aside.write_bytes(content)
     aside.replace(path)
 
 
@@ -199,8 +215,12 @@ def _scalar(tag: str, value: float, step: int, time: float) -> Any:
 
 
 def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) -> Any:
-    """Declare the HParams table's columns: parameters (name -> example value) and metrics (tag ->
-    title)."""
+    """Declare the columns of the HParams table.
+
+    Args:
+        columns: Name of a parameter -> a value of it, which gives its type.
+        metrics: Tag of a metric -> title of its column.
+    """
     content = HParamsPluginData(version=0)
     for name, value in columns.items():
         content.experiment.hparam_infos.add(
@@ -214,13 +234,13 @@ def _experiment(columns: Mapping[str, str | float], metrics: Mapping[str, str]) 
 def _session(
     title: str, parameters: dict[str, str | float], is_success: bool, times: tuple[float, float]
 ) -> list[Any]:
-    """Return the messages of an HParams row, whose `title` must be unique, because TensorBoard
-    merges equal ones.
+    """Return the messages of a row in the HParams table.
 
-    TensorBoard takes the metrics from the run's last scalars. tensorboardX's `hparams` sets neither
-    titles nor times.
+    TensorBoard takes the metrics from the run's last scalars. It merges rows with equal titles, so
+    each needs its own.
     """
-    start, end = HParamsPluginData(version=0), HParamsPluginData(version=0)
+    start = HParamsPluginData(version=0)
+    end = HParamsPluginData(version=0)
     start.session_start_info.start_time_secs = times[0]
     start.session_start_info.group_name = title
     for name, value in parameters.items():

@@ -1,5 +1,7 @@
-"""Say when to save a training, and store a fine-tune's checkpoints and adapter, which only one
-process may write."""
+"""Decide when to save a training, and store a fine-tune's checkpoints and its adapter.
+
+Only one process may write them (see `Ownership`).
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,19 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# seconds of training after which it is saved, unless saving takes more than one part in `COST` of
-# them
 SECONDS = 30.0
+"""Seconds of training between two saves; more if saving takes longer than this over `COST`."""
+
 COST = 20
+"""How many times as long as a save training lasts before the next one, at least."""
 
 
 class SaveClock:
-    """Says when a training is due to be saved: every `seconds`, less often where saving is slow."""
+    """Says when a training is due to be saved: every `seconds`, less often if saving is slow."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = self._pause = seconds
+        self._seconds = seconds
+        self._pause = seconds
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
@@ -34,25 +38,31 @@ class SaveClock:
         return time.monotonic() - self._last >= self._pause
 
     def saved(self, since: float) -> None:
-        """Note that the training was saved just now, and that saving began at the monotonic time
-        `since`."""
+        """Note that the training was saved just now.
+
+        Args:
+            since: When saving began, in seconds of the monotonic clock.
+        """
         self._last = time.monotonic()
         self._pause = max(self._seconds, COST * (self._last - since))
 
 
 class _Owner(Recorded):
-    """The file that names the owner of a fine-tune: its latest process or, in a group, the process
-    of rank 0."""
+    """The file that names the owner of a fine-tune."""
 
     worker: str
+    """The latest process of the fine-tune or, in a group, the process of rank 0."""
 
 
 class Ownership:
-    """Let only the latest process of a fine-tune write: an earlier one that seemed dead may still
-    be running."""
+    """Lets only the latest process of a fine-tune write.
+
+    An earlier process that seemed dead may still be running.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path, self.worker = path, uuid.uuid4().hex
+        self._path = path
+        self.worker = uuid.uuid4().hex
 
     def take(self) -> None:
         """Make this process the owner."""
@@ -65,37 +75,42 @@ class Ownership:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint of a fine-tune, fetched from an object store if needed,
-    or None."""
-    listed = [
-        name.removesuffix(storage.FILES)
-        for name in storage.children(folder)
-        if name.endswith(storage.FILES)
-    ]
-    steps = [
-        int(name.removeprefix("checkpoint-")) for name in listed if name.startswith("checkpoint-")
-    ]
-    for checkpoint in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
+    """Return the newest intact checkpoint of a fine-tune, or None if there is none.
+
+    A checkpoint in an object store is fetched.
+    """
+    steps = []
+    for name in storage.children(folder):
+        if name.startswith("checkpoint-") and name.endswith(storage.FILES):
+            steps.append(int(name.removeprefix("checkpoint-").removesuffix(storage.FILES)))
+
+    for step in sorted(steps, reverse=True):
+        checkpoint = folder / f"checkpoint-{step}"
         if not is_damaged(checkpoint):
             return storage.fetch(checkpoint)
     return None
 
 
 def is_damaged(checkpoint: Path) -> bool:
-    """Return True if a checkpoint's files differ from its list of files; without such a list,
-    return False."""
+    """Return True if a checkpoint's files differ from its list of files.
+
+    A checkpoint without such a list does not count as damaged.
+    """
     try:
         storage.storage_at(checkpoint).verify()
-        return False
     except CorruptFile:
         return True
+    return False
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> None:
     """Publish a checkpoint in the fine-tune's folder, then remove the earlier ones.
 
-    In an object store it lacks the random states of workers on other machines: their dropout then
-    starts from the seed.
+    In an object store the checkpoint lacks the random states of workers on other machines, so that
+    their dropout starts from the seed after a resume.
+
+    Raises:
+        TakenOver: Another process has become the owner of the fine-tune.
     """
     from torch import distributed
 
@@ -117,8 +132,14 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
 def publish_adapter(
     model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership
 ) -> str:
-    """Save the adapter to a temporary folder in `checkpoints`, move it to `adapter`, and return its
-    weights' digest."""
+    """Save the adapter to a temporary folder in `checkpoints`, and move it to `adapter`.
+
+    Returns:
+        The sha256 of the adapter's weights.
+
+    Raises:
+        TakenOver: Another process has become the owner of the fine-tune.
+    """
     aside = storage.storage_at(checkpoints / f"adapter-{ownership.worker}").staging
     with storage.writing_folder(aside):
         storage.retry_storage(lambda: model.save_pretrained(aside), aside)
@@ -129,8 +150,11 @@ def publish_adapter(
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved weights into a model's adapters, in the type in which they are served;
-    `CorruptFile` if cut short."""
+    """Load saved weights into a model's adapters, in the dtype in which they are served.
+
+    Raises:
+        CorruptFile: The file is missing or cut short.
+    """
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -20,18 +20,18 @@ from qpruner.runs.records import TaskScore
 if TYPE_CHECKING:
     from qpruner.data.calibration import OnProgress
 
-METRICS: tuple[str, ...] = get_args(
-    AccuracyMetric
-)  # lm-eval's accuracy metrics, in order of preference
+METRICS: tuple[str, ...] = get_args(AccuracyMetric)
+"""The accuracy metrics of lm-eval, in order of preference."""
 
 
 @dataclass(frozen=True)
 class TaskQuestions:
-    """The texts of a task's questions, to look for them in the training rows, and the metric that
-    scores the task."""
+    """The questions of a task, and how they are scored."""
 
     texts: list[str]
+    """The text of each question, to look for it in the training rows."""
     metric: str
+    """The metric of lm-eval that scores the task."""
 
 
 def score_tasks(
@@ -45,27 +45,45 @@ def score_tasks(
     metric: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[TaskScore, ...]:
-    """Run lm-eval on a model in memory; return one score per task, of a group of tasks one per
-    subtask.
+    """Run lm-eval on a model in memory.
 
-    The first `skip` questions are left out; the next `limit` (None: all) are scored, by `metric` or
-    else the first of `METRICS` that a task reports. `on_progress` counts requests (one per choice
-    or generation).
+    Args:
+        model: A model of transformers, which stays where it is.
+        tokenizer: The tokenizer of the model.
+        tasks: Names of tasks or of groups of tasks.
+        settings: The batch size, and the folder of the user's own tasks.
+        limit: How many questions of each task are scored; None scores all.
+        num_fewshot: How many answered questions come before each question.
+        skip: How many questions at the beginning of each task are left out.
+        metric: The metric that scores; None takes the first of `METRICS` that a task reports.
+        on_progress: Gets the number of answered and of all requests, one per choice or generation.
+
+    Returns:
+        A score for each task; for a group of tasks a score for each subtask.
+
+    Raises:
+        UserError: A task reports no accuracy, or not `metric`.
     """
     from lm_eval import simple_evaluate
 
-    manager, samples = _task_manager(settings.include_path, tuple(tasks)), None
+    manager = _task_manager(settings.include_path, tuple(tasks))
+    samples = None
     if skip:
-        stop, loaded = None if limit is None else skip + limit, manager.load(list(tasks))["tasks"]
-        samples = {
-            name: list(range(len(task.eval_docs)))[skip:stop] for name, task in loaded.items()
-        }
+        stop = None if limit is None else skip + limit
+        samples = {}
+        for name, task in manager.load(list(tasks))["tasks"].items():
+            samples[name] = list(range(len(task.eval_docs)))[skip:stop]
     # In bf16 a log-probability of -6 is rounded to steps of 0.03, and most plans differ by less.
-    options = {"pretrained": model, "batch_size": settings.batch_size, "softmax_dtype": "float32"}
+    evaluated = _counting_model(on_progress)(
+        tokenizer=tokenizer,
+        pretrained=model,
+        batch_size=settings.batch_size,
+        softmax_dtype="float32",
+    )
     was_training = model.training
     model.eval()
     results: Any = simple_evaluate(
-        model=_counting_model(on_progress)(tokenizer=tokenizer, **options),
+        model=evaluated,
         tasks=list(tasks),
         task_manager=manager,
         num_fewshot=num_fewshot,
@@ -79,8 +97,10 @@ def score_tasks(
 
 
 def _counting_model(on_progress: OnProgress) -> Any:
-    """Derive a class from lm-eval's model that counts answers (by its cache hook) and computes only
-    their logits."""
+    """Derive a class from lm-eval's model that counts answers and computes only their logits.
+
+    Answers are counted by lm-eval's cache hook, which gets every answer.
+    """
     import torch
     from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
@@ -103,9 +123,9 @@ def _counting_model(on_progress: OnProgress) -> Any:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            ends = ((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(
-                dim=1
-            )  # padding is 0
+            # `inps` are ids int64 ``(batch, positions)``, padded by 0 on the right.
+            positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
+            ends = ((inps != 0) * positions).amax(dim=1)
             padding = inps.shape[1] - int(ends.min())
             with torch.no_grad():
                 return self.model(inps, logits_to_keep=padding + self.longest_answer).logits
@@ -128,57 +148,77 @@ def task_questions(
     limit: int | None,
     metric: str | None = None,
 ) -> dict[str, TaskQuestions]:
-    """Load the first `limit` questions of each task, and check tasks and metric; errors name the
-    key `key`."""
-    known = _task_manager(include_path, tuple(tasks)).all_tasks
-    for task in (task for task in tasks if task not in known):
-        folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
-        nearest = ", ".join(difflib.get_close_matches(task, known, n=3))
-        hint = (
-            f"did you mean {nearest}?"
-            if nearest
-            else f"`lm_eval ls tasks{folder}` lists the known ones"
-        )
-        raise UserError(f"`{key}`: lm-eval has no task `{task}`; {hint}")
+    """Load the questions of tasks, and check that lm-eval has the tasks and their metric.
+
+    Args:
+        tasks: Names of tasks or of groups of tasks.
+        include_path: The folder of the user's own tasks.
+        key: The key of the configuration that names the tasks, for errors.
+        limit: How many questions of each task are loaded; None loads all.
+        metric: The metric that every task must report; None accepts any of `METRICS`.
+
+    Raises:
+        UserError: A task is unknown, cannot be loaded, or reports no accuracy or not `metric`.
+    """
+    manager = _task_manager(include_path, tuple(tasks))
+    for task in tasks:
+        if task not in manager.all_tasks:
+            hint = _hint(task, manager.all_tasks, include_path)
+            raise UserError(f"`{key}`: lm-eval has no task `{task}`; {hint}")
     try:
-        loaded = _task_manager(include_path, tuple(tasks)).load(list(tasks))["tasks"]
+        loaded = manager.load(list(tasks))["tasks"]
     except Exception as error:  # the loaders of many data sets raise many types
-        why = f"the rows of {', '.join(tasks)} cannot be loaded: {first_line(error.__cause__ or error)}"
+        cause = first_line(error.__cause__ or error)
         raise UserError(
-            f"`{key}`: {why}; fix the task's file or data, or name another task"
+            f"`{key}`: the rows of {', '.join(tasks)} cannot be loaded: {cause}; "
+            "fix the task's file or data, or name another task"
         ) from error
-    used = {
+
+    metrics = {
         name: _used_metric(name, task.aggregation(), metric, key) for name, task in loaded.items()
     }
-    questions = {name: TaskQuestions([], metric) for name, metric in used.items()}
+    questions = {}
     for name, task in loaded.items():
-        questions[name].texts.extend(
-            _question(task, doc) for doc in itertools.islice(task.eval_docs, limit)
-        )
+        docs = itertools.islice(task.eval_docs, limit)
+        questions[name] = TaskQuestions([_question(task, doc) for doc in docs], metrics[name])
     return questions
 
 
+def _hint(task: str, known: Collection[str], include_path: str | None) -> str:
+    """Say which tasks have a name like that of an unknown task, or how to list all tasks."""
+    nearest = ", ".join(difflib.get_close_matches(task, known, n=3))
+    if nearest:
+        return f"did you mean {nearest}?"
+    folder = f" --include_path {shlex.quote(include_path)}" if include_path else ""
+    return f"`lm_eval ls tasks{folder}` lists the known ones"
+
+
 def _used_metric(task: str, reported: Collection[str], wanted: str | None, key: str) -> str:
-    """Choose the metric that scores a task: `wanted`, or else the first of `METRICS` that the task
-    reports."""
+    """Choose the metric that scores a task.
+
+    This is `wanted`, or else the first of `METRICS` that the task reports.
+    """
     accuracies = [name for name in METRICS if name in reported]
     if not accuracies:
-        rule = f"must report one of {', '.join(METRICS)}, but reports {', '.join(reported)}"
-        raise UserError(f"`{key}`: task `{task}` {rule}: name a task that reports an accuracy")
-    if wanted and wanted not in accuracies:
-        rule = f"must be a metric that every task of `{key}` reports, got {wanted}, but `{task}` reports"
         raise UserError(
-            f"`search.metric` {rule} {', '.join(accuracies)}: set one that all report, or `accuracy`"
+            f"`{key}`: task `{task}` must report one of {', '.join(METRICS)}, but reports "
+            f"{', '.join(reported)}: name a task that reports an accuracy"
+        )
+    if wanted and wanted not in accuracies:
+        raise UserError(
+            f"`search.metric` must be a metric that every task of `{key}` reports, got {wanted}, "
+            f"but `{task}` reports {', '.join(accuracies)}: set one that all report, or `accuracy`"
         )
     return wanted or accuracies[0]
 
 
 @functools.lru_cache(maxsize=4)
 def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
-    """Read lm-eval's index of tasks; read its built-in tasks (6 s) only if `include_path` lacks one
-    of `tasks`."""
-    # lm-eval draws progress bars and logs every request it builds; the stages emit their own
-    # events.
+    """Read lm-eval's index of tasks.
+
+    Its built-in tasks, which take 6 s, are read only if `include_path` lacks one of `tasks`.
+    """
+    # lm-eval draws progress bars and logs each request; the stages emit events of their own.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from lm_eval.tasks import TaskManager
 
@@ -191,8 +231,7 @@ def _task_manager(include_path: str | None, tasks: tuple[str, ...]) -> Any:
 
 
 def _question(task: Any, doc: dict[str, Any]) -> str:
-    """Return a question's text: the column with the question if the row has one, else the task's
-    full prompt."""
+    """Return a question's text: its column if the row has one, or else the task's full prompt."""
     for column in ("question", "goal", "query", "ctx", "sentence"):
         if isinstance(doc.get(column), str):
             return f"{doc[column]} {doc.get('passage', '')}".strip()
@@ -200,14 +239,20 @@ def _question(task: Any, doc: dict[str, Any]) -> str:
 
 
 def _score(task: str, samples: list[dict[str, Any]], wanted: str | None) -> TaskScore:
-    """Compute a task's score from lm-eval's log, which has an entry for each question and each
-    answer filter."""
+    """Compute a task's score from lm-eval's log.
+
+    The log has an entry for each question and each answer filter.
+    """
     by_filter: dict[str, list[dict[str, Any]]] = {}
     for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
         by_filter.setdefault(sample["filter"], []).append(sample)
-    keys = [(metric, name) for name, found in by_filter.items() for metric in found[0]["metrics"]]
-    metric = _used_metric(task, dict(keys), wanted, "tasks")
-    name = next(name for reported, name in keys if reported == metric)
+    filter_of: dict[str, str] = {}
+    for name, logged in by_filter.items():
+        for reported in logged[0]["metrics"]:
+            filter_of.setdefault(reported, name)
+
+    metric = _used_metric(task, filter_of, wanted, "tasks")
+    name = filter_of[metric]
     correct = tuple(float(sample[metric]) for sample in by_filter[name])
     value, stderr = measures.over_questions(correct)
     return TaskScore(
@@ -222,11 +267,14 @@ def _score(task: str, samples: list[dict[str, Any]], wanted: str | None) -> Task
 
 
 def _answer_losses(samples: list[dict[str, Any]]) -> tuple[float, ...]:
-    """Return each right choice's negative log-likelihood in nats; empty if a question has no
-    choices."""
+    """Return the negative log-likelihood of each right choice, in nats.
+
+    The result is empty if a question has no choices.
+    """
     losses = []
     for sample in samples:
-        responses, target = sample["filtered_resps"], sample["target"]
+        responses = sample["filtered_resps"]
+        target = sample["target"]
         if not str(target).isdigit() or len(responses) < 2 or int(target) >= len(responses):
             return ()
         losses.append(-float(responses[int(target)][0]))

@@ -34,58 +34,68 @@ from qpruner.training.checkpoints import SECONDS, SaveClock
 if TYPE_CHECKING:
     from peft import PeftModel
 
-DIVERGED_BY = 1.0  # nats per token
-# tokens; attention, which masks the other rows, takes more time than padding from there on
+DIVERGED_BY = 1.0
+"""How far above a blind guess the loss of a diverged training is, in nats per token."""
+
 MOST_JOINED = 1024
+"""Most tokens of a micro-batch whose rows are joined.
+
+With more tokens, attention over all rows, which masks the other rows, takes longer than padding.
+"""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train (`steps`, else `epochs`), and when to save beside the last step: at `rungs`
-    and by time."""
+    """How long to train, and when to save; the last step is always saved."""
 
     steps: int | None
+    """The number of optimizer steps; None trains for `epochs`."""
     epochs: float | None = None
     rungs: Sequence[int] = ()
+    """The steps after which the training is saved."""
     save_seconds: float = SECONDS
+    """Seconds after which it is saved too (see `SaveClock`)."""
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Callbacks of a training. All processes call `on_save`; the first process alone calls the
-    others.
+    """Callbacks of a training, whose errors end it.
 
-    `on_rung` gets step, checkpoint folder and training loss, `on_step` gets step, total steps and
-    training loss, and `on_save` the folder of every checkpoint, before `on_rung`. An error of
-    `on_rung` or `before_save` ends it.
+    All processes call `on_save`; the first process alone calls the others.
     """
 
     on_rung: Callable[[int, Path, float], None] = lambda step, checkpoint, loss: None
+    """Gets the step, the folder of its checkpoint and the training loss at a rung."""
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None
+    """Gets the step, the total number of steps and the training loss after each step."""
     before_save: Callable[[], None] = lambda: None
     on_save: Callable[[Path], None] = lambda checkpoint: None
+    """Gets the folder of every checkpoint, before `on_rung`."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process's rank among the processes that train together; rank 0 saves."""
+    """The place of this process among those that train together."""
 
     rank: int
+    """The number of this process, from 0; rank 0 saves."""
     processes: int
 
     @classmethod
     def own(cls) -> Share:
-        """Read rank and number of processes from torch; rank 0 of 1 without a process group."""
+        """Read both from torch's process group; without one, this process is the only one."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls(0, 1)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
 
 class TrainingResult(NamedTuple):
-    """Number of optimizer steps, and training loss of the last step in nats per token."""
+    """What a training reached."""
 
     steps: int
+    """The number of optimizer steps."""
     train_loss: float
+    """The training loss of the last step, in nats per token."""
 
 
 def finetune(
@@ -100,13 +110,24 @@ def finetune(
     listener: Listener | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train a model's adapters (see `attach_adapters`) in place, and save checkpoints in `output`.
+    """Train a model's adapters (see `attach_adapters`) in place.
 
-    All processes get the same `rows`, and `settings.batch_size` counts the rows of all processes.
-    `seed` sets data order and dropout. `start` is a checkpoint of the same training, to resume
-    from. Raise `TrainingDiverged` if a step's loss or gradient is NaN or infinite, or its loss is
-    more than `DIVERGED_BY` above both the first step's loss and the loss of a blind guess,
-    ln(vocabulary size).
+    Args:
+        model: The model with its adapters.
+        rows: Encoded rows, the same in all processes.
+        settings: Batch size, counted over all processes, learning rate and so on.
+        schedule: How long to train, and when to save.
+        output: The folder that gets the checkpoints.
+        seed: Sets the order of the data and the dropout.
+        pad_id: The token id that fills up short rows.
+        start: A checkpoint of the same training to resume from.
+        listener: Is told of steps, rungs and saves.
+        callbacks: Further callbacks of transformers.
+
+    Raises:
+        TrainingDiverged: A step's loss or gradient is NaN or infinite, or its loss is more than
+            `DIVERGED_BY` above both the first step's loss and the loss of a blind guess,
+            ln(vocabulary size).
     """
     share = Share.own()
     batches = _Batches(row_lengths(rows), settings, seed, share)
@@ -114,21 +135,27 @@ def finetune(
     joins = not (torch.cuda.is_available() or family_of(model.config).has_learned_positions)
     vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
     callback = _Callback(
-        schedule.rungs, listener, math.log(vocabulary), batches, SaveClock(schedule.save_seconds)
+        rungs=schedule.rungs,
+        listener=listener,
+        blind_loss=math.log(vocabulary),
+        batches=batches,
+        clock=SaveClock(schedule.save_seconds),
     )
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
+    blank_row = {"input_ids": [pad_id], "labels": [IGNORED_LABEL]}
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, schedule, output, seed, share),
-        train_dataset=ConcatDataset([rows, [{"input_ids": [pad_id], "labels": [IGNORED_LABEL]}]]),  # type: ignore[list-item]
+        train_dataset=ConcatDataset([rows, [blank_row]]),  # type: ignore[list-item]
         data_collator=lambda batch: _collate(batch, pad_id, joins),
         callbacks=[callback, *callbacks],
     )
-    trainer.batches, trainer.before_save = batches, listener.before_save
-    trainer.remove_callback(
-        PrinterCallback
-    )  # it prints every logged loss; the stages emit their own events
+    trainer.batches = batches
+    trainer.before_save = listener.before_save
+    # It would print every logged loss; the stages emit events of their own.
+    trainer.remove_callback(PrinterCallback)
+
     if share.processes > 1:
         start = _shared(model, start)
     if share.rank:
@@ -148,20 +175,20 @@ def step_losses(checkpoint: Path) -> list[float]:
 
 
 def _losses(state: TrainerState) -> list[float]:
-    return [float(each["loss"]) for each in state.log_history if "loss" in each]
+    return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
 
 
 def _shared(model: PeftModel, start: Path | None) -> Path | None:
-    """Let DistributedDataParallel share the adapters alone, and return the first process's `start`
-    in every process.
+    """Let DistributedDataParallel share the adapters alone: each process has read the rest itself.
 
-    Every process has read the other weights itself. In a network folder machines may see different
-    latest checkpoints.
+    Returns:
+        The first process's `start`, in every process. Machines may see different latest checkpoints
+        in a network folder.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    ignored = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
-        model, [name for name, _ in tensors if name not in trained]
+        model, ignored
     )
     agreed: list[str | None] = [str(start) if start else None]
     distributed.broadcast_object_list(agreed, src=0)
@@ -181,8 +208,11 @@ class _Batches(Sampler[list[int]]):
     def __init__(
         self, lengths: Sequence[int], settings: TrainingConfig, seed: int, share: Share
     ) -> None:
-        self._lengths, self._seed, self._share = lengths, seed, share
-        self._batch_size, self._size = settings.batch_size, settings.micro_batch_size
+        self._lengths = lengths
+        self._seed = seed
+        self._share = share
+        self._batch_size = settings.batch_size
+        self._size = settings.micro_batch_size
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -191,38 +221,45 @@ class _Batches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # Both numbers are seeds: with their sum, a seed's second epoch would have the order of the
         # next seed's first.
-        order = (
-            np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths)).tolist()
-        )
+        generator = np.random.default_rng([self._seed, self.epoch])
+        order = generator.permutation(len(self._lengths)).tolist()
+        blank_row = len(order)
         for start in range(0, len(order), self._batch_size):
-            batch = sorted(
-                order[start : start + self._batch_size], key=self._lengths.__getitem__, reverse=True
-            )
+            batch = order[start : start + self._batch_size]
+            batch.sort(key=self._lengths.__getitem__, reverse=True)
             for turn in range(0, len(batch), self._size * self._share.processes):
                 begin = turn + self._share.rank * self._size
-                yield batch[begin : begin + self._size] or [len(order)]
+                yield batch[begin : begin + self._size] or [blank_row]
 
 
 def _collate(rows: Rows, pad_id: int, joins: bool = True) -> dict[str, Any]:
-    """Join a micro-batch to one row without padding, which saves a CPU a fifth of a step; or else
-    pad its rows."""
+    """Make the tensors of a micro-batch.
+
+    With `joins`, rows are joined to one without padding, which saves a CPU a fifth of a step; their
+    positions tell transformers where rows begin. Otherwise, and beyond `MOST_JOINED` tokens, rows
+    are padded.
+
+    Returns:
+        Tensors int64 ``(batch, positions)``; joined rows have a batch of 1.
+    """
     lengths = row_lengths(rows)
     if not joins or sum(lengths) > MOST_JOINED:
         return collate(rows, pad_id)
+    ids: list[int] = []
+    labels: list[int] = []
+    for row in rows:
+        ids += row["input_ids"]
+        labels += (IGNORED_LABEL, *row["labels"][1:])
+    positions = torch.cat([torch.arange(length) for length in lengths])
     return {
-        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[
-            None
-        ],  # tell transformers the rows
-        "labels": torch.tensor(
-            [[label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]]
-        ),
+        "input_ids": torch.tensor([ids]),
+        "position_ids": positions[None],
+        "labels": torch.tensor([labels]),
     }
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """A Trainer that takes its batches from `_Batches`, computes logits at labelled tokens only,
-    and retries saves."""
+    """Trains on `_Batches`, computes logits at labelled tokens only, and retries saves."""
 
     batches: _Batches
     before_save: Callable[[], None]
@@ -247,33 +284,33 @@ class _Trainer(Trainer):  # type: ignore[misc]
         )
 
     def store_flos(self) -> None:
-        """Do not count operations: the count waits for all processes, so a process that repeats a
-        save would hang."""
+        """Do not count operations.
+
+        The count waits for all processes, so a process that repeats a save would hang.
+        """
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        pinned = self.args.dataloader_pin_memory
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            pin_memory=pinned,
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
 
 def _arguments(
     settings: TrainingConfig, schedule: Schedule, output: Path, seed: int, share: Share
 ) -> TrainingArguments:
+    has_gpu = torch.cuda.is_available()
+    rows_at_once = settings.micro_batch_size * share.processes
     # The length that is not set stays at transformers' default.
-    length = (
-        {"num_train_epochs": schedule.epochs}
-        if schedule.steps is None
-        else {"max_steps": schedule.steps}
-    )
+    length: dict[str, Any] = {"max_steps": schedule.steps}
+    if schedule.steps is None:
+        length = {"num_train_epochs": schedule.epochs}
     return TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size
-        // (settings.micro_batch_size * share.processes),
+        gradient_accumulation_steps=settings.batch_size // rows_at_once,
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
@@ -288,9 +325,9 @@ def _arguments(
         seed=seed,
         data_seed=seed,
         use_cache=False,  # with a cache joined rows would see each other
-        use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not has_gpu,
+        bf16=has_gpu and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=has_gpu,
         remove_unused_columns=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -304,8 +341,7 @@ def _arguments(
 
 @dataclass(eq=False)
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Sets the epoch, saves at rungs, by time and at the end, calls the listener, and stops a
-    diverging training.
+    """Saves at rungs, by time and at the end, calls the listener and stops a diverging training.
 
     Loss and gradient norm are over all processes, so all processes stop at the same step. The first
     process has the clock for all.
@@ -323,7 +359,8 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         self.batches.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stepped, is_due = time.monotonic(), [self.clock.is_due()]
+        self.stepped = time.monotonic()
+        is_due = [self.clock.is_due()]
         if Share.own().processes > 1:
             distributed.broadcast_object_list(is_due, src=0)
         control.should_save = is_due[0] or state.global_step in (*self.rungs, state.max_steps)
@@ -342,14 +379,16 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         norm = float(logs.get("grad_norm", 0.0))
         if not math.isfinite(self.train_loss) or not math.isfinite(norm):
             raise TrainingDiverged(
-                f"the training loss is {self.train_loss} and the gradient norm {norm} at step {state.global_step}"
+                f"the training loss is {self.train_loss} and the gradient norm {norm} at step "
+                f"{state.global_step}"
             )
-        first = next(each["loss"] for each in state.log_history if "loss" in each)
+        first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
         tolerable = max(self.blind_loss, float(first))
         if self.train_loss > tolerable + DIVERGED_BY:
             raise TrainingDiverged(
-                f"the training loss is {self.train_loss:.4g} at step {state.global_step}, far above {tolerable:.4g}, "
-                "the larger of the first step's loss and a blind guess's loss"
+                f"the training loss is {self.train_loss:.4g} at step {state.global_step}, "
+                f"far above {tolerable:.4g}, the larger of the first step's loss and a blind "
+                "guess's loss"
             )
         if state.is_world_process_zero:
             self.listener.on_step(state.global_step, state.max_steps, self.train_loss)

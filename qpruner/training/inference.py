@@ -1,5 +1,7 @@
-"""Measure a model's memory while it generates, and its speed, in turns with other models: speeds
-drift over minutes."""
+"""Measure a model's memory and speed while it generates.
+
+Models take turns, because the speed of a machine drifts over minutes.
+"""
 
 from __future__ import annotations
 
@@ -24,53 +26,63 @@ from qpruner.wording import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 16, 16
+PROMPT_TOKENS = 128
+NEW_TOKENS = 16
+WARM_UP_TOKENS = 16
 NUM_TURNS = 3  # number of timed generations per row of the final table
 
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """Table rows whose fine-tuned models one process times in turns; the file `progress` gets `done
-    total` turns."""
+    """Rows of the final table whose fine-tuned models one process times in turns."""
 
     config: RunConfig
     candidates: tuple[Candidate, ...]
-    data: Path  # the confirmation rows there give the prompt
+    data: Path
+    """The folder of encoded rows; the confirmation rows give the prompt."""
     threads: int
     progress: Path
+    """The file that gets the number of turns that are done, and of all."""
 
 
 def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
-    """Measure memory and speed of the model of each row in the final table."""
+    """Measure memory and speed of the fine-tuned model of each row.
+
+    Returns:
+        How it was measured, and the figures of the rows in their order.
+    """
     begin_job(job.threads)
+    has_gpu = torch.cuda.is_available()
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
     turns: list[list[tuple[float, float, int]]] = [[] for _ in job.candidates]
-    progress, num_turns = ProgressFile(job.progress), NUM_TURNS * len(job.candidates)
+    progress = ProgressFile(job.progress)
+    num_turns = NUM_TURNS * len(job.candidates)
     progress.write(0, num_turns)
     for turn in range(num_turns):
         position = turn % len(turns)
         release()  # the model of the turn before
         turns[position].append(take_turn(_fine_tuned(job.candidates[position]), prompt, NEW_TOKENS))
         progress.write(turn + 1, num_turns)
+
+    counter = PeakMemory().counter
     setting = InferenceSetting(
-        device=torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else counted(job.threads, "CPU core"),
+        device=torch.cuda.get_device_name() if has_gpu else counted(job.threads, "CPU core"),
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
-        memory_counter=("" if torch.cuda.is_available() else "tensors of the model, and ")
-        + PeakMemory().counter,
+        memory_counter=counter if has_gpu else f"tensors of the model, and {counter}",
     )
-    found = [
-        Inference(
-            memory_bytes=max(memory),
-            prefill_tokens_per_second=prefill,
-            decode_tokens_per_second=decode,
+    figures = []
+    for turns_of_row in turns:
+        prefill, decode, memory = zip(*turns_of_row, strict=True)
+        figures.append(
+            Inference(
+                memory_bytes=max(memory),
+                prefill_tokens_per_second=prefill,
+                decode_tokens_per_second=decode,
+            )
         )
-        for prefill, decode, memory in (zip(*of_row, strict=True) for of_row in turns)
-    ]
-    return setting, found
+    return setting, figures
 
 
 def _fine_tuned(candidate: Candidate) -> Any:
@@ -86,20 +98,28 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         self.seconds: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.seconds.append(
-            time.perf_counter()
-        )  # the tokens are on the CPU, so the GPU has finished
+        # The tokens are on the CPU, so the GPU has finished.
+        self.seconds.append(time.perf_counter())
 
     def end(self) -> None:
         pass
 
 
 def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> tuple[float, float]:
-    """Generate at least 2 tokens greedily; return tokens per second of prefill (until the first
-    token) and decode."""
+    """Generate at least 2 tokens greedily.
+
+    Args:
+        model: The model.
+        prompt: Token ids int64 ``(1, positions)``.
+        num_tokens: How many tokens are generated.
+
+    Returns:
+        Tokens per second of prefill, which lasts until the first token, and of decoding.
+    """
     clock = _Clock()
-    length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
-    settings = GenerationConfig(**length, do_sample=False, pad_token_id=0)
+    settings = GenerationConfig(
+        max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+    )
     model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
@@ -113,10 +133,12 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> 
 def take_turn(
     model: PreTrainedModel, prompt: list[int], num_tokens: int
 ) -> tuple[float, float, int]:
-    """Generate once; return tokens per second of prefill and of decode, and the memory in bytes.
+    """Generate once, after a short warm-up.
 
-    On a GPU this is CUDA's peak; on a CPU, packed tensors plus the rise of resident memory over the
-    loaded model.
+    Returns:
+        Tokens per second of prefill and of decoding, and the memory in bytes. On a GPU the memory
+        is CUDA's peak. On a CPU it is that of the packed tensors plus the rise of resident memory
+        over the loaded model.
     """
     ids = torch.tensor([prompt], device=model.device)
     model.eval()

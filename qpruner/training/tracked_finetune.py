@@ -1,9 +1,8 @@
 """Log a fine-tune to the trackers with transformers' callbacks, as one run in each tracker."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback
@@ -11,70 +10,85 @@ from transformers.integrations import MLflowCallback, WandbCallback
 
 from qpruner.training.trackers import Guard, Trackers
 
-TrackerRun = tuple[TrainerCallback, Callable[[], object]]
-"""The callback that logs to a run in a tracker, and the function that closes that run."""
-
 
 class Tracked(TrainerCallback):  # type: ignore[misc]
-    """Passes a training loop's logs to the trackers; `errors` has a line for every tracker that
-    lacks some."""
+    """Passes a training loop's logs to transformers' callback of each tracker.
+
+    A tracker gets nothing more after its first error, for which `errors` has a line.
+    """
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.runs: list[tuple[Guard, TrainerCallback, Callable[[], object]]] = []
+        self._guards: dict[str, Guard] = {}
+        self._callbacks: dict[str, TrainerCallback] = {}
 
-    def open(self, tracker: str, trackers: Trackers, label: str, about: Mapping[str, Any]) -> None:
-        """Open a run in one tracker."""
-        guard = Guard(tracker, self.errors.append)
-        guard.run(lambda: self.runs.append((guard, *OPENERS[tracker](trackers, label, about))))
+    def open(self, trackers: Trackers, label: str, parameters: dict[str, Any]) -> None:
+        """Open a run in every tracker."""
+        for name in trackers.names:
+            guard = Guard(name, self.errors.append)
+            self._guards[name] = guard
+            guard.call(self._open, name, trackers.run, label, parameters)
 
-    def on_train_begin(self, *event: Any, **kwargs: Any) -> None:
+    def _open(self, tracker: str, group: str, label: str, parameters: dict[str, Any]) -> None:
+        if tracker == "wandb":
+            import wandb
+
+            wandb.init(name=label, group=group, job_type="fine-tune", config=parameters)
+            self._callbacks[tracker] = WandbCallback()
+        else:
+            import mlflow
+
+            mlflow.start_run(run_name=label)
+            mlflow.log_params(parameters)
+            self._callbacks[tracker] = MLflowCallback()
+
+    def on_train_begin(self, *event: Any, **state: Any) -> None:
         """Tell every tracker that the training begins."""
-        for guard, callback, _ in self.runs:
-            guard.run(partial(callback.on_train_begin, *event, **kwargs))
+        for name, callback in self._callbacks.items():
+            self._guards[name].call(callback.on_train_begin, *event, **state)
 
-    def on_log(self, *event: Any, **kwargs: Any) -> None:
+    def on_log(self, *event: Any, **state: Any) -> None:
         """Log the training's figures to every tracker."""
-        for guard, callback, _ in self.runs:
-            guard.run(partial(callback.on_log, *event, **kwargs))
+        for name, callback in self._callbacks.items():
+            self._guards[name].call(callback.on_log, *event, **state)
+
+    def close(self) -> None:
+        """Close the run in every tracker."""
+        for name in self._callbacks:
+            self._guards[name].call(_close, name)
 
 
 @contextmanager
-def tracked(trackers: Trackers | None, label: str, about: Mapping[str, Any]) -> Iterator[Tracked]:
-    """Log the training inside the `with` block to each tracker, as a run named `label` with the
-    parameters `about`."""
+def tracked(
+    trackers: Trackers | None, label: str, parameters: Mapping[str, Any]
+) -> Iterator[Tracked]:
+    """Log the training inside the `with` block to each tracker.
+
+    Args:
+        trackers: The trackers of the run; with None nothing is logged.
+        label: Name of the run in the trackers.
+        parameters: Parameters that the trackers show in addition to the training's own.
+
+    Yields:
+        The callback to give to the training loop.
+    """
     callback = Tracked()
     if trackers:
         os.environ.update(trackers.environment)
-        for tracker in trackers.names:
-            callback.open(tracker, trackers, label, about)
+        callback.open(trackers, label, dict(parameters))
     try:
         yield callback
     finally:
-        for guard, _, close in callback.runs:
-            guard.run(close)
+        callback.close()
 
 
-def _open_wandb(trackers: Trackers, label: str, about: Mapping[str, Any]) -> TrackerRun:
-    import wandb
+def _close(tracker: str) -> None:
+    if tracker == "wandb":
+        import wandb
 
-    wandb.init(name=label, config=dict(about), **trackers.wandb_settings("fine-tune"))
-    return WandbCallback(), wandb.finish
+        wandb.finish()
+    else:
+        import mlflow
 
-
-def _open_mlflow(trackers: Trackers, label: str, about: Mapping[str, Any]) -> TrackerRun:
-    import mlflow
-
-    mlflow.set_tracking_uri(trackers.tracking_uri)
-    mlflow.set_experiment(trackers.experiment)
-    mlflow.start_run(run_name=label)
-    mlflow.log_params(dict(about))
-
-    def close() -> None:
         mlflow.flush_async_logging()
         mlflow.end_run()
-
-    return MLflowCallback(), close
-
-
-OPENERS = {"wandb": _open_wandb, "mlflow": _open_mlflow}

@@ -18,7 +18,6 @@ from plain_transformers import run_python
 
 from qpruner.errors import PlanRefused
 from qpruner.plans.plan import read_plan
-from qpruner.report import results as table
 from qpruner.report.html import render
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot

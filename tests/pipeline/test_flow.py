@@ -4,12 +4,15 @@ import ast
 from pathlib import Path
 
 import pytest
+from conftest import raw_config, with_key
+from made_run import STATE
 
 import qpruner
 from qpruner import api
 from qpruner.cli.main import VERBS
+from qpruner.config.load import validate_config
 from qpruner.errors import UserError
-from qpruner.pipeline.flow import STAGES, stages_until
+from qpruner.pipeline.flow import STAGES, names_of, stages_until, wanted_stages
 from qpruner.runs.records import Results, RunState
 
 PACKAGE = Path(qpruner.__file__).parent
@@ -58,12 +61,20 @@ def test_each_stage_is_in_the_module_of_its_name() -> None:
 
 
 def test_until_ends_with_its_stage() -> None:
+    raw = raw_config(Path("model"), Path("run"))
+    most = validate_config(with_key(with_key(raw, "finetune.compare", True), "serve.to", ["gguf"]))
+    least = validate_config(with_key(with_key(raw, "finetune.compare", False), "serve.to", []))
     for name in NAMES:
-        state = RunState.model_construct(
-            config={"finetune": {"compare": True}, "serve": {"to": ["gguf"]}}, until=name
-        )
-        asked = state.asked_stages
-        assert asked == [stage.name for stage in stages_until(name)] and asked[-1] == name
+        assert stages_until(name)[-1].name == name
+        assert wanted_stages(most, name) == stages_until(name)
+    assert set(NAMES) - set(names_of(wanted_stages(least))) == {"comparison", "serve"}
+
+
+def test_the_stages_of_a_state_without_them_are_those_that_began() -> None:
+    """An earlier version did not record which stages a command runs."""
+    fields = STATE.model_dump(exclude={"flow", "asked"})
+    fields["stages"] = {"prepare": {"state": "done", "started": 0.0}}
+    assert RunState.model_validate(fields).asked == ("prepare",)
 
 
 def test_an_unknown_stage_is_refused() -> None:

@@ -20,6 +20,7 @@ from made_records import made_finalist, made_layer, made_prune, made_search
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
+from qpruner.pipeline.flow import names_of, wanted_stages
 from qpruner.quantization.formats import format_of
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.events import SearchPlanned
@@ -71,6 +72,8 @@ STATE = RunState(
         "seed": 0,
         "quantize": {"budget": {"fraction": 0.5}},
     },
+    flow=(*STAGES, "report"),
+    asked=(*STAGES, "report"),
     until="report",
     command="qpruner run my.yaml --set search.max_trials=200",
     folder="/home/me",
@@ -325,12 +328,19 @@ class MadeRun:
         for name in done:
             self.run.write_record(name, self._records[name])
         made = {name: StageState(state="done", started=STARTED, seconds=61.5) for name in done}
-        config = validate_config(raw_config(Path(model), root)).model_dump(mode="json") | {
-            "model": {"source": model}
-        }
+        settings = validate_config(raw_config(Path(model), root))
+        flow = names_of(wanted_stages(settings))
+        config = settings.model_dump(mode="json") | {"model": {"source": model}}
         search = search_state(budget_bytes=BUDGET, max_trials=num_trials, steps=16, slots=None)
         self.state = STATE
-        self.change_state(config=config, stages=made | (stages or {}), search=search, **state)
+        self.change_state(
+            config=config,
+            flow=flow,
+            asked=flow,
+            stages=made | (stages or {}),
+            search=search,
+            **state,
+        )
 
     def write(self, trial: TrialRecord, **changes: Any) -> None:
         """Write a trial's record with these changes."""

@@ -310,7 +310,9 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
     report = {"report": StageState(state="done", started=STARTED, seconds=1.0)}
     made = MadeRun(root, num_trials=40, num_blocks=2, until="evaluate", stages=report)
     (root / "final").mkdir()
-    made.change_state(config=with_key(made.state.config, "finetune.compare", False))
+    flow = tuple(name for name in made.state.flow if name != "comparison")
+    config = with_key(made.state.config, "finetune.compare", False)
+    made.change_state(config=config, flow=flow, asked=flow)
     write_report(made.run)
     alone = read_snapshot(made.run)
     results = alone.results

@@ -18,7 +18,6 @@ from qpruner.quantization.formats import format_of
 from qpruner.report.plots.chart import Chart
 from qpruner.report.plots.plans import costs_of, kept_by_block, plan_bars
 from qpruner.report.plots.search import CUT_COLORS
-from qpruner.report.plots.text import text_plot
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.records import SensitivityRecord
@@ -146,24 +145,6 @@ def test_a_given_plan_is_marked(made: MadeRun) -> None:
         12,
         "given plan",
     ) and ">given plan</text>" in drawn(made, "pareto")
-
-
-def test_a_terminal_gets_the_plot_in_plain_characters(made: MadeRun) -> None:
-    """Each cut has a character, each control a number that the legend names, and the winner is in
-    brackets."""
-    made.write(made.trials[0], cut="base")
-    chart = chart_of(made, "pareto")
-    lines = ["".join(text for text, _ in line) for line in text_plot(chart)]
-    assert len(lines) <= 15 and all(len(line) <= 80 and line.isascii() for line in lines)
-    area, legend = [line[8:52] for line in lines[1:12]], [line[54:].strip() for line in lines[1:]]
-    assert legend[:3] == ["o not pruned", "x 20 % pruned", "(x) winner"]
-    assert legend[3:6] == ["1 not pruned, uniform", "2 not pruned, knapsack", "3 the paper's flow"]
-    assert [number for number in "123" if sum(line.count(number) for line in area) != 1] == []
-    assert sum(line.count("(x)") for line in area) == 1 and "budget 93.0 MB" in lines[13]
-    best = next(point for point in chart.spec["data"]["values"] if point["best"])
-    assert (best["score"] == min(point["score"] for point in chart.spec["data"]["values"])) == (
-        "(x)" in area[-1]
-    )
 
 
 def test_names_of_controls_do_not_overlap(made: MadeRun) -> None:

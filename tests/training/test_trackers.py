@@ -20,7 +20,7 @@ from qpruner.config.schema import TrainingConfig
 from qpruner.errors import UserError
 from qpruner.training.finetune import Listener, Schedule, finetune
 from qpruner.training.tracked_finetune import tracked
-from qpruner.training.trackers import Trackers, check_trackers
+from qpruner.training.trackers import Trackers, check_trackers, trackers_of
 
 WITHOUT = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
 WITH_BOTH = pytest.mark.skipif(bool(WITHOUT), reason=f"not installed: {WITHOUT}")
@@ -42,6 +42,12 @@ def environment(folder: Path) -> dict[str, str]:
         "WANDB_API_KEY": SECRET,
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
     }
+
+
+def trackers_in(folder: Path, *names: str) -> Trackers:
+    """Return the trackers of a run, as the driver finds them configured."""
+    os.environ.update(environment(folder))
+    return trackers_of(names, "run", folder)
 
 
 def mlflow_runs(folder: Path) -> dict[str, tuple[Any, list[tuple[int, float]]]]:
@@ -155,8 +161,9 @@ def test_trackers_get_every_step_of_a_fine_tune(
 ) -> None:
     losses: dict[int, float] = {}
     listener = Listener(on_step=lambda step, total, loss: losses.update({step: loss}))
-    trackers = Trackers(("wandb", "mlflow"), "run", tmp_path, environment(tmp_path))
-    with tracked(trackers, "searched, training seed 0", {"row": "searched"}) as now:
+    with tracked(
+        trackers_in(tmp_path, "wandb", "mlflow"), "searched, training seed 0", {"row": "searched"}
+    ) as now:
         torch.manual_seed(0)
         finetune(
             fresh(),
@@ -191,7 +198,7 @@ def test_a_tracker_that_goes_away_stops_no_fine_tune(
             (tmp_path / "mlflow.db").write_bytes(b"no data base any more")
 
     listener = Listener(on_step=on_step)
-    with tracked(Trackers(("mlflow",), "run", tmp_path, environment(tmp_path)), "row", {}) as now:
+    with tracked(trackers_in(tmp_path, "mlflow"), "row", {}) as now:
         done = finetune(
             fresh(),
             rows,

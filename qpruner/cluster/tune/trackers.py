@@ -1,9 +1,7 @@
-"""Logs trials to the trackers W&B and MLflow through Ray's callbacks, by optimizer step."""
-
-from __future__ import annotations
+"""Log trials to Weights & Biases and MLflow with Ray's callbacks, by optimizer step."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,31 +18,67 @@ from qpruner.runs.events import Emit, Message
 from qpruner.training.trackers import Guard, Trackers
 
 FIGURES = (METRIC, "loss", "accuracy", "accuracy_stderr", "train_loss")
-"""The values of a rung that are logged; those that Ray adds, such as clocks and host names, are
-left out."""
+"""The values of a rung that are logged; what Ray adds, such as clocks and host names, is not."""
+
+HOOKS = (
+    "setup",
+    "on_trial_start",
+    "on_trial_result",
+    "on_trial_complete",
+    "on_trial_error",
+    "on_experiment_end",
+)
+"""The methods of Ray's callbacks that call the tracker."""
+
 UPLOAD_SECONDS = 120  # time that the end of a search waits for uploads
 
 
 def tracker_callbacks(trackers: Trackers, emit: Emit) -> list[Callback]:
-    """Return a callback of Tune for each tracker; a tracker is left out after its first error,
-    which is emitted."""
-    mlflow = partial(
-        MLflowLoggerCallback, trackers.tracking_uri, experiment_name=trackers.experiment
-    )
-    kinds: dict[str, Callable[[], Callback]] = {
-        "wandb": partial(WandbRows, trackers),
-        "mlflow": mlflow,
-    }
-    return [_Guarded(name, kinds[name], emit) for name in trackers.names]
+    """Return a callback of Tune for each tracker.
+
+    A tracker gets nothing more after its first error, which is emitted as a warning.
+    """
+
+    def warn(text: str) -> None:
+        emit(Message("search", f"warning: {text}"))
+
+    callbacks = [KINDS[name](trackers) for name in trackers.names]
+    for name, callback in zip(trackers.names, callbacks, strict=True):
+        guard = Guard(name, warn)
+        for hook in HOOKS:
+            setattr(callback, hook, partial(guard.call, getattr(callback, hook)))
+    return callbacks
 
 
-class WandbRows(WandbLoggerCallback):  # type: ignore[misc]
+class _OwnFigures(LivesInDriver):
+    """Logs the `FIGURES` of a rung under its optimizer step."""
+
+    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
+        figures = {name: result[name] for name in FIGURES if name in result}
+        figures[TRAINING_ITERATION] = result[TIME]
+        super().log_trial_result(iteration, trial, figures)  # type: ignore[misc]
+
+
+class MlflowRows(_OwnFigures, MLflowLoggerCallback):  # type: ignore[misc]
+    """Logs trials to MLflow."""
+
+    def __init__(self, trackers: Trackers) -> None:
+        super().__init__(
+            tracking_uri=trackers.environment["MLFLOW_TRACKING_URI"],
+            experiment_name=trackers.environment["MLFLOW_EXPERIMENT_NAME"],
+        )
+
+
+class WandbRows(_OwnFigures, WandbLoggerCallback):  # type: ignore[misc]
     """Logs trials to Weights & Biases."""
 
     def __init__(self, trackers: Trackers) -> None:
-        settings = trackers.wandb_settings("trial")
         super().__init__(
-            upload_timeout=UPLOAD_SECONDS, environment=trackers.environment, **settings
+            project=trackers.environment["WANDB_PROJECT"],
+            group=trackers.run,
+            job_type="trial",
+            upload_timeout=UPLOAD_SECONDS,
+            environment=trackers.environment,
         )
         # Ray's class (2.60) puts the key into the runtime environment of the actor, which Ray
         # writes to its logs.
@@ -65,36 +99,4 @@ class _WandbWriter(WandbLoggingActor):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
 
-def _guarded(hook: str) -> Callable[..., None]:
-    """Make a method that passes a call of Tune to the method `hook` of the inner callback."""
-
-    def call(self: _Guarded, **info: Any) -> None:
-        self.guard.run(lambda: getattr(self.inner, hook)(**info))
-
-    return call
-
-
-class _Guarded(LivesInDriver, Callback):  # type: ignore[misc]
-    """Passes the calls of Tune to a tracker's callback until the first error of the tracker."""
-
-    def __init__(self, name: str, make: Callable[[], Callback], emit: Emit) -> None:
-        self._make, self.inner = make, Callback()
-        self.guard = Guard(name, lambda text: emit(Message("search", f"warning: {text}")))
-
-    def setup(self, **info: Any) -> None:
-        def make() -> None:
-            self.inner = self._make()
-            self.inner.setup(**info)
-
-        self.guard.run(make)
-
-    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
-        figures = {name: result[name] for name in FIGURES if name in result} | {
-            TRAINING_ITERATION: result[TIME]
-        }
-        self.guard.run(lambda: self.inner.on_trial_result(result=figures, **info))
-
-    on_trial_start = _guarded("on_trial_start")
-    on_trial_complete = _guarded("on_trial_complete")
-    on_trial_error = _guarded("on_trial_error")
-    on_experiment_end = _guarded("on_experiment_end")
+KINDS = {"wandb": WandbRows, "mlflow": MlflowRows}

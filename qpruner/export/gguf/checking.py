@@ -1,8 +1,7 @@
-"""Check GGUF files by loading them in llama.cpp, and compare them with the checkpoint from which
-they were written.
+"""Check GGUF files in llama.cpp against the checkpoint from which they were written.
 
 Three checks see different faults. The bytes of every tensor are read again from disk and compared.
-Token ids are compared on 1,000 texts. Predictions of llama.cpp are compared with those of
+Token ids are compared on the rows' texts. Predictions of llama.cpp are compared with those of
 transformers: this sees what is written as wanted but means something else to llama.cpp, such as
 rows in a wrong order.
 
@@ -17,6 +16,7 @@ of embeddings 7.3; without adapter 0.13, without that of block 15 0.005. The las
 why bytes are compared too.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ import torch
 from qpruner.data.losses import hooked
 from qpruner.export.compare import TOP, Compared, Rows, compare_served, export_error
 from qpruner.export.gguf.isolation import isolated
-from qpruner.export.gguf.llama_cpp import predictions
-from qpruner.export.gguf.same_tokens import token_differences
+from qpruner.export.gguf.llama_cpp import Llama, predictions
+from qpruner.export.gguf.vocabulary import NO_CHATS, differing_texts
 from qpruner.export.gguf.writing import adapter_tensors, base_tensors
 from qpruner.models.gguf_reader import read_gguf
-from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
+from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
 from qpruner.quantization.formats.layers import PackedLinear
 
 
@@ -42,10 +42,20 @@ def check(
     rows: Rows,
     on_progress: OnWork = ignore_progress,
 ) -> Compared:
-    """Compare the files of a model and its adapter with their checkpoint, predictions on rows of
-    token ids."""
+    """Compare the files of a model and its adapter with their checkpoint.
+
+    Args:
+        checkpoint: The folder from which the files were written.
+        model: The GGUF file of the model.
+        adapter: The GGUF file of the adapter; None if it is merged.
+        rows: Rows of token ids, on which tokens and predictions are compared.
+        on_progress: Gets a description, the number of finished pieces and of all.
+
+    Raises:
+        StageError: Bytes, token ids or predictions differ.
+    """
     check_bytes(checkpoint, model, adapter, on_progress)
-    for text, found, expected in isolated(token_differences, model, checkpoint):
+    for text, found, expected in isolated(token_differences, model, checkpoint, rows):
         raise export_error(
             f"llama.cpp makes other tokens of {text[:60]!r}: {found[:8]} instead of {expected[:8]}"
         )
@@ -57,25 +67,49 @@ def check_bytes(
 ) -> None:
     """Read the files again, and compare types and bytes of all tensors with the checkpoint."""
     config = checkpoint_config(checkpoint)
-    for file, tensors in (
-        (model, base_tensors),
-        *([(adapter, adapter_tensors)] if adapter else []),
-    ):
-        found = {each.name: each for each in read_gguf(file).tensors}
-        expected = list(tensors(checkpoint, config))
-        for done, (name, type_name, data) in enumerate(expected, 1):
-            if (stored := found.pop(name, None)) is None:
-                raise export_error(f"{file.name} has no tensor `{name}`")
-            same_type = stored.tensor_type.name == type_name
-            if not same_type or not numpy.array_equal(
-                stored.data.view(numpy.uint8).ravel(), data.ravel()
-            ):
-                raise export_error(f"{file.name} has other bytes in `{name}`")
-            on_progress("reading the file again", done, len(expected))
-        if found:
-            raise export_error(
-                f"{file.name} has a tensor that the checkpoint lacks: `{min(found)}`"
-            )
+    _check_file(model, list(base_tensors(checkpoint, config)), on_progress)
+    if adapter:
+        _check_file(adapter, list(adapter_tensors(checkpoint, config)), on_progress)
+
+
+def _check_file(
+    file: Path, expected: list[tuple[str, str, numpy.ndarray]], on_progress: OnWork
+) -> None:
+    """Compare a file's tensors with the expected names, types and bytes."""
+    stored = {tensor.name: tensor for tensor in read_gguf(file).tensors}
+    for done, (name, type_name, data) in enumerate(expected, 1):
+        if name not in stored:
+            raise export_error(f"{file.name} has no tensor `{name}`")
+        tensor = stored.pop(name)
+        written = tensor.data.view(numpy.uint8).ravel()
+        if tensor.tensor_type.name != type_name or not numpy.array_equal(written, data.ravel()):
+            raise export_error(f"{file.name} has other bytes in `{name}`")
+        on_progress("reading the file again", done, len(expected))
+    if stored:
+        raise export_error(f"{file.name} has a tensor that the checkpoint lacks: `{min(stored)}`")
+
+
+def token_differences(
+    model: Path, checkpoint: Path, rows: Rows
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Compare the token ids that llama.cpp makes of the rows' texts with the tokenizer's.
+
+    Only their characters of ASCII are compared: see `vocabulary.remark` for others.
+
+    Yields:
+        A text whose ids differ, the ids of llama.cpp and those of the tokenizer.
+    """
+    tokenizer = load_tokenizer(str(checkpoint))
+    lead = " " if differing_texts(tokenizer) == NO_CHATS else ""
+    with Llama(model) as llama:
+        for row in rows:
+            decoded = tokenizer.decode(row, skip_special_tokens=True)
+            text = decoded.encode("ascii", "ignore").decode().strip()
+            found = llama.tokens(lead + text)
+            expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            # The model has no row for a larger id either.
+            if found != expected and max(expected, default=0) < llama.vocab_size:
+                yield text, found, expected
 
 
 def check_predictions(

@@ -7,6 +7,8 @@ skipped.
 
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from qpruner.runs.records.base import RUN_ID as RUN_ID
 from qpruner.runs.records.base import Record as Record
 from qpruner.runs.records.base import Recorded as Recorded
@@ -46,8 +48,9 @@ class PrepareRecord(Record):
 
 
 class LayerWidths(Recorded):
-    """The kv groups and MLP channels that a block keeps, by index in the base model; none if it is
-    removed.
+    """The key/value groups and MLP channels that a block keeps, by their index in the base model.
+
+    A block that is removed keeps none.
     """
 
     layer: int
@@ -139,7 +142,7 @@ class BankRecord(Record):
 
 
 class CandidateRecord(Record):
-    """One fine-tune, under one training seed, of a model that the run compares in its final table."""
+    """One fine-tune, under one training seed, of a model in the run's final table."""
 
     name: str
     origin: str
@@ -175,8 +178,9 @@ class FinetuneRecord(Record):
 
 
 class TaskScore(Recorded):
-    """The accuracy on an lm-eval task, with the values of all questions to compare two models
-    question by question.
+    """The accuracy on an lm-eval task.
+
+    It has the values of all questions, to compare two models question by question.
     """
 
     task: str
@@ -212,13 +216,12 @@ class InferenceSetting(Recorded):
 
 
 class RowScores(Recorded):
-    """Scores of one model on the held-out tasks; `seed` is its training seed, None if it was not
-    fine-tuned.
-    """
+    """Scores of one model on the held-out tasks."""
 
     digest: str
     name: str
     seed: int | None
+    """The training seed; None if the model was not fine-tuned."""
     scores: tuple[TaskScore, ...]
     text_loss: float | None = None
     """Loss on the held-out text, in nats per token; None if there is no such text."""
@@ -227,8 +230,9 @@ class RowScores(Recorded):
 
 
 class EvalRecord(Record):
-    """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune,
-    and of the winner.
+    """Scores on the held-out tasks: of models before any fine-tune, and of the winner.
+
+    The former are the base, the pruned and the quantized model.
     """
 
     rows: tuple[RowScores, ...]
@@ -245,8 +249,9 @@ class EvalRecord(Record):
 
 
 class ComparisonRecord(Record):
-    """The winner and the models compared with it, all after the same fine-tune, sorted by model,
-    then training seed.
+    """The winner and the models compared with it, all after the same fine-tune.
+
+    They are sorted by model, then by training seed.
     """
 
     candidates: tuple[CandidateRecord, ...]
@@ -286,14 +291,14 @@ class SearchState(Recorded):
     """Trials that can run at once; None if no trial had to run."""
 
 
-EXTRAS = ("comparison", "serve")
-"""Stages after the evaluation, which not every run has."""
-
-
 class RunState(Recorded):
     """`run.json`: the state of the latest command on a run folder, for other processes to read."""
 
     config: dict[str, Any]
+    flow: tuple[str, ...]
+    """The stages that the configuration asks for, in order."""
+    asked: tuple[str, ...]
+    """Those stages of `flow` that the command runs."""
     until: str
     """The last stage that the command runs."""
     command: str
@@ -312,28 +317,20 @@ class RunState(Recorded):
     stages: dict[str, StageState] = {}
     search: SearchState | None = None
 
-    @property
-    def asked_stages(self) -> list[str]:
-        """The stages that the command runs, in the order of the flow."""
-        names = [*Results.model_fields, "report"]  # the report has no record
-        left_out = {name for name, is_wanted in self.extras.items() if not is_wanted}
-        return [name for name in names[: names.index(self.until) + 1] if name not in left_out]
-
-    @property
-    def extras(self) -> dict[str, bool]:
-        """Stage that not every run has -> whether the configuration asks for it."""
-        asked = [
-            (self.config.get(section) or {}).get(key)
-            for section, key in (("finetune", "compare"), ("serve", "to"))
-        ]
-        return {name: bool(each) for name, each in zip(EXTRAS, asked, strict=True)}
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Take the stages that began for `flow` and `asked`, which older runs did not record."""
+        begun = tuple(fields.get("stages", ()))
+        return {"flow": begun, "asked": begun, **fields}
 
     @property
     def compares(self) -> bool:
-        """Whether the command also fine-tunes the models that the winner is compared with
-        (`finetune.compare`).
+        """Whether the command also fine-tunes the models that the winner is compared with.
+
+        The key `finetune.compare` asks for this.
         """
-        return self.extras["comparison"]
+        return "comparison" in self.flow
 
 
 MARK = "qpruner_export.json"
@@ -363,25 +360,21 @@ class Results(Recorded):
     @property
     def left_out(self) -> dict[str, str]:
         """Name of a cut that cannot be made, or not be packed -> the reason."""
-        return {
-            cut: why
-            for record in (self.prune, self.bank)
-            if record
-            for cut, why in record.left_out.items()
-        }
+        pruning = self.prune.left_out if self.prune else {}
+        packing = self.bank.left_out if self.bank else {}
+        return {**pruning, **packing}
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tuned models: the winner and, after stage comparison, the models that it is
-        compared with.
-        """
+        """The fine-tuned models: the winner and, after stage comparison, those compared with it."""
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
     @property
     def scores(self) -> tuple[RowScores, ...]:
-        """Scores on the held-out tasks: first of the models without a fine-tune, then of the
-        `candidates`.
+        """Scores on the held-out tasks.
+
+        Models without a fine-tune come first, then the `candidates`.
         """
         rows = self.evaluate.rows if self.evaluate else ()
         if self.comparison is None:

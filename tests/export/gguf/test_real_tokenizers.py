@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from same_tokens import CODE, SENTENCES, token_differences
 from tiny_tokenizers import piece, vocabulary_file
 
 from qpruner.export.gguf import llama_cpp
 from qpruner.export.gguf.llama_cpp import Llama
-from qpruner.export.gguf.same_tokens import CODE, SENTENCES, token_differences
 from qpruner.export.gguf.vocabulary import vocabulary
 from qpruner.models.loading import load_tokenizer
 

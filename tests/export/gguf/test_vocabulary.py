@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
+from same_tokens import texts, token_differences
 from tiny_tokenizers import (
     CHATML,
     EXPRESSIONS,
@@ -22,8 +23,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from qpruner.errors import UserError
 from qpruner.export.gguf.llama_cpp import Llama
-from qpruner.export.gguf.same_tokens import remark, texts, token_differences
-from qpruner.export.gguf.vocabulary import vocabulary
+from qpruner.export.gguf.vocabulary import remark, vocabulary
 from qpruner.models.loading import load_tokenizer
 
 

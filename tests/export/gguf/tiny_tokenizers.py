@@ -7,6 +7,7 @@ from typing import Any
 
 from conftest import demo_rows
 from safetensors.torch import save_file
+from same_tokens import PIECES
 from tiny_families import family_model
 from tokenizers import (
     AddedToken,
@@ -22,7 +23,6 @@ from transformers import PreTrainedTokenizerFast
 
 from qpruner.export.gguf import llama_cpp
 from qpruner.export.gguf.llama_cpp import Llama
-from qpruner.export.gguf.same_tokens import PIECES
 from qpruner.export.gguf.vocabulary import PRE_TOKENIZERS
 from qpruner.export.gguf.writing import write_gguf
 
