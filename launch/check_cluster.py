@@ -1,9 +1,10 @@
-"""Finds problems within seconds that `ray up` would find after minutes: no credentials, a host that
-does not answer.
+"""Finds within seconds the problems of a cluster file that `ray up` would find after minutes.
 
-Usage: python launch/check_cluster.py CLUSTER.yaml     (launch/up.sh runs it first; exit code 2 if
-there is a problem) It starts and changes nothing. It checks the file itself without the network,
-against the schema of Ray.
+Usage: python launch/check_cluster.py CLUSTER.yaml
+    (launch/up.sh runs it first; exit code 2 if there is a problem)
+
+Examples are missing credentials and a host that does not answer. The check starts and changes
+nothing. The file itself is checked without the network, against the schema of Ray.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ HOST_NEEDS = (
 
 
 def problems(path: Path) -> list[str]:
-    """Return the problems of a cluster file and of the hosts, files and keys that it names, one
-    sentence each."""
+    """Return the problems of a cluster file and of what it names, one sentence for each.
+
+    What it names are hosts, files and keys.
+    """
     try:
         text = path.read_text()
         config = yaml.safe_load(text)
@@ -104,8 +107,10 @@ def missing_programs(_: dict[str, Any]) -> list[str]:
 
 
 def aws_names(config: dict[str, Any]) -> list[str]:
-    """Return values that cannot name an image, subnet or group; the AWS CLI prints None if it finds
-    nothing."""
+    """Return the values that cannot name an image, a subnet or a security group.
+
+    The AWS CLI prints None if it finds nothing.
+    """
     begins = {"ImageId": "ami-", "SubnetIds": "subnet-", "SecurityGroupIds": "sg-"}
     found = {}
     for kind, settings in config["available_node_types"].items():
@@ -145,8 +150,10 @@ def aws_credentials(config: dict[str, Any]) -> list[str]:
 
 
 def hosts(config: dict[str, Any]) -> list[str]:
-    """Return the hosts that do not answer or lack a requirement; workers are reached through the
-    head, as Ray does."""
+    """Return the hosts that do not answer or lack a requirement.
+
+    Workers are reached through the head, as Ray does it.
+    """
     auth, provider = config["auth"], config["provider"]
     head = provider.get("external_head_ip") or provider["head_ip"]
     if provider["head_ip"] in provider["worker_ips"]:
@@ -177,8 +184,11 @@ def host_problem(auth: dict[str, Any], host: str, by_way_of: str | None = None) 
 def on_host(
     auth: dict[str, Any], host: str, command: str, seconds: float, by_way_of: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a bash command on a host over ssh as Ray does: same account and key, no check of host
-    keys, no questions."""
+    """Run a bash command on a host over ssh, as Ray does.
+
+    The account and the key are those of the cluster file; host keys are not checked, and ssh asks
+    no questions.
+    """
     key = auth.get("ssh_private_key")
     options = [
         "-o",

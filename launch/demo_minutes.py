@@ -1,5 +1,7 @@
-"""Print in about how many minutes the demo runs on two free cores of this kind, from the time of a
-matrix product."""
+"""Print about how many minutes the demo takes on two free cores of this machine.
+
+The estimate comes from the time of a matrix product.
+"""
 
 import time
 

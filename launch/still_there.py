@@ -1,7 +1,8 @@
-"""Prints the machines of a cluster that still run on AWS, in the region of its file; launch/down.sh
-ends with this.
+"""Prints the machines of a cluster that still run on AWS; launch/down.sh ends with this.
 
 Usage: python launch/still_there.py CLUSTER.yaml      (exit code 1 if there are any)
+
+Only the region of the cluster file is searched.
 """
 
 import sys

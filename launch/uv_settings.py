@@ -1,8 +1,9 @@
-"""Translate the settings of pip (files and PIP_ variables), which uv does not read: print exports
-of uv's variables.
+"""Translates the settings of pip, which uv does not read, into exports of uv's variables.
 
-Usage: eval "$(pip config list | python launch/uv_settings.py)"     Exit status 1: uv cannot have
-these settings.
+Usage: eval "$(pip config list | python launch/uv_settings.py)"
+
+The settings come from pip's files and from PIP_ variables. Exit status 1 means that uv has no
+equivalent of these settings.
 """
 
 import ast

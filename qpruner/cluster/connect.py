@@ -41,8 +41,10 @@ class Cluster:
     was_joined: bool = False  # before `connect` was called
 
     def slots(self) -> Slots:
-        """Return the sizes of present machines that are not about to leave, and of machines that
-        may be started."""
+        """Return the sizes of the present machines, and of the machines that may be started.
+
+        Machines that are about to leave are left out.
+        """
         import ray
 
         draining = ray_private.state.get_draining_nodes()
@@ -51,8 +53,16 @@ class Cluster:
 
 
 def connect(address: str | None) -> Cluster:
-    """Join the cluster at `address`; without an address start a separate Ray on this machine, on
-    loopback."""
+    """Join the Ray cluster at `address`, or start a separate Ray on this machine.
+
+    Args:
+        address: `HOST:PORT` of the cluster, or `auto` for the one on this machine. Without an
+            address, Ray starts here and listens on loopback only.
+
+    Raises:
+        UserError: If no cluster can be joined there, or this process has joined another one.
+        RayNotStarted: If Ray does not start on this machine in time.
+    """
     import ray
 
     variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -126,10 +136,10 @@ def _start(options: dict[str, Any]) -> None:
 
 
 def ensure_token() -> None:
-    """Write Ray's token file, readable by its owner only; Ray (2.60) would let every user of the
-    machine read it.
+    """Write Ray's token file so that only its owner can read it.
 
-    If the home folder cannot be written, the file is in a private temporary folder.
+    Ray (2.60) would let every user of the machine read it. If the home folder cannot be written,
+    the file goes to a private temporary folder.
     """
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if given or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
@@ -155,8 +165,11 @@ def _write_token(path: Path) -> None:
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
-    """Join the cluster at an address; refuse the address of a Ray client, and another version of
-    Ray or Python."""
+    """Join the cluster at an address.
+
+    Addresses of the Ray client are refused, and so are clusters with another version of Ray or
+    Python.
+    """
     import ray
 
     if address.startswith("ray://"):
@@ -197,8 +210,10 @@ def _growth() -> Slots:
 
 
 def read_growth(file: Path, head: Node) -> Slots:
-    """Return the workers that a cluster file allows beside `head`; skip node types that state no
-    CPUs or GPUs."""
+    """Return the workers that a cluster file allows beside `head`.
+
+    Node types that state neither CPUs nor GPUs are skipped.
+    """
     # Ray's own reader (`FileConfigReader`) prints warnings and needs the ssh key that the file
     # names.
     try:

@@ -50,8 +50,10 @@ class LocalExecutor:
 
 
 class ClusterExecutor:
-    """Runs each work in a new process on a node; this process, the driver, holds no model. See also
-    `run_tasks`."""
+    """Runs each piece of work in a new process on a node of the cluster (see `run_tasks`).
+
+    This process, the driver, holds no model.
+    """
 
     def __init__(
         self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes
@@ -59,8 +61,10 @@ class ClusterExecutor:
         self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
-        """Run the work on a node and return its result; run it again in a new process if the
-        process dies."""
+        """Run the work on a node and return its result.
+
+        If the process dies, the work runs again in a new one.
+        """
         from qpruner.cluster.tasks import run_tasks
 
         jobs = [Streamed(work, int(self._resources.get("cpu", 1.0)))]
@@ -86,8 +90,10 @@ class Streamed(Generic[Result]):
 
 
 def run_streamed(job: Streamed[Result]) -> Any:
-    """Run work in another thread, as a job for `run_tasks`; yield each event at once, and return
-    the result."""
+    """Run work in another thread, as a job for `run_tasks`.
+
+    Each event is yielded as soon as it is emitted; the generator returns the result.
+    """
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(job.torch_threads,)) as thread:
         outcome = thread.submit(job.work, events.put)

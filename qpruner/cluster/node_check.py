@@ -46,11 +46,14 @@ class NodeReport:
 
 
 def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[NodeReport]:
-    """Check every live node of the joined cluster; a node without an answer in time is reported
-    with that problem.
+    """Check every live node of the joined cluster.
 
-    `storage` is a folder of the run, and `driver` the name and content of a file that this process
-    has written there. Every node writes a file there, too: its name and content are the node's id.
+    Args:
+        storage: A folder of the run.
+        driver: Name and content of a file that this process has written to that folder. Every node
+            writes a file there, too; its name and content are the id of the node.
+        seconds: How long to wait. A node that has not answered by then is reported with that
+            problem.
     """
     import ray
     from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
@@ -93,8 +96,10 @@ def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> 
 
 
 def packed_check(driver_versions: Mapping[str, str], run: RunDir | None) -> bytes:
-    """Pickle `check_node` for workers; it skips the versions if there are none, and the storage if
-    there is no run."""
+    """Pickle `check_node` for workers.
+
+    Without versions it skips the versions, and without a run it skips the storage.
+    """
     from ray import cloudpickle
 
     place = (str(run.root), run.place, RUN_ID, run.id) if run else None
@@ -121,8 +126,10 @@ def _module_by_value() -> Iterator[None]:
 def look_at_one(
     storage: str, driver: str, node_id: str, driver_versions: Mapping[str, str], num_gpus: float
 ) -> dict[str, Any]:
-    """Check this node, on which Ray counts `num_gpus`; return the fields `problems` and `gpus` of
-    `NodeReport`."""
+    """Check this node, on which Ray counts `num_gpus` GPUs.
+
+    Return the fields `problems` and `gpus` of `NodeReport`.
+    """
     usable, gpu_trouble = _gpus(num_gpus) if num_gpus else ([], "")
     remedy = "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray"
     differs = differences(driver_versions)
@@ -135,11 +142,15 @@ def look_at_one(
 
 
 def check_node(driver_versions: Mapping[str, str], place: tuple[str, str, str, str] | None) -> None:
-    """Raise a RuntimeError (`NodeDiffers: NODE: reason`) if this node has other versions, no
-    storage or no GPU.
+    """Raise a RuntimeError if this node has other versions, no storage or no GPU.
 
-    `place` is the folder of the run, its name in messages, and the name and content of a file in
-    it.
+    Its text is `NodeDiffers: NODE: reason`.
+
+    Args:
+        driver_versions: The versions of the driver (see `versions`); if empty, they are not
+            compared.
+        place: The folder of the run, its name in messages, and the name and content of a file in
+            it; None to skip the storage.
     """
     trouble = differences(driver_versions)
     if place and not trouble:  # reading the storage needs the driver's qpruner
@@ -159,8 +170,10 @@ def own_name() -> str:
 
 
 def own_device() -> str:
-    """Return the name of the GPU that Ray gave this process, with that of the node, or that of the
-    node alone."""
+    """Return the name of the GPU that Ray gave this process, followed by the name of the node.
+
+    Without a GPU, return only the name of the node.
+    """
     import ray
 
     gpus = ",".join(str(each) for each in ray.get_gpu_ids())
@@ -168,8 +181,10 @@ def own_device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be equal on all nodes, without suffixes for a device as in
-    `2.13.0+cpu`."""
+    """Return the versions that must be equal on all nodes.
+
+    Suffixes for a device, as in `2.13.0+cpu`, are left out.
+    """
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "qpruner's code": _code()}
     for name in PACKAGES:
         try:
@@ -203,8 +218,11 @@ def _code() -> str:
 
 
 def _unseen_gpus() -> str:
-    """Return a message if Ray gave this process a GPU, the machine has an NVIDIA card, and torch
-    sees no GPU."""
+    """Return a message if torch sees no GPU although Ray gave this process one.
+
+    The message is empty if the machine has no NVIDIA card, because Ray may count GPUs that do not
+    exist.
+    """
     import ray
 
     # `get_gpu_ids` would start a cluster in a process that is no worker.
@@ -217,8 +235,10 @@ def _unseen_gpus() -> str:
 
 
 def _has_hardware() -> bool:
-    """Return True if this machine has an NVIDIA driver or card; Ray may count GPUs that do not
-    exist."""
+    """Return True if this machine has an NVIDIA driver or card.
+
+    Ray may count GPUs that do not exist.
+    """
     if Path("/proc/driver/nvidia/gpus").exists():  # containers may hide the cards
         return True
     nvidia, display = "0x10de", "0x03"
@@ -231,7 +251,10 @@ def _has_hardware() -> bool:
 
 
 def _gpus(counted: float) -> tuple[Gpus, str]:
-    """Return the GPUs that torch sees, and a message if they are unusable or fewer than Ray counts."""
+    """Return the GPUs that torch sees, and a message if there is trouble with them.
+
+    The message says that they are unusable, or fewer than Ray counts.
+    """
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         os.environ.pop(name, None)  # Ray hides GPUs by these from tasks that reserve none
     try:
@@ -267,8 +290,11 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
 def _storage_trouble(
     folder: Path, driver: str, text: str, own: str = "", seconds: float | None = None
 ) -> str:
-    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a
-    file `own`."""
+    """Return a message if this node cannot read or write in a folder of the run.
+
+    It reads `text` in the file `driver` and, if `own` is given, writes a file of that name and
+    content.
+    """
     action = "read"
     try:
         from qpruner.runs.storage import retry_storage, storage_at

@@ -1,5 +1,4 @@
-"""Counts the trials or tasks that fit on the present machines, and on those that an autoscaler may
-start."""
+"""Counts the tasks that fit on the present machines, and on those that an autoscaler may start."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -43,8 +42,10 @@ def size_of(node: Mapping[str, Any]) -> Node:
 
 @dataclass(frozen=True)
 class Slots:
-    """The present machines, and the machines that an autoscaler may start; a slot is room for one
-    trial or task."""
+    """The present machines of a cluster, and the machines that its autoscaler may start.
+
+    A slot is room for one trial or task.
+    """
 
     nodes: tuple[Node, ...]
     head: Node = Node(0, 0)  # of a cluster with an autoscaler; it is also one of `nodes`
@@ -60,8 +61,10 @@ class Slots:
 
     @property
     def largest(self) -> Node:
-        """Return the machine with the most GPUs, then the most cores, including machines that may
-        be started."""
+        """Return the machine with the most GPUs and, among those, the most cores.
+
+        Machines that may be started count, too.
+        """
         return max((*self.nodes, *self.workers), key=lambda node: (node.gpus, node.cpus))
 
     def fits(self, resources: Mapping[str, float]) -> int:
@@ -69,8 +72,7 @@ class Slots:
         return sum(node.fits(resources) for node in self.nodes)
 
     def at_most(self, resources: Mapping[str, float]) -> int:
-        """Count the tasks that fit at once after the autoscaler has started all machines that it
-        may start."""
+        """Count the tasks that fit at once after the autoscaler has started all machines it may."""
         by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)[
             : self.max_workers
         ]
@@ -79,15 +81,19 @@ class Slots:
         )
 
     def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
-        """Return the resources of one trial: those asked for; by default one core, and one GPU if a
-        machine has one."""
+        """Return the resources of one trial, with defaults for those that were not requested.
+
+        The default is one core, and one GPU if any machine has one.
+        """
         automatic = {"cpu": 1.0, "gpu": 1.0} if self.largest.gpus >= 1 else {"cpu": 1.0}
         given = {name: amount for name, amount in (asked or {}).items() if amount is not None}
         return {name: amount for name, amount in (automatic | given).items() if amount > 0}
 
     def cores_each(self, num_tasks: int) -> float:
-        """Return the largest number of cores per task at which this many tasks fit at once; at
-        least 1."""
+        """Return the largest number of cores per task at which `num_tasks` tasks fit at once.
+
+        It is at least 1.
+        """
         most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
         return float(
             next(
@@ -101,8 +107,11 @@ class Slots:
         )
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Return how many trials may be in flight (see `Room`), up to `limit`; raise `UserError` if
-        none ever fits."""
+        """Return how many trials may be in flight (see `Room`), at most `limit`.
+
+        Raises:
+            UserError: If no machine can ever run a trial.
+        """
         most = self.at_most(resources)
         if most < 1:
             number = counted(len(self.nodes), "machine")
@@ -114,8 +123,10 @@ class Slots:
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use, by its CPU affinity and by the quota of its
-    container."""
+    """Count the cores that this process may use.
+
+    Both its CPU affinity and the quota of its container limit them.
+    """
     return int(cpu_count())
 
 
@@ -127,27 +138,30 @@ def local_slots() -> Slots:
 
 
 def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
-    """Return an assumed machine to plan a run for: room for one trial or, if trials share a GPU,
-    for those on one."""
+    """Return an assumed machine for planning a run.
+
+    It has room for one trial or, if trials share a GPU, for as many as share one.
+    """
     asked = trial or {}
     gpu = asked.get("gpu") or 1.0
     return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
 
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """Return the resources of each worker; several that train one model together need whole GPUs
-    (NCCL)."""
+    """Return the resources of each of the workers that train one model.
+
+    Several workers need a whole GPU each, because NCCL does.
+    """
     return (
         {**trial, "gpu": 1.0} if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1 else dict(trial)
     )
 
 
 class Room:
-    """Counts the trials that may be in flight (run, or wait for a machine), while machines join and
-    leave.
+    """Counts the trials that may be in flight while machines join and leave.
 
-    Waiting trials make the autoscaler start machines. Ray's `request_resources` would outlive a
-    killed driver.
+    A trial in flight runs, or waits for a machine. Waiting trials make the autoscaler start
+    machines. Ray's `request_resources` would do so, too, but outlive a killed driver.
     """
 
     def __init__(
@@ -167,10 +181,9 @@ class Room:
         self._room, self._next_look = 0, 0.0
 
     def __call__(self, num_held: int) -> int:
-        """Return how many trials may be in flight while so many slots are held; report a change of
-        slots.
+        """Return how many trials may be in flight while `num_held` slots are held.
 
-        The machines are counted anew after `LOOK_SECONDS`.
+        The machines are counted again after `LOOK_SECONDS`, and a change of slots is emitted.
         """
         now = time.monotonic()
         if now >= self._next_look:

@@ -43,11 +43,10 @@ ANSWER_SECONDS = 2.0  # a machine that accepts no connection within this time co
 
 
 def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function: a worker unpickles the function only after `check_node` (see
-    `node_check.packed_check`).
+    """Wrap a function so that a worker unpickles it only after `check_node` has passed.
 
     The wrapper is nested, so that its code is pickled with it: a node with another qpruner could
-    not import it.
+    not import it. See `node_check.packed_check`.
     """
     packed = cloudpickle.dumps(function)
 
@@ -72,15 +71,30 @@ def run_tasks(
     progress: Callable[[int], object] = lambda position: None,
     on_event: Emit | None = None,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)` for every job in worker processes; yield the position and result of each
-    finished job.
+    """Run `function(job)` for every job in worker processes.
 
-    `resources` are for one job. Errors of `function` are raised here with their own type. Each job
-    with a GPU, and with `own_process` each other job too, has a new process, in which its memory
-    can be measured. `check_node` (see `packed_check`) raises on an unusable node. `on_tick` is
-    called each second, `on_held` with the GPU seconds of each finished job. `progress` returns what
-    a job has saved: after a change its deaths count from 0 again. With `on_event` the function is a
-    generator.
+    Each job with a GPU has a new process, in which its memory can be measured. Errors of `function`
+    are raised here with their own type.
+
+    Args:
+        function: A function of one job; with `on_event`, a generator that yields events.
+        jobs: The jobs.
+        resources: CPUs and GPUs of one job.
+        max_concurrent: How many jobs may run at once.
+        own_process: Whether jobs without a GPU have new processes, too.
+        check_node: The pickled check that raises on an unusable node (see `packed_check`).
+        on_tick: Called about every second.
+        on_held: Called with the GPU seconds of each finished job.
+        progress: Returns what the job at a position has saved; after a change, the deaths of its
+            workers are counted from 0 again.
+        on_event: Called with the events of the jobs.
+
+    Yields:
+        The position and the result of each finished job.
+
+    Raises:
+        WorkerDied: If the workers of one job die again and again.
+        NodeDiffers: If a job was sent to an unusable node.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
     emit, work = on_event or (lambda event: None), partial(_timed, function, on_event is not None)
@@ -125,8 +139,10 @@ def run_tasks(
 
 
 def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iterator[Any]:
-    """Yield the events of a generator, then the function's result and its seconds; free the memory
-    of the job."""
+    """Yield the events of a generator, then the pair of the function's result and its seconds.
+
+    The memory of the job is freed before that.
+    """
     from qpruner.models.memory import release
 
     started, found = time.monotonic(), function(job)
@@ -139,12 +155,14 @@ def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iter
 def _starter(
     name: str, resources: Mapping[str, float], own_process: bool
 ) -> Callable[[bytes], Any]:
-    """Return a function that starts a Ray task, which yields the id of its node, then what the
-    pickled work yields.
+    """Return a function that starts a Ray task for pickled work.
+
+    The task yields the id of its node, and then what the work yields.
 
     A process keeps the first GPU that it has used, whatever Ray writes into CUDA_VISIBLE_DEVICES
-    later, so that a process with a GPU serves one job. Ray (2.60) may run even that job in a
-    process that has served tasks without a GPU; an environment of its own gives it a new one.
+    later, so a process with a GPU serves only one job. Ray (2.60) may run even that job in a
+    process that has served tasks without a GPU; an environment of its own gives the job a new
+    process.
     """
 
     def located(
@@ -174,8 +192,10 @@ def _starter(
 
 
 class DeathCounter:
-    """Counts the deaths of each job's workers since its last progress; ignores machines that leave
-    the cluster."""
+    """Counts the deaths of each job's workers since the job last made progress.
+
+    Machines that leave the cluster do not count.
+    """
 
     def __init__(self, progress: Callable[[int], object] = lambda position: None) -> None:
         self._progress = progress
@@ -183,8 +203,16 @@ class DeathCounter:
         self._saved: dict[int, object] = {}
 
     def count(self, position: int, node: str | None, error: Exception) -> str:
-        """Count the death of a worker (node None: it never began); return its error in one line or
-        raise WorkerDied."""
+        """Count the death of a worker and return its error in one line.
+
+        Args:
+            position: The position of the job.
+            node: Ray's id of the worker's node; None if the worker never began.
+            error: The error with which the worker died.
+
+        Raises:
+            WorkerDied: After `MAX_DEATHS` deaths in a row.
+        """
         death = error.cause if isinstance(error, RayTaskError) else error
         saved = self._progress(position)
         if saved != self._saved.get(position):
@@ -200,8 +228,10 @@ class DeathCounter:
 
 
 def is_staying(node_id: str) -> bool:
-    """Return True if a node accepts connections (Ray 2.60 lists a killed node for up to 15 s) and
-    is not to leave."""
+    """Return True if a node accepts connections and is not about to leave.
+
+    Ray (2.60) lists a killed node as alive for up to 15 s.
+    """
     node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
     if node is None or not node["Alive"] or node_id in ray_private.state.get_draining_nodes():
         return False
@@ -215,8 +245,10 @@ def is_staying(node_id: str) -> bool:
 
 
 def original_error(error: Any) -> Exception:
-    """Return the error of the worker that a `RayTaskError` wraps; a failed `check_node` becomes
-    NodeDiffers."""
+    """Return the error of the worker that a `RayTaskError` wraps.
+
+    The error of a failed `check_node` becomes NodeDiffers.
+    """
     cause: Exception = error.cause
     text = str(cause)
     return NodeDiffers(text.removeprefix(REFUSAL)) if text.startswith(REFUSAL) else cause

@@ -1,10 +1,12 @@
-"""A lock file names the driver, the one process that works on a run; the file's time of change is
-the last heartbeat.
+"""The lock file of a run, which names its driver: the one process that works on the run.
 
-A lock is stale if its driver is dead: on this machine the process id tells, on another one a minute
-without heartbeat, measured here, since clocks may differ. `filelock` lets one process at a time
-judge a lock; at a URI, one on each machine (pyarrow 26 has no conditional put): of two that take it
-at once, the first heartbeat ends one.
+The time of change of the file is the last heartbeat. A lock is stale if its driver is dead. On this
+machine the process id tells; on another one a minute without a heartbeat does, measured here, since
+clocks may differ.
+
+`filelock` lets one process at a time judge a lock. At a URI this holds only among the processes of
+one machine, because pyarrow (26) has no conditional put: of two drivers that take the lock at once,
+the first heartbeat ends one.
 """
 
 import contextlib
@@ -43,8 +45,10 @@ class Holder(Recorded):
 
 
 class Driver(NamedTuple):
-    """The process that holds the lock of a run; the next command takes the lock unless the process
-    is alive."""
+    """The process that holds the lock of a run.
+
+    The next command takes the lock unless this process is alive.
+    """
 
     holder: Holder
     beat: float  # last heartbeat, in Unix seconds by the clock of the storage
@@ -70,10 +74,13 @@ def driver_of(root: Path) -> Driver | None:
 def hold_run(
     root: Path, notify: Callable[[str], None], heartbeat_seconds: float = HEARTBEAT_SECONDS
 ) -> Iterator[Callable[[], bool]]:
-    """Hold the lock of a run, or raise `UserError` if another driver works on it; yield whether the
-    lock is still held.
+    """Hold the lock of a run while the block runs.
 
-    If the lock is lost, the next heartbeat ends this process (SIGTERM).
+    Yield a function that returns whether the lock is still held. If it is lost, the next heartbeat
+    ends this process (SIGTERM).
+
+    Raises:
+        UserError: If another driver works on the run, or the file system has no file locks.
     """
     lock, me, limit = storage_at(root / NAME), this_process(), STALE_BEATS * heartbeat_seconds
     watched, deadline = None, time.monotonic() + limit
@@ -125,8 +132,10 @@ def hold_run(
 
 
 def lock_lost(stage: str, evidence: str) -> StageError:
-    """Return the error for a stage during which another driver took the run over, while this
-    process was suspended."""
+    """Return the error for a stage during which another driver took the run over.
+
+    That happens while this process is suspended.
+    """
     cause = f"another driver took this run over while this one gave no sign of life: {evidence}"
     return StageError(
         stage,
@@ -169,8 +178,10 @@ def _take(
     earlier: tuple[Holder, float] | None,
     seconds: float,
 ) -> tuple[Holder, float] | None:
-    """Take the lock if it is free, stale, or still as it was `earlier`, `seconds` ago; else return
-    what it is now."""
+    """Take the lock if it is free, stale, or still as it was `earlier`, `seconds` ago.
+
+    Otherwise return its holder and last heartbeat.
+    """
     with exclusive(lock.path):
         if current := _read_lock(lock):
             holder, _ = current
@@ -188,8 +199,10 @@ def _is_alive(holder: Holder) -> bool:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot: None if it is dead, 0 if the system
-    has no /proc."""
+    """Return when a process started, in clock ticks since boot.
+
+    Return None if the process is dead, and 0 if the system has no /proc.
+    """
     if not Path("/proc/self/stat").exists():
         return 0 if psutil.pid_exists(pid) else None
     try:
@@ -200,8 +213,10 @@ def _start_ticks(pid: int) -> int | None:
 
 
 def _is_lost(lock: Storage, me: Holder) -> bool:
-    """Return True if this process no longer holds the lock; False also if the storage cannot be
-    reached."""
+    """Return True if this process no longer holds the lock.
+
+    Return False if that is unknown, because the storage cannot be reached.
+    """
     try:
         return _read_holder(lock) != me
     except FileNotFoundError:

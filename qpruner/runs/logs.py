@@ -1,5 +1,4 @@
-"""Write and upload the log of a run and its TensorBoard files; keep other libraries off the
-terminal."""
+"""Writes and uploads the log of a run and its TensorBoard files, and keeps libraries quiet."""
 
 import logging
 import os
@@ -40,8 +39,10 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def logging_to(root: Path) -> Iterator[None]:
-    """Log to the `qpruner.log` of a run while the block runs, also warnings of libraries and
-    unexpected errors."""
+    """Log to the `qpruner.log` of a run while the block runs.
+
+    The log also has the warnings of libraries and unexpected errors.
+    """
     log = root / LOG
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -82,8 +83,10 @@ def logging_to(root: Path) -> Iterator[None]:
 
 
 class Uploader:
-    """Uploads changed TensorBoard files (in `folder`) and the log (`file`) while a command works on
-    a run at a URI."""
+    """Uploads the log and the TensorBoard files of a run at a URI while a command works on it.
+
+    Only files that have changed are uploaded: the log (`file`), and all in `folder`.
+    """
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
         self._folder, self._file = root / folder, root / file
@@ -99,8 +102,10 @@ class Uploader:
             self._upload(is_last=False)
 
     def close(self) -> None:
-        """Upload the remaining changes, and delete outdated TensorBoard files of earlier commands
-        at the URI."""
+        """Upload the remaining changes, and delete what earlier commands left at the URI.
+
+        Deleted are TensorBoard files that are outdated.
+        """
         if self._is_needed:
             self._upload(is_last=True)
 

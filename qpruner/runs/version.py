@@ -14,8 +14,10 @@ COMMIT_FILE = "commit.txt"
 
 
 def commit() -> str | None:
-    """Return the commit of this code, with `+modified` if the checkout has changes; None if it is
-    unknown."""
+    """Return the commit of this code, with `+modified` if the checkout has changes.
+
+    Return None if the commit is unknown.
+    """
     if (_PACKAGE.parent / ".git").exists():
         command = [
             "git",
@@ -38,6 +40,8 @@ def commit() -> str | None:
 
 
 def describe() -> str:
-    """Return the version for people, `0.1.0 (commit f314f2b0c1d2)`, or only the number if the
-    commit is unknown."""
+    """Return the version for people, such as `0.1.0 (commit f314f2b0c1d2)`.
+
+    It is only the number if the commit is unknown.
+    """
     return f"{VERSION} (commit {known})" if (known := commit()) else VERSION

@@ -20,12 +20,18 @@ from qpruner.search.rungs import Rungs
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made
-    without a search.
+    """ASHA (Li et al., arXiv 1810.05934), resumed from the records of trials.
 
     Plans outside the space or over the budget, which only controls have, do not compete.
-    `is_cancelled` says whether a waiting trial must not start, by its id. `on_error` gets a trial's
-    id and error, and a function that holds its worker, before the searcher does.
+
+    Args:
+        config: The configuration of the run.
+        space: The plans that compete.
+        controls: Plans made without a search; their trials are never stopped.
+        recorded: The records of earlier sessions.
+        is_cancelled: Says by the id of a waiting trial whether it must not start.
+        on_error: Gets the id and the error of a trial, and a function that holds its worker, before
+            the searcher learns of the error.
     """
 
     def __init__(
@@ -65,16 +71,20 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
                 bracket.on_result(trial, rung.step, -rung.cost(config.search.metric))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Stop cancelled trials that have not started, then choose the next; Tune can stop them in
-        no other hook."""
+        """Stop cancelled trials that have not started, then choose the next trial.
+
+        Tune can stop them in no other hook.
+        """
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING and self._is_cancelled(trial.trial_id):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass the text of the error to `on_error`, and a function that holds the worker
-        (`ActorManager.hold`)."""
+        """Pass the text of the error to `on_error`, with a function that holds the worker.
+
+        See `ActorManager.hold`.
+        """
         super().on_trial_error(tune_controller, trial)
         # Tune (2.60) tells schedulers alone which worker a trial has.
         hold = partial(
@@ -89,8 +99,10 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         )
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether a trial continues after a rung; controls and protected trials do until the
-        last rung."""
+        """Return whether a trial continues after a rung.
+
+        Controls and protected trials continue until the last rung.
+        """
         index, step = trial.config["trial"], result[self._time_attr]
         is_last, plan = step >= self._max_t, params_to_plan(trial.config)
         if not self._space.is_feasible(plan):
@@ -102,8 +114,10 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Forget the trial; otherwise Ray would enter the last score of a stopped trial again, at a
-        lower rung."""
+        """Forget the trial.
+
+        Otherwise Ray would enter the last score of a stopped trial again, at a lower rung.
+        """
         self._trial_info.pop(trial.trial_id, None)
 
 

@@ -47,11 +47,12 @@ has left."""
 
 
 class ActorManager(RayActorManager):  # type: ignore[misc]
-    """Fails only the trial whose worker Ray killed for memory; Tune (2.60) would end the whole
-    session.
+    """Fails only the trial whose worker Ray killed for memory.
+
+    Tune (2.60) would end the whole session.
 
     The device of a worker that has failed can be held: the process ends, but its placement group
-    stays, and keeps the device from other trials. Ray has no other way to leave out one GPU of a
+    stays and keeps the device from other trials. Ray has no other way to leave out one GPU of a
     machine.
     """
 
@@ -64,8 +65,10 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
         self._held: dict[Any, Any] = {}  # resources by Tune's tracked actor
 
     def hold(self, tracked_actor: Any) -> Holding | None:
-        """Hold the device of a worker whose trial has failed; Tune no longer knows a worker whose
-        process has ended."""
+        """Hold the device of a worker whose trial has failed.
+
+        Tune no longer knows a worker whose process has ended.
+        """
         worker = tracked_actor or self._failing
         resources = (
             self._held[worker]
@@ -121,8 +124,10 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
 
 
 class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
-    """Ends the session of Tune on Ctrl-C or on request once running rungs are done; on a second
-    Ctrl-C at once."""
+    """Ends the session of Tune on Ctrl-C or on request, once the running rungs are done.
+
+    A second Ctrl-C ends it at once.
+    """
 
     def __init__(self, emit: Emit) -> None:
         self.requested = False  # the session is to end
@@ -132,8 +137,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C within this block, if it runs in the main thread; no other thread receives
-        signals."""
+        """Handle Ctrl-C within this block.
+
+        This works only in the main thread: no other thread receives signals.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -148,8 +155,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         return self.requested
 
     def on_error_text(self, error: str) -> None:
-        """End the search if a trial's error says that its node is unusable: the next trials would
-        fail there too."""
+        """End the search if a trial's error says that its node is unusable.
+
+        The next trials would fail there, too.
+        """
         found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
         if found and self.trouble is None:
             self.end(NodeDiffers(found[1]))
@@ -158,11 +167,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
             )
 
     def end(self, trouble: QprunerError, at_once: bool = False) -> None:
-        """End the search with this error, or with an earlier one; wait for running rungs, unless
-        `at_once`.
+        """End the search with this error, unless an earlier one already ends it.
 
-        The error is stored, because Tune (2.60) would wrap an error raised here and report the
-        trial's end twice.
+        The search waits for running rungs, unless `at_once` is set. The error is stored, because
+        Tune (2.60) would wrap an error raised here and report the end of the trial twice.
         """
         self.requested, self.trouble = True, self.trouble or trouble
         self._at_once = self._at_once or at_once
@@ -172,8 +180,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         return self.requested and not self._num_running
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Raise the error that was given to `end` with `at_once`; tell the user once that a Ctrl-C
-        is being handled."""
+        """Raise the error that `end` was given with `at_once`.
+
+        On Ctrl-C, tell the user once that the search is ending.
+        """
         if self.trouble and self._at_once:
             raise self.trouble
         self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
@@ -195,13 +205,18 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
 
 
 class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
-    """Kills a trial's worker if its pulse (see `TrialPulse`) has not changed for too long; emits
-    the steps of trials.
+    """Kills the worker of a trial whose pulse (see `TrialPulse`) has not changed for too long.
 
-    Time does not count while the driver waits for the storage, or while trials cannot write pulses.
-    Ray kills a worker with SIGKILL if it does not end within 5 s (Ray 2.60). Before the kill,
-    `on_hung` gets Ray's id of the trial, and True if the trial runs; False if it waits, because the
-    worker that it was given still hangs in an earlier trial.
+    It also emits the steps of the running trials. Time does not count while the driver waits for
+    the storage, or while trials cannot write pulses. Ray (2.60) kills a worker with SIGKILL if it
+    does not end within 5 s.
+
+    Args:
+        job: The search.
+        on_hung: Called before the kill with Ray's id of the trial, and with True if the trial runs;
+            with False if it still waits, because the worker that it was given hangs in an earlier
+            trial.
+        emit: Receives the events.
     """
 
     def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:
@@ -224,7 +239,7 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Read the pulses of running trials; kill workers whose pulse has not changed for too long."""
+        """Read the pulses of running trials, and kill workers whose pulse has not changed."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -253,8 +268,10 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Delete Tune's averages of every metric: half of the driver's memory for a trial (Ray
-        2.60)."""
+        """Delete Tune's averages of every metric.
+
+        They are half of the driver's memory for a trial (Ray 2.60).
+        """
         trial.run_metadata.metric_analysis = {}
         trial.run_metadata.metric_n_steps = {}
 

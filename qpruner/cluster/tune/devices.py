@@ -1,5 +1,4 @@
-"""Decides whether a trial that failed is tried on another device, and which devices get no more
-trials.
+"""Decides which failed trials are tried on another device, and which devices get no more trials.
 
 A device is a GPU, or a machine if trials use no GPU. A failure may be the plan's fault (it is too
 large for any device) or the device's (it is smaller than others, another program uses its memory,
@@ -29,8 +28,7 @@ other trial which then ran elsewhere, and every further one on the same device."
 
 @dataclass
 class _Held:
-    """A device that gets no trials, the node that it is part of, and the functions that end this
-    (see `Holding`)."""
+    """A device that gets no trials, its node, and the functions that end this (see `Holding`)."""
 
     device: str
     node: str
@@ -59,8 +57,7 @@ class Devices:
         return len(self._left_out) + sum(map(len, self._suspects.values()))
 
     def should_move(self, record: TrialRecord, hold: Hold) -> bool:
-        """Return True if a trial that failed is to be tried on another device; its own is then
-        held."""
+        """Return True if a failed trial is to be tried on another device; its own is then held."""
         tried = [device for device in (*record.failed_on, record.device) if device is not None]
         num_bad = sum(1 for device in {*tried} if self._failures[device])
         if (
@@ -76,8 +73,7 @@ class Devices:
         return holding is not None
 
     def has_scored(self, record: TrialRecord) -> None:
-        """Decide on the devices on which a trial had failed before it reported a score, if there
-        are any."""
+        """Decide on the devices on which a trial had failed before it reported this score."""
         for held in self._suspects.pop(record.index, []):
             if held.device == record.device:
                 held.let_go()
@@ -95,8 +91,9 @@ class Devices:
             self._left_out.append(held)
 
     def look(self) -> None:
-        """Let go of the devices of nodes that have left, and of suspects if no other device is
-        left.
+        """Let go of the devices of nodes that have left.
+
+        Let go of suspects, too, if no other device is left.
 
         Raises:
             StageError: If all devices that are left were left out.
@@ -137,8 +134,10 @@ class Devices:
             held.let_go()
 
     def _leaves_another(self, record: TrialRecord) -> bool:
-        """Return True if another device may run a trial while its own is held; let go of other
-        suspects if needed."""
+        """Return True if another device may run a trial while the trial's own device is held.
+
+        If needed, let go of other suspects for that.
+        """
         total = sum(self._count().values())
         tried = {*record.failed_on, record.device}
         while len({*self._names(), record.device}) >= total:
@@ -155,8 +154,10 @@ class Devices:
 
 
 def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
-    """Return those whose node is still in the cluster, and let go of the others: Ray would hold
-    another device."""
+    """Return the held devices whose node is still in the cluster, and let go of the others.
+
+    Ray would hold another device for those.
+    """
     for each in held:
         if each.node not in count:
             each.let_go()
@@ -164,8 +165,10 @@ def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
 
 
 def count_devices(resources: Mapping[str, float]) -> dict[str, int]:
-    """Count the devices of each node that is now in the cluster and has room for a trial, by the id
-    of the node."""
+    """Count the devices of each node, by the id of the node.
+
+    Only nodes count that are in the cluster now and have room for a trial.
+    """
     nodes = {node["NodeID"]: size_of(node) for node in ray.nodes() if node["Alive"]}
     room = {name: node.fits(resources) for name, node in nodes.items()}
     most = {name: int(node.gpus) if resources.get("gpu") else 1 for name, node in nodes.items()}

@@ -62,8 +62,10 @@ def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
-    """Gives Tune the plans that a `searchers.Ledger` suggests, and writes the record of each trial
-    before it runs."""
+    """Gives Tune the plans that a `searchers.Ledger` suggests.
+
+    The record of each trial is written before the trial runs.
+    """
 
     def __init__(
         self,
@@ -92,8 +94,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._started, self._is_over, self._next_look = time.monotonic(), False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the parameters of the next trial; None while no more may be in flight; FINISHED at
-        the end."""
+        """Return the parameters of the next trial.
+
+        Return None while no more trials may be in flight, and FINISHED at the end.
+        """
         self._look()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
@@ -117,7 +121,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         }
 
     def _record_of(self, suggestion: Suggestion) -> TrialRecord | None:
-        """Read or create the record of a trial; None if another process has created it meanwhile."""
+        """Read or create the record of a trial.
+
+        Return None if another process has created it meanwhile.
+        """
         job = self._job
         if suggestion.index in self._recorded:
             return trial_records.read_trial(job.trials, suggestion.index)
@@ -212,8 +219,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.hand_out_again(suggestion)
 
     def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
-        """Queue a trial that failed, to be resumed on another device; it begins with the configured
-        micro-batch."""
+        """Queue a failed trial, which is to be resumed on another device.
+
+        There it begins with the configured micro-batch.
+        """
         update = {"status": "running", "failure": None, "reason": None, "micro_batch_size": None}
         moved = record.model_copy(
             update={**update, "failed_on": (*record.failed_on, record.device)}
@@ -225,8 +234,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.hand_out_again(suggestion)
 
     def _end_trial(self, suggestion: Suggestion, record: TrialRecord) -> None:
-        """Add the scores of an ended trial to the `Ledger`, report the trial, and delete its old
-        checkpoints."""
+        """Add the scores of an ended trial to the `Ledger`, and report the trial.
+
+        Its old checkpoints are deleted.
+        """
         if record.failure != "hung":  # the worker of a hung trial may still write
             try:
                 trial_records.remove_old_checkpoints(self._job.trials, [record])
@@ -248,8 +259,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._halt_after_errors(record)
 
     def _note_score(self, record: TrialRecord) -> None:
-        """Note that a trial has reported a score, which is evidence about devices and earlier
-        errors."""
+        """Note that a trial has reported a score.
+
+        A score is evidence about devices and about earlier errors.
+        """
         self._errors.clear()
         self._devices.has_scored(record)
 
@@ -268,16 +281,20 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _save_time(self, record: TrialRecord) -> None:
-        """Count a trial's GPU seconds, and save the time of all sessions: the process may be killed
-        at any moment."""
+        """Count the GPU seconds of a trial, and save the time of all sessions.
+
+        This is saved often, because the process may be killed at any moment.
+        """
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
         if not trial_records.write_seconds(job.trials, job.search, self._seconds(), job.session):
             raise lock_lost("search", "the other began a session of this search")
 
     def _look(self) -> bool:
-        """Return True after a time limit; end the search if no machine or device is left that could
-        run a trial."""
+        """Return True once a time limit has passed.
+
+        End the search if no machine or device is left that could run a trial.
+        """
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + 1.0
@@ -306,8 +323,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 )
 
     def on_error_text(self, trial_id: str, error: str, hold: Hold = lambda: None) -> None:
-        """Store what the error of a trial says about the death of its worker; called before
-        `on_trial_complete`."""
+        """Store what the error of a trial says about the death of its worker.
+
+        It is called before `on_trial_complete`.
+        """
         self._halt.on_error_text(error)
         death = self._deaths.setdefault(trial_id, _Death())
         death.hold = hold
@@ -321,16 +340,18 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
     def on_hung(self, trial_id: str, is_running: bool) -> None:
-        """Store why a worker is killed: its trial makes no progress or, unless `is_running`, never
-        started there."""
+        """Store why a worker is killed.
+
+        Its trial makes no progress or, unless `is_running`, never started there.
+        """
         death = self._deaths.setdefault(trial_id, _Death())
         death.hung, death.never_started = is_running, not is_running
 
     def _halt_after_errors(self, record: TrialRecord) -> None:
-        """Halt the search after `MAX_ERRORS` trials in a row have failed, with no other device left
-        to try them on.
+        """Halt the search after `MAX_ERRORS` trials in a row have failed.
 
-        The next plans would fail too. The failed trials are retried when the command is repeated.
+        This holds only if no other device is left to try them on. The next plans would fail, too.
+        The failed trials are retried when the command is repeated.
         """
         self._errors.append(record)
         if len(self._errors) < MAX_ERRORS:
@@ -372,8 +393,10 @@ def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
 
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
-    """Return the record of a trial after the death of its worker: failed, or running, which means
-    to be resumed."""
+    """Return the record of a trial after the death of its worker.
+
+    Its status is failed, or running, which means that it will be resumed.
+    """
     if death.never_started:
         return record
     pulse = trial_records.read_pulse(job.trials, record.index)
@@ -414,14 +437,18 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
-    """Return the record of a trial that failed; `failure` is the kind, `reason` the text for
-    people."""
+    """Return the record of a trial that failed.
+
+    `failure` is the kind of the failure, and `reason` its text for people.
+    """
     return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
 
 
 def _kernel_kills_on(node_id: str) -> int | None:
-    """Count the processes that the kernel of a node has killed for memory; None if the node does
-    not answer."""
+    """Count the processes that the kernel of a node has killed for lack of memory.
+
+    Return None if the node does not answer.
+    """
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
     asked = (
         ray.remote(num_cpus=0, max_retries=0)(kernel_kills)

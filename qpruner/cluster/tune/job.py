@@ -1,4 +1,4 @@
-"""The inputs and the outcome of a search under Ray Tune, and how a search resumes from the records."""
+"""The inputs and the outcome of a search under Ray Tune, and how it resumes from the records."""
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -49,13 +49,17 @@ class SearchJob:
     )  # in the driver, so that tests can set it
 
     def owns(self, record: TrialRecord) -> bool:
-        """Return True if a trial belongs to this search, not to one with another budget or
-        searcher."""
+        """Return True if a trial belongs to this search.
+
+        Other searches have another budget or searcher.
+        """
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """Return the name of the control that has this plan, such as `unpruned-uniform`; None if no
-        control has it."""
+        """Return the name of the control that has this plan, such as `unpruned-uniform`.
+
+        Return None if no control has it.
+        """
         return next((origin for origin, control in self.controls if control == plan), None)
 
     def fits(self, cut: str, plan_bytes: int) -> bool:
@@ -68,8 +72,10 @@ class SearchJob:
 
 
 class LivesInDriver:
-    """Keeps an object out of Tune's snapshot, which is never restored and cannot contain an open
-    terminal."""
+    """Keeps an object out of Tune's snapshot.
+
+    The snapshot is never restored, and it cannot contain an open terminal.
+    """
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
@@ -104,8 +110,10 @@ def params_to_plan(params: dict[str, Any]) -> PrecisionPlan:
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Find the largest divisor of the batch up to half a trial's micro-batch; None without one or
-    with retries off."""
+    """Find the largest divisor of the batch size up to half of a trial's micro-batch.
+
+    Return None if there is none, or if retries are off.
+    """
     training = config.training
     if not config.search.retry_out_of_memory:
         return None

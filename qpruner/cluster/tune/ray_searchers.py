@@ -33,8 +33,10 @@ def _suggested(search: Any, known: Sequence[Observation]) -> dict[str, Any]:
 
 
 class _Columns:
-    """The groups and the cut as columns of a table of plans; a value is a position among those that
-    a column offers."""
+    """The groups and the cut as columns of a table of plans.
+
+    A value is a position among the choices that its column offers.
+    """
 
     def __init__(self, space: SearchSpace) -> None:
         self._space = space
@@ -87,8 +89,7 @@ class HyperOptProposer:
 
 
 class BayesOptProposer:
-    """A Gaussian process with upper confidence bounds (Snoek et al. 2012) through Ray's
-    BayesOptSearch.
+    """A Gaussian process with upper confidence bounds (Snoek et al. 2012), by Ray's BayesOptSearch.
 
     BayesOptSearch supports neither integers nor choices, so each column of a plan is a float that
     is rounded.

@@ -26,8 +26,10 @@ UPLOAD_SECONDS = 120  # time that the end of a search waits for uploads
 
 
 def tracker_callbacks(trackers: Trackers, emit: Emit) -> list[Callback]:
-    """Return a callback of Tune for each tracker; a tracker is left out after its first error,
-    which is emitted."""
+    """Return a callback of Tune for each tracker.
+
+    A tracker is left out after its first error, which is emitted.
+    """
     mlflow = partial(
         MLflowLoggerCallback, trackers.tracking_uri, experiment_name=trackers.experiment
     )

@@ -1,4 +1,4 @@
-"""Runs one trial in a Ray worker, and writes its record before each report to Tune and at its end."""
+"""Runs one trial in a Ray worker; writes its record before each report to Tune and at its end."""
 
 import contextlib
 import logging
@@ -59,11 +59,10 @@ def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
 
 
 def leave_if_drained() -> None:
-    """End this process if its node is about to leave; its trial resumes on another node from its
-    last checkpoint.
+    """End this process if its node is about to leave.
 
-    Ray starts no new actors on such a node, but Tune (2.60) would give this actor one trial after
-    the other.
+    Its trial resumes on another node from its last checkpoint. Ray starts no new actors on such a
+    node, but Tune (2.60) would give this actor one trial after the other.
     """
     if not is_staying(ray.get_runtime_context().get_node_id()):
         os._exit(0)
@@ -109,8 +108,10 @@ class _RecordedTrial:
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def run(self) -> bool:
-        """Run the trial; return False if it failed but can resume, in smaller micro-batches or once
-        storage is back."""
+        """Run the trial; return False if it failed but can resume.
+
+        It resumes with smaller micro-batches, or once the storage is back.
+        """
         start = trial_records.checkpoint_of(self._job.trials, self._record)
         try:
             own, plan = self._job, self._plan
@@ -144,8 +145,10 @@ class _RecordedTrial:
         return config.model_copy(update={"training": training, "evaluate": evaluate})
 
     def _report(self, result: RungResult | None, checkpoint: Path) -> None:
-        """Publish a checkpoint and record it; record its rung, if it has one, and report that to
-        Tune."""
+        """Publish a checkpoint and record it.
+
+        If it has a rung, record the rung, too, and report it to Tune.
+        """
         step = result.step if result else int(checkpoint.name.removeprefix("checkpoint-"))
         old, digests = (
             trial_records.checkpoint_of(self._job.trials, self._record),
@@ -216,8 +219,10 @@ class _RecordedTrial:
         trial_records.write_pulse(self._job.trials, self._record.index, pulse)
 
     def _was_away(self, error: Exception) -> bool:
-        """Return True if an error, of any type, came from a storage that was unreachable and is
-        back now."""
+        """Return True if an error came from a storage that was unreachable and is back now.
+
+        The error may have any type.
+        """
         path = trial_records.trial_path(self._job.trials, self._record.index)
         if diagnosis(error)[0] not in ("error", "damaged"):
             return False
@@ -266,10 +271,10 @@ class _RecordedTrial:
 
 
 def check_free_memory(layout: Layout, plan: PrecisionPlan) -> None:
-    """Raise a `MemoryError` if this device has less free memory than a plan's tensors and Adam's
-    moments take.
+    """Raise a `MemoryError` if this device has too little free memory for a plan.
 
-    Activations come on top, so that a trial may still run out of memory later.
+    The tensors of the plan and Adam's moments must fit. Activations come on top, so that a trial
+    may still run out of memory later.
     """
     needed, free = layout.plan_bytes(plan) + 2 * layout.trained_bytes, free_bytes()
     if free < needed:

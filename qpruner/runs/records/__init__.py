@@ -48,8 +48,10 @@ class PrepareRecord(Record):
 
 
 class LayerWidths(Recorded):
-    """The kv groups and MLP channels that a block keeps, by index in the base model; none if it is
-    removed."""
+    """The kv groups and MLP channels that a block keeps, by their index in the base model.
+
+    Both are empty if the block is removed.
+    """
 
     layer: int
     kept_kv_groups: tuple[int, ...]
@@ -140,7 +142,7 @@ class BankRecord(Record):
 
 
 class CandidateRecord(Record):
-    """One fine-tune, under one training seed, of a model that the run compares in its final table."""
+    """One fine-tune, under one training seed, of a model in the final table of the run."""
 
     name: str
     origin: str
@@ -176,8 +178,10 @@ class FinetuneRecord(Record):
 
 
 class TaskScore(Recorded):
-    """The accuracy on an lm-eval task, with the values of all questions to compare two models
-    question by question."""
+    """The accuracy on a task of lm-eval, with the value of every question.
+
+    The values allow a comparison of two models question by question.
+    """
 
     task: str
     metric: str
@@ -212,8 +216,10 @@ class InferenceSetting(Recorded):
 
 
 class RowScores(Recorded):
-    """Scores of one model on the held-out tasks; `seed` is its training seed, None if it was not
-    fine-tuned."""
+    """The scores of one model on the held-out tasks.
+
+    `seed` is the seed of its training; None if the model was not fine-tuned.
+    """
 
     digest: str
     name: str
@@ -226,8 +232,10 @@ class RowScores(Recorded):
 
 
 class EvalRecord(Record):
-    """Scores on the held-out tasks of the base, pruned and quantized models before any fine-tune,
-    and of the winner."""
+    """The scores on the held-out tasks, of the models before any fine-tune and of the winner.
+
+    The models before any fine-tune are the base, the pruned and the quantized one.
+    """
 
     rows: tuple[RowScores, ...]
     text: str | None = None
@@ -243,8 +251,10 @@ class EvalRecord(Record):
 
 
 class ComparisonRecord(Record):
-    """The winner and the models compared with it, all after the same fine-tune, sorted by model,
-    then training seed."""
+    """The winner and the models that are compared with it, all after the same fine-tune.
+
+    They are sorted by model, and then by training seed.
+    """
 
     candidates: tuple[CandidateRecord, ...]
     rows: tuple[RowScores, ...]
@@ -327,8 +337,10 @@ class RunState(Recorded):
 
     @property
     def compares(self) -> bool:
-        """Whether the command also fine-tunes the models that the winner is compared with
-        (`finetune.compare`)."""
+        """Whether the command also fine-tunes the models that the winner is compared with.
+
+        See `finetune.compare`.
+        """
         return self.extras["comparison"]
 
 
@@ -368,15 +380,16 @@ class Results(Recorded):
 
     @property
     def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tuned models: the winner and, after stage comparison, the models that it is
-        compared with."""
+        """The fine-tuned models: the winner and, after stage comparison, its comparison models."""
         record = self.comparison or self.finetune
         return record.candidates if record else ()
 
     @property
     def scores(self) -> tuple[RowScores, ...]:
-        """Scores on the held-out tasks: first of the models without a fine-tune, then of the
-        `candidates`."""
+        """The scores on the held-out tasks.
+
+        First come the models without a fine-tune, then the `candidates`.
+        """
         rows = self.evaluate.rows if self.evaluate else ()
         if self.comparison is None:
             return rows

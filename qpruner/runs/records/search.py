@@ -162,8 +162,10 @@ class TrialRecord(Recorded):
 
     @property
     def is_control(self) -> bool:
-        """Whether no searcher proposed the plan: it is one that users would try instead, or that
-        they gave."""
+        """Whether no searcher proposed the plan.
+
+        It is then a plan that users would try instead, or one that they gave.
+        """
         return self.is_given or is_control(self.origin)
 
     @property
@@ -173,14 +175,18 @@ class TrialRecord(Recorded):
 
     @property
     def infrastructure_failed(self) -> bool:
-        """Whether the trial failed because of the storage, a damaged file or a machine, and not
-        because of the plan."""
+        """Whether the trial failed because of the storage, a damaged file or a machine.
+
+        The plan is not to blame then.
+        """
         return self.failure in ("storage", "damaged", "machine")
 
     @property
     def should_retry(self) -> bool:
-        """Whether the next session runs the trial again: its infrastructure failed, or it hung
-        before any rung."""
+        """Whether the next session runs the trial again.
+
+        It does if the infrastructure failed, or if the trial hung before any rung.
+        """
         return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
 
@@ -201,18 +207,20 @@ class TrialPulse(Recorded):
 
 
 class SearchClock(Recorded):
-    """The time that a search took, and its number of sessions; each command that runs its trials
-    begins a session."""
+    """The time that a search took, and the number of its sessions.
+
+    Each command that runs its trials begins a session.
+    """
 
     seconds: float
     sessions: int = 0
 
 
 class FreshScore(Score):
-    """The score of a finished trial on fresh rows and questions, on which the search itself scores
-    no trial.
+    """The score of a finished trial on fresh rows and questions.
 
-    The fresh rows are the half of the `data.confirmation` rows that selects the winner.
+    The search itself scores no trial on these. The fresh rows are the half of the
+    `data.confirmation` rows that selects the winner.
     """
 
     stderr: StandardError
@@ -258,8 +266,10 @@ class Confirmation(FreshScore):
 
 
 class RungAgreement(Recorded):
-    """How a rung orders finished trials, against the last rung: Kendall's tau over their pairs,
-    from -1 to 1."""
+    """How the order of finished trials at a rung agrees with their order at the last rung.
+
+    It is Kendall's tau over their pairs, from -1 to 1.
+    """
 
     step: int
     num_trials: int

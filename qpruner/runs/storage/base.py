@@ -1,5 +1,4 @@
-"""The storage of a run in a folder, and the lists of digests that show whether a folder is
-complete."""
+"""The storage of a run in a folder, and the lists of digests that show whether it is complete."""
 
 import contextlib
 import hashlib
@@ -89,8 +88,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file or folder; also succeed if an earlier attempt renamed it, but its answer was
-    lost."""
+    """Rename a file or folder.
+
+    Succeed, too, if an earlier attempt renamed it but its answer was lost.
+    """
     try:
         path.replace(target)
     except FileNotFoundError:
@@ -98,8 +99,10 @@ def rename(path: Path, target: Path) -> None:
 
 
 def share_files(folder: Path) -> None:
-    """Give files the read permissions of their folder, because safetensors makes files readable for
-    the owner only."""
+    """Give files the read permissions of their folder.
+
+    Safetensors makes its files readable for their owner only.
+    """
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -115,8 +118,10 @@ def empty_folder(folder: Path) -> Path:
 
 @contextmanager
 def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
-    """Lock a path for this process; while another process has the lock, wait and call `on_piece` to
-    show progress."""
+    """Lock a path for this process while the block runs.
+
+    While another process has the lock, wait and call `on_piece` to show progress.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     while not lock.is_locked:
@@ -164,8 +169,7 @@ class Stat(NamedTuple):
 
 
 class Storage:
-    """A file or folder of a run in a local or shared folder, identified by its path on this
-    machine.
+    """A file or folder of a run in a local or shared folder, identified by its path here.
 
     Methods on one file raise `FileNotFoundError` if it is missing, and `OSError` if the storage is
     full or away; the callers retry. Methods on folders and file lists retry by themselves.
@@ -194,8 +198,10 @@ class Storage:
 
     @property
     def staging(self) -> Path:
-        """The path on this machine to write to: the path itself, or a place whose files are
-        uploaded afterwards."""
+        """The path on this machine to write to.
+
+        It is the path itself, or a place whose files are uploaded afterwards.
+        """
         return self.path
 
     def open(self) -> AbstractContextManager[Any]:
@@ -224,13 +230,17 @@ class Storage:
             raise
 
     def put(self, file: Path) -> str:
-        """Copy a file of this machine to this storage, unless it is already there, and return its
-        sha256."""
+        """Copy a file of this machine to this storage, and return its sha256.
+
+        Nothing is copied if the file is already there.
+        """
         return self.digest() if file == self.path else Storage(file).download(self.path)
 
     def write(self, data: bytes, durable: bool = True) -> None:
-        """Write the file; a reader sees the old or the new contents, never a part; if `durable`,
-        also after a crash."""
+        """Write the file; a reader sees the old or the new contents, never a part.
+
+        If `durable`, that is so even after a crash.
+        """
         # At random: processes of two machines that share this storage may have the same process id.
         new = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         if durable:
@@ -248,8 +258,10 @@ class Storage:
             sync(self.path.parent)
 
     def renew(self, data: bytes) -> None:
-        """Set the time of change to now; `data` must be the present contents, which an object store
-        must rewrite."""
+        """Set the time of change to now.
+
+        `data` must be the present contents, because an object store must write them again.
+        """
         os.utime(self.path)
 
     def stat(self) -> Stat | None:
@@ -295,8 +307,10 @@ class Storage:
             list_path(self.path).rename(list_path(target))
 
     def put_folder(self, folder: Path) -> FileList:
-        """Copy a folder of this machine to this storage durably, unless it is there; write its file
-        list last."""
+        """Copy a folder of this machine to this storage durably; write its file list last.
+
+        Nothing is copied if the folder is already there.
+        """
         if folder != self.path:
             shutil.copytree(folder, self.path, dirs_exist_ok=True)
         share_files(self.path)
@@ -312,8 +326,10 @@ class Storage:
         return listed
 
     def publish(self, folder: Path) -> None:
-        """Move a finished folder of this machine to this storage; it replaces an earlier folder
-        there."""
+        """Move a finished folder of this machine to this storage.
+
+        It replaces an earlier folder there.
+        """
         target = self.path
         retry_storage(lambda: share_files(folder), folder)
 
@@ -337,8 +353,11 @@ class Storage:
         return type(self)(list_path(self.path))
 
     def read_list(self) -> FileList | None:
-        """Read the file list of the folder; return None if there is none, and raise `CorruptFile`
-        if it is damaged."""
+        """Read the file list of the folder; return None if there is none.
+
+        Raises:
+            CorruptFile: If the list is damaged.
+        """
         try:
             return FileList.model_validate_json(retry_storage(self.file_list.read, self.path))
         except FileNotFoundError:
@@ -352,8 +371,11 @@ class Storage:
             self.verify(on_piece)
 
     def verify(self, on_piece: OnPiece = lambda: None) -> None:
-        """Compare the folder with its file list, if it has one; raise `CorruptFile` for a damaged
-        or missing file."""
+        """Compare the folder with its file list, if it has one.
+
+        Raises:
+            CorruptFile: If a file is damaged or missing.
+        """
         if listed := self.read_list():
             self.compare(listed, lambda name: (self / name).digest(on_piece))
             verified[self.path] = listed
@@ -384,8 +406,10 @@ def write_list(folder: Path, listed: FileList) -> None:
 
 
 def keep_copy(folder: Path, path: Path, listed: FileList) -> None:
-    """Move a downloaded folder to its path on this machine, and write its file list once all files
-    are durable."""
+    """Move a downloaded folder to its path on this machine.
+
+    Its file list is written once all files are durable.
+    """
     list_path(path).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)

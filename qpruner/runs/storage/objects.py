@@ -43,13 +43,19 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """Return the folder for local copies on this machine, which may be deleted while no command
-    runs."""
+    """Return the folder for local copies on this machine.
+
+    It may be deleted while no command runs.
+    """
     return Path(os.environ.get(CACHE, "~/.cache/qpruner")).expanduser().resolve()
 
 
 def mirror_of(uri: str) -> Path:
-    """Return the path of the mirror for the URI of a run; raise `UserError` if the URI is invalid."""
+    """Return the path of the mirror for the URI of a run.
+
+    Raises:
+        UserError: If the URI is invalid.
+    """
     form = "must be a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
     try:
         parts = urlsplit(uri)
@@ -85,8 +91,10 @@ def mirror_of(uri: str) -> Path:
 
 
 def objects_at(path: Path) -> ObjectStorage | None:
-    """Return the objects that a path in a mirror (local copy of a run in an object store) stands
-    for; else None."""
+    """Return the objects that a path in a mirror stands for; None for any other path.
+
+    A mirror is the local copy of a run in an object store.
+    """
     return ObjectStorage(path) if cache_root() / "runs" in path.parents else None
 
 
@@ -127,10 +135,10 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
 
 
 def _proxy_for(endpoint: str, scheme: str) -> str | None:
-    """Return the proxy that HTTPS_PROXY or HTTP_PROXY names, unless NO_PROXY excludes the host of
-    the endpoint.
+    """Return the proxy that HTTPS_PROXY or HTTP_PROXY names.
 
-    pyarrow (26) does not read these variables for S3.
+    Return None if there is none, or if NO_PROXY excludes the host of the endpoint. Pyarrow (26)
+    does not read these variables for S3.
     """
     parts = urlsplit(endpoint if "://" in endpoint else f"{scheme}://{endpoint}")
     proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
@@ -138,7 +146,10 @@ def _proxy_for(endpoint: str, scheme: str) -> str | None:
 
 
 class ObjectStorage(Storage):
-    """The object with a key, or a folder: all objects whose keys begin with that key and a slash."""
+    """The object with a key, or a folder.
+
+    A folder is all objects whose keys begin with that key and a slash.
+    """
 
     fills_this_disk = False
     access_remedy = f"every node must have access to `output`: {CREDENTIALS}"
@@ -297,8 +308,10 @@ class ObjectStorage(Storage):
         self.compare(doubtful, lambda name: (self / name).digest())
 
     def check_reachable(self) -> None:
-        """Raise `UserError` if the store does not answer or refuses access to the objects (not the
-        bucket itself)."""
+        """Raise `UserError` if the store does not answer or refuses access to the objects.
+
+        Access to the bucket itself is not needed.
+        """
         try:
             with contextlib.suppress(FileNotFoundError):
                 self._infos(recursive=False, must_exist=True)
@@ -316,8 +329,10 @@ class ObjectStorage(Storage):
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Turn errors that pyarrow raises inside the block into Python errors, judged by their
-        text."""
+        """Turn errors that pyarrow raises inside the block into Python errors.
+
+        They are recognized by their text.
+        """
         try:
             yield
         except OSError as error:

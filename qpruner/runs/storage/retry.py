@@ -1,5 +1,4 @@
-"""Retry operations that fail because a storage is full or away, then raise an error with the
-remedy."""
+"""Retries operations while a storage is full or away, then raises an error with the remedy."""
 
 import errno
 import logging
@@ -37,12 +36,17 @@ def retry_storage(
     was_there: bool = False,
     resumable: bool = False,
 ) -> Result:
-    """Run an operation; repeat it with growing pauses while the storage is full or away, then raise
-    `StorageError`.
+    """Run an operation; repeat it with growing pauses while the storage is full or away.
 
-    The pauses take `seconds` in all; with `resumable` they start again after a long attempt. With
-    `was_there` a missing file means that the storage is away. `path` names the storage in errors
-    that name no file.
+    Args:
+        operation: The operation.
+        path: The storage for errors that name no file.
+        seconds: The time of all pauses together; by default `PATIENCE_SECONDS`.
+        was_there: Whether a missing file, too, means that the storage is away.
+        resumable: Whether the pauses start again after an attempt that took longer than `seconds`.
+
+    Raises:
+        StorageError: If the storage is still full or away after that time.
     """
     limit, started = PATIENCE_SECONDS if seconds is None else seconds, 0.0
 
@@ -84,8 +88,10 @@ def retry_storage(
 
 
 def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
-    """Return the `StorageError` for an error of a storage that is full or away; return None for any
-    other error."""
+    """Return the `StorageError` for an error of a storage that is full or away.
+
+    Return None for any other error.
+    """
     number, place = _number_of(error), getattr(error, "filename", None) or path
     if number in FULL:
         return StorageError(
@@ -99,8 +105,10 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
 
 
 def _number_of(error: BaseException) -> int:
-    """Find the errno of an error; return 0 if it has none, or one that may also come from a model
-    hub."""
+    """Find the errno of an error.
+
+    Return 0 if it has none, or one that may also come from a model hub.
+    """
     text = str(error)
     if isinstance(error, OSError):
         found = re.search(
