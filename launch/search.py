@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 arguments = sys.argv[1:]
 if arguments[:1] == ["--percent-encoded"]:
-    arguments = [unquote(each) for each in arguments[1:]]
+    arguments = [unquote(argument) for argument in arguments[1:]]
 if not arguments:
     sys.exit("usage: search.py CONFIG [options of `qpruner run`]")
 os.chdir(Path.home() / "qpruner")
