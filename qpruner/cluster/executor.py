@@ -37,7 +37,8 @@ class LocalExecutor:
     """Runs work in this process, which holds `gpus` GPUs."""
 
     def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
-        self._gpus, self._gpu_time = gpus, gpu_time
+        self._gpus = gpus
+        self._gpu_time = gpu_time
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run the work in this process, return its result and free its memory."""
@@ -58,7 +59,9 @@ class ClusterExecutor:
     def __init__(
         self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes
     ) -> None:
-        self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
+        self._resources = resources
+        self._gpu_time = gpu_time
+        self._check_node = check_node
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run the work on a node and return its result.
@@ -67,18 +70,23 @@ class ClusterExecutor:
         """
         from qpruner.cluster.tasks import run_tasks
 
-        jobs = [Streamed(work, int(self._resources.get("cpu", 1.0)))]
-        held, check = self._gpu_time.add, self._check_node
-        result: Result
-        ((_, result),) = run_tasks(
-            run_streamed, jobs, self._resources, 1, True, check, on_held=held, on_event=emit
+        finished_jobs = run_tasks(
+            run_streamed,
+            jobs=[Streamed(work, int(self._resources.get("cpu", 1.0)))],
+            resources=self._resources,
+            max_concurrent=1,
+            own_process=True,
+            check_node=self._check_node,
+            on_held=self._gpu_time.add,
+            on_event=emit,
         )
+        result: Result
+        [(_, result)] = finished_jobs
         return result
 
 
-ModelExecutor = (
-    LocalExecutor | ClusterExecutor
-)  # runs work on one model, and passes on its events and errors unchanged
+ModelExecutor = LocalExecutor | ClusterExecutor
+"""Runs work on one model, and passes on its events and errors unchanged."""
 
 
 @dataclass(frozen=True)

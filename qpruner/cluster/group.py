@@ -54,21 +54,35 @@ def run_groups(
         check_node: The pickled check of a node (see `packed_check`).
         **more: Further arguments of `run_tasks`.
     """
-    run = partial(_run, function, resources, num_workers, scratch, check_node)
+    run = partial(
+        _run,
+        function,
+        resources=resources,
+        num_workers=num_workers,
+        scratch=scratch,
+        check_node=check_node,
+    )
     try:
-        # The task that waits for a group reserves nothing.
-        yield from run_tasks(run, jobs, {"cpu": 0.0}, max_concurrent, True, check_node, **more)
+        yield from run_tasks(
+            run,
+            jobs,
+            resources={"cpu": 0.0},  # the task that waits for a group reserves nothing
+            max_concurrent=max_concurrent,
+            own_process=True,
+            check_node=check_node,
+            **more,
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run(
     function: Callable[[Any], Any],
+    job: Any,
     resources: Mapping[str, float],
     num_workers: int,
     scratch: Path,
     check_node: bytes,
-    job: Any,
 ) -> Any:
     """Run one job in a group of processes; raise the error that ended the group."""
     # A new name: under a known name, Ray Train would resume from its own records.
@@ -91,10 +105,10 @@ def _run(
         return trainer.fit().return_value
     except WorkerGroupError as error:
         cause = _first_cause(error.worker_failures)
-        if isinstance(cause, RayActorError) and not all(
-            map(is_staying, (read_progress(nodes) or "").split())
-        ):
-            raise NodeDiedError(str(cause)) from error
+        if isinstance(cause, RayActorError):
+            node_ids = (read_progress(nodes) or "").split()
+            if not all(is_staying(node_id) for node_id in node_ids):
+                raise NodeDiedError(str(cause)) from error
         raise cause from error
     except ControllerError as error:
         raise error.controller_failure from error
@@ -108,18 +122,18 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
     """
 
     def __init__(self, nodes: Path, check_node: bytes) -> None:
-        self._nodes, self._check_node = nodes, check_node
-        self._held: Any = None
+        self._nodes = nodes
+        self._check_node = check_node
+        self._placement_group: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """End the run where Ray Train would start the group again.
 
         This counts like any other death.
         """
-        if self._held:
-            raise WorkerGroupError(
-                "", {0: RayActorError(error_msg="a process died, or its machine leaves")}
-            )
+        if self._placement_group:
+            death = RayActorError(error_msg="a process died, or its machine leaves")
+            raise WorkerGroupError("", {0: death})
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """Check the nodes before Ray Train (2.60) sends `self` to them.
@@ -127,7 +141,8 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
         A node with another version of qpruner may lack the class of `self`.
         """
         check = cloudpickle.loads(self._check_node)
-        self._held = ray.get(workers[0].actor.execute.remote(get_current_placement_group))
+        group = workers[0].actor.execute.remote(get_current_placement_group)
+        self._placement_group = ray.get(group)
         try:
             ray.get([worker.actor.execute.remote(check) for worker in workers])
         except RayTaskError as error:
@@ -136,8 +151,8 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
         return {}
 
     async def before_controller_shutdown(self) -> None:
-        if self._held:
-            remove_placement_group(self._held)
+        if self._placement_group:
+            remove_placement_group(self._placement_group)
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
@@ -148,14 +163,20 @@ def _first_cause(failures: Mapping[int, Exception]) -> Exception:
     causes: list[Exception] = [
         getattr(failure, "health_check_failure", failure) for failure in failures.values()
     ]
-    died = [cause for cause in causes if isinstance(cause, RayActorError)]
-    own = [
-        cause
-        for cause in causes
-        if not (type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause))
-    ]
-    first: Exception = [*died, *own, RayActorError(error_msg=str(causes[0]))][0]
+    first = min(causes, key=_rank)
+    if _rank(first) == BROKEN_CONNECTION:
+        return RayActorError(error_msg=str(first))  # type: ignore[no-any-return]
     return first
+
+
+DEATH, OWN_ERROR, BROKEN_CONNECTION = range(3)
+
+
+def _rank(cause: Exception) -> int:
+    if isinstance(cause, RayActorError):
+        return DEATH
+    is_broken = type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause)
+    return BROKEN_CONNECTION if is_broken else OWN_ERROR
 
 
 class _Connection(TorchConfig):  # type: ignore[misc]
@@ -187,6 +208,6 @@ def _choose_interface() -> None:
     """
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
-        if address in [each.address for each in addresses]:
+        if any(entry.address == address for entry in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

@@ -31,11 +31,12 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, RayActorError)
-"""Errors that mean that a worker died; the task of a process group ends with the RayActorError of a
-dead process."""
-MAX_DEATHS = (
-    3  # deaths of workers in a row, on machines that stay and without progress, that fail a job
-)
+"""Errors that mean that a worker died.
+
+The task of a process group ends with the RayActorError of a dead process.
+"""
+MAX_DEATHS = 3
+"""Deaths of workers in a row, on machines that stay and without progress, that fail a job."""
 QUIET_SECONDS = 20.0  # tell the user after so long that no worker has started
 PROCESS = "QPRUNER_PROCESS"
 """Environment variable with an id of its own for each process that serves one job."""
@@ -97,25 +98,28 @@ def run_tasks(
         NodeDiffers: If a job was sent to an unusable node.
     """
     assert ray.is_initialized(), "without `connect`, Ray would choose a cluster itself"
-    emit, work = on_event or (lambda event: None), partial(_timed, function, on_event is not None)
-    start, deaths = (
-        _starter(getattr(function, "__name__", "task"), resources, own_process),
-        DeathCounter(progress),
-    )
-    waiting, running, nodes = deque(range(len(jobs))), dict[Any, int](), dict[int, str]()
+    emit = on_event or (lambda event: None)
+    work = partial(_timed, function, on_event is not None)
+    start = _starter(getattr(function, "__name__", "task"), resources, own_process)
+    deaths = DeathCounter(progress)
+    waiting = deque(range(len(jobs)))
+    running: dict[Any, int] = {}  # position of the job, by the answers of its task
+    nodes: dict[int, str] = {}  # id of the node, by the position of a job that has begun
     quiet_until = time.monotonic() + QUIET_SECONDS
+
     while waiting or running:
         while waiting and len(running) < max_concurrent:
             position = waiting.popleft()
-            running[
-                start(cloudpickle.dumps(checked(check_node, partial(work, jobs[position]))))
-            ] = position
-        done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+            checked_work = checked(check_node, partial(work, jobs[position]))
+            running[start(cloudpickle.dumps(checked_work))] = position
+
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         on_tick()
-        if not done and not nodes and time.monotonic() > quiet_until:
+        if not ready and not nodes and time.monotonic() > quiet_until:
             emit(Message("cluster", f"waiting for a machine with room for {dict(resources)}"))
             quiet_until = math.inf
-        for answers in done:
+
+        for answers in ready:
             position = running[answers]
             try:
                 answer = ray.get(next(answers))
@@ -124,18 +128,19 @@ def run_tasks(
                 logger.warning("a worker died, its job is run again: %s", line)
                 emit(Message("cluster", f"a worker died, its work starts again: {line}"))
                 waiting.append(running.pop(answers))
+                continue
             except RayTaskError as error:
                 raise original_error(error) from error
+
+            if isinstance(answer, str):
+                nodes[position] = answer
+            elif isinstance(answer, Event):
+                emit(answer)
             else:
-                if isinstance(answer, str):
-                    nodes[position] = answer
-                elif isinstance(answer, Event):
-                    emit(answer)
-                else:
-                    del running[answers]
-                    result, seconds = answer
-                    on_held(resources.get("gpu", 0.0) * seconds)
-                    yield position, result
+                result, seconds = answer
+                del running[answers]
+                on_held(resources.get("gpu", 0.0) * seconds)
+                yield position, result
 
 
 def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iterator[Any]:
@@ -145,9 +150,10 @@ def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iter
     """
     from qpruner.models.memory import release
 
-    started, found = time.monotonic(), function(job)
-    result = (yield from found) if is_generator else found
-    found = None
+    started = time.monotonic()
+    result = function(job)
+    if is_generator:
+        result = yield from result
     release()  # an idle process would keep it until its next job
     yield result, time.monotonic() - started
 
@@ -165,9 +171,8 @@ def _starter(
     process.
     """
 
-    def located(
-        work: bytes,
-    ) -> Iterator[Any]:  # pickled by value, as it is nested: it runs before the node is checked
+    # This function runs before the node is checked; as it is nested, it is pickled by value.
+    def located(work: bytes) -> Iterator[Any]:
         from ray import cloudpickle
 
         yield ray.get_runtime_context().get_node_id()
@@ -216,15 +221,19 @@ class DeathCounter:
         death = error.cause if isinstance(error, RayTaskError) else error
         saved = self._progress(position)
         if saved != self._saved.get(position):
-            self._saved[position], self._in_a_row[position] = saved, 0
+            self._saved[position] = saved
+            self._in_a_row[position] = 0
         if not isinstance(death, NodeDiedError) and (node is None or is_staying(node)):
             self._in_a_row[position] += 1
+
+        line = first_line(death)
         if self._in_a_row[position] == MAX_DEATHS:
             raise WorkerDied(
-                f"{MAX_DEATHS} workers died in a row in the same task, the last one: {first_line(death)}\n  remedy: "
-                "free memory on the node, the usual cause (see Ray's log there), then repeat the command"
+                f"{MAX_DEATHS} workers died in a row in the same task, the last one: {line}\n"
+                "  remedy: free memory on the node, the usual cause (see Ray's log there), "
+                "then repeat the command"
             ) from error
-        return first_line(death)
+        return line
 
 
 def is_staying(node_id: str) -> bool:
@@ -232,13 +241,13 @@ def is_staying(node_id: str) -> bool:
 
     Ray (2.60) lists a killed node as alive for up to 15 s.
     """
-    node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
-    if node is None or not node["Alive"] or node_id in ray_private.state.get_draining_nodes():
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    if node_id not in nodes or node_id in ray_private.state.get_draining_nodes():
         return False
+    node = nodes[node_id]
+    address = (node["NodeManagerAddress"], node["NodeManagerPort"])
     try:
-        socket.create_connection(
-            (node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS
-        ).close()
+        socket.create_connection(address, ANSWER_SECONDS).close()
     except OSError:
         return False
     return True
@@ -251,4 +260,6 @@ def original_error(error: Any) -> Exception:
     """
     cause: Exception = error.cause
     text = str(cause)
-    return NodeDiffers(text.removeprefix(REFUSAL)) if text.startswith(REFUSAL) else cause
+    if text.startswith(REFUSAL):
+        return NodeDiffers(text.removeprefix(REFUSAL))
+    return cause
