@@ -30,6 +30,7 @@ from functools import partial
 import ray
 from ray import tune
 from ray.tune.error import TuneError
+from ray.tune.experiment import Trial
 
 from qpruner.cluster import ray_private
 from qpruner.cluster.tasks import checked
@@ -57,9 +58,8 @@ from qpruner.training.trackers import Trackers
 
 # Tune (2.60) would put the driver's AWS keys into the runtime environment of its actors, which Ray
 # writes to its logs. Every machine has its own keys.
-ray_private.ENV_VARS_TO_PROPAGATE.difference_update(
-    [name for name in ray_private.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
-)
+_aws_variables = {name for name in ray_private.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+ray_private.ENV_VARS_TO_PROPAGATE.difference_update(_aws_variables)
 # Tune has no option for the class of its actor manager.
 ray_private.tune_controller.RayActorManager = ActorManager
 
@@ -83,14 +83,16 @@ def search(
         StorageError: If the storage stays full or unreachable.
     """
     assert ray.is_initialized(), "without `connect`, Tune would choose a cluster itself"
-    halt, devices = Halt(emit), Devices(partial(count_devices, job.resources), emit)
+    halt = Halt(emit)
+    devices = Devices(partial(count_devices, job.resources), emit)
     job = replace(job, session=begin_session(job.trials, job.search))
-    config = job.config
+
+    def run_session() -> str | None:
+        return _fit(job, room, devices, emit=emit, halt=halt, trackers=trackers)
+
     try:
         while True:
-            ended = retry_storage(
-                lambda: _fit(job, room, devices, emit, halt, trackers), job.scratch, resumable=True
-            )
+            ended = retry_storage(run_session, job.scratch, resumable=True)
             if halt.interrupted:
                 raise KeyboardInterrupt
             if halt.trouble:
@@ -100,11 +102,9 @@ def search(
                 return outcome
     finally:
         # Later stages use a GPU that was left out only if they need all of a machine.
-        if (
-            not job.resources.get("gpu")
-            or config.finetune.num_workers > 1
-            or config.model.device_map == "auto"
-        ):
+        config = job.config
+        needs_whole_machine = config.finetune.num_workers > 1 or config.model.device_map == "auto"
+        if needs_whole_machine or not job.resources.get("gpu"):
             devices.end_search()
 
 
@@ -120,42 +120,46 @@ def _fit(
 
     Return why there are no more trials, or None if there may be more.
     """
-    settings = job.config.search
-    has_more = (
-        job.config.is_searched and job.config.quantize.has_choice
-    )  # with one format all plans are controls
-    name = settings.searcher if has_more else "random"
+    # With one format all plans are controls.
+    has_more = job.config.is_searched and job.config.quantize.has_choice
+    name = job.config.search.searcher if has_more else "random"
     proposer = make_proposer(name, job.space, job.config.seed, job.priors)
     wait_for_storage(job.trials, job.search)
     ledger, recorded = resume_search(job, proposer)
-    searcher = PlanSearcher(job, ledger, room, devices, emit, halt)
+
+    searcher = PlanSearcher(
+        job=job, ledger=ledger, room=room, devices=devices, emit=emit, halt=halt
+    )
+    scheduler = RecordedAsha(
+        config=job.config,
+        space=job.space,
+        controls=[plan for _, plan in job.controls],
+        recorded=recorded,
+        is_cancelled=searcher.is_cancelled,
+        on_error=searcher.on_error_text,
+    )
     watch = HangWatch(job, searcher.on_hung, emit)
-    controls = [plan for _, plan in job.controls]
-    attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
+    callbacks = [watch, halt]
+    if trackers:
+        callbacks += tracker_callbacks(trackers, emit)
+
+    attempt = len(list(job.scratch.glob("search-*")))
+    run_trial = checked(job.check_node, partial(run_recorded, job=job))
     tuner = tune.Tuner(
-        tune.with_resources(checked(job.check_node, partial(run_recorded, job=job)), job.resources),
+        tune.with_resources(run_trial, job.resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=RecordedAsha(
-                job.config,
-                job.space,
-                controls,
-                recorded,
-                searcher.is_cancelled,
-                searcher.on_error_text,
-            ),
+            scheduler=scheduler,
             num_samples=-1,
             reuse_actors=True,
-            trial_name_creator=lambda trial: (
-                f"trial-{trial.config['trial']:04d}-{trial.config['origin']}"
-            ),
-            trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
+            trial_name_creator=lambda trial: f"{_folder_of(trial)}-{trial.config['origin']}",
+            trial_dirname_creator=_folder_of,
         ),
         run_config=tune.RunConfig(
             name=f"search-{attempt:02d}",
             storage_path=str(job.scratch),
             stop=halt,
-            callbacks=[watch, halt, *(tracker_callbacks(trackers, emit) if trackers else ())],
+            callbacks=callbacks,
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -175,19 +179,23 @@ def _fit(
     return ledger.ended
 
 
+def _folder_of(trial: Trial) -> str:
+    return f"trial-{trial.config['trial']:04d}"
+
+
 def _disk_error(text: str) -> OSError | None:
     """Return the disk error at the end of a TuneError's traceback.
 
     Return None if the last error is another one. The error names no file if Tune (2.60) failed to
     write to Ray's folder on this machine.
     """
-    if (
-        found := re.search(
-            r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE
-        )
-    ) is None:
+    last_line = re.search(
+        r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE
+    )
+    if last_line is None:
         return None
-    error = OSError(int(found[1]), found[2], found[3] or ray_private.session_dir())
+    number, reason, file = last_line.groups()
+    error = OSError(int(number), reason, file or ray_private.session_dir())
     return error if storage_error(error) else None
 
 
@@ -200,10 +208,11 @@ def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
-    if first := next((trial for trial in trials if trial.infrastructure_failed), None):
-        raise StageError(
-            "search", f"trial {first.index}: {first.reason}", REMEDIES[first.failure or ""]
-        )
+    for trial in trials:
+        if trial.infrastructure_failed:
+            raise StageError(
+                "search", f"trial {trial.index}: {trial.reason}", REMEDIES[trial.failure or ""]
+            )
     return SearchOutcome(
         trials=trials,
         reused=[trial for trial in recorded if not job.owns(trial)],
@@ -223,9 +232,8 @@ def make_proposer(
     `UserError`.
     """
     check_searcher(name)
-    if (
-        name == "gp"
-    ):  # imported here, because every worker imports this module and it is slow to import
+    if name == "gp":
+        # Imported here, because it is slow to import, and every worker imports this module.
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
         return GaussianProcessProposer(space, seed, priors)

@@ -52,23 +52,27 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             grace_period=settings.first_rung,
             reduction_factor=settings.reduction_factor,
         )
-        self._space, self._controls = space, frozenset(controls)
-        self._is_cancelled, self._on_error = is_cancelled, on_error
+        self._space = space
+        self._controls = frozenset(controls)
+        self._is_cancelled = is_cancelled
+        self._on_error = on_error
         bracket = _RungsByNumber(
             settings.first_rung, settings.steps, settings.reduction_factor, s=0
         )
         self._brackets = [bracket]
         self._rungs = Rungs(space.cuts, settings.steps)
+
         for record in recorded:
             if not space.is_feasible(plan_of(record)):
                 continue
-            # A resumed trial reports its last rung again.
-            for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
-                self._rungs.add(
-                    record.index, record.cut, rung.step, rung.cost(config.search.metric)
-                )
-                trial = SimpleNamespace(config={"trial": record.index, "cut": record.cut})
-                bracket.on_result(trial, rung.step, -rung.cost(config.search.metric))
+            rungs = record.rungs
+            if record.status == "running":
+                rungs = rungs[:-1]  # the resumed trial reports its last rung again
+            trial = SimpleNamespace(config={"trial": record.index, "cut": record.cut})
+            for rung in rungs:
+                cost = rung.cost(settings.metric)
+                self._rungs.add(record.index, record.cut, rung.step, cost)
+                bracket.on_result(trial, rung.step, -cost)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Stop cancelled trials that have not started, then choose the next trial.
@@ -87,26 +91,25 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         """
         super().on_trial_error(tune_controller, trial)
         # Tune (2.60) tells schedulers alone which worker a trial has.
-        hold = partial(
-            tune_controller._actor_manager.hold, tune_controller._trial_to_actor.get(trial)
-        )
+        worker = tune_controller._trial_to_actor.get(trial)
+        hold = partial(tune_controller._actor_manager.hold, worker)
         # Only this file has the text. If Tune could not write the file, its session has ended
         # before this call.
-        self._on_error(
-            trial.trial_id,
-            Path(trial.error_file).read_text(encoding="utf-8", errors="replace"),
-            hold,
-        )
+        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+        self._on_error(trial.trial_id, text, hold)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether a trial continues after a rung.
 
         Controls and protected trials continue until the last rung.
         """
-        index, step = trial.config["trial"], result[self._time_attr]
-        is_last, plan = step >= self._max_t, params_to_plan(trial.config)
+        index = trial.config["trial"]
+        plan = params_to_plan(trial.config)
+        step = result[self._time_attr]
+        is_last = step >= self._max_t
         if not self._space.is_feasible(plan):
             return str(TrialScheduler.STOP if is_last else TrialScheduler.CONTINUE)
+
         self._rungs.add(index, plan.cut, step, result[METRIC])
         action: str = super().on_trial_result(tune_controller, trial, result)
         if not is_last and (plan in self._controls or self._rungs.protects(index, step)):
@@ -141,5 +144,5 @@ class _RungsByNumber(AshaBracket):  # type: ignore[misc]
 
     def cutoff(self, recorded: dict[tuple[int, str], float]) -> float | None:
         of_cut = {key: reward for key, reward in recorded.items() if key[1] == self._cut}
-        limits = [super(_RungsByNumber, self).cutoff(rivals) for rivals in (recorded, of_cut)]
+        limits = (super().cutoff(recorded), super().cutoff(of_cut))
         return max((limit for limit in limits if limit is not None), default=None)

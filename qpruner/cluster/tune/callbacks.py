@@ -34,16 +34,19 @@ class Holding(NamedTuple):
     node: str
     """Ray's id of the node that the device is part of."""
     let_go: Callable[[], None]
-    """Gives the device to others again; a device that is not kept is theirs at the end of the
-    session of Tune."""
+    """Gives the device to others again.
+
+    A device that is not kept is given to others at the end of the session of Tune.
+    """
     keep: Callable[[], None]
-    """Keeps the device from others after the session of Tune too, until this process leaves the
-    cluster."""
+    """Keeps the device after the session of Tune, too, until this process leaves the cluster."""
 
 
 Hold = Callable[[], Holding | None]
-"""Holds the device of a worker that has failed (see `ActorManager.hold`); returns None if its node
-has left."""
+"""Holds the device of a worker that has failed (see `ActorManager.hold`).
+
+It returns None if the node of the device has left.
+"""
 
 
 class ActorManager(RayActorManager):  # type: ignore[misc]
@@ -58,9 +61,8 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
 
     def __init__(self, resource_manager: Any) -> None:
         super().__init__(resource_manager)
-        self._failing: Any = (
-            None  # the worker whose process has just ended, while Tune handles that
-        )
+        # The worker whose process has just ended, while Tune handles that.
+        self._failing: Any = None
         self._to_hold: set[Any] = set()
         self._held: dict[Any, Any] = {}  # resources by Tune's tracked actor
 
@@ -70,11 +72,10 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
         Tune no longer knows a worker whose process has ended.
         """
         worker = tracked_actor or self._failing
-        resources = (
-            self._held[worker]
-            if worker in self._held
-            else self._live_actors_to_ray_actors_resources[worker][1]
-        )
+        if worker in self._held:
+            resources = self._held[worker]
+        else:
+            _, resources = self._live_actors_to_ray_actors_resources[worker]
         group = resources.placement_group
         node = next(iter(placement_group_table(group)["bundles_to_node_id"].values()), "")
         if not is_staying(node):
@@ -88,15 +89,15 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
 
         def keep() -> None:
             self._held.pop(worker)
-            self._resource_manager._acquired_pgs.discard(
-                group
-            )  # which Tune would remove at the end of its session
+            # Tune would remove the groups in this set at the end of its session.
+            self._resource_manager._acquired_pgs.discard(group)
 
         return Holding(node, let_go, keep)
 
     def _cleanup_actor(self, tracked_actor: Any) -> None:
         self._cleanup_actor_futures(tracked_actor)
-        _, self._held[tracked_actor] = self._live_actors_to_ray_actors_resources.pop(tracked_actor)
+        _, resources = self._live_actors_to_ray_actors_resources.pop(tracked_actor)
+        self._held[tracked_actor] = resources
         self._live_resource_cache = None
         if tracked_actor is not self._failing:
             self._free_unless_held(tracked_actor)
@@ -133,7 +134,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         self.requested = False  # the session is to end
         self.interrupted = False  # by Ctrl-C
         self.trouble: QprunerError | None = None  # the error that the search ends with, if any
-        self._emit, self._announced, self._num_running, self._at_once = emit, False, 0, False
+        self._emit = emit
+        self._announced = False
+        self._num_running = 0
+        self._at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -159,12 +163,12 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
 
         The next trials would fail there, too.
         """
-        found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
-        if found and self.trouble is None:
-            self.end(NodeDiffers(found[1]))
-            self._emit(
-                Message("search", f"warning: {found[1]}; running trials stop at the next rung")
-            )
+        refusal = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
+        if refusal and self.trouble is None:
+            reason = refusal[1]
+            self.end(NodeDiffers(reason))
+            text = f"warning: {reason}; running trials stop at the next rung"
+            self._emit(Message("search", text))
 
     def end(self, trouble: QprunerError, at_once: bool = False) -> None:
         """End the search with this error, unless an earlier one already ends it.
@@ -172,7 +176,8 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         The search waits for running rungs, unless `at_once` is set. The error is stored, because
         Tune (2.60) would wrap an error raised here and report the end of the trial twice.
         """
-        self.requested, self.trouble = True, self.trouble or trouble
+        self.requested = True
+        self.trouble = self.trouble or trouble
         self._at_once = self._at_once or at_once
 
     def stop_all(self) -> bool:
@@ -190,18 +195,15 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         if self.interrupted and not self._announced:
             # Not in the signal handler, which may run in the middle of a printed line.
             self._announced = True
-            awaited = counted(self._num_running, "running rung")
-            self._emit(
-                Message(
-                    "search",
-                    f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once",
-                )
-            )
+            rungs = counted(self._num_running, "running rung")
+            text = f"interrupted: waiting for {rungs} to finish; Ctrl-C again leaves at once"
+            self._emit(Message("search", text))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
-        self.requested = self.interrupted = True
+        self.interrupted = True
+        self.requested = True
 
 
 class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
@@ -220,12 +222,14 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
     """
 
     def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:
-        self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
-        self._on_hung, self._emit = on_hung, emit
-        self._pulses: dict[
-            str, tuple[object, float]
-        ] = {}  # (last pulse, seconds without a change) by trial id
-        self._pause, self._next_look = min(5.0, self._limit / 4), 0.0
+        self._trials = job.trials
+        self._limit = job.config.search.trial_timeout_seconds
+        self._on_hung = on_hung
+        self._emit = emit
+        # By the id of the trial: its last pulse, and the seconds in which that has not changed.
+        self._pulses: dict[str, tuple[object, float]] = {}
+        self._pause = min(5.0, self._limit / 4)
+        self._next_look = 0.0
         self._all: list[Any] = []
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -244,27 +248,28 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         if now < self._next_look:
             return
         self._next_look = now + self._pause
-        running = {
-            trial.trial_id: trial for trial in trials if trial.temporary_state.ray_actor is not None
-        }
-        earlier, self._pulses = self._pulses, {}
-        indices = [trial.config["trial"] for trial in running.values()]
-        pulses = for_each(lambda index: read_pulse(self._trials, index), indices)
-        self._emit(
-            StepsSeen(
-                {index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}
-            )
-        )
-        for trial_id, pulse in zip(running, pulses, strict=True):
-            last, unchanged = earlier.get(trial_id, (None, -self._pause))
-            self._pulses[trial_id] = (pulse, unchanged + self._pause if pulse == last else 0.0)
+        running = [trial for trial in trials if trial.temporary_state.ray_actor is not None]
+        pulses = for_each(lambda trial: read_pulse(self._trials, trial.config["trial"]), running)
+
+        steps = {}
+        earlier = self._pulses
+        self._pulses = {}
+        for trial, pulse in zip(running, pulses, strict=True):
+            if pulse:
+                steps[trial.config["trial"]] = pulse.step
+            last_pulse, unchanged = earlier.get(trial.trial_id, (None, -self._pause))
+            unchanged = unchanged + self._pause if pulse == last_pulse else 0.0
+            self._pulses[trial.trial_id] = (pulse, unchanged)
+        self._emit(StepsSeen(steps))
+
         is_slow = any(unchanged > self._limit / 4 for _, unchanged in self._pulses.values())
         # If the driver cannot write either, the storage is full or unreachable.
         if is_slow and not write_progress(self._trials / "watch", "the driver looks for pulses"):
             self._pulses = {trial_id: (pulse, 0.0) for trial_id, (pulse, _) in self._pulses.items()}
-        for trial_id, trial in running.items():
-            if self._pulses[trial_id][1] >= self._limit:
-                self._on_hung(trial_id, trial.status == Trial.RUNNING)
+        for trial in running:
+            _, unchanged = self._pulses[trial.trial_id]
+            if unchanged >= self._limit:
+                self._on_hung(trial.trial_id, trial.status == Trial.RUNNING)
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

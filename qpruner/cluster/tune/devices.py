@@ -7,23 +7,26 @@ until that trial has reported a score from another device, or the plan is blamed
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import ray
 
 from qpruner.cluster.slots import size_of
-from qpruner.cluster.tune.callbacks import Hold
+from qpruner.cluster.tune.callbacks import Hold, Holding
 from qpruner.errors import StageError
 from qpruner.runs.events import Emit, Message
 from qpruner.runs.records import TrialRecord
 
 MAX_FAILURES = 2
-"""Trials that failed on a device and ran on another one, after which the device gets no more
-trials."""
+"""After so many trials that failed on a device and ran on another one, it gets no more trials."""
 MAX_TRIES = 3
-"""Failures of one trial after which its plan is blamed. Those on a device count that has failed no
-other trial which then ran elsewhere, and every further one on the same device."""
+"""Failures of one trial after which its plan is blamed.
+
+A failure counts if it was on a device on which no other trial has failed that then ran elsewhere,
+or if the trial had failed on that device before.
+"""
 
 
 @dataclass
@@ -31,9 +34,16 @@ class _Held:
     """A device that gets no trials, its node, and the functions that end this (see `Holding`)."""
 
     device: str
-    node: str
-    let_go: Callable[[], None]
-    keep: Callable[[], None]
+    holding: Holding
+
+    @property
+    def node(self) -> str:
+        """Ray's id of the node that the device is part of."""
+        return self.holding.node
+
+    def let_go(self) -> None:
+        """Give the device to other trials again."""
+        self.holding.let_go()
 
 
 class Devices:
@@ -44,10 +54,10 @@ class Devices:
     """
 
     def __init__(self, count: Callable[[], Mapping[str, int]], emit: Emit) -> None:
-        self._count, self._emit = count, emit
-        self._suspects: defaultdict[int, list[_Held]] = defaultdict(
-            list
-        )  # by the number of the trial that failed
+        self._count = count
+        self._emit = emit
+        # By the number of the trial that failed.
+        self._suspects: defaultdict[int, list[_Held]] = defaultdict(list)
         self._failures: Counter[str] = Counter()  # of trials that ran on another device
         self._left_out: list[_Held] = []  # several of one device, if trials share it
 
@@ -60,35 +70,38 @@ class Devices:
         """Return True if a failed trial is to be tried on another device; its own is then held."""
         tried = [device for device in (*record.failed_on, record.device) if device is not None]
         num_bad = sum(1 for device in {*tried} if self._failures[device])
-        if (
-            record.device is None
-            or len(tried) - num_bad >= MAX_TRIES
-            or not self._leaves_another(record)
-        ):
+        is_plan_to_blame = len(tried) - num_bad >= MAX_TRIES
+        if record.device is None or is_plan_to_blame or not self._leaves_another(record):
             self._release(record.index)
             return False
+
         holding = hold()
-        if holding is not None:
-            self._suspects[record.index].append(_Held(record.device, *holding))
-        return holding is not None
+        if holding is None:
+            return False
+        self._suspects[record.index].append(_Held(record.device, holding))
+        return True
 
     def has_scored(self, record: TrialRecord) -> None:
         """Decide on the devices on which a trial had failed before it reported this score."""
-        for held in self._suspects.pop(record.index, []):
-            if held.device == record.device:
-                held.let_go()
+        for suspect in self._suspects.pop(record.index, []):
+            device = suspect.device
+            if device == record.device:
+                suspect.let_go()
                 continue
-            self._failures[held.device] += 1
-            if self._failures[held.device] < MAX_FAILURES:
-                held.let_go()
+            self._failures[device] += 1
+            num_failures = self._failures[device]
+            if num_failures < MAX_FAILURES:
+                suspect.let_go()
                 continue
-            if held.device not in {each.device for each in self._left_out}:
-                text = f"{self._failures[held.device]} trials failed on {held.device} and ran on other devices"
-                self._emit(
-                    Message("search", f"warning: {text}: it gets no more trials of this command")
+
+            if all(held.device != device for held in self._left_out):
+                text = (
+                    f"warning: {num_failures} trials failed on {device} and ran on other devices: "
+                    "it gets no more trials of this command"
                 )
-            held.keep()
-            self._left_out.append(held)
+                self._emit(Message("search", text))
+            suspect.holding.keep()
+            self._left_out.append(suspect)
 
     def look(self) -> None:
         """Let go of the devices of nodes that have left.
@@ -105,12 +118,14 @@ class Devices:
         total = sum(count.values())
         if not total or len(self._names()) < total:
             return
-        for index in list(self._suspects):
-            self._release(index)
-        if len(names := self._names()) == total:
-            cause = f"no other device is left than {', '.join(sorted(names))}, where trials failed that ran elsewhere"
+        self.end_session()  # lets go of all suspects
+        left_out = self._names()
+        if len(left_out) == total:
             raise StageError(
-                "search", cause, "add a machine, or repair these and repeat the command: it resumes"
+                "search",
+                f"no other device is left than {', '.join(sorted(left_out))}, "
+                "where trials failed that ran elsewhere",
+                "add a machine, or repair these and repeat the command: it resumes",
             )
 
     def end_session(self) -> None:
@@ -126,7 +141,8 @@ class Devices:
 
     def _names(self) -> set[str]:
         """Return the devices that are held."""
-        return {each.device for held in (self._left_out, *self._suspects.values()) for each in held}
+        all_held = [*self._left_out, *chain.from_iterable(self._suspects.values())]
+        return {held.device for held in all_held}
 
     def _release(self, index: int) -> None:
         """Let go of the devices on which a trial has failed."""
@@ -141,16 +157,19 @@ class Devices:
         total = sum(self._count().values())
         tried = {*record.failed_on, record.device}
         while len({*self._names(), record.device}) >= total:
-            suspects = ((index, held) for index, each in self._suspects.items() for held in each)
-            other = next(
-                ((index, held) for index, held in suspects if held.device not in tried), None
-            )
-            if other is None:
+            if not self._free_untried(tried):
                 return False
-            index, held = other
-            self._suspects[index].remove(held)
-            held.let_go()
         return True
+
+    def _free_untried(self, tried: Collection[str | None]) -> bool:
+        """Let go of one suspect that is none of the `tried` devices; return False without one."""
+        for suspects in self._suspects.values():
+            for suspect in suspects:
+                if suspect.device not in tried:
+                    suspects.remove(suspect)
+                    suspect.let_go()
+                    return True
+        return False
 
 
 def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
@@ -158,10 +177,13 @@ def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
 
     Ray would hold another device for those.
     """
-    for each in held:
-        if each.node not in count:
-            each.let_go()
-    return [each for each in held if each.node in count]
+    present = []
+    for device in held:
+        if device.node in count:
+            present.append(device)
+        else:
+            device.let_go()
+    return present
 
 
 def count_devices(resources: Mapping[str, float]) -> dict[str, int]:
@@ -169,7 +191,11 @@ def count_devices(resources: Mapping[str, float]) -> dict[str, int]:
 
     Only nodes count that are in the cluster now and have room for a trial.
     """
-    nodes = {node["NodeID"]: size_of(node) for node in ray.nodes() if node["Alive"]}
-    room = {name: node.fits(resources) for name, node in nodes.items()}
-    most = {name: int(node.gpus) if resources.get("gpu") else 1 for name, node in nodes.items()}
-    return {name: min(room[name], most[name]) for name in nodes if room[name]}
+    num_devices = {}
+    for node in ray.nodes():
+        size = size_of(node)
+        room = size.fits(resources)
+        if node["Alive"] and room:
+            most = int(size.gpus) if resources.get("gpu") else 1
+            num_devices[node["NodeID"]] = min(room, most)
+    return num_devices
