@@ -38,14 +38,17 @@ from qpruner.search import trial_records
 from qpruner.search.searchers import Ledger, Observation, Suggestion
 
 MAX_KILLS = 3
-"""Worker deaths in a row that fail a trial: without a checkpoint between them, on machines that
-stay. Deaths for memory are counted apart, because they say that the plan is infeasible."""
-MAX_ERRORS = (
-    3  # trials in a row that failed with an error wherever they were tried, which end the search
-)
+"""Worker deaths in a row, on machines that stay and without a checkpoint, that fail a trial.
+
+Deaths for memory are counted apart, because they say that the plan is infeasible.
+"""
+MAX_ERRORS = 3
+"""Trials in a row that failed with an error wherever they were tried, which end the search."""
 KERNEL_SECONDS = 20.0
-"""Time for a machine to report its kernel's kills: it was just out of memory, and has to start a
-process."""
+"""Time for a machine to report its kernel's kills.
+
+It was just out of memory, and has to start a process.
+"""
 
 
 def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
@@ -77,21 +80,25 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         halt: Halt,
     ) -> None:
         super().__init__(metric=METRIC, mode="min")
-        self._job, self._ledger, self._room, self._devices = job, ledger, room, devices
-        self._emit, self._halt = emit, halt
+        self._job = job
+        self._ledger = ledger
+        self._room = room
+        self._devices = devices
+        self._emit = emit
+        self._halt = halt
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
-        self._errors: list[
-            TrialRecord
-        ] = []  # trials that failed with an error since the last score
+        self._errors: list[TrialRecord] = []  # trials with an error since the last score
+
         recorded = trial_records.read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
-        self._done = sum(
-            1 for record in recorded if job.owns(record) and record.status != "running"
-        )
+        ended = [record for record in recorded if job.owns(record) and record.status != "running"]
+        self._num_ended = len(ended)
         self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
         self._earlier_seconds = trial_records.read_clock(job.trials, job.search).seconds
-        self._started, self._is_over, self._next_look = time.monotonic(), False, 0.0
+        self._started = time.monotonic()
+        self._is_over = False
+        self._next_look = 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the parameters of the next trial.
@@ -128,25 +135,25 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         job = self._job
         if suggestion.index in self._recorded:
             return trial_records.read_trial(job.trials, suggestion.index)
-        layout = job.layouts[suggestion.plan.cut]
+        plan = suggestion.plan
+        layout = job.layouts[plan.cut]
         record = TrialRecord(
             index=suggestion.index,
             digest=job.digest,
             search=job.search,
             origin=suggestion.origin,
-            cut=suggestion.plan.cut,
-            model=job.materials.model_of(suggestion.plan.cut),
-            plan=suggestion.plan.as_dict(),
-            plan_bytes=layout.plan_bytes(suggestion.plan),
-            mean_bits=layout.mean_bits(suggestion.plan),
+            cut=plan.cut,
+            model=job.materials.model_of(plan.cut),
+            plan=plan.as_dict(),
+            plan_bytes=layout.plan_bytes(plan),
+            mean_bits=layout.mean_bits(plan),
             status="running",
             times=(time.time(),),
         )
         path = trial_records.trial_path(job.trials, record.index)
         if exists(path):  # neither read at the start nor written by this process
-            self._halt.end(
-                lock_lost("search", f"the other wrote {display_name(path)}"), at_once=True
-            )
+            lost = lock_lost("search", f"the other wrote {display_name(path)}")
+            self._halt.end(lost, at_once=True)
             return None
         trial_records.write_trial(job.trials, record)
         self._recorded.add(record.index)
@@ -178,31 +185,27 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
-        if (
-            not error and not record.has_begun
-        ):  # cancelled while it waited: delete it, as if it was never proposed
-            remove(trial_records.trial_folder(self._job.trials, suggestion.index))
-            self._recorded.discard(suggestion.index)
-            self._ledger.withdraw(suggestion)
-            self._emit(TrialChanged(record, is_withdrawn=True))
+        if not error and not record.has_begun:
+            self._withdraw(suggestion, record)
             return
-        num_kills = record.kills
-        if record.status == "running":
+
+        failure = None  # what another device may do better
+        if record.status != "running":
+            if record.failure in ("infeasible", "error"):
+                failure = record.reason
+        elif error:
             # An error of the trial itself is in its record: here the process was killed, or never
             # started.
-            record = (
-                _after_death(record, death, self._job) if error else _stopped(record, self._job)
-            )
-            failure = (
-                "its worker process died"
-                if record.kills > num_kills and not record.is_over
-                else None
-            )
+            num_kills = record.kills
+            record = _after_death(record, death, self._job)
+            if record.kills > num_kills and not record.is_over:
+                failure = "its worker process died"
         else:
-            failure = record.reason if record.failure in ("infeasible", "error") else None
+            record = _stopped(record, self._job)
         if failure and self._devices.should_move(record, death.hold):
             self._move(suggestion, record, failure)
             return
+
         if record.is_over:
             record = record.model_copy(update={"times": (*record.times, time.time())})
         trial_records.write_trial(self._job.trials, record)
@@ -211,24 +214,33 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         place = f"step {record.saved_step}" if record.saved_step else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
-        self._emit(
-            Message(
-                "search", f"trial {record.index} lost its worker{why} and is resumed from {place}"
-            )
-        )
+        text = f"trial {record.index} lost its worker{why} and is resumed from {place}"
+        self._emit(Message("search", text))
         self._ledger.hand_out_again(suggestion)
+
+    def _withdraw(self, suggestion: Suggestion, record: TrialRecord) -> None:
+        """Delete a trial that was cancelled while it waited, as if it was never proposed."""
+        remove(trial_records.trial_folder(self._job.trials, suggestion.index))
+        self._recorded.discard(suggestion.index)
+        self._ledger.withdraw(suggestion)
+        self._emit(TrialChanged(record, is_withdrawn=True))
 
     def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
         """Queue a failed trial, which is to be resumed on another device.
 
         There it begins with the configured micro-batch.
         """
-        update = {"status": "running", "failure": None, "reason": None, "micro_batch_size": None}
-        moved = record.model_copy(
-            update={**update, "failed_on": (*record.failed_on, record.device)}
-        )
+        update = {
+            "status": "running",
+            "failure": None,
+            "reason": None,
+            "micro_batch_size": None,
+            "failed_on": (*record.failed_on, record.device),
+        }
+        moved = record.model_copy(update=update)
         trial_records.write_trial(self._job.trials, moved)
-        text = f"trial {record.index} failed on {record.device} ({failure}) and is tried on another device"
+        place = f"on {record.device} ({failure})"
+        text = f"trial {record.index} failed {place} and is tried on another device"
         self._emit(Message("search", text))
         self._emit(TrialChanged(moved))
         self._ledger.hand_out_again(suggestion)
@@ -242,17 +254,16 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             try:
                 trial_records.remove_old_checkpoints(self._job.trials, [record])
             except OSError as error:
-                self._emit(
-                    Message("search", f"warning: an old checkpoint could not be deleted: {error}")
-                )
+                text = f"warning: an old checkpoint could not be deleted: {error}"
+                self._emit(Message("search", text))
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion, record.plan_failed)
         if record.status in ("finished", "stopped"):
             self._note_score(record)  # Tune reports the last rung with the trial's end alone
-        self._done += 1
+        self._num_ended += 1
         self._emit(TrialChanged(record))
-        self._emit(Progress("search", self._done, self._job.config.num_trials))
+        self._emit(Progress("search", self._num_ended, self._job.config.num_trials))
         if record.failure in ("storage", "damaged"):
             self._halt.requested = True
         elif record.failure == "error":
@@ -268,13 +279,12 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
-        is_over, suggestion = self._look(), self._live.get(trial_id)
-        if (
-            is_over
-            and suggestion
-            and not trial_records.read_trial(self._job.trials, suggestion.index).has_begun
-        ):
-            return True
+        is_over = self._look()
+        suggestion = self._live.get(trial_id)
+        if is_over and suggestion:
+            record = trial_records.read_trial(self._job.trials, suggestion.index)
+            if not record.has_begun:
+                return True
         return self._halt.requested
 
     def _seconds(self) -> float:
@@ -305,22 +315,29 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 self._halt.end(error)
         if self._is_over and not self._room(0):
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
-            remedy = "start machines again (`ray start` on them), then repeat the command: it resumes running trials"
+            remedy = (
+                "start machines again (`ray start` on them), then repeat the command: "
+                "it resumes running trials"
+            )
             self._halt.end(StageError("search", cause, remedy))
         return self._is_over
 
     def _look_at_limits(self) -> None:
         """Suggest no more trials after a time limit."""
+        if self._is_over:
+            return
         settings = self._job.config.search
-        for seconds, limit, unit, key in (
-            (self._seconds(), settings.max_hours, "hours", "max_hours"),
-            (sum(self._gpu_seconds.values()), settings.max_gpu_hours, "GPU hours", "max_gpu_hours"),
-        ):
-            if not self._is_over and limit is not None and seconds / 3600 >= limit:
-                self._is_over = True
-                self._ledger.end(
-                    f"{seconds / 3600:.3g} {unit} were spent (`search.{key}` is {limit:g})"
-                )
+        hours = self._seconds() / 3600
+        gpu_hours = sum(self._gpu_seconds.values()) / 3600
+        if settings.max_hours is not None and hours >= settings.max_hours:
+            spent = f"{hours:.3g} hours were spent (`search.max_hours` is {settings.max_hours:g})"
+        elif settings.max_gpu_hours is not None and gpu_hours >= settings.max_gpu_hours:
+            limit = f"`search.max_gpu_hours` is {settings.max_gpu_hours:g}"
+            spent = f"{gpu_hours:.3g} GPU hours were spent ({limit})"
+        else:
+            return
+        self._is_over = True
+        self._ledger.end(spent)
 
     def on_error_text(self, trial_id: str, error: str, hold: Hold = lambda: None) -> None:
         """Store what the error of a trial says about the death of its worker.
@@ -332,11 +349,13 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         death.hold = hold
         # Ray (2.60) writes `actor_id: ID` if an actor died, and `The actor ID is unavailable` if
         # its connection broke.
-        found = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
-        table = ray_private.state.actor_table(found[1]) if found else {}
-        death.node = table.get("Address", {}).get("NodeID") or death.node
-        found = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
-        death.storage = found[1] if found else death.storage
+        actor = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
+        if actor:
+            table = ray_private.state.actor_table(actor[1])
+            death.node = table.get("Address", {}).get("NodeID") or death.node
+        storage = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
+        if storage:
+            death.storage = storage[1]
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
     def on_hung(self, trial_id: str, is_running: bool) -> None:
@@ -345,7 +364,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         Its trial makes no progress or, unless `is_running`, never started there.
         """
         death = self._deaths.setdefault(trial_id, _Death())
-        death.hung, death.never_started = is_running, not is_running
+        death.hung = is_running
+        death.never_started = not is_running
 
     def _halt_after_errors(self, record: TrialRecord) -> None:
         """Halt the search after `MAX_ERRORS` trials in a row have failed.
@@ -358,10 +378,10 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         self._halt.requested = True
         text = f"{len(self._errors)} trials in a row failed, the last on {record.device}"
-        for each in self._errors:
-            reason = f"{text}, trial {each.index} with {each.reason}"
-            failed = each.model_copy(update={"failure": "machine", "reason": reason})
-            trial_records.write_trial(self._job.trials, failed)
+        for failed in self._errors:
+            reason = f"{text}, trial {failed.index} with {failed.reason}"
+            blamed = failed.model_copy(update={"failure": "machine", "reason": reason})
+            trial_records.write_trial(self._job.trials, blamed)
         self._emit(Message("search", f"warning: {text}; running trials stop at the next rung"))
 
     def save(self, checkpoint_path: str) -> None:
@@ -386,10 +406,10 @@ class _Death:
 def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Return the record of a trial after its last rung: finished, or stopped by ASHA."""
     step = record.rungs[-1].step
-    stopped = {"status": "stopped", "reason": f"stopped by ASHA at step {step}"}
-    return record.model_copy(
-        update={"status": "finished"} if step >= job.config.search.steps else stopped
-    )
+    if step >= job.config.search.steps:
+        return record.model_copy(update={"status": "finished"})
+    reason = f"stopped by ASHA at step {step}"
+    return record.model_copy(update={"status": "stopped", "reason": reason})
 
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
@@ -401,11 +421,13 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
         return record
     pulse = trial_records.read_pulse(job.trials, record.index)
     if pulse is not None:  # the pulse may be newer than the record
-        last = {
-            name: max(getattr(record, name), getattr(pulse, name))
-            for name in ("seconds", "gpu_seconds")
+        update = {
+            "seconds": max(record.seconds, pulse.seconds),
+            "gpu_seconds": max(record.gpu_seconds, pulse.gpu_seconds),
+            "peak_memory_bytes": pulse.peak_memory_bytes,
         }
-        record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | last)
+        record = record.model_copy(update=update)
+
     if death.storage:
         # The worker could not write its own record.
         return _failed(record, "storage", f"{death.storage} (on {record.node})")
@@ -415,25 +437,33 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
             f"no progress for {limit:g} s (`search.trial_timeout_seconds`); its worker was killed"
         )
         return _failed(record, "hung", reason)
+
     # The death of a machine, or an end because the machine is about to leave, does not count
     # against the trial.
     node = death.node or (pulse.node if pulse else None)
     if not death.by_ray and node is not None and not is_staying(node):
         return record
-    counter, failure, reason = "kills", "lost", "its worker process died {} times in a row"
-    if death.by_ray or (
-        pulse
-        and pulse.node == node
-        and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
-    ):
-        if (smaller := smaller_batch(record, job.config)) is not None:
+
+    killer = "Ray" if death.by_ray else None
+    if killer is None and pulse and pulse.node == node:
+        kernel_kills_now = _kernel_kills_on(pulse.node) or 0
+        if kernel_kills_now > (pulse.kernel_kills or 0):
+            killer = "the kernel"
+
+    if killer is None:
+        kills = record.kills + 1
+        record = record.model_copy(update={"kills": kills})
+        failure = "lost"
+        reason = f"its worker process died {kills} times in a row"
+    else:
+        smaller = smaller_batch(record, job.config)
+        if smaller is not None:
             return record.model_copy(update={"micro_batch_size": smaller})
-        by = "Ray" if death.by_ray else "the kernel"
-        counter, failure = "memory_kills", "infeasible"
-        reason = f"out of memory: {by} killed its worker {{}} times in a row"
-    kills = getattr(record, counter) + 1
-    record = record.model_copy(update={counter: kills})
-    return _failed(record, failure, reason.format(kills)) if kills >= MAX_KILLS else record
+        kills = record.memory_kills + 1
+        record = record.model_copy(update={"memory_kills": kills})
+        failure = "infeasible"
+        reason = f"out of memory: {killer} killed its worker {kills} times in a row"
+    return _failed(record, failure, reason) if kills >= MAX_KILLS else record
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
@@ -449,13 +479,10 @@ def _kernel_kills_on(node_id: str) -> int | None:
 
     Return None if the node does not answer.
     """
-    place = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    asked = (
-        ray.remote(num_cpus=0, max_retries=0)(kernel_kills)
-        .options(scheduling_strategy=place)
-        .remote()
-    )
+    on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(kernel_kills)
+    answer = task.options(scheduling_strategy=on_node).remote()
     with suppress(RayError):
-        kills: int | None = ray.get(asked, timeout=KERNEL_SECONDS)
+        kills: int | None = ray.get(answer, timeout=KERNEL_SECONDS)
         return kills
     return None

@@ -44,9 +44,8 @@ class SearchJob:
     resources: dict[str, float]  # of one trial
     check_node: bytes  # from `node_check.packed_check`; raises on an unusable node
     session: int = 1  # the number of this session of the search
-    save_seconds: float = field(
-        default_factory=lambda: checkpoints.SECONDS
-    )  # in the driver, so that tests can set it
+    # The driver reads this value, so that tests can set it.
+    save_seconds: float = field(default_factory=lambda: checkpoints.SECONDS)
 
     def owns(self, record: TrialRecord) -> bool:
         """Return True if a trial belongs to this search.
@@ -60,7 +59,10 @@ class SearchJob:
 
         Return None if no control has it.
         """
-        return next((origin for origin, control in self.controls if control == plan), None)
+        for origin, control in self.controls:
+            if control == plan:
+                return origin
+        return None
 
     def fits(self, cut: str, plan_bytes: int) -> bool:
         """Return True if a plan of a cut with these bytes may win."""
@@ -114,13 +116,14 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
 
     Return None if there is none, or if retries are off.
     """
-    training = config.training
     if not config.search.retry_out_of_memory:
         return None
+    training = config.training
     present = record.micro_batch_size or training.micro_batch_size
-    return next(
-        (size for size in range(present // 2, 0, -1) if training.batch_size % size == 0), None
-    )
+    for size in range(present // 2, 0, -1):
+        if training.batch_size % size == 0:
+            return size
+    return None
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
@@ -168,10 +171,12 @@ def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     cut_off = record.status == "running" or record.should_retry
     if not job.may_run(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
-    other = {} if job.owns(record) else {record.search: record.gpu_seconds_of(record.search)}
+    earlier_gpu_seconds = dict(record.earlier_gpu_seconds)
+    if not job.owns(record):
+        earlier_gpu_seconds[record.search] = record.gpu_seconds_of(record.search)
     update = {
         "search": job.search,
-        "earlier_gpu_seconds": record.earlier_gpu_seconds | other,
+        "earlier_gpu_seconds": earlier_gpu_seconds,
         "origin": control or record.origin,
         "status": "running",
         "reason": None,
