@@ -49,9 +49,8 @@ class Progress(Event):
     detail: str = ""
 
 
-COMMAND = (
-    "run"  # value of `Message.stage` in messages of the command itself, which belong to no stage
-)
+COMMAND = "run"
+"""Value of `Message.stage` in messages of the command itself, which belong to no stage."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ from qpruner.runs import storage
 from qpruner.runs.records import RUN_ID, PrepareRecord
 from qpruner.runs.storage import RecordType, Storage
 
-STATE, LOG = "run.json", "qpruner.log"
+STATE = "run.json"
+LOG = "qpruner.log"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
-"""Environment variable: the folder where workers on this machine keep copies of the bank (see
-`BankRecord`)."""
+"""Environment variable with the folder where workers of this machine keep copies of the bank.
+
+See `BankRecord`.
+"""
 
 
 class RunDir:
@@ -60,7 +63,8 @@ class RunDir:
         A later run in the same folder has another id.
         """
         path = self.root / RUN_ID
-        if (run_id := storage.read_text(path)) is None:
+        run_id = storage.read_text(path)
+        if run_id is None:
             run_id = uuid.uuid4().hex[:12]
             storage.write_text(path, run_id)
         return run_id
@@ -85,7 +89,9 @@ class RunDir:
 
         It is inside this run if the model was converted, else where the model was found.
         """
-        return self.stage("prepare") / "model" if prepared.converted else Path(prepared.model_path)
+        if prepared.converted:
+            return self.stage("prepare") / "model"
+        return Path(prepared.model_path)
 
     @property
     def tune(self) -> Path:
@@ -104,12 +110,11 @@ class RunDir:
 
     def begin(self, name: str) -> Path:
         """Make the folder for a stage to write to."""
-        if (
-            not self.storage.fills_this_disk
-        ):  # files are uploaded one by one; they count once the record is there
-            self.forget(name)
-            return self.stage(name)
-        return self.scratch(name)
+        if self.storage.fills_this_disk:
+            return self.scratch(name)
+        # Files are uploaded one by one; they count once the record is there.
+        self.forget(name)
+        return self.stage(name)
 
     def commit(self, name: str, written: Path, record: BaseModel, keeps_files: bool = True) -> None:
         """Publish the files that a stage wrote, unless it keeps none, then write its record."""

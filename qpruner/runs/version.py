@@ -19,24 +19,17 @@ def commit() -> str | None:
     Return None if the commit is unknown.
     """
     if (_PACKAGE.parent / ".git").exists():
-        command = [
-            "git",
-            "-C",
-            str(_PACKAGE.parent),
-            "describe",
-            "--always",
-            "--exclude=*",
-            "--abbrev=12",
-        ]
+        command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+modified"]
         try:
-            run = subprocess.run(
-                [*command, "--dirty=+modified"], capture_output=True, text=True, check=True
-            )  # noqa: S603
-            return run.stdout.strip()
+            return subprocess.check_output(  # noqa: S603
+                command, cwd=_PACKAGE.parent, stderr=subprocess.DEVNULL, text=True
+            ).strip()
         except (OSError, subprocess.CalledProcessError):
             return None
     file = _PACKAGE / COMMIT_FILE
-    return file.read_text().strip() or None if file.exists() else None
+    if not file.exists():
+        return None
+    return file.read_text().strip() or None
 
 
 def describe() -> str:
@@ -44,4 +37,5 @@ def describe() -> str:
 
     It is only the number if the commit is unknown.
     """
-    return f"{VERSION} (commit {known})" if (known := commit()) else VERSION
+    known_commit = commit()
+    return f"{VERSION} (commit {known_commit})" if known_commit else VERSION

@@ -35,8 +35,10 @@ from qpruner.runs.storage.retry import retry_storage as retry_storage
 from qpruner.runs.storage.retry import storage_error as storage_error
 
 OWN_DIGEST = "record_digest"
-"""Key in a record file for the digest of all other keys, because damaged JSON may still be valid
-JSON."""
+"""Key in a record file for the digest of all other keys.
+
+It is needed because damaged JSON may still be valid JSON.
+"""
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
 
@@ -58,10 +60,12 @@ def run_path(output: str | Path) -> Path:
     if isinstance(output, str) and "://" in output:
         return mirror_of(output)
     root = Path(output).expanduser().resolve()
-    existing = next(path for path in (root, *root.parents) if path.exists())
-    if not existing.is_dir():
+    for path in (root, *root.parents):
+        if path.exists():
+            break
+    if not path.is_dir():
         raise UserError(
-            f"`output`: {existing} is a file, but a run is a folder; name the folder of the run"
+            f"`output`: {path} is a file, but a run is a folder; name the folder of the run"
         )
     return root
 
@@ -80,7 +84,8 @@ def run_root(output: str | Path) -> Path:
 
 @functools.cache
 def _check_reachable(root: Path) -> None:
-    if objects := objects_at(root):
+    objects = objects_at(root)
+    if objects:
         objects.check_reachable()
 
 
@@ -95,11 +100,9 @@ def export_command(root: Path) -> str:
     It is empty if the run is in a folder already.
     """
     storage = storage_at(root)
-    return (
-        ""
-        if storage.fills_this_disk
-        else f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
-    )
+    if storage.fills_this_disk:
+        return ""
+    return f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
 
 
 def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
@@ -108,7 +111,8 @@ def write_json(path: Path, data: BaseModel, patience_seconds: float | None = Non
     A reader sees the old file or the new one, never a part.
     """
     fields = json.loads(data.model_dump_json())
-    text = json.dumps(fields | {OWN_DIGEST: digest_of(fields)}, indent=2, ensure_ascii=False)
+    fields[OWN_DIGEST] = digest_of(fields)
+    text = json.dumps(fields, indent=2, ensure_ascii=False)
     write_text(path, text + "\n", patience_seconds)
 
 
@@ -132,7 +136,8 @@ def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
     """
 
     def read() -> RecordType:
-        if (record := read_json(path, kind)) is None:
+        record = read_json(path, kind)
+        if record is None:
             raise OSError(errno.EIO, "was written before and is missing now", display_name(path))
         return record
 
@@ -146,21 +151,27 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
         CorruptFile: If the file is damaged.
     """
     try:
-        if (text := read_text(path)) is None:
+        text = read_text(path)
+        if text is None:
             return None
         fields = json.loads(text)
         if isinstance(fields, dict) and fields.pop(OWN_DIGEST, None) != digest_of(fields):
             raise ValueError(
-                f"the file was damaged or edited, because its contents differ from its `{OWN_DIGEST}`"
+                "the file was damaged or edited, because its contents differ from its "
+                f"`{OWN_DIGEST}`"
             )
         return kind.model_validate(fields)
     except ValueError as error:  # no text, no JSON or no such record
-        why = f"{error}"
+        why = str(error)
         if isinstance(error, ValidationError):
             problem = error.errors()[0]
-            why = f"{'.'.join(map(str, problem['loc'])) or 'its contents'}: {problem['msg']}"
+            place = ".".join(map(str, problem["loc"])) or "its contents"
+            why = f"{place}: {problem['msg']}"
             if isinstance(fields, dict):  # with the right digest, so the file is as it was written
-                why += "; an earlier version of qpruner wrote it, and repeating `qpruner run` makes it again"
+                why += (
+                    "; an earlier version of qpruner wrote it, and repeating `qpruner run` "
+                    "makes it again"
+                )
         raise CorruptFile(f"{display_name(path)} is not a {kind.__name__}: {why}", path) from error
 
 
@@ -294,11 +305,14 @@ def require_arrived(folder: Path) -> None:
 
     That is so on a disk that is not shared.
     """
-    if storage_at(folder).fills_this_disk:
-        listed = list_path(folder)
-        try:
-            retry_storage(listed.stat, listed, was_there=True)
-        except FileNotFoundError as error:
-            cause = f"{folder} was written on another machine and is missing here"
-            remedy = "share `output` between both machines, or take the other out of the cluster"
-            raise StorageError(cause, f"{remedy}, then repeat the command") from error
+    if not storage_at(folder).fills_this_disk:
+        return
+    file_list = list_path(folder)
+    try:
+        retry_storage(file_list.stat, file_list, was_there=True)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{folder} was written on another machine and is missing here",
+            "share `output` between both machines, or take the other out of the cluster, "
+            "then repeat the command",
+        ) from error

@@ -25,14 +25,16 @@ Item = TypeVar("Item")
 
 # suffix of the file list of a folder, such as `prune.files.json` next to `prune/`
 FILES = ".files.json"
-PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
-"""Bytes per read when copying, and fewer when digesting: many threads digest at once while memory
-is measured."""
+PIECE_BYTES = 16 * 2**20  # bytes per read when copying
+HASHED_BYTES = 2**20
+"""Bytes per read when digesting, which many threads do at once while memory is measured."""
 WAITING_SECONDS = 0.1
 CONCURRENT = 16  # number of files that are read, uploaded or downloaded at once
 OnPiece = Callable[[], object]
-"""Called from any thread after each piece read, and while waiting for another process, to show
-progress."""
+"""Called to show progress: after each piece read, and while waiting for another process.
+
+The calls may come from any thread.
+"""
 
 
 class FileList(Recorded):
@@ -42,8 +44,7 @@ class FileList(Recorded):
 
 
 verified: dict[Path, FileList] = {}
-"""Folders on this machine that this process wrote or verified, with their file lists at that time.
-"""
+"""Folders here that this process wrote or verified, with their file lists at that time."""
 
 
 def list_path(folder: Path) -> Path:
@@ -136,9 +137,8 @@ def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
 
 
 def _release(lock: FileLock) -> None:
-    Path(lock.lock_file).unlink(
-        missing_ok=True
-    )  # a process that waits for it notices, and makes a new one
+    # A process that waits for the file notices, and makes a new one.
+    Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
 
 
@@ -149,8 +149,10 @@ def working_folder(prefix: str) -> Iterator[Path]:
     for file in temporary.glob(f".{prefix}*.lock"):
         with contextlib.suppress(OSError):  # in use, or deleted meanwhile
             if file.lstat().st_uid == os.getuid():
-                (lock := FileLock(file)).acquire(timeout=0)
-                shutil.rmtree(temporary / file.name[1:].removesuffix(".lock"), ignore_errors=True)
+                lock = FileLock(file)
+                lock.acquire(timeout=0)
+                left_folder = file.name.removeprefix(".").removesuffix(".lock")
+                shutil.rmtree(temporary / left_folder, ignore_errors=True)
                 _release(lock)
     folder = temporary / f"{prefix}{uuid.uuid4().hex}"
     with exclusive(folder):
@@ -176,8 +178,10 @@ class Storage:
     """
 
     fills_this_disk = True
-    """Whether the files take room on a disk of this machine; if not, any machine can resume the
-    run."""
+    """Whether the files take room on a disk of this machine.
+
+    If they do not, any machine can resume the run.
+    """
     access_remedy = "`output` must be in a folder that every node can read and write"
 
     def __init__(self, path: Path) -> None:
@@ -234,7 +238,9 @@ class Storage:
 
         Nothing is copied if the file is already there.
         """
-        return self.digest() if file == self.path else Storage(file).download(self.path)
+        if file == self.path:
+            return self.digest()
+        return Storage(file).download(self.path)
 
     def write(self, data: bytes, durable: bool = True) -> None:
         """Write the file; a reader sees the old or the new contents, never a part.
@@ -268,14 +274,18 @@ class Storage:
         """Return time of change and size of the file; None if there is no such file."""
         # Not `Path.is_file`, which from Python 3.14 on returns False if the storage is away.
         try:
-            found = self.path.stat()
+            status = self.path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Stat(found.st_mtime, found.st_size) if stat.S_ISREG(found.st_mode) else None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return Stat(modified=status.st_mtime, size=status.st_size)
 
     def names(self) -> list[str]:
         """List the names in the folder, sorted; empty if there is no folder."""
-        return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        if not self.path.is_dir():
+            return []
+        return sorted(path.name for path in self.path.iterdir())
 
     def files(self) -> dict[str, int]:
         """Return the size in bytes of every file in the folder and its subfolders."""
@@ -284,9 +294,12 @@ class Storage:
 
     def digests(self) -> dict[str, str]:
         """Return the sha256 of every file in the folder and its subfolders."""
+
+        def digest_of(name: str) -> str:
+            return retry_storage((self / name).digest, self.path / name)
+
         names = sorted(retry_storage(self.files, self.path))
-        found = for_each(lambda name: retry_storage((self / name).digest, self.path / name), names)
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, for_each(digest_of, names), strict=True))
 
     def delete(self) -> None:
         """Delete the file or folder; a folder deleted in part never counts as complete."""
@@ -376,7 +389,8 @@ class Storage:
         Raises:
             CorruptFile: If a file is damaged or missing.
         """
-        if listed := self.read_list():
+        listed = self.read_list()
+        if listed:
             self.compare(listed, lambda name: (self / name).digest(on_piece))
             verified[self.path] = listed
 
@@ -389,11 +403,10 @@ class Storage:
             except FileNotFoundError:
                 return ""
 
-        for name, sha256 in zip(
-            listed.sha256, for_each(actual_digest, list(listed.sha256)), strict=True
-        ):
-            if sha256 != listed.sha256[name]:
-                state = "damaged" if sha256 else "missing"
+        names = list(listed.sha256)
+        for name, actual in zip(names, for_each(actual_digest, names), strict=True):
+            if actual != listed.sha256[name]:
+                state = "damaged" if actual else "missing"
                 raise CorruptFile(
                     f"{self.name}/{name} is {state}, says {self.file_list.name}", self.path / name
                 )

@@ -23,8 +23,10 @@ DISK_AWAY = (errno.EIO, errno.EROFS, errno.ESTALE)
 HOST_AWAY = (errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 AWAY = (*DISK_AWAY, *HOST_AWAY, errno.ECONNREFUSED, errno.ECONNRESET)
 TORCH_CANNOT_WRITE = "inline_container.cc"
-"""Part of the error of torch.save (2.13) on a full disk; the error names only the C++ file that
-noticed it."""
+"""Part of the error of torch.save (2.13) on a full disk.
+
+The error names only the C++ file that noticed it.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ def retry_storage(
     Raises:
         StorageError: If the storage is still full or away after that time.
     """
-    limit, started = PATIENCE_SECONDS if seconds is None else seconds, 0.0
+    limit = PATIENCE_SECONDS if seconds is None else seconds
+    started = 0.0
 
     def attempt() -> Result:
         nonlocal started
@@ -63,26 +66,26 @@ def retry_storage(
     def log(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         trouble = storage_error(error, path) if error else None
-        logger.warning(
-            "%s; trying again in %.1f s", trouble.cause if trouble else error, state.upcoming_sleep
-        )
+        cause = trouble.cause if trouble else error
+        logger.warning("%s; trying again in %.1f s", cause, state.upcoming_sleep)
 
     def is_away(error: BaseException) -> bool:
-        return storage_error(error, path) is not None or (
-            was_there and isinstance(error, FileNotFoundError)
-        )
+        if was_there and isinstance(error, FileNotFoundError):
+            return True
+        return storage_error(error, path) is not None
 
+    retrying = Retrying(
+        retry=retry_if_exception(is_away),
+        stop=stop,
+        wait=PAUSES,
+        before_sleep=log,
+        reraise=True,
+    )
     try:
-        retrying = Retrying(
-            retry=retry_if_exception(is_away),
-            stop=stop,
-            wait=PAUSES,
-            before_sleep=log,
-            reraise=True,
-        )
         return retrying(attempt)
     except Exception as error:
-        if trouble := storage_error(error, path):
+        trouble = storage_error(error, path)
+        if trouble:
             raise trouble from error
         raise
 
@@ -92,7 +95,8 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
 
     Return None for any other error.
     """
-    number, place = _number_of(error), getattr(error, "filename", None) or path
+    number = _number_of(error)
+    place = getattr(error, "filename", None) or path
     if number in FULL:
         return StorageError(
             f"no space left for {place or 'the disk'}", "make room, then repeat the command"
@@ -111,12 +115,16 @@ def _number_of(error: BaseException) -> int:
     """
     text = str(error)
     if isinstance(error, OSError):
-        found = re.search(
-            r"\[[Ee]rrno (\d+)\]", text
-        )  # shutil and pyarrow have it only in the text
-        return error.errno or (int(found[1]) if found else 0)
+        # Shutil and pyarrow have the number only in the text.
+        return error.errno or _number_in(text, r"\[[Ee]rrno (\d+)\]")
     if TORCH_CANNOT_WRITE in text:
         return errno.ENOSPC
-    found = re.search(r"\(os error (\d+)\)", text)  # safetensors, tokenizers
-    number = int(found[1]) if found else 0
-    return number if number in (*FULL, *DISK_AWAY) else 0  # other numbers may concern a model hub
+    number = _number_in(text, r"\(os error (\d+)\)")  # safetensors, tokenizers
+    if number not in (*FULL, *DISK_AWAY):
+        return 0  # other numbers may concern a model hub
+    return number
+
+
+def _number_in(text: str, pattern: str) -> int:
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0
