@@ -59,11 +59,12 @@ def problems(path: Path) -> list[str]:
 
 def unedited(path: Path, text: str) -> list[str]:
     """Return the lines that still contain a placeholder."""
-    return [
-        f"{path}:{number}: replace {word}; docs/cluster.md says by what"
-        for number, line in enumerate(text.splitlines(), 1)
-        for word in re.findall(r"[\w.-]*REPLACE", line.split("#")[0])
-    ]
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        without_comment, _, _ = line.partition("#")
+        for word in re.findall(r"[\w.-]*REPLACE", without_comment):
+            lines.append(f"{path}:{number}: replace {word}; docs/cluster.md says by what")
+    return lines
 
 
 def refused_by_ray(config: Any) -> list[str]:
@@ -175,7 +176,7 @@ def hosts(config: dict[str, Any]) -> list[str]:
 
 def host_problem(auth: dict[str, Any], host: str, by_way_of: str | None = None) -> str | None:
     """Return the reason why Ray cannot be installed on a host, if any."""
-    done = on_host(auth, host, HOST_NEEDS, SSH_SECONDS, by_way_of)
+    done = on_host(auth, host, HOST_NEEDS, seconds=SSH_SECONDS, by_way_of=by_way_of)
     if done.returncode:
         reason = re.sub(r"\s+", " ", done.stderr).strip() or f"exit code {done.returncode}"
         way = f" by way of {by_way_of}" if by_way_of else ""

@@ -163,20 +163,14 @@ def _first_cause(failures: Mapping[int, Exception]) -> Exception:
     causes: list[Exception] = [
         getattr(failure, "health_check_failure", failure) for failure in failures.values()
     ]
-    first = min(causes, key=_rank)
-    if _rank(first) == BROKEN_CONNECTION:
-        return RayActorError(error_msg=str(first))  # type: ignore[no-any-return]
-    return first
-
-
-DEATH, OWN_ERROR, BROKEN_CONNECTION = range(3)
-
-
-def _rank(cause: Exception) -> int:
-    if isinstance(cause, RayActorError):
-        return DEATH
-    is_broken = type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause)
-    return BROKEN_CONNECTION if is_broken else OWN_ERROR
+    deaths: list[Exception] = [cause for cause in causes if isinstance(cause, RayActorError)]
+    if deaths:
+        return deaths[0]
+    for cause in causes:
+        is_connection = type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause)
+        if not is_connection:
+            return cause
+    return RayActorError(error_msg=str(causes[0]))  # type: ignore[no-any-return]
 
 
 class _Connection(TorchConfig):  # type: ignore[misc]

@@ -36,15 +36,6 @@ class _Held:
     device: str
     holding: Holding
 
-    @property
-    def node(self) -> str:
-        """Ray's id of the node that the device is part of."""
-        return self.holding.node
-
-    def let_go(self) -> None:
-        """Give the device to other trials again."""
-        self.holding.let_go()
-
 
 class Devices:
     """Counts failures by device, and holds devices that fail where others succeed.
@@ -86,12 +77,12 @@ class Devices:
         for suspect in self._suspects.pop(record.index, []):
             device = suspect.device
             if device == record.device:
-                suspect.let_go()
+                suspect.holding.let_go()
                 continue
             self._failures[device] += 1
             num_failures = self._failures[device]
             if num_failures < MAX_FAILURES:
-                suspect.let_go()
+                suspect.holding.let_go()
                 continue
 
             if all(held.device != device for held in self._left_out):
@@ -137,7 +128,7 @@ class Devices:
         """Let go of all devices."""
         self.end_session()
         while self._left_out:
-            self._left_out.pop().let_go()
+            self._left_out.pop().holding.let_go()
 
     def _names(self) -> set[str]:
         """Return the devices that are held."""
@@ -147,7 +138,7 @@ class Devices:
     def _release(self, index: int) -> None:
         """Let go of the devices on which a trial has failed."""
         for held in self._suspects.pop(index, []):
-            held.let_go()
+            held.holding.let_go()
 
     def _leaves_another(self, record: TrialRecord) -> bool:
         """Return True if another device may run a trial while the trial's own device is held.
@@ -167,7 +158,7 @@ class Devices:
             for suspect in suspects:
                 if suspect.device not in tried:
                     suspects.remove(suspect)
-                    suspect.let_go()
+                    suspect.holding.let_go()
                     return True
         return False
 
@@ -179,10 +170,10 @@ def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
     """
     present = []
     for device in held:
-        if device.node in count:
+        if device.holding.node in count:
             present.append(device)
         else:
-            device.let_go()
+            device.holding.let_go()
     return present
 
 

@@ -24,9 +24,9 @@ With Ray's defaults of 20 and 10, small searches would stay random.
 """
 
 
-def _suggested(search: Any, known: Sequence[Observation]) -> dict[str, Any]:
-    """Give the known scores to a searcher of Ray; return its next suggestion."""
-    for item in known:
+def _suggested(search: Any, observations: Sequence[Observation]) -> dict[str, Any]:
+    """Tell a searcher of Ray the known scores, and return its next suggestion."""
+    for item in observations:
         search.suggest(f"known-{item.index}")
         search.on_trial_complete(f"known-{item.index}", {METRIC: item.score})
     suggested = search.suggest("new")
@@ -85,16 +85,17 @@ class HyperOptProposer:
 
     def propose(self, index: int, history: History) -> PrecisionPlan:
         """Propose a plan; the same arguments give the same plan."""
-        known = history.last()
+        observations = history.last()
         search = self._search(
             self._search_space,
             metric=METRIC,
             mode="min",
             n_initial_points=INITIAL_RANDOM,
-            points_to_evaluate=[self._columns.values_of(item.plan) for item in known] or None,
+            points_to_evaluate=[self._columns.values_of(item.plan) for item in observations]
+            or None,
             random_state_seed=_seed_of(self._seed, index),
         )
-        return self._columns.plan_of(_suggested(search, known))
+        return self._columns.plan_of(_suggested(search, observations))
 
 
 class BayesOptProposer:
@@ -119,9 +120,9 @@ class BayesOptProposer:
         # A search with another budget may have scored the same plan, but BayesOptSearch accepts a
         # point only once.
         scored = list({item.plan: item for item in history.last()}.values())
-        known = scored if len(scored) >= INITIAL_RANDOM else []
+        observations = scored if len(scored) >= INITIAL_RANDOM else []
         points = []
-        for item in known:
+        for item in observations:
             values = self._columns.values_of(item.plan)
             points.append({name: float(value) for name, value in values.items()})
         search = self._search(
@@ -132,9 +133,9 @@ class BayesOptProposer:
             random_state=_seed_of(self._seed, index),
             random_search_steps=0,
             skip_duplicate=False,
-            patience=len(known) + 2,
+            patience=len(observations) + 2,
         )
         with warnings.catch_warnings():
             # sklearn warns whenever a length scale of its kernel ends at a bound.
             warnings.simplefilter("ignore")
-            return self._columns.plan_of(_suggested(search, known))
+            return self._columns.plan_of(_suggested(search, observations))

@@ -165,9 +165,12 @@ class ObjectStorage(Storage):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        uri, *rest = path.relative_to(cache_root() / "runs").parts
-        self.scheme, self.bucket, prefix, self.query, _ = urlsplit(unquote(uri))
-        self.key = "/".join([prefix.strip("/"), *rest])
+        uri, *names = path.relative_to(cache_root() / "runs").parts
+        parts = urlsplit(unquote(uri))
+        self.scheme = parts.scheme
+        self.bucket = parts.netloc
+        self.query = parts.query
+        self.key = "/".join([parts.path.strip("/"), *names])
         self._path = f"{self.bucket}/{self.key}"
 
     @property
@@ -192,7 +195,8 @@ class ObjectStorage(Storage):
         # a longer object was uploaded in between.
         while True:
             with self.open() as stream:
-                data, before = bytes(stream.read()), stream.metadata()
+                data = bytes(stream.read())
+                before = stream.metadata()
             with self.open() as stream:
                 if stream.metadata() == before:
                     return data
