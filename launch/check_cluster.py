@@ -1,9 +1,10 @@
-"""Finds problems within seconds that `ray up` would find after minutes: no credentials, a host that
-does not answer.
+"""Finds within seconds the problems of a cluster file that `ray up` would find after minutes.
 
-Usage: python launch/check_cluster.py CLUSTER.yaml     (launch/up.sh runs it first; exit code 2 if
-there is a problem) It starts and changes nothing. It checks the file itself without the network,
-against the schema of Ray.
+Usage: python launch/check_cluster.py CLUSTER.yaml
+    (launch/up.sh runs it first; exit code 2 if there is a problem)
+
+Examples are missing credentials and a host that does not answer. The check starts and changes
+nothing. The file itself is checked without the network, against the schema of Ray.
 """
 
 from __future__ import annotations
@@ -29,31 +30,41 @@ HOST_NEEDS = (
 
 
 def problems(path: Path) -> list[str]:
-    """Return the problems of a cluster file and of the hosts, files and keys that it names, one
-    sentence each."""
+    """Return the problems of a cluster file and of what it names, one sentence for each.
+
+    What it names are hosts, files and keys.
+    """
     try:
         text = path.read_text()
         config = yaml.safe_load(text)
     except (OSError, yaml.YAMLError) as error:
         return [f"{path} cannot be read: {error}"]
-    found = [*unedited(path, text), *refused_by_ray(config)]
-    if found:
-        return found
-    checks = {"aws": [aws_names, aws_credentials], "local": [hosts]}
-    for check in (missing_files, missing_programs, *checks.get(config["provider"]["type"], [])):
-        found = check(config)
-        if found:
-            break
-    return found
+    in_file = unedited(path, text) + refused_by_ray(config)
+    if in_file:
+        return in_file
+
+    checks = [missing_files, missing_programs]
+    provider = config["provider"]["type"]
+    if provider == "aws":
+        checks += [aws_names, aws_credentials]
+    elif provider == "local":
+        checks.append(hosts)
+
+    for check in checks:
+        missing = check(config)
+        if missing:
+            return missing
+    return []
 
 
 def unedited(path: Path, text: str) -> list[str]:
     """Return the lines that still contain a placeholder."""
-    return [
-        f"{path}:{number}: replace {word}; docs/cluster.md says by what"
-        for number, line in enumerate(text.splitlines(), 1)
-        for word in re.findall(r"[\w.-]*REPLACE", line.split("#")[0])
-    ]
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        without_comment, _, _ = line.partition("#")
+        for word in re.findall(r"[\w.-]*REPLACE", without_comment):
+            lines.append(f"{path}:{number}: replace {word}; docs/cluster.md says by what")
+    return lines
 
 
 def refused_by_ray(config: Any) -> list[str]:
@@ -64,15 +75,11 @@ def refused_by_ray(config: Any) -> list[str]:
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    if (
-        not isinstance(config, dict)
-        or not isinstance(config.get("provider"), dict)
-        or "type" not in config["provider"]
-    ):
+    provider = config.get("provider") if isinstance(config, dict) else None
+    if not isinstance(provider, dict) or "type" not in provider:
         return ["a cluster file needs at least `cluster_name` and `provider: {type: ...}`"]
-    logging.getLogger("ray.autoscaler").setLevel(
-        logging.ERROR
-    )  # Ray warns that mounted files are not folders
+    # Ray warns that mounted files are not folders.
+    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)
     try:
         validate_config(prepare_config(config))
     except ValidationError as error:
@@ -86,13 +93,12 @@ def refused_by_ray(config: Any) -> list[str]:
 
 def missing_files(config: dict[str, Any]) -> list[str]:
     """Return the files that the cluster file names and that do not exist on this machine."""
-    named = [("auth.ssh_private_key", config.get("auth", {}).get("ssh_private_key"))]
-    named += [
-        (f"file_mounts.{remote}", local) for remote, local in config.get("file_mounts", {}).items()
-    ]
+    named = {"auth.ssh_private_key": config.get("auth", {}).get("ssh_private_key")}
+    for remote, local in config.get("file_mounts", {}).items():
+        named[f"file_mounts.{remote}"] = local
     return [
         f"`{key}`: there is no {local} (looked from {Path.cwd()})"
-        for key, local in named
+        for key, local in named.items()
         if local and not Path(local).expanduser().exists()
     ]
 
@@ -104,22 +110,26 @@ def missing_programs(_: dict[str, Any]) -> list[str]:
 
 
 def aws_names(config: dict[str, Any]) -> list[str]:
-    """Return values that cannot name an image, subnet or group; the AWS CLI prints None if it finds
-    nothing."""
+    """Return the values that cannot name an image, a subnet or a security group.
+
+    The AWS CLI prints None if it finds nothing.
+    """
     begins = {"ImageId": "ami-", "SubnetIds": "subnet-", "SecurityGroupIds": "sg-"}
-    found = {}
+    places = {}
     for kind, settings in config["available_node_types"].items():
         machine = settings["node_config"]
         for key in begins.keys() & machine.keys():
-            value = machine[key]
-            for name in value or [None] if isinstance(value, list) else [value]:
+            names = machine[key]
+            if not isinstance(names, list):
+                names = [names]
+            for name in names or [None]:
                 if not re.fullmatch(f"{begins[key]}[0-9a-f]+", str(name)):
                     # Node types share most settings, so report each value once.
-                    found.setdefault((key, name), f"available_node_types.{kind}.node_config.{key}")
+                    places.setdefault((key, name), f"available_node_types.{kind}.node_config.{key}")
     return [
-        f"`{place}` must be {begins[key]} and hexadecimal digits, got {name!r}: see what step 1 of docs/cluster.md "
-        "printed, mend it and repeat steps 1 and 2"
-        for (key, name), place in sorted(found.items(), key=str)
+        f"`{place}` must be {begins[key]} and hexadecimal digits, got {name!r}: see what step 1 "
+        "of docs/cluster.md printed, mend it and repeat steps 1 and 2"
+        for (key, name), place in sorted(places.items(), key=str)
     ]
 
 
@@ -135,9 +145,8 @@ def aws_credentials(config: dict[str, Any]) -> list[str]:
     try:
         session = boto3.Session(region_name=config["provider"].get("region"))
         if session.get_credentials() is None:
-            return [
-                "no AWS credentials were found: run `aws configure`, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and so on"
-            ]
+            remedy = "run `aws configure`, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and so on"
+            return [f"no AWS credentials were found: {remedy}"]
         session.client("sts", config=quick).get_caller_identity()
     except (BotoCoreError, ClientError) as error:
         return [f"AWS refuses the credentials or cannot be reached: {error}"]
@@ -145,79 +154,83 @@ def aws_credentials(config: dict[str, Any]) -> list[str]:
 
 
 def hosts(config: dict[str, Any]) -> list[str]:
-    """Return the hosts that do not answer or lack a requirement; workers are reached through the
-    head, as Ray does."""
-    auth, provider = config["auth"], config["provider"]
+    """Return the hosts that do not answer or lack a requirement.
+
+    Workers are reached through the head, as Ray does it.
+    """
+    auth = config["auth"]
+    provider = config["provider"]
+    workers = provider["worker_ips"]
+    if provider["head_ip"] in workers:
+        remedy = "leave it out; the head runs trials, too"
+        return [f"`provider.worker_ips` has the head, {provider['head_ip']}: {remedy}"]
+
     head = provider.get("external_head_ip") or provider["head_ip"]
-    if provider["head_ip"] in provider["worker_ips"]:
-        return [
-            f"`provider.worker_ips` has the head, {provider['head_ip']}: leave it out; the head runs trials, too"
-        ]
-    found = host_problem(auth, head)
-    if found:
-        return [found]
+    problem = host_problem(auth, head)
+    if problem:
+        return [problem]
     with ThreadPoolExecutor(16) as pool:
-        answers = pool.map(
-            lambda worker: host_problem(auth, worker, by_way_of=head), provider["worker_ips"]
-        )
+        answers = pool.map(lambda worker: host_problem(auth, worker, by_way_of=head), workers)
     return [answer for answer in answers if answer]
 
 
 def host_problem(auth: dict[str, Any], host: str, by_way_of: str | None = None) -> str | None:
     """Return the reason why Ray cannot be installed on a host, if any."""
-    done = on_host(auth, host, HOST_NEEDS, SSH_SECONDS, by_way_of)
+    done = on_host(auth, host, HOST_NEEDS, seconds=SSH_SECONDS, by_way_of=by_way_of)
     if done.returncode:
         reason = re.sub(r"\s+", " ", done.stderr).strip() or f"exit code {done.returncode}"
         way = f" by way of {by_way_of}" if by_way_of else ""
         return f"{auth['ssh_user']}@{host} cannot be reached over ssh{way}: {reason}"
-    lacking = ", ".join(done.stdout.split("\n")).strip(", ")
+    lacking = ", ".join(done.stdout.splitlines())
     return f"{host}: {lacking}" if lacking else None
 
 
 def on_host(
     auth: dict[str, Any], host: str, command: str, seconds: float, by_way_of: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a bash command on a host over ssh as Ray does: same account and key, no check of host
-    keys, no questions."""
+    """Run a bash command on a host over ssh, as Ray does.
+
+    The account and the key are those of the cluster file; host keys are not checked, and ssh asks
+    no questions.
+    """
+    options = (
+        f"-o BatchMode=yes -o ConnectTimeout={SSH_SECONDS} -o StrictHostKeyChecking=no "
+        "-o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    ).split()
     key = auth.get("ssh_private_key")
-    options = [
-        "-o",
-        "BatchMode=yes",
-        "-o",
-        f"ConnectTimeout={SSH_SECONDS}",
-        "-o",
-        "StrictHostKeyChecking=no",
-    ]
-    options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
-    options += ["-o", "IdentitiesOnly=yes", "-i", str(Path(key).expanduser())] if key else []
+    if key:
+        options += ["-o", "IdentitiesOnly=yes", "-i", str(Path(key).expanduser())]
+
     proxy = auth.get("ssh_proxy_command")
+    by_proxy = ["-o", f"ProxyCommand={proxy}"] if proxy else []
     if by_way_of:
-        own = [*options, "-o", f"ProxyCommand={proxy}"] if proxy else options
-        proxy = shlex.join(["ssh", *own, "-W", "%h:%p", f"{auth['ssh_user']}@{by_way_of}"])
-    options += ["-o", f"ProxyCommand={proxy}"] if proxy else []
+        way = f"{auth['ssh_user']}@{by_way_of}"
+        hop = shlex.join(["ssh", *options, *by_proxy, "-W", "%h:%p", way])
+        by_proxy = ["-o", f"ProxyCommand={hop}"]
+
     target = f"{auth['ssh_user']}@{host}"
+    on_target = f"bash --login -c {shlex.quote(command)}"
+    limit = seconds * 2
     try:
         return subprocess.run(
-            ["ssh", *options, target, f"bash --login -c {shlex.quote(command)}"],
+            ["ssh", *options, *by_proxy, target, on_target],
             capture_output=True,
             text=True,
-            timeout=seconds * 2,
+            timeout=limit,
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as error:
-        return subprocess.CompletedProcess(
-            error.cmd, 255, "", f"no answer within {seconds * 2:g} s"
-        )
+        return subprocess.CompletedProcess(error.cmd, 255, "", f"no answer within {limit:g} s")
 
 
 def main() -> None:
     """Print one line for each problem, and exit with code 2 if there is any."""
     if len(sys.argv) != 2:
         sys.exit("usage: check_cluster.py CLUSTER.yaml")
-    found = problems(Path(sys.argv[1]))
-    for problem in found:
+    found_problems = problems(Path(sys.argv[1]))
+    for problem in found_problems:
         print(f"error: {problem}", file=sys.stderr)
-    if found:
+    if found_problems:
         sys.exit(2)
     print("the cluster file is complete, and what it names answers")
 

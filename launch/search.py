@@ -1,9 +1,10 @@
-"""Runs `qpruner run CONFIG --address auto` on the head of a cluster, in the folder that the cluster
-file installs.
+"""Runs `qpruner run CONFIG --address auto` on the head of a cluster.
 
-Usage: ray submit cluster.yaml launch/search.py CONFIG [options of `qpruner run`]     (Ray copies
-this file to the head) CONFIG is a path on the head, relative to ~/qpruner. After
-`--percent-encoded` all arguments are, as submit.sh does it.
+Usage: ray submit cluster.yaml launch/search.py CONFIG [options of `qpruner run`]
+
+Ray copies this file to the head. CONFIG is a path on the head, relative to ~/qpruner, the folder
+that the cluster file installs. After `--percent-encoded`, all arguments are percent-encoded, as
+submit.sh passes them.
 """
 
 import os
@@ -13,7 +14,7 @@ from urllib.parse import unquote
 
 arguments = sys.argv[1:]
 if arguments[:1] == ["--percent-encoded"]:
-    arguments = [unquote(each) for each in arguments[1:]]
+    arguments = [unquote(argument) for argument in arguments[1:]]
 if not arguments:
     sys.exit("usage: search.py CONFIG [options of `qpruner run`]")
 os.chdir(Path.home() / "qpruner")

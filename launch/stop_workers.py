@@ -14,20 +14,19 @@ from check_cluster import on_host
 
 
 def main() -> None:
-    """Stop all workers, print their answers, and exit with code 1 if a worker could not be reached."""
+    """Stop all workers and print their answers; exit with code 1 if one could not be reached."""
     config = yaml.safe_load((Path.home() / "ray_bootstrap_config.yaml").read_text())
     workers = config["provider"]["worker_ips"]
+    command = "source ~/qpruner/launch/node_env.sh; ray stop"
 
     def stop(host: str) -> subprocess.CompletedProcess[str]:
-        return on_host(
-            config["auth"], host, "source ~/qpruner/launch/node_env.sh; ray stop", seconds=60
-        )
+        return on_host(config["auth"], host, command, seconds=60)
 
     with ThreadPoolExecutor(16) as pool:
-        done = dict(zip(workers, pool.map(stop, workers), strict=True))
-    for host, result in done.items():
+        results = list(pool.map(stop, workers))
+    for host, result in zip(workers, results, strict=True):
         print(f"{host}: {(result.stdout or result.stderr).strip()}")
-    if any(result.returncode for result in done.values()):
+    if any(result.returncode for result in results):
         sys.exit(1)
 
 

@@ -1,8 +1,9 @@
-"""Translate the settings of pip (files and PIP_ variables), which uv does not read: print exports
-of uv's variables.
+"""Translates the settings of pip, which uv does not read, into exports of uv's variables.
 
-Usage: eval "$(pip config list | python launch/uv_settings.py)"     Exit status 1: uv cannot have
-these settings.
+Usage: eval "$(pip config list | python launch/uv_settings.py)"
+
+The settings come from pip's files and from PIP_ variables. Exit status 1 means that uv has no
+equivalent of these settings.
 """
 
 import ast
@@ -21,8 +22,10 @@ SAME = {
     "timeout": "UV_HTTP_TIMEOUT",
     "default-timeout": "UV_HTTP_TIMEOUT",
 }
-"""uv's variable for a setting of pip; several values are separated by blanks, of UV_FIND_LINKS by
-commas."""
+"""uv's variable for a setting of pip.
+
+Several values are separated by blanks, and those of UV_FIND_LINKS by commas.
+"""
 NO_MATTER = {
     "disable-pip-version-check",
     "no-input",
@@ -31,14 +34,13 @@ NO_MATTER = {
     "verbose",
     "progress-bar",
     "retries",
-}
-NO_MATTER |= {
     "no-cache-dir",
     "cache-dir",
     "require-virtualenv",
     "break-system-packages",
     "config-file",
 }
+"""Settings of pip that change nothing about what is installed."""
 
 
 def refuse(why: str) -> None:
@@ -46,25 +48,28 @@ def refuse(why: str) -> None:
     sys.exit(f"== {why}, so pip installs")
 
 
-found = {
-    "UV_INDEX_STRATEGY": "unsafe-best-match",
-    "UV_NATIVE_TLS": "1",
-}  # as pip: newest of all indexes, certificates
-lines = [line.partition("=") for line in sys.stdin.read().splitlines()]
+# As pip does it: take the newest version of all indexes, and use the certificates of the system.
+variables = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_NATIVE_TLS": "1"}
+lines = sys.stdin.read().splitlines()
 for section in ("global.", "install.", ":env:."):  # later ones win
-    own: dict[str, str] = {}
-    for name, value in (
-        (key.removeprefix(section), value) for key, _, value in lines if key.startswith(section)
-    ):
-        values = [os.path.expanduser(each) for each in str(ast.literal_eval(value)).split()]
+    of_section: dict[str, str] = {}
+    for line in lines:
+        if not line.startswith(section):
+            continue
+        name, _, value = line.removeprefix(section).partition("=")
+        values = [os.path.expanduser(word) for word in str(ast.literal_eval(value)).split()]
         if not values or name in NO_MATTER:
             continue
         if name not in SAME:
             refuse(f"uv has no setting as pip's `{name}`")
-        text = ("," if name == "find-links" else " ").join(values)
-        if own.setdefault(SAME[name], text) != text:  # pip lists files by name, not in their order
+
+        separator = "," if name == "find-links" else " "
+        text = separator.join(values)
+        # pip lists its files by name, and not in the order in which they count.
+        if of_section.setdefault(SAME[name], text) != text:
             refuse(f"two files set pip's `{name}`")
-    found |= own
-for name, value in found.items():
+    variables |= of_section
+
+for name, value in variables.items():
     if name not in os.environ:
         print(f"export {name}={shlex.quote(value)}")

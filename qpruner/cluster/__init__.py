@@ -1,2 +1,1 @@
-"""Everything that imports Ray: the connection, tasks, checks of nodes, and the search under Ray
-Tune."""
+"""Everything that imports Ray: connection, tasks, checks of nodes, and the search by Ray Tune."""

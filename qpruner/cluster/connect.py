@@ -24,8 +24,10 @@ from qpruner.runs.storage import CACHE, cache_root
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 OBJECT_STORE_BYTES = 200 * 1024**2
-"""Shared memory of Ray on a single machine: small, because workers read weights from the run
-folder."""
+"""Shared memory of Ray on a single machine.
+
+It is small, because workers read weights from the run folder.
+"""
 ANSWER_SECONDS = 15.0
 """Time for a head node to answer.
 
@@ -41,28 +43,42 @@ class Cluster:
     was_joined: bool = False  # before `connect` was called
 
     def slots(self) -> Slots:
-        """Return the sizes of present machines that are not about to leave, and of machines that
-        may be started."""
+        """Return the sizes of the present machines, and of the machines that may be started.
+
+        Machines that are about to leave are left out.
+        """
         import ray
 
         draining = ray_private.state.get_draining_nodes()
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-        return replace(self.growth, nodes=tuple(map(size_of, nodes)))
+        sizes = [
+            size_of(node)
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] not in draining
+        ]
+        return replace(self.growth, nodes=tuple(sizes))
 
 
 def connect(address: str | None) -> Cluster:
-    """Join the cluster at `address`; without an address start a separate Ray on this machine, on
-    loopback."""
+    """Join the Ray cluster at `address`, or start a separate Ray on this machine.
+
+    Args:
+        address: `HOST:PORT` of the cluster, or `auto` for the one on this machine. Without an
+            address, Ray starts here and listens on loopback only.
+
+    Raises:
+        UserError: If no cluster can be joined there, or this process has joined another one.
+        RayNotStarted: If Ray does not start on this machine in time.
+    """
     import ray
 
     variables = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if address:
         # Each machine fetches a file of the bank once for all its workers, because the run's
         # storage is remote.
-        variables[BANK_CACHE] = os.environ.get(
-            BANK_CACHE, f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}"
-        )
-        variables[CACHE] = str(cache_root())  # every path of a run at a URI begins with this folder
+        own_cache = f"{tempfile.gettempdir()}/qpruner-bank-{os.getuid()}"
+        variables[BANK_CACHE] = os.environ.get(BANK_CACHE, own_cache)
+        # Every path of a run at a URI begins with this folder.
+        variables[CACHE] = str(cache_root())
     options = {
         "log_to_driver": False,
         "logging_level": "ERROR",
@@ -74,7 +90,8 @@ def connect(address: str | None) -> Cluster:
         if address not in ("auto", present):
             remedy = f"call `ray.shutdown()` first, or pass address={present!r}"
             raise UserError(
-                f"`address` is {address!r}, but this process has joined the Ray cluster at {present}; {remedy}"
+                f"`address` is {address!r}, but this process has joined the Ray cluster at "
+                f"{present}; {remedy}"
             )
     elif address:
         _join(address, options)
@@ -100,36 +117,45 @@ def _start(options: dict[str, Any]) -> None:
     import ray
 
     constants = ray_private.constants
-    name, clusters = constants.ENABLE_RAY_CLUSTERS_ENV_VAR, constants.ENABLE_RAY_CLUSTER
+    switch = constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    forms_clusters = constants.ENABLE_RAY_CLUSTER
     # With the last two, which a cluster's head node sets, Ray would load the cluster's state or use
     # its port.
-    variables = (name, "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
-    before = {each: os.environ.pop(each) for each in variables if each in os.environ}
-    os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
+    variables = (switch, "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT")
+    before = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    os.environ[switch] = "0"
+    constants.ENABLE_RAY_CLUSTER = False
     try:
         ensure_token()
-        # Ray (2.60) would count all cores of the machine, those outside this process's CPU affinity
-        # too.
-        options = {"num_cpus": num_cores(), "object_store_memory": OBJECT_STORE_BYTES, **options}
-        ray.init(address="local", include_dashboard=False, **options)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            # Ray (2.60) would count all cores of the machine, even those outside this process's CPU
+            # affinity.
+            num_cpus=num_cores(),
+            object_store_memory=OBJECT_STORE_BYTES,
+            **options,
+        )
     except Exception as error:
         if "timed out" not in str(error).lower():
             raise
         raise RayNotStarted(
-            f"Ray did not come up on this machine in time ({first_line(error)}); the load is {os.getloadavg()[0]:.0f}"
-            "\n  remedy: end other programs, then repeat the command; Ray's logs are in the newest folder of `/tmp/ray`"
+            f"Ray did not come up on this machine in time ({first_line(error)}); "
+            f"the load is {os.getloadavg()[0]:.0f}\n"
+            "  remedy: end other programs, then repeat the command; "
+            "Ray's logs are in the newest folder of `/tmp/ray`"
         ) from error
     finally:
-        constants.ENABLE_RAY_CLUSTER = clusters
-        os.environ.pop(name)
+        constants.ENABLE_RAY_CLUSTER = forms_clusters
+        os.environ.pop(switch)
         os.environ.update(before)
 
 
 def ensure_token() -> None:
-    """Write Ray's token file, readable by its owner only; Ray (2.60) would let every user of the
-    machine read it.
+    """Write Ray's token file so that only its owner can read it.
 
-    If the home folder cannot be written, the file is in a private temporary folder.
+    Ray (2.60) would let every user of the machine read it. If the home folder cannot be written,
+    the file goes to a private temporary folder.
     """
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if given or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
@@ -147,22 +173,24 @@ def ensure_token() -> None:
 
 def _write_token(path: Path) -> None:
     """Write a new token, unless there is one."""
-    with (
-        suppress(FileExistsError),
-        open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file,
-    ):
-        file.write(secrets.token_hex(32))
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
-    """Join the cluster at an address; refuse the address of a Ray client, and another version of
-    Ray or Python."""
+    """Join the cluster at an address.
+
+    Addresses of the Ray client are refused, and so are clusters with another version of Ray or
+    Python.
+    """
     import ray
 
     if address.startswith("ray://"):
-        remedy = "repeat the command on the head node with `--address auto`, or submit it with `ray job submit`"
         raise UserError(
-            f"--address {address}: qpruner does not work through a Ray client; {remedy}"
+            f"--address {address}: qpruner does not work through a Ray client; repeat the command "
+            "on the head node with `--address auto`, or submit it with `ray job submit`"
         )
     try:
         # Connect first: this fails at once where nothing listens, while Ray would log many
@@ -171,9 +199,12 @@ def _join(address: str, options: dict[str, Any]) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(address=address, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        why = f"this process cannot join a Ray cluster there ({' '.join(str(error).split())})"
-        remedy = "start one with the same Ray and Python (`ray start --head`, `ray up`), or leave --address out"
-        raise UserError(f"--address {address}: {why}; {remedy}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--address {address}: this process cannot join a Ray cluster there ({reason}); "
+            "start one with the same Ray and Python (`ray start --head`, `ray up`), "
+            "or leave --address out"
+        ) from error
 
 
 def _growth() -> Slots:
@@ -185,31 +216,43 @@ def _growth() -> Slots:
     """
     import ray
 
-    session, option = ray.get_runtime_context().get_session_name(), "--autoscaling-config="
-    heads = [size_of(node) for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
-    for command in (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])):
-        files = [
-            argument.removeprefix(option) for argument in command if argument.startswith(option)
-        ]
-        if heads and files and any(f"/{session}/" in argument for argument in command):
-            return read_growth(Path(files[0]).expanduser(), heads[0])
+    heads = [node for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
+    if not heads:
+        return Slots(())
+
+    session = ray.get_runtime_context().get_session_name()
+    option = "--autoscaling-config="
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        is_of_session = any(f"/{session}/" in argument for argument in command)
+        for argument in command:
+            if is_of_session and argument.startswith(option):
+                file = Path(argument.removeprefix(option)).expanduser()
+                return read_growth(file, size_of(heads[0]))
     return Slots(())
 
 
 def read_growth(file: Path, head: Node) -> Slots:
-    """Return the workers that a cluster file allows beside `head`; skip node types that state no
-    CPUs or GPUs."""
+    """Return the workers that a cluster file allows beside `head`.
+
+    Node types that state neither CPUs nor GPUs are skipped.
+    """
     # Ray's own reader (`FileConfigReader`) prints warnings and needs the ssh key that the file
     # names.
     try:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        why = f"the cluster file of Ray's autoscaler, cannot be read ({error})"
-        raise UserError(f"{file}, {why}: run qpruner as the user who started Ray") from error
+        raise UserError(
+            f"{file}, the cluster file of Ray's autoscaler, cannot be read ({error}): "
+            "run qpruner as the user who started Ray"
+        ) from error
+
     max_workers = int(config.get("max_workers", 0))
+    node_types = config.get("available_node_types") or {}
     workers: list[Node] = []
-    for name, kind in (config.get("available_node_types") or {}).items():
-        node = size_of({"Resources": kind.get("resources") or {}})
-        number = kind.get("max_workers", 0 if name == config.get("head_node_type") else max_workers)
-        workers += [node] * number if node.cpus or node.gpus else []
-    return Slots((), head, tuple(workers), max_workers)
+    for name, node_type in node_types.items():
+        node = size_of({"Resources": node_type.get("resources") or {}})
+        default = 0 if name == config.get("head_node_type") else max_workers
+        if node.cpus or node.gpus:
+            workers += [node] * node_type.get("max_workers", default)
+    return Slots(nodes=(), head=head, workers=tuple(workers), max_workers=max_workers)

@@ -37,7 +37,8 @@ class LocalExecutor:
     """Runs work in this process, which holds `gpus` GPUs."""
 
     def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
-        self._gpus, self._gpu_time = gpus, gpu_time
+        self._gpus = gpus
+        self._gpu_time = gpu_time
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run the work in this process, return its result and free its memory."""
@@ -50,31 +51,42 @@ class LocalExecutor:
 
 
 class ClusterExecutor:
-    """Runs each work in a new process on a node; this process, the driver, holds no model. See also
-    `run_tasks`."""
+    """Runs each piece of work in a new process on a node of the cluster (see `run_tasks`).
+
+    This process, the driver, holds no model.
+    """
 
     def __init__(
         self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes
     ) -> None:
-        self._resources, self._gpu_time, self._check_node = resources, gpu_time, check_node
+        self._resources = resources
+        self._gpu_time = gpu_time
+        self._check_node = check_node
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
-        """Run the work on a node and return its result; run it again in a new process if the
-        process dies."""
+        """Run the work on a node and return its result.
+
+        If the process dies, the work runs again in a new one.
+        """
         from qpruner.cluster.tasks import run_tasks
 
-        jobs = [Streamed(work, int(self._resources.get("cpu", 1.0)))]
-        held, check = self._gpu_time.add, self._check_node
-        result: Result
-        ((_, result),) = run_tasks(
-            run_streamed, jobs, self._resources, 1, True, check, on_held=held, on_event=emit
+        finished_jobs = run_tasks(
+            run_streamed,
+            jobs=[Streamed(work, int(self._resources.get("cpu", 1.0)))],
+            resources=self._resources,
+            max_concurrent=1,
+            own_process=True,
+            check_node=self._check_node,
+            on_held=self._gpu_time.add,
+            on_event=emit,
         )
+        result: Result
+        [(_, result)] = finished_jobs
         return result
 
 
-ModelExecutor = (
-    LocalExecutor | ClusterExecutor
-)  # runs work on one model, and passes on its events and errors unchanged
+ModelExecutor = LocalExecutor | ClusterExecutor
+"""Runs work on one model, and passes on its events and errors unchanged."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +98,10 @@ class Streamed(Generic[Result]):
 
 
 def run_streamed(job: Streamed[Result]) -> Any:
-    """Run work in another thread, as a job for `run_tasks`; yield each event at once, and return
-    the result."""
+    """Run work in another thread, as a job for `run_tasks`.
+
+    Each event is yielded as soon as it is emitted; the generator returns the result.
+    """
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(job.torch_threads,)) as thread:
         outcome = thread.submit(job.work, events.put)

@@ -1,7 +1,7 @@
-"""Runs a function in several processes that Ray Train connects by torch's process group; no other
-module uses it.
+"""Runs a function in several processes, which Ray Train connects to one torch process group.
 
-A group that runs again resumes from the files that the function itself has saved.
+No other module uses Ray Train. A group that runs again resumes from the files that the function
+itself has saved.
 """
 
 import os
@@ -39,28 +39,50 @@ def run_groups(
     check_node: bytes,
     **more: Any,
 ) -> Iterator[tuple[int, Result]]:
-    """Run `function(job)` for every job in a group of `num_workers` processes, otherwise like
-    `run_tasks`.
+    """Run `function(job)` for every job, each in a group of `num_workers` processes.
 
-    If a process dies, the job runs again in another group. Rank 0 returns the result. `resources`
-    are for one process, `max_concurrent` counts groups. Ray Train keeps its files in `scratch`, a
-    folder that all nodes share.
+    If a process dies, the job runs again in another group. Rank 0 returns the result. Everything
+    else is as in `run_tasks`.
+
+    Args:
+        function: A function of one job.
+        jobs: The jobs.
+        resources: CPUs and GPUs of one process of a group.
+        num_workers: The number of processes in a group.
+        max_concurrent: How many groups may run at once.
+        scratch: A folder that all nodes share, for the files of Ray Train.
+        check_node: The pickled check of a node (see `packed_check`).
+        **more: Further arguments of `run_tasks`.
     """
-    run = partial(_run, function, resources, num_workers, scratch, check_node)
+    run = partial(
+        _run,
+        function,
+        resources=resources,
+        num_workers=num_workers,
+        scratch=scratch,
+        check_node=check_node,
+    )
     try:
-        # The task that waits for a group reserves nothing.
-        yield from run_tasks(run, jobs, {"cpu": 0.0}, max_concurrent, True, check_node, **more)
+        yield from run_tasks(
+            run,
+            jobs,
+            resources={"cpu": 0.0},  # the task that waits for a group reserves nothing
+            max_concurrent=max_concurrent,
+            own_process=True,
+            check_node=check_node,
+            **more,
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run(
     function: Callable[[Any], Any],
+    job: Any,
     resources: Mapping[str, float],
     num_workers: int,
     scratch: Path,
     check_node: bytes,
-    job: Any,
 ) -> Any:
     """Run one job in a group of processes; raise the error that ended the group."""
     # A new name: under a known name, Ray Train would resume from its own records.
@@ -83,40 +105,44 @@ def _run(
         return trainer.fit().return_value
     except WorkerGroupError as error:
         cause = _first_cause(error.worker_failures)
-        if isinstance(cause, RayActorError) and not all(
-            map(is_staying, (read_progress(nodes) or "").split())
-        ):
-            raise NodeDiedError(str(cause)) from error
+        if isinstance(cause, RayActorError):
+            node_ids = (read_progress(nodes) or "").split()
+            if not all(is_staying(node_id) for node_id in node_ids):
+                raise NodeDiedError(str(cause)) from error
         raise cause from error
     except ControllerError as error:
         raise error.controller_failure from error
 
 
 class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Checks the nodes of a group before its function starts, and writes their ids to a file; frees
-    CPUs and GPUs.
+    """Checks the nodes of a group before its function starts, and writes their ids to a file.
 
-    If a process dies before the function starts, Ray Train (2.60) keeps them, tries again and waits
-    for them forever.
+    If a process dies before the function starts, Ray Train (2.60) keeps the group's CPUs and GPUs,
+    tries again and waits for them forever; so this class frees them.
     """
 
     def __init__(self, nodes: Path, check_node: bytes) -> None:
-        self._nodes, self._check_node = nodes, check_node
-        self._held: Any = None
+        self._nodes = nodes
+        self._check_node = check_node
+        self._placement_group: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """End the run where Ray Train would start the group again; this counts like any other
-        death."""
-        if self._held:
-            raise WorkerGroupError(
-                "", {0: RayActorError(error_msg="a process died, or its machine leaves")}
-            )
+        """End the run where Ray Train would start the group again.
+
+        This counts like any other death.
+        """
+        if self._placement_group:
+            death = RayActorError(error_msg="a process died, or its machine leaves")
+            raise WorkerGroupError("", {0: death})
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Check the nodes before Ray Train (2.60) sends them `self`: another version of qpruner may
-        lack its class."""
+        """Check the nodes before Ray Train (2.60) sends `self` to them.
+
+        A node with another version of qpruner may lack the class of `self`.
+        """
         check = cloudpickle.loads(self._check_node)
-        self._held = ray.get(workers[0].actor.execute.remote(get_current_placement_group))
+        group = workers[0].actor.execute.remote(get_current_placement_group)
+        self._placement_group = ray.get(group)
         try:
             ray.get([worker.actor.execute.remote(check) for worker in workers])
         except RayTaskError as error:
@@ -125,28 +151,30 @@ class _GroupHooks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc
         return {}
 
     async def before_controller_shutdown(self) -> None:
-        if self._held:
-            remove_placement_group(self._held)
+        if self._placement_group:
+            remove_placement_group(self._placement_group)
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception:
-    """Return the failure that caused the others: the death of a process, or an error that is no
-    broken connection."""
+    """Return the failure that caused the others.
+
+    It is the death of a process or, without one, an error that is no broken connection.
+    """
     causes: list[Exception] = [
         getattr(failure, "health_check_failure", failure) for failure in failures.values()
     ]
-    died = [cause for cause in causes if isinstance(cause, RayActorError)]
-    own = [
-        cause
-        for cause in causes
-        if not (type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause))
-    ]
-    first: Exception = [*died, *own, RayActorError(error_msg=str(causes[0]))][0]
-    return first
+    deaths: list[Exception] = [cause for cause in causes if isinstance(cause, RayActorError)]
+    if deaths:
+        return deaths[0]
+    for cause in causes:
+        is_connection = type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause)
+        if not is_connection:
+            return cause
+    return RayActorError(error_msg=str(causes[0]))  # type: ignore[no-any-return]
 
 
 class _Connection(TorchConfig):  # type: ignore[misc]
-    """Connects the processes over the network interface that has the node's address in the cluster."""
+    """Connects the processes over the network interface with the node's address in the cluster."""
 
     @property
     def backend_cls(self) -> type[TorchBackend]:
@@ -154,8 +182,10 @@ class _Connection(TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(TorchBackend):  # type: ignore[misc]
-    """Chooses the network interface, then lets torch connect the processes; an error counts like
-    any other death."""
+    """Chooses the network interface, then lets torch connect the processes.
+
+    An error counts like any other death.
+    """
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         try:
@@ -166,10 +196,12 @@ class _Backend(TorchBackend):  # type: ignore[misc]
 
 
 def _choose_interface() -> None:
-    """Make gloo and NCCL use the interface with Ray's address; gloo would use the address of the
-    host's name."""
+    """Make gloo and NCCL use the interface with Ray's address.
+
+    Gloo itself would use the address of the host's name.
+    """
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
-        if address in [each.address for each in addresses]:
+        if any(entry.address == address for entry in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

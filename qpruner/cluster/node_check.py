@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qpruner.cluster.slots import Node, size_of
 from qpruner.runs.records import RUN_ID
@@ -26,8 +25,10 @@ ANSWER_SECONDS = 120.0
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MISSING = "not installed"
 REFUSAL = "NodeDiffers: "
-"""The start of the error of an unusable node, a RuntimeError, because every qpruner can unpickle
-this type."""
+"""The start of the error of an unusable node.
+
+The error is a RuntimeError, because every qpruner can unpickle this type.
+"""
 
 Gpus = Sequence[tuple[str, int, tuple[int, int]]]
 """(model, bytes of memory, compute capability) of each GPU that torch can use."""
@@ -46,55 +47,67 @@ class NodeReport:
 
 
 def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> list[NodeReport]:
-    """Check every live node of the joined cluster; a node without an answer in time is reported
-    with that problem.
+    """Check every live node of the joined cluster.
 
-    `storage` is a folder of the run, and `driver` the name and content of a file that this process
-    has written there. Every node writes a file there, too: its name and content are the node's id.
+    Args:
+        storage: A folder of the run.
+        driver: Name and content of a file that this process has written to that folder. Every node
+            writes a file there, too; its name and content are the id of the node.
+        seconds: How long to wait. A node that has not answered by then is reported with that
+            problem.
     """
     import ray
     from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes, own = [node for node in ray.nodes() if node["Alive"]], versions()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    own_versions = versions()
+    answers = []
     with _module_by_value():
         # In a new process, which frees at its end the GPU memory that importing torch takes.
         task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look_at_one)
-        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        answers = [
-            task.options(scheduling_strategy=strategy).remote(
-                str(storage), driver, node["NodeID"], own, node_size.gpus
+        for node in nodes:
+            node_id = node["NodeID"]
+            on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            answer = task.options(scheduling_strategy=on_node).remote(
+                str(storage), driver, node_id, own_versions, size_of(node).gpus
             )
-            for node, node_size, strategy in zip(
-                nodes, map(size_of, nodes), strategies, strict=True
-            )
-        ]
+            answers.append(answer)
     ray.wait(answers, num_returns=len(answers), timeout=seconds)
+
     reports = []
-    for node, reference in zip(nodes, answers, strict=True):
-        node_id, has_left, answer = node["NodeID"], False, {}
+    for node, answer in zip(nodes, answers, strict=True):
+        has_left = False
         try:
-            answer = ray.get(reference, timeout=0)
+            problems, gpus = ray.get(answer, timeout=0)
         except (RayError, TimeoutError) as error:
-            ray.cancel(reference, force=True)
-            has_left = isinstance(
-                error, NodeDiedError | TaskUnschedulableError
-            )  # known before Ray's table says so
-            why = (
-                f"no answer in {seconds:g} s"
-                if isinstance(error, TimeoutError)
-                else str(error).partition("\n")[0]
-            )
+            ray.cancel(answer, force=True)
+            # These errors come before Ray's table says that the node has left.
+            has_left = isinstance(error, NodeDiedError | TaskUnschedulableError)
+            why = str(error).partition("\n")[0]
+            if isinstance(error, TimeoutError):
+                why = f"no answer in {seconds:g} s"
             remedy = "see Ray's log there, or take the node out of the cluster (`ray stop`)"
-            answer = {"problems": {"no answer": f"it could not be checked: {why}; {remedy}"}}
-        name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node_id[:8]})"
-        reports.append(NodeReport(node_id, name, size_of(node), **answer, has_left=has_left))
+            problems = {"no answer": f"it could not be checked: {why}; {remedy}"}
+            gpus = ()
+        node_id = node["NodeID"]
+        report = NodeReport(
+            id=node_id,
+            name=f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node_id[:8]})",
+            size=size_of(node),
+            problems=problems,
+            gpus=gpus,
+            has_left=has_left,
+        )
+        reports.append(report)
     return reports
 
 
 def packed_check(driver_versions: Mapping[str, str], run: RunDir | None) -> bytes:
-    """Pickle `check_node` for workers; it skips the versions if there are none, and the storage if
-    there is no run."""
+    """Pickle `check_node` for workers.
+
+    Without versions it skips the versions, and without a run it skips the storage.
+    """
     from ray import cloudpickle
 
     place = (str(run.root), run.place, RUN_ID, run.id) if run else None
@@ -120,34 +133,49 @@ def _module_by_value() -> Iterator[None]:
 
 def look_at_one(
     storage: str, driver: str, node_id: str, driver_versions: Mapping[str, str], num_gpus: float
-) -> dict[str, Any]:
-    """Check this node, on which Ray counts `num_gpus`; return the fields `problems` and `gpus` of
-    `NodeReport`."""
-    usable, gpu_trouble = _gpus(num_gpus) if num_gpus else ([], "")
-    remedy = "install the same versions on every node (`launch/up.sh`, or `launch/setup.sh` there) and restart Ray"
-    differs = differences(driver_versions)
-    problems = {
-        "other versions": f"{differs}; {remedy}" if differs else "",
-        "storage": _storage_trouble(Path(storage), driver, driver, node_id, seconds=0.0),
-        "GPUs": gpu_trouble,
-    }
-    return {"problems": {title: text for title, text in problems.items() if text}, "gpus": usable}
+) -> tuple[dict[str, str], Gpus]:
+    """Check this node, on which Ray counts `num_gpus` GPUs.
+
+    Return the fields `problems` and `gpus` of `NodeReport`.
+    """
+    problems = {}
+    differing = differences(driver_versions)
+    if differing:
+        problems["other versions"] = (
+            f"{differing}; install the same versions on every node "
+            "(`launch/up.sh`, or `launch/setup.sh` there) and restart Ray"
+        )
+    unusable = _storage_trouble(Path(storage), driver, driver, node_id, seconds=0.0)
+    if unusable:
+        problems["storage"] = unusable
+    usable_gpus: Gpus = ()
+    if num_gpus:
+        usable_gpus, gpu_trouble = _gpus(num_gpus)
+        if gpu_trouble:
+            problems["GPUs"] = gpu_trouble
+    return problems, usable_gpus
 
 
 def check_node(driver_versions: Mapping[str, str], place: tuple[str, str, str, str] | None) -> None:
-    """Raise a RuntimeError (`NodeDiffers: NODE: reason`) if this node has other versions, no
-    storage or no GPU.
+    """Raise a RuntimeError if this node has other versions, no storage or no GPU.
 
-    `place` is the folder of the run, its name in messages, and the name and content of a file in
-    it.
+    Its text is `NodeDiffers: NODE: reason`.
+
+    Args:
+        driver_versions: The versions of the driver (see `versions`); if empty, they are not
+            compared.
+        place: The folder of the run, its name in messages, and the name and content of a file in
+            it; None to skip the storage.
     """
     trouble = differences(driver_versions)
     if place and not trouble:  # reading the storage needs the driver's qpruner
-        unreadable = _storage_trouble(
-            Path(place[0]), *place[2:]
-        )  # waits for the storage as long as a trial does
-        trouble = f"`output`: {place[1]} {unreadable}" if unreadable else ""
-    if trouble := trouble or _unseen_gpus():
+        folder, folder_name, file, text = place
+        # This waits for the storage as long as a trial does.
+        unreadable = _storage_trouble(Path(folder), file, text)
+        if unreadable:
+            trouble = f"`output`: {folder_name} {unreadable}"
+    trouble = trouble or _unseen_gpus()
+    if trouble:
         raise RuntimeError(f"{REFUSAL}{own_name()}: {trouble}")
 
 
@@ -155,38 +183,45 @@ def own_name() -> str:
     """Return the name of this node in messages: address, host name and start of its id."""
     import ray
 
-    return f"{ray.util.get_node_ip_address()} ({platform.node()}, {ray.get_runtime_context().get_node_id()[:8]})"
+    node_id = ray.get_runtime_context().get_node_id()
+    return f"{ray.util.get_node_ip_address()} ({platform.node()}, {node_id[:8]})"
 
 
 def own_device() -> str:
-    """Return the name of the GPU that Ray gave this process, with that of the node, or that of the
-    node alone."""
+    """Return the name of the GPU that Ray gave this process, followed by the name of the node.
+
+    Without a GPU, return only the name of the node.
+    """
     import ray
 
-    gpus = ",".join(str(each) for each in ray.get_gpu_ids())
+    gpus = ",".join(map(str, ray.get_gpu_ids()))
     return f"GPU {gpus} of {own_name()}" if gpus else own_name()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be equal on all nodes, without suffixes for a device as in
-    `2.13.0+cpu`."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2]), "qpruner's code": _code()}
+    """Return the versions that must be equal on all nodes.
+
+    Suffixes for a device, as in `2.13.0+cpu`, are left out.
+    """
+    python = ".".join(platform.python_version_tuple()[:2])
+    own_versions = {"python": python, "qpruner's code": _code()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name).partition("+")[0]
+            own_versions[name] = importlib.metadata.version(name).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
-            found[name] = MISSING
-    return found
+            own_versions[name] = MISSING
+    return own_versions
 
 
 def differences(driver_versions: Mapping[str, str]) -> str:
     """Describe the versions that differ between this node and the driver; empty if none does."""
-    own = versions() if driver_versions else {}
-    pairs = ((name, own[name], wanted) for name, wanted in driver_versions.items())
+    if not driver_versions:
+        return ""
+    own_versions = versions()
     return ", ".join(
-        f"{name} is {there} there and {wanted} here"
-        for name, there, wanted in pairs
-        if there != wanted
+        f"{name} is {own_versions[name]} there and {driver_version} here"
+        for name, driver_version in driver_versions.items()
+        if own_versions[name] != driver_version
     )
 
 
@@ -203,8 +238,11 @@ def _code() -> str:
 
 
 def _unseen_gpus() -> str:
-    """Return a message if Ray gave this process a GPU, the machine has an NVIDIA card, and torch
-    sees no GPU."""
+    """Return a message if torch sees no GPU although Ray gave this process one.
+
+    The message is empty if the machine has no NVIDIA card, because Ray may count GPUs that do not
+    exist.
+    """
     import ray
 
     # `get_gpu_ids` would start a cluster in a process that is no worker.
@@ -212,35 +250,43 @@ def _unseen_gpus() -> str:
         return ""
     import torch
 
-    sees_none = f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
-    return "" if torch.cuda.is_available() else sees_none
+    if torch.cuda.is_available():
+        return ""
+    return f"a GPU is reserved for work there, but torch {torch.__version__} sees none"
 
 
 def _has_hardware() -> bool:
-    """Return True if this machine has an NVIDIA driver or card; Ray may count GPUs that do not
-    exist."""
+    """Return True if this machine has an NVIDIA driver or card.
+
+    Ray may count GPUs that do not exist.
+    """
     if Path("/proc/driver/nvidia/gpus").exists():  # containers may hide the cards
         return True
-    nvidia, display = "0x10de", "0x03"
+    nvidia = "0x10de"
+    display = "0x03"
     for device in Path("/sys/bus/pci/devices").glob("*"):
         with contextlib.suppress(OSError):
-            kind = (device / "class").read_text()
-            if (device / "vendor").read_text().strip() == nvidia and kind.startswith(display):
+            is_display = (device / "class").read_text().startswith(display)
+            if is_display and (device / "vendor").read_text().strip() == nvidia:
                 return True
     return False
 
 
 def _gpus(counted: float) -> tuple[Gpus, str]:
-    """Return the GPUs that torch sees, and a message if they are unusable or fewer than Ray counts."""
+    """Return the GPUs that torch sees, and a message if there is trouble with them.
+
+    The message says that they are unusable, or fewer than Ray counts.
+    """
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         os.environ.pop(name, None)  # Ray hides GPUs by these from tasks that reserve none
+    seen: list[tuple[str, int, tuple[int, int]]] = []
     try:
         import torch
 
-        found = [
-            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
-        ]
-        if found:
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            seen.append((gpu.name, gpu.total_memory, (gpu.major, gpu.minor)))
+        if seen:
             from bitsandbytes.cextension import lib
 
             if not lib.compiled_with_cuda:
@@ -249,13 +295,10 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
                     f"bitsandbytes has no library for CUDA or ROCm {library}, which torch uses"
                 )
     except (ImportError, OSError, RuntimeError) as error:
-        text = str(error).strip().partition("\n")[0]
+        why = f"{type(error).__name__}: {_first_line(error)}"
         remedy = "install a torch for its GPU driver there, and a bitsandbytes for this torch"
-        return (
-            [],
-            f"torch or bitsandbytes cannot use its GPUs: {type(error).__name__}: {text}; {remedy}",
-        )
-    seen = [(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in found]
+        return (), f"torch or bitsandbytes cannot use its GPUs: {why}; {remedy}"
+
     if len(seen) < counted and (seen or _has_hardware()):
         remedy = (
             "install a torch for its GPU driver (`nvidia-smi` shows the version), or a newer driver"
@@ -264,11 +307,18 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
     return seen, ""
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _storage_trouble(
     folder: Path, driver: str, text: str, own: str = "", seconds: float | None = None
 ) -> str:
-    """Return a message if this node cannot read `text` in the file `driver` of a folder, or write a
-    file `own`."""
+    """Return a message if this node cannot read or write in a folder of the run.
+
+    It reads `text` in the file `driver` and, if `own` is given, writes a file of that name and
+    content.
+    """
     action = "read"
     try:
         from qpruner.runs.storage import retry_storage, storage_at
@@ -284,6 +334,7 @@ def _storage_trouble(
     except FileNotFoundError:
         return "is not shared with this node: a file that the driver wrote is missing there"
     except Exception as error:  # of a file system, of credentials, or of another qpruner
-        line = str(error).strip().partition("\n")[0]
-        return f"cannot be {action} there ({getattr(error, 'strerror', None) or f'{type(error).__name__}: {line}'})"
+        system_error = getattr(error, "strerror", None)
+        why = system_error or f"{type(error).__name__}: {_first_line(error)}"
+        return f"cannot be {action} there ({why})"
     return ""

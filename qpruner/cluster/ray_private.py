@@ -1,5 +1,7 @@
-"""All private names of Ray that qpruner uses (Ray 2.60), each imported at its first use: some
-modules are slow."""
+"""All private names of Ray (2.60) that qpruner uses.
+
+Each one is imported at its first use, because some of their modules are slow to import.
+"""
 
 import importlib
 from typing import Any

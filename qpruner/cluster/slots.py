@@ -1,5 +1,4 @@
-"""Counts the trials or tasks that fit on the present machines, and on those that an autoscaler may
-start."""
+"""Counts the tasks that fit on the present machines, and on those that an autoscaler may start."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,8 @@ class Node:
 
     def fits(self, resources: Mapping[str, float]) -> int:
         """Count the trials with these resources that fit on this machine at once."""
-        cpu, gpu = resources.get("cpu", 0.0), resources.get("gpu", 0.0)
+        cpu = resources.get("cpu", 0.0)
+        gpu = resources.get("gpu", 0.0)
         by_cpu = int(self.cpus / cpu + 1e-6) if cpu else 10**6
         if not gpu:
             return by_cpu
@@ -43,14 +43,15 @@ def size_of(node: Mapping[str, Any]) -> Node:
 
 @dataclass(frozen=True)
 class Slots:
-    """The present machines, and the machines that an autoscaler may start; a slot is room for one
-    trial or task."""
+    """The present machines of a cluster, and the machines that its autoscaler may start.
+
+    A slot is room for one trial or task.
+    """
 
     nodes: tuple[Node, ...]
     head: Node = Node(0, 0)  # of a cluster with an autoscaler; it is also one of `nodes`
-    workers: tuple[
-        Node, ...
-    ] = ()  # all that the autoscaler may start; each type repeated up to its own limit
+    workers: tuple[Node, ...] = ()
+    """All machines that the autoscaler may start; each type is repeated up to its own limit."""
     max_workers: int = 0  # how many of `workers` may run at once
 
     @property
@@ -60,8 +61,10 @@ class Slots:
 
     @property
     def largest(self) -> Node:
-        """Return the machine with the most GPUs, then the most cores, including machines that may
-        be started."""
+        """Return the machine with the most GPUs and, among those, the most cores.
+
+        Machines that may be started count, too.
+        """
         return max((*self.nodes, *self.workers), key=lambda node: (node.gpus, node.cpus))
 
     def fits(self, resources: Mapping[str, float]) -> int:
@@ -69,53 +72,61 @@ class Slots:
         return sum(node.fits(resources) for node in self.nodes)
 
     def at_most(self, resources: Mapping[str, float]) -> int:
-        """Count the tasks that fit at once after the autoscaler has started all machines that it
-        may start."""
-        by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)[
-            : self.max_workers
-        ]
-        return max(
-            self.fits(resources), self.head.fits(resources) + sum(by_worker) if by_worker else 0
-        )
+        """Count the tasks that fit at once after the autoscaler has started all machines it may."""
+        present = self.fits(resources)
+        by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)
+        started = by_worker[: self.max_workers]
+        if not started:
+            return present
+        return max(present, self.head.fits(resources) + sum(started))
 
-    def resources_per_trial(self, asked: Mapping[str, float | None] | None) -> dict[str, float]:
-        """Return the resources of one trial: those asked for; by default one core, and one GPU if a
-        machine has one."""
-        automatic = {"cpu": 1.0, "gpu": 1.0} if self.largest.gpus >= 1 else {"cpu": 1.0}
-        given = {name: amount for name, amount in (asked or {}).items() if amount is not None}
-        return {name: amount for name, amount in (automatic | given).items() if amount > 0}
+    def resources_per_trial(self, requested: Mapping[str, float | None] | None) -> dict[str, float]:
+        """Return the resources of one trial, with defaults for those that were not requested.
+
+        The default is one core, and one GPU if any machine has one.
+        """
+        resources = {"cpu": 1.0}
+        if self.largest.gpus >= 1:
+            resources["gpu"] = 1.0
+        for name, amount in (requested or {}).items():
+            if amount is not None:
+                resources[name] = amount
+        return {name: amount for name, amount in resources.items() if amount > 0}
 
     def cores_each(self, num_tasks: int) -> float:
-        """Return the largest number of cores per task at which this many tasks fit at once; at
-        least 1."""
+        """Return the largest number of cores per task at which `num_tasks` tasks fit at once.
+
+        It is at least 1.
+        """
         most = max((int(node.cpus) for node in (*self.nodes, *self.workers)), default=0)
-        return float(
-            next(
-                (
-                    cores
-                    for cores in range(most, 1, -1)
-                    if self.at_most({"cpu": cores}) >= num_tasks
-                ),
-                1,
-            )
-        )
+        for cores in range(most, 1, -1):
+            if self.at_most({"cpu": cores}) >= num_tasks:
+                return float(cores)
+        return 1.0
 
     def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
-        """Return how many trials may be in flight (see `Room`), up to `limit`; raise `UserError` if
-        none ever fits."""
+        """Return how many trials may be in flight (see `Room`), at most `limit`.
+
+        Raises:
+            UserError: If no machine can ever run a trial.
+        """
         most = self.at_most(resources)
         if most < 1:
-            number = counted(len(self.nodes), "machine")
-            number += " and of those that the autoscaler may start" if self.workers else ""
-            asked, remedy = f"asks for {dict(resources)}", "ask for less, or add a larger machine"
-            has = f"on one machine, but the largest of {number} has {self.largest}"
-            raise UserError(f"`search.resources_per_trial` {asked} {has}: {remedy}")
+            machines = counted(len(self.nodes), "machine")
+            if self.workers:
+                machines += " and of those that the autoscaler may start"
+            raise UserError(
+                f"`search.resources_per_trial` asks for {dict(resources)} on one machine, but the "
+                f"largest of {machines} has {self.largest}: ask for less, or add a larger machine"
+            )
         return min(most, limit or most)
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use, by its CPU affinity and by the quota of its
-    container."""
+    """Count the cores that this process may use.
+
+    Both its CPU affinity and the quota of its container limit them.
+    """
     return int(cpu_count())
 
 
@@ -123,31 +134,39 @@ def local_slots() -> Slots:
     """Return the slots of this machine, without starting Ray."""
     import torch
 
-    return Slots((Node(float(num_cores()), float(torch.cuda.device_count())),))
+    machine = Node(cpus=float(num_cores()), gpus=float(torch.cuda.device_count()))
+    return Slots((machine,))
 
 
 def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
-    """Return an assumed machine to plan a run for: room for one trial or, if trials share a GPU,
-    for those on one."""
-    asked = trial or {}
-    gpu = asked.get("gpu") or 1.0
-    return Slots((Node((asked.get("cpu") or 1.0) * max(1, int(1 / gpu)), max(1.0, gpu)),))
+    """Return an assumed machine for planning a run.
+
+    It has room for one trial or, if trials share a GPU, for as many as share one.
+    """
+    requested = trial or {}
+    cpu = requested.get("cpu") or 1.0
+    gpu = requested.get("gpu") or 1.0
+    num_trials = max(1, int(1 / gpu))
+    machine = Node(cpus=cpu * num_trials, gpus=max(1.0, gpu))
+    return Slots((machine,))
 
 
 def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    """Return the resources of each worker; several that train one model together need whole GPUs
-    (NCCL)."""
-    return (
-        {**trial, "gpu": 1.0} if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1 else dict(trial)
-    )
+    """Return the resources of each of the workers that train one model.
+
+    Several workers need a whole GPU each, because NCCL does.
+    """
+    resources = dict(trial)
+    if num_workers > 1 and 0 < trial.get("gpu", 0.0) < 1:
+        resources["gpu"] = 1.0
+    return resources
 
 
 class Room:
-    """Counts the trials that may be in flight (run, or wait for a machine), while machines join and
-    leave.
+    """Counts the trials that may be in flight while machines join and leave.
 
-    Waiting trials make the autoscaler start machines. Ray's `request_resources` would outlive a
-    killed driver.
+    A trial in flight runs, or waits for a machine. Waiting trials make the autoscaler start
+    machines. Ray's `request_resources` would do so, too, but outlive a killed driver.
     """
 
     def __init__(
@@ -157,20 +176,18 @@ class Room:
         limit: int | None,
         emit: Emit,
     ) -> None:
-        self._count_slots, self._resources, self._limit, self._emit = (
-            count_slots,
-            resources,
-            limit or 10**6,
-            emit,
-        )
+        self._count_slots = count_slots
+        self._resources = resources
+        self._limit = limit or 10**6
+        self._emit = emit
         self._num_slots: int | None = None
-        self._room, self._next_look = 0, 0.0
+        self._room = 0
+        self._next_look = 0.0
 
     def __call__(self, num_held: int) -> int:
-        """Return how many trials may be in flight while so many slots are held; report a change of
-        slots.
+        """Return how many trials may be in flight while `num_held` slots are held.
 
-        The machines are counted anew after `LOOK_SECONDS`.
+        The machines are counted again after `LOOK_SECONDS`, and a change of slots is emitted.
         """
         now = time.monotonic()
         if now >= self._next_look:
@@ -182,10 +199,6 @@ class Room:
                 self._num_slots = num_slots
                 self._emit(SlotsFound(num_slots))
                 if not self._room:
-                    self._emit(
-                        Message(
-                            "search",
-                            "warning: no machine of the cluster can run a trial: add a machine",
-                        )
-                    )
+                    text = "warning: no machine of the cluster can run a trial: add a machine"
+                    self._emit(Message("search", text))
         return max(0, min(self._room - num_held, self._limit))

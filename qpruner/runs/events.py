@@ -1,5 +1,4 @@
-"""Events that the stages report while they work, as plain data for the terminal, the log and the
-tests."""
+"""Events that stages report while they work, as plain data for terminal, log and tests."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,8 +29,10 @@ class StageFinished(Event):
 
 @dataclass(frozen=True)
 class StageSkipped(Event):
-    """A stage is skipped, as its record was made from the same inputs; `seconds` is how long the
-    recorded run took."""
+    """A stage is skipped, because its record was made from the same inputs.
+
+    `seconds` is how long the recorded run of the stage took.
+    """
 
     stage: str
     figures: str
@@ -48,9 +49,8 @@ class Progress(Event):
     detail: str = ""
 
 
-COMMAND = (
-    "run"  # value of `Message.stage` in messages of the command itself, which belong to no stage
-)
+COMMAND = "run"
+"""Value of `Message.stage` in messages of the command itself, which belong to no stage."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,10 @@ class TableMade(Event):
 
 @dataclass(frozen=True)
 class SearchPlanned(Event):
-    """A search starts; `trials` are all recorded trials, also those of searches with other budgets
-    or searchers."""
+    """A search starts.
+
+    `trials` are all recorded trials, including those of searches with other budgets or searchers.
+    """
 
     search: SearchState
     trials: tuple[TrialRecord, ...]
@@ -87,8 +89,10 @@ class SlotsFound(Event):
 
 @dataclass(frozen=True)
 class TrialChanged(Event):
-    """A trial was submitted, reached a rung, ended or, while it waited, was withdrawn; `trial` is
-    its record then."""
+    """A trial was submitted, reached a rung, ended, or was withdrawn while it waited.
+
+    `trial` is its record at that moment.
+    """
 
     trial: TrialRecord
     is_withdrawn: bool = False

@@ -1,5 +1,4 @@
-"""Write and upload the log of a run and its TensorBoard files; keep other libraries off the
-terminal."""
+"""Writes and uploads the log of a run and its TensorBoard files, and keeps libraries quiet."""
 
 import logging
 import os
@@ -40,26 +39,31 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def logging_to(root: Path) -> Iterator[None]:
-    """Log to the `qpruner.log` of a run while the block runs, also warnings of libraries and
-    unexpected errors."""
+    """Log to the `qpruner.log` of a run while the block runs.
+
+    The log also has the warnings of libraries and unexpected errors.
+    """
     log = root / LOG
     try:
         root.mkdir(parents=True, exist_ok=True)
         uploaded = retry_storage(storage_at(log).stat, log)
+        own_size = log.stat().st_size if log.is_file() else -1
         # A longer log on this machine stays: its driver is still running, or was killed before it
         # uploaded the rest.
-        if uploaded and not (log.is_file() and log.stat().st_size >= uploaded.size):
+        if uploaded and own_size < uploaded.size:
             fetch_file(log, log)
         handler = logging.FileHandler(log, encoding="utf-8")
     except OSError as error:
-        if trouble := storage_error(error, root):
+        trouble = storage_error(error, root)
+        if trouble:
             raise trouble from error
         raise UserError(
             f"`output`: {root} cannot be written ({error.strerror}); name another folder"
         ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root_logger = logging.getLogger()
-    level, showwarning = root_logger.level, warnings.showwarning
+    level = root_logger.level
+    showwarning = warnings.showwarning
     root_logger.addHandler(handler)
     root_logger.setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -82,12 +86,15 @@ def logging_to(root: Path) -> Iterator[None]:
 
 
 class Uploader:
-    """Uploads changed TensorBoard files (in `folder`) and the log (`file`) while a command works on
-    a run at a URI."""
+    """Uploads the log and the TensorBoard files of a run at a URI while a command works on it.
+
+    Only files that have changed are uploaded: the log (`file`), and all in `folder`.
+    """
 
     def __init__(self, root: Path, folder: str, file: str) -> None:
-        self._folder, self._file = root / folder, root / file
-        self._uploaded = dict[Path, tuple[int, int]]()
+        self._folder = root / folder
+        self._file = root / file
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # size and time of change, in ns
         self._is_needed = not storage_at(root).fills_this_disk
         if self._is_needed:  # files here may be older than those that another machine uploaded
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -95,24 +102,31 @@ class Uploader:
 
     def listen(self, event: Event) -> None:
         """Upload the changed files every half minute, and after each stage."""
-        if self._is_needed and (time.monotonic() >= self._due or isinstance(event, StageFinished)):
+        is_due = time.monotonic() >= self._due or isinstance(event, StageFinished)
+        if self._is_needed and is_due:
             self._upload(is_last=False)
 
     def close(self) -> None:
-        """Upload the remaining changes, and delete outdated TensorBoard files of earlier commands
-        at the URI."""
+        """Upload the remaining changes, and delete what earlier commands left at the URI.
+
+        Deleted are TensorBoard files that are outdated.
+        """
         if self._is_needed:
             self._upload(is_last=True)
 
     def _upload(self, is_last: bool) -> None:
         try:
             for path in (*self._folder.rglob("*"), self._file):
-                state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
-                if state and state != self._uploaded.get(path):
+                if not path.is_file():
+                    continue
+                stat = path.stat()
+                state = (stat.st_size, stat.st_mtime_ns)
+                if state != self._uploaded.get(path):
                     storage_at(path).put(path)
                     self._uploaded[path] = state
             if is_last and self._folder.is_dir():
-                for path in (self._folder / name for name in files_in(self._folder)):
+                for name in files_in(self._folder):
+                    path = self._folder / name
                     if path not in self._uploaded:
                         remove(path)
         except (OSError, StorageError) as error:  # no result depends on these files

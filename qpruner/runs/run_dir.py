@@ -14,15 +14,20 @@ from qpruner.runs import storage
 from qpruner.runs.records import RUN_ID, PrepareRecord
 from qpruner.runs.storage import RecordType, Storage
 
-STATE, LOG = "run.json", "qpruner.log"
+STATE = "run.json"
+LOG = "qpruner.log"
 BANK_CACHE = "QPRUNER_BANK_CACHE"
-"""Environment variable: the folder where workers on this machine keep copies of the bank (see
-`BankRecord`)."""
+"""Environment variable with the folder where workers of this machine keep copies of the bank.
+
+See `BankRecord`.
+"""
 
 
 class RunDir:
-    """Paths and records of one run; `root` is its folder or URI, or the path that `run_root`
-    returned for either."""
+    """Paths and records of one run.
+
+    `root` is the folder or URI of the run, or the path that `run_root` returned for either.
+    """
 
     def __init__(self, root: str | Path, create: bool = True) -> None:
         self.root = storage.run_root(root)
@@ -42,18 +47,24 @@ class RunDir:
         return self.storage.name
 
     def require_folder(self, remedy: str) -> Path:
-        """Return the run folder; raise `UserError` with the remedy if the run is in an object
-        store."""
+        """Return the run folder.
+
+        Raises:
+            UserError: If the run is in an object store; the error has the remedy.
+        """
         if not self.storage.fills_this_disk:
             raise UserError(f"{self.place} is in an object store: {remedy}")
         return self.root
 
     @property
     def id(self) -> str:
-        """The random id of the run, made at its first use; a later run in the same folder has
-        another id."""
+        """The random id of the run, made at its first use.
+
+        A later run in the same folder has another id.
+        """
         path = self.root / RUN_ID
-        if (run_id := storage.read_text(path)) is None:
+        run_id = storage.read_text(path)
+        if run_id is None:
             run_id = uuid.uuid4().hex[:12]
             storage.write_text(path, run_id)
         return run_id
@@ -63,8 +74,10 @@ class RunDir:
         return self.root / name
 
     def cut(self, name: str) -> Path:
-        """Return the folder of a cut: the pruned model, its tokenizer and its record; `base` has
-        none."""
+        """Return the folder of a cut: the pruned model, its tokenizer and its record.
+
+        The cut `base` has no folder.
+        """
         return self.root / "cuts" / name
 
     def bank(self, cut: str) -> Path:
@@ -72,19 +85,21 @@ class RunDir:
         return self.root / "banks" / cut
 
     def base_model(self, prepared: PrepareRecord) -> Path:
-        """Return the folder of the base model: inside this run if it was converted, else where it
-        was found."""
-        return self.stage("prepare") / "model" if prepared.converted else Path(prepared.model_path)
+        """Return the folder of the base model.
+
+        It is inside this run if the model was converted, else where the model was found.
+        """
+        if prepared.converted:
+            return self.stage("prepare") / "model"
+        return Path(prepared.model_path)
 
     @property
     def tune(self) -> Path:
-        """The folder on this machine for the experiment files of Ray Tune, which nothing reads
-        back."""
+        """The folder on this machine for the files of Ray Tune, which nothing reads back."""
         return storage.storage_at(self.root / "tune").staging
 
     def scratch_path(self, name: str) -> Path:
-        """Return the path on this machine where a folder of the run is prepared before it is
-        published."""
+        """Return where on this machine a folder of the run is prepared before it is published."""
         if self.storage.fills_this_disk:
             return self.root / f".scratch-{name}"
         return storage.storage_at(self.stage(name)).staging
@@ -95,12 +110,11 @@ class RunDir:
 
     def begin(self, name: str) -> Path:
         """Make the folder for a stage to write to."""
-        if (
-            not self.storage.fills_this_disk
-        ):  # files are uploaded one by one; they count once the record is there
-            self.forget(name)
-            return self.stage(name)
-        return self.scratch(name)
+        if self.storage.fills_this_disk:
+            return self.scratch(name)
+        # Files are uploaded one by one; they count once the record is there.
+        self.forget(name)
+        return self.stage(name)
 
     def commit(self, name: str, written: Path, record: BaseModel, keeps_files: bool = True) -> None:
         """Publish the files that a stage wrote, unless it keeps none, then write its record."""
@@ -117,13 +131,18 @@ class RunDir:
         storage.write_json(self.record_path(name), record)
 
     def read_record(self, name: str, kind: type[RecordType]) -> RecordType | None:
-        """Read the record of a stage; return None if there is none, and raise `CorruptFile` if it
-        is damaged."""
+        """Read the record of a stage; return None if there is none.
+
+        Raises:
+            CorruptFile: If the record is damaged.
+        """
         return storage.read_json(self.record_path(name), kind)
 
     def write_state(self, state: BaseModel) -> None:
-        """Write the state of the present command; fail at once if the storage is full or cannot be
-        reached."""
+        """Write the state of the present command.
+
+        Fail at once if the storage is full or cannot be reached.
+        """
         storage.write_json(self.root / STATE, state, patience_seconds=0.0)
 
     def read_state(self, kind: type[RecordType]) -> RecordType | None:
@@ -135,8 +154,10 @@ class RunDir:
         storage.remove(self.record_path(name))
 
     def final_digests(self) -> dict[str, str]:
-        """Return the sha256 of the files that differ between final models: adapter, and config.json
-        with the plan."""
+        """Return the sha256 of the files that differ between final models, by name.
+
+        They are the adapter, and the config.json with the plan.
+        """
         names = ("adapter_model.safetensors", "config.json")
         return {name: storage.file_digest(self.root / "final" / name) for name in names}
 

@@ -14,30 +14,28 @@ COMMIT_FILE = "commit.txt"
 
 
 def commit() -> str | None:
-    """Return the commit of this code, with `+modified` if the checkout has changes; None if it is
-    unknown."""
+    """Return the commit of this code, with `+modified` if the checkout has changes.
+
+    Return None if the commit is unknown.
+    """
     if (_PACKAGE.parent / ".git").exists():
-        command = [
-            "git",
-            "-C",
-            str(_PACKAGE.parent),
-            "describe",
-            "--always",
-            "--exclude=*",
-            "--abbrev=12",
-        ]
+        command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+modified"]
         try:
-            run = subprocess.run(
-                [*command, "--dirty=+modified"], capture_output=True, text=True, check=True
-            )  # noqa: S603
-            return run.stdout.strip()
+            return subprocess.check_output(  # noqa: S603
+                command, cwd=_PACKAGE.parent, stderr=subprocess.DEVNULL, text=True
+            ).strip()
         except (OSError, subprocess.CalledProcessError):
             return None
     file = _PACKAGE / COMMIT_FILE
-    return file.read_text().strip() or None if file.exists() else None
+    if not file.exists():
+        return None
+    return file.read_text().strip() or None
 
 
 def describe() -> str:
-    """Return the version for people, `0.1.0 (commit f314f2b0c1d2)`, or only the number if the
-    commit is unknown."""
-    return f"{VERSION} (commit {known})" if (known := commit()) else VERSION
+    """Return the version for people, such as `0.1.0 (commit f314f2b0c1d2)`.
+
+    It is only the number if the commit is unknown.
+    """
+    known_commit = commit()
+    return f"{VERSION} (commit {known_commit})" if known_commit else VERSION

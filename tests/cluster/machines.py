@@ -216,7 +216,8 @@ class Machines:
         new_key(folder / "host_key")
         (folder / "sshd_config").write_text(SSHD_CONFIG.format(address=address, folder=folder))
         # sshd starts when the host has its address.
-        up = f"until ip -brief addr show dev eth0 2>/dev/null | grep -q {address}; do sleep 0.1; done"
+        has_address = f"ip -brief addr show dev eth0 2>/dev/null | grep -q {address}"
+        up = f"until {has_address}; do sleep 0.1; done"
         host = Machine(
             folder, visible, f"bash -c '{up}; exec /usr/sbin/sshd -D -e -f {folder}/sshd_config'"
         )
@@ -255,7 +256,7 @@ class Machines:
 def machines(
     folder: Path, visible: Iterable[Path], num_hosts: int, *tools: str
 ) -> Iterator[Machines]:
-    """Start a laptop and hosts, and end them afterwards; skip the test where they cannot be made."""
+    """Start a laptop and hosts, and end them afterwards; skip where they cannot be made."""
     skip_where_impossible(*SSH, *tools)
     made = Machines(folder, visible, num_hosts)
     try:

@@ -142,8 +142,11 @@ def started(
     )
     try:
         file = cluster_file(folder / "cluster.yaml", worker)
-        command = f"ray start --head --node-ip-address=127.0.0.1 --port=6379 --num-cpus={num_cpus} --num-gpus=0 "
-        command += f"--object-store-memory={80 * 2**20} --include-dashboard=false --autoscaling-config={file}"
+        command = (
+            "ray start --head --node-ip-address=127.0.0.1 --port=6379 "
+            f"--num-cpus={num_cpus} --num-gpus=0 --object-store-memory={80 * 2**20} "
+            f"--include-dashboard=false --autoscaling-config={file}"
+        )
         done = machine.run(command.split(), ENVIRONMENT | AUTOSCALER, folder, 240)
         assert done.returncode == 0, done.stdout
         yield Head(machine, folder)
@@ -179,7 +182,10 @@ def test_a_run_starts_workers_that_end_when_idle(
         ) as large:
             code, said = large.end()
         assert code == 2
-        largest = "the largest of 1 machine and of those that the autoscaler may start has 1 CPUs and 1 GPUs:"
+        largest = (
+            "the largest of 1 machine and of those that the autoscaler may start "
+            "has 1 CPUs and 1 GPUs:"
+        )
         assert largest in said and head.num_workers() == 0
 
         with head.driver("run", config) as process:

@@ -131,7 +131,8 @@ def test_a_cluster_with_another_ray_is_refused_with_both(
     try:
         with monkeypatch.context() as patch:
             patch.setattr("ray.__version__", "0.0.1")
-            both = f"started with: Ray: {theirs} Python: {python} .*started with: Ray: 0.0.1 Python: {python}"
+            started = f"started with: Ray: {{}} Python: {python}"
+            both = f"{started.format(theirs)} .*{started.format('0.0.1')}"
             with pytest.raises(UserError, match=both):
                 connect(joined[0].address)
     finally:
@@ -166,8 +167,8 @@ import psutil, ray
 from qpruner.cluster.connect import connect, disconnect
 cluster = connect(None)
 us = [psutil.Process(), *psutil.Process().children(recursive=True)]
-sockets = [each for one in us for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
-listens = sorted({each.laddr.ip for each in sockets})
+sockets = [socket for process in us for socket in process.net_connections("tcp")]
+listens = sorted({each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN})
 address = ray.get_runtime_context().gcs_address
 print(json.dumps([address, len(ray.nodes()), cluster.slots().largest.cpus, listens]), flush=True)
 sys.stdin.readline()
@@ -180,7 +181,7 @@ of a task."""
 
 @contextmanager
 def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Start `LOCAL` on one core, without the variables by which conftest.py keeps Ray on loopback."""
+    """Start `LOCAL` on one core, without the variables that keep Ray on loopback in tests."""
     ours = ("RAY_AUTH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command, pipe = [sys.executable, "-c", LOCAL], subprocess.PIPE

@@ -167,7 +167,7 @@ def trained(
 def test_two_processes_take_the_steps_of_one(
     name: str, trained: dict[str, tuple[Training, Losses]]
 ) -> None:
-    """In float32 only the order of additions differs, which changes a loss by less than 1e-5 of it."""
+    """In float32 only the order of additions differs: a loss changes by less than 1e-5 of it."""
     (alone, one), (together, two) = trained["one"], trained[name]
     assert list(one) == list(range(1, STEPS + 1))
     assert len({round(loss, 4) for loss in one.values()}) == STEPS, "each step has another loss"

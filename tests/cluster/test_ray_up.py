@@ -26,8 +26,9 @@ NUM_WORKERS = 2
 PATIENCE_SECONDS = 30 * 60.0
 """The limit for each step; only a busy machine comes near it."""
 BUSY = (
-    "RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=300 RAY_raylet_start_wait_time_s=90 "
-    "AUTOSCALER_HEARTBEAT_TIMEOUT_S=600 RAY_health_check_timeout_ms=60000 RAY_health_check_failure_threshold=20"
+    "RAY_agent_register_timeout_ms=600000 RAY_gcs_server_port_wait_time_s=300 "
+    "RAY_raylet_start_wait_time_s=90 AUTOSCALER_HEARTBEAT_TIMEOUT_S=600 "
+    "RAY_health_check_timeout_ms=60000 RAY_health_check_failure_threshold=20"
 )
 """Longer limits of Ray for a busy machine.
 
@@ -85,7 +86,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ) as made:
         for host in made.hosts:
             link_environment(host.home / "qpruner", b"" if host is made.hosts[0] else versions)
-            profile = f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH=/root/qpruner HF_HUB_OFFLINE=1 {BUSY}\n"
+            profile = (
+                f"export PATH={sys.prefix}/bin:$PATH PYTHONPATH=/root/qpruner "
+                f"HF_HUB_OFFLINE=1 {BUSY}\n"
+            )
             (host.home / ".profile").write_text(profile)
         text = (ROOT / "launch" / "cluster_onprem.yaml").read_text()
         head, *workers = made.addresses

@@ -115,6 +115,6 @@ def test_random_kills_lose_no_trial_and_repeat_no_plan(
             (checkpoint,) = run.glob(f"trials/*/{index:04d}/checkpoint-{steps[-1]}")
             assert folder_digests(checkpoint) == trial["checkpoint"], checkpoint
     with capsys.disabled():
-        print(
-            f"\nkilled {dict(killed)}; {num_drivers} drivers, {number} trials; {time.monotonic() - started:.0f} s"
-        )
+        seconds = time.monotonic() - started
+        counts = f"{num_drivers} drivers, {number} trials"
+        print(f"\nkilled {dict(killed)}; {counts}; {seconds:.0f} s")

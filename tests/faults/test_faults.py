@@ -247,7 +247,7 @@ def test_a_stage_with_a_missing_folder_runs_again(banked: Path, tiny_raw: dict[s
 
 
 def test_a_slightly_different_cut_gets_its_own_bank(tiny_raw: dict[str, Any]) -> None:
-    """Machines of another kind round differently; here, other instructions of the same machine do."""
+    """Machines of another kind round differently; here, other instructions of this one do."""
     raw = with_key(tiny_raw, "prune.compensation", "least_squares")
     before, _ = go(raw, "bank")
     weights = RunDir(raw["output"]).cut("cut-20") / "model.safetensors"

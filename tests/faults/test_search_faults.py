@@ -603,7 +603,7 @@ def test_a_worker_declared_dead_writes_nothing_more(config: Path, undisturbed: P
 
 
 def test_a_new_head_resumes_from_the_run_folder(config: Path, undisturbed: Path) -> None:
-    """The machine of the head dies with the driver; the machine of a worker lives on for a while."""
+    """The machine of the head dies with the driver; that of a worker lives on for a while."""
     with raylets(1) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
         cluster.kill_head()

@@ -29,7 +29,8 @@ from qpruner.runs.storage import run_path
 try:
     with hold_run(run_path(sys.argv[1]), lambda text: print(text, flush=True), float(sys.argv[2])):
         print("held", flush=True)
-        for _ in range(600):  # one long sleep would miss a signal that arrives just before it begins
+        # One long sleep would miss a signal that arrives just before it begins.
+        for _ in range(600):
             time.sleep(0.1)
 except UserError:
     print("refused", flush=True)
@@ -76,7 +77,8 @@ def test_second_driver_is_refused_and_dead_ones_lock_taken(run_dir: RunDir) -> N
     with holding(run_dir.place) as first:
         assert word(first) == "held"
         before = files_in(root)
-        by_whom = rf"`output`: {run_dir.place} is being worked on by process {first.pid} on {HERE} since.*wait"
+        process = rf"process {first.pid} on {HERE} since"
+        by_whom = rf"`output`: {run_dir.place} is being worked on by {process}.*wait"
         with pytest.raises(UserError, match=by_whom):
             held(root)
         found = driver_of(root)
@@ -185,7 +187,7 @@ def test_a_storage_away_for_a_while_costs_no_lock(tmp_path: Path) -> None:
 
 
 def test_a_driver_suspended_during_a_whole_run_ends(tmp_path: Path) -> None:
-    """A laptop slept: another driver has taken the lock and released it, and no new lock is made."""
+    """A laptop slept: another driver took the lock and released it, and no new lock is made."""
     (tmp_path / RUN_ID).write_text("this run")
     with holding(tmp_path, 0.5, ELSEWHERE, EXIT_7 + HOLD) as process:
         assert word(process) == "held"
@@ -205,6 +207,9 @@ def test_a_file_system_whose_locks_fail_is_refused(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    message = rf"`output`: file locks do not work on the file system of {tmp_path} \(No locks available\); mount it with"
+    message = (
+        rf"`output`: file locks do not work on the file system of {tmp_path} "
+        r"\(No locks available\); mount it with"
+    )
     with pytest.raises(UserError, match=message):
         held(tmp_path)

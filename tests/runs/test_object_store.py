@@ -219,7 +219,10 @@ def test_a_damaged_copy_is_fetched_again(
     there = machine("second")
     weights = fetch(there.stage("prune")) / "weights"
     harm(weights)
-    warning = f"the copy {weights} on this machine is damaged; downloading all of {there.place}/prune again"
+    warning = (
+        f"the copy {weights} on this machine is damaged; "
+        f"downloading all of {there.place}/prune again"
+    )
     for expected in ([warning, "c", "w" * 1000], ["c", "w" * 1000]):
         assert run_python(FETCH, there.place).splitlines() == expected
 

@@ -47,7 +47,10 @@ from qpruner.runs.run_dir import RunDir
 run = RunDir(sys.argv[1])
 for turn in itertools.count():
     files = dict.fromkeys(map(str, range(400 * (turn % 2))), str(turn))
-    run.write_record("bank", BankRecord(digest=str(turn), seconds=1.0, files=files, bytes=turn, residual_ratio={}))
+    record = BankRecord(
+        digest=str(turn), seconds=1.0, files=files, bytes=turn, residual_ratio={}
+    )
+    run.write_record("bank", record)
     if turn % 3 == 0:
         print(turn, flush=True)
 """

@@ -20,12 +20,18 @@ from qpruner.search.rungs import Rungs
 
 
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA (Li et al., arXiv 1810.05934) resumed from records; never stops `controls`, plans made
-    without a search.
+    """ASHA (Li et al., arXiv 1810.05934), resumed from the records of trials.
 
     Plans outside the space or over the budget, which only controls have, do not compete.
-    `is_cancelled` says whether a waiting trial must not start, by its id. `on_error` gets a trial's
-    id and error, and a function that holds its worker, before the searcher does.
+
+    Args:
+        config: The configuration of the run.
+        space: The plans that compete.
+        controls: Plans made without a search; their trials are never stopped.
+        recorded: The records of earlier sessions.
+        is_cancelled: Says by the id of a waiting trial whether it must not start.
+        on_error: Gets the id and the error of a trial, and a function that holds its worker, before
+            the searcher learns of the error.
     """
 
     def __init__(
@@ -46,55 +52,64 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
             grace_period=settings.first_rung,
             reduction_factor=settings.reduction_factor,
         )
-        self._space, self._controls = space, frozenset(controls)
-        self._is_cancelled, self._on_error = is_cancelled, on_error
+        self._space = space
+        self._controls = frozenset(controls)
+        self._is_cancelled = is_cancelled
+        self._on_error = on_error
         bracket = _RungsByNumber(
             settings.first_rung, settings.steps, settings.reduction_factor, s=0
         )
         self._brackets = [bracket]
         self._rungs = Rungs(space.cuts, settings.steps)
+
         for record in recorded:
             if not space.is_feasible(plan_of(record)):
                 continue
-            # A resumed trial reports its last rung again.
-            for rung in record.rungs[:-1] if record.status == "running" else record.rungs:
-                self._rungs.add(
-                    record.index, record.cut, rung.step, rung.cost(config.search.metric)
-                )
-                trial = SimpleNamespace(config={"trial": record.index, "cut": record.cut})
-                bracket.on_result(trial, rung.step, -rung.cost(config.search.metric))
+            rungs = record.rungs
+            if record.status == "running":
+                rungs = rungs[:-1]  # the resumed trial reports its last rung again
+            trial = SimpleNamespace(config={"trial": record.index, "cut": record.cut})
+            for rung in rungs:
+                cost = rung.cost(settings.metric)
+                self._rungs.add(record.index, record.cut, rung.step, cost)
+                bracket.on_result(trial, rung.step, -cost)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Stop cancelled trials that have not started, then choose the next; Tune can stop them in
-        no other hook."""
+        """Stop cancelled trials that have not started, then choose the next trial.
+
+        Tune can stop them in no other hook.
+        """
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING and self._is_cancelled(trial.trial_id):
                 tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass the text of the error to `on_error`, and a function that holds the worker
-        (`ActorManager.hold`)."""
+        """Pass the text of the error to `on_error`, with a function that holds the worker.
+
+        See `ActorManager.hold`.
+        """
         super().on_trial_error(tune_controller, trial)
         # Tune (2.60) tells schedulers alone which worker a trial has.
-        hold = partial(
-            tune_controller._actor_manager.hold, tune_controller._trial_to_actor.get(trial)
-        )
+        worker = tune_controller._trial_to_actor.get(trial)
+        hold = partial(tune_controller._actor_manager.hold, worker)
         # Only this file has the text. If Tune could not write the file, its session has ended
         # before this call.
-        self._on_error(
-            trial.trial_id,
-            Path(trial.error_file).read_text(encoding="utf-8", errors="replace"),
-            hold,
-        )
+        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+        self._on_error(trial.trial_id, text, hold)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether a trial continues after a rung; controls and protected trials do until the
-        last rung."""
-        index, step = trial.config["trial"], result[self._time_attr]
-        is_last, plan = step >= self._max_t, params_to_plan(trial.config)
+        """Return whether a trial continues after a rung.
+
+        Controls and protected trials continue until the last rung.
+        """
+        index = trial.config["trial"]
+        plan = params_to_plan(trial.config)
+        step = result[self._time_attr]
+        is_last = step >= self._max_t
         if not self._space.is_feasible(plan):
             return str(TrialScheduler.STOP if is_last else TrialScheduler.CONTINUE)
+
         self._rungs.add(index, plan.cut, step, result[METRIC])
         action: str = super().on_trial_result(tune_controller, trial, result)
         if not is_last and (plan in self._controls or self._rungs.protects(index, step)):
@@ -102,8 +117,10 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Forget the trial; otherwise Ray would enter the last score of a stopped trial again, at a
-        lower rung."""
+        """Forget the trial.
+
+        Otherwise Ray would enter the last score of a stopped trial again, at a lower rung.
+        """
         self._trial_info.pop(trial.trial_id, None)
 
 
@@ -127,5 +144,5 @@ class _RungsByNumber(AshaBracket):  # type: ignore[misc]
 
     def cutoff(self, recorded: dict[tuple[int, str], float]) -> float | None:
         of_cut = {key: reward for key, reward in recorded.items() if key[1] == self._cut}
-        limits = [super(_RungsByNumber, self).cutoff(rivals) for rivals in (recorded, of_cut)]
+        limits = (super().cutoff(recorded), super().cutoff(of_cut))
         return max((limit for limit in limits if limit is not None), default=None)

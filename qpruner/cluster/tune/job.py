@@ -1,4 +1,4 @@
-"""The inputs and the outcome of a search under Ray Tune, and how a search resumes from the records."""
+"""The inputs and the outcome of a search under Ray Tune, and how it resumes from the records."""
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -44,19 +44,25 @@ class SearchJob:
     resources: dict[str, float]  # of one trial
     check_node: bytes  # from `node_check.packed_check`; raises on an unusable node
     session: int = 1  # the number of this session of the search
-    save_seconds: float = field(
-        default_factory=lambda: checkpoints.SECONDS
-    )  # in the driver, so that tests can set it
+    # The driver reads this value, so that tests can set it.
+    save_seconds: float = field(default_factory=lambda: checkpoints.SECONDS)
 
     def owns(self, record: TrialRecord) -> bool:
-        """Return True if a trial belongs to this search, not to one with another budget or
-        searcher."""
+        """Return True if a trial belongs to this search.
+
+        Other searches have another budget or searcher.
+        """
         return record.search == self.search
 
     def control_of(self, plan: PrecisionPlan) -> str | None:
-        """Return the name of the control that has this plan, such as `unpruned-uniform`; None if no
-        control has it."""
-        return next((origin for origin, control in self.controls if control == plan), None)
+        """Return the name of the control that has this plan, such as `unpruned-uniform`.
+
+        Return None if no control has it.
+        """
+        for origin, control in self.controls:
+            if control == plan:
+                return origin
+        return None
 
     def fits(self, cut: str, plan_bytes: int) -> bool:
         """Return True if a plan of a cut with these bytes may win."""
@@ -68,8 +74,10 @@ class SearchJob:
 
 
 class LivesInDriver:
-    """Keeps an object out of Tune's snapshot, which is never restored and cannot contain an open
-    terminal."""
+    """Keeps an object out of Tune's snapshot.
+
+    The snapshot is never restored, and it cannot contain an open terminal.
+    """
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
@@ -104,15 +112,18 @@ def params_to_plan(params: dict[str, Any]) -> PrecisionPlan:
 
 
 def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
-    """Find the largest divisor of the batch up to half a trial's micro-batch; None without one or
-    with retries off."""
-    training = config.training
+    """Find the largest divisor of the batch size up to half of a trial's micro-batch.
+
+    Return None if there is none, or if retries are off.
+    """
     if not config.search.retry_out_of_memory:
         return None
+    training = config.training
     present = record.micro_batch_size or training.micro_batch_size
-    return next(
-        (size for size in range(present // 2, 0, -1) if training.batch_size % size == 0), None
-    )
+    for size in range(present // 2, 0, -1):
+        if training.batch_size % size == 0:
+            return size
+    return None
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:
@@ -160,10 +171,12 @@ def _resumed(record: TrialRecord, job: SearchJob) -> TrialRecord:
     cut_off = record.status == "running" or record.should_retry
     if not job.may_run(plan) or not (cut_off or (control and record.status == "stopped")):
         return record
-    other = {} if job.owns(record) else {record.search: record.gpu_seconds_of(record.search)}
+    earlier_gpu_seconds = dict(record.earlier_gpu_seconds)
+    if not job.owns(record):
+        earlier_gpu_seconds[record.search] = record.gpu_seconds_of(record.search)
     update = {
         "search": job.search,
-        "earlier_gpu_seconds": record.earlier_gpu_seconds | other,
+        "earlier_gpu_seconds": earlier_gpu_seconds,
         "origin": control or record.origin,
         "status": "running",
         "reason": None,

@@ -1,4 +1,4 @@
-"""Runs one trial in a Ray worker, and writes its record before each report to Tune and at its end."""
+"""Runs one trial in a Ray worker; writes its record before each report to Tune and at its end."""
 
 import contextlib
 import logging
@@ -59,11 +59,10 @@ def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
 
 
 def leave_if_drained() -> None:
-    """End this process if its node is about to leave; its trial resumes on another node from its
-    last checkpoint.
+    """End this process if its node is about to leave.
 
-    Ray starts no new actors on such a node, but Tune (2.60) would give this actor one trial after
-    the other.
+    Its trial resumes on another node from its last checkpoint. Ray starts no new actors on such a
+    node, but Tune (2.60) would give this actor one trial after the other.
     """
     if not is_staying(ray.get_runtime_context().get_node_id()):
         os._exit(0)
@@ -73,92 +72,110 @@ class _RecordedTrial:
     """A trial that writes its record and its pulse (a sign of progress) while it runs."""
 
     def __init__(self, params: dict[str, Any], job: SearchJob) -> None:
-        self._job, self._plan = job, params_to_plan(params)
-        self._record = trial_records.read_trial(job.trials, params["trial"])
-        if trial_records.restart_if_damaged(job.trials, self._record, logger.warning):
-            self._record = trial_records.read_trial(job.trials, params["trial"])
-        # The pulse of an earlier process may be newer than its record.
-        spent = [
-            each
-            for each in (self._record, trial_records.read_pulse(job.trials, self._record.index))
-            if each
-        ]
-        self._before = max(each.seconds for each in spent), max(each.gpu_seconds for each in spent)
+        self._job = job
+        self._plan = params_to_plan(params)
+        record = trial_records.read_trial(job.trials, params["trial"])
+        if trial_records.restart_if_damaged(job.trials, record, logger.warning):
+            record = trial_records.read_trial(job.trials, params["trial"])
+
+        self._seconds_before = record.seconds
+        self._gpu_seconds_before = record.gpu_seconds
+        pulse = trial_records.read_pulse(job.trials, record.index)
+        if pulse:  # the pulse of an earlier process may be newer than its record
+            self._seconds_before = max(record.seconds, pulse.seconds)
+            self._gpu_seconds_before = max(record.gpu_seconds, pulse.gpu_seconds)
         self._started = time.monotonic()
         self._memory = PeakMemory()
-        self._beats, self._last_pulse = 0, float("-inf")
+        self._beats = 0
+        self._last_pulse = float("-inf")
+
         begun = Begun(
-            search=job.search, session=job.session, time=time.time(), seconds=self._before[0]
+            search=job.search,
+            session=job.session,
+            time=time.time(),
+            seconds=self._seconds_before,
         )
-        times = (
-            {} if self._record.saved_step else {"times": (begun.time,)}
-        )  # waiting for a machine does not count
-        own: dict[str, Any] = {
+        update = {
             "worker": uuid.uuid4().hex,
             "node": own_name(),
             "device": own_device(),
+            "begun": (*record.begun, begun),
         }
-        own["begun"] = (*self._record.begun, begun)
-        self._record = self._record.model_copy(update=own | times)
+        if not record.saved_step:
+            update["times"] = (begun.time,)  # waiting for a machine does not count
+        self._record = record.model_copy(update=update)
         trial_records.write_trial(job.trials, self._record)
         self._progress(self._record.saved_step)
         leave_if_drained()
-        if (
-            self._record.rungs
-        ):  # report it again, as the driver may have been killed before ASHA decided on it
+        if self._record.rungs:
+            # Reported again, as the driver may have been killed before ASHA decided on it.
             tune.report(_metrics(self._record.rungs[-1], job.config))
 
     def run(self) -> bool:
-        """Run the trial; return False if it failed but can resume, in smaller micro-batches or once
-        storage is back."""
-        start = trial_records.checkpoint_of(self._job.trials, self._record)
+        """Run the trial; return False if it failed but can resume.
+
+        It resumes with smaller micro-batches, or once the storage is back.
+        """
+        search = self._job
+        plan = self._plan
+        start = trial_records.checkpoint_of(search.trials, self._record)
         try:
-            own, plan = self._job, self._plan
-            check_free_memory(own.layouts[plan.cut], plan)
+            check_free_memory(search.layouts[plan.cut], plan)
             job = TrialJob(
-                self._config(), own.materials, plan.as_dict(), plan.cut, own.save_seconds
+                config=self._config(),
+                materials=search.materials,
+                plan=plan.as_dict(),
+                cut=plan.cut,
+                save_seconds=search.save_seconds,
             )
-            own.trial(job, start, self._report, self._progress)
+            search.trial(job, start, self._report, self._progress)
         except TakenOver:
             raise
         except Exception as error:
-            smaller = (
-                smaller_batch(self._record, self._job.config) if is_out_of_memory(error) else None
-            )
-            if smaller is not None:
-                self._write(micro_batch_size=smaller)
-            elif not self._was_away(error):
-                self._fail(error)
-                raise
-            return False
+            if is_out_of_memory(error):
+                smaller = smaller_batch(self._record, search.config)
+                if smaller is not None:
+                    self._write(micro_batch_size=smaller)
+                    return False
+            if self._was_away(error):
+                return False
+            self._fail(error)
+            raise
         return True
 
     def _config(self) -> RunConfig:
         """Return the configuration with the micro-batch of this trial."""
-        config, size = self._job.config, self._record.micro_batch_size
+        config = self._job.config
+        size = self._record.micro_batch_size
         if size is None:
             return config
-        training = config.training.model_copy(update={"micro_batch_size": size})
-        scored = max(1, config.evaluate.batch_size * size // config.training.micro_batch_size)
-        evaluate = config.evaluate.model_copy(update={"batch_size": scored})
-        return config.model_copy(update={"training": training, "evaluate": evaluate})
+        num_scored = max(1, config.evaluate.batch_size * size // config.training.micro_batch_size)
+        update = {
+            "training": config.training.model_copy(update={"micro_batch_size": size}),
+            "evaluate": config.evaluate.model_copy(update={"batch_size": num_scored}),
+        }
+        return config.model_copy(update=update)
 
     def _report(self, result: RungResult | None, checkpoint: Path) -> None:
-        """Publish a checkpoint and record it; record its rung, if it has one, and report that to
-        Tune."""
+        """Publish a checkpoint and record it.
+
+        If it has a rung, record the rung, too, and report it to Tune.
+        """
+        old = trial_records.checkpoint_of(self._job.trials, self._record)
         step = result.step if result else int(checkpoint.name.removeprefix("checkpoint-"))
-        old, digests = (
-            trial_records.checkpoint_of(self._job.trials, self._record),
-            self._publish(checkpoint, step),
-        )
-        update: dict[str, Any] = {"saved_between": step}
-        if result:
-            update = {
-                "rungs": (*self._record.rungs, result),
-                "status": "finished" if result.step >= self._job.config.search.steps else "running",
-                "times": (*self._record.times, time.time()),
-            }
-        self._write(checkpoint=digests, kills=0, memory_kills=0, **update)
+        update: dict[str, Any] = {
+            "checkpoint": self._publish(checkpoint, step),
+            "kills": 0,
+            "memory_kills": 0,
+        }
+        if result is None:
+            update["saved_between"] = step
+        else:
+            is_last = step >= self._job.config.search.steps
+            update["rungs"] = (*self._record.rungs, result)
+            update["status"] = "finished" if is_last else "running"
+            update["times"] = (*self._record.times, time.time())
+        self._write(**update)
         if old:
             remove(old)
         if result:
@@ -167,18 +184,16 @@ class _RecordedTrial:
 
     def _publish(self, checkpoint: Path, step: int) -> dict[str, str]:
         """Copy a checkpoint to the folder of the trial, and return its digests."""
-        target = (
-            trial_records.trial_folder(self._job.trials, self._record.index) / f"checkpoint-{step}"
-        )
+        folder = trial_records.trial_folder(self._job.trials, self._record.index)
+        target = folder / f"checkpoint-{step}"
         # Copied to the same folder, so that publishing is a rename.
-        aside = storage_at(target.with_name(f".{target.name}.{self._record.worker}")).staging
+        aside = storage_at(folder / f".{target.name}.{self._record.worker}").staging
+        # Nothing reads training_args.bin, which is a pickle.
+        left_out = shutil.ignore_patterns("training_args.bin", "README.md")
 
         def copy() -> None:
             shutil.rmtree(aside, ignore_errors=True)
-            # Nothing reads training_args.bin, which is a pickle.
-            shutil.copytree(
-                checkpoint, aside, ignore=shutil.ignore_patterns("training_args.bin", "README.md")
-            )
+            shutil.copytree(checkpoint, aside, ignore=left_out)
 
         retry_storage(copy, target)
         digests = folder_digests(aside)
@@ -192,10 +207,8 @@ class _RecordedTrial:
 
     def _check_ownership(self) -> None:
         """Raise TakenOver if another worker runs this trial now."""
-        if (
-            trial_records.read_trial(self._job.trials, self._record.index).worker
-            != self._record.worker
-        ):
+        recorded = trial_records.read_trial(self._job.trials, self._record.index)
+        if recorded.worker != self._record.worker:
             raise TakenOver
 
     def _progress(self, step: int) -> None:
@@ -216,11 +229,14 @@ class _RecordedTrial:
         trial_records.write_pulse(self._job.trials, self._record.index, pulse)
 
     def _was_away(self, error: Exception) -> bool:
-        """Return True if an error, of any type, came from a storage that was unreachable and is
-        back now."""
-        path = trial_records.trial_path(self._job.trials, self._record.index)
-        if diagnosis(error)[0] not in ("error", "damaged"):
+        """Return True if an error came from a storage that was unreachable and is back now.
+
+        The error may have any type.
+        """
+        failure, _ = diagnosis(error)
+        if failure not in ("error", "damaged"):
             return False
+        path = trial_records.trial_path(self._job.trials, self._record.index)
         with contextlib.suppress(OSError, StorageError):
             storage_at(path).read()
             return False
@@ -252,26 +268,31 @@ class _RecordedTrial:
     def _write(self, patience_seconds: float | None = None, **update: Any) -> None:
         """Write the record with these fields and the time and memory spent so far."""
         measured = {
+            **self._spent(),
             "peak_memory_bytes": self._memory.bytes(),
             "memory_counter": self._memory.counter,
         }
-        self._record = self._record.model_copy(update=self._spent() | measured | update)
+        self._record = self._record.model_copy(update=measured | update)
         trial_records.write_trial(self._job.trials, self._record, patience_seconds)
 
     def _spent(self) -> dict[str, float]:
         """Return the seconds and GPU seconds of the trial in all sessions."""
         seconds = time.monotonic() - self._started
-        held = seconds * self._job.resources.get("gpu", 0.0)
-        return {"seconds": self._before[0] + seconds, "gpu_seconds": self._before[1] + held}
+        gpu_seconds = seconds * self._job.resources.get("gpu", 0.0)
+        return {
+            "seconds": self._seconds_before + seconds,
+            "gpu_seconds": self._gpu_seconds_before + gpu_seconds,
+        }
 
 
 def check_free_memory(layout: Layout, plan: PrecisionPlan) -> None:
-    """Raise a `MemoryError` if this device has less free memory than a plan's tensors and Adam's
-    moments take.
+    """Raise a `MemoryError` if this device has too little free memory for a plan.
 
-    Activations come on top, so that a trial may still run out of memory later.
+    The tensors of the plan and Adam's moments must fit. Activations come on top, so that a trial
+    may still run out of memory later.
     """
-    needed, free = layout.plan_bytes(plan) + 2 * layout.trained_bytes, free_bytes()
+    needed = layout.plan_bytes(plan) + 2 * layout.trained_bytes
+    free = free_bytes()
     if free < needed:
         raise MemoryError(
             f"{free / 1e9:.2f} GB are free, and the model takes at least {needed / 1e9:.2f} GB"
@@ -290,11 +311,13 @@ def diagnosis(error: Exception) -> tuple[Failure, str]:
     if isinstance(error, TrainingDiverged):
         return "diverged", line
     trouble = storage_error(error)
-    return ("storage", trouble.cause) if trouble else ("error", line)
+    if trouble:
+        return "storage", trouble.cause
+    return "error", line
 
 
 def _metrics(result: RungResult, config: RunConfig) -> dict[str, float]:
     """Return the values of a rung that are reported to Tune."""
-    names = ("loss", "accuracy", "accuracy_stderr", "train_loss")
-    values = {name: value for name in names if (value := getattr(result, name)) is not None}
+    names = {"loss", "accuracy", "accuracy_stderr", "train_loss"}
+    values = result.model_dump(include=names, exclude_none=True)
     return {METRIC: result.cost(config.search.metric), TIME: result.step, **values}

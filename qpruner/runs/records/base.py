@@ -46,8 +46,9 @@ def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest_of(*parts: Any) -> str:
-    """Return the digest of some values: the first 16 hex digits of the sha256 of their canonical
-    JSON.
+    """Return the digest of some values.
+
+    It is the first 16 hex digits of the sha256 of their canonical JSON.
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

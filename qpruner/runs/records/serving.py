@@ -16,8 +16,9 @@ FORM_TITLES: dict[ServedForm, str] = {
 
 
 class ServedRow(Recorded):
-    """A model as it is served: the final one in one form, the best simple alternative, or the base
-    as it is.
+    """A model as it is served.
+
+    It is the final model in one form, the best simple alternative, or the base model as it is.
     """
 
     name: str
@@ -62,8 +63,9 @@ class ServeSetting(Recorded):
 
 
 class ServeRecord(Record):
-    """The final model as files for other servers, and the base model beside it, measured in turns
-    in one process.
+    """The final model as files for other servers, measured beside the base model.
+
+    The models are measured in turns in one process.
     """
 
     rows: tuple[ServedRow, ...]
@@ -71,8 +73,9 @@ class ServeRecord(Record):
 
     @property
     def best(self) -> ServedRow | None:
-        """The final model's row with the least loss of those that llama.cpp has measured; None
-        without one.
+        """The final model's row with the lowest loss among those that llama.cpp has measured.
+
+        It is None if llama.cpp has measured none.
         """
         measured = [row for row in self.rows if row.name == SEARCHED and row.loss is not None]
         return min(measured, key=lambda row: row.loss or 0.0, default=None)

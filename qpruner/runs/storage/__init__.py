@@ -1,8 +1,7 @@
-"""Read and write the files of a run, in a folder or in an object store; wait while the storage is
-full or away.
+"""Reads and writes the files of a run, in a folder or in an object store.
 
-Every file has a path on this machine; for a run in an object store it holds a local copy of the
-object.
+Operations wait while the storage is full or away. Every file has a path on this machine; for a run
+in an object store, that path holds a local copy of the object.
 """
 
 import contextlib
@@ -36,35 +35,47 @@ from qpruner.runs.storage.retry import retry_storage as retry_storage
 from qpruner.runs.storage.retry import storage_error as storage_error
 
 OWN_DIGEST = "record_digest"
-"""Key in a record file for the digest of all other keys, because damaged JSON may still be valid
-JSON."""
+"""Key in a record file for the digest of all other keys.
+
+It is needed because damaged JSON may still be valid JSON.
+"""
 
 RecordType = TypeVar("RecordType", bound=BaseModel)
 
 
 def storage_at(path: Path) -> Storage:
-    """Return the storage of a path: in an object store if the path belongs to a run at a URI, else
-    the path itself."""
+    """Return the storage of a path.
+
+    It is in an object store if the path belongs to a run at a URI, and else the path itself.
+    """
     return objects_at(path) or Storage(path)
 
 
 def run_path(output: str | Path) -> Path:
-    """Return the path on this machine for the folder or URI of a run; raise `UserError` if either
-    is invalid."""
+    """Return the path on this machine for the folder or URI of a run.
+
+    Raises:
+        UserError: If the folder or URI is invalid.
+    """
     if isinstance(output, str) and "://" in output:
         return mirror_of(output)
     root = Path(output).expanduser().resolve()
-    existing = next(path for path in (root, *root.parents) if path.exists())
-    if not existing.is_dir():
+    for path in (root, *root.parents):
+        if path.exists():
+            break
+    if not path.is_dir():
         raise UserError(
-            f"`output`: {existing} is a file, but a run is a folder; name the folder of the run"
+            f"`output`: {path} is a file, but a run is a folder; name the folder of the run"
         )
     return root
 
 
 def run_root(output: str | Path) -> Path:
-    """Return the path on this machine for the folder or URI of a run, and check that the bucket of
-    a URI answers."""
+    """Return the path on this machine for the folder or URI of a run.
+
+    Raises:
+        UserError: If the folder or URI is invalid, or if the bucket of the URI does not answer.
+    """
     root = run_path(output)
     if not isinstance(output, Path):
         _check_reachable(root)
@@ -73,7 +84,8 @@ def run_root(output: str | Path) -> Path:
 
 @functools.cache
 def _check_reachable(root: Path) -> None:
-    if objects := objects_at(root):
+    objects = objects_at(root)
+    if objects:
         objects.check_reachable()
 
 
@@ -83,21 +95,24 @@ def display_name(path: Path) -> str:
 
 
 def export_command(root: Path) -> str:
-    """Return the command that exports the final model of a run to a folder; empty if the run is in
-    a folder."""
+    """Return the command that exports the final model of a run to a folder.
+
+    It is empty if the run is in a folder already.
+    """
     storage = storage_at(root)
-    return (
-        ""
-        if storage.fills_this_disk
-        else f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
-    )
+    if storage.fills_this_disk:
+        return ""
+    return f"qpruner export {shlex.quote(storage.address)} --to peft --out FOLDER"
 
 
 def write_json(path: Path, data: BaseModel, patience_seconds: float | None = None) -> None:
-    """Write a record as JSON with its own digest; a reader sees the old file or the new one, never
-    a part."""
+    """Write a record as JSON with its own digest.
+
+    A reader sees the old file or the new one, never a part.
+    """
     fields = json.loads(data.model_dump_json())
-    text = json.dumps(fields | {OWN_DIGEST: digest_of(fields)}, indent=2, ensure_ascii=False)
+    fields[OWN_DIGEST] = digest_of(fields)
+    text = json.dumps(fields, indent=2, ensure_ascii=False)
     write_text(path, text + "\n", patience_seconds)
 
 
@@ -115,11 +130,14 @@ def read_text(path: Path) -> str | None:
 
 
 def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
-    """Read a record that is known to exist; retry if it is missing, because then the storage must
-    be away."""
+    """Read a record that is known to exist.
+
+    If it is missing, the storage must be away, so reading is tried again.
+    """
 
     def read() -> RecordType:
-        if (record := read_json(path, kind)) is None:
+        record = read_json(path, kind)
+        if record is None:
             raise OSError(errno.EIO, "was written before and is missing now", display_name(path))
         return record
 
@@ -127,36 +145,49 @@ def read_existing(path: Path, kind: type[RecordType]) -> RecordType:
 
 
 def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
-    """Read a record of this kind; return None if the file is missing, and raise `CorruptFile` if it
-    is damaged."""
+    """Read a record of this kind; return None if the file is missing.
+
+    Raises:
+        CorruptFile: If the file is damaged.
+    """
     try:
-        if (text := read_text(path)) is None:
+        text = read_text(path)
+        if text is None:
             return None
         fields = json.loads(text)
         if isinstance(fields, dict) and fields.pop(OWN_DIGEST, None) != digest_of(fields):
             raise ValueError(
-                f"the file was damaged or edited, because its contents differ from its `{OWN_DIGEST}`"
+                "the file was damaged or edited, because its contents differ from its "
+                f"`{OWN_DIGEST}`"
             )
         return kind.model_validate(fields)
     except ValueError as error:  # no text, no JSON or no such record
-        why = f"{error}"
+        why = str(error)
         if isinstance(error, ValidationError):
             problem = error.errors()[0]
-            why = f"{'.'.join(map(str, problem['loc'])) or 'its contents'}: {problem['msg']}"
+            place = ".".join(map(str, problem["loc"])) or "its contents"
+            why = f"{place}: {problem['msg']}"
             if isinstance(fields, dict):  # with the right digest, so the file is as it was written
-                why += "; an earlier version of qpruner wrote it, and repeating `qpruner run` makes it again"
+                why += (
+                    "; an earlier version of qpruner wrote it, and repeating `qpruner run` "
+                    "makes it again"
+                )
         raise CorruptFile(f"{display_name(path)} is not a {kind.__name__}: {why}", path) from error
 
 
 def progress_seconds(path: Path) -> float:
-    """Return the seconds between two writes of progress; more in an object store, which charges for
-    each write."""
+    """Return the seconds between two writes of progress.
+
+    There are more in an object store, which charges for each write.
+    """
     return 1.0 if storage_at(path).fills_this_disk else 5.0
 
 
 def write_progress(path: Path, text: str) -> bool:
-    """Try once to write progress to a file, where other writes are tried again; return True if that
-    worked."""
+    """Try once to write progress to a file; return True if that worked.
+
+    All other writes are tried again.
+    """
     with contextlib.suppress(OSError, StorageError):
         storage_at(path).write(text.encode(), durable=False)
         return True
@@ -181,7 +212,10 @@ def file_digest(path: Path) -> str:
 
 
 def fetch_file(path: Path, to: Path, on_piece: OnPiece = lambda: None) -> str:
-    """Copy a file of a run to this machine and return its sha256; a failure leaves no partial file."""
+    """Copy a file of a run to this machine and return its sha256.
+
+    A failure leaves no partial file.
+    """
     try:
         return retry_storage(lambda: storage_at(path).download(to, on_piece), path)
     except Exception:
@@ -200,13 +234,18 @@ def files_in(folder: Path) -> dict[str, int]:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file in a folder and its subfolders, read from the storage itself."""
+    """Return the sha256 of every file in a folder and its subfolders.
+
+    The files are read from the storage itself.
+    """
     return storage_at(folder).digests()
 
 
 def published_folders(parent: Path) -> list[Path]:
-    """List the complete folders inside a folder: on a disk all, in an object store those with a
-    file list."""
+    """List the complete folders inside a folder.
+
+    On a disk these are all folders; in an object store, those with a file list.
+    """
     names = children(parent)
     if storage_at(parent).fills_this_disk:
         return [parent / name for name in names if (parent / name).is_dir()]
@@ -219,7 +258,10 @@ def remove(path: Path) -> None:
 
 
 def quarantine(path: Path, place: Path) -> str:
-    """Move a damaged file or folder below `place` to `place/damaged/`; return the new path or URI."""
+    """Move a damaged file or folder below `place` to `place/damaged/`.
+
+    Return the new path or URI.
+    """
     target = place / "damaged" / f"{'-'.join(path.relative_to(place).parts)}-{time.time_ns()}"
     retry_storage(lambda: storage_at(path).move(target), path)
     return display_name(target)
@@ -227,8 +269,10 @@ def quarantine(path: Path, place: Path) -> str:
 
 @contextmanager
 def writing_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder on this machine to write to; then write its file list, and upload all if the
-    run is at a URI."""
+    """Yield a folder on this machine to write to.
+
+    At the end of the block, write its file list and, if the run is at a URI, upload all files.
+    """
     storage = storage_at(target)
     here = storage.staging
     if here == target:
@@ -245,23 +289,30 @@ def writing_folder(target: Path) -> Iterator[Path]:
 
 
 def fetch(folder: Path, on_piece: OnPiece = lambda: None) -> Path:
-    """Make a folder of a run available on this machine, compare it once with its file list, and
-    return its path.
+    """Make a folder of a run available on this machine, and return its path.
 
-    A damaged local copy is downloaded again; damage in the storage itself raises `CorruptFile`.
+    The folder is compared once with its file list. A damaged local copy is downloaded again.
+
+    Raises:
+        CorruptFile: If the folder is damaged in the storage itself.
     """
     storage_at(folder).fetch(on_piece)
     return folder
 
 
 def require_arrived(folder: Path) -> None:
-    """Raise `StorageError` if a folder that another machine wrote is missing here, as on a disk
-    that is not shared."""
-    if storage_at(folder).fills_this_disk:
-        listed = list_path(folder)
-        try:
-            retry_storage(listed.stat, listed, was_there=True)
-        except FileNotFoundError as error:
-            cause = f"{folder} was written on another machine and is missing here"
-            remedy = "share `output` between both machines, or take the other out of the cluster"
-            raise StorageError(cause, f"{remedy}, then repeat the command") from error
+    """Raise `StorageError` if a folder that another machine wrote is missing here.
+
+    That is so on a disk that is not shared.
+    """
+    if not storage_at(folder).fills_this_disk:
+        return
+    file_list = list_path(folder)
+    try:
+        retry_storage(file_list.stat, file_list, was_there=True)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{folder} was written on another machine and is missing here",
+            "share `output` between both machines, or take the other out of the cluster, "
+            "then repeat the command",
+        ) from error

@@ -1,5 +1,4 @@
-"""The storage of a run in a folder, and the lists of digests that show whether a folder is
-complete."""
+"""The storage of a run in a folder, and the lists of digests that show whether it is complete."""
 
 import contextlib
 import hashlib
@@ -26,14 +25,16 @@ Item = TypeVar("Item")
 
 # suffix of the file list of a folder, such as `prune.files.json` next to `prune/`
 FILES = ".files.json"
-PIECE_BYTES, HASHED_BYTES = 16 * 2**20, 2**20
-"""Bytes per read when copying, and fewer when digesting: many threads digest at once while memory
-is measured."""
+PIECE_BYTES = 16 * 2**20  # bytes per read when copying
+HASHED_BYTES = 2**20
+"""Bytes per read when digesting, which many threads do at once while memory is measured."""
 WAITING_SECONDS = 0.1
 CONCURRENT = 16  # number of files that are read, uploaded or downloaded at once
 OnPiece = Callable[[], object]
-"""Called from any thread after each piece read, and while waiting for another process, to show
-progress."""
+"""Called to show progress: after each piece read, and while waiting for another process.
+
+The calls may come from any thread.
+"""
 
 
 class FileList(Recorded):
@@ -43,8 +44,7 @@ class FileList(Recorded):
 
 
 verified: dict[Path, FileList] = {}
-"""Folders on this machine that this process wrote or verified, with their file lists at that time.
-"""
+"""Folders here that this process wrote or verified, with their file lists at that time."""
 
 
 def list_path(folder: Path) -> Path:
@@ -89,8 +89,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file or folder; also succeed if an earlier attempt renamed it, but its answer was
-    lost."""
+    """Rename a file or folder.
+
+    Succeed, too, if an earlier attempt renamed it but its answer was lost.
+    """
     try:
         path.replace(target)
     except FileNotFoundError:
@@ -98,8 +100,10 @@ def rename(path: Path, target: Path) -> None:
 
 
 def share_files(folder: Path) -> None:
-    """Give files the read permissions of their folder, because safetensors makes files readable for
-    the owner only."""
+    """Give files the read permissions of their folder.
+
+    Safetensors makes its files readable for their owner only.
+    """
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -115,8 +119,10 @@ def empty_folder(folder: Path) -> Path:
 
 @contextmanager
 def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
-    """Lock a path for this process; while another process has the lock, wait and call `on_piece` to
-    show progress."""
+    """Lock a path for this process while the block runs.
+
+    While another process has the lock, wait and call `on_piece` to show progress.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     while not lock.is_locked:
@@ -131,9 +137,8 @@ def exclusive(path: Path, on_piece: OnPiece = lambda: None) -> Iterator[None]:
 
 
 def _release(lock: FileLock) -> None:
-    Path(lock.lock_file).unlink(
-        missing_ok=True
-    )  # a process that waits for it notices, and makes a new one
+    # A process that waits for the file notices, and makes a new one.
+    Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
 
 
@@ -144,8 +149,10 @@ def working_folder(prefix: str) -> Iterator[Path]:
     for file in temporary.glob(f".{prefix}*.lock"):
         with contextlib.suppress(OSError):  # in use, or deleted meanwhile
             if file.lstat().st_uid == os.getuid():
-                (lock := FileLock(file)).acquire(timeout=0)
-                shutil.rmtree(temporary / file.name[1:].removesuffix(".lock"), ignore_errors=True)
+                lock = FileLock(file)
+                lock.acquire(timeout=0)
+                left_folder = file.name.removeprefix(".").removesuffix(".lock")
+                shutil.rmtree(temporary / left_folder, ignore_errors=True)
                 _release(lock)
     folder = temporary / f"{prefix}{uuid.uuid4().hex}"
     with exclusive(folder):
@@ -164,16 +171,17 @@ class Stat(NamedTuple):
 
 
 class Storage:
-    """A file or folder of a run in a local or shared folder, identified by its path on this
-    machine.
+    """A file or folder of a run in a local or shared folder, identified by its path here.
 
     Methods on one file raise `FileNotFoundError` if it is missing, and `OSError` if the storage is
     full or away; the callers retry. Methods on folders and file lists retry by themselves.
     """
 
     fills_this_disk = True
-    """Whether the files take room on a disk of this machine; if not, any machine can resume the
-    run."""
+    """Whether the files take room on a disk of this machine.
+
+    If they do not, any machine can resume the run.
+    """
     access_remedy = "`output` must be in a folder that every node can read and write"
 
     def __init__(self, path: Path) -> None:
@@ -194,8 +202,10 @@ class Storage:
 
     @property
     def staging(self) -> Path:
-        """The path on this machine to write to: the path itself, or a place whose files are
-        uploaded afterwards."""
+        """The path on this machine to write to.
+
+        It is the path itself, or a place whose files are uploaded afterwards.
+        """
         return self.path
 
     def open(self) -> AbstractContextManager[Any]:
@@ -224,13 +234,19 @@ class Storage:
             raise
 
     def put(self, file: Path) -> str:
-        """Copy a file of this machine to this storage, unless it is already there, and return its
-        sha256."""
-        return self.digest() if file == self.path else Storage(file).download(self.path)
+        """Copy a file of this machine to this storage, and return its sha256.
+
+        Nothing is copied if the file is already there.
+        """
+        if file == self.path:
+            return self.digest()
+        return Storage(file).download(self.path)
 
     def write(self, data: bytes, durable: bool = True) -> None:
-        """Write the file; a reader sees the old or the new contents, never a part; if `durable`,
-        also after a crash."""
+        """Write the file; a reader sees the old or the new contents, never a part.
+
+        If `durable`, that is so even after a crash.
+        """
         # At random: processes of two machines that share this storage may have the same process id.
         new = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         if durable:
@@ -248,22 +264,28 @@ class Storage:
             sync(self.path.parent)
 
     def renew(self, data: bytes) -> None:
-        """Set the time of change to now; `data` must be the present contents, which an object store
-        must rewrite."""
+        """Set the time of change to now.
+
+        `data` must be the present contents, because an object store must write them again.
+        """
         os.utime(self.path)
 
     def stat(self) -> Stat | None:
         """Return time of change and size of the file; None if there is no such file."""
         # Not `Path.is_file`, which from Python 3.14 on returns False if the storage is away.
         try:
-            found = self.path.stat()
+            status = self.path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Stat(found.st_mtime, found.st_size) if stat.S_ISREG(found.st_mode) else None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return Stat(modified=status.st_mtime, size=status.st_size)
 
     def names(self) -> list[str]:
         """List the names in the folder, sorted; empty if there is no folder."""
-        return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        if not self.path.is_dir():
+            return []
+        return sorted(path.name for path in self.path.iterdir())
 
     def files(self) -> dict[str, int]:
         """Return the size in bytes of every file in the folder and its subfolders."""
@@ -272,9 +294,12 @@ class Storage:
 
     def digests(self) -> dict[str, str]:
         """Return the sha256 of every file in the folder and its subfolders."""
+
+        def digest_of(name: str) -> str:
+            return retry_storage((self / name).digest, self.path / name)
+
         names = sorted(retry_storage(self.files, self.path))
-        found = for_each(lambda name: retry_storage((self / name).digest, self.path / name), names)
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, for_each(digest_of, names), strict=True))
 
     def delete(self) -> None:
         """Delete the file or folder; a folder deleted in part never counts as complete."""
@@ -295,8 +320,10 @@ class Storage:
             list_path(self.path).rename(list_path(target))
 
     def put_folder(self, folder: Path) -> FileList:
-        """Copy a folder of this machine to this storage durably, unless it is there; write its file
-        list last."""
+        """Copy a folder of this machine to this storage durably; write its file list last.
+
+        Nothing is copied if the folder is already there.
+        """
         if folder != self.path:
             shutil.copytree(folder, self.path, dirs_exist_ok=True)
         share_files(self.path)
@@ -312,8 +339,10 @@ class Storage:
         return listed
 
     def publish(self, folder: Path) -> None:
-        """Move a finished folder of this machine to this storage; it replaces an earlier folder
-        there."""
+        """Move a finished folder of this machine to this storage.
+
+        It replaces an earlier folder there.
+        """
         target = self.path
         retry_storage(lambda: share_files(folder), folder)
 
@@ -337,8 +366,11 @@ class Storage:
         return type(self)(list_path(self.path))
 
     def read_list(self) -> FileList | None:
-        """Read the file list of the folder; return None if there is none, and raise `CorruptFile`
-        if it is damaged."""
+        """Read the file list of the folder; return None if there is none.
+
+        Raises:
+            CorruptFile: If the list is damaged.
+        """
         try:
             return FileList.model_validate_json(retry_storage(self.file_list.read, self.path))
         except FileNotFoundError:
@@ -352,9 +384,13 @@ class Storage:
             self.verify(on_piece)
 
     def verify(self, on_piece: OnPiece = lambda: None) -> None:
-        """Compare the folder with its file list, if it has one; raise `CorruptFile` for a damaged
-        or missing file."""
-        if listed := self.read_list():
+        """Compare the folder with its file list, if it has one.
+
+        Raises:
+            CorruptFile: If a file is damaged or missing.
+        """
+        listed = self.read_list()
+        if listed:
             self.compare(listed, lambda name: (self / name).digest(on_piece))
             verified[self.path] = listed
 
@@ -367,11 +403,10 @@ class Storage:
             except FileNotFoundError:
                 return ""
 
-        for name, sha256 in zip(
-            listed.sha256, for_each(actual_digest, list(listed.sha256)), strict=True
-        ):
-            if sha256 != listed.sha256[name]:
-                state = "damaged" if sha256 else "missing"
+        names = list(listed.sha256)
+        for name, actual in zip(names, for_each(actual_digest, names), strict=True):
+            if actual != listed.sha256[name]:
+                state = "damaged" if actual else "missing"
                 raise CorruptFile(
                     f"{self.name}/{name} is {state}, says {self.file_list.name}", self.path / name
                 )
@@ -384,8 +419,10 @@ def write_list(folder: Path, listed: FileList) -> None:
 
 
 def keep_copy(folder: Path, path: Path, listed: FileList) -> None:
-    """Move a downloaded folder to its path on this machine, and write its file list once all files
-    are durable."""
+    """Move a downloaded folder to its path on this machine.
+
+    Its file list is written once all files are durable.
+    """
     list_path(path).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,67 +26,80 @@ from qpruner.runs.storage.base import FILES, FileList, OnPiece, Stat, Storage, f
 from qpruner.runs.storage.retry import retry_storage
 
 CACHE = "QPRUNER_CACHE"
-"""Environment variable: the folder of this machine for mirrors of runs; `~/.cache/qpruner` by
-default."""
-CONNECT_SECONDS, QUIET_SECONDS, ATTEMPTS = 5.0, 5.0, 2
-"""Limits that end an unanswered request after about ten seconds; `retry_storage` may then repeat
-the request."""
+"""Environment variable with the folder of this machine for mirrors of runs.
+
+Without it, the folder is `~/.cache/qpruner`.
+"""
+# These limits end an unanswered request after about ten seconds; `retry_storage` may repeat it.
+CONNECT_SECONDS = 5.0
+QUIET_SECONDS = 5.0
+ATTEMPTS = 2
 REFUSED = re.compile(
-    r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]|UNAUTHENT|PERMISSION_DENIED"
+    r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|TOKEN|HTTP status 40[13]"
+    r"|UNAUTHENT|PERMISSION_DENIED"
 )
 GONE = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' not found|specified bucket does not exist")
 CREDENTIALS = (
-    "credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's "
-    "role; GOOGLE_APPLICATION_CREDENTIALS for gs://), on every machine"
+    "credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "AWS_PROFILE or the machine's role; GOOGLE_APPLICATION_CREDENTIALS for gs://), on every machine"
 )
+OPTIONS = ("scheme", "endpoint_override", "region")
+"""Options that the URI of a run may have."""
 logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """Return the folder for local copies on this machine, which may be deleted while no command
-    runs."""
+    """Return the folder for local copies on this machine.
+
+    It may be deleted while no command runs.
+    """
     return Path(os.environ.get(CACHE, "~/.cache/qpruner")).expanduser().resolve()
 
 
 def mirror_of(uri: str) -> Path:
-    """Return the path of the mirror for the URI of a run; raise `UserError` if the URI is invalid."""
+    """Return the path of the mirror for the URI of a run.
+
+    Raises:
+        UserError: If the URI is invalid.
+    """
     form = "must be a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
     try:
         parts = urlsplit(uri)
     except ValueError:  # an invalid address in brackets; the text of the error may contain a key
         raise UserError(f"`output` {form}") from None
-    options = {"scheme": "https"} | dict(parse_qsl(parts.query, keep_blank_values=True))
-    prefix = parts.path.strip("/")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
     # Messages must not repeat keys. A key may contain a slash, and then only its start is in
     # `netloc`.
     if any(sign in parts.netloc for sign in "@:") or "@" in "".join(options.values()):
         raise UserError(f"`output`: a URI must not contain credentials; {CREDENTIALS}")
-    if not options.keys() <= {"scheme", "endpoint_override", "region"} or options["scheme"] not in (
-        "http",
-        "https",
-    ):
+    has_unknown = any(name not in OPTIONS for name in options)
+    if has_unknown or options.get("scheme", "https") not in ("http", "https"):
         raise UserError(
-            "`output`: a URI takes no options but endpoint_override, region, and scheme (http or https)"
+            "`output`: a URI takes no options but endpoint_override, region, "
+            "and scheme (http or https)"
         )
+
+    prefix = parts.path.strip("/")
     steps = (parts.netloc, *prefix.split("/"))
-    if (
-        parts.scheme not in ("s3", "gs")
-        or parts.fragment
-        or any(step in ("", ".", "..") for step in steps)
-    ):
+    is_folder = all(step not in ("", ".", "..") for step in steps)
+    if parts.scheme not in ("s3", "gs") or parts.fragment or not is_folder:
         raise UserError(f"`output`: {uri} {form}")
+
     query = f"?{parts.query}" if parts.query else ""
     name = quote(f"{parts.scheme}://{parts.netloc}/{prefix}{query}", safe="")
     if len(name) > 255:
         raise UserError(
-            f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, at most 255"
+            f"`output`: {uri} must be shorter: as a folder name it has {len(name)} characters, "
+            "at most 255"
         )
     return cache_root() / "runs" / name
 
 
 def objects_at(path: Path) -> ObjectStorage | None:
-    """Return the objects that a path in a mirror (local copy of a run in an object store) stands
-    for; else None."""
+    """Return the objects that a path in a mirror stands for; None for any other path.
+
+    A mirror is the local copy of a run in an object store.
+    """
     return ObjectStorage(path) if cache_root() / "runs" in path.parents else None
 
 
@@ -105,14 +118,14 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
     endpoint = options.setdefault("endpoint_override", endpoint)
     region = options.setdefault("region", region)
     of_region = f"s3.{region}" if region else "s3"
-    proxy = _proxy_for(
-        endpoint or f"{bucket}.{of_region}.amazonaws.com", options.get("scheme", "https")
-    )
-    if proxy and not (endpoint or region):
-        raise UserError(
-            f"`output`: the region of {bucket} cannot be asked for through the proxy of HTTPS_PROXY: set AWS_REGION"
-        )
+    host = endpoint or f"{bucket}.{of_region}.amazonaws.com"
+    proxy = _proxy_for(host, options.get("scheme", "https"))
     if not (endpoint or region):
+        if proxy:
+            raise UserError(
+                f"`output`: the region of {bucket} cannot be asked for through the proxy of "
+                "HTTPS_PROXY: set AWS_REGION"
+            )
         options["region"] = fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(
         proxy_options=proxy,
@@ -127,27 +140,37 @@ def open_bucket(scheme: str, bucket: str, query: str) -> Any:
 
 
 def _proxy_for(endpoint: str, scheme: str) -> str | None:
-    """Return the proxy that HTTPS_PROXY or HTTP_PROXY names, unless NO_PROXY excludes the host of
-    the endpoint.
+    """Return the proxy that HTTPS_PROXY or HTTP_PROXY names.
 
-    pyarrow (26) does not read these variables for S3.
+    Return None if there is none, or if NO_PROXY excludes the host of the endpoint. Pyarrow (26)
+    does not read these variables for S3.
     """
     parts = urlsplit(endpoint if "://" in endpoint else f"{scheme}://{endpoint}")
-    proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
-    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+    if proxy_bypass(parts.netloc):
+        return None
+    proxy = getproxies().get(parts.scheme)
+    if proxy and "://" not in proxy:
+        return f"http://{proxy}"
+    return proxy
 
 
 class ObjectStorage(Storage):
-    """The object with a key, or a folder: all objects whose keys begin with that key and a slash."""
+    """The object with a key, or a folder.
+
+    A folder is all objects whose keys begin with that key and a slash.
+    """
 
     fills_this_disk = False
     access_remedy = f"every node must have access to `output`: {CREDENTIALS}"
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        uri, *rest = path.relative_to(cache_root() / "runs").parts
-        self.scheme, self.bucket, prefix, self.query, _ = urlsplit(unquote(uri))
-        self.key = "/".join([prefix.strip("/"), *rest])
+        uri, *names = path.relative_to(cache_root() / "runs").parts
+        parts = urlsplit(unquote(uri))
+        self.scheme = parts.scheme
+        self.bucket = parts.netloc
+        self.query = parts.query
+        self.key = "/".join([parts.path.strip("/"), *names])
         self._path = f"{self.bucket}/{self.key}"
 
     @property
@@ -172,7 +195,8 @@ class ObjectStorage(Storage):
         # a longer object was uploaded in between.
         while True:
             with self.open() as stream:
-                data, before = bytes(stream.read()), stream.metadata()
+                data = bytes(stream.read())
+                before = stream.metadata()
             with self.open() as stream:
                 if stream.metadata() == before:
                     return data
@@ -188,11 +212,9 @@ class ObjectStorage(Storage):
 
         with self._translated():
             info = self._system.get_file_info(self._path)
-        return (
-            Stat(float(info.mtime.timestamp()), int(info.size))
-            if info.type == FileType.File
-            else None
-        )
+        if info.type != FileType.File:
+            return None
+        return Stat(modified=float(info.mtime.timestamp()), size=int(info.size))
 
     def put(self, file: Path) -> str:
         with (
@@ -206,14 +228,12 @@ class ObjectStorage(Storage):
         return sorted(info.base_name for info in self._infos(recursive=False))
 
     def files(self) -> dict[str, int]:
-        return {
-            info.path[len(self._path) + 1 :]: info.size for info in self._infos() if info.is_file
-        }
+        return {self._name_of(info): info.size for info in self._infos() if info.is_file}
 
     def delete(self) -> None:
-        lists = [self / name for name in self.files() if name.endswith(FILES)]
-        for each in (*lists, self.file_list, self):
-            each._delete()
+        file_lists = [self / name for name in self.files() if name.endswith(FILES)]
+        for storage in (*file_lists, self.file_list, self):
+            storage._delete()
         if self.path.is_dir():
             shutil.rmtree(self.path, ignore_errors=True)
         else:
@@ -226,21 +246,25 @@ class ObjectStorage(Storage):
         with self._translated():
             for name in self.files():
                 self._system.move(f"{self._path}/{name}", f"{destination._path}/{name}")
-            for each, to in ((self, destination), (self.file_list, destination.file_list)):
-                if each.stat():
-                    self._system.move(each._path, to._path)
+            if self.stat():
+                self._system.move(self._path, destination._path)
+            if self.file_list.stat():
+                self._system.move(self.file_list._path, destination.file_list._path)
 
     def put_folder(self, folder: Path) -> FileList:
+
+        def put(name: str) -> str:
+            return retry_storage(lambda: (self / name).put(folder / name), self.path / name)
+
+        def delete(name: str) -> None:
+            retry_storage((self / name)._delete, self.path / name)
+
         retry_storage(self.file_list._delete, self.path)
         names = sorted(Storage(folder).files())
-        sent = for_each(
-            lambda name: retry_storage(lambda: (self / name).put(folder / name), self.path / name),
-            names,
-        )
-        listed = FileList(sha256=dict(zip(names, sent, strict=True)))
+        listed = FileList(sha256=dict(zip(names, for_each(put, names), strict=True)))
         retry_storage(lambda: self.file_list.write(listed.model_dump_json().encode()), self.path)
-        stale = sorted(set(retry_storage(self.files, self.path)) - set(names))
-        for_each(lambda name: retry_storage((self / name)._delete, self.path / name), stale)
+        stale = retry_storage(self.files, self.path).keys() - set(names)
+        for_each(delete, sorted(stale))
         return listed
 
     def publish(self, folder: Path) -> None:
@@ -251,11 +275,10 @@ class ObjectStorage(Storage):
     def fetch(self, on_piece: OnPiece = lambda: None) -> None:
         # All processes of a machine share one copy while the list stays the same; each process
         # verifies it once.
-        if (listed := self.read_list()) is None:
-            raise CorruptFile(
-                f"{self.name} is missing or incomplete: there is no {self.file_list.name}",
-                self.path,
-            )
+        listed = self.read_list()
+        if listed is None:
+            reason = f"{self.name} is missing or incomplete: there is no {self.file_list.name}"
+            raise CorruptFile(reason, self.path)
         if self._has_copy(listed, on_piece):
             return
         with base.exclusive(self.path, on_piece):
@@ -283,31 +306,30 @@ class ObjectStorage(Storage):
 
     def verify(self, on_piece: OnPiece = lambda: None) -> None:
         # Only missing objects, and those changed after the list was uploaded, can differ from it.
-        stat, listed = retry_storage(self.file_list.stat, self.path), self.read_list()
+        stat = retry_storage(self.file_list.stat, self.path)
+        listed = self.read_list()
         if stat is None or listed is None:
             return
-        infos = [info for info in retry_storage(self._infos, self.path) if info.is_file]
-        modified = {
-            info.path[len(self._path) + 1 :]: float(info.mtime.timestamp()) for info in infos
-        }
-        names = [
-            name for name in listed.sha256 if modified.get(name, stat.modified) >= stat.modified
-        ]
-        doubtful = FileList(sha256={name: listed.sha256[name] for name in names})
-        self.compare(doubtful, lambda name: (self / name).digest())
+        doubtful = dict(listed.sha256)
+        for info in retry_storage(self._infos, self.path):
+            if info.is_file and info.mtime.timestamp() < stat.modified:
+                doubtful.pop(self._name_of(info), None)
+        self.compare(FileList(sha256=doubtful), lambda name: (self / name).digest())
 
     def check_reachable(self) -> None:
-        """Raise `UserError` if the store does not answer or refuses access to the objects (not the
-        bucket itself)."""
+        """Raise `UserError` if the store does not answer or refuses access to the objects.
+
+        Access to the bucket itself is not needed.
+        """
         try:
             with contextlib.suppress(FileNotFoundError):
                 self._infos(recursive=False, must_exist=True)
         except StorageError as error:
             raise UserError(f"`output`: {error.cause}; {error.remedy}") from error
         except OSError as error:
-            remedy = "check the network and the endpoint (AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
             raise UserError(
-                f"`output`: {self.name} cannot be reached ({error.strerror}); {remedy}"
+                f"`output`: {self.name} cannot be reached ({error.strerror}); check the network "
+                "and the endpoint (AWS_ENDPOINT_URL, or ?endpoint_override= in the URI)"
             ) from error
 
     @property
@@ -316,36 +338,37 @@ class ObjectStorage(Storage):
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Turn errors that pyarrow raises inside the block into Python errors, judged by their
-        text."""
+        """Turn errors that pyarrow raises inside the block into Python errors.
+
+        They are recognized by their text.
+        """
         try:
             yield
         except OSError as error:
-            if error.errno is not None and "google::cloud" not in str(error):
+            is_of_google = "google::cloud" in str(error)
+            if error.errno is not None and not is_of_google:
                 raise
-            text = re.sub(
-                r"\s*(\(Request ID|error_info=).*", "", str(error), flags=re.DOTALL
-            ).strip()
-            if text.startswith(
-                os.strerror(errno.ENOENT)
-            ):  # Google Cloud Storage, for a missing folder
-                raise FileNotFoundError(
-                    errno.ENOENT, os.strerror(errno.ENOENT), self.name
-                ) from error
-            detail = text.partition("AWS Error ")[2] or text
+            text = re.sub(r"\s*(\(Request ID|error_info=).*", "", str(error), flags=re.DOTALL)
+            text = text.strip()
+            missing = os.strerror(errno.ENOENT)
+            if text.startswith(missing):  # Google Cloud Storage, for a missing folder
+                raise FileNotFoundError(errno.ENOENT, missing, self.name) from error
+
+            _, _, of_amazon = text.partition("AWS Error ")
+            detail = of_amazon or text
             if REFUSED.search(detail):
-                cause = f"{self.name}: access is refused ({detail})"
                 raise StorageError(
-                    cause, f"{CREDENTIALS}; correct the credentials, then repeat the command"
+                    f"{self.name}: access is refused ({detail})",
+                    f"{CREDENTIALS}; correct the credentials, then repeat the command",
                 ) from error
             if GONE.search(text):
                 raise StorageError(
                     f"there is no bucket {self.bucket}", "create it, then repeat the command"
                 ) from error
-            if isinstance(error, FileNotFoundError) or (
-                "AWS Error" not in text and "google::cloud" not in text
-            ):
-                raise  # a missing object, or a request that pyarrow itself refused
+            if isinstance(error, FileNotFoundError):
+                raise  # a missing object
+            if "AWS Error" not in text and "google::cloud" not in text:
+                raise  # a request that pyarrow itself refused
             raise OSError(errno.EHOSTUNREACH, detail, self.name) from error
 
     def _delete(self) -> None:
@@ -354,6 +377,10 @@ class ObjectStorage(Storage):
                 self._system.delete_file(self._path)
             else:
                 self._system.delete_dir_contents(self._path, missing_dir_ok=True)
+
+    def _name_of(self, info: Any) -> str:
+        """Return the name of an object inside this folder."""
+        return str(info.path.removeprefix(f"{self._path}/"))
 
     def _infos(self, recursive: bool = True, must_exist: bool = False) -> list[Any]:
         from pyarrow.fs import FileSelector

@@ -1,5 +1,4 @@
-"""Retry operations that fail because a storage is full or away, then raise an error with the
-remedy."""
+"""Retries operations while a storage is full or away, then raises an error with the remedy."""
 
 import errno
 import logging
@@ -24,8 +23,10 @@ DISK_AWAY = (errno.EIO, errno.EROFS, errno.ESTALE)
 HOST_AWAY = (errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 AWAY = (*DISK_AWAY, *HOST_AWAY, errno.ECONNREFUSED, errno.ECONNRESET)
 TORCH_CANNOT_WRITE = "inline_container.cc"
-"""Part of the error of torch.save (2.13) on a full disk; the error names only the C++ file that
-noticed it."""
+"""Part of the error of torch.save (2.13) on a full disk.
+
+The error names only the C++ file that noticed it.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +38,20 @@ def retry_storage(
     was_there: bool = False,
     resumable: bool = False,
 ) -> Result:
-    """Run an operation; repeat it with growing pauses while the storage is full or away, then raise
-    `StorageError`.
+    """Run an operation; repeat it with growing pauses while the storage is full or away.
 
-    The pauses take `seconds` in all; with `resumable` they start again after a long attempt. With
-    `was_there` a missing file means that the storage is away. `path` names the storage in errors
-    that name no file.
+    Args:
+        operation: The operation.
+        path: The storage for errors that name no file.
+        seconds: The time of all pauses together; by default `PATIENCE_SECONDS`.
+        was_there: Whether a missing file, too, means that the storage is away.
+        resumable: Whether the pauses start again after an attempt that took longer than `seconds`.
+
+    Raises:
+        StorageError: If the storage is still full or away after that time.
     """
-    limit, started = PATIENCE_SECONDS if seconds is None else seconds, 0.0
+    limit = PATIENCE_SECONDS if seconds is None else seconds
+    started = 0.0
 
     def attempt() -> Result:
         nonlocal started
@@ -59,34 +66,37 @@ def retry_storage(
     def log(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         trouble = storage_error(error, path) if error else None
-        logger.warning(
-            "%s; trying again in %.1f s", trouble.cause if trouble else error, state.upcoming_sleep
-        )
+        cause = trouble.cause if trouble else error
+        logger.warning("%s; trying again in %.1f s", cause, state.upcoming_sleep)
 
     def is_away(error: BaseException) -> bool:
-        return storage_error(error, path) is not None or (
-            was_there and isinstance(error, FileNotFoundError)
-        )
+        if was_there and isinstance(error, FileNotFoundError):
+            return True
+        return storage_error(error, path) is not None
 
+    retrying = Retrying(
+        retry=retry_if_exception(is_away),
+        stop=stop,
+        wait=PAUSES,
+        before_sleep=log,
+        reraise=True,
+    )
     try:
-        retrying = Retrying(
-            retry=retry_if_exception(is_away),
-            stop=stop,
-            wait=PAUSES,
-            before_sleep=log,
-            reraise=True,
-        )
         return retrying(attempt)
     except Exception as error:
-        if trouble := storage_error(error, path):
+        trouble = storage_error(error, path)
+        if trouble:
             raise trouble from error
         raise
 
 
 def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
-    """Return the `StorageError` for an error of a storage that is full or away; return None for any
-    other error."""
-    number, place = _number_of(error), getattr(error, "filename", None) or path
+    """Return the `StorageError` for an error of a storage that is full or away.
+
+    Return None for any other error.
+    """
+    number = _number_of(error)
+    place = getattr(error, "filename", None) or path
     if number in FULL:
         return StorageError(
             f"no space left for {place or 'the disk'}", "make room, then repeat the command"
@@ -99,16 +109,22 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
 
 
 def _number_of(error: BaseException) -> int:
-    """Find the errno of an error; return 0 if it has none, or one that may also come from a model
-    hub."""
+    """Find the errno of an error.
+
+    Return 0 if it has none, or one that may also come from a model hub.
+    """
     text = str(error)
     if isinstance(error, OSError):
-        found = re.search(
-            r"\[[Ee]rrno (\d+)\]", text
-        )  # shutil and pyarrow have it only in the text
-        return error.errno or (int(found[1]) if found else 0)
+        # Shutil and pyarrow have the number only in the text.
+        return error.errno or _number_in(text, r"\[[Ee]rrno (\d+)\]")
     if TORCH_CANNOT_WRITE in text:
         return errno.ENOSPC
-    found = re.search(r"\(os error (\d+)\)", text)  # safetensors, tokenizers
-    number = int(found[1]) if found else 0
-    return number if number in (*FULL, *DISK_AWAY) else 0  # other numbers may concern a model hub
+    number = _number_in(text, r"\(os error (\d+)\)")  # safetensors, tokenizers
+    if number not in (*FULL, *DISK_AWAY):
+        return 0  # other numbers may concern a model hub
+    return number
+
+
+def _number_in(text: str, pattern: str) -> int:
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0
