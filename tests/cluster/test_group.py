@@ -288,7 +288,7 @@ def test_a_process_killed_before_the_function_starts_frees_its_slots(
     assert run(lambda job: job.file.exists(), tmp_path, Killed(tmp_path / "killed"))
     hooks = _GroupHooks(tmp_path, b"")
     hooks.before_worker_group_start(None)
-    hooks._held = "a placement group, so a process died while the group started"
+    hooks._placement_group = "a placement group, so a process died while the group started"
     with pytest.raises(WorkerGroupError) as ended:
         hooks.before_worker_group_start(None)
     assert "died" in str(ended.value.worker_failures[0])
