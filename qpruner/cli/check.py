@@ -33,8 +33,22 @@ def check(
     for_gpus: bool,
     show_config: bool,
 ) -> dict[str, Any]:
-    """Print and return the sizes, memory and time of a planned run; raise a `UserError` if the run
-    cannot work."""
+    """Print and return the sizes, memory and time of a planned run.
+
+    Args:
+        config: The validated configuration.
+        address: Address of a Ray cluster to check; None checks this machine.
+        quiet: Print only the verdict, and the warnings on stderr.
+        measure: Time a few steps on this machine and estimate the hours from them.
+        for_gpus: Assume a machine with GPUs, even if this one has none.
+        show_config: Print every key of the configuration first.
+
+    Returns:
+        The object that `--json` prints; bytes and hours are not rounded.
+
+    Raises:
+        UserError: The run cannot work.
+    """
     if measure and for_gpus:
         raise UserError(
             "`--measure` times this machine, `--gpu` assumes another one: give only one of them"
@@ -64,7 +78,8 @@ def check(
         warnings.insert(0, f"{driver}: `qpruner run` is refused until it ends")
     if free is not None and estimated["memory_at_once"] > free:
         warnings.append(
-            f"{estimated['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
+            f"{estimated['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and "
+            f"{free / 1e9:.2f} GB are "
             "free here: lower `evaluate.batch_size`, another batch size or `search.max_concurrent`"
         )
     if show_config:
@@ -145,15 +160,19 @@ def _format_text(name: str, offered: dict[str, Any]) -> str:
 
 
 def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
-    """Time a few steps on this machine; raise a `UserError` if trials need a GPU and the machine
-    has none."""
+    """Time a few steps on this machine.
+
+    Raises:
+        UserError: Trials need a GPU, and this machine has none.
+    """
     import torch
 
     cores = max(1, int(found.resources.get("cpu", 1)))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if found.resources.get("gpu") and not gpu:
         raise UserError(
-            "`--measure` times this machine, which has no GPU, but trials would use one: run it on theirs"
+            "`--measure` times this machine, which has no GPU, but trials would use one: run it on "
+            "theirs"
         )
     return hours.measured_rates(config, found.inspection, cores, gpu or counted(cores, "CPU core"))
 
@@ -173,7 +192,10 @@ def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
 
 def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     rows, calibration, questions = facts["rows"], config.calibration, facts["questions"]
-    origin = f"from {rows['calibration']} rows of {'`calibration.data`' if calibration.data else '`data.train`'}"
+    origin = (
+        f"from {rows['calibration']} rows of "
+        f"{'`calibration.data`' if calibration.data else '`data.train`'}"
+    )
     if calibration.packing:
         origin = f"of {calibration.max_length} tokens packed {origin}"
     measured = (
@@ -194,7 +216,8 @@ def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
         else ""
     )
     return [
-        f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
+        f"rows:        {rows['train']} train, {rows['validation']} validation, "
+        f"{rows['confirmation']} confirmation "
         f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
         f"calibration: {counted(calibration.num_samples, 'sample')} {origin} for importance; "
         f"{measured} of `data.train` for the sensitivities",
@@ -210,8 +233,10 @@ def _questions(by_task: dict[str, int]) -> str:
 
 
 def _cut_lines(facts: dict[str, Any], limit: float | None) -> Iterator[str]:
-    """Format the parameters of each cut, the blocks if some are dropped, and multiply-adds if they
-    have a limit."""
+    """Format the parameters of each cut, with its blocks if some are dropped.
+
+    The share of multiply-adds is added if they have a limit.
+    """
     for name, cut in facts["cuts"].items():
         kept = f"{facts['parameters_base'] / 1e6:.1f} M -> {cut['parameters'] / 1e6:.1f} M"
         if cut["blocks"] < facts["blocks_base"]:
@@ -219,7 +244,10 @@ def _cut_lines(facts: dict[str, Any], limit: float | None) -> Iterator[str]:
         if limit is not None:
             kept += f", {cut['multiply_adds']:.1%} of the multiply-adds"
             kept += ", too many to win" if cut["multiply_adds"] > limit else ""
-        yield f"parameters:  {kept} ({PRUNED_EARLIER if facts['is_pruned_earlier'] else cut_title(name)})"
+        yield (
+            f"parameters:  {kept} "
+            f"({PRUNED_EARLIER if facts['is_pruned_earlier'] else cut_title(name)})"
+        )
 
 
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
@@ -232,7 +260,10 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
     sizes = [
         f"all {name} {facts[f'bytes_all_{name}'] / 1e6:.1f} MB" for name in config.quantize.levels
     ]
-    trials = f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
+    trials = (
+        f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps "
+        f"{facts['rungs']}"
+    )
     return [
         f"groups:      {facts['num_groups']} ({config.quantize.group})",
         f"formats:     {'; '.join(starmap(_format_text, facts['formats'].items()))}",
@@ -240,7 +271,8 @@ def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]
         *_row_lines(config, facts),
         f"trials:      {trials}",
         *estimate.memory_text(facts),
-        f"disk:        about {amount(facts['disk_needed'])} at most; {amount(facts['disk_free'])} free here",
+        f"disk:        about {amount(facts['disk_needed'])} at most; {amount(facts['disk_free'])} "
+        "free here",
         *estimate.time_text(facts, has_gpu),
         f"plan bytes:  {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
         *_given_plan(config, facts),

@@ -59,13 +59,14 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
 
 
 def where_next(root: Path) -> str:
-    """Return a line that says where to find the report, the plan and the model of a finished run."""
+    """Say in a line where the report, the plan and the model of a finished run are."""
     storage = storage_at(root)
     place = folder = shlex.quote(storage.address)
     export_first = ""
     if command := export_command(root):  # models are loaded from a local folder only
         export_first, folder = f"`{command}`, then ", "FOLDER"
     return (
-        f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model says: "
+        f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model "
+        "says: "
         f"{export_first}`qpruner generate {folder} --prompt TEXT`"
     )

@@ -1,4 +1,7 @@
-"""The verbs that load models: `generate` and `export`; control characters in answers are replaced."""
+"""The verbs that load models: `generate` and `export`.
+
+Control characters in answers are replaced before they reach the terminal.
+"""
 
 import re
 import signal
@@ -26,8 +29,10 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def generate(
     place: str, which: str | None, prompts: Sequence[str], as_json: bool, **sampling: Any
 ) -> dict[str, Any]:
-    """Print the answer of every model of a run or folder to every prompt; `sampling` has the fields
-    of `Sampling`."""
+    """Print the answer of every model of a run or folder to every prompt.
+
+    `sampling` has the fields of `Sampling`.
+    """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError(
             "`--prompt TEXT` is missing or empty: give at least one, each with some text"
@@ -91,7 +96,8 @@ def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> 
         )
     if out and "://" in out:
         raise UserError(
-            f"`--out` must be a folder on this machine, got {out}: write there, and copy it afterwards"
+            f"`--out` must be a folder on this machine, got {out}: write there, and copy it "
+            "afterwards"
         )
     folder, wanted = (
         RunDir(run, create=False),
@@ -130,15 +136,21 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _described(done: forms.Exported) -> Iterator[str]:
     """Say what an export is, how it was checked and what it lost."""
     yield (
-        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from these weights in transformers, same "
-        f"prediction at {done.agreement:.1%} of {done.num_positions} positions, as {done.by} computes it; loads "
+        f"{done.folder}: diverges by {done.divergence:.2g} nats a token from these weights in "
+        "transformers, same "
+        f"prediction at {done.agreement:.1%} of {done.num_positions} positions, as {done.by} "
+        "computes it; loads "
         + ("without qpruner" if done.is_plain else "after `import qpruner.hf`")
     )
     for each in done.remarks:
         yield f"  {each}"
     more = done.file_bytes - done.tensor_bytes
     yield (
-        f"  {done.file_bytes / 1e6:.1f} MB, of which {more / 1e6:.2f} MB are tokenizer and metadata; "
+        f"  {done.file_bytes / 1e6:.1f} MB, of which {more / 1e6:.2f} MB are tokenizer and "
+        "metadata; "
         f"the plan's tensors have {done.plan_bytes / 1e6:.1f} MB"
     )
-    yield f"  loss on those positions: {done.loss_before:.4f} before the export, {done.loss:.4f} as served"
+    yield (
+        f"  loss on those positions: {done.loss_before:.4f} before the export, {done.loss:.4f} as "
+        "served"
+    )

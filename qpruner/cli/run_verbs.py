@@ -33,8 +33,10 @@ MOST_LINES = 10
 
 
 def status(run: str, as_json: bool) -> dict[str, Any]:
-    """Show the state of a run, from any shell or machine: its stages, its trials and the best trial
-    so far."""
+    """Show the state of a run: its stages, its trials and the best trial so far.
+
+    It can be called in any shell, and on any machine that sees the run folder.
+    """
     snapshot = read_snapshot(RunDir(run, create=False))
     facts = run_views.status(snapshot, time.time())
     if not as_json:
@@ -93,13 +95,19 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
         chosen, name = search["winner"], score_title(state).removeprefix("validation ")
         fresh = next(each for each in search["confirmations"] if each["index"] == chosen)
         unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
-        text = f"winner        selection {name} {fresh[state.metric]:.4f}, trial {chosen} ({fresh['origin']})"
+        text = (
+            f"winner        selection {name} {fresh[state.metric]:.4f}, trial {chosen} "
+            f"({fresh['origin']})"
+        )
         lines.append(f"{text}{unbeaten}; `qpruner plan` prints its plan")
     return lines
 
 
 def _failed(trial: dict[str, Any]) -> str:
-    text = f"failed        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
+    text = (
+        f"failed        trial {trial['trial']} ({trial['from']}), {trial['failure']}: "
+        f"{trial['reason']}"
+    )
     return f"{text}\n  remedy: {REMEDIES[trial['failure']]}" if trial["failure"] else text
 
 
@@ -139,13 +147,18 @@ def _cell(name: str, row: dict[str, Any]) -> str:
 
 
 def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
-    """Print a trial's plan as YAML, by default the winner's, to edit or use in another run
-    (`--plan`)."""
+    """Print a trial's plan as YAML, by default the winner's.
+
+    The plan can be edited and used in another run with `--plan`.
+    """
     snapshot = read_snapshot(RunDir(run, create=False))
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
     budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
     if not as_json:
-        size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits a weight in blocks, without scales"
+        size = (
+            f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits a weight in blocks, "
+            "without scales"
+        )
         click.echo(f"# trial {trial.index} ({trial.origin}) of {snapshot.run_dir.place}: {size}")
         if budget is not None:
             click.echo(f"# {budget_text(trial.plan_bytes, budget)}")
@@ -164,7 +177,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
-    """Compare runs: figures, paired differences of their winners' scores, and settings that differ."""
+    """Compare runs: figures, paired differences of the winners' scores, and other settings."""
     views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
     apart = [run_views.against(run.results, views[0].results) for run in views[1:]]
@@ -240,7 +253,8 @@ def push(run: str, repo_id: str, what: Any, is_public: bool, as_json: bool) -> d
     visibility = "private" if done.is_private else "public"
     removed = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
     click.echo(
-        f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {removed}{visibility}"
+        f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, "
+        f"{removed}{visibility}"
     )
     if remark := missing_remark(done.card_lacks):
         click.echo(remark, err=True)

@@ -43,7 +43,7 @@ FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
 
 
 class Terminal:
-    """Prints events of a run, all to stdout or all to stderr; with `quiet` it prints results only."""
+    """Prints the events of a run to stdout or stderr; with `quiet` it prints results only."""
 
     def __init__(self, quiet: bool, stderr: bool = False) -> None:
         self._console = console = Console(

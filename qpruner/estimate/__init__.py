@@ -1,5 +1,7 @@
-"""Estimate the memory of a run by part and, if steps were timed, its hours by stage, without
-loading the model."""
+"""Estimate the memory and the hours of a run without loading its model.
+
+Memory is given by part for each kind of work, hours by stage if steps were timed.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +17,18 @@ from qpruner.wording import counted, duration
 def facts(
     config: RunConfig, inspection: Inspection, rates: Rates | None, slots: int, gpus: float | None
 ) -> dict[str, Any]:
-    """Return all estimates, for `slots` trials at once that hold `gpus` each; hours only with
-    `rates`."""
+    """Estimate the memory of every kind of work, and the hours of every long stage.
+
+    Args:
+        config: The validated configuration.
+        inspection: The shapes, rows and questions of the run.
+        rates: Seconds per token of timed steps; None leaves the hours out.
+        slots: Number of trials that run at once.
+        gpus: GPUs that each of them holds; None without GPUs.
+
+    Returns:
+        Memory in bytes and hours, as `memory_text` and `time_text` read them.
+    """
     memory = {name: work(config, inspection) for name, work in works(config).items()}
     sharing = slots if gpus is None else max(1, int(1 / gpus))
     in_slots = ("trial", "comparison")
@@ -38,8 +50,10 @@ def facts(
 def _hours(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int, gpus: float | None
 ) -> dict[str, Any]:
-    """Return hours elapsed (`wall`) and hours of use: of GPUs or, without GPUs, of slots (the room
-    for one trial)."""
+    """Return the hours elapsed (`wall`), and the hours of use by stage and in total.
+
+    The use is that of GPUs or, without GPUs, of slots. A slot is the room for one trial.
+    """
     held = 1.0 if gpus is None else gpus
     times = stage_times(config, inspection, rates, slots)
     # Half a GPU is half as fast; several GPUs make a trial no faster than one.
@@ -70,8 +84,7 @@ def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], m
 
 
 def memory_text(found: Mapping[str, Any]) -> list[str]:
-    """Format the memory as lines: the total of each kind of work, then its parts, the largest
-    first."""
+    """Format the memory as lines: the total of each kind of work, then its parts by size."""
     free, trials = found["memory_free"], found["trials_sharing_memory"]
     beside = f" with {trials} trials or fine-tunes at once" if trials > 1 else ""
     here = "" if free is None else f"; {_amount(free)} free here"
@@ -87,15 +100,18 @@ def time_text(found: Mapping[str, Any], has_gpu: bool) -> list[str]:
     """Format the hours as lines: the totals with each stage, and the timed steps."""
     if (time := found["hours"]) is None:
         return [
-            "time:        not estimated; `--measure` times a few steps of these shapes on this machine"
+            "time:        not estimated; `--measure` times a few steps of these shapes on this "
+            "machine"
         ]
     wall, total, kind = _taken(time["wall"]), _taken(time["total"]), "GPU" if has_gpu else "slot"
     return [
         f"time:        about {wall} on {counted(time['slots'], 'slot')}, {total} of {kind} time: "
         + ", ".join(f"{name} {_taken(each)}" for name, each in time["stages"].items()),
         f"    {time['rates']}",
-        f"    assumed: {CHARACTERS_A_TOKEN} characters per token, {CHOICES} answers per question; not included are "
-        "sensitivities, files for servers, starts of processes, loading, packing and saving, which may double the time "
+        f"    assumed: {CHARACTERS_A_TOKEN} characters per token, {CHOICES} answers per question; "
+        "not included are "
+        "sensitivities, files for servers, starts of processes, loading, packing and saving, which "
+        "may double the time "
         "of a model as small as the demo's",
     ]
 

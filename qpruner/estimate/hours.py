@@ -1,5 +1,8 @@
-"""Estimate the hours of the longest stages: their tokens times the seconds of a token in timed
-steps."""
+"""Estimate the hours of the longest stages.
+
+The tokens that a stage passes through the model are multiplied by the seconds per token of timed
+steps.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,10 @@ UNTUNED = 3
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds per token of training and of a forward pass on one slot (room for one trial), and
-    what was timed."""
+    """Seconds per token of training and of a forward pass on one slot, and what was timed.
+
+    A slot is the room for one trial.
+    """
 
     training: float
     scoring: float
@@ -57,7 +62,10 @@ def _lengths(config: RunConfig, examples: Sequence[Example]) -> list[int]:
 
 
 class StageTime(NamedTuple):
-    """The hours of a stage on one slot (room for one trial), and how many slots work on it at once."""
+    """The hours of a stage on one slot, and the number of slots that work on it at once.
+
+    A slot is the room for one trial.
+    """
 
     hours: float
     slots: int
@@ -66,8 +74,10 @@ class StageTime(NamedTuple):
 def stage_times(
     config: RunConfig, inspection: Inspection, rates: Rates, slots: int
 ) -> dict[str, StageTime]:
-    """Estimate the time of the stages that take longest, without starts, loading, packing and
-    saving."""
+    """Estimate the time of the stages that take longest.
+
+    Starts of processes, loading, packing and saving are not included.
+    """
     count, workers, compared = (
         _Tokens(config, inspection),
         config.finetune.num_workers,
@@ -113,16 +123,20 @@ def expected_steps(config: RunConfig) -> tuple[float, float]:
 
 
 def num_confirmed_again(config: RunConfig) -> int:
-    """Count the trainings of finalists under further seeds, if none of them can be told apart from
-    the best."""
+    """Count the trainings of finalists under further seeds.
+
+    This is their largest number: it assumes that no finalist can be told apart from the best.
+    """
     search = config.search
     finalists = min(search.max_trials, search.confirm + 1) if config.is_searched else 0
     return finalists * search.confirm_seeds
 
 
 def num_compared(config: RunConfig) -> int:
-    """Count the fine-tunes that `finetune.compare` adds to the first one of the winner; equal plans
-    share one."""
+    """Count the fine-tunes that `finetune.compare` adds to the first one of the winner.
+
+    Equal plans share one fine-tune.
+    """
     settings = config.finetune
     drawn = settings.random_plans if config.has_choice else 0
     # Base and pruned model, and the controls, the best of which gets the other training seeds too.
@@ -131,8 +145,10 @@ def num_compared(config: RunConfig) -> int:
 
 
 class _Tokens:
-    """Counts the tokens that each kind of work passes through the model; a backward pass takes as
-    long as two more."""
+    """Counts the tokens that each kind of work passes through the model.
+
+    A backward pass takes as long as two forward passes, and counts as much.
+    """
 
     def __init__(self, config: RunConfig, inspection: Inspection) -> None:
         self._config, self._inspection = config, inspection
@@ -156,7 +172,7 @@ class _Tokens:
         return sum(self._lengths[name])
 
     def search_scores(self) -> float:
-        """Count the tokens of validation at every rung, and of scoring the finalists on fresh rows."""
+        """Count the tokens of scoring at every rung, and of finalists on fresh rows."""
         search, (_, rungs) = self._config.search, expected_steps(self._config)
         rung = self.split("validation") + self._questions("search")
         # A given plan is the only finalist to score: an earlier search has already scored the
@@ -171,8 +187,10 @@ class _Tokens:
         return self._questions("evaluate") + sum(self._lengths.get("text", ()))
 
     def prune(self) -> float:
-        """Count importance and compensation in every step; all cuts share the importance of the
-        first."""
+        """Count importance and compensation in every step.
+
+        All cuts share the importance of the first.
+        """
         passes = 0
         asked = [cut.settings for cut in self._inspection.cuts.values() if not cut.settings.is_off]
         for number, settings in enumerate(asked):

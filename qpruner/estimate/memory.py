@@ -56,8 +56,10 @@ class Memory:
 
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate a step of the largest trials, those of the unpruned model, with a plan as large as
-    the budget."""
+    """Estimate a training step of the largest trials.
+
+    These are trials of the unpruned model, with a plan as large as the budget.
+    """
     about, layout = (
         "(`training.micro_batch_size`), in the final fine-tune too",
         _largest_trial(config, inspection),
@@ -66,8 +68,10 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the memory of `finetune.compare`: its largest step trains the base, neither pruned
-    nor quantized."""
+    """Estimate the memory of `finetune.compare`.
+
+    Its largest step trains the base model, neither pruned nor quantized.
+    """
     base = inspection.base
     about = "of the base model, unpacked (`finetune.compare`, `training.micro_batch_size`)"
     return _step(config, inspection, base, base.plan_bytes(base.dense()), about)
@@ -124,14 +128,16 @@ def _trial_bytes(layout: Layout, inspection: Inspection) -> int:
 
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """Return the bytes that training holds all the time, by part; adapters are trained in float32."""
+    """Return the bytes by part that training always holds; adapters are trained in float32."""
     size, weights = layout.trained_bytes, plan_bytes - layout.adapter_bytes
     return {"weights": weights, "adapters": size, "gradients": size, "optimizer": 2 * size}
 
 
 def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """Count what a packed layer needs in a pass: all its weights by bitsandbytes, else a piece of
-    them with copies."""
+    """Count the bytes of unpacked weights in a pass through packed layers.
+
+    bitsandbytes unpacks all weights of a layer; other formats unpack a piece of them, with copies.
+    """
     if plan_bytes >= layout.plan_bytes(layout.dense()):
         return {}
     largest, piece = (
@@ -158,8 +164,11 @@ def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate importance: gradients if needed; a float32 per weight for `order: mixed` with
-    `aggregation: element`."""
+    """Estimate the memory of importance.
+
+    Gradients are counted if the criterion needs them, and a float32 per weight for `order: mixed`
+    with `aggregation: element`.
+    """
     calibration, base = config.calibration, inspection.base
     parts = _weights(base)
     if not settings.width_units or settings.importance not in ("fisher", "taylor"):
@@ -201,8 +210,10 @@ def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 
 def _by_block(config: RunConfig, inspection: Inspection) -> dict[str, int]:
-    """Count a pass of all samples through one block after the other, with masks of one byte per
-    pair of tokens."""
+    """Count a pass of all samples through one block after the other.
+
+    Attention masks take one byte per pair of tokens.
+    """
     length, base = config.calibration.max_length, inspection.base
     each = length * (int(inspection.model_config.hidden_size) * base.element_bytes + length)
     return _weights(base) | {
@@ -242,13 +253,18 @@ def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
         )
     if measured and set(settings.methods) & {*MEASUREMENT, *EXPANSION}:
         works.append(weights | _by_measurement(inspection, measured, tokens))
-    about = f"passes of {settings.batch_size} rows x {config.data.max_length} tokens (`sensitivity.batch_size`)"
+    about = (
+        f"passes of {settings.batch_size} rows x {config.data.max_length} tokens "
+        "(`sensitivity.batch_size`)"
+    )
     return Memory(about, max(works, key=lambda parts: sum(parts.values())))
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> dict[str, int]:
-    """Count mutual information, by part: the outputs of all groups at all drawn positions, in a
-    batch in float32."""
+    """Count the memory of mutual information by part.
+
+    The outputs of all groups are kept at all drawn positions; those of one batch are in float32.
+    """
     dense, positions = inspection.reference, config.sensitivity.max_positions
     features = [int(inspection.model_config.hidden_size)] * len(_blocks(dense))
     if config.quantize.group == "projection":
@@ -263,11 +279,10 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> d
 
 
 def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int) -> dict[str, int]:
-    """Count the memory of measuring KL and loss by part; `quantized group` includes its largest
-    layer unpacked.
+    """Count the memory of measuring KL and loss by part.
 
-    `log-probabilities` is the larger of two peaks: when those of the unquantized model are made, or
-    compared.
+    `quantized group` includes the largest layer of the group, unpacked. `log-probabilities` is the
+    larger of two peaks: when those of the unquantized model are made, or compared.
     """
     dense, config = inspection.reference, inspection.model_config
     quantized = [
@@ -308,7 +323,10 @@ def logit_bytes(inspection: Inspection, tokens: int) -> int:
 
 
 def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank: int | None) -> int:
-    """Count the bytes that layers keep for the backward pass; without a rank they have no adapters."""
+    """Count the bytes that layers keep for the backward pass.
+
+    Without a rank they have no adapters.
+    """
     adapter = 0 if rank is None else FLOAT32_BYTES
     return tokens * sum(
         element_bytes * (linear.rows + linear.columns) + adapter * (linear.columns + (rank or 0))
@@ -339,8 +357,10 @@ def _largest(groups: Iterable[Group]) -> int:
 
 
 def _widest(layout: Layout, tokens: int) -> int:
-    """Count the bytes that a pass without gradients holds at once: inputs and outputs of the widest
-    group's layers."""
+    """Count the bytes that a pass without gradients holds at once.
+
+    These are the inputs and outputs of the widest group's layers.
+    """
     return max(
         _kept(group.linears, tokens, layout.element_bytes, None) for group in _blocks(layout)
     )

@@ -34,8 +34,17 @@ REPEATS = 3
 def measure(
     config: RunConfig, model_config: Any, share_labelled: float, threads: int
 ) -> tuple[float, float]:
-    """Return the seconds of training and of scoring on a micro-batch of full rows, with labels at a
-    share of tokens."""
+    """Time training and scoring on one micro-batch of full rows.
+
+    Args:
+        config: The validated configuration.
+        model_config: The config of the pruned model.
+        share_labelled: The share of tokens that have a label.
+        threads: CPU cores of a trial.
+
+    Returns:
+        The seconds of a forward and backward pass, and of a forward pass.
+    """
     limit_threads(threads)
     rows, length = config.training.micro_batch_size, config.data.max_length
     ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
@@ -80,7 +89,7 @@ def _timed(model: Any, batch: Batch) -> tuple[float, float]:
 
 
 def _least(work: Callable[[], object]) -> float:
-    """Return the shortest time of several runs, because other load on the machine only adds time."""
+    """Return the shortest time of several runs: other load on the machine only adds to it."""
     wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     taken = []
     for _ in range(1 + REPEATS):
@@ -93,8 +102,10 @@ def _least(work: Callable[[], object]) -> float:
 
 
 def small_model(config: RunConfig, model_config: Any, num_blocks: int) -> Any:
-    """Build a small model of middle blocks, as outer ones may be wider, with its blocks in their
-    smallest formats."""
+    """Build a model of a few middle blocks, with its blocks in their smallest formats.
+
+    Middle blocks are taken because outer ones may be wider.
+    """
     from transformers import AutoModelForCausalLM
 
     ragged.install(family_of(model_config))

@@ -8,8 +8,10 @@ from qpruner.runs.records import ServeRecord
 
 
 def commands(record: ServeRecord | None, run: str) -> list[str]:
-    """Return the commands that talk to the files with the least loss in the run folder `run`; empty
-    without any."""
+    """Return the commands that talk to the files with the least loss.
+
+    The list is empty if the run has no such files. `run` is the run folder.
+    """
     if record is None or record.best is None:
         return []
     row = record.best

@@ -1,5 +1,7 @@
-"""Compare an export with the final model, as transformers loads it, or as the program that serves
-it computes it."""
+"""Compare the predictions of an export with those of the final model.
+
+The export is computed by transformers or by the program that serves it.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,8 +32,10 @@ LEAST_LIMIT, MOST_ROUNDING = (
 
 @dataclass(frozen=True)
 class Compared:
-    """How like the predictions of an export are to those of the model that it was made from; losses
-    are in nats."""
+    """How close the predictions of an export are to those of the model it was made from.
+
+    Losses are in nats.
+    """
 
     divergence: float  # KL divergence in nats per token
     agreement: float  # share of positions at which both predict the same token
@@ -52,8 +56,10 @@ class Predictions(NamedTuple):
 def compare(
     final: Path, exported: Path, samples: Rows, on_progress: OnWork = ignore_progress
 ) -> Compared:
-    """Compare predictions of an export in transformers with those of the final model; see
-    `compare_served`."""
+    """Compare predictions of an export in transformers with those of the final model.
+
+    See `compare_served` for the limits.
+    """
     model, found = load(exported, on_progress).eval(), []
     for sample in samples:
         values = log_probabilities(model, sample)[:-1]
@@ -96,11 +102,19 @@ def compare_served(
     rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
     on_progress: OnWork = ignore_progress,
 ) -> Compared:
-    """Compare what the program `by` predicts with the checkpoint in transformers, computed in
-    float32.
+    """Compare what a program predicts with the checkpoint in transformers, computed in float32.
 
-    In `rounding` the model rounds as the program does. Raise `StageError` if predictions differ by
-    more than rounding explains, or the adapter's effect is another.
+    Args:
+        checkpoint: The folder that the served files were written from.
+        samples: Rows of token ids.
+        served: The predictions of the program for each row.
+        by: The name of the program, for messages.
+        rounding: Makes a model round as the program does, while the context is open.
+        on_progress: Is called with the number of rows that are done.
+
+    Raises:
+        StageError: The predictions differ by more than rounding explains, or the adapter has
+            another effect.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -185,7 +199,9 @@ def export_error(difference: str) -> StageError:
 
 @torch.no_grad()
 def log_probabilities(model: Any, sample: Sequence[int]) -> torch.Tensor:
-    """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of
-    a sample."""
+    """Compute the log-probabilities of the next token after every token of a sample.
+
+    They are float32 ``(tokens, vocabulary)``, on the CPU.
+    """
     logits: torch.Tensor = model(torch.tensor([sample], device=device())).logits[0]
     return logits.float().log_softmax(-1).cpu()

@@ -1,9 +1,8 @@
-"""Export the final model in forms that other tools load, as files that were loaded again before
-they count as done.
+"""Export the final model in forms that other tools load.
 
 An export is written to a hidden folder, loaded by the program that will serve it and compared with
 the model; only then is it renamed. Layers that a server cannot take in the plan's format get the
-nearest one (`recode`); `Exported.remarks` says so.
+nearest one (`recode`), and `Exported.remarks` lists them.
 """
 
 import importlib.util
@@ -48,7 +47,8 @@ from qpruner.wording import counted
 
 Form = Literal["merged", "peft", "gguf", "gguf_merged", "vllm", "vllm_merged"]
 AGAINST_SHORTAGE = (
-    "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of memory, set "
+    "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of "
+    "memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 NUM_ROWS = 8  # number of rows of `data.confirmation` on which predictions are compared
@@ -58,8 +58,10 @@ RECODED = "recoded"
 
 @dataclass(frozen=True)
 class Exported(Compared):
-    """A finished export, compared with the checkpoint in its formats; `loss_before` is that of the
-    final model."""
+    """A finished export, compared with the checkpoint in its formats.
+
+    `loss_before` is the loss of the final model.
+    """
 
     form: Form
     folder: Path
@@ -76,8 +78,10 @@ class Exported(Compared):
 def refusal(
     form: Form, config: Any, ragged: bool = False, uniform: str = architectures.UNIFORM
 ) -> str | None:
-    """Say why a model cannot be exported in a form, and what would work; None if it can
-    (`architectures.refusal`)."""
+    """Say why a model cannot be exported in a form, and what would work.
+
+    Return None if it can be exported; see `architectures.refusal` for the arguments.
+    """
     if form.startswith("gguf"):
         if reason := architectures.refusal(config, ragged, uniform):
             return reason
@@ -91,13 +95,16 @@ def refusal(
 def export(
     run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_progress
 ) -> Exported:
-    """Export the final model of a run to a new folder; raise `StageError` if the export and the
-    model differ.
+    """Export the final model of a run to a new folder.
 
     The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the
-    quantized model in a subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM
+    quantized model in a subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM,
     with the adapter in files of its own; `gguf_merged` and `vllm_merged` have it merged into the
     packed weights.
+
+    Raises:
+        UserError: The run has no final model, the folder exists, or the model has no such form.
+        StageError: The export and the model differ.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
@@ -130,8 +137,10 @@ def export(
 
 
 def _grams_of(run: RunDir, final: Path) -> GramOf:
-    """Return the `GramOf` of a run: it reads the matrices by which GPTQ rounded the final model;
-    None without GPTQ."""
+    """Return a function that reads the matrices by which GPTQ rounded the final model.
+
+    It returns None for every layer if the model was rounded without GPTQ.
+    """
     tuned, config = run.read_record("finetune", FinetuneRecord), checkpoint_config(final)
     row = tuned and tuned.candidates[0]
     return lambda path: (
@@ -143,8 +152,10 @@ def _grams_of(run: RunDir, final: Path) -> GramOf:
 
 @contextmanager
 def _hidden_folder(target: Path) -> Iterator[Path]:
-    """Yield the path of a new folder beside `target`, for this process alone; what is left there is
-    deleted."""
+    """Yield the path of a new folder beside `target`, for this process alone.
+
+    What is left in it is deleted at the end.
+    """
     # A name of ours: beside `config` there may be a `.config` that is not.
     place = target.with_name(f".{target.name}.qpruner-export")
     lock, folder = FileLock(place / "lock"), place / target.name
@@ -188,8 +199,10 @@ class _Work:
     def recoded(
         self, new_format: NewFormat, fixed: Mapping[str, str]
     ) -> tuple[Path, dict[str, str]]:
-        """Return a checkpoint in other formats, merged if the form wants it, and the layers that
-        changed."""
+        """Return a checkpoint in other formats, and the layers whose format changed.
+
+        The adapter is merged in if the form wants that.
+        """
         merge = self.form.endswith("merged")
         if not merge and not changes(self.final, new_format, fixed):
             return self.final, {}
@@ -240,8 +253,7 @@ def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
 
 
 def _merged(work: _Work) -> Exported:
-    """Write a dense model; if its blocks differ, with the file that builds them in plain
-    transformers."""
+    """Write a dense model, with the file that builds its blocks if they differ."""
     recode(work.final, work.folder, dense, True, work.on_progress)
     config = checkpoint_config(work.folder)
     if not for_vllm.needs_modeling(config):
@@ -254,8 +266,10 @@ def _merged(work: _Work) -> Exported:
 
 
 def _peft(work: _Work) -> Exported:
-    """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in
-    `target`."""
+    """Write the adapter and, in a subfolder, its quantized base.
+
+    The adapter names its base by the path that it will have in `target`.
+    """
     base, left_out = work.folder / PEFT_BASE, shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
     retry_storage(
         lambda: shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True), work.target

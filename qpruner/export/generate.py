@@ -1,5 +1,7 @@
-"""Load the models of a run or of a folder, and generate answers to prompts, which depend on a seed
-only."""
+"""Load the models of a run or of a folder, and generate answers to prompts.
+
+The answers depend on nothing but the model, the prompt, the settings and the seed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ FINAL = "final"
 """Name of a run's final model; the others have the names of the cuts, `base` is the model before
 pruning."""
 AGAINST_SHORTAGE = (
-    "select fewer models with `--which`, lower `--max-tokens` or shorten the prompt; if a GPU ran out of memory, set "
+    "select fewer models with `--which`, lower `--max-tokens` or shorten the prompt; if a GPU ran "
+    "out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 Template = Literal["chat", "alpaca", "alpaca_short", "none"]
@@ -45,8 +48,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: `text` leaves out the special tokens that `num_tokens` counts; `ended` says what
-    ended the answer."""
+    """An answer of a model: its text, its length, and what ended it.
+
+    The text leaves out the special tokens that `num_tokens` counts.
+    """
 
     text: str
     num_tokens: int
@@ -70,7 +75,8 @@ class Generator:
         )
         if length >= context:
             raise UserError(
-                f"the prompt has {length} tokens, but the model's context {context}: shorten the prompt"
+                f"the prompt has {length} tokens, but the model's context {context}: shorten the "
+                "prompt"
             )
         # An answer ends at the end token of the tokenizer or at one in the model's
         # generation_config.json.
@@ -116,8 +122,11 @@ class Generator:
 
 @dataclass(frozen=True)
 class Source:
-    """The folder of a model; for a run's dense models, `settings` is the section `model` of its
-    configuration."""
+    """The folder of a model.
+
+    `settings` is the section `model` of a run's configuration for its dense models, and None for
+    all other models.
+    """
 
     name: str
     folder: Path
@@ -148,11 +157,17 @@ class Source:
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run that `which` names (all if `which` is empty), or the single model in
-    a folder."""
+    """Find the models of a run that `which` names, or the single model in a folder.
+
+    An empty `which` names all models that the run has made.
+
+    Raises:
+        UserError: `place` is no folder with a model, or the run has no model of that name.
+    """
     if "://" in str(place) and (command := export_command(run_path(str(place)))):
         raise UserError(
-            f"models are loaded from a folder: download the final model with `{command}`, then name FOLDER"
+            f"models are loaded from a folder: download the final model with `{command}`, then "
+            "name FOLDER"
         )
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
@@ -160,7 +175,8 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
     elif which:
         remedy = "omit `--which`, or name a run folder"
         raise UserError(
-            f"`--which` selects models of a run, but {place} is not a run folder (no {STATE}): {remedy}"
+            f"`--which` selects models of a run, but {place} is not a run folder (no {STATE}): "
+            f"{remedy}"
         )
     elif not place.is_dir():
         raise UserError(f"{place} is not a folder: name a run folder or a model folder")
@@ -172,14 +188,14 @@ def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
         if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
             remedy = "pickled adapters are not read: save the adapter with peft's save_pretrained"
             raise UserError(
-                f"the {source.name} model: {source.folder} has no adapter_model.safetensors ({remedy})"
+                f"the {source.name} model: {source.folder} has no adapter_model.safetensors "
+                f"({remedy})"
             )
     return found
 
 
 def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run that `which` names; if `which` is empty, all models that the run has
-    made."""
+    """Find the models of a run that `which` names; if it is empty, all that the run has made."""
     state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
     assert state
     settings = ModelConfig.model_validate(state.config["model"])
@@ -188,7 +204,8 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     )
     if unknown := [name for name in which if name not in names]:
         raise UserError(
-            f"`--which`: a run has no model {unknown[0]!r}; {nearest(unknown[0], names, 'its models are')}"
+            f"`--which`: a run has no model {unknown[0]!r}; "
+            f"{nearest(unknown[0], names, 'its models are')}"
         )
     folders = {name: run.cut(name) for name in names} | {FINAL: run.root / FINAL}
     if prepared:

@@ -1,5 +1,7 @@
-"""Push a final model and its card to a model hub, with the token in `HF_TOKEN` or of `hf auth
-login`."""
+"""Push a final model and its card to a model hub.
+
+The token is that in `HF_TOKEN`, or that of `hf auth login`.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,8 +25,11 @@ HUBS_OWN = ".gitattributes"
 
 @dataclass(frozen=True)
 class Pushed:
-    """The result of a push: `url` is the commit's address, `card_lacks` lists keys to set in the
-    section `card`."""
+    """The result of a push.
+
+    `url` is the address of the commit; `card_lacks` lists keys to set in the section `card` of the
+    configuration.
+    """
 
     url: str
     num_files: int
@@ -64,7 +69,8 @@ def push(
     )
     if get_token() is None:
         raise UserError(
-            "the hub needs a token: set HF_TOKEN to a token with write access, or run `hf auth login`"
+            "the hub needs a token: set HF_TOKEN to a token with write access, or run `hf auth "
+            "login`"
         )
     api = HfApi()
     try:
@@ -94,7 +100,10 @@ def push(
             "HF_HUB_OFFLINE is set, which forbids access to the hub: unset it"
         ) from error
     except HfHubHTTPError as error:
-        remedy = "check that the token may write to the repository (`hf auth whoami`), then repeat the command"
+        remedy = (
+            "check that the token may write to the repository (`hf auth whoami`), then repeat the "
+            "command"
+        )
         raise StageError("push", first_line(error), remedy) from error
     except (OSError, HTTPError) as error:
         raise StageError(

@@ -47,14 +47,23 @@ def recode(
     fixed: Mapping[str, str] | None = None,
     gram_of: GramOf = lambda path: None,
 ) -> dict[str, str]:
-    """Write the model of a final folder with every packed layer in `new_format(its format, its
-    columns)`.
+    """Write the model of a final folder with its packed layers in other formats.
 
-    `fixed` names the formats of single layers instead. Layers that keep their format and are not
-    merged keep their bytes. With `merge`, ``alpha / rank * B A`` is added to each weight in
-    float32, which is then rounded once, to its format (where `gram_of` has a matrix, by GPTQ) or to
-    the model's type; no adapter is written. Return the layers that changed, each with its new
-    format.
+    Layers that keep their format and are not merged keep their bytes.
+
+    Args:
+        final: The folder of the final model.
+        folder: The folder to write.
+        new_format: Maps a packed layer's format and its columns to its new format.
+        merge: Add ``alpha / rank * B A`` to each weight in float32, which is then rounded once,
+            to its format (where `gram_of` has a matrix, by GPTQ) or to the model's type. No
+            adapter is written then.
+        on_progress: Is called with the number of layers that are done.
+        fixed: The formats of single layers, which go before `new_format`.
+        gram_of: Maps a layer to the Gram matrix by which GPTQ rounds it, or None.
+
+    Returns:
+        The layers whose format changed, each with its new format.
     """
     config, changed = checkpoint_config(final), changes(final, new_format, fixed)
     old, widths = formats_of(config), columns_of(config)
@@ -116,8 +125,7 @@ def columns_of(config: Any) -> dict[str, int]:
 
 
 def take_weight(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Remove the tensors of a layer's weight from the state, and return them by their names in the
-    layer."""
+    """Remove a layer's weight from the state; return its tensors by their names in the layer."""
     names = [name for name in state if name.startswith(f"{path}.weight")]
     return {name.removeprefix(f"{path}."): state.pop(name) for name in names}
 
@@ -176,7 +184,10 @@ def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def tensor_bytes(place: Path) -> int:
-    """Count the bytes of all tensors in a folder's safetensors and GGUF files, or in one such file."""
+    """Count the bytes of all tensors in safetensors and GGUF files.
+
+    `place` is a folder with such files, or one file.
+    """
     num_bytes = 0
     for file in [place] if place.is_file() else place.rglob("*"):
         if file.suffix == ".safetensors":

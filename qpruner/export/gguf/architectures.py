@@ -52,16 +52,17 @@ def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str
 
 
 def query_scale(config: Any, architecture: str) -> float:
-    """Return by how much the attention logits of a Gemma are larger in transformers than in
-    llama.cpp."""
+    """Return the scale of a Gemma's attention logits in transformers, relative to llama.cpp's."""
     is_27b = config.num_hidden_layers == GEMMA_27B[architecture]
     divisor = config.hidden_size // block_widths(config)[0].heads if is_27b else head_size(config)
     return float((divisor / config.query_pre_attn_scalar) ** 0.5)
 
 
 def context_length(config: Any) -> int:
-    """Return the longest context that llama.cpp computes alike: it has sliding windows for Gemma
-    only."""
+    """Return the longest context in tokens that llama.cpp computes as transformers does.
+
+    llama.cpp has sliding windows for Gemma only.
+    """
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     is_limited = window and (types is None or "sliding_attention" in types)
     is_limited = is_limited and not config.model_type.startswith("gemma")
@@ -73,7 +74,7 @@ def context_length(config: Any) -> int:
 
 
 def remark(config: Any) -> str | None:
-    """Say what is lost in the file; None if nothing is."""
+    """Say what is lost in the file; return None if nothing is."""
     length, longest = context_length(config), config.max_position_embeddings
     why = f"llama.cpp has no sliding window for `{config.model_type}`"
     return (
@@ -100,25 +101,33 @@ def architecture_of(config: Any, ragged: bool = False) -> str:
 
 
 def llama_cpp_format(name: str, columns: int) -> str:
-    """Return the format itself if llama.cpp has it, else that of llama.cpp's formats whose bytes
-    are nearest.
+    """Return the format itself if llama.cpp has it, else llama.cpp's format with the nearest bytes.
 
-    Of two with the same bytes it is the k-quant, the last by name, whose error is smaller: on the
-    pruned SmolLM2's down projections 0.061 for q4_k, 0.089 for q4_0, 0.094 for nf4 (2026-11-29).
+    Of two formats with the same bytes this is the k-quant, the last by name, whose error is
+    smaller: on the pruned SmolLM2's down projections 0.061 for q4_k, 0.089 for q4_0, 0.094 for nf4
+    (2026-11-29).
     """
     return nearest_format(name, columns, lambda each: bool(each.ggml_type))
 
 
 def refusal(config: Any, ragged: bool = False, uniform: str = UNIFORM) -> str | None:
-    """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see
-    `architecture_of`).
+    """Say why a model cannot be written as a GGUF file, and what would work.
 
-    `uniform` says how to prune it so that all blocks have the same widths.
+    Args:
+        config: The config of the model.
+        ragged: Blocks will have different widths (see `architecture_of`).
+        uniform: Says how to prune the model so that all blocks have the same widths.
+
+    Returns:
+        The reason and the remedy, or None if the model can be written.
     """
     family = families().get(config.model_type)
     if family is None or not family.gguf:
         written = "Llama, Mistral, Qwen2, Qwen3 and Gemma"
-        return f"`{config.model_type}` models are not written as GGUF files, only {written} are; {ELSEWHERE}"
+        return (
+            f"`{config.model_type}` models are not written as GGUF files, only {written} are; "
+            f"{ELSEWHERE}"
+        )
     architecture = architecture_of(config, ragged)
     if not architecture:
         return (
@@ -133,16 +142,28 @@ def _has_output_biases(config: Any) -> bool:
 
 
 def _width_reasons(config: Any, architecture: str, uniform: str) -> Iterator[str]:
-    """Yield what an architecture cannot have, with a remedy: biases of outputs, an untied head,
-    heads of many sizes."""
+    """Yield what an architecture cannot have, with a remedy.
+
+    These are biases of outputs, a head that is not tied to the embeddings, and heads of several
+    sizes.
+    """
     if _has_output_biases(config) and architecture not in LLAMAS:
-        yield f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {ELSEWHERE}"
+        yield (
+            f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP "
+            f"outputs; {ELSEWHERE}"
+        )
     if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
         remedy = uniform if architecture == "openelm" else ELSEWHERE
-        yield f"llama.cpp's architecture `{architecture}` has no head of its own beside the embeddings; {remedy}"
+        yield (
+            f"llama.cpp's architecture `{architecture}` has no head of its own beside the "
+            f"embeddings; {remedy}"
+        )
     sizes = {head_size(config, block) for block in range(config.num_hidden_layers)}
     if len(sizes) > 1:
-        yield f"its blocks have heads of several sizes ({sorted(sizes)}), llama.cpp loads one; {uniform}"
+        yield (
+            f"its blocks have heads of several sizes ({sorted(sizes)}), llama.cpp loads one; "
+            f"{uniform}"
+        )
 
 
 def _reasons(config: Any, architecture: str) -> Iterator[str]:
@@ -161,7 +182,10 @@ def _reasons(config: Any, architecture: str) -> Iterator[str]:
         if None in (config.attn_logit_softcapping, config.final_logit_softcapping):
             yield "llama.cpp caps the logits of every Gemma 2, this model does not"
         if abs(query_scale(config, architecture) - 1) > 1e-6:
-            yield f"llama.cpp scales attention otherwise than `query_pre_attn_scalar: {config.query_pre_attn_scalar}`"
+            yield (
+                "llama.cpp scales attention otherwise than `query_pre_attn_scalar: "
+                f"{config.query_pre_attn_scalar}`"
+            )
 
 
 def _rope_reasons(architecture: str, rope: dict[str, Any], local: dict[str, Any]) -> Iterator[str]:

@@ -1,9 +1,8 @@
-"""Check GGUF files by loading them in llama.cpp, and compare them with the checkpoint from which
-they were written.
+"""Load GGUF files in llama.cpp, and compare them with the checkpoint they were written from.
 
 Three checks see different faults. The bytes of every tensor are read again from disk and compared.
 Token ids are compared on 1,000 texts. Predictions of llama.cpp are compared with those of
-transformers: this sees what is written as wanted but means something else to llama.cpp, such as
+transformers: this sees what is written as intended but means something else to llama.cpp, such as
 rows in a wrong order.
 
 llama.cpp rounds the inputs of packed layers to 8 bits and those of others to 16. How much this
@@ -12,9 +11,9 @@ inputs rounded as much. That result is no closer to llama.cpp's than the exact o
 of rounding are chaotic.
 
 SmolLM2 with adapter, 2026-11-29: a plan of q4_0 and q5_0 diverges by 0.0028, which is 0.84 of what
-rounding makes. With q in a wrong order 2.3 (first of 30 blocks) or 0.026 (last); with shifted rows
-of embeddings 7.3; without adapter 0.13, without that of block 15 0.005. The last may pass, which is
-why bytes are compared too.
+rounding makes. With q in a wrong order it is 2.3 (first of 30 blocks) or 0.026 (last), with shifted
+rows of embeddings 7.3, without adapter 0.13, and without that of block 15 0.005. The last may pass,
+which is why bytes are compared too.
 """
 
 from contextlib import AbstractContextManager
@@ -42,8 +41,13 @@ def check(
     rows: Rows,
     on_progress: OnWork = ignore_progress,
 ) -> Compared:
-    """Compare the files of a model and its adapter with their checkpoint, predictions on rows of
-    token ids."""
+    """Compare the files of a model and its adapter with their checkpoint.
+
+    Bytes, token ids and then the predictions on `rows` of token ids are compared.
+
+    Raises:
+        StageError: One of them differs.
+    """
     check_bytes(checkpoint, model, adapter, on_progress)
     for text, found, expected in isolated(token_differences, model, checkpoint):
         raise export_error(

@@ -1,5 +1,7 @@
-"""Run a generator function in a process of its own, so that a crash of llama.cpp is an error like
-others."""
+"""Run a generator function in a process of its own.
+
+A crash of llama.cpp there is an error like others.
+"""
 
 import importlib
 import os
@@ -15,12 +17,17 @@ from typing import IO, Any, TypeVar
 from qpruner.errors import QprunerError, StageError
 
 T = TypeVar("T")
-REMEDY = "repeat the command; if it happens again, report it with the file and the version of `xllamacpp`"
+REMEDY = (
+    "repeat the command; if it happens again, report it with the file and the version of "
+    "`xllamacpp`"
+)
 
 
 def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
-    """Yield what a generator function of a module yields in a new interpreter, and raise what it
-    raises."""
+    """Yield what a generator function of a module yields in a new interpreter.
+
+    An error that it raises there is raised here; a crash becomes a `StageError`.
+    """
     # Not multiprocessing: its children import the user's script again.
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}

@@ -34,7 +34,7 @@ INSTALL = 'run `pip install "qpruner[gguf]"`'
 
 
 class _Parameters(ctypes.Structure):
-    """Parameters of a model or context, larger than those of any build (200 bytes in October 2026)."""
+    """Parameters of a model or context, larger than in any build (200 bytes in October 2026)."""
 
     _fields_ = [("fields", ctypes.c_uint32 * 256)]
 
@@ -128,7 +128,8 @@ def library_path() -> Path:
     folders = (spec and spec.submodule_search_locations) or []
     if not (found := [path for folder in folders for path in Path(folder).glob("xllamacpp*.so")]):
         raise UserError(
-            f"llama.cpp is needed to check GGUF files, and the package `xllamacpp` is missing: {INSTALL}"
+            "llama.cpp is needed to check GGUF files, and the package `xllamacpp` is missing: "
+            f"{INSTALL}"
         )
     return found[0]
 
@@ -146,10 +147,10 @@ def build() -> str:
 
 
 class Llama:
-    """A model in llama.cpp, perhaps with a LoRA adapter, and a context for one sequence of at most
-    `context_length`.
+    """A model in llama.cpp, perhaps with a LoRA adapter, and a context for one sequence.
 
-    Raise `StageError` if llama.cpp refuses a file; the message has its own last errors.
+    The sequence has at most `context_length` tokens. Raise `StageError` if llama.cpp refuses a
+    file; the message has llama.cpp's own last errors.
     """
 
     def __init__(
@@ -216,8 +217,10 @@ class Llama:
         )
 
     def tokens(self, text: str, add_special: bool = False) -> list[int]:
-        """Tokenize a text with the special tokens that are written in it; add those of begin and
-        end if asked."""
+        """Tokenize a text with the special tokens that are written in it.
+
+        With `add_special`, the tokens of its begin and end are added.
+        """
         encoded = text.encode()
         ids = numpy.empty(len(encoded) + 8, numpy.int32)
         places = (encoded, len(encoded), ids.ctypes.data, len(ids))
@@ -228,8 +231,11 @@ class Llama:
         return found
 
     def logits(self, ids: Sequence[int], wanted: Any = None) -> numpy.ndarray:
-        """Return logits float32 ``(positions, vocabulary)`` of a new sequence, at all positions or
-        those `wanted`."""
+        """Compute the logits of a new sequence, float32 ``(positions, vocabulary)``.
+
+        `wanted` has a flag for each token and selects positions; without it they are computed at
+        all.
+        """
         self._restart()
         flags = (
             numpy.ones(len(ids), numpy.int8)
@@ -239,8 +245,10 @@ class Llama:
         return numpy.concatenate(list(self._passes(ids, flags)))
 
     def loss(self, ids: Sequence[int], labels: Sequence[int]) -> tuple[float, int]:
-        """Return the sum of losses of a new sequence in nats, and the number of its tokens with a
-        label (0 or more)."""
+        """Return the summed losses of a new sequence in nats, and the number of labelled tokens.
+
+        A token has a label if that is 0 or more.
+        """
         next_labels = numpy.append(numpy.asarray(labels)[1:], -1)
         wanted = next_labels >= 0
         found = log_softmax(self.logits(ids, wanted), axis=1)
@@ -268,8 +276,7 @@ class Llama:
         self._call("llama_memory_clear", self._call("llama_get_memory", self._context), True)
 
     def _passes(self, ids: Sequence[int], flags: numpy.ndarray) -> Iterator[numpy.ndarray]:
-        """Append tokens to the sequence, and yield the logits at the flagged positions of each
-        batch."""
+        """Append tokens to the sequence, and yield the logits at flagged positions, by batch."""
         tokens = numpy.asarray(ids, numpy.int32)
         for start in range(0, len(ids), BATCH):
             part, asked = (

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 4096  # most tokens of context asked for: the memory for more is the user's decision
-TEMPLATE = "# Ollama takes that of its own templates that is nearest to the model's; a line TEMPLATE sets another."
+TEMPLATE = (
+    "# Ollama takes that of its own templates that is nearest to the model's; a line TEMPLATE sets "
+    "another."
+)
 
 
 def modelfile(
@@ -16,8 +19,15 @@ def modelfile(
     stops: Iterable[int],
     context_length: int,
 ) -> str:
-    """Return the text of a Modelfile for files in the same folder; `stops` are the ids at which
-    generation ends."""
+    """Return the text of a Modelfile for files in the same folder.
+
+    Args:
+        file: Name of the model's file.
+        adapter: Name of the adapter's file; None without an adapter.
+        tokenizer: The tokenizer of the model.
+        stops: Ids at which generation ends, beside the tokenizer's own.
+        context_length: The longest context of the model in tokens.
+    """
     lines = ["# ollama create NAME -f Modelfile && ollama run NAME", f"FROM ./{file}"]
     if adapter:
         lines.append(f"ADAPTER ./{adapter}")

@@ -18,13 +18,20 @@ from qpruner.models.loading import load_tokenizer
 
 NUM_TEXTS = 1000
 NUM_CHATS = 40
-LATIN = "the The don't we'LL I'VE naïve 3.14 1234567 0x1F ½ x² Σ ß İ ſ ﬁ café cafe\u0301 q\u0303 ÉcoleÉté"
-SCRIPTS = """中文字符 日本語です 한국어 ｱｲｳ שלום مرحبا اَلْعَرَبِيَّةُ ٣٤٥ Привет ПриветМир Ελληνικά ქართული አማርኛ ไทย ก็ हिन्दी
-    বাংলা தமிழ் 𝔘𝔫𝔦 𐍈 🦙 👩\u200d👩\u200d👧\u200d👦 👍🏽 🇩🇪 ❤️ 1️⃣ ☃ € №"""
-SIGNS = """== != => :: /* */ // ## \"\"\" ''' `x` {} [] () <p> </p> <s> </s> [PAD] <0x0A> $x @y #z %d ... …… !? —–
-    \\n \\t && | ~ ^ _ foo_bar camelCase HTMLParser SELECT /usr/bin/env C:\\dir http://a.b/c?d=e&f=1
-    me@example.org 192.168.0.1"""
-SPACES = " |  |   |\t|\t\t|\n|\n\n|\r\n| \n|\n  |\u00a0|\u3000|\u2009|\u0085|\v|\f|\u2028|\u200b|\u200d|\ufeff"
+LATIN = (
+    "the The don't we'LL I'VE naïve 3.14 1234567 0x1F ½ x² Σ ß İ ſ ﬁ café cafe\u0301 q\u0303 "
+    "ÉcoleÉté"
+)
+SCRIPTS = """中文字符 日本語です 한국어 ｱｲｳ שלום مرحبا اَلْعَرَبِيَّةُ ٣٤٥ Привет ПриветМир
+    Ελληνικά ქართული አማርኛ ไทย ก็ हिन्दी বাংলা தமிழ் 𝔘𝔫𝔦 𐍈 🦙 👩\u200d👩\u200d👧\u200d👦 👍🏽 🇩🇪 ❤️
+    1️⃣ ☃ € №"""
+SIGNS = """== != => :: /* */ // ## \"\"\" ''' `x` {} [] () <p> </p> <s> </s> [PAD] <0x0A> $x @y #z
+    %d ... …… !? —– \\n \\t && | ~ ^ _ foo_bar camelCase HTMLParser SELECT /usr/bin/env
+    C:\\dir http://a.b/c?d=e&f=1 me@example.org 192.168.0.1"""
+SPACES = (
+    " |  |   |\t|\t\t|\n|\n\n|\r\n| \n|\n  "
+    "|\u00a0|\u3000|\u2009|\u0085|\v|\f|\u2028|\u200b|\u200d|\ufeff"
+)
 ODD = "▁ ▁▁ Ġ \u0301 \u202e \ufffd \x7f \U000f1234"
 PIECES = (*f"{LATIN} {SCRIPTS} {SIGNS} {ODD}".split(), *SPACES.split("|"))
 CODE = (
@@ -47,8 +54,10 @@ SENTENCES = (
 
 
 def token_differences(model: Path, folder: Path) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Yield texts whose ids differ, with the ids of llama.cpp and those of the tokenizer in a
-    folder."""
+    """Yield texts whose token ids differ, with the ids of llama.cpp and those of the tokenizer.
+
+    `model` is a GGUF file, `folder` has the tokenizer.
+    """
     tokenizer = load_tokenizer(str(folder))
     (as_served, _), encode = _as_served(tokenizer), tokenizer.backend_tokenizer.encode
     comparable = (
@@ -65,8 +74,10 @@ def token_differences(model: Path, folder: Path) -> Iterator[tuple[str, list[int
 
 
 def texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
-    """Yield texts without end, the same each time, and whether each is a chat (which has its own
-    first token)."""
+    """Yield texts without end, and whether each is a chat, which has its own first token.
+
+    The texts are the same each time.
+    """
     randomly, plain = random.Random(0), (*PIECES, *CODE, *SENTENCES)
     added = sorted(token.content for token in tokenizer.added_tokens_decoder.values())
 
@@ -110,10 +121,10 @@ def remark(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _as_served(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Callable[[str], str | None], str | None]:
-    """Return a function of a text: the text of which llama.cpp makes the tokenizer's ids; None: the
-    ids differ.
+    """Return a function that gives the text of which llama.cpp makes the tokenizer's ids.
 
-    The second value names the texts that change or differ; llama.cpp differs in nothing else.
+    The function returns None for a text of which llama.cpp makes other ids. The second value names
+    the texts that change or differ; llama.cpp differs in nothing else.
     """
     definition = backend(tokenizer)
     added = [token["content"] for token in definition["added_tokens"]]

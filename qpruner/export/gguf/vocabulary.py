@@ -39,13 +39,14 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 before merges."""
 
 _SPECIAL = """
-    </s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle> <fim-pad> <fim-prefix>
-    <fim-repo> <fim-suffix> <fim_middle> <fim_pad> <fim_prefix> <fim_suffix> <reponame> <turn|> <|calls|> <|call|>
-    <|channel|> <|code_middle|> <|code_prefix|> <|code_suffix|> <|constrain|> <|end_of_text|> <|endoftext|> <|end|>
-    <|eom_id|> <|eot_id|> <|file_sep|> <|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|> <|fim_suffix|> <|flush|>
-    <|im_end|> <|message|> <|middle|> <|prefix|> <|repo_name|> <|return|> <|start|> <|suffix|> <|tool_response>
-    <\uff5cend▁of▁sentence\uff5c> <\uff5cfim▁begin\uff5c> <\uff5cfim▁end\uff5c> <\uff5cfim▁hole\uff5c>
-    [EOS] [EOT] [PAD] [e~[ _<EOT> ▁<MID> ▁<PRE> ▁<SUF>
+    </s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle>
+    <fim-pad> <fim-prefix> <fim-repo> <fim-suffix> <fim_middle> <fim_pad> <fim_prefix>
+    <fim_suffix> <reponame> <turn|> <|calls|> <|call|> <|channel|> <|code_middle|> <|code_prefix|>
+    <|code_suffix|> <|constrain|> <|end_of_text|> <|endoftext|> <|end|> <|eom_id|> <|eot_id|>
+    <|file_sep|> <|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|> <|fim_suffix|> <|flush|>
+    <|im_end|> <|message|> <|middle|> <|prefix|> <|repo_name|> <|return|> <|start|> <|suffix|>
+    <|tool_response> <\uff5cend▁of▁sentence\uff5c> <\uff5cfim▁begin\uff5c> <\uff5cfim▁end\uff5c>
+    <\uff5cfim▁hole\uff5c> [EOS] [EOT] [PAD] [e~[ _<EOT> ▁<MID> ▁<PRE> ▁<SUF>
 """
 TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text
@@ -55,8 +56,19 @@ TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()
 ) -> dict[str, Any]:
-    """Translate a tokenizer for llama.cpp, as values for the writer's methods; raise `UserError` if
-    it has none."""
+    """Translate a tokenizer for llama.cpp.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        vocab_size: Number of rows of the embeddings.
+        stops: Ids at which generation ends, beside the tokenizer's own.
+
+    Returns:
+        The values for the methods `add_<key>` of the writer.
+
+    Raises:
+        UserError: llama.cpp has no such tokenizer.
+    """
     definition = backend(tokenizer)
     is_spm = definition["model"]["byte_fallback"]
     if odd := [
@@ -90,12 +102,15 @@ def vocabulary(
 
 
 def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the definition that is really used: transformers builds some tokenizers anew when it
-    loads them."""
+    """Return the definition of a tokenizer that is really used.
+
+    transformers builds some tokenizers anew when it loads them.
+    """
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise UserError(
-            f"the tokenizer is a {kind} without `tokenizer.json`, only fast ones are written; {INSTEAD}"
+            f"the tokenizer is a {kind} without `tokenizer.json`, only fast ones are written; "
+            f"{INSTEAD}"
         )
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
@@ -126,8 +141,10 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
 
 
 def space_prefix(definition: Mapping[str, Any]) -> str:
-    """Return where a BPE with byte fallback puts a space before text: `always`, `never`, or `first`
-    (start only)."""
+    """Return where a BPE with byte fallback puts a space before text.
+
+    This is `always`, `never`, or `first` (at the start only).
+    """
     steps = [
         _flat(definition["normalizer"], "normalizers"),
         _flat(definition["pre_tokenizer"], "pretokenizers"),
@@ -154,7 +171,10 @@ def space_prefix(definition: Mapping[str, Any]) -> str:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """Return the ids at which generation ends, by `generation_config.json` or else `config.json`."""
+    """Return the ids at which generation ends.
+
+    They are in `generation_config.json`, or else in `config.json`.
+    """
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
@@ -166,7 +186,8 @@ def stop_ids(folder: Path) -> list[int]:
 def _unknown(key: str, value: Any, known: str) -> UserError:
     found = json.dumps(value, ensure_ascii=False)
     return UserError(
-        f"llama.cpp cannot do what `{key}` of the tokenizer says: {found}; known are {known}; {INSTEAD}"
+        f"llama.cpp cannot do what `{key}` of the tokenizer says: {found}; known are {known}; "
+        f"{INSTEAD}"
     )
 
 
@@ -220,8 +241,10 @@ def _tokens(
     added = {token["content"] for token in definition["added_tokens"]}
 
     def is_lost(text: str) -> bool:
-        """Return True for a plain token that no text becomes, but that llama.cpp would find: `</s>`
-        of Qwen."""
+        """Return True for a plain token that no text becomes, but that llama.cpp would find.
+
+        The token `</s>` of Qwen is one.
+        """
         if text not in TAKEN_FOR_SPECIAL or text in added or known[text] in special:
             return False
         return (
@@ -250,8 +273,10 @@ def _tokens(
 
 
 def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
-    """Without an unknown token, both leave a byte out that has no token: the tokenizer of SmolLM2
-    lacks 12."""
+    """Refuse a byte without a token if the tokenizer has an unknown token.
+
+    Without one, both programs leave such a byte out: the tokenizer of SmolLM2 lacks 12.
+    """
     known, missing = definition["model"]["vocab"], []
     if is_spm:
         missing = [
@@ -275,8 +300,10 @@ def _merges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """Rank tokens by the first merge that makes them: llama.cpp joins the pair whose token has the
-    highest score."""
+    """Rank tokens by the first merge that makes them.
+
+    llama.cpp joins the pair whose token has the highest score.
+    """
     rank: dict[str, int] = {}
     merges, known = _merges(definition), definition["model"]["vocab"]
     for left, right in merges:
@@ -304,8 +331,10 @@ def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]
 def _special(
     tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]
 ) -> tuple[dict[str, int], dict[str, bool]]:
-    """Return special ids, and whether texts get a first and a last token: by what the tokenizer
-    does with a text."""
+    """Return special ids, and whether texts get a first and a last token.
+
+    Both are taken from what the tokenizer does with a text.
+    """
     around = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
     text = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
     at = next(index for index in range(len(around)) if around[index : index + len(text)] == text)

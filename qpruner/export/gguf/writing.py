@@ -43,8 +43,10 @@ llama.cpp divides alpha by the rank, so B is multiplied by as much, and by 4 no 
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: its bytes, as a numpy array ``(rows, bytes)``, or ``(bytes,)`` for a
-    vector."""
+    """A tensor of a file, with its bytes as a numpy array.
+
+    The array has the shape ``(rows, bytes)``, or ``(bytes,)`` for a vector.
+    """
 
     name: str
     type_name: str
@@ -95,7 +97,10 @@ def _write(
     tensors: Sequence[Tensor],
     on_progress: OnWork,
 ) -> None:
-    """Write metadata, then the tensors one by one; begin again while the storage is full or away."""
+    """Write metadata, then the tensors one by one.
+
+    Begin again while the storage is full or away.
+    """
 
     def write() -> None:
         with closing(gguf.GGUFWriter(file, architecture_of(config))) as writer:
@@ -147,8 +152,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
-    """Write how queries and keys are rotated by position, and how that is stretched to longer
-    contexts."""
+    """Write how positions rotate queries and keys, and how that is stretched to longer contexts."""
     found, local = rope_parameters(config), rope_parameters(config, "sliding_attention")
     writer.add_rope_freq_base(found["rope_theta"])
     if local is not found:
@@ -159,7 +163,10 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _frequency_factors(config: Any) -> torch.Tensor:
-    """Compute by how much the scaling `llama3` lowers each frequency, float32 ``(head size / 2,)``."""
+    """Compute by how much the scaling `llama3` lowers each frequency.
+
+    The factors are float32 ``(head size / 2,)``.
+    """
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
     factors: torch.Tensor = 1.0 / (rope_parameters(config)["rope_theta"] ** exponents) / scaled
@@ -189,13 +196,12 @@ def base_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
 
 
 def adapter_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
-    """Yield ``A (rank, columns)`` and ``B (rows, rank)`` of all layers, in the type that the
-    checkpoint has.
+    """Yield ``A (rank, columns)`` and ``B (rows, rank)`` of all layers.
 
-    That type is exact and takes the bytes that the plan counts. Float32 is 2 % faster in decode and
-    up to 20 % in prefill, for twice the bytes (rank 8 on all layers of a pruned SmolLM2, one
-    AVX-512 core, tokens/s of decode without adapter 137, with one in F32 120, F16 115, BF16 118,
-    2026-11-29).
+    They have the type of the checkpoint, which is exact and takes the bytes that the plan counts.
+    Float32 is 2 % faster in decode and up to 20 % in prefill, for twice the bytes (rank 8 on all
+    layers of a pruned SmolLM2, one AVX-512 core, tokens/s of decode without adapter 137, with one
+    in F32 120, F16 115, BF16 118, 2026-11-29).
     """
     stored = read_tensors(checkpoint, lambda name: name.startswith(PEFT_PREFIX))
     pairs = {
@@ -275,7 +281,10 @@ class _Renaming:
         return vector
 
     def order(self, name: str) -> torch.Tensor | None:
-        """Return the new order of rows of q and k, or of their biases; None for all other tensors."""
+        """Return the new order of the rows of q and k, or of their biases.
+
+        Return None for all other tensors.
+        """
         linear = next((each for each in QKV[:2] if f".{each}." in name), None)
         if linear is None or self._architecture not in LLAMAS:
             return None

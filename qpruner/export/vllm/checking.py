@@ -1,8 +1,8 @@
-"""Load an export for vLLM with vLLM, or with transformers where vLLM cannot, and compare it with
-the checkpoint.
+"""Load an export for vLLM, and compare it with the checkpoint.
 
-vLLM computes in the type of the model, which changes predictions by 0.7 to 1.3 times of what that
-type changes in transformers (tiny random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
+It is loaded by vLLM, or by transformers where vLLM cannot load it. vLLM computes in the type of the
+model, which changes predictions by 0.7 to 1.3 times of what that type changes in transformers (tiny
+random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
 """
 
 import importlib.util
@@ -46,10 +46,16 @@ Server = Literal["vllm", "transformers"]
 
 
 def missing() -> str | None:
-    """Say which package to install before an export for vLLM can be checked; None if there is one."""
+    """Say which package to install before an export for vLLM can be checked.
+
+    Return None if nothing is missing.
+    """
     if _python_of_vllm() or importlib.util.find_spec("compressed_tensors"):
         return None
-    return f"the package compressed-tensors is missing, without which the export cannot be checked: {INSTALL}"
+    return (
+        "the package compressed-tensors is missing, without which the export cannot be checked: "
+        f"{INSTALL}"
+    )
 
 
 def check(
@@ -59,11 +65,20 @@ def check(
     on_progress: OnWork = ignore_progress,
     server: Server | None = None,
 ) -> Compared:
-    """Compare an export's predictions with those of the checkpoint that it was made from, on rows
-    of token ids.
+    """Compare an export's predictions with those of the checkpoint that it was made from.
 
-    The export is loaded in a process of its own, without qpruner, by vLLM if it can; `server`
-    chooses instead.
+    The export is loaded in a process of its own, without qpruner.
+
+    Args:
+        checkpoint: The folder that the export was written from.
+        exported: The folder of the export.
+        rows: Rows of token ids.
+        on_progress: Is called before and after the export is loaded.
+        server: The program that loads it; by default vLLM, if it can.
+
+    Raises:
+        UserError: No package is installed that could load the export.
+        StageError: The export cannot be loaded, or its predictions differ.
     """
     config = checkpoint_config(exported)
     server = server or ("vllm" if _vllm_takes(config) else "transformers")
@@ -89,8 +104,10 @@ def check(
 
 
 def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
-    """Run `outside.py`; return its predictions for each row, and the programs that made them with
-    their versions."""
+    """Run `outside.py`, and return its predictions for each row.
+
+    The second value names the programs that made them, with their versions.
+    """
     python = (_python_of_vllm() if asked["server"] == "vllm" else None) or sys.executable
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "predictions.npz"
@@ -121,8 +138,10 @@ def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
 
 
 def _python_of_vllm() -> str | None:
-    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there
-    is none."""
+    """Return the Python that has vLLM: the one in `QPRUNER_VLLM_PYTHON`, or this one.
+
+    Return None if there is none.
+    """
     if named := os.environ.get(PYTHON):
         _check_python(named)
         return named

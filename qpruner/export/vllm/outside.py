@@ -21,8 +21,10 @@ Row = tuple[Any, Any, Any]
 def in_transformers(
     folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int
 ) -> Iterator[Row]:
-    """Yield the predictions for each row in transformers; a CPU computes in float32, so that faults
-    stand out."""
+    """Yield the predictions for each row in transformers.
+
+    A CPU computes in float32, so that faults stand out.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,8 +138,10 @@ def in_vllm(
 
 
 def main() -> None:
-    """Read the arguments of a function above from the standard input, and write what it yields to
-    the file `into`."""
+    """Call a function of this file, and write what it yields to a file.
+
+    The standard input has its arguments as JSON, with its name (`server`) and the file (`into`).
+    """
     import numpy as np
 
     asked = json.load(sys.stdin)

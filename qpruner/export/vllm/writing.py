@@ -44,14 +44,17 @@ def refusal(config: Any) -> str | None:
     if config.model_type in SERVED:
         return None
     return (
-        f"vLLM: packed layers of the family {config.model_type} are not written yet, those of {', '.join(SERVED)} are; "
+        f"vLLM: packed layers of the family {config.model_type} are not written yet, those of "
+        f"{', '.join(SERVED)} are; "
         "use `--to merged`"
     )
 
 
 def vllm_format(name: str, columns: int) -> str:
-    """Return a format that vLLM reads: the same, or the nearest in bytes that these columns allow,
-    or dense."""
+    """Return a format that vLLM reads: the same, or the nearest in bytes, or dense.
+
+    The nearest is taken among those that can have these columns.
+    """
     old = format_of(name)
     if isinstance(old, Packed) and not old.refusal(columns, None):
         return name
@@ -64,8 +67,10 @@ def vllm_format(name: str, columns: int) -> str:
 
 
 def dense_paths(config: Any) -> dict[str, str]:
-    """List the packed layers that must be dense in vLLM: embeddings, head, fused ones whose zeros
-    fill no word."""
+    """List the packed layers that must be dense in vLLM.
+
+    These are embeddings, head, and fused layers whose zeros fill no word.
+    """
     old, found = formats_of(config), dict.fromkeys(table_paths(config).values(), DENSE)
     shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
     for paths in _fused(config):
@@ -92,8 +97,10 @@ def _fused(config: Any) -> Iterator[tuple[str, ...]]:
 def write_vllm(
     checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress
 ) -> None:
-    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter, whose base will
-    be `target`."""
+    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter.
+
+    The adapter names `target` as the folder of its base.
+    """
     config = checkpoint_config(checkpoint)
     named = formats_of(config)
     for paths in _fused(config):
