@@ -177,7 +177,10 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
-    """Compare runs: figures, paired differences of the winners' scores, and other settings."""
+    """Compare runs by their figures, the scores of their winners, and their settings.
+
+    Scores are compared as paired differences; only settings that differ are printed.
+    """
     views = [read_snapshot(RunDir(run, create=False)) for run in runs]
     facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
     apart = [run_views.against(run.results, views[0].results) for run in views[1:]]

@@ -74,26 +74,28 @@ def missing_remark(keys: Sequence[str]) -> str | None:
     """
     if not keys:
         return None
-    names, stated_by = (
-        ", ".join(STATED[key] for key in keys),
-        ", ".join(f"`card.{key}`" for key in keys),
-    )
+    names = ", ".join(STATED[key] for key in keys)
+    stated_by = ", ".join(f"`card.{key}`" for key in keys)
     return (
-        f"the model card does not state: {names}; set {stated_by} and repeat `qpruner run`, which "
-        "rewrites the card"
+        f"the model card does not state: {names}; set {stated_by} and repeat `qpruner run`, "
+        "which rewrites the card"
     )
 
 
 def loading_section(form: Form, place: str = "this folder") -> str:
     """Return a card's section with the code that loads the model from a folder or repository."""
-    how = {
-        "merged and plain": "Plain transformers loads them.\n",
-        "merged with code": _CODE_BESIDE,
-    }.get(form, _NEEDS_US)
-    lead = f"{_MERGED} {how}" if form.startswith("merged") else how
-    imports = _IMPORT if how == _NEEDS_US else ""
+    if form == "merged and plain":
+        lead = f"{_MERGED} Plain transformers loads them.\n"
+    elif form == "merged with code":
+        lead = f"{_MERGED} {_CODE_BESIDE}"
+    elif form == "merged":
+        lead = f"{_MERGED} {_NEEDS_US}"
+    else:
+        lead = _NEEDS_US
+    imports = _IMPORT if lead.endswith(_NEEDS_US) else ""
+    template = _PEFT_CODE if form == "peft" else _CODE
     options = ", trust_remote_code=True" if form == "merged with code" else ""
-    code = (_PEFT_CODE if form == "peft" else _CODE).format(place=place, options=options)
+    code = template.format(place=place, options=options)
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
     return f"{TITLE}\n\n{lead}\n```python\n{imports}{code}{tokenizer}```\n"
 

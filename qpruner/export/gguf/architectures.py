@@ -3,7 +3,6 @@
 Blocks of different widths take `deci`, or `openelm`, which has norms of queries and keys.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -34,9 +33,10 @@ class Widths(NamedTuple):
 def block_widths(config: Any) -> list[Widths]:
     """List the widths of all blocks."""
     key = families()[config.model_type].channels_key
-    each = (config.per_layer_config[index] for index in range(config.num_hidden_layers))
+    blocks = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     return [
-        Widths(one.num_attention_heads, one.num_key_value_heads, getattr(one, key)) for one in each
+        Widths(block.num_attention_heads, block.num_key_value_heads, getattr(block, key))
+        for block in blocks
     ]
 
 
@@ -47,14 +47,16 @@ def head_size(config: Any, block: int = 0) -> int:
 
 def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
     """Return the RoPE parameters of a config, of one type of layer if types differ."""
-    found: dict[str, Any] = config.rope_parameters.get(layer_type, config.rope_parameters)
-    return found
+    parameters: dict[str, Any] = config.rope_parameters
+    of_type: dict[str, Any] = parameters.get(layer_type, parameters)
+    return of_type
 
 
 def query_scale(config: Any, architecture: str) -> float:
     """Return the scale of a Gemma's attention logits in transformers, relative to llama.cpp's."""
-    is_27b = config.num_hidden_layers == GEMMA_27B[architecture]
-    divisor = config.hidden_size // block_widths(config)[0].heads if is_27b else head_size(config)
+    divisor = head_size(config)
+    if config.num_hidden_layers == GEMMA_27B[architecture]:
+        divisor = config.hidden_size // block_widths(config)[0].heads
     return float((divisor / config.query_pre_attn_scalar) ** 0.5)
 
 
@@ -63,25 +65,24 @@ def context_length(config: Any) -> int:
 
     llama.cpp has sliding windows for Gemma only.
     """
-    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    is_limited = window and (types is None or "sliding_attention" in types)
-    is_limited = is_limited and not config.model_type.startswith("gemma")
-    return (
-        min(config.max_position_embeddings, window)
-        if is_limited
-        else int(config.max_position_embeddings)
-    )
+    longest = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    if not window or config.model_type.startswith("gemma"):
+        return longest
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None or "sliding_attention" in layer_types:
+        return min(longest, int(window))
+    return longest
 
 
 def remark(config: Any) -> str | None:
     """Say what is lost in the file; return None if nothing is."""
-    length, longest = context_length(config), config.max_position_embeddings
+    length = context_length(config)
+    longest = config.max_position_embeddings
+    if length >= longest:
+        return None
     why = f"llama.cpp has no sliding window for `{config.model_type}`"
-    return (
-        f"the file states a context of {length} tokens, not {longest}: {why}"
-        if length < longest
-        else None
-    )
+    return f"the file states a context of {length} tokens, not {longest}: {why}"
 
 
 def architecture_of(config: Any, ragged: bool = False) -> str:
@@ -89,15 +90,16 @@ def architecture_of(config: Any, ragged: bool = False) -> str:
 
     `ragged`: blocks will have different widths.
     """
-    family, widths = families()[config.model_type], block_widths(config)
-    alike = not ragged and len(set(widths)) == 1
-    if (
-        alike and family.gguf == "qwen2"
-    ):  # llama.cpp wants square q and o, and no biases but those of q, k and v
-        alike = widths[0].heads * head_size(
-            config
-        ) == config.hidden_size and not _has_output_biases(config)
-    return family.gguf if alike else family.gguf_ragged
+    family = families()[config.model_type]
+    widths = block_widths(config)
+    if ragged or len(set(widths)) > 1:
+        return family.gguf_ragged
+    if family.gguf == "qwen2":
+        # llama.cpp wants square q and o, and no biases but those of q, k and v.
+        is_square = widths[0].heads * head_size(config) == config.hidden_size
+        if not is_square or _has_output_biases(config):
+            return family.gguf_ragged
+    return family.gguf
 
 
 def llama_cpp_format(name: str, columns: int) -> str:
@@ -133,8 +135,11 @@ def refusal(config: Any, ragged: bool = False, uniform: str = UNIFORM) -> str | 
         return (
             f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {uniform}"
         )
-    others = (f"{reason}; {ELSEWHERE}" for reason in _reasons(config, architecture))
-    return next(itertools.chain(_width_reasons(config, architecture, uniform), others), None)
+    for reason in _width_reasons(config, architecture, uniform):
+        return reason
+    for reason in _reasons(config, architecture):
+        return f"{reason}; {ELSEWHERE}"
+    return None
 
 
 def _has_output_biases(config: Any) -> bool:
@@ -168,24 +173,26 @@ def _width_reasons(config: Any, architecture: str, uniform: str) -> Iterator[str
 
 def _reasons(config: Any, architecture: str) -> Iterator[str]:
     """Yield what llama.cpp would compute differently, whatever the widths."""
-    wanted = ACTIVATIONS.get(architecture, "silu")
-    if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
-        yield f"llama.cpp computes `{wanted}` in its MLP, the model `{found}`"
-    yield from _rope_reasons(
-        architecture, rope_parameters(config), rope_parameters(config, "sliding_attention")
-    )
+    expected = ACTIVATIONS.get(architecture, "silu")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != expected:
+        yield f"llama.cpp computes `{expected}` in its MLP, the model `{activation}`"
+    local = rope_parameters(config, "sliding_attention")
+    yield from _rope_reasons(architecture, rope_parameters(config), local)
     if getattr(config, "use_bidirectional_attention", None):
         yield "its attention looks ahead"
     if architecture == "gemma2":
-        if "sliding_attention" not in config.layer_types:  # llama.cpp aborts (2026-11-29)
-            yield "llama.cpp loads no Gemma 2 in which no block has a sliding window"
-        if None in (config.attn_logit_softcapping, config.final_logit_softcapping):
-            yield "llama.cpp caps the logits of every Gemma 2, this model does not"
-        if abs(query_scale(config, architecture) - 1) > 1e-6:
-            yield (
-                "llama.cpp scales attention otherwise than `query_pre_attn_scalar: "
-                f"{config.query_pre_attn_scalar}`"
-            )
+        yield from _gemma2_reasons(config)
+
+
+def _gemma2_reasons(config: Any) -> Iterator[str]:
+    if "sliding_attention" not in config.layer_types:  # llama.cpp aborts (2026-11-29)
+        yield "llama.cpp loads no Gemma 2 in which no block has a sliding window"
+    if None in (config.attn_logit_softcapping, config.final_logit_softcapping):
+        yield "llama.cpp caps the logits of every Gemma 2, this model does not"
+    if abs(query_scale(config, "gemma2") - 1) > 1e-6:
+        scalar = config.query_pre_attn_scalar
+        yield f"llama.cpp scales attention otherwise than `query_pre_attn_scalar: {scalar}`"
 
 
 def _rope_reasons(architecture: str, rope: dict[str, Any], local: dict[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ rows of embeddings 7.3, without adapter 0.13, and without that of block 15 0.005
 which is why bytes are compared too.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from qpruner.export.compare import TOP, Compared, Rows, compare_served, export_e
 from qpruner.export.gguf.isolation import isolated
 from qpruner.export.gguf.llama_cpp import predictions
 from qpruner.export.gguf.same_tokens import token_differences
-from qpruner.export.gguf.writing import adapter_tensors, base_tensors
+from qpruner.export.gguf.writing import Tensor, adapter_tensors, base_tensors
 from qpruner.models.gguf_reader import read_gguf
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 from qpruner.quantization.formats.layers import PackedLinear
@@ -49,9 +50,9 @@ def check(
         StageError: One of them differs.
     """
     check_bytes(checkpoint, model, adapter, on_progress)
-    for text, found, expected in isolated(token_differences, model, checkpoint):
+    for text, served, expected in isolated(token_differences, model, checkpoint):
         raise export_error(
-            f"llama.cpp makes other tokens of {text[:60]!r}: {found[:8]} instead of {expected[:8]}"
+            f"llama.cpp makes other tokens of {text[:60]!r}: {served[:8]} instead of {expected[:8]}"
         )
     return check_predictions(checkpoint, model, adapter, rows, on_progress)
 
@@ -61,25 +62,24 @@ def check_bytes(
 ) -> None:
     """Read the files again, and compare types and bytes of all tensors with the checkpoint."""
     config = checkpoint_config(checkpoint)
-    for file, tensors in (
-        (model, base_tensors),
-        *([(adapter, adapter_tensors)] if adapter else []),
-    ):
-        found = {each.name: each for each in read_gguf(file).tensors}
-        expected = list(tensors(checkpoint, config))
-        for done, (name, type_name, data) in enumerate(expected, 1):
-            if (stored := found.pop(name, None)) is None:
-                raise export_error(f"{file.name} has no tensor `{name}`")
-            same_type = stored.tensor_type.name == type_name
-            if not same_type or not numpy.array_equal(
-                stored.data.view(numpy.uint8).ravel(), data.ravel()
-            ):
-                raise export_error(f"{file.name} has other bytes in `{name}`")
-            on_progress("reading the file again", done, len(expected))
-        if found:
-            raise export_error(
-                f"{file.name} has a tensor that the checkpoint lacks: `{min(found)}`"
-            )
+    _check_file(model, list(base_tensors(checkpoint, config)), on_progress)
+    if adapter:
+        _check_file(adapter, list(adapter_tensors(checkpoint, config)), on_progress)
+
+
+def _check_file(file: Path, expected: Sequence[Tensor], on_progress: OnWork) -> None:
+    stored = {tensor.name: tensor for tensor in read_gguf(file).tensors}
+    for done, (name, type_name, data) in enumerate(expected, 1):
+        tensor = stored.pop(name, None)
+        if tensor is None:
+            raise export_error(f"{file.name} has no tensor `{name}`")
+        stored_bytes = tensor.data.view(numpy.uint8).ravel()
+        is_same_type = tensor.tensor_type.name == type_name
+        if not is_same_type or not numpy.array_equal(stored_bytes, data.ravel()):
+            raise export_error(f"{file.name} has other bytes in `{name}`")
+        on_progress("reading the file again", done, len(expected))
+    if stored:
+        raise export_error(f"{file.name} has a tensor that the checkpoint lacks: `{min(stored)}`")
 
 
 def check_predictions(
@@ -101,15 +101,21 @@ def rounding_inputs(model: Any) -> AbstractContextManager[None]:
     def to_16_bits(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (inputs[0].to(dtype).float(),)
 
-    def to_8_bits(layer: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        # Blocks of 256 (Q8_K) for K-quants, of 32 (Q8_0) for others.
-        size = 256 if layer.format.name.endswith("_k") else 32
-        blocks = inputs[0].reshape(*inputs[0].shape[:-1], -1, size)
-        steps = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-        return (((blocks / steps).round() * steps).flatten(-2),)
+    hooks = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            rounding = _to_8_bits if isinstance(layer, PackedLinear) else to_16_bits
+            hooks.append(layer.register_forward_pre_hook(rounding))
+    return hooked(hooks)
 
-    linears = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    return hooked(
-        each.register_forward_pre_hook(to_8_bits if isinstance(each, PackedLinear) else to_16_bits)
-        for each in linears
-    )
+
+def _to_8_bits(layer: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Round the inputs ``(..., columns)`` of a layer, by blocks, to 8 bits with a common scale."""
+    # Blocks of 256 (Q8_K) for K-quants, of 32 (Q8_0) for others.
+    size = 256 if layer.format.name.endswith("_k") else 32
+    *batch, _ = inputs[0].shape
+    blocks = inputs[0].reshape(*batch, -1, size)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    steps = largest.clamp(min=1e-30) / 127
+    rounded = (blocks / steps).round() * steps
+    return (rounded.flatten(-2),)

@@ -28,27 +28,9 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
 
     An error that it raises there is raised here; a crash becomes a `StageError`.
     """
-    # Not multiprocessing: its children import the user's script again.
-    paths = os.pathsep.join(map(os.path.abspath, sys.path))
-    environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
     reading, writing = os.pipe()
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        __name__,
-        str(writing),
-    ]  # -P: no `random.py` of the current folder
     with open(reading, "rb") as answers, tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(  # noqa: S603
-            command,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=[writing],
-            env=environment,
-        )
-        os.close(writing)
+        child = _start(writing, output)
         try:
             assert child.stdin
             with child.stdin:
@@ -67,18 +49,33 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
             child.wait()
 
 
+def _start(writing: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a new interpreter that runs `_serve` and answers through the pipe `writing`."""
+    # Not multiprocessing: its children import the user's script again.
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    # -P: no `random.py` of the current folder.
+    command = [sys.executable, "-P", "-m", __name__, str(writing)]
+    child = subprocess.Popen(  # noqa: S603
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        pass_fds=[writing],
+        env={**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"},
+    )
+    os.close(writing)
+    return child
+
+
 def _died(status: int, output: IO[bytes]) -> StageError:
-    how = (
-        f"was ended by {signal.Signals(-status).name}"
-        if status < 0
-        else f"ended with exit code {status}"
-    )
+    end = f"ended with exit code {status}"
+    if status < 0:
+        end = f"was ended by {signal.Signals(-status).name}"
     output.seek(0)
-    lines = output.read().decode(errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    return StageError(
-        "export", f"the process that runs llama.cpp {how}{last and f': {last.strip()}'}", REMEDY
-    )
+    lines = [line.strip() for line in output.read().decode(errors="replace").split("\n")]
+    printed = [line for line in lines if line]
+    last = f": {printed[-1]}" if printed else ""
+    return StageError("export", f"the process that runs llama.cpp {end}{last}", REMEDY)
 
 
 def _serve(descriptor: int) -> None:

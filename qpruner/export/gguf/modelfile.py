@@ -31,8 +31,14 @@ def modelfile(
     lines = ["# ollama create NAME -f Modelfile && ollama run NAME", f"FROM ./{file}"]
     if adapter:
         lines.append(f"ADAPTER ./{adapter}")
-    ends = {token for token in (tokenizer.eos_token_id, *stops) if token is not None}
-    texts = sorted(tokenizer.convert_ids_to_tokens(sorted(ends)))
-    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in texts]
+
+    ends = set(stops)
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    for text in sorted(tokenizer.convert_ids_to_tokens(sorted(ends))):
+        lines.append(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}")
+
     lines.append(f"PARAMETER num_ctx {min(context_length, CONTEXT)}")
-    return "\n".join([*lines, *([TEMPLATE] if tokenizer.chat_template else [])]) + "\n"
+    if tokenizer.chat_template:
+        lines.append(TEMPLATE)
+    return "\n".join(lines) + "\n"
