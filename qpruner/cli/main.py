@@ -96,10 +96,12 @@ def _guarded(
 
     If `plan_file` is given, messages name the option `--plan` and not the key `search.plan`.
     """
+    code = 0
     try:
-        outcome, code = work(), 0
+        outcome = work()
     except QprunerError as error:
-        code, text = error.exit_code, str(error)
+        code = error.exit_code
+        text = str(error)
         if plan_file:
             text = text.replace("`search.plan`", "`--plan`")  # the option that was given
         remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
@@ -109,17 +111,13 @@ def _guarded(
         # click exits quietly if the reader closes the pipe, as in `qpruner trials RUN | head`
         raise
     except Exception as error:
-        outcome, code = (
-            {
-                "status": "error",
-                "kind": type(error).__name__,
-                "error": f"{error}\n{note_defect(error)}",
-            },
-            1,
-        )
+        code = 1
+        text = f"{error}\n{note_defect(error)}"
+        outcome = {"status": "error", "kind": type(error).__name__, "error": text}
         traceback.print_exc()
     except KeyboardInterrupt:
-        outcome, code = {"status": "interrupted", "resume": as_called()}, 130
+        code = 130
+        outcome = {"status": "interrupted", "resume": as_called()}
         click.echo(f"interrupted; continue with: {outcome['resume']}", err=True)
     if as_json:
         click.echo(json.dumps(without_nan(outcome), allow_nan=False))
@@ -174,8 +172,10 @@ def _plan_option(does: str) -> Any:
 
 
 def _load(config: str, overrides: tuple[str, ...], plan_file: Path | None) -> RunConfig:
-    given = [] if plan_file is None else [f"search.plan={json.dumps(str(plan_file))}"]
-    loaded = load_config(Path(config), [*overrides, *given])
+    settings = list(overrides)
+    if plan_file is not None:
+        settings.append(f"search.plan={json.dumps(str(plan_file))}")
+    loaded = load_config(Path(config), settings)
     quiet_libraries()
     return loaded
 
