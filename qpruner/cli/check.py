@@ -1,7 +1,6 @@
 """The verb `qpruner check`: validate a configuration and estimate what its run would need."""
 
 from collections.abc import Iterator
-from itertools import starmap
 from typing import Any
 
 import click
@@ -33,174 +32,216 @@ def check(
     for_gpus: bool,
     show_config: bool,
 ) -> dict[str, Any]:
-    """Print and return the sizes, memory and time of a planned run; raise a `UserError` if the run
-    cannot work."""
+    """Print and return the sizes, memory and time of a planned run.
+
+    Args:
+        config: The validated configuration.
+        address: Address of a Ray cluster to check; None checks this machine.
+        quiet: Print only the verdict, and the warnings on stderr.
+        measure: Time a few steps on this machine and estimate the hours from them.
+        for_gpus: Assume a machine with GPUs, even if this one has none.
+        show_config: Print every key of the configuration first.
+
+    Returns:
+        The object that `--json` prints; bytes and hours are not rounded.
+
+    Raises:
+        UserError: The run cannot work.
+    """
     if measure and for_gpus:
         raise UserError(
             "`--measure` times this machine, `--gpu` assumes another one: give only one of them"
         )
+    is_elsewhere = for_gpus and address is None
     with Terminal(quiet=quiet) as terminal:
-        found = check_run(
-            config, terminal.emit, address, gpu_is_elsewhere=for_gpus and address is None
-        )
-    inspection, resources = found.inspection, found.resources
-    rates = _measured_rates(config, found) if measure else None
-    gpus = resources.get("gpu") or (1.0 if for_gpus else None)
-    is_here = (
-        address is None
-        and not for_gpus
-        and config.model.device_map == "single"
-        and (gpus or 0) <= 1
-    )
-    free, disk = (
-        free_bytes() if is_here else None,
-        dict(zip(("disk_needed", "disk_free"), found.disk, strict=True)),
-    )
-    estimated = estimate.facts(config, inspection, rates, found.slots, gpus)
-    facts = _facts(config, inspection, found.slots) | {"memory_free": free} | disk | estimated
-    driver = driver_text(RunDir(config.output, create=False))
-    warnings = facts["warnings"] = [*config.warnings, *inspection.warnings]
-    if driver:
-        warnings.insert(0, f"{driver}: `qpruner run` is refused until it ends")
-    if free is not None and estimated["memory_at_once"] > free:
-        warnings.append(
-            f"{estimated['memory_at_once'] / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
-            "free here: lower `evaluate.batch_size`, another batch size or `search.max_concurrent`"
-        )
+        checked = check_run(config, terminal.emit, address, gpu_is_elsewhere=is_elsewhere)
+    rates = _measured_rates(config, checked) if measure else None
+    gpus = checked.resources.get("gpu") or (1.0 if for_gpus else None)
+    is_here = address is None and not for_gpus and config.model.device_map == "single"
+    if gpus is not None and gpus > 1:
+        is_here = False
+
+    facts = _facts(config, checked.inspection, checked.slots)
+    facts["memory_free"] = free_bytes() if is_here else None
+    facts["disk_needed"], facts["disk_free"] = checked.disk
+    facts |= estimate.facts(config, checked.inspection, rates, checked.slots, gpus)
+    facts["warnings"] = _warnings(config, checked.inspection, facts)
+
     if show_config:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if not quiet:
         click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None)))
-    for warning in warnings:
+    for warning in facts["warnings"]:
         click.echo(f"warning:     {warning}", err=quiet)
     keys = "" if quiet or show_config else "; `--show-config` prints every key in effect"
     click.echo(f"The configuration is valid{keys}.")
     return {"status": "ok", **facts}
 
 
+def _warnings(config: RunConfig, inspection: Inspection, facts: dict[str, Any]) -> list[str]:
+    """List what may go wrong, first a command that works on the run folder."""
+    warnings = [*config.warnings, *inspection.warnings]
+    driver = driver_text(RunDir(config.output, create=False))
+    if driver:
+        warnings.insert(0, f"{driver}: `qpruner run` is refused until it ends")
+    needed = facts["memory_at_once"]
+    free = facts["memory_free"]
+    if free is not None and needed > free:
+        warnings.append(
+            f"{needed / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
+            "free here: lower `evaluate.batch_size`, another batch size or `search.max_concurrent`"
+        )
+    return warnings
+
+
 def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
-    layout, plan, base = inspection.reference, inspection.plan, inspection.base
+    layout = inspection.reference
+    base = inspection.base
+    cuts = {}
+    for name, cut in inspection.cuts.items():
+        of_cut = inspection.layouts[name]
+        cuts[name] = {
+            "parameters": of_cut.num_parameters,
+            "blocks": cut.expected.num_hidden_layers,
+            "multiply_adds": of_cut.multiply_adds / base.multiply_adds,
+        }
+
     levels = by_size(tuple({*config.quantize.levels, *config.quantize.embedding_levels}))
-    return {
+    facts: dict[str, Any] = {
         "num_groups": len(layout.groups),
         "parameters_base": base.num_parameters,
-        "cuts": {
-            name: {
-                "parameters": inspection.layouts[name].num_parameters,
-                "blocks": cut.expected.num_hidden_layers,
-                "multiply_adds": inspection.layouts[name].multiply_adds / base.multiply_adds,
-            }
-            for name, cut in inspection.cuts.items()
-        },
+        "cuts": cuts,
         "left_out": dict(inspection.left_out),
         "blocks_base": inspection.model_config.num_hidden_layers,
         "is_pruned_earlier": is_pruned(inspection.model_config),
         "is_estimate": inspection.is_estimate,
         "formats": {name: _offered(config, layout, name) for name in levels},
-        **{
-            f"bytes_all_{name}": layout.plan_bytes(layout.uniform(name))
-            for name in config.quantize.levels
-        },
-        "bytes_budget": inspection.budget_bytes,
-        "bytes_plan": None
-        if plan is None
-        else {UNPRUNED: base, **inspection.layouts}[plan.cut].plan_bytes(plan),
-        "concurrent_trials": min(slots, config.num_trials),
-        "rungs": list(config.search.rungs),
-        "rows": {name: len(rows) for name, rows in inspection.examples.items()},
-        "rows_cut": {
-            name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS
-        },
-        "questions": inspection.num_questions,
     }
+    for name in config.quantize.levels:
+        facts[f"bytes_all_{name}"] = layout.plan_bytes(layout.uniform(name))
+    facts["bytes_budget"] = inspection.budget_bytes
+    facts["bytes_plan"] = None
+    plan = inspection.plan
+    if plan is not None:
+        of_plan = base if plan.cut == UNPRUNED else inspection.layouts[plan.cut]
+        facts["bytes_plan"] = of_plan.plan_bytes(plan)
+
+    facts["concurrent_trials"] = min(slots, config.num_trials)
+    facts["rungs"] = list(config.search.rungs)
+    facts["rows"] = {name: len(rows) for name, rows in inspection.examples.items()}
+    facts["rows_cut"] = {
+        name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS
+    }
+    facts["questions"] = inspection.num_questions
+    return facts
 
 
 def _offered(config: RunConfig, layout: Layout, name: str) -> dict[str, Any]:
     """Return the groups that may have a format, and those that cannot take it, with the reason."""
+    having = []
     lacking = {}
     for group in layout.groups:
-        asked = (
-            config.quantize.embedding_levels
-            if group.name in (EMBEDDINGS, HEAD)
-            else config.quantize.levels
-        )
-        if name in asked and name not in group.formats:
-            lacking[group.name] = (
-                refusals(name, group.linears, True) or refusals(name, group.linears, False)
-            )[0]
-    return {
-        "groups": [group.name for group in layout.groups if name in group.formats],
-        "lacking": lacking,
-    }
+        levels = config.quantize.levels
+        if group.name in (EMBEDDINGS, HEAD):
+            levels = config.quantize.embedding_levels
+        if name in group.formats:
+            having.append(group.name)
+        elif name in levels:
+            reasons = refusals(name, group.linears, True) or refusals(name, group.linears, False)
+            lacking[group.name] = reasons[0]
+    return {"groups": having, "lacking": lacking}
 
 
 def _format_text(name: str, offered: dict[str, Any]) -> str:
-    having, lacking = offered["groups"], list(offered["lacking"].items())
-    text = f"{name} for {', '.join(having) if len(having) <= 2 else counted(len(having), 'group')}"
-    return (
-        f"{text}, not for {counted(len(lacking), 'group')} ({': '.join(lacking[0])})"
-        if lacking
-        else text
-    )
+    groups = offered["groups"]
+    having = ", ".join(groups) if len(groups) <= 2 else counted(len(groups), "group")
+    text = f"{name} for {having}"
+    for group, reason in offered["lacking"].items():
+        return f"{text}, not for {counted(len(offered['lacking']), 'group')} ({group}: {reason})"
+    return text
 
 
-def _measured_rates(config: RunConfig, found: Checked) -> hours.Rates:
-    """Time a few steps on this machine; raise a `UserError` if trials need a GPU and the machine
-    has none."""
+def _measured_rates(config: RunConfig, checked: Checked) -> hours.Rates:
+    """Time a few steps on this machine.
+
+    Raises:
+        UserError: Trials need a GPU, and this machine has none.
+    """
     import torch
 
-    cores = max(1, int(found.resources.get("cpu", 1)))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    if found.resources.get("gpu") and not gpu:
+    cores = max(1, int(checked.resources.get("cpu", 1)))
+    machine = counted(cores, "CPU core")
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    elif checked.resources.get("gpu"):
         raise UserError(
-            "`--measure` times this machine, which has no GPU, but trials would use one: run it on theirs"
+            "`--measure` times this machine, which has no GPU, but trials would use one: "
+            "run it on theirs"
         )
-    return hours.measured_rates(config, found.inspection, cores, gpu or counted(cores, "CPU core"))
+    return hours.measured_rates(config, checked.inspection, cores, machine)
 
 
 def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    search, size = config.search, facts["bytes_plan"]
-    if search.plan is None or search.plan_method:
+    """Format the bytes of a plan that the configuration gives."""
+    if config.search.plan is None or config.search.plan_method:
         return []
-    parts = (
-        [] if size is None else [f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}"]
-    )
-    parts += ["its bytes are compared with the budget once the model is pruned"] * facts[
-        "is_estimate"
-    ]
+    parts = []
+    size = facts["bytes_plan"]
+    if size is not None:
+        parts.append(f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}")
+    if facts["is_estimate"]:
+        parts.append("its bytes are compared with the budget once the model is pruned")
     return [f"your plan:   {'; '.join(parts)}"]
 
 
 def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
-    rows, calibration, questions = facts["rows"], config.calibration, facts["questions"]
-    origin = f"from {rows['calibration']} rows of {'`calibration.data`' if calibration.data else '`data.train`'}"
+    """Format the rows and questions of every step."""
+    lines = [_split_line(config, facts), _calibration_line(config, facts)]
+    questions = facts["questions"]
+    scored = []
+    if questions["search"]:
+        scored.append(f"{_questions(questions['search'])} score the trials")
+    if questions["fresh"]:
+        scored.append(f"{_questions(questions['fresh'])}, fresh, choose the winner")
+    if scored:
+        lines.append(f"search:      {'; '.join(scored)}")
+
+    tested = [_questions(questions["test"])]
+    if "text" in facts["rows"]:
+        tested.append(f"{counted(facts['rows']['text'], 'row')} of text (`evaluate.text`)")
+    lines.append(f"test:        {', '.join(tested)}")
+    return lines
+
+
+def _split_line(config: RunConfig, facts: dict[str, Any]) -> str:
+    rows = facts["rows"]
+    chosen = (rows["confirmation"] + 1) // 2
+    judged = rows["confirmation"] - chosen
+    line = (
+        f"rows:        {rows['train']} train, {rows['validation']} validation, "
+        f"{rows['confirmation']} confirmation "
+        f"({chosen} fresh ones choose the winner, {judged} judge it)"
+    )
+    cut = [f"{number} {name}" for name, number in facts["rows_cut"].items() if number]
+    if cut:
+        limit = f"`data.max_length` {config.data.max_length}"
+        line += f"; about {', '.join(cut)} lose their ends ({limit})"
+    return line
+
+
+def _calibration_line(config: RunConfig, facts: dict[str, Any]) -> str:
+    calibration = config.calibration
+    key = "`calibration.data`" if calibration.data else "`data.train`"
+    origin = f"from {facts['rows']['calibration']} rows of {key}"
     if calibration.packing:
         origin = f"of {calibration.max_length} tokens packed {origin}"
-    measured = (
-        counted(calibration.num_sensitivity_samples, "row") if config.measured_methods else "none"
-    )
-    chosen = (rows["confirmation"] + 1) // 2
-    scored = [f"{_questions(questions['search'])} score the trials"] if questions["search"] else []
-    scored += (
-        [f"{_questions(questions['fresh'])}, fresh, choose the winner"]
-        if questions["fresh"]
-        else []
-    )
-    text = [f"{counted(rows['text'], 'row')} of text (`evaluate.text`)"] if "text" in rows else []
-    cut = [f"{number} {name}" for name, number in facts["rows_cut"].items() if number]
-    ends = (
-        f"; about {', '.join(cut)} lose their ends (`data.max_length` {config.data.max_length})"
-        if cut
-        else ""
-    )
-    return [
-        f"rows:        {rows['train']} train, {rows['validation']} validation, {rows['confirmation']} confirmation "
-        f"({chosen} fresh ones choose the winner, {rows['confirmation'] - chosen} judge it){ends}",
+    measured = "none"
+    if config.measured_methods:
+        measured = counted(calibration.num_sensitivity_samples, "row")
+    return (
         f"calibration: {counted(calibration.num_samples, 'sample')} {origin} for importance; "
-        f"{measured} of `data.train` for the sensitivities",
-        *([f"search:      {'; '.join(scored)}"] if scored else []),
-        f"test:        {', '.join([_questions(questions['test']), *text])}",
-    ]
+        f"{measured} of `data.train` for the sensitivities"
+    )
 
 
 def _questions(by_task: dict[str, int]) -> str:
@@ -210,38 +251,44 @@ def _questions(by_task: dict[str, int]) -> str:
 
 
 def _cut_lines(facts: dict[str, Any], limit: float | None) -> Iterator[str]:
-    """Format the parameters of each cut, the blocks if some are dropped, and multiply-adds if they
-    have a limit."""
+    """Format the parameters of each cut, with its blocks if some are dropped.
+
+    The share of multiply-adds is added if they have a limit.
+    """
     for name, cut in facts["cuts"].items():
         kept = f"{facts['parameters_base'] / 1e6:.1f} M -> {cut['parameters'] / 1e6:.1f} M"
         if cut["blocks"] < facts["blocks_base"]:
             kept += f", {facts['blocks_base']} -> {cut['blocks']} blocks"
         if limit is not None:
             kept += f", {cut['multiply_adds']:.1%} of the multiply-adds"
-            kept += ", too many to win" if cut["multiply_adds"] > limit else ""
-        yield f"parameters:  {kept} ({PRUNED_EARLIER if facts['is_pruned_earlier'] else cut_title(name)})"
+            if cut["multiply_adds"] > limit:
+                kept += ", too many to win"
+        title = PRUNED_EARLIER if facts["is_pruned_earlier"] else cut_title(name)
+        yield f"parameters:  {kept} ({title})"
 
 
 def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
     """Format the estimates and sizes of a run as the lines that `check` prints."""
-    about = (
-        " (estimate: the exact widths are known once the model is pruned)"
-        if facts["is_estimate"]
-        else ""
-    )
+    formats = [_format_text(name, offered) for name, offered in facts["formats"].items()]
+    lines = [
+        f"groups:      {facts['num_groups']} ({config.quantize.group})",
+        f"formats:     {'; '.join(formats)}",
+    ]
+    lines += _cut_lines(facts, config.quantize.budget.flops_fraction)
+    lines += _row_lines(config, facts)
+    at_once = f"{facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
+    lines.append(f"trials:      {config.num_trials}, {at_once}")
+    lines += estimate.memory_text(facts)
+    needed = amount(facts["disk_needed"])
+    lines.append(f"disk:        about {needed} at most; {amount(facts['disk_free'])} free here")
+    lines += estimate.time_text(facts, has_gpu)
+
     sizes = [
         f"all {name} {facts[f'bytes_all_{name}'] / 1e6:.1f} MB" for name in config.quantize.levels
     ]
-    trials = f"{config.num_trials}, {facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
-    return [
-        f"groups:      {facts['num_groups']} ({config.quantize.group})",
-        f"formats:     {'; '.join(starmap(_format_text, facts['formats'].items()))}",
-        *_cut_lines(facts, config.quantize.budget.flops_fraction),
-        *_row_lines(config, facts),
-        f"trials:      {trials}",
-        *estimate.memory_text(facts),
-        f"disk:        about {amount(facts['disk_needed'])} at most; {amount(facts['disk_free'])} free here",
-        *estimate.time_text(facts, has_gpu),
-        f"plan bytes:  {', '.join(sizes)}, budget {facts['bytes_budget'] / 1e6:.1f} MB{about}",
-        *_given_plan(config, facts),
-    ]
+    budget = f"budget {facts['bytes_budget'] / 1e6:.1f} MB"
+    if facts["is_estimate"]:
+        budget += " (estimate: the exact widths are known once the model is pruned)"
+    lines.append(f"plan bytes:  {', '.join(sizes)}, {budget}")
+    lines += _given_plan(config, facts)
+    return lines

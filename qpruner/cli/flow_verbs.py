@@ -39,31 +39,34 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             terminal.say(where_next(root))
             for command in served_commands(results.serve, storage_at(root).address):
                 terminal.say(f"Talk to it, once its program is installed: `{command}`")
+
     figures: dict[str, Any] = {
         "status": "ok",
         "run": storage_at(root).address,
         "seconds": results.seconds,
     }
     if results.search:
-        figures |= {"best_plan": results.search.best_plan, "best_cut": results.search.best_cut}
+        figures["best_plan"] = results.search.best_plan
+        figures["best_cut"] = results.search.best_cut
     if results.serve:
         figures["serve"] = results.serve.model_dump(mode="json", include={"rows", "setting"})
     if results.finetune and results.evaluate:
         figures["claim"] = claim(results)
         figures["table"] = [vars(row) for row in rows(results)]
-    if results.finetune and results.evaluate and results.search:
-        figures["finalists"] = list(map(finalist_row, finalists(results.search)))
+        compared = finalists(results.search) if results.search else []
+        figures["finalists"] = [finalist_row(finalist) for finalist in compared]
     return figures
 
 
 def where_next(root: Path) -> str:
-    """Return a line that says where to find the report, the plan and the model of a finished run."""
+    """Say in a line where the report, the plan and the model of a finished run are."""
     storage = storage_at(root)
-    place = folder = shlex.quote(storage.address)
-    export_first = ""
-    if command := export_command(root):  # models are loaded from a local folder only
-        export_first, folder = f"`{command}`, then ", "FOLDER"
+    place = shlex.quote(storage.address)
+    talk = f"`qpruner generate {place} --prompt TEXT`"
+    command = export_command(root)
+    if command:  # models are loaded from a local folder only
+        talk = f"`{command}`, then `qpruner generate FOLDER --prompt TEXT`"
     return (
-        f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; what the model says: "
-        f"{export_first}`qpruner generate {folder} --prompt TEXT`"
+        f"The report: {storage.name}/report.html; its plan: `qpruner plan {place}`; "
+        f"what the model says: {talk}"
     )

@@ -1,7 +1,7 @@
-"""The command line: verbs and their options; exit code 2 for a mistake in the input, 1 for any
-other failure.
+"""The command line: verbs and their options.
 
-With `--json` the last line of stdout is one JSON object. Heavy imports stay inside the verbs.
+The exit code is 2 for a mistake in the input and 1 for any other failure. With `--json` the last
+line of stdout is one JSON object. Heavy imports stay inside the verbs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ PLAIN = "qpruner_plain"
 LOCAL_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray starts on this machine."
 ABOUT_VERSION = "Show the version and its commit, and exit."
 NO_RAY = "Ray cluster to join (auto or HOST:PORT); if not given, Ray is not started."
-ABOUT_TEMPLATE = "Around each prompt: the tokenizer's chat template (or none if it lacks one), Alpaca's, or none."
+ABOUT_TEMPLATE = (
+    "Around each prompt: the tokenizer's chat template (or none if it lacks one), Alpaca's, or "
+    "none."
+)
 TEMPLATES = ["chat", "alpaca", "alpaca_short", "none"]
 ABOUT_TO = (
     "gguf: for llama.cpp, Ollama; vllm; merged: a dense model; peft: adapter and quantized model."
@@ -80,8 +83,7 @@ def main() -> None:
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
-    """Write `+-` for the sign of intervals, and `?` for other characters that a terminal's encoding
-    lacks."""
+    """Replace characters that a terminal's encoding lacks: `±` by `+-`, any other by `?`."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end]
     return "".join("+-" if character == "±" else "?" for character in lacking), error.end
@@ -90,12 +92,16 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
 def _guarded(
     as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None
 ) -> None:
-    """Run a verb; turn a `QprunerError` into an exit code and a message (naming `--plan` if
-    `plan_file` is given)."""
+    """Run a verb, and turn its errors into messages and exit codes.
+
+    If `plan_file` is given, messages name the option `--plan` and not the key `search.plan`.
+    """
+    code = 0
     try:
-        outcome, code = work(), 0
+        outcome = work()
     except QprunerError as error:
-        code, text = error.exit_code, str(error)
+        code = error.exit_code
+        text = str(error)
         if plan_file:
             text = text.replace("`search.plan`", "`--plan`")  # the option that was given
         remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
@@ -105,17 +111,13 @@ def _guarded(
         # click exits quietly if the reader closes the pipe, as in `qpruner trials RUN | head`
         raise
     except Exception as error:
-        outcome, code = (
-            {
-                "status": "error",
-                "kind": type(error).__name__,
-                "error": f"{error}\n{note_defect(error)}",
-            },
-            1,
-        )
+        code = 1
+        text = f"{error}\n{note_defect(error)}"
+        outcome = {"status": "error", "kind": type(error).__name__, "error": text}
         traceback.print_exc()
     except KeyboardInterrupt:
-        outcome, code = {"status": "interrupted", "resume": as_called()}, 130
+        code = 130
+        outcome = {"status": "interrupted", "resume": as_called()}
         click.echo(f"interrupted; continue with: {outcome['resume']}", err=True)
     if as_json:
         click.echo(json.dumps(without_nan(outcome), allow_nan=False))
@@ -124,8 +126,10 @@ def _guarded(
 
 
 def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]]], None]:
-    """Register a function as a verb with these options; the function returns the object that
-    `--json` prints."""
+    """Register a function as a verb with these options.
+
+    The function returns the object that `--json` prints.
+    """
 
     def register(function: Callable[..., dict[str, Any]]) -> None:
         @functools.wraps(function)
@@ -158,15 +162,20 @@ def _config_options(about_address: str) -> tuple[Any, ...]:
 
 
 def _plan_option(does: str) -> Any:
-    about = f"{does}: a file as `qpruner plan` prints it, or the name of a sensitivity for its seed plan."
+    about = (
+        f"{does}: a file as `qpruner plan` prints it, or the name of a sensitivity for its seed "
+        "plan."
+    )
     return click.option(
         "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help=about
     )
 
 
 def _load(config: str, overrides: tuple[str, ...], plan_file: Path | None) -> RunConfig:
-    given = [] if plan_file is None else [f"search.plan={json.dumps(str(plan_file))}"]
-    loaded = load_config(Path(config), [*overrides, *given])
+    settings = list(overrides)
+    if plan_file is not None:
+        settings.append(f"search.plan={json.dumps(str(plan_file))}")
+    loaded = load_config(Path(config), settings)
     quiet_libraries()
     return loaded
 
@@ -290,8 +299,10 @@ def schema(results: bool) -> None:
     _json_last,
 )
 def export(**options: Any) -> dict[str, Any]:
-    """Export the final model for llama.cpp, vLLM, transformers or peft; keep only files that
-    predict the same."""
+    """Export the final model for llama.cpp, vLLM, transformers or peft.
+
+    Files are kept only if they predict what the final model predicts.
+    """
     quiet_libraries()
     from qpruner.cli import model_verbs
 
@@ -338,8 +349,10 @@ _verb(
     _json,
 )
 def generate(**options: Any) -> dict[str, Any]:
-    """Print answers to a prompt from a run's base, pruned and final models, or from the model in a
-    folder."""
+    """Print answers to a prompt from the models of a run or of a folder.
+
+    The models of a run are its base, its pruned models and the final one.
+    """
     quiet_libraries()
     from qpruner.cli import model_verbs
 

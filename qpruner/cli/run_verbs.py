@@ -16,8 +16,10 @@ from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.plans.plan import budget_text, cut_title, plan_of
 from qpruner.report import run_views
+from qpruner.report.content import Cell
 from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
 from qpruner.runs.logs import quiet_libraries
+from qpruner.runs.records import SearchState
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import display_name
 from qpruner.search.progress import score_title, score_with_step, search_lines, search_progress
@@ -25,82 +27,103 @@ from qpruner.search.trial_records import REMEDIES
 from qpruner.wording import counted, duration, nearest
 
 SHOWN = (
-    *("trial", "winner", "from", "cut", "status", "failure", "bytes", "mean_bits", "step"),
-    *("loss", "accuracy", "seconds", "search", "plan"),
+    "trial",
+    "winner",
+    "from",
+    "cut",
+    "status",
+    "failure",
+    "bytes",
+    "mean_bits",
+    "step",
+    "loss",
+    "accuracy",
+    "seconds",
+    "search",
+    "plan",
 )
-# maximum number of running trials, and of failed trials, that `status` lists; `trials` lists all
+"""Columns that `trials` prints, in this order."""
 MOST_LINES = 10
+"""Maximum number of running, and of failed, trials that `status` lists; `trials` lists all."""
 
 
 def status(run: str, as_json: bool) -> dict[str, Any]:
-    """Show the state of a run, from any shell or machine: its stages, its trials and the best trial
-    so far."""
+    """Show the state of a run: its stages, its trials and the best trial so far.
+
+    It can be called in any shell, and on any machine that sees the run folder.
+    """
     snapshot = read_snapshot(RunDir(run, create=False))
     facts = run_views.status(snapshot, time.time())
     if not as_json:
         terminal = Terminal(quiet=False)
         terminal.say(_headline(facts))
-        rows = [
-            (
-                each["stage"],
-                each["state"],
-                _figure("seconds", each["seconds"]),
-                each["steps"] or "",
-                each["text"],
-            )
-            for each in facts["stages"]
-        ]
+        rows = []
+        for stage in facts["stages"]:
+            seconds = _figure("seconds", stage["seconds"])
+            steps = stage["steps"] or ""
+            rows.append((stage["stage"], stage["state"], seconds, steps, stage["text"]))
         terminal.table(("stage", "state", "time", "steps", ""), rows)
-        for name, why in facts["left_out"].items():
-            terminal.say(f"left out      {cut_title(name)}: {why}")
-        for line in (*_search_lines(snapshot, facts), *filter(None, [facts["to_compare"]])):
+        for name, reason in facts["left_out"].items():
+            terminal.say(f"left out      {cut_title(name)}: {reason}")
+        for line in _search_lines(snapshot, facts):
             terminal.say(line)
+        if facts["to_compare"]:
+            terminal.say(facts["to_compare"])
     return {"status": "ok", **facts}
 
 
 def _headline(facts: dict[str, Any]) -> str:
-    text, quiet = (
-        f"{facts['run']}: {facts['outcome']}",
-        duration(facts["seconds_since_sign_of_life"]),
-    )
-    process = f"on {facts['host']} (process {facts['pid']})"
-    if facts["outcome"] == "done":
+    outcome = facts["outcome"]
+    text = f"{facts['run']}: {outcome}"
+    if outcome == "done":
         return text
-    if facts["outcome"] == "failed":
+    if outcome == "failed":
         return f"{text}: {facts['error']}"
-    if facts["outcome"] == RUNNING:
+    quiet = duration(facts["seconds_since_sign_of_life"])
+    process = f"on {facts['host']} (process {facts['pid']})"
+    if outcome == RUNNING:
         return f"{text} {process}, last sign of life {quiet} ago"
-    if facts["outcome"] == GONE:
+    if outcome == GONE:
         text = f"{facts['run']}: no sign of life for {quiet} {process}: {GONE}"
     return f"{text}; repeat the command to go on, in {facts['folder']}: {facts['command']}"
 
 
 def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
-    state, search = run.state.search, facts["search"]
+    """Format the search: its counts, the trials under way, failures and the winner."""
+    state = run.state.search
     if state is None:
         return []
     is_running = facts["outcome"] == RUNNING
-    lines = [
-        f"{line} [{plan_of(best)}]" if best else line
-        for line, best in search_lines(state, search_progress(state, run.trials), is_running)
-    ]
-    for each in search["under_way"][:MOST_LINES]:
-        word = "under way" if is_running else "begun"
-        about = f"trial {each['trial']} ({each['from']}), {cut_title(each['cut'])}"
-        lines.append(f"{word:<12}  {about}, step {each['step']}/{state.steps}")
-    lines += map(_failed, search["failures"][:MOST_LINES])
+    lines = []
+    for line, best in search_lines(state, search_progress(state, run.trials), is_running):
+        lines.append(f"{line} [{plan_of(best)}]" if best else line)
+
+    search = facts["search"]
+    word = "under way" if is_running else "begun"
+    for trial in search["under_way"][:MOST_LINES]:
+        title = f"trial {trial['trial']} ({trial['from']}), {cut_title(trial['cut'])}"
+        lines.append(f"{word:<12}  {title}, step {trial['step']}/{state.steps}")
+    lines += [_failed(trial) for trial in search["failures"][:MOST_LINES]]
     if search["winner"] is not None:
-        chosen, name = search["winner"], score_title(state).removeprefix("validation ")
-        fresh = next(each for each in search["finalists"] if each["index"] == chosen)
-        unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
-        text = f"winner        selection {name} {fresh[state.metric]:.4f}, trial {chosen} ({fresh['origin']})"
-        lines.append(f"{text}{unbeaten}; `qpruner plan` prints its plan")
+        lines.append(_winner_line(state, search))
     return lines
 
 
+def _winner_line(state: SearchState, search: dict[str, Any]) -> str:
+    winner = search["winner"]
+    confirmed = next(row for row in search["confirmations"] if row["index"] == winner)
+    score = f"{score_title(state).removeprefix('validation ')} {confirmed[state.metric]:.4f}"
+    unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
+    return (
+        f"winner        selection {score}, trial {winner} ({confirmed['origin']}){unbeaten}; "
+        "`qpruner plan` prints its plan"
+    )
+
+
 def _failed(trial: dict[str, Any]) -> str:
-    text = f"failed        trial {trial['trial']} ({trial['from']}), {trial['failure']}: {trial['reason']}"
-    return f"{text}\n  remedy: {REMEDIES[trial['failure']]}" if trial["failure"] else text
+    failure = trial["failure"]
+    text = f"failed        trial {trial['trial']} ({trial['from']}), {failure}: {trial['reason']}"
+    return f"{text}\n  remedy: {REMEDIES[failure]}" if failure else text
 
 
 def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
@@ -109,44 +132,51 @@ def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
     rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
     columns = dict.fromkeys(itertools.chain(SHOWN, *rows))  # a cut may lack blocks
     if sort not in columns:
-        rest = [name for name in columns if not name.startswith("format ")]
-        raise UserError(f"no column `{sort}`; {nearest(sort, rest, 'there are')}")
+        named = [name for name in columns if not name.startswith("format ")]
+        raise UserError(f"no column `{sort}`; {nearest(sort, named, 'there are')}")
     # Trials without a value in the column come last.
     rows.sort(key=lambda row: (row.get(sort) is None, row.get(sort) or 0))
-    if as_json:
-        pass
-    elif not rows:
-        click.echo("there are no trials yet")
-    else:
-        shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
-        terminal = Terminal(quiet=False)
-        plans = {trial.index: plan_of(trial) for trial in snapshot.trials}
-        body = [
-            [plans[row["trial"]] if name == "plan" else _cell(name, row) for name in shown]
-            for row in rows
-        ]
-        terminal.table(shown, body)
+    if not as_json:
+        _print_trials(snapshot, rows)
     return {"status": "ok", "trials": rows}
 
 
+def _print_trials(run: Snapshot, rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        click.echo("there are no trials yet")
+        return
+    plans = {trial.index: plan_of(trial) for trial in run.trials}
+    shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
+    body = []
+    for row in rows:
+        cells: list[Cell] = [_cell(name, row) for name in shown]
+        if "plan" in shown:
+            cells[shown.index("plan")] = plans[row["trial"]]
+        body.append(cells)
+    Terminal(quiet=False).table(shown, body)
+
+
 def _cell(name: str, row: dict[str, Any]) -> str:
-    shown = _figure(name, row[name])
-    return (
-        score_with_step(shown, row["rung"], row["step"])
-        if name in ("loss", "accuracy") and row["rung"]
-        else shown
-    )
+    figure = _figure(name, row[name])
+    if name in ("loss", "accuracy") and row["rung"]:
+        return score_with_step(figure, row["rung"], row["step"])
+    return figure
 
 
 def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
-    """Print a trial's plan as YAML, by default the winner's, to edit or use in another run
-    (`--plan`)."""
+    """Print a trial's plan as YAML, by default the winner's.
+
+    The plan can be edited and used in another run with `--plan`.
+    """
     snapshot = read_snapshot(RunDir(run, create=False))
     trial = run_views.winner(snapshot) if index is None else run_views.trial(snapshot, index)
-    budget = snapshot.state.search.budget_bytes if snapshot.state.search else None
+    search = snapshot.state.search
+    budget = search.budget_bytes if search else None
     if not as_json:
-        size = f"{trial.plan_bytes / 1e6:.1f} MB, {trial.mean_bits:.2f} bits a weight in blocks, without scales"
-        click.echo(f"# trial {trial.index} ({trial.origin}) of {snapshot.run_dir.place}: {size}")
+        size = f"{trial.plan_bytes / 1e6:.1f} MB"
+        bits = f"{trial.mean_bits:.2f} bits a weight in blocks, without scales"
+        origin = f"trial {trial.index} ({trial.origin}) of {snapshot.run_dir.place}"
+        click.echo(f"# {origin}: {size}, {bits}")
         if budget is not None:
             click.echo(f"# {budget_text(trial.plan_bytes, budget)}")
         click.echo(f"cut: {trial.cut}  # {cut_title(trial.cut)}")
@@ -164,37 +194,55 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
-    """Compare runs: figures, paired differences of their winners' scores, and settings that differ."""
-    views = [read_snapshot(RunDir(run, create=False)) for run in runs]
-    facts, settings = [run_views.summary(run) for run in views], run_views.differing_settings(views)
-    apart = [run_views.against(run.results, views[0].results) for run in views[1:]]
+    """Compare runs by their figures, the scores of their winners, and their settings.
+
+    Scores are compared as paired differences; only settings that differ are printed.
+    """
+    snapshots = [read_snapshot(RunDir(run, create=False)) for run in runs]
+    facts = [run_views.summary(snapshot) for snapshot in snapshots]
+    settings = run_views.differing_settings(snapshots)
+    first, *others = snapshots
+    against_first = [run_views.against(other.results, first.results) for other in others]
     if not as_json:
+        headings = _run_names(snapshots)
+        _print_figures(headings, facts)
         terminal = Terminal(quiet=False)
-        keys = list(dict.fromkeys(key for each in facts for key in each if key != "run"))
-        body = [[key, *(_figure(key, each.get(key)) for each in facts)] for key in keys]
-        places = [each.run_dir.place.rstrip("/") for each in views]
-        names = [place.rsplit("/", 1)[-1] for place in places]
-        headings = ["", *(names if len(set(names)) == len(set(places)) else places)]
-        terminal.table(headings, body)
-        for name, found in zip(headings[2:], apart, strict=True):
-            terminal.say(
-                f"{name} minus {headings[1]}: {run_views.against_text(found)}.", is_prose=True
-            )
+        for name, against in zip(headings[1:], against_first, strict=True):
+            text = run_views.against_text(against)
+            terminal.say(f"{name} minus {headings[0]}: {text}.", is_prose=True)
         if settings:
             terminal.say("Settings that differ:")
-            terminal.table(
-                headings, [[key, *map(_setting, values)] for key, values in settings.items()]
-            )
-        elif len(views) > 1:
+            body = [[key, *map(_setting, values)] for key, values in settings.items()]
+            terminal.table(["", *headings], body)
+        elif others:
             terminal.say("All settings are the same.")
-    ends = ({"run": each["run"], "other": facts[0]["run"]} for each in facts[1:])
-    differences = [end | asdict(found) for end, found in zip(ends, apart, strict=True)]
+
+    differences = []
+    for of_run, against in zip(facts[1:], against_first, strict=True):
+        ends = {"run": of_run["run"], "other": facts[0]["run"]}
+        differences.append(ends | asdict(against))
     return {
         "status": "ok",
         "runs": facts,
         "differences": differences,
         "differing_settings": settings,
     }
+
+
+def _run_names(snapshots: Sequence[Snapshot]) -> list[str]:
+    """Return the names of run folders, or their whole paths if two names are the same."""
+    places = [snapshot.run_dir.place.rstrip("/") for snapshot in snapshots]
+    names = [place.rsplit("/", 1)[-1] for place in places]
+    return names if len(set(names)) == len(set(places)) else places
+
+
+def _print_figures(headings: Sequence[str], facts: Sequence[dict[str, Any]]) -> None:
+    keys = dict.fromkeys(itertools.chain.from_iterable(facts))
+    body = []
+    for key in keys:
+        if key != "run":
+            body.append([key, *(_figure(key, of_run.get(key)) for of_run in facts)])
+    Terminal(quiet=False).table(["", *headings], body)
 
 
 def _setting(value: Any) -> str:
@@ -233,15 +281,16 @@ def push(run: str, repo_id: str, what: Any, is_public: bool, as_json: bool) -> d
     from qpruner.export import hub
     from qpruner.export.card import missing_remark
 
-    folder = RunDir(run, create=False)
-    done = hub.push(
-        folder, repo_id, what, is_public, lambda text: click.echo(f"[push] {text}", err=True)
-    )
-    visibility = "private" if done.is_private else "public"
-    removed = f"{counted(done.num_removed, 'earlier file')} removed, " if done.num_removed else ""
-    click.echo(
-        f"{done.url}: {counted(done.num_files, 'file')}, {done.num_bytes / 1e6:.1f} MB, {removed}{visibility}"
-    )
-    if remark := missing_remark(done.card_lacks):
+    def notify(text: str) -> None:
+        click.echo(f"[push] {text}", err=True)
+
+    pushed = hub.push(RunDir(run, create=False), repo_id, what, is_public, notify)
+    parts = [counted(pushed.num_files, "file"), f"{pushed.num_bytes / 1e6:.1f} MB"]
+    if pushed.num_removed:
+        parts.append(f"{counted(pushed.num_removed, 'earlier file')} removed")
+    parts.append("private" if pushed.is_private else "public")
+    click.echo(f"{pushed.url}: {', '.join(parts)}")
+    remark = missing_remark(pushed.card_lacks)
+    if remark:
         click.echo(remark, err=True)
-    return {"status": "ok", **vars(done)}
+    return {"status": "ok", **vars(pushed)}

@@ -28,9 +28,8 @@ from qpruner.search import progress as trials_now
 from qpruner.search.progress import event_line, score_title
 from qpruner.wording import duration
 
-SILENCE_SECONDS = (
-    30.0  # without a live view, a count is printed after this many seconds without output
-)
+SILENCE_SECONDS = 30.0
+"""Without a live view, a count is printed after this many seconds without output."""
 REFRESHES_PER_SECOND = 2
 PACE_SECONDS = 600.0
 """The time left is estimated from the steps of the last 10 minutes: one step of a large model may
@@ -41,17 +40,14 @@ FOLDED: Any = {"no_wrap": False, "overflow": "fold"}
 
 
 class Terminal:
-    """Prints events of a run, all to stdout or all to stderr; with `quiet` it prints results only."""
+    """Prints the events of a run to stdout or stderr; with `quiet` it prints results only."""
 
     def __init__(self, quiet: bool, stderr: bool = False) -> None:
-        self._console = console = Console(
-            highlight=False, emoji=False, soft_wrap=True, stderr=stderr
-        )
-        # Whether the cursor cannot move. With `FORCE_COLOR` rich alone would take a pipe for a
-        # terminal.
-        self._is_plain = not (
-            console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
-        )
+        console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
+        self._console = console
+        # With `FORCE_COLOR` rich alone would take a pipe for a terminal.
+        can_move_cursor = console.file.isatty() and console.is_terminal
+        self._is_plain = not can_move_cursor or console.is_dumb_terminal
         self._quiet = quiet
         self._bars: dict[str, progress.TaskID] = {}
         self._stages: dict[str, float | str] = {}
@@ -61,8 +57,11 @@ class Terminal:
         self._steps: Mapping[int, int] = {}
         self._progress = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
-            *(progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()),
-            *(progress.TimeRemainingColumn(), progress.TextColumn("left")),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
             console=console,
             speed_estimate_period=PACE_SECONDS,
         )
@@ -105,7 +104,8 @@ class Terminal:
             case events.Progress(stage, done, total, detail):
                 self._advance(stage, done, total, detail)
             case events.SearchPlanned(search):
-                self._search, self._trials = search, {trial.index: trial for trial in event.trials}
+                self._search = search
+                self._trials = {trial.index: trial for trial in event.trials}
             case events.SlotsFound(slots) if self._search:
                 self._search = self._search.model_copy(update={"slots": slots})
             case events.TrialChanged(trial, is_withdrawn=True):
@@ -114,12 +114,12 @@ class Terminal:
                 self._trials[trial.index] = trial
             case events.StepsSeen(steps):
                 self._steps = steps
-        line = event_line(event, self._search.steps if self._search else 0)
+
         # The live view already shows the rungs of a running trial.
-        is_in_view = (
-            self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over
-        )
-        if line and not is_in_view:
+        if self._live and isinstance(event, events.TrialChanged) and not event.trial.is_over:
+            return
+        line = event_line(event, self._search.steps if self._search else 0)
+        if line:
             self.say(line)
 
     def table(self, headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> None:
@@ -130,18 +130,11 @@ class Terminal:
             for cells in rows:
                 self.say("  ".join(map(set_cell_size, cells, widths)).rstrip())
             return
-        table = Table(
-            *(Column(Text(each), overflow="fold") for each in headings),
-            box=None,
-            padding=(0, 2, 0, 0),
-        )
+
+        columns = [Column(Text(heading), overflow="fold") for heading in headings]
+        table = Table(*columns, box=None, padding=(0, 2, 0, 0))
         for row in body:
-            table.add_row(
-                *(
-                    _bars(cell) if isinstance(cell, PrecisionPlan) else Text(str(cell))
-                    for cell in row
-                )
-            )
+            table.add_row(*map(_rendered, row))
         self._console.print(table)
 
     def show(self, parts: Iterable[Part]) -> None:
@@ -160,21 +153,24 @@ class Terminal:
 
     def _advance(self, stage: str, done: int, total: int, detail: str) -> None:
         if stage != "search" or detail:  # the view of the search already counts trials
-            before = next(
-                (task for task in self._progress.tasks if task.id == self._bars.get(stage)), None
-            )
-            if before and (before.total != total or before.completed >= done):
-                # A stage may count several things in turn: each gets a new bar, with its own pace
-                # and total.
-                self._progress.remove_task(before.id)
-                before = None
-            if before is None:
-                self._bars[stage] = self._progress.add_task(stage, total=total)
-            self._progress.update(
-                self._bars[stage], completed=done, description=f"{stage} {detail}".strip()
-            )
+            bar = self._bar(stage, done, total)
+            self._progress.update(bar, completed=done, description=f"{stage} {detail}".strip())
         if not self._live and time.monotonic() - self._last_line >= SILENCE_SECONDS:
             self.say(f"[{stage}] {detail or 'done'}: {done} of {total}")
+
+    def _bar(self, stage: str, done: int, total: int) -> progress.TaskID:
+        """Return the bar of a stage, a new one if it begins to count something else.
+
+        A stage may count several things in turn: each gets a bar with its own pace and total.
+        """
+        for task in self._progress.tasks:
+            if task.id == self._bars.get(stage):
+                if task.total == total and task.completed < done:
+                    return task.id
+                self._progress.remove_task(task.id)
+                break
+        self._bars[stage] = self._progress.add_task(stage, total=total)
+        return self._bars[stage]
 
     def _end(self, stage: str, outcome: str) -> None:
         self._stages[stage] = outcome
@@ -186,21 +182,17 @@ class Terminal:
     def _view(self) -> RenderableType:
         """Render the live view; rich cuts off the lines below the window."""
         now = time.monotonic()
-        stages = [
-            f"{stage} {outcome}"
-            if isinstance(outcome, str)
-            else f"{stage} running, {duration(now - outcome)}"
-            for stage, outcome in tuple(self._stages.items())
-        ]
-        parts: list[RenderableType] = [
-            Text(" | ".join(stages), style="bold", **FOLDED),
-            self._progress,
-        ]
+        stages = []
+        for stage, outcome in tuple(self._stages.items()):
+            if not isinstance(outcome, str):
+                outcome = f"running, {duration(now - outcome)}"
+            stages.append(f"{stage} {outcome}")
+        headline = Text(" | ".join(stages), style="bold", **FOLDED)
+        parts: list[RenderableType] = [headline, self._progress]
         if self._search and "search" in self._stages:
             num_listed = max(1, self._console.size.height - LINES_ABOVE)
-            parts += _search_view(
-                self._search, tuple(self._trials.values()), self._steps, num_listed
-            )
+            trials = tuple(self._trials.values())
+            parts += _search_view(self._search, trials, self._steps, num_listed)
         return Group(*parts)
 
 
@@ -210,40 +202,46 @@ def _search_view(
     """Render a search: counts, time left, the best trials and the running trials."""
     now = trials_now.search_progress(search, trials)
     for line, best in trials_now.search_lines(search, now):
-        yield Text(f"{line}  " if best else line, **FOLDED).append(
-            _bars(plan_of(best)) if best else ""
-        )
-    figures = [
-        Column(name, no_wrap=True)
-        for name in ("trial", "from", "cut", "bytes", "step", score_title(search))
-    ]
+        if best:
+            yield Text(f"{line}  ", **FOLDED).append(_bars(plan_of(best)))
+        else:
+            yield Text(line, **FOLDED)
+    if not now.running:
+        return
+
+    names = ("trial", "from", "cut", "bytes", "step", score_title(search))
+    figures = [Column(name, no_wrap=True) for name in names]
     table = Table(*figures, Column("plan", overflow="fold"), box=None, header_style="dim")
     for trial in now.running[:num_listed]:
-        last = trial.rungs[-1] if trial.rungs else None
-        step = max(last.step if last else 0, steps.get(trial.index, 0))
+        step = steps.get(trial.index, 0)
+        score = "-"
+        if trial.rungs:
+            last = trial.rungs[-1]
+            step = max(last.step, step)
+            value = f"{last.value(search.metric):.4f}"
+            score = trials_now.score_with_step(value, last.step, step)
         table.add_row(
             str(trial.index),
             trial.origin,
             cut_title(trial.cut),
             f"{trial.plan_bytes / 1e6:.1f} MB",
             f"{step}/{search.steps}",
-            trials_now.score_with_step(f"{last.value(search.metric):.4f}", last.step, step)
-            if last
-            else "-",
+            score,
             _bars(plan_of(trial)),
         )
     if len(now.running) > num_listed:
         table.caption = f"and {len(now.running) - num_listed} more"
-    if now.running:
-        yield table
+    yield table
+
+
+def _rendered(cell: Cell) -> Text:
+    return _bars(cell) if isinstance(cell, PrecisionPlan) else Text(str(cell))
 
 
 def _bars(plan: PrecisionPlan) -> Text:
     """Render a plan: the letter of every group's format on the format's colour."""
     text = Text()
     for name, groups in plan.runs:
-        text.append(
-            format_of(name).letter * len(groups),
-            f"{format_of(name).ink} on {format_of(name).colour}",
-        )
+        shown = format_of(name)
+        text.append(shown.letter * len(groups), f"{shown.ink} on {shown.colour}")
     return text

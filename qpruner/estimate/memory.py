@@ -56,18 +56,21 @@ class Memory:
 
 
 def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate a step of the largest trials, those of the unpruned model, with a plan as large as
-    the budget."""
-    about, layout = (
-        "(`training.micro_batch_size`), in the final fine-tune too",
-        _largest_trial(config, inspection),
-    )
-    return _step(config, inspection, layout, _trial_bytes(layout, inspection), about)
+    """Estimate a training step of the largest trials.
+
+    These are trials of the unpruned model, with a plan as large as the budget.
+    """
+    layout = _largest_trial(config, inspection)
+    plan_bytes = _trial_bytes(layout, inspection)
+    about = "(`training.micro_batch_size`), in the final fine-tune too"
+    return _step(config, inspection, layout, plan_bytes, about)
 
 
 def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
-    """Estimate the memory of `finetune.compare`: its largest step trains the base, neither pruned
-    nor quantized."""
+    """Estimate the memory of `finetune.compare`.
+
+    Its largest step trains the base model, neither pruned nor quantized.
+    """
     base = inspection.base
     about = "of the base model, unpacked (`finetune.compare`, `training.micro_batch_size`)"
     return _step(config, inspection, base, base.plan_bytes(base.dense()), about)
@@ -77,41 +80,39 @@ def _step(
     config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int, about: str
 ) -> Memory:
     """Estimate a training step of a model whose weights and adapters take `plan_bytes`."""
-    training, hidden_size = config.training, int(inspection.model_config.hidden_size)
-    rows, length = training.micro_batch_size, config.data.max_length
+    training = config.training
+    rows = training.micro_batch_size
+    length = config.data.max_length
     labelled = rows * most_labelled(inspection.examples.get("train"), config.data)
-    rank, checkpointing = config.lora.rank, training.gradient_checkpointing
-    activations = activation_bytes(layout, hidden_size, rows * length, rank, checkpointing)
-    parts = {"activations": activations, "logits": logit_bytes(inspection, labelled)}
-    parts |= _unpacked(layout, plan_bytes)
-    return Memory(
-        f"a step of {rows} rows x {length} tokens {about}", _held(layout, plan_bytes) | parts
+    parts = _held(layout, plan_bytes)
+    parts["activations"] = activation_bytes(
+        layout,
+        hidden_size=int(inspection.model_config.hidden_size),
+        tokens=rows * length,
+        rank=config.lora.rank,
+        checkpointing=training.gradient_checkpointing,
     )
+    parts["logits"] = logit_bytes(inspection, labelled)
+    parts |= _unpacked(layout, plan_bytes)
+    return Memory(f"a step of {rows} rows x {length} tokens {about}", parts)
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the scoring of a trial at a rung, beside the state of its optimizer."""
-    layout, rows, length = (
-        _largest_trial(config, inspection),
-        config.evaluate.batch_size,
-        config.data.max_length,
-    )
+    layout = _largest_trial(config, inspection)
+    plan_bytes = _trial_bytes(layout, inspection)
+    rows = config.evaluate.batch_size
+    length = config.data.max_length
     labelled = length  # of tasks: lm-eval pads answers
     if not config.search.tasks:
         labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
-    a_logit, vocabulary = (
-        inspection.base.element_bytes + 2 * FLOAT32_BYTES,
-        int(inspection.model_config.vocab_size),
-    )
-    scored = {
-        "activations": _widest(layout, rows * length),
-        "logits": a_logit * rows * labelled * vocabulary,
-    }
-    about, size = (
-        f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)",
-        _trial_bytes(layout, inspection),
-    )
-    return Memory(about, _held(layout, size) | scored | _unpacked(layout, size))
+
+    num_logits = rows * labelled * int(inspection.model_config.vocab_size)
+    parts = _held(layout, plan_bytes)
+    parts["activations"] = _widest(layout, rows * length)
+    parts["logits"] = num_logits * (inspection.base.element_bytes + 2 * FLOAT32_BYTES)
+    parts |= _unpacked(layout, plan_bytes)
+    return Memory(f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)", parts)
 
 
 def _largest_trial(config: RunConfig, inspection: Inspection) -> Layout:
@@ -119,48 +120,58 @@ def _largest_trial(config: RunConfig, inspection: Inspection) -> Layout:
 
 
 def _trial_bytes(layout: Layout, inspection: Inspection) -> int:
-    smallest, largest = (layout.plan_bytes(plan) for plan in (layout.smallest(), layout.largest()))
+    """Return the bytes of the largest plan within the budget."""
+    smallest = layout.plan_bytes(layout.smallest())
+    largest = layout.plan_bytes(layout.largest())
     return min(max(inspection.budget_bytes, smallest), largest)
 
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """Return the bytes that training holds all the time, by part; adapters are trained in float32."""
-    size, weights = layout.trained_bytes, plan_bytes - layout.adapter_bytes
-    return {"weights": weights, "adapters": size, "gradients": size, "optimizer": 2 * size}
+    """Return the bytes by part that training always holds; adapters are trained in float32."""
+    adapters = layout.trained_bytes
+    return {
+        "weights": plan_bytes - layout.adapter_bytes,
+        "adapters": adapters,
+        "gradients": adapters,
+        "optimizer": 2 * adapters,
+    }
 
 
 def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """Count what a packed layer needs in a pass: all its weights by bitsandbytes, else a piece of
-    them with copies."""
+    """Count the bytes of unpacked weights in a pass through packed layers.
+
+    bitsandbytes unpacks all weights of a layer; other formats unpack a piece of them, with copies.
+    """
     if plan_bytes >= layout.plan_bytes(layout.dense()):
         return {}
-    largest, piece = (
-        _largest(_blocks(layout)),
-        PIECE["other" if torch.cuda.is_available() else "cpu"],
-    )
+    largest = _largest(_blocks(layout))
+    piece = PIECE["other" if torch.cuda.is_available() else "cpu"]
     in_pieces = min(largest, piece) * (layout.element_bytes + 2 * FLOAT32_BYTES)
     return {"unpacked weights": max(largest * layout.element_bytes, in_pieces)}
 
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the cut: the dense model, and the larger of importance and compensation."""
-    if not (
-        settings := [cut.settings for cut in inspection.cuts.values() if not cut.settings.is_off]
-    ):
+    works = []
+    compensations = []
+    for cut in inspection.cuts.values():
+        if cut.settings.is_off:
+            continue
+        works.append(_importance_memory(config, inspection, cut.settings))
+        if cut.settings.compensates_by != "none":
+            compensations.append(_compensation_memory(config, inspection, cut.settings))
+    if not works:
         return Memory("the base model", _weights(inspection.base))
-    works = [_importance_memory(config, inspection, each) for each in settings]
-    works += [
-        _compensation_memory(config, inspection, each)
-        for each in settings
-        if each.compensates_by != "none"
-    ]
-    return max(works, key=lambda memory: memory.total)
+    return max([*works, *compensations], key=lambda memory: memory.total)
 
 
 def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
-    """Estimate importance: gradients if needed; a float32 per weight for `order: mixed` with
-    `aggregation: element`."""
-    calibration, base = config.calibration, inspection.base
+    """Estimate the memory of importance.
+
+    Gradients are counted if the criterion needs them, and a float32 per weight for `order: mixed`
+    with `aggregation: element`.
+    """
+    base = inspection.base
     parts = _weights(base)
     if not settings.width_units or settings.importance not in ("fisher", "taylor"):
         return Memory(f"the base model, importance by {settings.criterion}", parts)
@@ -168,13 +179,15 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
         layers = cuttable_layers(inspection.model_config, settings)
         sizes = unit_sizes(skeleton(inspection.model_config), layers, settings.width_units)
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
-    length, tokens = calibration.max_length, calibration.batch_size * calibration.max_length
-    parts["gradient"] = FLOAT32_BYTES * _largest(
-        _blocks(base)
-    )  # only one parameter's gradient is held at a time
-    parts |= {"activations": _kept_dense(base, tokens), "logits": logit_bytes(inspection, tokens)}
+
+    rows = config.calibration.batch_size
+    length = config.calibration.max_length
+    # Only one parameter's gradient is held at a time.
+    parts["gradient"] = FLOAT32_BYTES * _largest(_blocks(base))
+    parts["activations"] = _kept_dense(base, rows * length)
+    parts["logits"] = logit_bytes(inspection, rows * length)
     return Memory(
-        f"gradients of {calibration.batch_size} rows x {length} tokens (`calibration.batch_size`)",
+        f"gradients of {rows} rows x {length} tokens (`calibration.batch_size`)",
         parts,
     )
 
@@ -182,33 +195,41 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
 def _compensation_memory(
     config: RunConfig, inspection: Inspection, settings: PruneConfig
 ) -> Memory:
-    parts, widest = _by_block(config, inspection), _widest_input(inspection.base)
+    parts = _by_block(config, inspection)
     if settings.compensates_by == "least_squares":
+        widest = _widest_input(inspection.base)
+        hidden_size = int(inspection.model_config.hidden_size)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # The output that the projection should have, the change of its weights, and its weights in
         # float32.
-        parts["solution"] = 3 * FLOAT32_BYTES * int(inspection.model_config.hidden_size) * widest
+        parts["solution"] = 3 * FLOAT32_BYTES * hidden_size * widest
     return Memory(f"compensation on {_samples(config)} (`calibration.num_samples`)", parts)
 
 
 def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate how the Gram matrices of GPTQ are gathered: all matrices of one block at a time."""
-    parts, base = _by_block(config, inspection), inspection.base
+    base = inspection.base
     tokens = config.calibration.batch_size * config.calibration.max_length
+    parts = _by_block(config, inspection)
     parts["activations"] += FLOAT32_BYTES * tokens * _widest_input(base)
     parts["Gram matrices"] = 2 * max(gram_bytes(base, inspection.model_config))
     return Memory(f"inputs of {_samples(config)} (`quantize.rounding`)", parts)
 
 
 def _by_block(config: RunConfig, inspection: Inspection) -> dict[str, int]:
-    """Count a pass of all samples through one block after the other, with masks of one byte per
-    pair of tokens."""
-    length, base = config.calibration.max_length, inspection.base
-    each = length * (int(inspection.model_config.hidden_size) * base.element_bytes + length)
-    return _weights(base) | {
-        "hidden states": config.calibration.num_samples * each,
-        "activations": _widest(base, config.calibration.batch_size * length),
-    }
+    """Count a pass of all samples through one block after the other.
+
+    Attention masks take one byte per pair of tokens.
+    """
+    base = inspection.base
+    calibration = config.calibration
+    length = calibration.max_length
+    bytes_a_token = int(inspection.model_config.hidden_size) * base.element_bytes
+    bytes_a_sample = length * (bytes_a_token + length)
+    parts = _weights(base)
+    parts["hidden states"] = calibration.num_samples * bytes_a_sample
+    parts["activations"] = _widest(base, calibration.batch_size * length)
+    return parts
 
 
 def _samples(config: RunConfig) -> str:
@@ -221,68 +242,81 @@ def _widest_input(layout: Layout) -> int:
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the sensitivities: the dense pruned model, and the largest pass of any method."""
-    dense, settings = inspection.reference, config.sensitivity
+    dense = inspection.reference
+    settings = config.sensitivity
+    methods = set(settings.methods)
     tokens = settings.batch_size * config.data.max_length
     weights = _weights(dense)
-    works = [weights]
-    if set(settings.methods) & set(INFORMATION):
-        works.append(weights | _by_information(config, inspection, tokens))
-    measured = [
-        group for group in dense.groups if any(format_of(name).is_packed for name in group.formats)
-    ]
-    if not set(settings.methods) & set(
-        MEASUREMENT
-    ):  # embeddings and head take their place in no other pass
-        measured = [group for group in measured if group.name in (EMBEDDINGS, HEAD)]
-    if set(settings.methods) & set(EXPANSION):
+    passes = [weights]
+    if methods.intersection(INFORMATION):
+        passes.append(weights | _by_information(config, inspection, tokens))
+    if methods.intersection(EXPANSION):
         # The gradients of the logits are freed before those of the layers are needed.
-        largest = max(logit_bytes(inspection, tokens), BYTES_A_WEIGHT * _largest(_blocks(dense)))
-        works.append(
-            weights | {"activations": _kept_dense(dense, tokens), "logits or gradients": largest}
-        )
-    if measured and set(settings.methods) & {*MEASUREMENT, *EXPANSION}:
-        works.append(weights | _by_measurement(inspection, measured, tokens))
-    about = f"passes of {settings.batch_size} rows x {config.data.max_length} tokens (`sensitivity.batch_size`)"
-    return Memory(about, max(works, key=lambda parts: sum(parts.values())))
+        gradients = BYTES_A_WEIGHT * _largest(_blocks(dense))
+        activations = _kept_dense(dense, tokens)
+        largest = max(logit_bytes(inspection, tokens), gradients)
+        passes.append(weights | {"activations": activations, "logits or gradients": largest})
+    measured = _measured_groups(dense, is_all=bool(methods.intersection(MEASUREMENT)))
+    if measured and methods.intersection([*MEASUREMENT, *EXPANSION]):
+        passes.append(weights | _by_measurement(inspection, measured, tokens))
+    about = (
+        f"passes of {settings.batch_size} rows x {config.data.max_length} tokens "
+        "(`sensitivity.batch_size`)"
+    )
+    return Memory(about, max(passes, key=lambda parts: sum(parts.values())))
+
+
+def _measured_groups(dense: Layout, is_all: bool) -> list[Group]:
+    """List the groups that have packed formats: all, or embeddings and head.
+
+    Embeddings and head take their place in no other pass.
+    """
+    groups = dense.groups if is_all else _outside_blocks(dense)
+    return [group for group in groups if any(format_of(name).is_packed for name in group.formats)]
 
 
 def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> dict[str, int]:
-    """Count mutual information, by part: the outputs of all groups at all drawn positions, in a
-    batch in float32."""
-    dense, positions = inspection.reference, config.sensitivity.max_positions
-    features = [int(inspection.model_config.hidden_size)] * len(_blocks(dense))
+    """Count the memory of mutual information by part.
+
+    The outputs of all groups are kept at all drawn positions; those of one batch are in float32.
+    """
+    dense = inspection.reference
+    blocks = _blocks(dense)
+    widths = [int(inspection.model_config.hidden_size)] * len(blocks)
     if config.quantize.group == "projection":
-        features = [sum(linear.rows for linear in group.linears) for group in _blocks(dense)]
+        widths = [sum(linear.rows for linear in group.linears) for group in blocks]
+
+    positions = config.sensitivity.max_positions
     drawn = min(tokens, positions)
     logits = PREDICTION_BYTES * drawn * int(inspection.model_config.vocab_size)
+    components = COMPONENT_BYTES * positions * max(widths)
+    bytes_an_output = positions * dense.element_bytes + drawn * FLOAT32_BYTES
     return {
-        "outputs": (positions * dense.element_bytes + drawn * FLOAT32_BYTES) * sum(features),
+        "outputs": bytes_an_output * sum(widths),
         "activations": _widest(dense, tokens),
-        "logits or components": max(logits, COMPONENT_BYTES * positions * max(features)),
+        "logits or components": max(logits, components),
     }
 
 
 def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int) -> dict[str, int]:
-    """Count the memory of measuring KL and loss by part; `quantized group` includes its largest
-    layer unpacked.
+    """Count the memory of measuring KL and loss by part.
 
-    `log-probabilities` is the larger of two peaks: when those of the unquantized model are made, or
-    compared.
+    `quantized group` includes the largest layer of the group, unpacked. `log-probabilities` is the
+    larger of two peaks: when those of the unquantized model are made, or compared.
     """
-    dense, config = inspection.reference, inspection.model_config
+    dense = inspection.reference
+    config = inspection.model_config
+    element_bytes = dense.element_bytes
     quantized = [
-        dense.element_bytes * each.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([each])
-        for each in groups
+        element_bytes * group.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([group])
+        for group in groups
     ]
-    making = (dense.element_bytes + 2 * FLOAT32_BYTES) * tokens
-    comparing = (dense.element_bytes + FLOAT32_BYTES) * tokens + 4 * FLOAT32_BYTES * min(
-        tokens, POSITIONS
-    )
+    making = (element_bytes + 2 * FLOAT32_BYTES) * tokens
+    comparing = (element_bytes + FLOAT32_BYTES) * tokens
+    comparing += 4 * FLOAT32_BYTES * min(tokens, POSITIONS)
+    outputs = tokens * int(config.hidden_size) * element_bytes
     return {
-        "block outputs": int(config.num_hidden_layers)
-        * tokens
-        * int(config.hidden_size)
-        * dense.element_bytes,
+        "block outputs": int(config.num_hidden_layers) * outputs,
         "activations": _widest(dense, tokens),
         "quantized group": max(quantized),
         "log-probabilities": int(config.vocab_size) * max(making, comparing),
@@ -293,13 +327,15 @@ def activation_bytes(
     layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool
 ) -> int:
     """Count the bytes that a forward pass with adapters keeps for the backward pass."""
-    blocks: dict[str, list[LinearShape]] = {}  # a group's name begins with its block's, `layers.07`
+    blocks: dict[str, list[LinearShape]] = {}
     for group in _blocks(layout):
-        blocks.setdefault(".".join(group.name.split(".")[:2]), []).extend(group.linears)
+        block = ".".join(group.name.split(".")[:2])  # such as `layers.07`
+        blocks.setdefault(block, []).extend(group.linears)
     kept = [_kept(linears, tokens, layout.element_bytes, rank) for linears in blocks.values()]
     if not checkpointing:
         return sum(kept)
-    return len(blocks) * tokens * hidden_size * layout.element_bytes + max(kept)
+    inputs = len(blocks) * tokens * hidden_size * layout.element_bytes
+    return inputs + max(kept)
 
 
 def logit_bytes(inspection: Inspection, tokens: int) -> int:
@@ -308,20 +344,22 @@ def logit_bytes(inspection: Inspection, tokens: int) -> int:
 
 
 def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank: int | None) -> int:
-    """Count the bytes that layers keep for the backward pass; without a rank they have no adapters."""
-    adapter = 0 if rank is None else FLOAT32_BYTES
-    return tokens * sum(
-        element_bytes * (linear.rows + linear.columns) + adapter * (linear.columns + (rank or 0))
-        for linear in linears
-    )
+    """Count the bytes that layers keep for the backward pass.
+
+    Without a rank they have no adapters.
+    """
+    bytes_a_token = 0
+    for linear in linears:
+        bytes_a_token += element_bytes * (linear.rows + linear.columns)
+        if rank is not None:
+            bytes_a_token += FLOAT32_BYTES * (linear.columns + rank)
+    return tokens * bytes_a_token
 
 
 def _kept_dense(dense: Layout, tokens: int) -> int:
     """Count the bytes that a model without adapters keeps for the backward pass."""
-    return int(
-        DENSE
-        * sum(_kept(group.linears, tokens, dense.element_bytes, None) for group in _blocks(dense))
-    )
+    kept = [_kept(group.linears, tokens, dense.element_bytes, None) for group in _blocks(dense)]
+    return int(DENSE * sum(kept))
 
 
 def _weights(dense: Layout) -> dict[str, int]:
@@ -333,14 +371,20 @@ def _blocks(layout: Layout) -> list[Group]:
     return [group for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
 
 
+def _outside_blocks(layout: Layout) -> list[Group]:
+    return [group for group in layout.groups if group.name in (EMBEDDINGS, HEAD)]
+
+
 def _largest(groups: Iterable[Group]) -> int:
     """Return the number of weights of the largest layer."""
     return max(linear.num_weights for group in groups for linear in group.linears)
 
 
 def _widest(layout: Layout, tokens: int) -> int:
-    """Count the bytes that a pass without gradients holds at once: inputs and outputs of the widest
-    group's layers."""
+    """Count the bytes that a pass without gradients holds at once.
+
+    These are the inputs and outputs of the widest group's layers.
+    """
     return max(
-        _kept(group.linears, tokens, layout.element_bytes, None) for group in _blocks(layout)
+        _kept(group.linears, tokens, layout.element_bytes, rank=None) for group in _blocks(layout)
     )

@@ -4,10 +4,10 @@ Models of one and of five blocks, with adapters and packed random weights, give 
 and of the rest.
 """
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from qpruner.quantization.formats import format_of
 from qpruner.quantization.mixed import packed_layer
 
 Batch = dict[str, torch.Tensor]
-FEW, MORE = 1, 5
+FEW = 1
+MORE = 5
 """Numbers of blocks of the two timed models."""
 REPEATS = 3
 
@@ -34,40 +35,46 @@ REPEATS = 3
 def measure(
     config: RunConfig, model_config: Any, share_labelled: float, threads: int
 ) -> tuple[float, float]:
-    """Return the seconds of training and of scoring on a micro-batch of full rows, with labels at a
-    share of tokens."""
+    """Time training and scoring on one micro-batch of full rows.
+
+    Args:
+        config: The validated configuration.
+        model_config: The config of the pruned model.
+        share_labelled: The share of tokens that have a label.
+        threads: CPU cores of a trial.
+
+    Returns:
+        The seconds of a forward and backward pass, and of a forward pass.
+    """
     limit_threads(threads)
-    rows, length = config.training.micro_batch_size, config.data.max_length
+    rows = config.training.micro_batch_size
+    length = config.data.max_length
     ids = torch.randint(0, int(model_config.vocab_size), (rows, length), device=device())
     labels = ids.clone()
     labels[:, : round(length * (1 - share_labelled))] = IGNORED_LABEL
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
     blocks = int(model_config.num_hidden_layers)
-    few, more = min(FEW, blocks), min(MORE, blocks)
+    few = min(FEW, blocks)
+    more = min(MORE, blocks)
     timed = {}
     for count in {few, more}:
         timed[count] = _timed(small_model(config, model_config, count), batch)
         release()
-    each = [
-        max(0.0, most - less) / max(1, more - few)
-        for less, most in zip(timed[few], timed[more], strict=True)
-    ]
-    training, scoring = (
-        most + (blocks - more) * block for most, block in zip(timed[more], each, strict=True)
-    )
+
+    times = []
+    for less, most in zip(timed[few], timed[more], strict=True):
+        of_a_block = max(0.0, most - less) / max(1, more - few)
+        times.append(most + (blocks - more) * of_a_block)
+    training, scoring = times
     return training, scoring
 
 
 def _timed(model: Any, batch: Batch) -> tuple[float, float]:
-    # The Trainer uses the same precision.
-    mixed = (
-        torch.autocast("cuda", torch.bfloat16)
-        if torch.cuda.is_available()
-        else contextlib.nullcontext()
-    )
+    """Return the shortest seconds of a forward and backward pass, and of a forward pass."""
 
     def train() -> None:
-        with mixed:
+        with _precision():
             loss = token_losses(model, batch).sum()
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -79,22 +86,36 @@ def _timed(model: Any, batch: Batch) -> tuple[float, float]:
     return _least(train), _least(score)
 
 
+def _precision() -> AbstractContextManager[None]:
+    """Compute in the precision that the Trainer uses."""
+    if torch.cuda.is_available():
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
 def _least(work: Callable[[], object]) -> float:
-    """Return the shortest time of several runs, because other load on the machine only adds time."""
-    wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    """Return the shortest time of several runs: other load on the machine only adds to it."""
     taken = []
     for _ in range(1 + REPEATS):
-        wait()
+        _wait()
         started = time.perf_counter()
         work()
-        wait()
+        _wait()
         taken.append(time.perf_counter() - started)
     return min(taken[1:])  # the first warms up
 
 
+def _wait() -> None:
+    """Wait until the GPU has done its work, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def small_model(config: RunConfig, model_config: Any, num_blocks: int) -> Any:
-    """Build a small model of middle blocks, as outer ones may be wider, with its blocks in their
-    smallest formats."""
+    """Build a model of a few middle blocks, with its blocks in their smallest formats.
+
+    Middle blocks are taken because outer ones may be wider.
+    """
     from transformers import AutoModelForCausalLM
 
     ragged.install(family_of(model_config))

@@ -18,20 +18,26 @@ STATED = {"base_model": "base model", "license": "licence", "datasets": "dataset
 TITLE = "## Load it"
 _SECTION = re.compile(rf"^{TITLE}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 _NEEDS_US = (
-    "To load it, install the Python package `qpruner`: run `pip install .` in a copy of its source, which you get from "
+    "To load it, install the Python package `qpruner`: run `pip install .` in a copy of its "
+    "source, which you get from "
     "the maker of this model.\n"
 )
-_MERGED = "The weights here are dense, with the adapter merged in; the sizes stated are those of the packed model."
+_MERGED = (
+    "The weights here are dense, with the adapter merged in; the sizes stated are those of the "
+    "packed model."
+)
 _CODE_BESIDE = (
-    "Plain transformers loads them. Blocks have different widths: `modeling_ragged.py` beside the weights builds them, "
+    "Plain transformers loads them. Blocks have different widths: `modeling_ragged.py` beside the "
+    "weights builds them, "
     "about thirty lines to read before you let transformers run them by `trust_remote_code=True`.\n"
 )
 _IMPORT = (
     "import qpruner.hf  # registers the mixed-precision quantizer and blocks of different widths\n"
 )
-_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_ON_GPU = '  # with a GPU: add .to("cuda")'
+_CODE = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{place}"{options})  # with a GPU: add .to("cuda")
+model = AutoModelForCausalLM.from_pretrained("{{place}}"{{options}}){_ON_GPU}
 """
 # Base and adapter are loaded from a local folder: from a repository transformers 5.24 would attach
 # the adapter by itself and look for its weights in the folder of the base model.
@@ -40,14 +46,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = snapshot_download("{{place}}")
-base = AutoModelForCausalLM.from_pretrained(f"{{{{folder}}}}/{PEFT_BASE}")  # with a GPU: add .to("cuda")
+base = AutoModelForCausalLM.from_pretrained(f"{{{{folder}}}}/{PEFT_BASE}"){_ON_GPU}
 model = PeftModel.from_pretrained(base, folder)
 """
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """Read the YAML metadata of a card; return an empty dictionary if the card has no valid
-    metadata."""
+    """Read the YAML metadata of a card; return an empty dictionary if it has none that is valid."""
     block = REGEX_YAML_BLOCK.search(card.removeprefix("\N{BOM}"))
     try:
         metadata = yaml.safe_load(block[2]) if block else None
@@ -57,39 +62,50 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def missing_keys(card: str) -> tuple[str, ...]:
-    """List those of the keys `base_model`, `license` and `datasets` that are missing in the
-    metadata of a card."""
+    """List the keys of `STATED` that the metadata of a card does not have."""
     metadata = front_matter(card)
     return tuple(key for key in STATED if metadata.get(key) is None)
 
 
 def missing_remark(keys: Sequence[str]) -> str | None:
-    """Return a message that names the missing metadata and the configuration keys to set; None if
-    `keys` is empty."""
+    """Name the missing metadata and the configuration keys to set.
+
+    Return None if `keys` is empty.
+    """
     if not keys:
         return None
-    names, stated_by = (
-        ", ".join(STATED[key] for key in keys),
-        ", ".join(f"`card.{key}`" for key in keys),
+    names = ", ".join(STATED[key] for key in keys)
+    stated_by = ", ".join(f"`card.{key}`" for key in keys)
+    return (
+        f"the model card does not state: {names}; set {stated_by} and repeat `qpruner run`, "
+        "which rewrites the card"
     )
-    return f"the model card does not state: {names}; set {stated_by} and repeat `qpruner run`, which rewrites the card"
 
 
 def loading_section(form: Form, place: str = "this folder") -> str:
-    """Return the section of a card with the code that loads the model from a folder or repository."""
-    how = {
-        "merged and plain": "Plain transformers loads them.\n",
-        "merged with code": _CODE_BESIDE,
-    }.get(form, _NEEDS_US)
-    lead = f"{_MERGED} {how}" if form.startswith("merged") else how
-    imports = _IMPORT if how == _NEEDS_US else ""
+    """Return a card's section with the code that loads the model from a folder or repository."""
+    if form == "merged and plain":
+        lead = f"{_MERGED} Plain transformers loads them.\n"
+    elif form == "merged with code":
+        lead = f"{_MERGED} {_CODE_BESIDE}"
+    elif form == "merged":
+        lead = f"{_MERGED} {_NEEDS_US}"
+    else:
+        lead = _NEEDS_US
+    imports = _IMPORT if lead.endswith(_NEEDS_US) else ""
+    template = _PEFT_CODE if form == "peft" else _CODE
     options = ", trust_remote_code=True" if form == "merged with code" else ""
-    code = (_PEFT_CODE if form == "peft" else _CODE).format(place=place, options=options)
+    code = template.format(place=place, options=options)
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
     return f"{TITLE}\n\n{lead}\n```python\n{imports}{code}{tokenizer}```\n"
 
 
 def with_loading_section(card: str, form: Form, place: str) -> str:
-    """Replace a card's section on loading by the section for a model of this form in the repository
-    `place`."""
+    """Replace a card's section on loading the model.
+
+    Args:
+        card: The text of the card.
+        form: The form in which the model is uploaded.
+        place: The repository that it is loaded from.
+    """
     return _SECTION.sub(lambda _: f"{loading_section(form, place)}\n", card)

@@ -1,5 +1,7 @@
-"""Compare an export with the final model, as transformers loads it, or as the program that serves
-it computes it."""
+"""Compare the predictions of an export with those of the final model.
+
+The export is computed by transformers or by the program that serves it.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,20 +20,21 @@ from qpruner.quantization.formats.layers import PackedEmbedding
 
 Rows = Sequence[Sequence[int]]  # token ids
 PEFT_PREFIX = "base_model.model."  # prefix that peft adds to the names of layers
-MOST_PERPLEXITY, MOST_LOST = 0.01, 0.25
+MOST_PERPLEXITY = 0.01
+MOST_LOST = 0.25
 """Largest allowed change of the perplexity, and of the adapter's effect as a share of it (0.01 in
 the demo in llama.cpp, 2026-11-29); both beyond three standard errors."""
 TOP = 64  # number of the likeliest tokens whose probabilities a server gives
-LEAST_LIMIT, MOST_ROUNDING = (
-    5e-4,
-    3.0,
-)  # largest divergence of a server in nats per token, and in units of rounding
+LEAST_LIMIT = 5e-4  # nats per token by which any server may diverge
+MOST_ROUNDING = 3.0  # largest divergence of a server, in units of that of rounding
 
 
 @dataclass(frozen=True)
 class Compared:
-    """How like the predictions of an export are to those of the model that it was made from; losses
-    are in nats."""
+    """How close the predictions of an export are to those of the model it was made from.
+
+    Losses are in nats.
+    """
 
     divergence: float  # KL divergence in nats per token
     agreement: float  # share of positions at which both predict the same token
@@ -52,33 +55,40 @@ class Predictions(NamedTuple):
 def compare(
     final: Path, exported: Path, samples: Rows, on_progress: OnWork = ignore_progress
 ) -> Compared:
-    """Compare predictions of an export in transformers with those of the final model; see
-    `compare_served`."""
-    model, found = load(exported, on_progress).eval(), []
-    for sample in samples:
-        values = log_probabilities(model, sample)[:-1]
-        likeliest, ids = values.topk(TOP)
-        actual = values.gather(1, torch.tensor(sample[1:])[:, None])[:, 0]
-        found.append(Predictions(ids.numpy(), likeliest.numpy(), actual.numpy()))
+    """Compare predictions of an export in transformers with those of the final model.
+
+    See `compare_served` for the limits.
+    """
+    model = load(exported, on_progress).eval()
+    predictions = [_predicted(model, sample) for sample in samples]
     del model
-    return compare_served(
-        final, samples, found, f"transformers {transformers.__version__}", in_its_type, on_progress
-    )
+
+    program = f"transformers {transformers.__version__}"
+    return compare_served(final, samples, predictions, program, in_its_type, on_progress)
+
+
+def _predicted(model: Any, sample: Sequence[int]) -> Predictions:
+    log_probabilities = next_log_probabilities(model, sample)
+    likeliest, ids = log_probabilities.topk(TOP)
+    actual = of_next_tokens(log_probabilities, sample)
+    return Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
 
 
 @contextmanager
 def in_its_type(model: Any) -> Iterator[None]:
     """Let a model compute in its own type, and not in float32."""
+    dtype = model.config.dtype
     exact = {
         parameter: parameter.data
         for parameter in model.parameters()
         if parameter.is_floating_point()
     }
     tables = [layer for layer in model.modules() if isinstance(layer, PackedEmbedding)]
+
     for parameter, data in exact.items():
-        parameter.data = data.to(model.config.dtype)
+        parameter.data = data.to(dtype)
     for table in tables:
-        table.compute_dtype = model.config.dtype
+        table.compute_dtype = dtype
     try:
         yield
     finally:
@@ -86,6 +96,22 @@ def in_its_type(model: Any) -> Iterator[None]:
             parameter.data = data
         for table in tables:
             table.compute_dtype = torch.float32
+
+
+class _Row(NamedTuple):
+    """What is compared at the positions of one row, in float32.
+
+    Distributions have the shape ``(positions, TOP + 1)``: the likeliest tokens of the served
+    model, then the rest; the others have ``(positions,)``.
+    """
+
+    exact: torch.Tensor  # of the checkpoint
+    served: torch.Tensor
+    rounded: torch.Tensor  # of the checkpoint that rounds as the server does
+    without: torch.Tensor  # of the checkpoint without its adapter
+    loss_before: torch.Tensor
+    loss: torch.Tensor
+    agrees: torch.Tensor  # 1 where both predict the same token
 
 
 def compare_served(
@@ -96,64 +122,111 @@ def compare_served(
     rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
     on_progress: OnWork = ignore_progress,
 ) -> Compared:
-    """Compare what the program `by` predicts with the checkpoint in transformers, computed in
-    float32.
+    """Compare what a program predicts with the checkpoint in transformers, computed in float32.
 
-    In `rounding` the model rounds as the program does. Raise `StageError` if predictions differ by
-    more than rounding explains, or the adapter's effect is another.
+    Args:
+        checkpoint: The folder that the served files were written from.
+        samples: Rows of token ids.
+        served: The predictions of the program for each row.
+        by: The name of the program, for messages.
+        rounding: Makes a model round as the program does, while the context is open.
+        on_progress: Is called with the number of rows that are done.
+
+    Raises:
+        StageError: The predictions differ by more than rounding explains, or the adapter has
+            another effect.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     # transformers forbids `model.float()` for packed layers; ours compute in the type of their
     # inputs.
     model = torch.nn.Module.float(load(checkpoint, on_progress).eval())
-    adapters = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-
-    def predicted(sample: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
-        return _with_rest(log_probabilities(model, sample)[:-1].gather(1, ids))
-
     rows = []
-    for done, (sample, found) in enumerate(zip(samples, served, strict=True), 1):
-        ids, likeliest, actual = map(torch.from_numpy, found)
-        all_before = log_probabilities(model, sample)[:-1]
-        before = without = _with_rest(all_before.gather(1, ids))
-        with rounding(model):
-            rounded = predicted(sample, ids)
-        if adapters:
-            for adapter in adapters:
-                adapter.enable_adapters(False)
-            without = predicted(sample, ids)
-            for adapter in adapters:
-                adapter.enable_adapters(True)
-        losses = -torch.stack(
-            [all_before.gather(1, torch.tensor(sample[1:])[:, None])[:, 0], actual.float()], 1
-        )
-        is_same = before[:, 0] == all_before.amax(1)  # of two equal logits either may come first
-        rows.append(
-            (before, _with_rest(likeliest.float()), rounded, without, losses, is_same.float())
-        )
-        on_progress("comparing predictions", done, len(samples))
-    before, after, rounded, without, losses, is_same = (
-        torch.cat(each) for each in zip(*rows, strict=True)
-    )
-    limit = max(LEAST_LIMIT, MOST_ROUNDING * _divergence(before, rounded))
-    if not (divergence := _divergence(before, after)) <= limit:
+    for sample, predictions in zip(samples, served, strict=True):
+        rows.append(_compare_row(model, sample, predictions, rounding))
+        on_progress("comparing predictions", len(rows), len(samples))
+    positions = _Row._make(map(torch.cat, zip(*rows, strict=True)))
+
+    divergence = _divergence(positions.exact, positions.served)
+    limit = max(LEAST_LIMIT, MOST_ROUNDING * _divergence(positions.exact, positions.rounded))
+    if not divergence <= limit:
         raise export_error(
             f"predictions in {by} diverge by {divergence:.2g} nats per token, more than {limit:.2g}"
         )
+    _check_adapter(positions, by)
+    loss_before, loss = _checked_losses(positions, by)
+    return Compared(
+        divergence=divergence,
+        agreement=float(positions.agrees.mean()),
+        num_positions=len(positions.exact),
+        loss_before=loss_before,
+        loss=loss,
+        by=by,
+    )
+
+
+def _compare_row(
+    model: Any,
+    sample: Sequence[int],
+    predictions: Predictions,
+    rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
+) -> _Row:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ids, likeliest, actual = map(torch.from_numpy, predictions)
+
+    def predicted() -> torch.Tensor:
+        return _with_rest(next_log_probabilities(model, sample).gather(1, ids))
+
+    all_tokens = next_log_probabilities(model, sample)
+    exact = _with_rest(all_tokens.gather(1, ids))
+    with rounding(model):
+        rounded = predicted()
+
+    without = exact
+    adapters = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if adapters:
+        for adapter in adapters:
+            adapter.enable_adapters(False)
+        without = predicted()
+        for adapter in adapters:
+            adapter.enable_adapters(True)
+
+    # Of two equal logits either may come first.
+    agrees = exact[:, 0] == all_tokens.amax(1)
+    return _Row(
+        exact=exact,
+        served=_with_rest(likeliest.float()),
+        rounded=rounded,
+        without=without,
+        loss_before=-of_next_tokens(all_tokens, sample),
+        loss=-actual.float(),
+        agrees=agrees.float(),
+    )
+
+
+def _check_adapter(positions: _Row, by: str) -> None:
+    """Raise `StageError` if the program shows another effect of the adapter."""
     # Errors of rounding do not point along the effect.
-    effect = before - without
-    lost, size = ((before - after) * effect).sum(-1), effect.square().sum()
-    if abs(lost.sum()) > MOST_LOST * size + 3 * lost.square().sum().sqrt():
-        raise export_error(f"{by} shows {float(1 - lost.sum() / size):.0%} of its adapter's effect")
+    effect = positions.exact - positions.without
+    lost = ((positions.exact - positions.served) * effect).sum(-1)
+    size = effect.square().sum()
+    error = lost.square().sum().sqrt()
+    if abs(lost.sum()) > MOST_LOST * size + 3 * error:
+        shown = float(1 - lost.sum() / size)
+        raise export_error(f"{by} shows {shown:.0%} of its adapter's effect")
+
+
+def _checked_losses(positions: _Row, by: str) -> tuple[float, float]:
+    """Return the mean losses before the export and after it; raise `StageError` if they differ."""
+    losses = torch.stack([positions.loss_before, positions.loss], 1)
     loss_before, loss = losses.mean(0).tolist()
     stderr = float((losses[:, 0] - losses[:, 1]).std()) / len(losses) ** 0.5
-    if not abs(loss - loss_before) <= math.log1p(MOST_PERPLEXITY) + 3 * stderr:
-        change = math.expm1(loss - loss_before)
+    difference = loss - loss_before
+    if not abs(difference) <= math.log1p(MOST_PERPLEXITY) + 3 * stderr:
+        change = math.expm1(difference)
         raise export_error(
             f"the perplexity in {by} differs by {change:+.1%}, more than {MOST_PERPLEXITY:.0%}"
         )
-    return Compared(divergence, float(is_same.mean()), len(before), loss_before, loss, by)
+    return loss_before, loss
 
 
 def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:
@@ -167,12 +240,15 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def loss_of(model: Any, samples: Rows) -> float:
-    """Compute the mean loss of the tokens that follow others."""
-    losses = (
-        -log_probabilities(model, each)[:-1].gather(1, torch.tensor(each[1:])[:, None])
-        for each in samples
-    )
-    return float(torch.cat(list(losses)).mean())
+    """Compute the mean loss of the tokens that follow others, in nats."""
+    losses = [-of_next_tokens(next_log_probabilities(model, row), row) for row in samples]
+    return float(torch.cat(losses).mean())
+
+
+def of_next_tokens(log_probabilities: torch.Tensor, sample: Sequence[int]) -> torch.Tensor:
+    """Take the log-probabilities of the tokens that follow others, float32 ``(tokens - 1,)``."""
+    tokens = torch.tensor(sample[1:])
+    return log_probabilities.gather(1, tokens[:, None])[:, 0]
 
 
 def export_error(difference: str) -> StageError:
@@ -184,8 +260,10 @@ def export_error(difference: str) -> StageError:
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, sample: Sequence[int]) -> torch.Tensor:
-    """Compute the log-probabilities ``(tokens, vocabulary)`` of the next token at all positions of
-    a sample."""
-    logits: torch.Tensor = model(torch.tensor([sample], device=device())).logits[0]
+def next_log_probabilities(model: Any, sample: Sequence[int]) -> torch.Tensor:
+    """Compute the log-probabilities of the token after each token of a sample but the last.
+
+    They are float32 ``(tokens - 1, vocabulary)``, on the CPU.
+    """
+    logits: torch.Tensor = model(torch.tensor([sample], device=device())).logits[0, :-1]
     return logits.float().log_softmax(-1).cpu()

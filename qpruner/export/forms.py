@@ -1,9 +1,8 @@
-"""Export the final model in forms that other tools load, as files that were loaded again before
-they count as done.
+"""Export the final model in forms that other tools load.
 
 An export is written to a hidden folder, loaded by the program that will serve it and compared with
 the model; only then is it renamed. Layers that a server cannot take in the plan's format get the
-nearest one (`recode`); `Exported.remarks` says so.
+nearest one (`recode`), and `Exported.remarks` lists them.
 """
 
 import importlib.util
@@ -48,7 +47,8 @@ from qpruner.wording import counted
 
 Form = Literal["merged", "peft", "gguf", "gguf_merged", "vllm", "vllm_merged"]
 AGAINST_SHORTAGE = (
-    "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of memory, set "
+    "end other programs, or repeat the command on a machine with more memory; if a GPU ran out of "
+    "memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 NUM_ROWS = 8  # number of rows of `data.confirmation` on which predictions are compared
@@ -58,8 +58,10 @@ RECODED = "recoded"
 
 @dataclass(frozen=True)
 class Exported(Compared):
-    """A finished export, compared with the checkpoint in its formats; `loss_before` is that of the
-    final model."""
+    """A finished export, compared with the checkpoint in its formats.
+
+    `loss_before` is the loss of the final model.
+    """
 
     form: Form
     folder: Path
@@ -76,28 +78,37 @@ class Exported(Compared):
 def refusal(
     form: Form, config: Any, ragged: bool = False, uniform: str = architectures.UNIFORM
 ) -> str | None:
-    """Say why a model cannot be exported in a form, and what would work; None if it can
-    (`architectures.refusal`)."""
-    if form.startswith("gguf"):
-        if reason := architectures.refusal(config, ragged, uniform):
-            return reason
-        if importlib.util.find_spec("gguf") is None:
-            return 'the package gguf is missing: run `pip install "qpruner[gguf]"`'
-        library_path()
-    return (for_vllm.refusal(config) or in_vllm.missing()) if form.startswith("vllm") else None
+    """Say why a model cannot be exported in a form, and what would work.
+
+    Return None if it can be exported; see `architectures.refusal` for the arguments.
+    """
+    if form.startswith("vllm"):
+        return for_vllm.refusal(config) or in_vllm.missing()
+    if not form.startswith("gguf"):
+        return None
+    reason = architectures.refusal(config, ragged, uniform)
+    if reason:
+        return reason
+    if importlib.util.find_spec("gguf") is None:
+        return 'the package gguf is missing: run `pip install "qpruner[gguf]"`'
+    library_path()
+    return None
 
 
 @raising_out_of_memory(AGAINST_SHORTAGE)
 def export(
     run: RunDir, form: Form, target: Path, on_progress: OnWork = ignore_progress
 ) -> Exported:
-    """Export the final model of a run to a new folder; raise `StageError` if the export and the
-    model differ.
+    """Export the final model of a run to a new folder.
 
     The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the
-    quantized model in a subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM
+    quantized model in a subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM,
     with the adapter in files of its own; `gguf_merged` and `vllm_merged` have it merged into the
     packed weights.
+
+    Raises:
+        UserError: The run has no final model, the folder exists, or the model has no such form.
+        StageError: The export and the model differ.
     """
     final = run.root / "final"
     if not exists(final / ADAPTER_FILES[0]):
@@ -106,48 +117,54 @@ def export(
         raise UserError(f"{target} exists: delete this folder or name another with `--out`")
     record = ExportRecord(final=run.final_digests())
     final = fetch(final)
-    if reason := refusal(form, checkpoint_config(final)):
+    reason = refusal(form, checkpoint_config(final))
+    if reason:
         raise UserError(f"this model cannot be exported as {form}: {reason}")
-    rows = run.stage("prepare") / "data" / "confirmation"
+
+    writers = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}
+    write = writers[form.removesuffix("_merged")]
     with _hidden_folder(target) as scratch:
         work = _Work(
-            form,
-            final,
-            scratch,
-            target,
-            PurePath(run.place).name,
-            rows,
-            on_progress,
-            _grams_of(run, final),
+            form=form,
+            final=final,
+            folder=scratch,
+            target=target,
+            name=PurePath(run.place).name,
+            rows=run.stage("prepare") / "data" / "confirmation",
+            on_progress=on_progress,
+            gram_of=_grams_of(run, final),
         )
-        write = {"merged": _merged, "peft": _peft, "gguf": _gguf, "vllm": _vllm}[
-            form.partition("_")[0]
-        ]
-        exported: Exported = write(work)
+        exported = write(work)
         write_json(scratch / MARK, record)
         storage_at(target).publish(scratch)
     return exported
 
 
 def _grams_of(run: RunDir, final: Path) -> GramOf:
-    """Return the `GramOf` of a run: it reads the matrices by which GPTQ rounded the final model;
-    None without GPTQ."""
-    tuned, config = run.read_record("finetune", FinetuneRecord), checkpoint_config(final)
-    row = tuned and tuned.candidates[0]
-    return lambda path: (
-        read_grams(run.bank(row.cut), row.bank, config, [path]).get(path)
-        if row and row.bank
-        else None
-    )
+    """Return a function that reads the matrices by which GPTQ rounded the final model.
+
+    It returns None for every layer if the model was rounded without GPTQ.
+    """
+    tuned = run.read_record("finetune", FinetuneRecord)
+    winner = tuned.candidates[0] if tuned else None
+    if winner is None or not winner.bank:
+        return lambda path: None
+    bank = run.bank(winner.cut)
+    key = winner.bank
+    config = checkpoint_config(final)
+    return lambda path: read_grams(bank, key, config, [path]).get(path)
 
 
 @contextmanager
 def _hidden_folder(target: Path) -> Iterator[Path]:
-    """Yield the path of a new folder beside `target`, for this process alone; what is left there is
-    deleted."""
+    """Yield the path of a new folder beside `target`, for this process alone.
+
+    What is left in it is deleted at the end.
+    """
     # A name of ours: beside `config` there may be a `.config` that is not.
     place = target.with_name(f".{target.name}.qpruner-export")
-    lock, folder = FileLock(place / "lock"), place / target.name
+    lock = FileLock(place / "lock")
+    folder = place / target.name
     try:
         retry_storage(lambda: place.mkdir(parents=True, exist_ok=True), place)
         lock.acquire(timeout=0)
@@ -159,6 +176,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         raise UserError(
             f"{target} cannot be made ({error.strerror}): name another folder with `--out`"
         ) from error
+
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
         yield folder
@@ -188,46 +206,68 @@ class _Work:
     def recoded(
         self, new_format: NewFormat, fixed: Mapping[str, str]
     ) -> tuple[Path, dict[str, str]]:
-        """Return a checkpoint in other formats, merged if the form wants it, and the layers that
-        changed."""
+        """Return a checkpoint in other formats, and the layers whose format changed.
+
+        The adapter is merged in if the form wants that.
+        """
         merge = self.form.endswith("merged")
         if not merge and not changes(self.final, new_format, fixed):
             return self.final, {}
         folder = self.folder / RECODED
-        return folder, recode(
-            self.final, folder, new_format, merge, self.on_progress, fixed, self.gram_of
+        changed = recode(
+            self.final,
+            folder,
+            new_format,
+            merge,
+            on_progress=self.on_progress,
+            fixed=fixed,
+            gram_of=self.gram_of,
         )
+        return folder, changed
 
     def exported(
         self,
-        found: Compared,
+        compared: Compared,
         checkpoint: Path | None = None,
         recoded: Mapping[str, str] | None = None,
         remarks: Iterable[str | None] = (),
     ) -> Exported:
         """Describe the finished folder; the recoded checkpoint that it was made from goes."""
-        checkpoint, recoded, about = checkpoint or self.final, recoded or {}, vars(found)
-        if checkpoint != self.final:
-            about = about | {"loss_before": loss_of(load(self.final).eval(), self.samples)}
+        loss_before = compared.loss_before
+        if checkpoint not in (None, self.final):
+            loss_before = loss_of(load(self.final).eval(), self.samples)
         shutil.rmtree(self.folder / RECODED, ignore_errors=True)
-        config = checkpoint_config(self.folder) if (self.folder / "config.json").is_file() else None
-        needs_us = config is not None and config.is_heterogeneous and "auto_map" not in vars(config)
+
+        recoded = recoded or {}
+        old_formats = formats_of(checkpoint_config(self.final))
+        changes_told = _format_changes(old_formats, recoded)
+        others_told = [remark for remark in remarks if remark]
+        files = [file for file in self.folder.rglob("*") if file.is_file()]
         return Exported(
-            **about,
+            divergence=compared.divergence,
+            agreement=compared.agreement,
+            num_positions=compared.num_positions,
+            loss_before=loss_before,
+            loss=compared.loss,
+            by=compared.by,
             form=self.form,
             folder=self.target,
-            is_plain=self.form != "peft" and not needs_us,
+            is_plain=self._is_plain(),
             recoded=recoded,
-            remarks=(
-                *_format_changes(formats_of(checkpoint_config(self.final)), recoded),
-                *filter(None, remarks),
-            ),
-            file_bytes=sum(
-                file.stat().st_size for file in self.folder.rglob("*") if file.is_file()
-            ),
+            remarks=(*changes_told, *others_told),
+            file_bytes=sum(file.stat().st_size for file in files),
             tensor_bytes=tensor_bytes(self.folder),
             plan_bytes=tensor_bytes(self.final),
         )
+
+    def _is_plain(self) -> bool:
+        """Return True if the finished folder loads without qpruner."""
+        if self.form == "peft":
+            return False
+        if not (self.folder / "config.json").is_file():
+            return True
+        config = checkpoint_config(self.folder)
+        return not config.is_heterogeneous or "auto_map" in vars(config)
 
 
 def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -240,28 +280,35 @@ def _format_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
 
 
 def _merged(work: _Work) -> Exported:
-    """Write a dense model; if its blocks differ, with the file that builds them in plain
-    transformers."""
-    recode(work.final, work.folder, dense, True, work.on_progress)
+    """Write a dense model, with the file that builds its blocks if they differ."""
+    recode(work.final, work.folder, dense, merge=True, on_progress=work.on_progress)
     config = checkpoint_config(work.folder)
     if not for_vllm.needs_modeling(config):
         return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
+
     described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
     retry_storage(lambda: for_vllm.write_config(described, config, work.folder), work.folder)
-    return work.exported(
-        in_vllm.check(work.final, work.folder, work.samples, work.on_progress, "transformers")
+    compared = in_vllm.check(
+        work.final, work.folder, work.samples, work.on_progress, server="transformers"
     )
+    return work.exported(compared)
 
 
 def _peft(work: _Work) -> Exported:
-    """Write the adapter and, in a subfolder, its quantized base; name the base by its later path in
-    `target`."""
-    base, left_out = work.folder / PEFT_BASE, shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
-    retry_storage(
-        lambda: shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True), work.target
-    )
+    """Write the adapter and, in a subfolder, its quantized base.
+
+    The adapter names its base by the path that it will have in `target`.
+    """
+    base = work.folder / PEFT_BASE
+    left_out = shutil.ignore_patterns(*ADAPTER_FILES, "README.md")
+
+    def write() -> None:
+        shutil.copytree(work.final, base, ignore=left_out, dirs_exist_ok=True)
+
+    retry_storage(write, work.target)
     copy_adapter(work.final, work.folder, work.target / PEFT_BASE)
-    retry_storage(lambda: load_tokenizer(str(work.final)).save_pretrained(work.folder), work.target)
+    tokenizer = load_tokenizer(str(work.final))
+    retry_storage(lambda: tokenizer.save_pretrained(work.folder), work.target)
     return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
 
 
@@ -273,28 +320,33 @@ def _gguf(work: _Work) -> Exported:
     checkpoint, recoded = work.recoded(architectures.llama_cpp_format, {})
     work.folder.mkdir(parents=True, exist_ok=True)
     model = work.folder / f"{work.name}.gguf"
-    adapter = None if work.form.endswith("merged") else work.folder / f"{work.name}-adapter.gguf"
     writing.write_gguf(checkpoint, model, work.name, work.on_progress)
-    if adapter:
+    adapter = None
+    if not work.form.endswith("merged"):
+        adapter = work.folder / f"{work.name}-adapter.gguf"
         writing.write_adapter(checkpoint, adapter, work.on_progress)
-    config, tokenizer = checkpoint_config(checkpoint), load_tokenizer(str(checkpoint))
-    names = model.name, adapter.name if adapter else None
-    stops = vocabulary.stop_ids(checkpoint)
-    text = modelfile(*names, tokenizer, stops, architectures.context_length(config))
-    retry_storage(
-        lambda: (work.folder / "Modelfile").write_text(text, encoding="utf-8"), work.folder
+
+    config = checkpoint_config(checkpoint)
+    tokenizer = load_tokenizer(str(checkpoint))
+    text = modelfile(
+        model.name,
+        adapter.name if adapter else None,
+        tokenizer,
+        vocabulary.stop_ids(checkpoint),
+        architectures.context_length(config),
     )
-    found = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
-    remarks = architectures.remark(config), vocabulary.remark(tokenizer)
-    return work.exported(found, checkpoint, recoded, remarks)
+    file = work.folder / "Modelfile"
+    retry_storage(lambda: file.write_text(text, encoding="utf-8"), work.folder)
+
+    compared = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
+    remarks = [architectures.remark(config), vocabulary.remark(tokenizer)]
+    return work.exported(compared, checkpoint, recoded, remarks)
 
 
 def _vllm(work: _Work) -> Exported:
     """Write a checkpoint of compressed-tensors."""
-    checkpoint, recoded = work.recoded(
-        for_vllm.vllm_format, for_vllm.dense_paths(checkpoint_config(work.final))
-    )
+    dense_paths = for_vllm.dense_paths(checkpoint_config(work.final))
+    checkpoint, recoded = work.recoded(for_vllm.vllm_format, dense_paths)
     for_vllm.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
-    return work.exported(
-        in_vllm.check(checkpoint, work.folder, work.samples, work.on_progress), checkpoint, recoded
-    )
+    compared = in_vllm.check(checkpoint, work.folder, work.samples, work.on_progress)
+    return work.exported(compared, checkpoint, recoded)

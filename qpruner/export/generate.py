@@ -1,5 +1,7 @@
-"""Load the models of a run or of a folder, and generate answers to prompts, which depend on a seed
-only."""
+"""Load the models of a run or of a folder, and generate answers to prompts.
+
+The answers depend on nothing but the model, the prompt, the settings and the seed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ FINAL = "final"
 """Name of a run's final model; the others have the names of the cuts, `base` is the model before
 pruning."""
 AGAINST_SHORTAGE = (
-    "select fewer models with `--which`, lower `--max-tokens` or shorten the prompt; if a GPU ran out of memory, set "
+    "select fewer models with `--which`, lower `--max-tokens` or shorten the prompt; if a GPU ran "
+    "out of memory, set "
     "`CUDA_VISIBLE_DEVICES=` to use the CPU"
 )
 Template = Literal["chat", "alpaca", "alpaca_short", "none"]
@@ -45,8 +48,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: `text` leaves out the special tokens that `num_tokens` counts; `ended` says what
-    ended the answer."""
+    """An answer of a model: its text, its length, and what ended it.
+
+    The text leaves out the special tokens that `num_tokens` counts.
+    """
 
     text: str
     num_tokens: int
@@ -57,37 +62,34 @@ class Generator:
     """A loaded model with its tokenizer, which generates answers."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        self._model, self._tokenizer = model.eval(), tokenizer
+        self._model = model.eval()
+        self._tokenizer = tokenizer
 
     @raising_out_of_memory(AGAINST_SHORTAGE)
     def answer(self, prompt: str, sampling: Sampling) -> Answer:
-        """Generate an answer to a prompt."""
+        """Generate an answer to a prompt; raise `UserError` if it fills the model's context."""
         ids = self._encoded(prompt, sampling.template).to(self._model.device)
         length = ids.shape[1]
-        context = (
-            getattr(self._model.config, "max_position_embeddings", None)
-            or length + sampling.max_tokens
-        )
-        if length >= context:
-            raise UserError(
-                f"the prompt has {length} tokens, but the model's context {context}: shorten the prompt"
-            )
-        # An answer ends at the end token of the tokenizer or at one in the model's
-        # generation_config.json.
-        eos = self._model.generation_config.eos_token_id
-        ends = sorted(
-            {*(eos if isinstance(eos, list) else [eos]), self._tokenizer.eos_token_id} - {None}
-        )
-        options: dict[str, Any] = (
-            {"temperature": sampling.temperature} if sampling.temperature else {}
-        )
+        max_tokens = sampling.max_tokens
+        context = getattr(self._model.config, "max_position_embeddings", None)
+        if context:
+            if length >= context:
+                raise UserError(
+                    f"the prompt has {length} tokens, but the model's context {context}: "
+                    "shorten the prompt"
+                )
+            max_tokens = min(max_tokens, context - length)
+
+        options: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            options = {"do_sample": True, "temperature": sampling.temperature}
+        ends = self._end_tokens()
         torch.manual_seed(sampling.seed)
         written = self._model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig(
-                max_new_tokens=min(sampling.max_tokens, context - length),
-                do_sample=bool(options),
+                max_new_tokens=max_tokens,
                 eos_token_id=ends,
                 pad_token_id=self._tokenizer.pad_token_id,
                 **options,
@@ -96,6 +98,13 @@ class Generator:
         tokens = written[0, length:].tolist()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(text, len(tokens), "end" if tokens[-1] in ends else "length")
+
+    def _end_tokens(self) -> list[int]:
+        """List the end token of the tokenizer and those in the model's generation_config.json."""
+        eos = self._model.generation_config.eos_token_id
+        ends = set(eos) if isinstance(eos, list) else {eos}
+        ends.add(self._tokenizer.eos_token_id)
+        return sorted(ends - {None})
 
     def _encoded(self, prompt: str, template: Template) -> torch.Tensor:
         """Apply the template to a prompt and return its token ids ``(1, seq)``."""
@@ -108,16 +117,18 @@ class Generator:
         elif template in ("alpaca", "alpaca_short"):
             prompt = alpaca_prompt(prompt, is_short=template == "alpaca_short")
         # A chat template writes the special tokens itself.
-        ids: torch.Tensor = self._tokenizer(
-            prompt, add_special_tokens=not has_chat, return_tensors="pt"
-        )["input_ids"]
+        encoded = self._tokenizer(prompt, add_special_tokens=not has_chat, return_tensors="pt")
+        ids: torch.Tensor = encoded["input_ids"]
         return ids
 
 
 @dataclass(frozen=True)
 class Source:
-    """The folder of a model; for a run's dense models, `settings` is the section `model` of its
-    configuration."""
+    """The folder of a model.
+
+    `settings` is the section `model` of a run's configuration for its dense models, and None for
+    all other models.
+    """
 
     name: str
     folder: Path
@@ -130,78 +141,90 @@ class Source:
         return sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
 
     def load(self, on_progress: OnWork = ignore_progress) -> Generator:
-        """Load the model and its tokenizer."""
+        """Load the model and its tokenizer; raise `UserError` if transformers cannot."""
+        folder = str(self.folder)
         try:
             with raising_out_of_memory(AGAINST_SHORTAGE):
                 if self.settings:
-                    model = load_dense(
-                        str(self.folder), self.settings.dtype, self.settings, on_progress
-                    )
+                    model = load_dense(folder, self.settings.dtype, self.settings, on_progress)
                 else:
                     model = load(self.folder, on_progress)
-                return Generator(model, load_tokenizer(str(self.folder), self.settings))
+                return Generator(model, load_tokenizer(folder, self.settings))
         except (OSError, ValueError, ImportError) as error:
             remedy = "give a folder with a tokenizer and a model that transformers can load"
-            raise UserError(
-                f"{self.folder} cannot be loaded: {first_line(error)}; {remedy}"
-            ) from error
+            raise UserError(f"{folder} cannot be loaded: {first_line(error)}; {remedy}") from error
 
 
 def sources(place: str | Path, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run that `which` names (all if `which` is empty), or the single model in
-    a folder."""
-    if "://" in str(place) and (command := export_command(run_path(str(place)))):
-        raise UserError(
-            f"models are loaded from a folder: download the final model with `{command}`, then name FOLDER"
-        )
+    """Find the models of a run that `which` names, or the single model in a folder.
+
+    An empty `which` names all models that the run has made.
+
+    Raises:
+        UserError: `place` is no folder with a model, or the run has no model of that name.
+    """
+    if "://" in str(place):
+        command = export_command(run_path(str(place)))
+        if command:
+            raise UserError(
+                f"models are loaded from a folder: download the final model with `{command}`, "
+                "then name FOLDER"
+            )
     place = Path(place).expanduser().resolve()
     if (place / STATE).is_file():
-        found = _of_run(RunDir(place, create=False), which)
+        models = _of_run(RunDir(place, create=False), which)
     elif which:
-        remedy = "omit `--which`, or name a run folder"
         raise UserError(
-            f"`--which` selects models of a run, but {place} is not a run folder (no {STATE}): {remedy}"
+            f"`--which` selects models of a run, but {place} is not a run folder (no {STATE}): "
+            "omit `--which`, or name a run folder"
         )
     elif not place.is_dir():
         raise UserError(f"{place} is not a folder: name a run folder or a model folder")
     else:
-        found = [Source(place.name, place)]
-    for source in found:
-        check_folder(weights_folder(source.folder), f"the {source.name} model")
-        has_adapter = (source.folder / "adapter_config.json").is_file()
-        if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
-            remedy = "pickled adapters are not read: save the adapter with peft's save_pretrained"
-            raise UserError(
-                f"the {source.name} model: {source.folder} has no adapter_model.safetensors ({remedy})"
-            )
-    return found
+        models = [Source(place.name, place)]
+    for source in models:
+        _check_source(source)
+    return models
+
+
+def _check_source(source: Source) -> None:
+    """Raise `UserError` if files of the model are missing."""
+    check_folder(weights_folder(source.folder), f"the {source.name} model")
+    has_adapter = (source.folder / "adapter_config.json").is_file()
+    if has_adapter and not (source.folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"the {source.name} model: {source.folder} has no adapter_model.safetensors "
+            "(pickled adapters are not read: save the adapter with peft's save_pretrained)"
+        )
 
 
 def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
-    """Find the models of a run that `which` names; if `which` is empty, all models that the run has
-    made."""
-    state, prepared = run.read_state(RunState), run.read_record("prepare", PrepareRecord)
+    """Find the models of a run that `which` names; if it is empty, all that the run has made."""
+    state = run.read_state(RunState)
     assert state
     settings = ModelConfig.model_validate(state.config["model"])
-    names = list(
-        dict.fromkeys((UNPRUNED, *PruneConfig.model_validate(state.config["prune"]).cuts, FINAL))
-    )
-    if unknown := [name for name in which if name not in names]:
-        raise UserError(
-            f"`--which`: a run has no model {unknown[0]!r}; {nearest(unknown[0], names, 'its models are')}"
-        )
-    folders = {name: run.cut(name) for name in names} | {FINAL: run.root / FINAL}
+    cuts = PruneConfig.model_validate(state.config["prune"]).cuts
+    names = list(dict.fromkeys([UNPRUNED, *cuts, FINAL]))
+    for name in which:
+        if name not in names:
+            hint = nearest(name, names, "its models are")
+            raise UserError(f"`--which`: a run has no model {name!r}; {hint}")
+
+    folders = {name: run.cut(name) for name in names}
+    folders[FINAL] = run.root / FINAL
+    prepared = run.read_record("prepare", PrepareRecord)
     if prepared:
         folders[UNPRUNED] = run.base_model(prepared)
-    existing = {
-        name: Source(name, folder, None if name == FINAL else settings)
-        for name, folder in folders.items()
-        if (folder / "config.json").is_file()
-    }
-    wanted = which or list(existing) or names
-    if missing := [name for name in wanted if name not in existing]:
-        hint = f", or use `--which {','.join(existing)}`" if existing else ""
-        raise UserError(
-            f"{run.root} has no {missing[0]} model (yet): repeat `qpruner run` to make it{hint}"
-        )
-    return [existing[name] for name in wanted]
+    existing = {}
+    for name, folder in folders.items():
+        if (folder / "config.json").is_file():
+            existing[name] = Source(name, folder, None if name == FINAL else settings)
+
+    selected = which or list(existing) or names
+    for name in selected:
+        if name not in existing:
+            hint = f", or use `--which {','.join(existing)}`" if existing else ""
+            raise UserError(
+                f"{run.root} has no {name} model (yet): repeat `qpruner run` to make it{hint}"
+            )
+    return [existing[name] for name in selected]

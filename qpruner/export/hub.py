@@ -1,5 +1,7 @@
-"""Push a final model and its card to a model hub, with the token in `HF_TOKEN` or of `hf auth
-login`."""
+"""Push a final model and its card to a model hub.
+
+The token is that in `HF_TOKEN`, or that of `hf auth login`.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,14 +19,18 @@ from qpruner.runs.version import VERSION
 from qpruner.wording import counted
 
 What = Literal["final", "merged", "peft"]
-CARD, ADAPTER = "README.md", "adapter_config.json"
+CARD = "README.md"
+ADAPTER = "adapter_config.json"
 HUBS_OWN = ".gitattributes"
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """The result of a push: `url` is the commit's address, `card_lacks` lists keys to set in the
-    section `card`."""
+    """The result of a push.
+
+    `url` is the address of the commit; `card_lacks` lists keys to set in the section `card` of the
+    configuration.
+    """
 
     url: str
     num_files: int
@@ -45,8 +51,12 @@ def push(
 
     All other files of the repository are deleted, because transformers would attach an old adapter
     to a merged model.
+
+    Raises:
+        UserError: There is nothing to upload, no token, or the repository may not be written so.
+        StageError: The hub refuses the commit or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import get_token
 
     # HTTPError comes from httpx in huggingface_hub 1.x and from httpx2 in 2.x; this module
     # re-exports it in both.
@@ -58,33 +68,16 @@ def push(
     )
 
     run.require_folder("copy the run to a folder on this machine, and push from there")
-    files = list(_files(run, what, repo_id))
-    num_bytes = sum(
-        len(each) if isinstance(each, bytes) else each.stat().st_size for _, each in files
-    )
+    files = dict(_files(run, what, repo_id))
     if get_token() is None:
         raise UserError(
-            "the hub needs a token: set HF_TOKEN to a token with write access, or run `hf auth login`"
+            "the hub needs a token: set HF_TOKEN to a token with write access, "
+            "or run `hf auth login`"
         )
-    api = HfApi()
+    message = f"{what} model of {run.root.name} (qpruner {VERSION})"
+    lacking = missing_keys(_card(run))
     try:
-        repo = api.create_repo(repo_id, private=not is_public, exist_ok=True).repo_id
-        is_private = bool(api.repo_info(repo).private)
-        if not is_private and not is_public:
-            raise UserError(
-                f"{repo} exists and is public: give `--public` to publish, or name another REPO_ID"
-            )
-        notify(f"{counted(len(files), 'file')}, {num_bytes / 1e6:.1f} MB, uploading to {repo} ...")
-        added = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
-            for name, content in files
-        ]
-        earlier = set(api.list_repo_files(repo)) - {HUBS_OWN, *(name for name, _ in files)}
-        removed = [
-            CommitOperationDelete(path_in_repo=name, is_folder=False) for name in sorted(earlier)
-        ]
-        message = f"{what} model of {run.root.name} (qpruner {VERSION})"
-        commit = api.create_commit(repo, [*added, *removed], commit_message=message)
+        return _upload(files, repo_id, is_public, message, lacking, notify)
     except HFValidationError as error:
         raise UserError(
             f"REPO_ID must be OWNER/NAME, got {repo_id!r}: {first_line(error)}"
@@ -94,45 +87,88 @@ def push(
             "HF_HUB_OFFLINE is set, which forbids access to the hub: unset it"
         ) from error
     except HfHubHTTPError as error:
-        remedy = "check that the token may write to the repository (`hf auth whoami`), then repeat the command"
+        remedy = (
+            "check that the token may write to the repository (`hf auth whoami`), "
+            "then repeat the command"
+        )
         raise StageError("push", first_line(error), remedy) from error
     except (OSError, HTTPError) as error:
-        raise StageError(
-            "push", f"the hub cannot be reached: {first_line(error)}", "repeat the command"
-        ) from error
+        reason = f"the hub cannot be reached: {first_line(error)}"
+        raise StageError("push", reason, "repeat the command") from error
+
+
+def _upload(
+    files: dict[str, Path | bytes],
+    repo_id: str,
+    is_public: bool,
+    message: str,
+    card_lacks: tuple[str, ...],
+    notify: Callable[[str], None],
+) -> Pushed:
+    """Make a commit that adds these files and deletes all others."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    repo = api.create_repo(repo_id, private=not is_public, exist_ok=True).repo_id
+    is_private = bool(api.repo_info(repo).private)
+    if not is_private and not is_public:
+        raise UserError(
+            f"{repo} exists and is public: give `--public` to publish, or name another REPO_ID"
+        )
+    num_bytes = sum(
+        len(content) if isinstance(content, bytes) else content.stat().st_size
+        for content in files.values()
+    )
+    notify(f"{counted(len(files), 'file')}, {num_bytes / 1e6:.1f} MB, uploading to {repo} ...")
+
+    added = [CommitOperationAdd(name, content) for name, content in files.items()]
+    earlier = set(api.list_repo_files(repo)) - {HUBS_OWN, *files}
+    removed = [CommitOperationDelete(name, is_folder=False) for name in sorted(earlier)]
+    commit = api.create_commit(repo, [*added, *removed], commit_message=message)
     return Pushed(
-        commit.commit_url, len(added), num_bytes, len(removed), is_private, missing_keys(_card(run))
+        url=commit.commit_url,
+        num_files=len(added),
+        num_bytes=num_bytes,
+        num_removed=len(removed),
+        is_private=is_private,
+        card_lacks=card_lacks,
     )
 
 
 def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | bytes]]:
     """Yield file names in the repository, each with its local path or its content."""
-    folder = run.root / "final" if what == "final" else run.root / "export" / what
-    if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
-        remedy = (
-            "repeat `qpruner run`"
-            if what == "final"
-            else f"run `qpruner export {run.root} --to {what}`"
-        )
-        raise UserError(f"{run.root} has no {what} model: {remedy}")
-    record = None if what == "final" else read_json(folder / MARK, ExportRecord)
-    if what != "final" and (not record or record.final != run.final_digests()):
-        remedy = f"delete this folder, then repeat `qpruner export {run.root} --to {what}`"
-        raise UserError(
-            f"{folder} was exported from an earlier final model than the card describes: {remedy}"
-        )
+    folder = _folder(run, what)
     yield CARD, with_loading_section(_card(run), _form(folder, what), repo_id).encode()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == ADAPTER:
             # transformers 5.24 loads the base model from this entry; a path on this machine would
             # be useless there.
-            settings = json.loads(path.read_text(encoding="utf-8")) | {
-                "base_model_name_or_path": repo_id
-            }
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["base_model_name_or_path"] = repo_id
             yield ADAPTER, (json.dumps(settings, indent=2) + "\n").encode()
         elif path.is_file() and name not in (CARD, MARK):
             yield name, path
+
+
+def _folder(run: RunDir, what: What) -> Path:
+    """Return the folder to upload; raise `UserError` if it is missing or of an earlier model."""
+    is_final = what == "final"
+    folder = run.root / "final" if is_final else run.root / "export" / what
+    if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
+        remedy = f"run `qpruner export {run.root} --to {what}`"
+        if is_final:
+            remedy = "repeat `qpruner run`"
+        raise UserError(f"{run.root} has no {what} model: {remedy}")
+    if is_final:
+        return folder
+    record = read_json(folder / MARK, ExportRecord)
+    if not record or record.final != run.final_digests():
+        remedy = f"delete this folder, then repeat `qpruner export {run.root} --to {what}`"
+        raise UserError(
+            f"{folder} was exported from an earlier final model than the card describes: {remedy}"
+        )
+    return folder
 
 
 def _card(run: RunDir) -> str:
@@ -146,8 +182,11 @@ def _card(run: RunDir) -> str:
 
 
 def _form(folder: Path, what: What) -> Form:
-    if what != "merged":
-        return "packed" if what == "final" else "peft"
-    if "auto_map" in vars(checkpoint_config(folder)):
+    if what == "final":
+        return "packed"
+    if what == "peft":
+        return "peft"
+    config = checkpoint_config(folder)
+    if "auto_map" in vars(config):
         return "merged with code"
-    return "merged" if checkpoint_config(folder).is_heterogeneous else "merged and plain"
+    return "merged" if config.is_heterogeneous else "merged and plain"

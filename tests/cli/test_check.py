@@ -58,7 +58,10 @@ def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) ->
         "unpacked weights",
     ]
     assert sorted(parts) == sorted(names)
-    training = r"    trial, training +\S+ MB: a step of 4 rows x 64 tokens .*, in the final fine-tune too\n(.*)\n"
+    training = (
+        r"    trial, training +\S+ MB: a step of 4 rows x 64 tokens .*, in the final fine-tune "
+        r"too\n(.*)\n"
+    )
     [line] = re.findall(training, said)
     sizes = {
         name: float(size) for name, size in re.findall(r"((?:unpacked )?\w+) ([\d.]+) MB", line)
@@ -160,8 +163,8 @@ def test_a_running_command_and_an_earlier_cut_are_named(
     with hold_run(tmp_path / "run", print):
         said = check(raw)
     assert (
-        f"warning:     process {os.getpid()} on {socket.gethostname()} works on {tmp_path / 'run'}: `qpruner"
-        in said
+        f"warning:     process {os.getpid()} on {socket.gethostname()} works on "
+        f"{tmp_path / 'run'}: `qpruner" in said
     )
     assert "works on" not in check(raw)
     again = changed(raw, output="again", model__source="run/cuts/cut-20")
@@ -196,7 +199,10 @@ def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: dict[str, Any]) -
     )
     cut = ("--set", "prune.units=[mlp]", "--set", "prune.rate=0.2", "--set", "prune.round_to=32")
     said = check(raw, *cut)
-    which = r"nf4 for 7 groups, not for 1 group \(layers.0.down: \S+: on a CPU bitsandbytes decodes \d+ columns wrongly"
+    which = (
+        r"nf4 for 7 groups, not for 1 group \(layers.0.down: \S+: on a CPU bitsandbytes decodes "
+        r"\d+ columns wrongly"
+    )
     assert re.search(
         rf"^formats: +{which}, .*\); int8 for 8 groups; bf16 for embeddings$", said, re.MULTILINE
     )
@@ -225,7 +231,8 @@ def test_a_plan_is_read_if_the_number_of_blocks_is_known(
     plan.write_text(yaml.safe_dump(all_in("nf4", before)))
     with pytest.raises(
         UserError,
-        match=f"`{next(name for name in before if name not in after)}` is not a group of this model",
+        match=f"`{next(name for name in before if name not in after)}` is not a group of this "
+        "model",
     ):
         preflight.inspect(validate_config(raw))
 

@@ -67,8 +67,8 @@ def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     text = printed("status", run)
     assert "running on" in text and "last sign of life" in text
     assert (
-        "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left\n"
-        in text
+        "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s "
+        "left\n" in text
     )
     assert (
         "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB [848444]" in text
@@ -152,7 +152,10 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
     write_trial(run / "trials" / TRIALS, trial(6, "484844", [], status="running"))
 
     lines = printed("status", run).splitlines()
-    trials = "7 of 20 trials: 3 finished, 1 stopped, 1 failed; 2 begun; about 14 min 30 s left once it goes on"
+    trials = (
+        "7 of 20 trials: 3 finished, 1 stopped, 1 failed; 2 begun; about 14 min 30 s left once it "
+        "goes on"
+    )
     assert trials in lines and "begun         trial 5 (gp), not pruned, step 2/8" in lines
     assert not any("under way" in line or "waiting for" in line for line in lines)
     snapshot = read_snapshot(RunDir(run))
@@ -266,7 +269,8 @@ ALL_4 = dict.fromkeys(GROUPS, "nf4")
         (yaml.safe_dump(dict.fromkeys(GROUPS[1:], "nf4")), "1 of 6 groups are missing: layers.0"),
         (
             "",
-            "must map every group to its format, got an empty file; `qpruner plan RUN` prints a plan",
+            "must map every group to its format, got an empty file; `qpruner plan RUN` prints a "
+            "plan",
         ),
         (
             "[4, 4, 4, 4, 4, 4]",
@@ -375,14 +379,15 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
 
 
 def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
-    """`searched` has the same test questions as the first run, but other questions in its search."""
+    """`searched` has the test questions of the first run, but other questions in its search."""
     on_rows, on_questions = ["confirmation loss"], ["acc", "answer loss"]
     expected: dict[str, tuple[list[str], str]] = {
         "questions": (on_rows, "not distinguishable."),
         "rows": (on_questions, ""),
         "both": (
             [],
-            "nothing to compare, the runs share no training seed, or neither test questions nor confirmation rows.",
+            "nothing to compare, the runs share no training seed, or neither test questions nor "
+            "confirmation rows.",
         ),
         "searched": ([*on_questions, *on_rows], ""),
         "unfinished": ([], "nothing to compare, one of the runs has no final table yet."),
@@ -426,7 +431,8 @@ def test_help_and_status_import_no_heavy_library(over: Path) -> None:
         "from click.testing import CliRunner\nfrom qpruner.cli.main import main\n"
         "assert qpruner.run and qpruner.read_run\n"
         f"for words in {asked}:\n    assert CliRunner().invoke(main, words).exit_code == 0, words\n"
-        "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'ray', 'transformers', 'peft', 'datasets', 'scipy', 'matplotlib'} & "
+        "set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     run_python(code)

@@ -28,8 +28,10 @@ from made_run import planned, trials
 from qpruner.runs import events
 from qpruner.cli.terminal import Terminal
 told = trials()
-begun = [events.StageSkipped("prepare", "48 rows", 3.0), planned(told[:5]), events.StageStarted("search", "20 trials")]
-begun += [events.SlotsFound(2), *map(events.TrialChanged, (told[5], told[3])), events.StepsSeen({5: 3})]
+begun = [events.StageSkipped("prepare", "48 rows", 3.0), planned(told[:5])]
+begun += [events.StageStarted("search", "20 trials")]
+begun += [events.SlotsFound(2), *map(events.TrialChanged, (told[5], told[3]))]
+begun += [events.StepsSeen({5: 3})]
 waiting = told[5].model_copy(update={"index": 9, "rungs": ()})
 begun += [events.TrialChanged(waiting), events.TrialChanged(waiting, is_withdrawn=True)]
 with Terminal(quiet="quiet" in sys.argv) as terminal:

@@ -224,7 +224,10 @@ def test_a_running_driver_gives_a_warning(run: Path, tmp_path: Path) -> None:
         ("generate", copy, "--prompt", PROMPT, "--max-tokens", 2, "--json"),
         ("export", copy, "--to", "peft", "--out", tmp_path / "peft", "--json"),
     )
-    warning = f"warning: process {os.getpid()} on {socket.gethostname()} works on {copy} and may replace its models"
+    warning = (
+        f"warning: process {os.getpid()} on {socket.gethostname()} works on {copy} and may replace "
+        "its models"
+    )
     with hold_run(copy, print):
         for arguments in asked:
             done = command(*arguments)

@@ -37,7 +37,8 @@ def main():
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
     folder, ids, into = json.loads(sys.argv[1])
-    model = LLM(folder, trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=128)
+    options = dict(dtype="float32", enforce_eager=True, max_model_len=128)
+    model = LLM(folder, trust_remote_code=True, **options)
     sampling = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
     (answer,) = model.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
     with open(into, "w") as file:

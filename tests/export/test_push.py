@@ -1,4 +1,4 @@
-"""`qpruner push` to a local hub server: uploaded files, visibility, and what must not be uploaded."""
+"""`qpruner push` to a local hub server: files, visibility, and what must not be uploaded."""
 
 import json
 import re
@@ -21,7 +21,10 @@ from qpruner.export.forms import export
 from qpruner.runs.records import MARK
 from qpruner.runs.run_dir import RunDir
 
-CARD = f"---\nlicense: mit\n---\n\n# mine\n\n{loading_section('packed')}\n## Measured\n\nA note of its owner.\n"
+CARD = (
+    f"---\nlicense: mit\n---\n\n# mine\n\n{loading_section('packed')}\n## Measured\n\nA note of "
+    "its owner.\n"
+)
 REPO = "someone/mine"
 
 
@@ -44,7 +47,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serving() as served:
         changes = {
             "ENDPOINT": served.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": f"{served.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{served.endpoint}/{{repo_id}}/resolve"
+            "/{revision}/{filename}",
             "HF_HUB_CACHE": str(tmp_path / "cache"),
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,

@@ -3,7 +3,6 @@
 Blocks of different widths take `deci`, or `openelm`, which has norms of queries and keys.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -34,9 +33,10 @@ class Widths(NamedTuple):
 def block_widths(config: Any) -> list[Widths]:
     """List the widths of all blocks."""
     key = families()[config.model_type].channels_key
-    each = (config.per_layer_config[index] for index in range(config.num_hidden_layers))
+    blocks = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     return [
-        Widths(one.num_attention_heads, one.num_key_value_heads, getattr(one, key)) for one in each
+        Widths(block.num_attention_heads, block.num_key_value_heads, getattr(block, key))
+        for block in blocks
     ]
 
 
@@ -47,40 +47,42 @@ def head_size(config: Any, block: int = 0) -> int:
 
 def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
     """Return the RoPE parameters of a config, of one type of layer if types differ."""
-    found: dict[str, Any] = config.rope_parameters.get(layer_type, config.rope_parameters)
-    return found
+    parameters: dict[str, Any] = config.rope_parameters
+    of_type: dict[str, Any] = parameters.get(layer_type, parameters)
+    return of_type
 
 
 def query_scale(config: Any, architecture: str) -> float:
-    """Return by how much the attention logits of a Gemma are larger in transformers than in
-    llama.cpp."""
-    is_27b = config.num_hidden_layers == GEMMA_27B[architecture]
-    divisor = config.hidden_size // block_widths(config)[0].heads if is_27b else head_size(config)
+    """Return the scale of a Gemma's attention logits in transformers, relative to llama.cpp's."""
+    divisor = head_size(config)
+    if config.num_hidden_layers == GEMMA_27B[architecture]:
+        divisor = config.hidden_size // block_widths(config)[0].heads
     return float((divisor / config.query_pre_attn_scalar) ** 0.5)
 
 
 def context_length(config: Any) -> int:
-    """Return the longest context that llama.cpp computes alike: it has sliding windows for Gemma
-    only."""
-    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    is_limited = window and (types is None or "sliding_attention" in types)
-    is_limited = is_limited and not config.model_type.startswith("gemma")
-    return (
-        min(config.max_position_embeddings, window)
-        if is_limited
-        else int(config.max_position_embeddings)
-    )
+    """Return the longest context in tokens that llama.cpp computes as transformers does.
+
+    llama.cpp has sliding windows for Gemma only.
+    """
+    longest = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    if not window or config.model_type.startswith("gemma"):
+        return longest
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None or "sliding_attention" in layer_types:
+        return min(longest, int(window))
+    return longest
 
 
 def remark(config: Any) -> str | None:
-    """Say what is lost in the file; None if nothing is."""
-    length, longest = context_length(config), config.max_position_embeddings
+    """Say what is lost in the file; return None if nothing is."""
+    length = context_length(config)
+    longest = config.max_position_embeddings
+    if length >= longest:
+        return None
     why = f"llama.cpp has no sliding window for `{config.model_type}`"
-    return (
-        f"the file states a context of {length} tokens, not {longest}: {why}"
-        if length < longest
-        else None
-    )
+    return f"the file states a context of {length} tokens, not {longest}: {why}"
 
 
 def architecture_of(config: Any, ragged: bool = False) -> str:
@@ -88,44 +90,56 @@ def architecture_of(config: Any, ragged: bool = False) -> str:
 
     `ragged`: blocks will have different widths.
     """
-    family, widths = families()[config.model_type], block_widths(config)
-    alike = not ragged and len(set(widths)) == 1
-    if (
-        alike and family.gguf == "qwen2"
-    ):  # llama.cpp wants square q and o, and no biases but those of q, k and v
-        alike = widths[0].heads * head_size(
-            config
-        ) == config.hidden_size and not _has_output_biases(config)
-    return family.gguf if alike else family.gguf_ragged
+    family = families()[config.model_type]
+    widths = block_widths(config)
+    if ragged or len(set(widths)) > 1:
+        return family.gguf_ragged
+    if family.gguf == "qwen2":
+        # llama.cpp wants square q and o, and no biases but those of q, k and v.
+        is_square = widths[0].heads * head_size(config) == config.hidden_size
+        if not is_square or _has_output_biases(config):
+            return family.gguf_ragged
+    return family.gguf
 
 
 def llama_cpp_format(name: str, columns: int) -> str:
-    """Return the format itself if llama.cpp has it, else that of llama.cpp's formats whose bytes
-    are nearest.
+    """Return the format itself if llama.cpp has it, else llama.cpp's format with the nearest bytes.
 
-    Of two with the same bytes it is the k-quant, the last by name, whose error is smaller: on the
-    pruned SmolLM2's down projections 0.061 for q4_k, 0.089 for q4_0, 0.094 for nf4 (2026-11-29).
+    Of two formats with the same bytes this is the k-quant, the last by name, whose error is
+    smaller: on the pruned SmolLM2's down projections 0.061 for q4_k, 0.089 for q4_0, 0.094 for nf4
+    (2026-11-29).
     """
     return nearest_format(name, columns, lambda each: bool(each.ggml_type))
 
 
 def refusal(config: Any, ragged: bool = False, uniform: str = UNIFORM) -> str | None:
-    """Say why a model cannot be written as a GGUF file, and what would work; None if it can (see
-    `architecture_of`).
+    """Say why a model cannot be written as a GGUF file, and what would work.
 
-    `uniform` says how to prune it so that all blocks have the same widths.
+    Args:
+        config: The config of the model.
+        ragged: Blocks will have different widths (see `architecture_of`).
+        uniform: Says how to prune the model so that all blocks have the same widths.
+
+    Returns:
+        The reason and the remedy, or None if the model can be written.
     """
     family = families().get(config.model_type)
     if family is None or not family.gguf:
         written = "Llama, Mistral, Qwen2, Qwen3 and Gemma"
-        return f"`{config.model_type}` models are not written as GGUF files, only {written} are; {ELSEWHERE}"
+        return (
+            f"`{config.model_type}` models are not written as GGUF files, only {written} are; "
+            f"{ELSEWHERE}"
+        )
     architecture = architecture_of(config, ragged)
     if not architecture:
         return (
             f"llama.cpp loads no `{family.gguf}` model with blocks of different widths; {uniform}"
         )
-    others = (f"{reason}; {ELSEWHERE}" for reason in _reasons(config, architecture))
-    return next(itertools.chain(_width_reasons(config, architecture, uniform), others), None)
+    for reason in _width_reasons(config, architecture, uniform):
+        return reason
+    for reason in _reasons(config, architecture):
+        return f"{reason}; {ELSEWHERE}"
+    return None
 
 
 def _has_output_biases(config: Any) -> bool:
@@ -133,35 +147,52 @@ def _has_output_biases(config: Any) -> bool:
 
 
 def _width_reasons(config: Any, architecture: str, uniform: str) -> Iterator[str]:
-    """Yield what an architecture cannot have, with a remedy: biases of outputs, an untied head,
-    heads of many sizes."""
+    """Yield what an architecture cannot have, with a remedy.
+
+    These are biases of outputs, a head that is not tied to the embeddings, and heads of several
+    sizes.
+    """
     if _has_output_biases(config) and architecture not in LLAMAS:
-        yield f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP outputs; {ELSEWHERE}"
+        yield (
+            f"llama.cpp's architecture `{architecture}` has no biases on attention and MLP "
+            f"outputs; {ELSEWHERE}"
+        )
     if architecture in ("openelm", "gemma2") and not config.tie_word_embeddings:
         remedy = uniform if architecture == "openelm" else ELSEWHERE
-        yield f"llama.cpp's architecture `{architecture}` has no head of its own beside the embeddings; {remedy}"
+        yield (
+            f"llama.cpp's architecture `{architecture}` has no head of its own beside the "
+            f"embeddings; {remedy}"
+        )
     sizes = {head_size(config, block) for block in range(config.num_hidden_layers)}
     if len(sizes) > 1:
-        yield f"its blocks have heads of several sizes ({sorted(sizes)}), llama.cpp loads one; {uniform}"
+        yield (
+            f"its blocks have heads of several sizes ({sorted(sizes)}), llama.cpp loads one; "
+            f"{uniform}"
+        )
 
 
 def _reasons(config: Any, architecture: str) -> Iterator[str]:
     """Yield what llama.cpp would compute differently, whatever the widths."""
-    wanted = ACTIVATIONS.get(architecture, "silu")
-    if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
-        yield f"llama.cpp computes `{wanted}` in its MLP, the model `{found}`"
-    yield from _rope_reasons(
-        architecture, rope_parameters(config), rope_parameters(config, "sliding_attention")
-    )
+    expected = ACTIVATIONS.get(architecture, "silu")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != expected:
+        yield f"llama.cpp computes `{expected}` in its MLP, the model `{activation}`"
+    local = rope_parameters(config, "sliding_attention")
+    yield from _rope_reasons(architecture, rope_parameters(config), local)
     if getattr(config, "use_bidirectional_attention", None):
         yield "its attention looks ahead"
     if architecture == "gemma2":
-        if "sliding_attention" not in config.layer_types:  # llama.cpp aborts (2026-11-29)
-            yield "llama.cpp loads no Gemma 2 in which no block has a sliding window"
-        if None in (config.attn_logit_softcapping, config.final_logit_softcapping):
-            yield "llama.cpp caps the logits of every Gemma 2, this model does not"
-        if abs(query_scale(config, architecture) - 1) > 1e-6:
-            yield f"llama.cpp scales attention otherwise than `query_pre_attn_scalar: {config.query_pre_attn_scalar}`"
+        yield from _gemma2_reasons(config)
+
+
+def _gemma2_reasons(config: Any) -> Iterator[str]:
+    if "sliding_attention" not in config.layer_types:  # llama.cpp aborts (2026-11-29)
+        yield "llama.cpp loads no Gemma 2 in which no block has a sliding window"
+    if None in (config.attn_logit_softcapping, config.final_logit_softcapping):
+        yield "llama.cpp caps the logits of every Gemma 2, this model does not"
+    if abs(query_scale(config, "gemma2") - 1) > 1e-6:
+        scalar = config.query_pre_attn_scalar
+        yield f"llama.cpp scales attention otherwise than `query_pre_attn_scalar: {scalar}`"
 
 
 def _rope_reasons(architecture: str, rope: dict[str, Any], local: dict[str, Any]) -> Iterator[str]:

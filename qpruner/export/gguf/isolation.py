@@ -1,5 +1,7 @@
-"""Run a generator function in a process of its own, so that a crash of llama.cpp is an error like
-others."""
+"""Run a generator function in a process of its own.
+
+A crash of llama.cpp there is an error like others.
+"""
 
 import importlib
 import os
@@ -15,33 +17,20 @@ from typing import IO, Any, TypeVar
 from qpruner.errors import QprunerError, StageError
 
 T = TypeVar("T")
-REMEDY = "repeat the command; if it happens again, report it with the file and the version of `xllamacpp`"
+REMEDY = (
+    "repeat the command; if it happens again, report it with the file and the version of "
+    "`xllamacpp`"
+)
 
 
 def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
-    """Yield what a generator function of a module yields in a new interpreter, and raise what it
-    raises."""
-    # Not multiprocessing: its children import the user's script again.
-    paths = os.pathsep.join(map(os.path.abspath, sys.path))
-    environment = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
+    """Yield what a generator function of a module yields in a new interpreter.
+
+    An error that it raises there is raised here; a crash becomes a `StageError`.
+    """
     reading, writing = os.pipe()
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        __name__,
-        str(writing),
-    ]  # -P: no `random.py` of the current folder
     with open(reading, "rb") as answers, tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(  # noqa: S603
-            command,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=[writing],
-            env=environment,
-        )
-        os.close(writing)
+        child = _start(writing, output)
         try:
             assert child.stdin
             with child.stdin:
@@ -60,18 +49,33 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
             child.wait()
 
 
+def _start(writing: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a new interpreter that runs `_serve` and answers through the pipe `writing`."""
+    # Not multiprocessing: its children import the user's script again.
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    # -P: no `random.py` of the current folder.
+    command = [sys.executable, "-P", "-m", __name__, str(writing)]
+    child = subprocess.Popen(  # noqa: S603
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        pass_fds=[writing],
+        env={**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"},
+    )
+    os.close(writing)
+    return child
+
+
 def _died(status: int, output: IO[bytes]) -> StageError:
-    how = (
-        f"was ended by {signal.Signals(-status).name}"
-        if status < 0
-        else f"ended with exit code {status}"
-    )
+    end = f"ended with exit code {status}"
+    if status < 0:
+        end = f"was ended by {signal.Signals(-status).name}"
     output.seek(0)
-    lines = output.read().decode(errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    return StageError(
-        "export", f"the process that runs llama.cpp {how}{last and f': {last.strip()}'}", REMEDY
-    )
+    lines = [line.strip() for line in output.read().decode(errors="replace").split("\n")]
+    printed = [line for line in lines if line]
+    last = f": {printed[-1]}" if printed else ""
+    return StageError("export", f"the process that runs llama.cpp {end}{last}", REMEDY)
 
 
 def _serve(descriptor: int) -> None:

@@ -34,7 +34,7 @@ INSTALL = 'run `pip install "qpruner[gguf]"`'
 
 
 class _Parameters(ctypes.Structure):
-    """Parameters of a model or context, larger than those of any build (200 bytes in October 2026)."""
+    """Parameters of a model or context, larger than in any build (200 bytes in October 2026)."""
 
     _fields_ = [("fields", ctypes.c_uint32 * 256)]
 
@@ -44,21 +44,21 @@ class _Batch(ctypes.Structure):
 
     _fields_ = [
         ("n_tokens", ctypes.c_int32),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")
-        ),
+        ("token", ctypes.c_void_p),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.c_void_p),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
     ]
 
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_P, _I, _S, _B, _F = (
-    ctypes.c_void_p,
-    ctypes.c_int32,
-    ctypes.c_char_p,
-    ctypes.c_bool,
-    ctypes.POINTER(ctypes.c_float),
-)
+_P = ctypes.c_void_p
+_I = ctypes.c_int32
+_S = ctypes.c_char_p
+_B = ctypes.c_bool
+_F = ctypes.POINTER(ctypes.c_float)
 # Name: result, arguments.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_backend_init": (None,),
@@ -94,20 +94,22 @@ class _Library:
     def __init__(self, path: Path) -> None:
         try:
             library = ctypes.CDLL(str(path))
-            self.functions = {name: getattr(library, name) for name in _FUNCTIONS}
+            functions = {name: getattr(library, name) for name in _FUNCTIONS}
         except (OSError, AttributeError) as error:
             raise UserError(
                 f"{path} is not a library of llama.cpp that can be used: {error}; {INSTALL}"
             ) from error
-        self.functions |= {
-            name: getattr(library, name) for name in _OPTIONAL if hasattr(library, name)
-        }
-        for name, function in self.functions.items():
+        for name in _OPTIONAL:
+            if hasattr(library, name):
+                functions[name] = getattr(library, name)
+        for name, function in functions.items():
             function.restype, *function.argtypes = (_FUNCTIONS | _OPTIONAL)[name]
+
+        self.functions = functions
         self.errors = deque[str](maxlen=3)
         self._log = _LOG(self._keep)  # must live as long as the library may call it
         self.call("llama_log_set", self._log, None)
-        if "ggml_backend_load_all_from_path" in self.functions:
+        if "ggml_backend_load_all_from_path" in functions:
             self.call("ggml_backend_load_all_from_path", str(path.parent).encode())
         self.call("llama_backend_init")
 
@@ -125,31 +127,32 @@ _library = cache(_Library)
 def library_path() -> Path:
     """Return the library in the package `xllamacpp`; raise `UserError` if it is not installed."""
     spec = importlib.util.find_spec("xllamacpp")
-    folders = (spec and spec.submodule_search_locations) or []
-    if not (found := [path for folder in folders for path in Path(folder).glob("xllamacpp*.so")]):
-        raise UserError(
-            f"llama.cpp is needed to check GGUF files, and the package `xllamacpp` is missing: {INSTALL}"
-        )
-    return found[0]
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        for path in Path(folder).glob("xllamacpp*.so"):
+            return path
+    raise UserError(
+        "llama.cpp is needed to check GGUF files, and the package `xllamacpp` is missing: "
+        f"{INSTALL}"
+    )
 
 
 def build() -> str:
     """Name the build of llama.cpp: the package, and the versions that the library tells."""
-    library, parts = (
-        _library(library_path()),
-        [f"xllamacpp {importlib.metadata.version('xllamacpp')}"],
-    )
+    library = _library(library_path())
+    parts = [f"xllamacpp {importlib.metadata.version('xllamacpp')}"]
     for name in ("llama", "ggml"):
         if f"{name}_version" in library.functions:
-            parts.append(f"{name} {library.call(f'{name}_version').decode()}")
+            version = library.call(f"{name}_version").decode()
+            parts.append(f"{name} {version}")
     return ", ".join(parts)
 
 
 class Llama:
-    """A model in llama.cpp, perhaps with a LoRA adapter, and a context for one sequence of at most
-    `context_length`.
+    """A model in llama.cpp, perhaps with a LoRA adapter, and a context for one sequence.
 
-    Raise `StageError` if llama.cpp refuses a file; the message has its own last errors.
+    The sequence has at most `context_length` tokens. Raise `StageError` if llama.cpp refuses a
+    file; the message has llama.cpp's own last errors.
     """
 
     def __init__(
@@ -160,35 +163,38 @@ class Llama:
         context_length: int = BATCH,
     ) -> None:
         self._library = _library(library_path())
-        self._call, self._next = self._library.call, 0
+        self._call = self._library.call
+        self._next = 0
         for file in (model, adapter):
             if file and not file.is_file():
                 raise UserError(f"{file} is not a file: name a GGUF file")
         self._library.errors.clear()
+
         with ExitStack() as stack:
             parameters = self._call("llama_model_default_params")
-            loaded = self._made(
-                f"load {model}", "llama_model_load_from_file", bytes(model), parameters
-            )
-            stack.callback(
-                self._call, "llama_model_free", loaded
-            )  # the adapter goes with its model
+            what = f"load {model}"
+            loaded = self._made(what, "llama_model_load_from_file", bytes(model), parameters)
+            # The adapter goes with its model.
+            stack.callback(self._call, "llama_model_free", loaded)
+
             parameters = self._call("llama_context_default_params")
             parameters.fields[:3] = context_length, BATCH, BATCH
             self._context = self._made(f"run {model}", "llama_init_from_model", loaded, parameters)
             stack.callback(self._call, "llama_free", self._context)
             self._call("llama_set_n_threads", self._context, threads, threads)
             if adapter:
-                what = f"load the adapter {adapter}"
-                pointer = ctypes.c_void_p(
-                    self._made(what, "llama_adapter_lora_init", loaded, bytes(adapter))
-                )
-                scale = ctypes.c_float(1.0)
-                arrays = ctypes.byref(pointer), 1, ctypes.byref(scale)
-                self._done(what, "llama_set_adapters_lora", self._context, *arrays)
+                self._attach(adapter, loaded)
+
             self._vocab: int = self._call("llama_model_get_vocab", loaded)
             self.vocab_size: int = self._call("llama_vocab_n_tokens", self._vocab)
             self._resources = stack.pop_all()
+
+    def _attach(self, adapter: Path, model: int) -> None:
+        what = f"load the adapter {adapter}"
+        loaded = self._made(what, "llama_adapter_lora_init", model, bytes(adapter))
+        pointer = ctypes.byref(ctypes.c_void_p(loaded))
+        scale = ctypes.byref(ctypes.c_float(1.0))
+        self._done(what, "llama_set_adapters_lora", self._context, pointer, 1, scale)
 
     def __enter__(self) -> Llama:
         return self
@@ -198,54 +204,67 @@ class Llama:
 
     def _made(self, what: str, name: str, *arguments: Any) -> int:
         """Call a function that returns a pointer."""
-        if pointer := self._call(name, *arguments):
-            return int(pointer)
-        raise self._error(what)
+        pointer = self._call(name, *arguments)
+        if not pointer:
+            raise self._error(what)
+        return int(pointer)
 
     def _done(self, what: str, name: str, *arguments: Any) -> None:
         """Call a function that returns 0 if it worked."""
-        if status := self._call(name, *arguments):
+        status = self._call(name, *arguments)
+        if status:
             raise self._error(f"{what} (status {status})")
 
     def _error(self, what: str) -> StageError:
         reason = "; ".join(self._library.errors) or "it gives no reason"
-        return StageError(
-            "export",
-            f"llama.cpp cannot {what}: {reason}",
-            "write the file again: repeat the command",
-        )
+        remedy = "write the file again: repeat the command"
+        return StageError("export", f"llama.cpp cannot {what}: {reason}", remedy)
 
     def tokens(self, text: str, add_special: bool = False) -> list[int]:
-        """Tokenize a text with the special tokens that are written in it; add those of begin and
-        end if asked."""
+        """Tokenize a text with the special tokens that are written in it.
+
+        With `add_special`, the tokens of its begin and end are added.
+        """
         encoded = text.encode()
         ids = numpy.empty(len(encoded) + 8, numpy.int32)
-        places = (encoded, len(encoded), ids.ctypes.data, len(ids))
-        count = self._call("llama_tokenize", self._vocab, *places, add_special, True)
+        parses_special = True
+        count = self._call(
+            "llama_tokenize",
+            self._vocab,
+            encoded,
+            len(encoded),
+            ids.ctypes.data,
+            len(ids),
+            add_special,
+            parses_special,
+        )
         if count < 0:
             raise self._error(f"tokenize {text[:40]!r}")
-        found: list[int] = ids[:count].tolist()
-        return found
+        tokens: list[int] = ids[:count].tolist()
+        return tokens
 
     def logits(self, ids: Sequence[int], wanted: Any = None) -> numpy.ndarray:
-        """Return logits float32 ``(positions, vocabulary)`` of a new sequence, at all positions or
-        those `wanted`."""
+        """Compute the logits of a new sequence, float32 ``(positions, vocabulary)``.
+
+        `wanted` has a flag for each token and selects positions; without it they are computed at
+        all.
+        """
+        flags = numpy.ones(len(ids), numpy.int8)
+        if wanted is not None:
+            flags = numpy.asarray(wanted, numpy.int8)
         self._restart()
-        flags = (
-            numpy.ones(len(ids), numpy.int8)
-            if wanted is None
-            else numpy.asarray(wanted, numpy.int8)
-        )
         return numpy.concatenate(list(self._passes(ids, flags)))
 
     def loss(self, ids: Sequence[int], labels: Sequence[int]) -> tuple[float, int]:
-        """Return the sum of losses of a new sequence in nats, and the number of its tokens with a
-        label (0 or more)."""
+        """Return the summed losses of a new sequence in nats, and the number of labelled tokens.
+
+        A token has a label if that is 0 or more.
+        """
         next_labels = numpy.append(numpy.asarray(labels)[1:], -1)
-        wanted = next_labels >= 0
-        found = log_softmax(self.logits(ids, wanted), axis=1)
-        losses = -numpy.take_along_axis(found, next_labels[wanted][:, None], 1)
-        return float(losses.sum(dtype=numpy.float64)), int(wanted.sum())
+        is_labelled = next_labels >= 0
+        logits = self.logits(ids, is_labelled)
+        losses = -_taken(log_softmax(logits, axis=1), next_labels[is_labelled])
+        return float(losses.sum(dtype=numpy.float64)), int(is_labelled.sum())
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Read a new sequence."""
@@ -257,30 +276,31 @@ class Llama:
 
     def decode(self, num_tokens: int) -> list[int]:
         """Continue what `prefill` read by the most likely tokens, one at a time."""
-        found = list[int]()
+        tokens = list[int]()
+        flags = numpy.ones(1, numpy.int8)
         for _ in range(num_tokens):
-            found.append(self._next)
-            (logits,) = self._passes(found[-1:], numpy.ones(1, numpy.int8))
+            tokens.append(self._next)
+            (logits,) = self._passes(tokens[-1:], flags)
             self._next = int(logits[0].argmax())
-        return found
+        return tokens
 
     def _restart(self) -> None:
         self._call("llama_memory_clear", self._call("llama_get_memory", self._context), True)
 
     def _passes(self, ids: Sequence[int], flags: numpy.ndarray) -> Iterator[numpy.ndarray]:
-        """Append tokens to the sequence, and yield the logits at the flagged positions of each
-        batch."""
+        """Append tokens to the sequence, and yield the logits at flagged positions, by batch."""
         tokens = numpy.asarray(ids, numpy.int32)
         for start in range(0, len(ids), BATCH):
-            part, asked = (
-                tokens[start : start + BATCH],
-                numpy.ascontiguousarray(flags[start : start + BATCH]),
-            )
-            batch = _Batch(len(part), token=part.ctypes.data, logits=asked.ctypes.data)
+            end = start + BATCH
+            part = tokens[start:end]
+            flags_of_part = numpy.ascontiguousarray(flags[start:end])
+            batch = _Batch(len(part), token=part.ctypes.data, logits=flags_of_part.ctypes.data)
             self._done(f"read {len(part)} tokens", "llama_decode", self._context, batch)
-            if count := int(asked.sum()):
-                found = self._call("llama_get_logits", self._context)
-                yield numpy.ctypeslib.as_array(found, (count, self.vocab_size)).copy()
+            count = int(flags_of_part.sum())
+            if count:
+                logits = self._call("llama_get_logits", self._context)
+                shape = (count, self.vocab_size)
+                yield numpy.ctypeslib.as_array(logits, shape).copy()
 
 
 def predictions(
@@ -292,12 +312,22 @@ def predictions(
 ) -> Iterator[Any]:
     """Yield the name of the build, then what `compare.Predictions` names for each row."""
     yield build()
-    with Llama(model, adapter, threads, max(map(len, rows))) as llama:
+    longest = max(map(len, rows))
+    with Llama(model, adapter, threads, longest) as llama:
         for row in rows:
-            found = log_softmax(llama.logits(row)[:-1], axis=1)
-            ids = numpy.argpartition(-found, num_likeliest, axis=1)[:, :num_likeliest]
-            ids = numpy.take_along_axis(
-                ids, numpy.take_along_axis(-found, ids, 1).argsort(axis=1), 1
-            )
-            actual = numpy.take_along_axis(found, numpy.asarray(row[1:])[:, None], 1)[:, 0]
-            yield ids, numpy.take_along_axis(found, ids, 1), actual
+            log_probabilities = log_softmax(llama.logits(row)[:-1], axis=1)
+            ids = _likeliest(log_probabilities, num_likeliest)
+            likeliest = numpy.take_along_axis(log_probabilities, ids, 1)
+            yield ids, likeliest, _taken(log_probabilities, numpy.asarray(row[1:]))
+
+
+def _likeliest(log_probabilities: numpy.ndarray, number: int) -> numpy.ndarray:
+    """Return the ids ``(positions, number)`` of the likeliest tokens, in order."""
+    ids = numpy.argpartition(-log_probabilities, number, axis=1)[:, :number]
+    order = numpy.take_along_axis(-log_probabilities, ids, 1).argsort(axis=1)
+    return numpy.take_along_axis(ids, order, 1)
+
+
+def _taken(log_probabilities: numpy.ndarray, ids: numpy.ndarray) -> numpy.ndarray:
+    """Take the log-probability of one token at each position."""
+    return numpy.take_along_axis(log_probabilities, ids[:, None], 1)[:, 0]

@@ -19,14 +19,22 @@ from qpruner.errors import UserError
 INSTEAD = "`--to merged` keeps the tokenizer as it is"
 GPT_2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 """The regular expression of the pre-tokenizer `ByteLevel`."""
+SPACE_TO_SIGN = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SPLIT_AT_SPACES = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+"""A step that has no effect after `SPACE_TO_SIGN`, as no space is left."""
 TAKING_SPACES = ("lstrip", "rstrip", "single_word")
 """Keys of added tokens that take the spaces around them, which a GGUF file cannot say."""
 DIGITS = "\\p{N}"
 _WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 _UPPER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
 _LOWER = "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
-_SIGN = "[^\\r\\n\\p{L}\\p{N}]?"
-_BY_CASE = f"{_SIGN}{_UPPER}*{_LOWER}+|{_SIGN}{_UPPER}+{_LOWER}*"
+_NO_LETTER = "[^\\r\\n\\p{L}\\p{N}]?"
+_BY_CASE = f"{_NO_LETTER}{_UPPER}*{_LOWER}+|{_NO_LETTER}{_UPPER}+{_LOWER}*"
 _SPACES = "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT_2,), False): "gpt-2",
@@ -42,15 +50,14 @@ NO_CHATS = "texts that are no chat: begin them with a space"
 """What differs if a tokenizer with a chat template puts a space before the first word only."""
 
 _SPECIAL = """
-    </s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos>
-    <fim-middle> <fim-pad> <fim-prefix> <fim-repo> <fim-suffix> <fim_middle> <fim_pad>
-    <fim_prefix> <fim_suffix> <reponame> <turn|> <|calls|> <|call|> <|channel|> <|code_middle|>
-    <|code_prefix|> <|code_suffix|> <|constrain|> <|end_of_text|> <|endoftext|> <|end|>
-    <|eom_id|> <|eot_id|> <|file_sep|> <|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|>
-    <|fim_suffix|> <|flush|> <|im_end|> <|message|> <|middle|> <|prefix|> <|repo_name|>
-    <|return|> <|start|> <|suffix|> <|tool_response> <\uff5cend▁of▁sentence\uff5c>
-    <\uff5cfim▁begin\uff5c> <\uff5cfim▁end\uff5c> <\uff5cfim▁hole\uff5c> [EOS] [EOT] [PAD] [e~[
-    _<EOT> ▁<MID> ▁<PRE> ▁<SUF>
+    </s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle>
+    <fim-pad> <fim-prefix> <fim-repo> <fim-suffix> <fim_middle> <fim_pad> <fim_prefix>
+    <fim_suffix> <reponame> <turn|> <|calls|> <|call|> <|channel|> <|code_middle|> <|code_prefix|>
+    <|code_suffix|> <|constrain|> <|end_of_text|> <|endoftext|> <|end|> <|eom_id|> <|eot_id|>
+    <|file_sep|> <|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|> <|fim_suffix|> <|flush|>
+    <|im_end|> <|message|> <|middle|> <|prefix|> <|repo_name|> <|return|> <|start|> <|suffix|>
+    <|tool_response> <\uff5cend▁of▁sentence\uff5c> <\uff5cfim▁begin\uff5c> <\uff5cfim▁end\uff5c>
+    <\uff5cfim▁hole\uff5c> [EOS] [EOT] [PAD] [e~[ _<EOT> ▁<MID> ▁<PRE> ▁<SUF>
 """
 TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 """What llama.cpp takes for one token wherever it is written, if a token has this text
@@ -60,35 +67,42 @@ TAKEN_FOR_SPECIAL = frozenset(_SPECIAL.split())
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, stops: Iterable[int] = ()
 ) -> dict[str, Any]:
-    """Translate a tokenizer for llama.cpp, as values for the writer's methods.
+    """Translate a tokenizer for llama.cpp.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        vocab_size: Number of rows of the embeddings.
+        stops: Ids at which generation ends, beside the tokenizer's own.
+
+    Returns:
+        The values for the methods `add_<key>` of the writer.
 
     Raises:
-        UserError: llama.cpp cannot do what the tokenizer does.
+        UserError: llama.cpp has no such tokenizer.
     """
     definition = backend(tokenizer)
-    is_spm = definition["model"]["byte_fallback"]
-    added = definition["added_tokens"]
-    taking_spaces = [token["content"] for token in added if any(map(token.get, TAKING_SPACES))]
-    if taking_spaces:
-        raise _unknown("added_tokens", taking_spaces, f"those without {', '.join(TAKING_SPACES)}")
-    _check_bytes(definition, is_spm)
+    _check_added_tokens(definition)
+    _check_bytes(definition)
     special, adds = _special(tokenizer, stops)
     tokens, types = _tokens(tokenizer, definition, vocab_size, set(special.values()))
-    values: dict[str, Any] = {name: value for name, value in special.items() if value < vocab_size}
+
+    values: dict[str, Any] = {key: token for key, token in special.items() if token < vocab_size}
     values |= adds
     values["token_list"] = tokens
     values["token_types"] = types
-    template = tokenizer.chat_template
-    if is_spm:
+    if definition["model"]["byte_fallback"]:
         where = space_prefix(definition)
+        is_first = where == "first" and not tokenizer.chat_template
         values["tokenizer_model"] = "llama"
         values["tokenizer_pre"] = "default"
-        values["add_space_prefix"] = where == "always" or (where == "first" and not template)
+        values["add_space_prefix"] = where == "always" or is_first
         values["token_scores"] = _scores(definition, tokens)
     else:
         values["tokenizer_model"] = "gpt2"
         values["tokenizer_pre"] = pre_tokenizer(definition)
         values["token_merges"] = [" ".join(pair) for pair in _merges(definition)]
+
+    template = tokenizer.chat_template
     if isinstance(template, Mapping):
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
@@ -96,10 +110,20 @@ def vocabulary(
     return values
 
 
-def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the definition that is really used.
+def _check_added_tokens(definition: Mapping[str, Any]) -> None:
+    odd = [
+        token["content"]
+        for token in definition["added_tokens"]
+        if any(token.get(key) for key in TAKING_SPACES)
+    ]
+    if odd:
+        raise _unknown("added_tokens", odd, f"those without {', '.join(TAKING_SPACES)}")
 
-    It may differ from the file, because transformers builds some tokenizers anew as it loads them.
+
+def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the definition of a tokenizer that is really used.
+
+    transformers builds some tokenizers anew when it loads them.
     """
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
@@ -109,60 +133,54 @@ def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         )
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
-    for key in ("type", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if (model.get(key) or None) not in (None, "BPE"):
-            raise _unknown(
-                f"model.{key}",
-                model[key],
-                "byte-level BPE, and BPE with byte fallback (Llama 2, Gemma)",
-            )
+    known = "byte-level BPE, and BPE with byte fallback (Llama 2, Gemma)"
+    if model.get("type") not in (None, "", "BPE"):
+        raise _unknown("model.type", model["type"], known)
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise _unknown(f"model.{key}", model[key], known)
     model["byte_fallback"] = model.get("byte_fallback", False)
     return definition
 
 
 def pre_tokenizer(definition: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a byte-level BPE."""
-    if _flat(definition["normalizer"], "normalizers") not in ([], [{"type": "NFC"}]):
+    normalizers = _flat(definition["normalizer"], "normalizers")
+    if normalizers not in ([], [{"type": "NFC"}]):
         raise _unknown("normalizer", definition["normalizer"], "none, and NFC")
+
     steps = _flat(definition["pre_tokenizer"], "pretokenizers")
-    expressions = tuple(expression for step in steps for expression in _expressions(step))
-    key = (expressions, bool(definition["model"].get("ignore_merges")))
-    places = [place for place, step in enumerate(steps) if step["type"] == "ByteLevel"]
-    if key not in PRE_TOKENIZERS or places != [len(steps) - 1]:
-        raise _unknown(
-            "pre_tokenizer", [*steps, {"ignore_merges": key[1]}], ", ".join(PRE_TOKENIZERS.values())
-        )
-    return PRE_TOKENIZERS[key]
+    expressions: list[str] = []
+    for step in steps:
+        expressions += _expressions(step)
+    ignores_merges = bool(definition["model"].get("ignore_merges"))
+    name = PRE_TOKENIZERS.get((tuple(expressions), ignores_merges))
+
+    is_byte_level = [step["type"] == "ByteLevel" for step in steps]
+    if name is None or not is_byte_level[-1] or is_byte_level.count(True) > 1:
+        found = [*steps, {"ignore_merges": ignores_merges}]
+        raise _unknown("pre_tokenizer", found, ", ".join(PRE_TOKENIZERS.values()))
+    return name
 
 
 def space_prefix(definition: Mapping[str, Any]) -> str:
     """Return where a BPE with byte fallback puts a space before text.
 
-    Returns:
-        `always`, `never`, or `first`: at the start only.
+    This is `always`, `never`, or `first` (at the start only).
     """
-    steps = [
-        _flat(definition["normalizer"], "normalizers"),
-        _flat(definition["pre_tokenizer"], "pretokenizers"),
-    ]
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    # Without effect, as no space is left.
-    split = {
-        "type": "Split",
-        "pattern": {"String": " "},
-        "behavior": "MergedWithPrevious",
-        "invert": False,
-    }
-    match steps:
-        case [[{"type": "Prepend", "prepend": "▁"}, last], []] if last == space:
-            return "always"
-        case [[only], rest] if only == space and rest in ([], [split]):
-            return "never"
+    normalizers = _flat(definition["normalizer"], "normalizers")
+    pre_tokenizers = _flat(definition["pre_tokenizer"], "pretokenizers")
+    if normalizers == [{"type": "Prepend", "prepend": "▁"}, SPACE_TO_SIGN] and not pre_tokenizers:
+        return "always"
+    if normalizers == [SPACE_TO_SIGN] and pre_tokenizers in ([], [SPLIT_AT_SPACES]):
+        return "never"
+    match [normalizers, pre_tokenizers]:
         case [
             [],
             [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}],
         ]:
             return str(scheme)
+    steps = [normalizers, pre_tokenizers]
     raise _unknown("normalizer and pre_tokenizer", steps, "those of Llama 2, Mistral and Gemma")
 
 
@@ -199,12 +217,15 @@ def differing_texts(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """Return the ids that end a generation, by `generation_config.json` or else `config.json`."""
+    """Return the ids at which generation ends.
+
+    They are in `generation_config.json`, or else in `config.json`.
+    """
     for name in ("generation_config.json", "config.json"):
         file = folder / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
+        ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
     return []
 
 
@@ -217,37 +238,30 @@ def _unknown(key: str, value: Any, known: str) -> UserError:
 
 
 def _flat(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """List the steps of a normalizer or pre-tokenizer, those of nested sequences included."""
     if step is None:
         return []
-    return (
-        [each for inner in step[key] for each in _flat(inner, key)]
-        if step["type"] == "Sequence"
-        else [step]
-    )
+    if step["type"] != "Sequence":
+        return [step]
+    steps: list[Mapping[str, Any]] = []
+    for inner in step[key]:
+        steps += _flat(inner, key)
+    return steps
 
 
 def _expressions(step: Mapping[str, Any]) -> list[str]:
     match step:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": uses}:
-            return [GPT_2] if uses else []
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return [GPT_2]
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+            return []
         case {"type": "Digits", "individual_digits": True}:
             return [DIGITS]
-        # Every expression above matches all of a text, so that nothing lies between what it
-        # matches.
-        case {
-            "type": "Split",
-            "pattern": {"Regex": expression},
-            "behavior": "Isolated",
-            "invert": False,
-        }:
-            return [expression]
-        case {
-            "type": "Split",
-            "pattern": {"Regex": expression},
-            "behavior": "Removed",
-            "invert": True,
-        }:
-            return [expression]
+        case {"type": "Split", "pattern": {"Regex": expression}}:
+            # Every expression above matches all of a text, so that nothing lies between what it
+            # matches.
+            if (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True)):
+                return [expression]
     return [json.dumps(step)]
 
 
@@ -267,47 +281,51 @@ def _tokens(
     def is_lost(text: str) -> bool:
         """Return True for a plain token that no text becomes, but that llama.cpp would find.
 
-        Qwen's `</s>` is one.
+        The token `</s>` of Qwen is one.
         """
         if text not in TAKEN_FOR_SPECIAL or text in added or known[text] in special:
             return False
-        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return known[text] not in ids
+        encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return known[text] not in encoded.ids
 
     for text, index in known.items():
         if index < vocab_size and not is_lost(text):
             is_byte = is_spm and len(text) == 6 and text.startswith("<0x")
             tokens[index] = text
             types[index] = TokenType.BYTE if is_byte else TokenType.NORMAL
+
     for token in definition["added_tokens"]:
         index = token["id"]
         text = token["content"]
-        # Gemma 3 has a token for pictures that its embedding lacks. With the sign of a space only
-        # plain tokens are printed as a space.
-        if index < vocab_size and (token["special"] or not is_spm or "▁" not in text):
-            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-            tokens[index] = text
-            types[index] = TokenType.UNKNOWN if is_spm and text == "<unk>" else kind
-    if len(set(tokens)) != len(tokens):
-        twice = sorted(token for token, count in Counter(tokens).items() if count > 1)[:5]
-        raise _unknown("tokens", twice, "those that occur once")
+        # Gemma 3 has a token for pictures that its embedding lacks.
+        if index >= vocab_size:
+            continue
+        # With the sign of a space only plain tokens are printed as a space.
+        if not token["special"] and is_spm and "▁" in text:
+            continue
+        tokens[index] = text
+        types[index] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        if is_spm and text == "<unk>":
+            types[index] = TokenType.UNKNOWN
+
+    twice = sorted(text for text, count in Counter(tokens).items() if count > 1)
+    if twice:
+        raise _unknown("tokens", twice[:5], "those that occur once")
     return tokens, types
 
 
-def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
-    """Raise an error if bytes have no token, but texts with them get tokens.
+def _check_bytes(definition: Mapping[str, Any]) -> None:
+    """Refuse a byte without a token if the tokenizer has an unknown token.
 
-    Without an unknown token, the tokenizer and llama.cpp both leave such a byte out: the tokenizer
-    of SmolLM2 lacks 12.
+    Without one, both programs leave such a byte out: the tokenizer of SmolLM2 lacks 12.
     """
-    known = definition["model"]["vocab"]
-    missing = []
-    if is_spm:
-        for byte in range(256):
-            name = f"<0x{byte:02X}>"
-            if name not in known and chr(byte) not in known:
-                missing.append(name)
-    elif definition["model"]["unk_token"]:
+    model = definition["model"]
+    known = model["vocab"]
+    missing: list[str] = []
+    if model["byte_fallback"]:
+        names = {f"<0x{byte:02X}>": chr(byte) for byte in range(256)}
+        missing = [name for name, text in names.items() if name not in known and text not in known]
+    elif model["unk_token"]:
         from tokenizers.pre_tokenizers import ByteLevel
 
         missing = sorted(set(ByteLevel.alphabet()) - set(known))
@@ -316,10 +334,8 @@ def _check_bytes(definition: Mapping[str, Any], is_spm: bool) -> None:
 
 
 def _merges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
-        for pair in definition["model"]["merges"]
-    ]
+    merges = definition["model"]["merges"]
+    return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in merges]
 
 
 def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
@@ -327,23 +343,19 @@ def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]
 
     llama.cpp joins the pair whose token has the highest score.
     """
-    rank: dict[str, int] = {}
     known = definition["model"]["vocab"]
     merges = _merges(definition)
+    rank: dict[str, int] = {}
     for left, right in merges:
         rank.setdefault(left + right, len(rank))
 
     merged = set(merges)
     for text in known:
         for at in range(1, len(text)):
-            left = text[:at]
-            right = text[at:]
-            if left in known and right in known and (left, right) not in merged:
-                raise _unknown(
-                    "model.merges",
-                    {"lacks": (left, right)},
-                    "those with every pair of tokens that make a token",
-                )
+            pair = (text[:at], text[at:])
+            if pair not in merged and pair[0] in known and pair[1] in known:
+                needed = "those with every pair of tokens that make a token"
+                raise _unknown("model.merges", {"lacks": pair}, needed)
     return [-float(rank.get(token, len(rank))) for token in tokens]
 
 
@@ -352,26 +364,33 @@ def _special(
 ) -> tuple[dict[str, int], dict[str, bool]]:
     """Return special ids, and whether texts get a first and a last token.
 
-    Both follow from what the tokenizer does with a text.
+    Both are taken from what the tokenizer does with a text.
     """
     around = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
     text = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
-    at = next(index for index in range(len(around)) if around[index : index + len(text)] == text)
-    before = around[:at]
-    after = around[at + len(text) :]
+    starts = [index for index in range(len(around)) if around[index : index + len(text)] == text]
+    before = around[: starts[0]]
+    after = around[starts[0] + len(text) :]
     if len(before) > 1 or len(after) > 1:
         raise _unknown("post_processor", around, "one token before a text and one after it")
-    candidates = (*after, tokenizer.eos_token_id, *stops)
-    ends = list(dict.fromkeys(token for token in candidates if token is not None))
+
+    ends = _without_none([*after, tokenizer.eos_token_id, *stops])
     if not ends:
         raise UserError(
             f"the tokenizer has no `eos_token`, so llama.cpp would never stop: set one; {INSTEAD}"
         )
-    ids = dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False))
+    special: dict[str, int] = dict(
+        zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False)
+    )
     # Without one, llama.cpp takes token 11; this one is not put before texts.
-    beginnings = (*before, tokenizer.bos_token_id, ends[0])
-    ids["bos_token_id"] = next(token for token in beginnings if token is not None)
-    ids["unk_token_id"] = tokenizer.unk_token_id
-    ids["pad_token_id"] = tokenizer.pad_token_id
-    special = {name: token for name, token in ids.items() if token is not None}
+    special["bos_token_id"] = _without_none([*before, tokenizer.bos_token_id, ends[0]])[0]
+    if tokenizer.unk_token_id is not None:
+        special["unk_token_id"] = tokenizer.unk_token_id
+    if tokenizer.pad_token_id is not None:
+        special["pad_token_id"] = tokenizer.pad_token_id
     return special, {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+
+
+def _without_none(ids: Iterable[int | None]) -> list[int]:
+    """List ids in order, each once."""
+    return list(dict.fromkeys(token for token in ids if token is not None))

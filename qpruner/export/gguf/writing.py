@@ -36,15 +36,20 @@ from qpruner.runs.storage import retry_storage
 
 FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_S"}
 """Names of file types other than `MOSTLY_` and the type of most weights."""
-QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+TYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+QUERY = "self_attn.q_proj"
+KEY = "self_attn.k_proj"
+QKV = (QUERY, KEY, "self_attn.v_proj")
 PADDED = 4
 """Fused q, k and v have an adapter of this many times the rank, of which three parts are used.
 llama.cpp divides alpha by the rank, so B is multiplied by as much, and by 4 no bit is lost."""
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: its bytes, as a numpy array ``(rows, bytes)``, or ``(bytes,)`` for a
-    vector."""
+    """A tensor of a file, with its bytes as a numpy array.
+
+    The array has the shape ``(rows, bytes)``, or ``(bytes,)`` for a vector.
+    """
 
     name: str
     type_name: str
@@ -57,18 +62,20 @@ def write_gguf(
     """Write a checkpoint without its adapter; `name` is that of the model in the metadata."""
     config = checkpoint_config(checkpoint)
     tensors = list(base_tensors(checkpoint, config))
-    (most, _), *_ = Counter(each.type_name for each in tensors if each.data.ndim > 1).most_common()
+    type_names = Counter(tensor.type_name for tensor in tensors if tensor.data.ndim > 1)
+    [(most_common, _)] = type_names.most_common(1)
+    file_type = FILE_TYPES.get(most_common, f"MOSTLY_{most_common}")
+    tokenizer = load_tokenizer(str(checkpoint))
+    vocabulary_values = vocabulary(tokenizer, config.vocab_size, stop_ids(checkpoint))
 
     def describe(writer: gguf.GGUFWriter) -> None:
         writer.add_type("model")
         writer.add_name(name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
+        writer.add_file_type(gguf.LlamaFileType[file_type])
         _add_sizes(writer, config)
         _add_rope(writer, config)
-        for key, value in vocabulary(
-            load_tokenizer(str(checkpoint)), config.vocab_size, stop_ids(checkpoint)
-        ).items():
+        for key, value in vocabulary_values.items():
             getattr(writer, f"add_{key}")(value)
 
     _write(file, config, describe, tensors, on_progress)
@@ -78,14 +85,16 @@ def write_adapter(checkpoint: Path, file: Path, on_progress: OnWork = ignore_pro
     """Write the adapter of a checkpoint, to be loaded with the file that `write_gguf` writes."""
     config = checkpoint_config(checkpoint)
     settings = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    alpha = float(settings["lora_alpha"])
+    tensors = list(adapter_tensors(checkpoint, config))
 
     def describe(writer: gguf.GGUFWriter) -> None:
         writer.add_type("adapter")
         writer.add_name(file.stem)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
 
-    _write(file, config, describe, list(adapter_tensors(checkpoint, config)), on_progress)
+    _write(file, config, describe, tensors, on_progress)
 
 
 def _write(
@@ -95,18 +104,21 @@ def _write(
     tensors: Sequence[Tensor],
     on_progress: OnWork,
 ) -> None:
-    """Write metadata, then the tensors one by one; begin again while the storage is full or away."""
+    """Write metadata, then the tensors one by one.
+
+    Begin again while the storage is full or away.
+    """
 
     def write() -> None:
         with closing(gguf.GGUFWriter(file, architecture_of(config))) as writer:
             describe(writer)
             for name, type_name, data in tensors:
-                writer.add_tensor_info(
-                    name, data.shape, data.dtype, data.nbytes, gguf.GGMLQuantizationType[type_name]
-                )
+                number = gguf.GGMLQuantizationType[type_name]
+                writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, number)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
+
             assert writer.fout is not None
             stream = writer.fout[0]
             writer.write_padding(stream, stream.tell())
@@ -122,47 +134,63 @@ def _write(
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
-    widths, size, name = block_widths(config), head_size(config), architecture_of(config)
-    heads, key_value_heads, channels = (
-        list(each) if name in RAGGED else each[0] for each in zip(*widths, strict=True)
-    )
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(key_value_heads)
-    writer.add_feed_forward_length(channels)
-    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(size)
+
+    architecture = architecture_of(config)
+    widths = block_widths(config)
+    if architecture in RAGGED:
+        writer.add_head_count([block.heads for block in widths])
+        writer.add_head_count_kv([block.key_value_heads for block in widths])
+        writer.add_feed_forward_length([block.channels for block in widths])
+    else:
+        writer.add_head_count(widths[0].heads)
+        writer.add_head_count_kv(widths[0].key_value_heads)
+        writer.add_feed_forward_length(widths[0].channels)
+
+    size = head_size(config)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_dimension_count(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name.startswith("gemma"):
-        windows = [each == "sliding_attention" for each in config.layer_types]
-        if any(windows) or name == "gemma2":
-            writer.add_sliding_window(config.sliding_window)
-            writer.add_sliding_window_pattern(windows)
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if cap := getattr(config, key):
-                getattr(writer, f"add_{key}")(cap)
+    if architecture.startswith("gemma"):
+        _add_gemma(writer, config, architecture)
+
+
+def _add_gemma(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
+    windows = [layer_type == "sliding_attention" for layer_type in config.layer_types]
+    if any(windows) or architecture == "gemma2":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern(windows)
+    if config.attn_logit_softcapping:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
-    """Write how queries and keys are rotated by position, and how that is stretched to longer
-    contexts."""
-    found, local = rope_parameters(config), rope_parameters(config, "sliding_attention")
-    writer.add_rope_freq_base(found["rope_theta"])
-    if local is not found:
+    """Write how positions rotate queries and keys, and how that is stretched to longer contexts."""
+    rope = rope_parameters(config)
+    local = rope_parameters(config, "sliding_attention")
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if local is not rope:
         writer.add_rope_freq_base_swa(local["rope_theta"])
-    if found["rope_type"] == "linear":
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(found["factor"])
+        writer.add_rope_scaling_factor(rope["factor"])
 
 
 def _frequency_factors(config: Any) -> torch.Tensor:
-    """Compute by how much the scaling `llama3` lowers each frequency, float32 ``(head size / 2,)``."""
+    """Compute by how much the scaling `llama3` lowers each frequency.
+
+    The factors are float32 ``(head size / 2,)``.
+    """
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
-    factors: torch.Tensor = 1.0 / (rope_parameters(config)["rope_theta"] ** exponents) / scaled
+    frequencies = 1.0 / rope_parameters(config)["rope_theta"] ** exponents
+    factors: torch.Tensor = frequencies / scaled
     return factors
 
 
@@ -171,99 +199,104 @@ def _frequency_factors(config: Any) -> torch.Tensor:
 
 def base_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
     """Yield the tensors of the model, without its adapter."""
-    state, formats = (
-        read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)),
-        formats_of(config),
-    )
+    state = read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX))
+    formats = formats_of(config)
     renaming = _Renaming(config)
     for group in renaming.groups(state):
-        found = formats.get(group[0].removesuffix(".weight"))
-        assert all(formats.get(name.removesuffix(".weight")) == found for name in group), (
-            f"{group} have other formats"
-        )
-        tensor = torch.cat([state[name] for name in group]) if len(group) > 1 else state[group[0]]
-        tensor = renaming.vector(group[0], tensor) if tensor.dim() == 1 else tensor
-        yield _tensor(renaming.new_name(group), tensor, renaming.order(group[0]), found)
+        first = group[0]
+        format_names = {formats.get(name.removesuffix(".weight")) for name in group}
+        assert len(format_names) == 1, f"{group} have other formats"
+        tensor = state[first]
+        if len(group) > 1:
+            tensor = torch.cat([state[name] for name in group])
+        if tensor.dim() == 1:
+            tensor = renaming.vector(first, tensor)
+        tensor = renaming.reorder(first, tensor)
+        yield _tensor(renaming.new_name(group), tensor, format_names.pop())
     if rope_parameters(config)["rope_type"] == "llama3":
         yield _tensor("rope_freqs.weight", _frequency_factors(config))
 
 
 def adapter_tensors(checkpoint: Path, config: Any) -> Iterator[Tensor]:
-    """Yield ``A (rank, columns)`` and ``B (rows, rank)`` of all layers, in the type that the
-    checkpoint has.
+    """Yield ``A (rank, columns)`` and ``B (rows, rank)`` of all layers.
 
-    That type is exact and takes the bytes that the plan counts. Float32 is 2 % faster in decode and
-    up to 20 % in prefill, for twice the bytes (rank 8 on all layers of a pruned SmolLM2, one
-    AVX-512 core, tokens/s of decode without adapter 137, with one in F32 120, F16 115, BF16 118,
-    2026-11-29).
+    They have the type of the checkpoint, which is exact and takes the bytes that the plan counts.
+    Float32 is 2 % faster in decode and up to 20 % in prefill, for twice the bytes (rank 8 on all
+    layers of a pruned SmolLM2, one AVX-512 core, tokens/s of decode without adapter 137, with one
+    in F32 120, F16 115, BF16 118, 2026-11-29).
     """
     stored = read_tensors(checkpoint, lambda name: name.startswith(PEFT_PREFIX))
-    pairs = {
-        name.removeprefix(PEFT_PREFIX).replace(".lora_A.", "."): (
-            each,
-            stored[name.replace(".lora_A.", ".lora_B.")],
-        )
-        for name, each in stored.items()
-        if ".lora_A." in name
-    }
+    all_a: dict[str, torch.Tensor] = {}
+    all_b: dict[str, torch.Tensor] = {}
+    for key, tensor in stored.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        if ".lora_A." in name:
+            all_a[name.replace(".lora_A.", ".")] = tensor
+        else:
+            all_b[name.replace(".lora_B.", ".")] = tensor
+
     renaming = _Renaming(config)
-    for group in renaming.groups(pairs):
-        lora_a, lora_b = pairs[group[0]]
+    for group in renaming.groups(all_a):
+        lora_a = all_a[group[0]]
+        lora_b = all_b[group[0]]
         if len(group) > 1:
-            unused, no_rows = torch.zeros_like(lora_a), lora_b[:0]
-            lora_a = torch.cat([*(pairs[name][0] for name in group), unused])
-            blocks = [*(pairs[name][1] * PADDED for name in group), no_rows]
+            unused = torch.zeros_like(lora_a)
+            no_rows = lora_b[:0]
+            lora_a = torch.cat([*(all_a[name] for name in group), unused])
+            blocks = [*(all_b[name] * PADDED for name in group), no_rows]
             lora_b = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
         name = renaming.new_name(group)
         yield _tensor(f"{name}.lora_a", lora_a)
-        yield _tensor(f"{name}.lora_b", lora_b, renaming.order(group[0]))
+        yield _tensor(f"{name}.lora_b", renaming.reorder(group[0], lora_b))
 
 
-def _tensor(
-    name: str,
-    tensor: torch.Tensor,
-    order: torch.Tensor | None = None,
-    format_name: str | None = None,
-) -> Tensor:
-    """Reorder the rows of a tensor, and take its bytes."""
+def _tensor(name: str, tensor: torch.Tensor, format_name: str | None = None) -> Tensor:
+    """Take the bytes of a tensor, which is packed if it has a format."""
     if format_name is None:
-        type_name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[
-            tensor.dtype
-        ]
+        type_name = TYPE_NAMES[tensor.dtype]
     else:
         type_name = format_of(format_name).ggml_type
         assert type_name, f"llama.cpp has no format {format_name}"
-    rows = tensor if order is None else tensor.index_select(0, order)
-    return Tensor(name, type_name, rows.contiguous().view(torch.uint8).numpy())
+    return Tensor(name, type_name, tensor.contiguous().view(torch.uint8).numpy())
+
+
+def _linear(name: str) -> str | None:
+    """Return which of q, k and v a tensor belongs to; None if to no one of them."""
+    for linear in QKV:
+        if f".{linear}." in name:
+            return linear
+    return None
 
 
 class _Renaming:
     """Names of llama.cpp's tensors, and what changes in the tensors."""
 
     def __init__(self, config: Any) -> None:
-        self._config, self._architecture = config, architecture_of(config)
-        number = next(
-            key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture
-        )
+        self._config = config
+        self._architecture = architecture_of(config)
+        self._blocks = f"{family_of(config).blocks}."
+        self._widths = block_widths(config)
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        number = numbers[self._architecture]
         self._map = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-        self._blocks, self._widths = f"{family_of(config).blocks}.", block_widths(config)
 
     def groups(self, names: Iterable[str]) -> Iterator[tuple[str, ...]]:
         """Yield the names that become one tensor: those of q, k and v in `openelm`."""
         for name in names:
-            linear = next((each for each in QKV if f".{each}." in name), None)
+            linear = _linear(name)
             if linear is None or self._architecture != "openelm":
                 yield (name,)
-            elif linear == QKV[0]:
-                yield tuple(name.replace(linear, each) for each in QKV)
+            elif linear == QUERY:
+                yield tuple(name.replace(linear, part) for part in QKV)
 
     def new_name(self, group: tuple[str, ...]) -> str:
         """Return the name in the file."""
+        first = group[0]
         if len(group) > 1:
-            return f"blk.{self._block_of(group[0])}.attn_qkv.weight"
-        found = self._map.get_name(group[0], try_suffixes=(".weight", ".bias"))
-        assert found is not None, f"llama.cpp's {self._architecture} has no tensor for {group[0]}"
-        return str(found)
+            return f"blk.{self._block_of(first)}.attn_qkv.weight"
+        name = self._map.get_name(first, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"llama.cpp's {self._architecture} has no tensor for {first}"
+        return str(name)
 
     def vector(self, name: str, vector: torch.Tensor) -> torch.Tensor:
         """Return a norm or bias in float32, in which llama.cpp computes with it."""
@@ -274,16 +307,17 @@ class _Renaming:
             vector = vector * query_scale(self._config, "gemma3")
         return vector
 
-    def order(self, name: str) -> torch.Tensor | None:
-        """Return the new order of rows of q and k, or of their biases; None for all other tensors."""
-        linear = next((each for each in QKV[:2] if f".{each}." in name), None)
-        if linear is None or self._architecture not in LLAMAS:
-            return None
-        widths, size = self._widths[self._block_of(name)], head_size(self._config)
-        num_heads = widths.heads if linear == QKV[0] else widths.key_value_heads
-        return (
-            torch.arange(num_heads * size).view(num_heads, 2, size // 2).transpose(1, 2).flatten()
-        )
+    def reorder(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Reorder the rows of q and k, or of their biases, if the architecture pairs neighbours."""
+        linear = _linear(name)
+        if linear not in (QUERY, KEY) or self._architecture not in LLAMAS:
+            return tensor
+        widths = self._widths[self._block_of(name)]
+        num_heads = widths.heads if linear == QUERY else widths.key_value_heads
+        size = head_size(self._config)
+        rows = torch.arange(num_heads * size)
+        order = rows.view(num_heads, 2, size // 2).transpose(1, 2).flatten()
+        return tensor.index_select(0, order)
 
     def _block_of(self, name: str) -> int:
         return int(name.removeprefix(self._blocks).partition(".")[0])

@@ -1,2 +1,4 @@
-"""Write models that vLLM serves: in the layout of compressed-tensors, blocks of different widths
-included."""
+"""Write models that vLLM serves, and load them there again.
+
+The layout is that of compressed-tensors; blocks may have different widths.
+"""

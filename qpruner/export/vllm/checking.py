@@ -1,8 +1,8 @@
-"""Load an export for vLLM with vLLM, or with transformers where vLLM cannot, and compare it with
-the checkpoint.
+"""Load an export for vLLM, and compare it with the checkpoint.
 
-vLLM computes in the type of the model, which changes predictions by 0.7 to 1.3 times of what that
-type changes in transformers (tiny random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
+It is loaded by vLLM, or by transformers where vLLM cannot load it. vLLM computes in the type of the
+model, which changes predictions by 0.7 to 1.3 times of what that type changes in transformers (tiny
+random models of three families, vLLM 0.32 on a CPU, 2026-11-30).
 """
 
 import importlib.util
@@ -34,22 +34,26 @@ from qpruner.export.vllm import outside
 from qpruner.export.vllm.writing import ADAPTER_FOLDER, needs_modeling
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
 
-PYTHON = (
-    "QPRUNER_VLLM_PYTHON"  # environment variable with the Python of an environment that has vLLM
-)
+PYTHON = "QPRUNER_VLLM_PYTHON"
+"""Environment variable with the Python of an environment that has vLLM."""
 NAMES = {"vllm": "vLLM", "transformers": "transformers", "compressed_tensors": "compressed-tensors"}
 INSTALL = 'run `pip install "qpruner[vllm]"`'
 CPU_BITS = 4  # the only width that vLLM's CPU kernel takes (0.32)
-
 
 Server = Literal["vllm", "transformers"]
 
 
 def missing() -> str | None:
-    """Say which package to install before an export for vLLM can be checked; None if there is one."""
+    """Say which package to install before an export for vLLM can be checked.
+
+    Return None if nothing is missing.
+    """
     if _python_of_vllm() or importlib.util.find_spec("compressed_tensors"):
         return None
-    return f"the package compressed-tensors is missing, without which the export cannot be checked: {INSTALL}"
+    return (
+        "the package compressed-tensors is missing, without which the export cannot be checked: "
+        f"{INSTALL}"
+    )
 
 
 def check(
@@ -59,22 +63,29 @@ def check(
     on_progress: OnWork = ignore_progress,
     server: Server | None = None,
 ) -> Compared:
-    """Compare an export's predictions with those of the checkpoint that it was made from, on rows
-    of token ids.
+    """Compare an export's predictions with those of the checkpoint that it was made from.
 
-    The export is loaded in a process of its own, without qpruner, by vLLM if it can; `server`
-    chooses instead.
+    The export is loaded in a process of its own, without qpruner.
+
+    Args:
+        checkpoint: The folder that the export was written from.
+        exported: The folder of the export.
+        rows: Rows of token ids.
+        on_progress: Is called before and after the export is loaded.
+        server: The program that loads it; by default vLLM, if it can.
+
+    Raises:
+        UserError: No package is installed that could load the export.
+        StageError: The export cannot be loaded, or its predictions differ.
     """
     config = checkpoint_config(exported)
     server = server or ("vllm" if _vllm_takes(config) else "transformers")
-    if (
-        server == "transformers"
-        and getattr(config, "quantization_config", None)
-        and (reason := missing())
-    ):
-        raise UserError(reason)
+    if server == "transformers" and getattr(config, "quantization_config", None):
+        reason = missing()
+        if reason:
+            raise UserError(reason)
     adapter = exported / ADAPTER_FOLDER
-    asked = {
+    request = {
         "server": server,
         "folder": str(exported),
         "adapter": str(adapter) if adapter.is_dir() else None,
@@ -83,52 +94,60 @@ def check(
         "count": TOP,
     }
     on_progress(f"checking in {server}", 0, 1)
-    found, by = _predictions(asked)
+    predictions, programs = _predictions(server, request)
     on_progress(f"checking in {server}", 1, 1)
-    return compare_served(checkpoint, rows, found, by, in_its_type, on_progress)
+    return compare_served(checkpoint, rows, predictions, programs, in_its_type, on_progress)
 
 
-def _predictions(asked: dict[str, Any]) -> tuple[list[Predictions], str]:
-    """Run `outside.py`; return its predictions for each row, and the programs that made them with
-    their versions."""
-    python = (_python_of_vllm() if asked["server"] == "vllm" else None) or sys.executable
+def _predictions(server: Server, request: dict[str, Any]) -> tuple[list[Predictions], str]:
+    """Run `outside.py`, and return its predictions for each row.
+
+    The second value names the programs that made them, with their versions.
+    """
+    vllm_python = _python_of_vllm() if server == "vllm" else None
     with tempfile.TemporaryDirectory() as folder:
-        into = Path(folder) / "predictions.npz"
-        done = subprocess.run(  # noqa: S603
-            [python, "-P", outside.__file__],
-            input=json.dumps(asked | {"into": str(into)}),
+        file = Path(folder) / "predictions.npz"
+        ended = subprocess.run(  # noqa: S603
+            [vllm_python or sys.executable, "-P", outside.__file__],
+            input=json.dumps(request | {"into": str(file)}),
             capture_output=True,
             text=True,
             env=os.environ | {"TQDM_DISABLE": "1", "HF_MODULES_CACHE": folder},
         )
-        if done.returncode:
-            how = (
-                signal.Signals(-done.returncode).name
-                if done.returncode < 0
-                else (done.stderr.strip() or "?")
-            )
-            lines = how.splitlines()  # warnings may follow the error
-            cause = [line for line in lines if re.match(r"[\w.]+(Error|Exception):", line)] or lines
-            raise export_error(f"{asked['server']} cannot load it: {cause[-1]}")
-        with np.load(into) as arrays:
+        if ended.returncode:
+            raise export_error(f"{server} cannot load it: {_cause(ended)}")
+        with np.load(file) as arrays:
             versions = json.loads(str(arrays["versions"]))
-            names = range(len(asked["rows"]))
-            found = [
-                Predictions(*(arrays[f"{field} {row}"] for field in Predictions._fields))
-                for row in names
-            ]
-    return found, ", ".join(f"{NAMES[package]} {version}" for package, version in versions.items())
+            predictions = []
+            for row in range(len(request["rows"])):
+                fields = [arrays[f"{field} {row}"] for field in Predictions._fields]
+                predictions.append(Predictions._make(fields))
+    programs = [f"{NAMES[package]} {version}" for package, version in versions.items()]
+    return predictions, ", ".join(programs)
+
+
+def _cause(ended: subprocess.CompletedProcess[str]) -> str:
+    """Return the line of a failed program's output that names its error."""
+    if ended.returncode < 0:
+        return signal.Signals(-ended.returncode).name
+    lines = ended.stderr.strip().splitlines() or ["?"]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception):", line)]
+    return (errors or lines)[-1]  # warnings may follow the error
 
 
 def _python_of_vllm() -> str | None:
-    """Return the Python that has vLLM: this one, or the one in `QPRUNER_VLLM_PYTHON`; None if there
-    is none."""
-    if named := os.environ.get(PYTHON):
+    """Return the Python that has vLLM: the one in `QPRUNER_VLLM_PYTHON`, or this one.
+
+    Return None if there is none.
+    """
+    named = os.environ.get(PYTHON)
+    if named:
         _check_python(named)
         return named
-    found = importlib.util.find_spec("vllm")
-    is_installed = found is not None and found.origin is not None  # not just a folder of this name
-    return sys.executable if is_installed else None
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:  # only a folder of this name has no origin
+        return None
+    return sys.executable
 
 
 @cache
@@ -144,6 +163,10 @@ def _check_python(named: str) -> None:
 
 def _vllm_takes(config: Any) -> bool:
     """Return True if there is vLLM, and it has kernels here for the widths of this model."""
-    groups = (getattr(config, "quantization_config", None) or {}).get("config_groups", {})
-    widths = {each["weights"]["num_bits"] for each in groups.values()}
-    return _python_of_vllm() is not None and (torch.cuda.is_available() or widths <= {CPU_BITS})
+    if _python_of_vllm() is None:
+        return False
+    if torch.cuda.is_available():
+        return True
+    quantization = getattr(config, "quantization_config", None) or {}
+    groups = quantization.get("config_groups", {}).values()
+    return all(group["weights"]["num_bits"] == CPU_BITS for group in groups)

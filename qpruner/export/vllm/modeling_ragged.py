@@ -1,10 +1,9 @@
-"""A model of transformers whose blocks have widths of their own, which its config lists in
-`per_layer_config`.
+"""A model of transformers whose blocks have widths of their own.
 
-qpruner copies this file beside the weights, and transformers and vLLM import it with
-`trust_remote_code=True`. It needs only torch and transformers, reads and writes no files, and only
-replaces the blocks of transformers' own classes: `RaggedLlamaForCausalLM` is `LlamaForCausalLM`
-with each block built from its own config.
+The config lists them in `per_layer_config`. qpruner copies this file beside the weights, and
+transformers and vLLM import it with `trust_remote_code=True`. It needs only torch and transformers,
+reads and writes no files, and only replaces the blocks of transformers' own classes:
+`RaggedLlamaForCausalLM` is `LlamaForCausalLM` with each block built from its own config.
 """
 
 from typing import Any

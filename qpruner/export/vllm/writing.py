@@ -20,15 +20,15 @@ from qpruner.export.recode import (
     copy_adapter,
     copy_other_files,
     formats_of,
-    plain_description,
     take_weight,
+    write_settings,
     write_tensors,
 )
 from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton, table_paths
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
-from qpruner.quantization.formats import DENSE, format_of, nearest_format
+from qpruner.quantization.formats import DENSE, Format, format_of, nearest_format
 from qpruner.quantization.formats.compressed_tensors import Packed
 
 MODELING = "modeling_ragged.py"
@@ -44,140 +44,150 @@ def refusal(config: Any) -> str | None:
     if config.model_type in SERVED:
         return None
     return (
-        f"vLLM: packed layers of the family {config.model_type} are not written yet, those of {', '.join(SERVED)} are; "
-        "use `--to merged`"
+        f"vLLM: packed layers of the family {config.model_type} are not written yet, "
+        f"those of {', '.join(SERVED)} are; use `--to merged`"
     )
 
 
 def vllm_format(name: str, columns: int) -> str:
-    """Return a format that vLLM reads: the same, or the nearest in bytes that these columns allow,
-    or dense."""
+    """Return a format that vLLM reads: the same, or the nearest in bytes, or dense.
+
+    The nearest is taken among those that can have these columns.
+    """
     old = format_of(name)
     if isinstance(old, Packed) and not old.refusal(columns, None):
         return name
-    # HQQ has the smaller error where codes are few.
-    return nearest_format(
-        name,
-        columns,
-        lambda each: isinstance(each, Packed) and each.half_quadratic == (each.bits <= 4),
-    )
+
+    def is_offered(candidate: Format) -> bool:
+        # HQQ has the smaller error where codes are few.
+        return isinstance(candidate, Packed) and candidate.half_quadratic == (candidate.bits <= 4)
+
+    return nearest_format(name, columns, is_offered)
 
 
 def dense_paths(config: Any) -> dict[str, str]:
-    """List the packed layers that must be dense in vLLM: embeddings, head, fused ones whose zeros
-    fill no word."""
-    old, found = formats_of(config), dict.fromkeys(table_paths(config).values(), DENSE)
+    """List the packed layers that must be dense in vLLM.
+
+    These are embeddings, head, and fused layers whose zeros fill no word.
+    """
+    old = formats_of(config)
     shapes = {name: parameter.shape for name, parameter in skeleton(config).named_parameters()}
-    for paths in _fused(config):
-        sizes = {path: shapes[f"{path}.weight"] for path in paths if path in old}
-        widths = {
-            path: int(format_of(vllm_format(old[path], size[1])).bits)
-            for path, size in sizes.items()
-        }
-        if len(widths) > 1 and any(
-            sizes[path][0] * width % WORD_BITS for path, width in widths.items()
-        ):
-            found |= dict.fromkeys(widths, DENSE)
-    return {path: name for path, name in found.items() if path in old}
+    paths = list(table_paths(config).values())
+    for fused in _fused(config):
+        packed = [path for path in fused if path in old]
+        if len(packed) < 2:
+            continue
+        for path in packed:
+            rows, columns = shapes[f"{path}.weight"]
+            bits = int(format_of(vllm_format(old[path], columns)).bits)
+            if rows * bits % WORD_BITS:
+                paths += packed
+                break
+    return {path: DENSE for path in paths if path in old}
 
 
 def _fused(config: Any) -> Iterator[tuple[str, ...]]:
     """Yield the paths of layers that vLLM loads into one."""
     family = family_of(config)
+    projections = family.projections().values()
     for index in range(config.num_hidden_layers):
-        for paths in family.projections().values():
-            yield tuple(f"{family.block_path(index)}.{path}" for path in paths)
+        block = family.block_path(index)
+        for paths in projections:
+            yield tuple(f"{block}.{path}" for path in paths)
 
 
 def write_vllm(
     checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress
 ) -> None:
-    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter, whose base will
-    be `target`."""
+    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter.
+
+    The adapter names `target` as the folder of its base.
+    """
     config = checkpoint_config(checkpoint)
-    named = formats_of(config)
+    formats = formats_of(config)
     for paths in _fused(config):
-        assert len({named.get(path) for path in paths}) == 1, (
-            f"vLLM loads {', '.join(paths)} into one layer"
-        )
+        names = {formats.get(path) for path in paths}
+        assert len(names) == 1, f"vLLM loads {', '.join(paths)} into one layer"
+
     copy_other_files(checkpoint, folder)
     if (checkpoint / ADAPTER_FILES[0]).is_file():
         copy_adapter(checkpoint, folder / ADAPTER_FOLDER, target)
-    state, widths = (
-        read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX)),
-        columns_of(config),
-    )
-    for done, (path, name) in enumerate(named.items(), 1):
-        found = format_of(name)
-        assert isinstance(found, Packed), f"{path} has the format {name}"
-        parts = found.parts(take_weight(state, path), widths[path])
-        state |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
-        on_progress("writing for vLLM", done, len(named))
+
+    state = read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX))
+    widths = columns_of(config)
+    for done, (path, name) in enumerate(formats.items(), 1):
+        packed = take_weight(state, path)
+        for part, tensor in _format(name).parts(packed, widths[path]).items():
+            state[f"{path}.{part}"] = tensor
+        on_progress("writing for vLLM", done, len(formats))
     write_tensors(state, folder)
-    # vLLM and transformers leave out the layers that no group names.
-    linears = [path for paths in _fused(config) for path in paths]
-    dense = [
-        path
-        for path in (*linears, family_of(config).head, family_of(config).embeddings)
-        if path not in named
-    ]
-    described = plain_description(checkpoint)
-    if named:
-        described["quantization_config"] = _quantization_config(named, dense)
+
+    described = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    described.pop("quantization_config", None)
+    if formats:
+        described["quantization_config"] = _quantization_config(config, formats)
     write_config(described, config, folder)
 
 
-def _quantization_config(named: Mapping[str, str], dense: list[str]) -> dict[str, Any]:
+def _format(name: str) -> Packed:
+    packed = format_of(name)
+    assert isinstance(packed, Packed), f"vLLM has no format {name}"
+    return packed
+
+
+def _quantization_config(config: Any, formats: Mapping[str, str]) -> dict[str, Any]:
     """Describe the layers of each format as a group of compressed-tensors."""
     groups = {}
-    for name in dict.fromkeys(named.values()):
-        found = format_of(name)
-        assert isinstance(found, Packed)
+    for name in dict.fromkeys(formats.values()):
+        packed = _format(name)
         weights = {
-            "num_bits": found.bits,
+            "num_bits": packed.bits,
             "type": "int",
             "symmetric": False,
             "strategy": "group",
             "dynamic": False,
+            "group_size": packed.group_size,
         }
-        targets = [path for path, each in named.items() if each == name]
-        weights |= {"group_size": found.group_size}
+        targets = [path for path, of_path in formats.items() if of_path == name]
         groups[name] = {"targets": targets, "weights": weights, "format": "pack-quantized"}
-    about = {
+
+    # vLLM and transformers leave out the layers that no group names.
+    family = family_of(config)
+    paths = [path for fused in _fused(config) for path in fused]
+    paths += [family.head, family.embeddings]
+    return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [path for path in paths if path not in formats],
     }
-    return about | {"config_groups": groups, "ignore": dense}
 
 
 def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
     """Write config.json, and `modeling_ragged.py` with its entry there if blocks differ."""
     if needs_modeling(config):
-        names = {
-            auto: f"Ragged{mapping[type(config)].__name__}"
-            for auto, mapping in (
-                ("AutoModel", MODEL_MAPPING),
-                ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING),
-            )
-        }
+        model = f"Ragged{MODEL_MAPPING[type(config)].__name__}"
+        causal_model = f"Ragged{MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__}"
         module = MODELING.removesuffix(".py")
-        described["auto_map"] = {auto: f"{module}.{name}" for auto, name in names.items()}
+        described["auto_map"] = {
+            "AutoModel": f"{module}.{model}",
+            "AutoModelForCausalLM": f"{module}.{causal_model}",
+        }
         # vLLM takes its own class by this name, which would build blocks alike.
-        described["architectures"] = [names["AutoModelForCausalLM"]]
-        if scaling := getattr(
-            config, "logits_scaling", None
-        ):  # of Granite, which vLLM's class for all models reads so
+        described["architectures"] = [causal_model]
+        # Of Granite; vLLM's class for all models reads it by this name.
+        scaling = getattr(config, "logits_scaling", None)
+        if scaling:
             described["logit_scale"] = 1 / scaling
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
-    elif (
-        config.model_type == "qwen2"
-        and config.num_attention_heads * family_of(config).head_dim(config) != config.hidden_size
-    ):
-        # vLLM 0.32's own class for Qwen2 reads no `head_dim`; this one builds transformers'
-        # classes.
-        described["architectures"] = ["TransformersForCausalLM"]
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    elif config.model_type == "qwen2":
+        size = config.num_attention_heads * family_of(config).head_dim(config)
+        if size != config.hidden_size:
+            # vLLM 0.32's own class for Qwen2 reads no `head_dim`; this one builds transformers'
+            # classes.
+            described["architectures"] = ["TransformersForCausalLM"]
+    write_settings(described, folder / "config.json")
 
 
 def needs_modeling(config: Any) -> bool:

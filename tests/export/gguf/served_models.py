@@ -32,7 +32,7 @@ GELU in it: 0.0003 to 0.0018 here with xllamacpp, to 0.0032 with node-llama-cpp'
 
 
 def built(kind: str, name: str, **others: Any) -> PreTrainedModel:
-    """Build a model of a family with a vocabulary of 512: alike, ragged, with a block dropped, ..."""
+    """Build a model with a vocabulary of 512: alike, ragged, with a block dropped, ..."""
     options = {"vocab_size": 512} | OPTIONS.get(name, {}) | others
     model = family_model(name, **options)
     if "dropped" in kind:

@@ -14,7 +14,13 @@ from mixed_models import final_model
 from safetensors.torch import load_file, save_file
 
 from qpruner.errors import StageError
-from qpruner.export.compare import TOP, Predictions, compare_served, log_probabilities
+from qpruner.export.compare import (
+    TOP,
+    Predictions,
+    compare_served,
+    next_log_probabilities,
+    of_next_tokens,
+)
 from qpruner.export.gguf.architectures import llama_cpp_format
 from qpruner.export.gguf.checking import check, check_bytes, check_predictions, rounding_inputs
 from qpruner.export.gguf.writing import write_adapter, write_gguf
@@ -170,8 +176,9 @@ def test_other_tokens_are_found(checkpoint: Path, tmp_path: Path) -> None:
 def test_another_perplexity_is_found(final: Path) -> None:
     """Of the next tokens alone, which hardly changes the divergence."""
     row, model = ROWS[0], torch.nn.Module.float(load(final).eval())
-    likeliest, ids = log_probabilities(model, row)[:-1].topk(TOP)
-    actual = log_probabilities(model, row)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+    log_probabilities = next_log_probabilities(model, row)
+    likeliest, ids = log_probabilities.topk(TOP)
+    actual = of_next_tokens(log_probabilities, row)
     same = Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
     assert compare_served(final, [row], [same], "a server", rounding_inputs).divergence < 1e-3
     with pytest.raises(

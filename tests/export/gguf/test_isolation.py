@@ -55,7 +55,7 @@ def process() -> Iterator[int]:
 def test_an_error_comes_after_what_was_found(
     function: Callable[[], Iterator[int]], kind: type[Exception], told: str
 ) -> None:
-    """An error of ours keeps its type, a crash has a remedy, another error tells where it happened."""
+    """Our errors keep their type, a crash has a remedy, other errors tell where they happened."""
     answers = isolated(function)
     assert next(answers) == 1
     with pytest.raises(kind, match=told):
