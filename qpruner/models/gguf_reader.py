@@ -1,4 +1,4 @@
-"""Read GGUF files at several times the speed of the gguf package (0.19), transformers' reads too.
+"""Read GGUF files, for transformers too, several times faster than the gguf package (0.19).
 
 The package cuts every string and number of a vocabulary out of a `numpy.memmap` in a call of its
 own: 7 s for the 262,144 tokens of Gemma 3, here 0.6 s (2026-12-02). transformers (5.24) has the map
@@ -16,8 +16,7 @@ HEAD_BYTES = 12
 
 @functools.cache
 def install() -> None:
-    """Make gguf slice plain arrays, read arrays of numbers at once, and keep its maps of names, in
-    this process."""
+    """Make the gguf package read arrays at once and keep its maps of names, in this process."""
     import gguf
     import numpy
     from gguf import GGUFValueType
@@ -32,8 +31,7 @@ def install() -> None:
             self._data = numpy.asarray(mapped) if mapped.mode == "r" else mapped
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            """Return the bytes of a field, its parts as arrays, the positions of its values among
-            them, and types."""
+            """Return a field's bytes, its parts as arrays, its values' positions, and types."""
             if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
             head = [self._get(orig_offs, numpy.uint32), self._get(orig_offs + 4, numpy.uint64)]

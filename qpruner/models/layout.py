@@ -1,5 +1,7 @@
-"""Derive a model's groups (layers that share a format) and the bytes of its parts from the config
-alone."""
+"""Derive a model's groups (layers that share a format) and the bytes of its parts.
+
+Only the config is read.
+"""
 
 from __future__ import annotations
 
@@ -33,22 +35,25 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 
 def group_linears(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
-    """Map each group, as `grouping` (`quantize.group`) divides the model, to the paths of its
-    linear layers."""
+    """Map each group of a model to the paths of its linear layers.
+
+    `grouping` is `quantize.group`.
+    """
     return {name: linears for name, linears, _ in _groups(config, grouping)}
 
 
 def table_paths(config: Any) -> dict[str, str]:
-    """Map the groups `embeddings` and, unless it is tied to them, `head` to their paths in the
-    model."""
+    """Map `embeddings` and `head` to their paths; a head that is tied to embeddings is left out."""
     family = family_of(config)
     tables = {EMBEDDINGS: family.embeddings}
     return tables if config.tie_word_embeddings else tables | {HEAD: family.head}
 
 
 def logits_path(config: Any) -> str:
-    """Return the path of the weight that computes the logits: the head's, or the embeddings' to
-    which it is tied."""
+    """Return the path of the weight that computes the logits.
+
+    It is that of the head, or of the embeddings if the head is tied to them.
+    """
     return list(table_paths(config).values())[-1]
 
 
@@ -60,8 +65,10 @@ def group_paths(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
 
 
 def output_modules(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
-    """Map each group to the modules at its end, whose outputs are its output: a block, or q, k and
-    v for `qkv`."""
+    """Map each group to the modules at its end, whose outputs are its output.
+
+    They are a block for a whole block, for example, or q, k and v for `qkv`.
+    """
     return {name: outputs for name, _, outputs in _groups(config, grouping)}
 
 
@@ -84,11 +91,10 @@ def layout_of(
     on_gpu: bool,
     cut: str = UNPRUNED,
 ) -> Layout:
-    """List groups with weight shapes and the formats that each takes; count the bytes of all other
-    parts.
+    """List groups with the formats that each takes, and count the bytes of all other parts.
 
-    A group is offered the formats that all its layers take; all formats if there is none, as in a
-    model that is only pruned.
+    A group is offered the formats that all its layers take. If there is none, as in a model that is
+    only pruned, it is offered all.
     """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -117,8 +123,7 @@ def layout_of(
 
 
 def multiply_adds(model: PreTrainedModel) -> int:
-    """Count the multiply-adds per token: one for each weight of the blocks' matrices and of the
-    head."""
+    """Count the multiply-adds per token: one for each weight of the blocks and of the head."""
     head: Any = model.get_output_embeddings()
     blocks: Any = model.get_submodule(family_of(model.config).blocks)
     matrices = [head.weight, *(each for each in blocks.parameters() if each.ndim > 1)]

@@ -1,8 +1,7 @@
-"""Load config, tokenizer and unquantized weights from a hub id, a local folder, a `.gguf` file or
-`package:NAME/FILE`.
+"""Load config, tokenizer and unquantized weights of a model.
 
-Weights are read from safetensors or GGUF only, never from a pickle; packages are found without
-importing them.
+The source is a hub id, a local folder, a `.gguf` file or `package:NAME/FILE`. Weights are read from
+safetensors or GGUF only, never from a pickle; packages are found without importing them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-CONVERT = "convert them with transformers' save_pretrained (transformers 4: with `safe_serialization=True`)"
+CONVERT = (
+    "convert them with transformers' save_pretrained "
+    "(transformers 4: with `safe_serialization=True`)"
+)
 """Remedy for pickled weights in error messages."""
 
 OnWork = Callable[[str, int, int], None]
@@ -39,7 +41,7 @@ def ignore_progress(what: str, done: int, total: int) -> None:
 
 
 def resolve_source(source: str, key: str) -> str:
-    """Resolve `package:NAME/PATH` and a leading `~` to a path; return any other source unchanged."""
+    """Resolve `package:NAME/PATH` and a leading `~` to a path; leave any other source unchanged."""
     if source.startswith("~"):
         return os.path.expanduser(source)  # unchanged if there is no such user
     if not source.startswith("package:"):
@@ -51,7 +53,8 @@ def resolve_source(source: str, key: str) -> str:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"`{key}`: Python package `{package}` is not installed; install it or name another source"
+            f"`{key}`: Python package `{package}` is not installed; "
+            "install it or name another source"
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / inner
@@ -63,8 +66,10 @@ def resolve_source(source: str, key: str) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """Make a local path absolute, for processes with another working folder; return any other
-    source unchanged."""
+    """Make a local path absolute, for processes with another working folder.
+
+    Any other source is returned unchanged.
+    """
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
@@ -77,7 +82,8 @@ def check_source(model: ModelConfig) -> str:
             raise UserError(f"`model.source`: file {source} does not exist; {remedy}")
         if importlib.util.find_spec("gguf") is None:
             raise UserError(
-                "`model.source`: reading .gguf files needs the gguf package: pip install 'qpruner[gguf]'"
+                "`model.source`: reading .gguf files needs the gguf package: "
+                "pip install 'qpruner[gguf]'"
             )
     elif path.is_dir():
         check_folder(path, "`model.source`")
@@ -85,7 +91,8 @@ def check_source(model: ModelConfig) -> str:
         raise UserError(f"`model.source`: {source} is a file, but not a .gguf file; {remedy}")
     elif not HUB_ID.fullmatch(source):
         raise UserError(
-            f"`model.source`: folder {path.absolute()} does not exist, and {source} is no hub id (OWNER/NAME); {remedy}"
+            f"`model.source`: folder {path.absolute()} does not exist, "
+            f"and {source} is no hub id (OWNER/NAME); {remedy}"
         )
     return source
 
@@ -104,14 +111,18 @@ def load_model_config(model: ModelConfig) -> Any:
             else "repair its config.json"
         )
         if not (path := Path(source).absolute()).exists():
-            remedy = f"check that the hub has this id and answers, or name a model folder ({path} does not exist)"
+            remedy = (
+                "check that the hub has this id and answers, "
+                f"or name a model folder ({path} does not exist)"
+            )
         told = (
             f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}"
         )
         raise UserError(f"{told}; {remedy}") from error
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
         raise UserError(
-            f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint"
+            f"`model.source`: {model.source} is already quantized; "
+            "give the full-precision checkpoint"
         )
     if not Path(source).exists():
         check_hub_files(model)
@@ -148,8 +159,11 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 def load_dense(
     source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnWork = ignore_progress
 ) -> PreTrainedModel:
-    """Load an unquantized model with the revision and device map of `model` (None: main revision,
-    one device)."""
+    """Load an unquantized model.
+
+    Revision and device map are those of `model`; without it they are the main revision and one
+    device.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -183,8 +197,7 @@ def load_dense(
 
 
 def check_reachable(model: PreTrainedModel) -> None:
-    """Refuse a model that accelerate left partly on disk, or partly in host memory while there are
-    GPUs."""
+    """Refuse a model that accelerate left partly on disk, or in host memory beside GPUs."""
     places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
     unreachable = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     for name, place in places.items():
@@ -200,8 +213,7 @@ def check_reachable(model: PreTrainedModel) -> None:
 
 @contextmanager
 def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
-    """Report the tensors that transformers loads and the files it saves, instead of showing
-    progress bars."""
+    """Report the tensors that transformers loads and the files it saves; hide its progress bars."""
     from transformers.utils import logging
 
     before = logging.set_tqdm_hook(
@@ -234,8 +246,10 @@ def checkpoint_config(folder: Path) -> Any:
 
 
 def _damaged(folder: Path, error: Exception) -> CorruptFile:
-    """Build an error that names the first unreadable file of a checkpoint, or the folder if all can
-    be read."""
+    """Build an error that names the first unreadable file of a checkpoint.
+
+    If all can be read, it names the folder.
+    """
     config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
     path = next((file for file in weights if not _is_complete(file)), folder)
     try:
@@ -268,13 +282,16 @@ def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
 
 
 def check_folder(path: Path, named: str) -> None:
-    """Refuse a folder without a config or with incomplete safetensors files; messages begin with
-    `named`."""
+    """Refuse a folder without a config or with incomplete safetensors files.
+
+    Messages begin with `named`.
+    """
     if not (path / "config.json").is_file():
         raise UserError(f"{named}: folder {path} has no config.json; name a model folder")
     if not any(path.glob("*.safetensors")):
         raise UserError(
-            f"{named}: folder {path} has no .safetensors weights (pickled .bin weights are not read; {CONVERT})"
+            f"{named}: folder {path} has no .safetensors weights "
+            f"(pickled .bin weights are not read; {CONVERT})"
         )
     index = path / "model.safetensors.index.json"
     if (
@@ -295,8 +312,10 @@ def check_folder(path: Path, named: str) -> None:
 
 
 def _is_complete(file: Path) -> bool:
-    """Return True if a file is as long as its header says; `safe_open` would map all of it, which
-    may not fit."""
+    """Return True if a file is as long as its header says.
+
+    `safe_open` would map all of it, which may not fit into memory.
+    """
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -314,6 +333,6 @@ def _is_complete(file: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error, but the last line of a validation error."""
+    """Return the first line of an error, or the last line of a validation error."""
     first = first_line(error)
     return str(error).strip().splitlines()[-1].strip() if "alidation" in first else first

@@ -35,8 +35,10 @@ def release() -> None:
 
 
 def begin_job(threads: int) -> None:
-    """Free the memory of this worker's earlier jobs; without a GPU, limit torch to `threads` CPU
-    cores."""
+    """Free the memory of this worker's earlier jobs, and limit torch to `threads` CPU cores.
+
+    With a GPU the cores are not limited.
+    """
     import peft  # noqa: F401 - so that what it imports is excluded from garbage collection too
 
     freeze_libraries()
@@ -53,8 +55,10 @@ def limit_threads(threads: int) -> None:
 
 
 def freeze_libraries() -> Callable[[], None]:
-    """Exclude all objects from garbage collection (libraries: 0.3 s a pass) until the returned
-    function is called."""
+    """Exclude all present objects from garbage collection until the returned function is called.
+
+    A pass over the libraries' objects takes 0.3 s.
+    """
     if gc.get_freeze_count():
         return lambda: None
     gc.collect()
@@ -63,15 +67,19 @@ def freeze_libraries() -> Callable[[], None]:
 
 
 def read_weights(model: Any) -> None:
-    """Read every weight once, because a memory-mapped .safetensors file takes memory only when
-    first read."""
+    """Read every weight once.
+
+    A memory-mapped .safetensors file takes memory only when it is first read.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().sum()
 
 
 def copy_weights(model: Any) -> None:
-    """Copy weights out of a memory-mapped .safetensors file, which takes memory until its last
-    tensor is freed."""
+    """Copy weights out of a memory-mapped .safetensors file.
+
+    The file takes memory until its last tensor is freed.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
@@ -96,8 +104,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def kernel_kills() -> int | None:
-    """Count the processes of this machine that Linux killed for lack of memory since boot; None on
-    other systems."""
+    """Count the processes that Linux killed for lack of memory on this machine since boot.
+
+    Return None on other systems.
+    """
     with contextlib.suppress(OSError):
         found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
         return int(found[1]) if found else None
@@ -121,8 +131,10 @@ def raising_out_of_memory(remedy: str) -> Iterator[None]:
 
 
 class PeakMemory:
-    """Measure the peak memory from now on: allocated GPU memory, or the rise of resident memory on
-    a CPU."""
+    """Measures the peak memory from its creation on.
+
+    It is the allocated memory of a GPU, or the rise of resident memory on a CPU.
+    """
 
     def __init__(self) -> None:
         import torch
@@ -150,8 +162,10 @@ class PeakMemory:
 
 
 def _most_resident_bytes() -> int:
-    """Return the peak resident bytes of this process, since the last reset or, if there is none,
-    the start."""
+    """Return the peak resident bytes of this process since the last reset.
+
+    On systems without a reset it is the peak since the start.
+    """
     if found := STATUS.exists() and re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()):
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -24,8 +24,10 @@ logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
 
 
 def install(family: Family | None = None) -> None:
-    """Make block i of a family (None: of all families) be built from `config.per_layer_config[i]`;
-    idempotent."""
+    """Make block i of a family be built from `config.per_layer_config[i]`.
+
+    None stands for all families. Further calls do nothing.
+    """
     for each in (
         families().values() if family is None else (family,)
     ):  # to import all modules takes 0.2 s
@@ -47,7 +49,7 @@ def _ragged(family: Family, original: Any) -> Any:
 
 
 def _following(layer_config: Any, config: Any) -> Any:
-    """Make a layer config read the attention implementation from the model config at every access."""
+    """Make a layer config read the attention implementation of the model config at every access."""
     if layer_config is not config:
         config_class: Any = type(config)
         layer_config.__class__ = _following_class(config_class)
@@ -62,10 +64,9 @@ def _following_class(config_class: type) -> type:
 
 
 def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
-    """Write the widths of cut blocks into a config: as global keys if all blocks are equal, else
-    per block.
+    """Write the widths of cut blocks into a config: once if all are equal, otherwise per block.
 
-    `num_units`: block index -> kind of unit -> number of units kept.
+    `num_units` maps the index of a block and a kind of unit to the number of units kept.
     """
     family = family_of(config)
     widths = {}
@@ -88,7 +89,7 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
 
 
 def keep_blocks(config: Any, kept: Sequence[int]) -> None:
-    """Remove all blocks from a config except `kept`, which lists their indices in ascending order."""
+    """Remove all blocks from a config except `kept`, their indices in ascending order."""
     overrides: Mapping[int, Any] = (
         config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
     )

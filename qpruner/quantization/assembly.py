@@ -34,10 +34,18 @@ ADAPTER = "default"  # name that peft gives to a model's only adapter
 def assemble(
     bank: BankSource, formats_by_group: Mapping[str, str], on_piece: OnPiece = lambda: None
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Build the model of the plan `formats_by_group`; make the entries that the bank lacks.
+    """Build the model of a plan, and make the bank entries that it lacks.
 
-    Embeddings and head are unpacked if the plan does not name them. Also return the initial
-    adapters: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
+    Embeddings and head stay unpacked if the plan does not name them.
+
+    Args:
+        bank: Where packed weights and the checkpoint are.
+        formats_by_group: The plan, which maps each group to the name of its format.
+        on_piece: Called after each piece of work, to show that the process is alive.
+
+    Returns:
+        The model, and its initial adapters: ``<layer>.lora_A`` ``(rank, columns)`` and
+        ``<layer>.lora_B`` ``(rows, rank)``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
@@ -86,12 +94,11 @@ def attach_adapters(
     grouping: str,
     seed: int,
 ) -> PeftModel:
-    """Add a LoRA adapter to every linear layer of the groups in blocks, packed or not, and set its
-    initial values.
+    """Add a LoRA adapter to every linear layer of the blocks and set its initial values.
 
-    A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq`
-    each row of the random ``A`` is scaled to length 1, as LoftQ does, so that unpacked layers learn
-    as fast as packed layers.
+    Packed and unpacked layers both get one. A layer without values in `starts` gets a random ``A``
+    and a zero ``B``. With `lora.init: loftq` each row of the random ``A`` is scaled to length 1, as
+    LoftQ does, so that unpacked layers learn as fast as packed layers.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -128,11 +135,10 @@ def attach_adapters(
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model to the device or, outside distributed training, spread it over all GPUs that
-    this process sees.
+    """Move a model to the device, or spread it over all GPUs that this process sees.
 
-    Ray shows a trial only its own GPUs. A process of a distributed training sees all, but uses
-    torch's current one.
+    Ray shows a trial only its own GPUs. A process of a distributed training sees all of them, but
+    uses only torch's current one.
     """
     if torch.cuda.device_count() < 2 or torch.distributed.is_initialized():
         return model.to(device())
@@ -147,8 +153,7 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def cast_adapters(model: Any) -> None:
-    """Convert a model's adapters to the type of its unpacked weights, in which they are saved and
-    served."""
+    """Convert adapters to the dtype of the unpacked weights, in which they are saved and served."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(model.config.dtype)

@@ -1,10 +1,10 @@
-"""Make and read the bank: packed weights and initial adapters of every (group, format), shared by
-all trials.
+"""Make and read the bank, which holds every group of layers in every format for all trials.
 
-An entry depends on its group and format only, not on the rest of a plan. It is a safetensors file
-with the packed tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`; its
-`EntryRecord` lies beside it. Whoever reads a missing or damaged entry makes it (`read_plan`), two
-processes perhaps at once: they write equal, whole files.
+An entry has the packed weights and the initial adapters of one (group, format). It depends on these
+two only, not on the rest of a plan. It is a safetensors file with the packed tensors of the group's
+layers, and `<layer>.lora_A` and `<layer>.lora_B`; its `EntryRecord` lies beside it. Whoever needs
+an entry that is missing or damaged makes it (`read_plan`). Two processes may do so at once, because
+they write equal, whole files.
 """
 
 import functools
@@ -41,8 +41,7 @@ from qpruner.runs.storage import OnPiece
 VERSION = 5  # version of the entries: raise it when the same inputs give different tensors
 GRAMS = "grams"  # subfolder with the Gram matrices of layers' inputs, a file for each block
 FEW_WEIGHTS = 10_000_000
-"""A model with fewer weights is packed without Ray, because starting Ray would take longer than
-packing."""
+"""A model with fewer weights is packed without Ray, which would take longer to start."""
 
 Tensors = dict[str, torch.Tensor]
 Kind = TypeVar("Kind", bound="FileRecord")
@@ -58,18 +57,22 @@ class FileRecord(Recorded):
 
 
 class EntryRecord(FileRecord):
-    """Identifies an entry, and says how much error its packed weights have left."""
+    """Identifies an entry, and says how much of its error the initial adapters leave."""
 
     residual_ratio: float
-    """Norm of the error with initial adapters (of the weights; under GPTQ, of the outputs), divided
-    by that without."""
+    """Norm of the error with initial adapters, divided by the norm without them.
+
+    The error is that of the weights or, under GPTQ, of the outputs.
+    """
     error: float  # squared norm of that error, divided by that of the weights (or outputs)
 
 
 @dataclass(frozen=True)
 class BankSource:
-    """Where the bank of a cut is, and what its entries are made from; the paths are the same on
-    every node."""
+    """Says where the bank of a cut is, and what its entries are made from.
+
+    The paths are the same on every node.
+    """
 
     folder: Path
     checkpoint: Path
@@ -85,8 +88,7 @@ class BankSource:
         return self.folder / level / f"{group}.safetensors"
 
     def digest(self, level: str) -> str:
-        """Compute the digest of all that an entry depends on: of the inputs, and of what packs its
-        format."""
+        """Compute the digest of an entry's inputs and of what packs its format."""
         packing = format_of(level)
         return digest_of(
             self.inputs, level, packing.version, version(packing.package) if packing.package else ""
@@ -97,13 +99,12 @@ class BankSource:
         return [self.digest(level) for level in sorted(set(levels)) if format_of(level).is_packed]
 
     def entry(self, group: str, level: str) -> EntryRecord | None:
-        """Read the record of an entry; None if it is missing, damaged or of other inputs."""
+        """Read the record of an entry; return None if it is missing, damaged or of other inputs."""
         found = _read_record(self.file(group, level), EntryRecord)
         return found if found and found.inputs == self.digest(level) else None
 
     def has_grams(self) -> bool:
-        """Return True if no Gram matrices are used, or if those of all blocks and of the head are
-        there.
+        """Return True if all Gram matrices that GPTQ needs are there, or if it needs none.
 
         Their sha256 is checked where they are read: of a model of 8 billion parameters they are 20
         GB a cut.
@@ -123,7 +124,7 @@ class BankSource:
         )
 
     def is_current(self, path: Path) -> bool:
-        """Return True if a file in the folder is an entry of the present inputs, or Gram matrices."""
+        """Return True if a file is an entry, or has Gram matrices, of the present inputs."""
         level, group = path.parent.name, path.stem
         if level == GRAMS:
             record = _read_record(path, FileRecord)
@@ -137,7 +138,7 @@ class BankSource:
 
 @dataclass(frozen=True)
 class Entry:
-    """The tensors of one (group, format), and the errors of `EntryRecord`."""
+    """Holds the tensors of one (group, format), and the errors of its `EntryRecord`."""
 
     tensors: Tensors
     residual_ratio: float
@@ -151,11 +152,15 @@ def build_entries(
     seed: int,
     grams: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Entry]:
-    """Pack the layers of a group (path -> weight ``(rows, columns)``) in each format; without
-    `lora` without adapters.
+    """Pack the layers of a group in several formats, and yield one entry for each format.
 
-    `grams` has the Gram matrix of each layer's inputs ``(columns, columns)`` for GPTQ; layers with
-    one are packed together.
+    Args:
+        weights: Path of each layer and its weight ``(rows, columns)``.
+        packings: The formats.
+        lora: Settings of the initial adapters; None makes no adapters.
+        seed: Seeds the randomized SVD of LoftQ.
+        grams: For GPTQ, path of each layer and the Gram matrix of its inputs (columns, columns).
+            Layers with the same matrix are packed together.
     """
     gram_of, sharing = grams or dict.fromkeys(weights), dict[int | str, list[str]]()
     total = sum(change_size(weight.float(), gram_of[path]) ** 2 for path, weight in weights.items())
@@ -189,8 +194,7 @@ def build_entries(
 def make_entries(
     bank: BankSource, group: str, levels: Sequence[str], on_piece: OnPiece = lambda: None
 ) -> Iterator[tuple[EntryRecord, Tensors]]:
-    """Pack a group in each of some formats on this process's device, write the entries, and yield
-    them in order."""
+    """Pack a group in several formats on this process's device, and yield the written entries."""
     checkpoint = storage.fetch(bank.checkpoint, on_piece)
     config = checkpoint_config(checkpoint)
     paths = group_paths(config, bank.grouping)[group]
@@ -212,7 +216,7 @@ def make_entries(
 
 
 def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> EntryRecord:
-    """Write an entry, then its record, which makes it count."""
+    """Write an entry and then its record, without which it does not count."""
     path, errors = (
         bank.file(group, level),
         {"residual_ratio": entry.residual_ratio, "error": entry.error},
@@ -225,8 +229,10 @@ def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> Entry
 
 
 def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor]) -> None:
-    """Write the Gram matrices of a block or the head, each under the paths of the layers that share
-    the input."""
+    """Write the Gram matrices of a block or the head.
+
+    Each is stored under the paths of the layers that share the input.
+    """
     path = grams_file(bank.folder, next(iter(grams))[0])
     named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
     storage.write_json(
@@ -237,8 +243,7 @@ def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor])
 def read_plan(
     bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lambda: None
 ) -> Tensors:
-    """Read the tensors of all groups that a plan packs; make the entries that are missing or
-    damaged."""
+    """Read the tensors of all groups that a plan packs; make missing and damaged entries."""
     tensors: Tensors = {}
     made, wanted = (
         0,
@@ -260,11 +265,12 @@ def read_plan(
 
 
 def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> Tensors:
-    """Read the Gram matrices ``(columns, columns)`` of the inputs of layers of one block, or of a
-    table of tokens.
+    """Read the Gram matrices ``(columns, columns)`` of inputs of a block's layers or of a table.
 
-    Embeddings that are not tied only look rows up, and have none. `CorruptFile`: one is missing,
-    damaged or changed.
+    Embeddings that are not tied only look rows up, and have none.
+
+    Raises:
+        CorruptFile: The file is missing, damaged or changed.
     """
     path = grams_file(folder, paths[0])
     if path.stem == paths[0] != logits_path(config):  # a table is in no block
@@ -283,8 +289,7 @@ def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> 
 
 
 def grams_file(folder: Path, path: str) -> Path:
-    """Return the path of the Gram matrices of the block that a layer is in; the head has a file of
-    its own."""
+    """Return the file with the Gram matrices of a layer's block; the head has a file of its own."""
     parts = path.split(".")
     end = next((at for at, part in enumerate(parts, 1) if part.isdigit()), len(parts))
     return folder / GRAMS / f"{'.'.join(parts[:end])}.safetensors"
@@ -296,8 +301,7 @@ def record_path(path: Path) -> Path:
 
 
 class Starts:
-    """Initial weights of trials: unpacked, with the adapter added, for every group and packed
-    format.
+    """Computes the unpacked weights, adapters included, with which trials start.
 
     The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight
     only. `groups` maps each group to the paths of its layers, `offered` to the formats that it
@@ -323,8 +327,10 @@ class Starts:
         }
 
     def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
-        """Compute the float32 weight of the layer at `path` at the start of a trial, of shape and
-        device `like`."""
+        """Compute a layer's float32 weight at the start of a trial, on the device of `like`.
+
+        `like` is the layer's unquantized weight ``(rows, columns)``.
+        """
         stored = layer_tensors(self._entries[group, level], path)
         own = {name: tensor.to(like.device) for name, tensor in stored.items()}
         lora_a, lora_b = own.pop("lora_A", None), own.pop("lora_B", None)
@@ -357,8 +363,10 @@ def _read_record(path: Path, kind: type[Kind]) -> Kind | None:
 def _read_tensors(
     path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None
 ) -> Tensors | None:
-    """Read a tensor file of these inputs; None if it is missing, and also if it is damaged, which
-    is logged."""
+    """Read a tensor file of these inputs; return None if it is missing or damaged.
+
+    Damage is logged.
+    """
     record = _read_record(path, kind)
     if record is None or record.inputs != inputs:
         return None
@@ -373,8 +381,10 @@ def _read_tensors(
 
 
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
-    """Return a bank file, or its cached copy if storage is remote; None if it does not have this
-    sha256."""
+    """Return a bank file, or its cached copy if storage is remote.
+
+    Return None if the file does not have this sha256.
+    """
     named = os.environ.get(BANK_CACHE)
     if not named and storage.storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None

@@ -1,17 +1,17 @@
-"""Compute LoftQ: initial adapters that reduce the quantization error (Li et al., arXiv 2310.08659,
-algorithm 1).
+"""Compute LoftQ: initial adapters that reduce the quantization error.
 
-The algorithm alternates ``Q_t = quantize(W - s B A)`` and a rank-r SVD of ``W - dequantize(Q_t)``.
-With one iteration ``Q`` is the plainly quantized weight. The loop stops at the first iteration that
-does not reduce the error.
+The method is algorithm 1 of Li et al., arXiv 2310.08659. It alternates ``Q_t = quantize(W - s B
+A)`` and a rank-r SVD of ``W - dequantize(Q_t)``. With one iteration ``Q`` is the plainly quantized
+weight. The loop stops at the first iteration that does not reduce the error.
 
 With the Gram matrix of a layer's inputs, quantize is GPTQ where the format has grids, and the
 adapter repairs outputs instead of weights. Half of its rank lies along the principal directions of
-the inputs, in which a fine-tune learns fast (EVA, Paischer et al., arXiv 2410.07170); the other
+the inputs, in which a fine-tune learns fast (EVA, Paischer et al., arXiv 2410.07170). The other
 half is the SVD of what the outputs still lose.
 
-SmolLM2-135M, unpruned, rank 8, embeddings in q8_0, confirmation loss after 8 steps on the demo's
-rows (2026-11-29; the unpacked model: 1.886; the last two columns are GPTQ's):
+These are losses after 8 steps on the demo's rows, on its confirmation split (2026-11-29). The model
+is SmolLM2-135M, unpruned, at rank 8, with embeddings in q8_0; unpacked it has 1.886. The last two
+columns are GPTQ's.
 
 | format | nearest, plain SVD | no start | SVD of the outputs' error | half of each |
 |---|---|---|---|---|
@@ -20,7 +20,8 @@ rows (2026-11-29; the unpacked model: 1.886; the last two columns are GPTQ's):
 | nf4 (nearest) | 2.059 | 2.056 | 1.934 | 1.935 |
 | w3_hqq | | 2.225 | 2.187 | 2.186 |
 
-Principal directions alone: 1.878, 1.921, 1.931 and 2.225. More iterations fit the calibration text.
+The principal directions alone give 1.878, 1.921, 1.931 and 2.225. More iterations fit the
+calibration text.
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ OVERSAMPLING = (
 
 @dataclass(frozen=True)
 class LoftqStart:
-    """A packed weight and the initial adapter that approximates its quantization error."""
+    """Holds a packed weight and the initial adapter that approximates its quantization error."""
 
     packed: dict[str, torch.Tensor]
     lora_a: torch.Tensor  # float32 ``(rank, columns)``
@@ -56,12 +57,18 @@ def loftq_start(
     seed: int,
     gram: torch.Tensor | None = None,
 ) -> LoftqStart:
-    """Compute the initial adapter of a linear layer W ``(rows, columns)``, `packed` by
-    `rounding.pack`, with LoftQ.
+    """Compute the initial adapter of a linear layer W ``(rows, columns)`` with LoftQ.
 
-    The product ``B A`` is scaled by alpha / rank, as in peft; `seed` seeds the randomized SVD. With
-    the Gram matrix of the inputs ``(columns, columns)`` formats with grids are rounded by GPTQ, the
-    SVD is of what the outputs lose, and the loop stops where that does not get less.
+    With a Gram matrix, formats with grids are rounded by GPTQ, the SVD is of what the outputs lose,
+    and the loop stops where that loss does not get smaller.
+
+    Args:
+        weight: The weight W, of any floating-point type.
+        packed: The tensors that `rounding.pack` made of it.
+        packing: The format.
+        lora: Rank, iterations and kind of SVD; ``B A`` is scaled by alpha / rank, as in peft.
+        seed: Seeds the randomized SVD.
+        gram: The Gram matrix of the layer's inputs ``(columns, columns)``.
     """
     rank, scaling = lora.rank, lora.alpha / lora.rank
     weight = weight.detach()
@@ -89,8 +96,10 @@ def loftq_start(
 def _errors(
     residual: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, gram: torch.Tensor | None
 ) -> tuple[float, float]:
-    """Return the norms of ``R`` and of ``R - B A``; with a Gram matrix, of what they make of the
-    outputs."""
+    """Return the norms of the error ``R`` and of ``R - B A``.
+
+    With a Gram matrix they are the norms of what the two make of the outputs.
+    """
     if gram is None:
         return float(residual.norm()), float((residual - lora_b @ lora_a).norm())
     outputs = residual @ gram  # the one product of full size
@@ -115,7 +124,7 @@ def _factorize(
     Without a Gram matrix this is the best rank-r approximation, with rows of ``A`` of length 1.
     LoftQ splits the singular values evenly; at 8 bits both factors and their gradients are then
     near zero, and the adapter learns slowly (SmolLM2 was worse at 8 than at 4 bits after 16 steps).
-    With it outputs of ``A`` have the inputs' mean square.
+    With a Gram matrix the outputs of ``A`` have the mean square of the inputs.
     """
     count = min(rank, *residual.shape)
     if gram is None:

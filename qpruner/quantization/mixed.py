@@ -24,7 +24,7 @@ METHOD = "qpruner"
 
 
 def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Select the tensors named `<path>.<name>` of one layer, and return them by `<name>`."""
+    """Select the tensors `<path>.<name>` of one layer, and return them by `<name>`."""
     return {
         name.removeprefix(f"{path}."): tensor
         for name, tensor in tensors.items()
@@ -53,8 +53,10 @@ def packed_layer(
 
 
 def flag_for_peft(model: Any) -> None:
-    """Let peft recognize the layers of every format, as the model of the next plan may have formats
-    that this lacks."""
+    """Let peft recognize the layers of every format.
+
+    All formats are flagged, because the model of the next plan may have some that this model lacks.
+    """
     for found in formats().values():
         if found.peft_flag:
             setattr(model, found.peft_flag, True)
@@ -62,10 +64,10 @@ def flag_for_peft(model: Any) -> None:
 
 @register_quantization_config(METHOD)
 class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a checkpoint: `formats` maps the paths of packed layers to names
-    of formats.
+    """The `quantization_config` of a checkpoint.
 
-    A head that is tied to a packed embedding is not listed.
+    `formats` maps the paths of packed layers to the names of their formats. A head that is tied to
+    a packed embedding is not listed.
     """
 
     def __init__(self, formats: Mapping[str, str], quant_method: str = METHOD, **_: Any) -> None:
@@ -85,8 +87,11 @@ def _known(name: str, path: str) -> Format:
 
 
 def _usable(name: str, path: str, module: Any) -> Format:
-    """Return a format; raise `UserError` if its package is missing, or if it cannot hold this layer
-    here."""
+    """Return the format of a layer.
+
+    Raises:
+        UserError: Its package is missing, or it cannot hold this layer on this device.
+    """
     found = _known(name, path)
     is_table = isinstance(module, torch.nn.Embedding)
     columns = module.embedding_dim if is_table else module.in_features
@@ -100,14 +105,13 @@ def _usable(name: str, path: str, module: Any) -> Format:
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """Fill a layer whose format stores more than one tensor, and pass all other tensors through."""
+    """Fills a layer whose format stores more than one tensor, and passes other tensors through."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self._formats: dict[str, str] = hf_quantizer.quantization_config.formats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
-        """Return itself: transformers copies this object for each layer, and a copy would include
-        the whole config."""
+        """Return itself: transformers copies this object for each layer, and the config with it."""
         return self
 
     def convert(
@@ -131,7 +135,7 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Build a mixed-precision model in `from_pretrained`, and allow `save_pretrained` to save it."""
+    """Builds a mixed-precision model in `from_pretrained`, and lets `save_pretrained` save it."""
 
     requires_calibration = True
     serialized_names = {
@@ -143,7 +147,7 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
     }
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Return True for packed weights, whose shape may not be that of the empty layer."""
+        """Return True for packed weights, whose shape may differ from that of the empty layer."""
         module, name = get_module_from_name(model, param_name)
         is_packed = not module.weight.is_floating_point() if name == "weight" else False
         return is_packed and not isinstance(module, PackedLinear | PackedEmbedding)
@@ -151,8 +155,10 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """Cast unpacked weights only: `dtype` is that of the empty layer, and packed layers have
-        whole numbers."""
+        """Cast unpacked weights only, because packed layers hold whole numbers.
+
+        `dtype` is that of the parameter in the empty layer.
+        """
         return dtype if dtype is not None and dtype.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -189,8 +195,7 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """Return the operation by which transformers turns the packed tensors of a layer into
-        parameters."""
+        """Return the operation by which transformers makes parameters of packed tensors."""
         return {"deserialize": _Deserialize}
 
     def is_serializable(self) -> bool:
@@ -199,5 +204,5 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """True, because adapters on a mixed-precision model can be trained."""
+        """Tell transformers that adapters on a mixed-precision model can be trained."""
         return True

@@ -1,9 +1,9 @@
-"""Pack weights, rounding to nearest, or so that the outputs change least: GPTQ (Frantar et al.,
-arXiv 2210.17323).
+"""Pack weights by rounding to nearest, or by GPTQ, which keeps the outputs close.
 
-With inputs X ``(tokens, columns)`` the outputs change by ``|X (W - Q)^T|^2 = tr((W - Q) G (W -
-Q)^T)``, where ``G`` is the Gram matrix ``X^T X``. GPTQ rounds one column after another, and each
-time changes the columns that are not yet rounded so that they make up for its error.
+GPTQ is described by Frantar et al., arXiv 2210.17323. With inputs X ``(tokens, columns)`` the
+outputs change by ``|X (W - Q)^T|^2 = tr((W - Q) G (W - Q)^T)``, where ``G`` is the Gram matrix
+``X^T X``. GPTQ rounds one column after another, and each time changes the columns that are not yet
+rounded so that they make up for its error.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,7 @@ from qpruner.errors import TrainingDiverged
 from qpruner.quantization.formats import Format, GridFormat
 
 DAMPING = (0.01, 0.1, 1.0, 10.0)
-"""Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky
-succeeds."""
+"""Tried in turn, relative to the mean of a Gram matrix's diagonal, until Cholesky succeeds."""
 BLOCK = 128  # columns whose errors are carried to all later columns in one product
 ROWS = (
     2**14
@@ -28,12 +27,20 @@ _KEPT: Any = WeakTensorKeyDictionary()  # Gram matrix -> what was computed from 
 def pack(
     format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Pack a weight ``(rows, columns)``: by GPTQ if there is a Gram matrix and the format has
-    grids, else to nearest.
+    """Pack a weight ``(rows, columns)``: by GPTQ with a Gram matrix, otherwise to nearest.
 
-    `gram` is ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter.
-    Return the tensors of `Format.pack`; raise `TrainingDiverged` if the Gram matrix is NaN or
-    infinite.
+    Formats without grids, and those of 8 bits, are rounded to nearest even with a Gram matrix.
+
+    Args:
+        format_: The format.
+        weight: The weight, of any floating-point type.
+        gram: ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter.
+
+    Returns:
+        The tensors of `Format.pack`.
+
+    Raises:
+        TrainingDiverged: The Gram matrix is NaN or infinite.
     """
     return pack_together(format_, [weight], gram)[0]
 
@@ -41,8 +48,7 @@ def pack(
 def pack_together(
     format_: Format, weights: Sequence[torch.Tensor], gram: torch.Tensor | None
 ) -> list[dict[str, torch.Tensor]]:
-    """Pack the weights of layers with the same inputs as `pack` does each, but in one pass over the
-    columns."""
+    """Pack the weights of layers with the same inputs, as `pack` does, in one pass over columns."""
     if gram is None or not isinstance(format_, GridFormat) or not format_.takes_gptq:
         return [format_.pack(weight.detach()) for weight in weights]
     stacked = torch.cat([weight.detach() for weight in weights])
@@ -52,10 +58,10 @@ def pack_together(
 
 
 def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """Compute the norm of what a float32 change of a weight makes of the outputs; without a Gram
-    matrix, its own norm.
+    """Compute the norm of what a change of a weight, in float32, makes of the layer's outputs.
 
-    Under GPTQ the norm of the change itself says little: table in `loftq`, fifth row beside second.
+    Without a Gram matrix it is the norm of the change itself. Under GPTQ that says little: compare
+    the fifth row of the table in `loftq` with the second.
     """
     if gram is None:
         return float(change.norm())
@@ -65,8 +71,7 @@ def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
 
 
 def kept(gram: torch.Tensor, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-    """Return what `compute` makes of a Gram matrix, once for all layers with these inputs and all
-    formats."""
+    """Compute a value from a Gram matrix once, for all formats and all layers with these inputs."""
     found = _KEPT.setdefault(gram, {})
     if name not in found:
         found[name] = compute()
@@ -74,11 +79,10 @@ def kept(gram: torch.Tensor, name: tuple[Any, ...], compute: Callable[[], Any]) 
 
 
 def gram_root(gram: torch.Tensor) -> torch.Tensor:
-    """Compute an upper triangular R with ``R R^T = G``, the damped Gram matrix ``(columns,
-    columns)``.
+    """Compute an upper triangular R with ``R R^T = G``, where G is the damped Gram matrix.
 
-    So ``|E R|^2`` is the error that a change E of the weights makes in the outputs. Inputs that are
-    always 0 count as independent inputs of mean size.
+    Both are float32 ``(columns, columns)``. So ``|E R|^2`` is the error that a change E of the
+    weights makes in the outputs. Inputs that are always 0 count as independent inputs of mean size.
     """
     damped = gram.clone()
     diagonal = damped.diagonal()
@@ -148,10 +152,10 @@ def _round_rows(
 
 
 def _order_and_inverse(gram: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of the columns, and U ``(columns, columns)`` in this order, with ``U^T U =
-    G^-1``.
+    """Return the order of the columns, and U ``(columns, columns)`` with ``U^T U = G^-1``.
 
-    Row i of U says how later columns make up for an error of column i.
+    The rows and columns of U are in that order. Row i of U says how later columns make up for an
+    error of column i.
     """
     order = _order(gram.diagonal(), size)
     root = gram_root(gram[order][:, order])
@@ -161,8 +165,10 @@ def _order_and_inverse(gram: torch.Tensor, size: int) -> tuple[torch.Tensor, tor
 
 
 def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
-    """Sort groups of columns by their mean input, and columns within a group by theirs; a shorter
-    group stays last."""
+    """Sort groups of columns, and the columns within a group, by their mean input, largest first.
+
+    A group that is shorter than the others stays last.
+    """
     groups = torch.split(torch.arange(len(diagonal), device=diagonal.device), size)
     means = [float(diagonal[group].mean()) for group in groups]
     first = sorted(range(len(groups)), key=lambda index: (len(groups[index]) < size, -means[index]))
@@ -172,8 +178,7 @@ def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _blocks(columns: int, size: int) -> list[tuple[int, int]]:
-    """Divide columns into blocks of whole groups, or into parts of one group; return where they
-    start and end."""
+    """Divide columns into blocks of whole groups, or of parts of one group, as (start, end)."""
     span = max(size, BLOCK // size * size)
     step = min(span, BLOCK)
     return [

@@ -1,5 +1,4 @@
-"""Measure how the predictions change when one group is quantized: KL divergence and change of the
-loss.
+"""Measure how predictions change when one group is quantized: KL divergence and loss.
 
 The group gets the weights with which trials start. The blocks before it return their stored
 outputs, so only the later ones run: all of them for embeddings, none for a head.
@@ -29,7 +28,7 @@ POSITIONS = (
 
 
 def pairs_of(starts: Starts) -> tuple[Pair, ...]:
-    """List all pairs of a group and a packed format that it may have, in the order of the groups."""
+    """List all pairs of a group and a packed format that it may have, group by group."""
     return tuple((group, name) for group in starts.groups for name in starts.offered[group])
 
 
@@ -37,12 +36,12 @@ def pairs_of(starts: Starts) -> tuple[Pair, ...]:
 def measure(
     model: PreTrainedModel, samples: Samples, starts: Starts
 ) -> dict[str, dict[Pair, float]]:
-    """Measure `kl` and `loss`: the mean rise by every (group, format), in nats a predicted token;
-    progress counts both.
+    """Measure `kl` and `loss`, their mean rise by every (group, format), in nats a predicted token.
 
-    In bfloat16 rounding alone causes 0.0009 to 0.0015 nats of KL divergence on pruned SmolLM2 (one
-    weight changed in its last place, 2026-11), about as much as 8 bits do: rank groups at 8 bits by
-    `fisher`. Packed embeddings also replace a head that is tied to them.
+    Progress counts both batches and pairs. In bfloat16 rounding alone causes 0.0009 to 0.0015 nats
+    of KL divergence on pruned SmolLM2 (one weight changed in its last place, 2026-11), about as
+    much as 8 bits do: rank groups at 8 bits by `fisher`. Packed embeddings also replace a head that
+    is tied to them.
     """
     all_batches = list(
         batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device)
@@ -91,8 +90,7 @@ class _Rerun:
         self._sum(self._losses, "the unquantized model")  # raises an error if a loss is not finite
 
     def rise(self, layer_path: str, model_in_errors: str) -> torch.Tensor:
-        """Run again from this layer on; return the sums of KL divergence and change of the loss,
-        ``(2,)``."""
+        """Run again from this layer on, and sum KL divergence and change of the loss, ``(2,)``."""
         first = (
             len(self._blocks)
             if self._model.get_submodule(layer_path) is self._model.get_output_embeddings()
@@ -131,8 +129,7 @@ class _Rerun:
 def _replaced(
     parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]
 ) -> Iterator[None]:
-    """Replace the values of parameters inside the context, and put the original tensors back
-    afterwards."""
+    """Replace the values of parameters inside the context, and restore the originals afterwards."""
     originals = [parameter.data for parameter in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):

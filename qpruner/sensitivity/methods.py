@@ -1,5 +1,4 @@
-"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the
-pruned model."""
+"""Score by every method how much each (group, format) raises the loss of the pruned model."""
 
 from __future__ import annotations
 
@@ -23,13 +22,15 @@ if TYPE_CHECKING:
 
 Rises = Mapping[Pair, float]  # predicted rise for each pair of a group and a packed format
 MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
-"""Method -> the measurement that embeddings and head take, to which a Taylor expansion of linear
-layers is blind."""
+"""Method -> the measurement that embeddings and head take instead.
+
+A Taylor expansion of linear layers is blind to them.
+"""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Samples, groups with the formats that each may have, and the bank of the model."""
+    """Holds the samples, the groups with the formats of each, and the bank of a model."""
 
     samples: Samples
     groups: tuple[Group, ...]
@@ -39,13 +40,13 @@ class Subject:
 
     @property
     def tables(self) -> Subject:
-        """The same without the blocks' groups: embeddings and head, as far as they may be packed."""
+        """The subject without the blocks' groups: embeddings and head, if they may be packed."""
         tables = (group for group in self.groups if group.name in (EMBEDDINGS, HEAD))
         return replace(self, groups=tuple(group for group in tables if _packed(group)))
 
     @property
     def blocks(self) -> Subject:
-        """The same without embeddings and head."""
+        """The subject without embeddings and head."""
         return replace(
             self,
             groups=tuple(group for group in self.groups if group.name not in (EMBEDDINGS, HEAD)),
@@ -93,8 +94,10 @@ def by_information(
 def by_expansion(
     model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]
 ) -> dict[str, MethodScores]:
-    """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and
-    head."""
+    """Score all groups by first order, Fisher and second order.
+
+    `tables` has the rises of embeddings and head.
+    """
     started = time.monotonic()
     found = expand(model, subject.samples, subject.blocks.starts)
     by_method = {
@@ -111,8 +114,7 @@ def by_measurement(model: PreTrainedModel, subject: Subject) -> dict[str, Method
 
 
 def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> dict[str, Rises]:
-    """Return the rises by `kl` and `loss` of packed embeddings and head from the scores of
-    `groups`."""
+    """Return the rises by `kl` and `loss` of packed embeddings and head from the groups' scores."""
     tables = [(at, group) for at, group in enumerate(groups) if group.name in (EMBEDDINGS, HEAD)]
     return {
         method: {
@@ -131,7 +133,7 @@ def _scores(
     seconds: float,
     unit: str = "nats per predicted token",
 ) -> dict[str, MethodScores]:
-    """Make one record per method; the methods share the time `seconds`."""
+    """Make one record per method; all share the time `seconds`."""
     return {
         name: MethodScores(unit=unit, values=_by_format(rises, groups), seconds=seconds)
         for name, rises in by_method.items()
@@ -139,8 +141,10 @@ def _scores(
 
 
 def _by_format(rises: Rises, groups: Sequence[Group]) -> dict[str, tuple[float | None, ...]]:
-    """Map each format, smallest first, to the rises of all groups: 0 if unpacked, None where it is
-    not offered."""
+    """Map each format, smallest first, to the rises of all groups.
+
+    A rise is 0 where the format is unpacked, and None where it is not offered.
+    """
     levels = by_size(tuple({name for group in groups for name in group.formats}))
 
     def rise(group: Group, name: str) -> float | None:

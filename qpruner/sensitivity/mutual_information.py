@@ -1,10 +1,9 @@
-"""Estimate the mutual information between the output of each group and the predicted token, as the
-QPruner paper does.
+"""Estimate the mutual information of each group's output and the predicted token.
 
-The estimator is Ross's (2014, doi:10.1371/journal.pone.0087357), as in scikit-learn's
-`mutual_info_classif`, applied jointly to the leading principal components, whitened, of a group's
-output at the predicted positions. Rare tokens are pooled. To reduce the bias, the mean estimate for
-shuffled labels is subtracted.
+The QPruner paper scores groups so. The estimator is Ross's (2014,
+doi:10.1371/journal.pone.0087357), as in scikit-learn's `mutual_info_classif`, applied jointly to
+the leading principal components, whitened, of a group's output at the predicted positions. Rare
+tokens are pooled. To reduce the bias, the mean estimate for shuffled labels is subtracted.
 """
 
 from __future__ import annotations
@@ -39,8 +38,10 @@ def measure(
     seed: int,
     on_group: OnProgress,
 ) -> tuple[float, ...]:
-    """Estimate every group's mutual information in nats; `seed` draws positions and shuffles,
-    `on_group` counts."""
+    """Estimate every group's mutual information in nats.
+
+    `seed` draws positions and shuffles labels; `on_group` counts groups.
+    """
     samples = replace(samples, rows=spread_positions(samples.rows, settings.max_positions, seed))
     modules = output_modules(model.config, group)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
@@ -57,9 +58,9 @@ def measure(
     visit_outputs(model, hooked_modules, samples, visit)
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     if len(np.unique(labels)) < 2:
-        why = f"the model predicts the same token at all {len(labels)} positions, so mutual information is zero"
         raise UserError(
-            f"`calibration.num_sensitivity_samples`: {why}; give more or longer samples"
+            "`calibration.num_sensitivity_samples`: the model predicts the same token at all "
+            f"{len(labels)} positions, so mutual information is zero; give more or longer samples"
         )
     shuffled = [
         np.random.default_rng([seed, turn]).permutation(labels)
@@ -77,11 +78,10 @@ def measure(
 
 
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:
-    """Keep the labels of `max_positions` randomly drawn positions; drop the tokens and rows that
-    are not needed.
+    """Keep the labels of `max_positions` randomly drawn positions.
 
-    They are drawn from all rows, because neighbouring positions have similar outputs. The shortest
-    row comes first.
+    They are drawn from all rows, because neighbouring positions have similar outputs. Tokens and
+    rows that are then not needed are dropped. The shortest row comes first.
     """
     labelled = [
         (row, at)
@@ -101,11 +101,10 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
 
 
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
-    """Estimate mutual information in nats as ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>`` (Ross);
-    may be negative.
+    """Estimate mutual information in nats, by Ross's estimator, which may be negative.
 
-    `components` is ``(samples, components)``. Every label must occur twice; a rare one uses fewer
-    neighbours.
+    It is ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``. `components` is ``(samples, components)``.
+    Every label must occur twice; a rare one uses fewer neighbours.
     """
     from scipy.special import digamma
     from sklearn.neighbors import KDTree, NearestNeighbors
@@ -132,8 +131,10 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
 
 
 def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
-    """Compute the leading principal components of outputs ``(samples, features)``, scaled to unit
-    variance."""
+    """Compute the leading principal components of outputs ``(samples, features)``.
+
+    They are scaled to unit variance.
+    """
     centered = outputs.to(torch.float64, copy=True)
     centered -= centered.mean(dim=0)
     left, values, _ = torch.linalg.svd(centered, full_matrices=False)
@@ -146,8 +147,10 @@ def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
 
 
 def pool_rare(labels: Integers, minimum: int) -> Integers:
-    """Merge labels that occur fewer than `minimum` times into -1, or into the commonest label if -1
-    would be rare."""
+    """Merge labels that occur fewer than `minimum` times into -1.
+
+    If -1 would itself be rare, they are merged into the commonest label.
+    """
     values, counts = np.unique(labels, return_counts=True)
     pooled = np.where(np.isin(labels, values[counts >= minimum]), labels, -1)
     if 0 < (pooled == -1).sum() < minimum:

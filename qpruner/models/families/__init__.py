@@ -1,5 +1,7 @@
-"""Describe the supported model families, one file each: where projections are, which weights a
-pruning unit owns."""
+"""Describe the supported model families, one file each.
+
+A family says where projections are, and which weights a pruning unit owns.
+"""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""Describe a model family: names and shapes of its layers, and which weights form a pruning unit."""
+"""Describe a model family: its layers, their shapes, and which weights form a pruning unit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 ATTENTION, MLP = "attention", "mlp"
 """Kinds of unit: a key/value head with its query heads, and an MLP channel."""
 Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
-"""Name of a group (layers that share a format) -> paths of its linear layers, and of the modules at
-its end."""
+"""Maps the name of a group to the paths of its linear layers and of the modules at its end.
+
+The layers of a group share a format.
+"""
 
 
 @dataclass(frozen=True)
 class UnitSlice:
-    """The part of one parameter that a unit owns, in linear layers with the same entries of the
-    bias.
+    """The part of one parameter that a unit owns; in linear layers also those entries of the bias.
 
     Unit ``i`` owns indices ``offset + i * width`` to ``offset + (i + 1) * width`` along ``dim``.
     """
@@ -50,8 +51,10 @@ class UnitKind:
 def owned_parameters(
     block: torch.nn.Module, kind: UnitKind
 ) -> Iterator[tuple[UnitSlice, torch.nn.Parameter]]:
-    """Yield every parameter that units of a kind own parts of, biases included, with the slice that
-    they own."""
+    """Yield every parameter that units of a kind own parts of, with the slice that they own.
+
+    Biases are included.
+    """
     for item in kind.slices:
         yield item, block.get_parameter(item.parameter)
         path, _, name = item.parameter.rpartition(".")
@@ -62,8 +65,10 @@ def owned_parameters(
 
 @dataclass(frozen=True)
 class Family:
-    """A model family with projections named as in Llama (q, k, v, o, gate, up, down); other
-    families override parts."""
+    """A model family with projections named as in Llama (q, k, v, o, gate, up, down).
+
+    Other families override parts.
+    """
 
     model_type: str  # transformers' `config.model_type`
     decoder_layer: str  # class of the decoder block, in transformers' modeling file of this family
@@ -101,8 +106,10 @@ class Family:
         }
 
     def mlp_projections(self) -> dict[str, tuple[str, ...]]:
-        """Map each MLP projection (gate and up as one) to the paths of its layers in a block; the
-        output comes last."""
+        """Map each MLP projection to the paths of its layers in a block.
+
+        Gate and up are one projection; the output comes last.
+        """
         return {
             "gate_up": (f"{self.mlp}.gate_proj", f"{self.mlp}.up_proj"),
             "down": (f"{self.mlp}.down_proj",),
@@ -113,8 +120,10 @@ class Family:
         return self.attention_projections() | self.mlp_projections()
 
     def groups(self, grouping: str) -> Groups:
-        """List the groups into which `grouping` (`quantize.group`) divides a block; '' names the
-        block as one group."""
+        """Map the groups into which `grouping` divides a block to their layers and outputs.
+
+        `grouping` is `quantize.group`; '' names the block as one group.
+        """
         projections = self.projections()
         if grouping == "projection":
             return {name: (paths, paths) for name, paths in projections.items()}
@@ -151,7 +160,10 @@ class Family:
         return UnitKind(ATTENTION, groups, slices)
 
     def mlp_kind(self, layer_config: Any) -> UnitKind:
-        """Describe the MLP units: channels, each a row of gate, a row of up and a column of down."""
+        """Describe the MLP units: channels.
+
+        A channel is a row of gate, a row of up and a column of down.
+        """
         *rows, output = (path for paths in self.mlp_projections().values() for path in paths)
         slices = (
             *(UnitSlice(f"{path}.weight", 0, 1) for path in rows),
@@ -160,7 +172,7 @@ class Family:
         return UnitKind(MLP, getattr(layer_config, self.channels_key), slices)
 
     def residual_factor(self, config: Any) -> float | None:
-        """Return the factor of `down` in the residual stream; None if a norm follows `down`."""
+        """Return the factor of `down` in the residual stream, or None if a norm follows `down`."""
         return (
             float(getattr(config, "residual_multiplier", 1.0))
             if self.down_adds_to_residual
@@ -170,8 +182,7 @@ class Family:
     def as_cut(
         self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]
     ) -> AbstractContextManager[None]:
-        """Make the kept units of a block compute, inside this context, what they will compute after
-        the cut."""
+        """Make the kept units of a block compute, in this context, what they will after the cut."""
         return nullcontext()
 
     # ---- config keys
@@ -185,8 +196,7 @@ class Family:
         return attention | {self.channels_key: num_units[MLP]}
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
-        """Return True if a checkpoint with these widths in all blocks can be plain: loadable
-        without qpruner."""
+        """Return True if a checkpoint with these widths in all blocks loads without qpruner."""
         return True
 
     def head_dim(self, config: Any) -> int:
@@ -202,13 +212,15 @@ class Family:
         return config.per_layer_config[index]
 
     def after_build(self, block: Any, config: Any, index: int) -> None:
-        """Resize the layers that transformers cannot build in the right size from `build_config`."""
+        """Resize the layers that transformers cannot build in the right size by itself."""
 
 
 @dataclass(frozen=True)
 class DerivedHeadFamily(Family):
-    """A family without grouped heads, whose plain checkpoints have a head size of hidden size /
-    heads."""
+    """A family without grouped heads, whose head size follows from the number of heads.
+
+    Plain checkpoints have a head size of hidden size / heads.
+    """
 
     def key_value_heads(self, config: Any) -> int:
         return int(config.num_attention_heads)
@@ -242,16 +254,20 @@ class DerivedHeadFamily(Family):
 
 @dataclass(frozen=True)
 class DividedFamily(Family):
-    """A family whose config needs a hidden size divisible by the number of query heads, whatever
-    the head size."""
+    """A family whose config needs a hidden size divisible by the number of query heads.
+
+    This holds whatever the head size is.
+    """
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
         return bool(config.hidden_size % widths["num_attention_heads"] == 0)
 
 
 def _resized(linear: Any, rows: int, columns: int) -> torch.nn.Linear:
-    """Create an empty layer of another size with the device and dtype of the old layer, and a bias
-    if it has one."""
+    """Create an empty layer of another size, with the device, dtype and bias of the old layer.
+
+    It has a bias only if the old layer has one.
+    """
     import torch
 
     options = {"device": linear.weight.device, "dtype": linear.weight.dtype}

@@ -8,8 +8,11 @@ from qpruner.models.families.family import ATTENTION, MLP, Family, UnitKind, Uni
 
 @dataclass(frozen=True)
 class Phi3(Family):
-    """Phi-3: the rows of `qkv_proj` are all queries, all keys, all values; of `gate_up_proj`, all
-    gates, all ups."""
+    """Phi-3, whose fused layers hold one projection after the other.
+
+    The rows of `qkv_proj` are all queries, all keys, all values; of `gate_up_proj`, all gates, all
+    ups.
+    """
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         return {"qkv": ("self_attn.qkv_proj",), "o": ("self_attn.o_proj",)}
@@ -39,8 +42,10 @@ class Phi3(Family):
         return UnitKind(MLP, channels, slices)
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
-        """Return False if transformers would refuse the long-rope factors: it derives their number
-        from the heads."""
+        """Return False if transformers would refuse the long-rope factors.
+
+        It derives their number from the heads.
+        """
         rope = config.rope_parameters
         pairs = (
             int(config.hidden_size // widths["num_attention_heads"] * rope["partial_rotary_factor"])

@@ -1,5 +1,4 @@
-"""The registry of number formats: nothing outside this folder knows how a format stores its
-weights."""
+"""Register the number formats; nothing outside this folder knows how a format stores weights."""
 
 import functools
 import importlib
@@ -38,14 +37,17 @@ def format_of(name: str) -> Format:
     found = formats().get(name)
     if found is None:
         raise UserError(
-            f"`quantize.formats`: there is no format `{name}`; the formats are {', '.join(formats())}"
+            f"`quantize.formats`: there is no format `{name}`; "
+            f"the formats are {', '.join(formats())}"
         )
     return found
 
 
 def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) -> str:
-    """Return the format itself if it is taken, else the last of those nearest in bytes; dense if
-    none is taken."""
+    """Return the format itself if it is taken, otherwise the taken format nearest to it in bytes.
+
+    Of two that are equally near, the larger is returned; if none is taken, the dense format.
+    """
     wanted, rows = format_of(name), 4096  # what a format stores once for a weight hardly counts
     taken = [
         each for each in formats().values() if is_taken(each) and not each.refusal(columns, None)
@@ -62,7 +64,10 @@ def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) 
 
 
 def by_size(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Sort names of formats by the bytes that they take, smallest first; raise `UserError` for an
-    unknown name."""
+    """Sort names of formats by the bytes that they take, smallest first.
+
+    Raises:
+        UserError: There is no format of such a name.
+    """
     order = list(formats())
     return tuple(sorted(names, key=lambda name: order.index(format_of(name).name)))

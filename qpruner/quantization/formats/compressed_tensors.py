@@ -1,11 +1,10 @@
-"""Integers in groups of columns, as the layout `pack-quantized` of compressed-tensors stores them
-and vLLM reads them.
+"""Store integers in groups of columns, in the layout `pack-quantized` that vLLM reads.
 
-A weight is ``scale * (code - zero)``. Codes are packed without gaps into words of 32 bits, zeros
-alike (compressed-tensors 0.20). Scales are bfloat16, as in vLLM: it serves asymmetric 4 bits by
-Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming. In our one tensor a row has its words,
-then its scales, then its zeros, packed into bytes; `parts` is the layout of the checkpoint, where
-zeros are packed along rows instead.
+The layout is that of compressed-tensors (0.20). A weight is ``scale * (code - zero)``. Codes are
+packed without gaps into words of 32 bits, and so are zeros. Scales are bfloat16, as in vLLM: it
+serves asymmetric 4 bits by Marlin and its CPU kernels, and 2, 3 and 8 bits by Humming. In our one
+tensor a row has its words, then its scales, then its zeros, packed into bytes; `parts` is the
+layout of the checkpoint, where zeros are packed along rows instead.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ NORM = 0.7  # p of HQQ
 
 @dataclass(frozen=True, kw_only=True)
 class Packed(GridFormat):
-    """Integer codes of 2, 3, 4 or 8 bits with a scale and an integer zero for each group of
-    columns."""
+    """Stores codes of 2, 3, 4 or 8 bits, with a scale and an integer zero for each group."""
 
     bits: int
     group_size: int
     half_quadratic: bool = False
-    """Whether scales and zeros are fitted by HQQ; otherwise they span from the smallest to the
-    largest weight."""
+    """Whether scales and zeros are fitted by HQQ.
+
+    Otherwise they span the range from the smallest to the largest weight.
+    """
 
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         return rows * sum(self._row_bytes(columns))
@@ -42,12 +42,17 @@ class Packed(GridFormat):
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
         # vLLM has as many scales as whole groups.
         if columns % self.group_size:
-            return f"vLLM reads groups of {self.group_size} columns only if they divide the width, here {columns}"
+            return (
+                f"vLLM reads groups of {self.group_size} columns only if they divide the width, "
+                f"here {columns}"
+            )
         return None
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Span the range of each group and 0, or fit it by HQQ; scales are rounded to bfloat16 as
-        they are stored."""
+        """Span the range of each group and 0, or fit it by HQQ.
+
+        Scales are rounded to bfloat16, as they are stored.
+        """
         low, high = (
             weight.amin(dim=-1, keepdim=True).clamp_(max=0),
             weight.amax(dim=-1, keepdim=True).clamp_(min=0),
@@ -69,8 +74,10 @@ class Packed(GridFormat):
         return {"weight": torch.cat([_to_bits(codes, self.bits, words), halves, zeros], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Compute ``scale * (code - zero)``; the difference is exact in bfloat16, so that only the
-        product rounds."""
+        """Compute ``scale * (code - zero)``.
+
+        The difference is exact in bfloat16, so that only the product rounds.
+        """
         import torch
 
         codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
@@ -92,8 +99,7 @@ class Packed(GridFormat):
         return weight
 
     def parts(self, tensors: Tensors, columns: int) -> Tensors:
-        """Slice packed tensors into those that a checkpoint of compressed-tensors has for a linear
-        layer."""
+        """Slice packed tensors into those of a layer in a checkpoint of compressed-tensors."""
         import torch
 
         packed = tensors["weight"]
@@ -119,9 +125,9 @@ class Packed(GridFormat):
     def _fitted(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, centre: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Try smaller scales around the centre of each group, then half-quadratic steps; keep the
-        least squared error.
+        """Search the scale and zero of each group that have the least squared error, as in HQQ.
 
+        Smaller scales around the centre of the group are tried first, then half-quadratic steps.
         HQQ itself keeps the range's scale, shifts the zero by fractions of a code and takes the
         last step. With integer zeros that changes nothing; trying scales, and fitting the scale in
         each step, does.
@@ -154,8 +160,10 @@ class Packed(GridFormat):
     def _step(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shrink errors, in units of the scale and with beta = 1 (HQQ, equation 3), then fit scale
-        and zero to them."""
+        """Shrink the errors of the weights, then fit scale and zero to what is left.
+
+        Errors are in units of the scale, with beta = 1 (HQQ, equation 3).
+        """
         import torch
 
         codes = self.codes(weight, scale, zero)
@@ -178,8 +186,10 @@ class Packed(GridFormat):
 
 
 def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
-    """Pack uint8 codes ``(rows, columns)`` of some bits each, lowest bits first, into `num_bytes`
-    bytes a row."""
+    """Pack uint8 codes ``(rows, columns)`` of `width` bits into `num_bytes` bytes a row.
+
+    The lowest bits come first.
+    """
     import torch
 
     eights = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
@@ -192,8 +202,10 @@ def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
 
 
 def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
-    """Unpack bytes ``(rows, bytes)`` into uint8 codes: eight at once, whose bits move apart by
-    halves of them."""
+    """Unpack bytes ``(rows, bytes)`` into uint8 codes ``(rows, columns)``.
+
+    Eight codes are unpacked at once: their bits are moved apart by halves of them.
+    """
     import torch
 
     if width == 8:

@@ -1,5 +1,7 @@
-"""The simple formats of llama.cpp (ggml-quants.c), bytes of GGUF files: 32 weights with one scale
-in float16."""
+"""Store blocks of 32 weights with one float16 scale: the simple formats of llama.cpp.
+
+Blocks have the bytes of GGUF files, as ggml-quants.c writes them.
+"""
 
 from __future__ import annotations
 
@@ -89,8 +91,10 @@ class Simple(Blocks, GridFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Signed(Simple):
-    """Blocks whose scale has the sign that maps their largest weight to code 0, the one code
-    without a partner."""
+    """Blocks whose scale is signed, so that their largest weight gets code 0.
+
+    Code 0 is the one code without a partner.
+    """
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         zero = self.num_codes // 2

@@ -1,5 +1,7 @@
-"""8-bit integers with a scale for each row, the codes of LLM.int8() (arXiv 2208.07339), without its
-arithmetic."""
+"""Store 8-bit integers with a scale for each row: the codes of LLM.int8().
+
+The codes are those of arXiv 2208.07339; its arithmetic is not used.
+"""
 
 from __future__ import annotations
 

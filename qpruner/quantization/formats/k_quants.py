@@ -1,8 +1,7 @@
-"""The k-quants of llama.cpp (ggml-quants.c): blocks of 256 weights whose groups of 16 or 32 have
-quantized scales.
+"""Store blocks of 256 weights whose groups have quantized scales: the k-quants of llama.cpp.
 
-`libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the `gguf` package,
-step by step.
+Groups are of 16 or 32 weights. `libgguf`, which has llama.cpp's code (ggml-quants.c), packs;
+unpacking is the arithmetic of the `gguf` package, step by step.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ class Q4K(KQuant):
 
 @dataclass(frozen=True, kw_only=True)
 class Q6K(KQuant):
-    """128 bytes of the lower four bits, 64 of the upper two, int8 scales of 16 groups, their scale."""
+    """128 bytes of the lower four bits, 64 of the upper two, int8 scales of groups, their scale."""
 
     def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
         import torch

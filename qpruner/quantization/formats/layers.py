@@ -1,5 +1,4 @@
-"""Frozen layers whose weight stays packed: it is unpacked in each forward pass, and again in each
-backward pass."""
+"""Freeze layers whose weight stays packed, and is unpacked in every forward and backward pass."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,17 +8,17 @@ import torch
 from qpruner.quantization.formats.format import Format
 
 PIECE = {"cpu": 1 << 21, "other": 1 << 24}
-"""Weights that are unpacked at a time, to keep the peak of memory low; on a CPU also for its cache:
-training steps of 4096 x 4096 take 1.6 times as long with the whole weight as with 2^21 weights, 1.3
-times with 2^18 (2026-11).
+"""Number of weights that are unpacked at a time, to keep the peak of memory low.
+
+On a CPU it also suits the cache: training steps of 4096 x 4096 take 1.6 times as long with the
+whole weight as with 2^21 weights, and 1.3 times with 2^18 (2026-11).
 """
 # whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it
 widens_bfloat16 = False
 
 
 class _Packed(torch.nn.Module):
-    """A layer with a packed weight, uint8 ``(rows, row bytes)``, and the type in which the model
-    computes."""
+    """A layer with a packed weight, uint8 ``(rows, row bytes)``, in a model of `compute_dtype`."""
 
     format: Format
     compute_dtype: torch.dtype
@@ -43,8 +42,10 @@ class _Packed(torch.nn.Module):
 
 
 class PackedLinear(_Packed, torch.nn.Linear):
-    """A linear layer with a packed weight, that computes in the type of its input; its adapter has
-    `compute_dtype`."""
+    """A linear layer with a packed weight, which computes in the type of its input.
+
+    Its adapter has the type `compute_dtype`.
+    """
 
     def __init__(
         self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype
@@ -87,7 +88,7 @@ class PackedEmbedding(_Packed, torch.nn.Embedding):
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Look rows up, in `compute_dtype`."""
+        """Look up rows, and unpack them in `compute_dtype`."""
         rows = self.weight.index_select(0, input.reshape(-1))
         unpacked = self.format.unpack({"weight": rows}, self.embedding_dim, self.compute_dtype)
         found = unpacked.view(*input.shape, self.embedding_dim)
@@ -113,7 +114,7 @@ Unpack = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
 
 class _Product(torch.autograd.Function):
-    """Multiply ``x (..., columns)`` by a packed weight, piece by piece."""
+    """Multiplies ``x (..., columns)`` by a packed weight, piece by piece."""
 
     @staticmethod
     def forward(
@@ -154,7 +155,7 @@ class _Product(torch.autograd.Function):
 def _pieces(
     packed: torch.Tensor, dtype: torch.dtype, columns: int, unpack: Unpack
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Unpack a few rows at a time, about equally many."""
+    """Unpack a few rows at a time, in pieces of about equal size."""
     most = max(1, PIECE.get(packed.device.type, PIECE["other"]) // columns)
     size = -(-len(packed) // -(-len(packed) // most))
     for start in range(0, len(packed), size):

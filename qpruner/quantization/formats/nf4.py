@@ -44,10 +44,15 @@ class Nf4(Format):
         return codes_and_table + num_scales + 4 * num_nested + 256 * 4
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Refuse old GPUs, and widths that the CPU kernel decodes to noise (an error of 0.25;
-        bitsandbytes 0.50.2)."""
+        """Refuse old GPUs, and widths that the CPU kernel decodes wrongly.
+
+        The kernel of bitsandbytes 0.50.2 decodes them to noise, with an error of 0.25.
+        """
         if capability is None and columns % 16 == 0 and columns % BLOCK_SIZE != 0:
-            return f"on a CPU bitsandbytes decodes {columns} columns wrongly, a multiple of 16 but not of {BLOCK_SIZE}"
+            return (
+                f"on a CPU bitsandbytes decodes {columns} columns wrongly, "
+                f"a multiple of 16 but not of {BLOCK_SIZE}"
+            )
         if capability is not None and capability < NEEDED_CAPABILITY:
             return "it needs a GPU of compute capability {}.{}".format(*NEEDED_CAPABILITY)
         return None
