@@ -51,22 +51,24 @@ def assemble(
 
     checkpoint = fetch(bank.checkpoint, on_piece)
     config = AutoConfig.from_pretrained(checkpoint)
-    ragged.install(family_of(config))
+    family = family_of(config)
+    ragged.install(family)
     cpu.install()
     paths = group_paths(config, bank.grouping)
     formats = {path: name for group, name in formats_by_group.items() for path in paths[group]}
     packed_paths = {path for path, name in formats.items() if format_of(name).is_packed}
-    banked = read_plan(bank, formats_by_group, on_piece)
-    starts = {
-        name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))
-    }
-    packed = {name: tensor for name, tensor in banked.items() if name not in starts}
+
+    packed: dict[str, torch.Tensor] = {}
+    starts: dict[str, torch.Tensor] = {}
+    for name, tensor in read_plan(bank, formats_by_group, on_piece).items():
+        is_adapter = name.endswith((".lora_A", ".lora_B"))
+        (starts if is_adapter else packed)[name] = tensor
+
     left_out = {f"{path}.weight" for path in packed_paths}
-    if HEAD not in table_paths(config) and family_of(config).embeddings in packed_paths:
-        left_out.add(
-            f"{family_of(config).head}.weight"
-        )  # some checkpoints have it although it is tied
+    if HEAD not in table_paths(config) and family.embeddings in packed_paths:
+        left_out.add(f"{family.head}.weight")  # some checkpoints have it although it is tied
     state = read_tensors(checkpoint, lambda name: name not in left_out, on_piece) | packed
+
     if packed_paths:
         config.quantization_config = MixedPrecisionConfig(formats).to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -115,7 +117,8 @@ def attach_adapters(
     peft_model: PeftModel = get_peft_model(model, settings)
     for path in paths:
         layer: Any = model.get_submodule(path)
-        lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        lora_a = layer.lora_A[ADAPTER].weight
+        lora_b = layer.lora_B[ADAPTER].weight
         if f"{path}.lora_A" in starts:
             lora_a.copy_(starts[f"{path}.lora_A"])
             lora_b.copy_(starts[f"{path}.lora_B"])
@@ -123,12 +126,11 @@ def attach_adapters(
         # Each layer has its own generator, so that its initial values do not depend on the formats
         # of other layers.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
-        random_a = torch.nn.init.kaiming_uniform_(
-            torch.empty(lora_a.shape), a=math.sqrt(5), generator=generator
-        )
-        lora_a.copy_(
-            random_a / random_a.norm(dim=1, keepdim=True) if lora.init == "loftq" else random_a
-        )
+        random_a = torch.empty(lora_a.shape)
+        torch.nn.init.kaiming_uniform_(random_a, a=math.sqrt(5), generator=generator)
+        if lora.init == "loftq":
+            random_a /= random_a.norm(dim=1, keepdim=True)
+        lora_a.copy_(random_a)
         lora_b.zero_()
     torch.manual_seed(seed)
     return peft_model
@@ -164,14 +166,12 @@ def measured_bytes(model: Any) -> int:
 
     Adapters are trained in float32 and saved in the model's type.
     """
-    sizes, uncounted = (
-        {},
-        tuple(f".{name}" for found in formats().values() for name in found.uncounted),
-    )
+    uncounted = [name for number_format in formats().values() for name in number_format.uncounted]
+    endings = tuple(f".{name}" for name in uncounted)
+    sizes: dict[int, int] = {}  # by address
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and not name.endswith(uncounted):
-            element_bytes = (
-                model.config.dtype.itemsize if ".lora_" in name else tensor.element_size()
-            )
-            sizes[tensor.data_ptr()] = tensor.numel() * element_bytes
+        if not isinstance(tensor, torch.Tensor) or name.endswith(endings):
+            continue
+        dtype = model.config.dtype if ".lora_" in name else tensor.dtype
+        sizes[tensor.data_ptr()] = tensor.numel() * dtype.itemsize
     return sum(sizes.values())

@@ -90,9 +90,8 @@ class BankSource:
     def digest(self, level: str) -> str:
         """Compute the digest of an entry's inputs and of what packs its format."""
         packing = format_of(level)
-        return digest_of(
-            self.inputs, level, packing.version, version(packing.package) if packing.package else ""
-        )
+        package_version = version(packing.package) if packing.package else ""
+        return digest_of(self.inputs, level, packing.version, package_version)
 
     def digests(self, levels: Iterable[str]) -> list[str]:
         """List the `digest` of each packed format among `levels`."""
@@ -100,8 +99,10 @@ class BankSource:
 
     def entry(self, group: str, level: str) -> EntryRecord | None:
         """Read the record of an entry; return None if it is missing, damaged or of other inputs."""
-        found = _read_record(self.file(group, level), EntryRecord)
-        return found if found and found.inputs == self.digest(level) else None
+        record = _read_record(self.file(group, level), EntryRecord)
+        if record is None or record.inputs != self.digest(level):
+            return None
+        return record
 
     def has_grams(self) -> bool:
         """Return True if all Gram matrices that GPTQ needs are there, or if it needs none.
@@ -112,28 +113,24 @@ class BankSource:
         if not self.uses_grams:
             return True
         config = checkpoint_config(storage.fetch(self.checkpoint))
-        firsts = [
-            logits_path(config),
-            *(paths[0] for paths in group_linears(config, self.grouping).values()),
-        ]
-        paths = {grams_file(self.folder, path) for path in firsts}
-        return all(
-            storage.for_each(
-                lambda path: self.is_current(path) and storage.exists(path), sorted(paths)
-            )
-        )
+        groups = group_linears(config, self.grouping).values()
+        layers = [logits_path(config), *(paths[0] for paths in groups)]
+        files = sorted({grams_file(self.folder, path) for path in layers})
+
+        def is_there(file: Path) -> bool:
+            return self.is_current(file) and storage.exists(file)
+
+        return all(storage.for_each(is_there, files))
 
     def is_current(self, path: Path) -> bool:
         """Return True if a file is an entry, or has Gram matrices, of the present inputs."""
-        level, group = path.parent.name, path.stem
+        level = path.parent.name
         if level == GRAMS:
             record = _read_record(path, FileRecord)
             return record is not None and record.inputs == self.inputs
-        return (
-            level in formats()
-            and not format_of(level).missing()
-            and self.entry(group, level) is not None
-        )
+        if level not in formats() or format_of(level).missing():
+            return False
+        return self.entry(path.stem, level) is not None
 
 
 @dataclass(frozen=True)
@@ -162,33 +159,43 @@ def build_entries(
         grams: For GPTQ, path of each layer and the Gram matrix of its inputs (columns, columns).
             Layers with the same matrix are packed together.
     """
-    gram_of, sharing = grams or dict.fromkeys(weights), dict[int | str, list[str]]()
+    gram_of = grams or dict.fromkeys(weights)
     total = sum(change_size(weight.float(), gram_of[path]) ** 2 for path, weight in weights.items())
+    sharing: dict[int, list[str]] = {}  # the layers with each Gram matrix
     for path in weights:
-        sharing.setdefault(id(gram_of[path]) if grams else path, []).append(path)
+        sharing.setdefault(id(gram_of[path]), []).append(path)
+
     for packing in packings:
-        tensors, layers, plain, left = Tensors(), dict[str, Tensors](), 0.0, 0.0
+        layers: dict[str, Tensors] = {}
         for paths in sharing.values():
             together = pack_together(packing, [weights[path] for path in paths], gram_of[paths[0]])
-            layers |= zip(paths, together, strict=True)
+            layers.update(zip(paths, together, strict=True))
+
+        tensors: Tensors = {}
+        plain = 0.0  # squared error without adapters
+        left = 0.0  # squared error with them
         for path, packed in layers.items():
-            weight, gram = weights[path], gram_of[path]
+            weight = weights[path]
             if lora is None or lora.init == "plain":
-                error = change_size(
-                    weight.float() - packing.unpack(packed, weight.shape[1], torch.float32), gram
-                )
-                plain, left = plain + error**2, left + error**2
+                unpacked = packing.unpack(packed, weight.shape[1], torch.float32)
+                error = change_size(weight.float() - unpacked, gram_of[path])
+                plain += error**2
+                left += error**2
             else:
-                start = loftq_start(weight, packed, packing, lora, seed, gram)
+                start = loftq_start(weight, packed, packing, lora, seed, gram_of[path])
                 packed = start.packed
-                tensors |= {
-                    f"{path}.lora_A": start.lora_a.contiguous(),
-                    f"{path}.lora_B": start.lora_b.contiguous(),
-                }
-                plain, left = plain + start.plain_error**2, left + start.error**2
-            tensors |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        yield Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0, left / total if total else 0.0)
+                tensors[f"{path}.lora_A"] = start.lora_a
+                tensors[f"{path}.lora_B"] = start.lora_b
+                plain += start.plain_error**2
+                left += start.error**2
+            for name, tensor in packed.items():
+                tensors[f"{path}.{name}"] = tensor
+
+        yield Entry(
+            tensors={name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            residual_ratio=(left / plain) ** 0.5 if plain else 1.0,
+            error=left / total if total else 0.0,
+        )
 
 
 def make_entries(
@@ -203,10 +210,9 @@ def make_entries(
     for name in names:
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
-    weights = {
-        names[name]: tensor.to(device(), getattr(torch, bank.dtype))
-        for name, tensor in stored.items()
-    }
+
+    dtype = getattr(torch, bank.dtype)
+    weights = {names[name]: tensor.to(device(), dtype) for name, tensor in stored.items()}
     grams = read_grams(bank.folder, bank.inputs, config, paths) if bank.uses_grams else None
     lora = None if group in (EMBEDDINGS, HEAD) else bank.lora
     entries = build_entries(weights, map(format_of, levels), lora, bank.seed, grams)
@@ -217,12 +223,12 @@ def make_entries(
 
 def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> EntryRecord:
     """Write an entry and then its record, without which it does not count."""
-    path, errors = (
-        bank.file(group, level),
-        {"residual_ratio": entry.residual_ratio, "error": entry.error},
-    )
+    path = bank.file(group, level)
     record = EntryRecord(
-        inputs=bank.digest(level), sha256=_write_tensors(path, entry.tensors), **errors
+        inputs=bank.digest(level),
+        sha256=_write_tensors(path, entry.tensors),
+        residual_ratio=entry.residual_ratio,
+        error=entry.error,
     )
     storage.write_json(record_path(path), record)
     return record
@@ -235,32 +241,30 @@ def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor])
     """
     path = grams_file(bank.folder, next(iter(grams))[0])
     named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
-    storage.write_json(
-        record_path(path), FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named))
-    )
+    record = FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named))
+    storage.write_json(record_path(path), record)
 
 
 def read_plan(
     bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lambda: None
 ) -> Tensors:
     """Read the tensors of all groups that a plan packs; make missing and damaged entries."""
+    packed = [(group, level) for group, level in plan.items() if format_of(level).is_packed]
+    # Trials that begin together make different entries, and find each other's.
+    random.SystemRandom().shuffle(packed)
+
     tensors: Tensors = {}
-    made, wanted = (
-        0,
-        [(group, level) for group, level in plan.items() if format_of(level).is_packed],
-    )
-    random.SystemRandom().shuffle(
-        wanted
-    )  # trials that begin together make different entries, and find each other's
-    for group, level in wanted:
-        found = _read_tensors(bank.file(group, level), bank.digest(level), EntryRecord, on_piece)
-        if found is None:
-            ((_, found),) = make_entries(bank, group, (level,), on_piece)
-            made += 1
-        tensors |= found
+    num_made = 0
+    for group, level in packed:
+        path = bank.file(group, level)
+        entry = _read_tensors(path, bank.digest(level), EntryRecord, on_piece)
+        if entry is None:
+            [(_, entry)] = make_entries(bank, group, (level,), on_piece)
+            num_made += 1
+        tensors |= entry
         on_piece()
-    if made:
-        logger.info("%d entries of %s were made", made, storage.display_name(bank.folder))
+    if num_made:
+        logger.info("%d entries of %s were made", num_made, storage.display_name(bank.folder))
     return tensors
 
 
@@ -273,19 +277,25 @@ def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> 
         CorruptFile: The file is missing, damaged or changed.
     """
     path = grams_file(folder, paths[0])
-    if path.stem == paths[0] != logits_path(config):  # a table is in no block
+    is_table = path.stem == paths[0]  # tables are in no block
+    if is_table and paths[0] != logits_path(config):
         return {}
-    if (stored := _read_tensors(path, inputs, FileRecord)) is None:
-        if (record := _read_record(path, FileRecord)) and record.inputs == inputs:
+    stored = _read_tensors(path, inputs, FileRecord)
+    if stored is None:
+        record = _read_record(path, FileRecord)
+        if record and record.inputs == inputs:
             storage.remove(record_path(path))
         raise CorruptFile(
             f"{storage.display_name(path)}, by which GPTQ rounds, is missing, damaged or changed",
             path,
         )
-    grams = {
-        names: gram.to(device()) for names, gram in stored.items() if {*names.split()} & {*paths}
-    }
-    return {path: gram for names, gram in grams.items() for path in names.split() if path in paths}
+
+    grams: Tensors = {}
+    for names, gram in stored.items():
+        sharing = [name for name in names.split() if name in paths]
+        if sharing:
+            grams |= dict.fromkeys(sharing, gram.to(device()))
+    return grams
 
 
 def grams_file(folder: Path, path: str) -> Path:
@@ -332,9 +342,10 @@ class Starts:
         `like` is the layer's unquantized weight ``(rows, columns)``.
         """
         stored = layer_tensors(self._entries[group, level], path)
-        own = {name: tensor.to(like.device) for name, tensor in stored.items()}
-        lora_a, lora_b = own.pop("lora_A", None), own.pop("lora_B", None)
-        weight = format_of(level).unpack(own, like.shape[1], torch.float32)
+        tensors = {name: tensor.to(like.device) for name, tensor in stored.items()}
+        lora_a = tensors.pop("lora_A", None)
+        lora_b = tensors.pop("lora_B", None)
+        weight = format_of(level).unpack(tensors, like.shape[1], torch.float32)
         if lora_a is None or lora_b is None:  # no adapter, or `lora.init: plain`
             return weight
         return weight.addmm_(lora_b, lora_a, alpha=self._scaling)
@@ -370,11 +381,11 @@ def _read_tensors(
     record = _read_record(path, kind)
     if record is None or record.inputs != inputs:
         return None
+    sha256 = record.sha256
     with suppress(FileNotFoundError, SafetensorError):
-        if source := storage.retry_storage(
-            functools.partial(_verified, path, record.sha256, on_piece), path
-        ):
-            tensors: Tensors = storage.retry_storage(functools.partial(load_file, source), path)
+        source = storage.retry_storage(lambda: _verified(path, sha256, on_piece), path)
+        if source:
+            tensors: Tensors = storage.retry_storage(lambda: load_file(source), path)
             return tensors
     logger.warning("%s is damaged and made again", storage.display_name(path))
     return None
@@ -385,21 +396,23 @@ def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
 
     Return None if the file does not have this sha256.
     """
-    named = os.environ.get(BANK_CACHE)
-    if not named and storage.storage_at(path).fills_this_disk:
+    cache = os.environ.get(BANK_CACHE)
+    if not cache and storage.storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
-    copy = (Path(named) if named else storage.cache_root() / "bank") / f"{sha256}.safetensors"
+
+    folder = Path(cache) if cache else storage.cache_root() / "bank"
+    copy = folder / f"{sha256}.safetensors"
     if _is_intact(copy, sha256):
         return copy
     with storage.exclusive(copy, on_piece):
-        if not _is_intact(copy, sha256):
-            aside = copy.with_name(
-                f"{copy.name}.part"
-            )  # the next reader overwrites what a killed reader left
-            if storage.fetch_file(path, aside, on_piece) != sha256:
-                aside.unlink()
-                return None
-            aside.replace(copy)
+        if _is_intact(copy, sha256):  # another reader has fetched it meanwhile
+            return copy
+        # The next reader overwrites what a killed reader left here.
+        aside = copy.with_name(f"{copy.name}.part")
+        if storage.fetch_file(path, aside, on_piece) != sha256:
+            aside.unlink()
+            return None
+        aside.replace(copy)
     return copy
 
 
