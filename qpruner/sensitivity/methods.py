@@ -41,24 +41,24 @@ class Subject:
     @property
     def tables(self) -> Subject:
         """The subject without the blocks' groups: embeddings and head, if they may be packed."""
-        tables = (group for group in self.groups if group.name in (EMBEDDINGS, HEAD))
-        return replace(self, groups=tuple(group for group in tables if _packed(group)))
+        tables = [group for group in self.groups if _is_table(group) and _packed(group)]
+        return replace(self, groups=tuple(tables))
 
     @property
     def blocks(self) -> Subject:
         """The subject without embeddings and head."""
-        return replace(
-            self,
-            groups=tuple(group for group in self.groups if group.name not in (EMBEDDINGS, HEAD)),
-        )
+        blocks = [group for group in self.groups if not _is_table(group)]
+        return replace(self, groups=tuple(blocks))
 
     @property
     def starts(self) -> Starts:
         """Open the bank to read the initial weights of the groups."""
-        groups = {
-            group.name: tuple(linear.name for linear in group.linears) for group in self.groups
-        }
-        return Starts(self.bank, groups, {group.name: group.formats for group in self.groups})
+        paths = {group.name: [linear.name for linear in group.linears] for group in self.groups}
+        return Starts(self.bank, paths, {group.name: group.formats for group in self.groups})
+
+
+def _is_table(group: Group) -> bool:
+    return group.name in (EMBEDDINGS, HEAD)
 
 
 def _packed(group: Group) -> tuple[str, ...]:
@@ -70,20 +70,25 @@ def by_information(
 ) -> dict[str, MethodScores]:
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
-    found = mutual_information.measure(
-        model, subject.samples, subject.bank.grouping, settings, seed, subject.on_group
+    information = mutual_information.measure(
+        model,
+        subject.samples,
+        group=subject.bank.grouping,
+        settings=settings,
+        seed=seed,
+        on_group=subject.on_group,
     )
-    nats = dict.fromkeys((group.name for group in subject.groups), max(found))
-    nats |= {group.name: value for group, value in zip(subject.blocks.groups, found, strict=True)}
-    sizes = {
-        name: format_of(name).packed_bytes(4096, 4096, 2)
-        for group in subject.groups
-        for name in group.formats
-    }
-    least, most = min(sizes.values()), max(sizes.values())
-    share = {name: (most - size) / max(1, most - least) for name, size in sizes.items()}
+    # Embeddings and head count as much as the most informative block.
+    nats = {group.name: max(information) for group in subject.groups}
+    for group, value in zip(subject.blocks.groups, information, strict=True):
+        nats[group.name] = value
+
+    levels = {name for group in subject.groups for name in group.formats}
+    sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for name in levels}
+    most = max(sizes.values())
+    span = max(1, most - min(sizes.values()))
     rises = {
-        (group.name, name): nats[group.name] * share[name]
+        (group.name, name): nats[group.name] * ((most - sizes[name]) / span)
         for group in subject.groups
         for name in _packed(group)
     }
@@ -99,10 +104,9 @@ def by_expansion(
     `tables` has the rises of embeddings and head.
     """
     started = time.monotonic()
-    found = expand(model, subject.samples, subject.blocks.starts)
-    by_method = {
-        name: rises | dict(tables[MEASURED_INSTEAD[name]]) for name, rises in found.items()
-    }
+    by_method = expand(model, subject.samples, subject.blocks.starts)
+    for method, rises in by_method.items():
+        rises.update(tables[MEASURED_INSTEAD[method]])
     return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
@@ -115,16 +119,18 @@ def by_measurement(model: PreTrainedModel, subject: Subject) -> dict[str, Method
 
 def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> dict[str, Rises]:
     """Return the rises by `kl` and `loss` of packed embeddings and head from the groups' scores."""
-    tables = [(at, group) for at, group in enumerate(groups) if group.name in (EMBEDDINGS, HEAD)]
-    return {
-        method: {
-            (group.name, name): value
-            for at, group in tables
-            for name in _packed(group)
-            if (value := scores[method].values[name][at]) is not None
-        }
-        for method in MEASUREMENT
-    }
+    by_method: dict[str, Rises] = {}
+    for method in MEASUREMENT:
+        rises: dict[Pair, float] = {}
+        for at, group in enumerate(groups):
+            if not _is_table(group):
+                continue
+            for name in _packed(group):
+                rise = scores[method].values[name][at]
+                if rise is not None:
+                    rises[group.name, name] = rise
+        by_method[method] = rises
+    return by_method
 
 
 def _scores(

@@ -52,29 +52,26 @@ def measure(
         for name, paths in modules.items():
             outputs[name].append(torch.cat([batch[path] for path in paths], dim=1).to(model.dtype))
 
-    hooked_modules = {
-        path: model.get_submodule(path) for paths in modules.values() for path in paths
-    }
-    visit_outputs(model, hooked_modules, samples, visit)
+    all_paths = [path for paths in modules.values() for path in paths]
+    visit_outputs(model, {path: model.get_submodule(path) for path in all_paths}, samples, visit)
+
     labels = pool_rare(torch.cat(predictions).numpy(), settings.num_neighbors + 1)
     if len(np.unique(labels)) < 2:
         raise UserError(
             "`calibration.num_sensitivity_samples`: the model predicts the same token at all "
             f"{len(labels)} positions, so mutual information is zero; give more or longer samples"
         )
-    shuffled = [
-        np.random.default_rng([seed, turn]).permutation(labels)
-        for turn in range(settings.num_shuffles)
-    ]
-    found: list[float] = []
+    generators = [np.random.default_rng([seed, turn]) for turn in range(settings.num_shuffles)]
+    shuffled = [generator.permutation(labels) for generator in generators]
+
+    information: list[float] = []
     for name in modules:
         components = whitened_components(torch.cat(outputs.pop(name)), settings.num_components)
-        raw, *baseline = (
-            estimate(components, each, settings.num_neighbors) for each in (labels, *shuffled)
-        )
-        found.append(raw - float(np.mean(baseline)))
-        on_group(len(found), len(modules))
-    return tuple(found)
+        raw = estimate(components, labels, settings.num_neighbors)
+        baseline = [estimate(components, wrong, settings.num_neighbors) for wrong in shuffled]
+        information.append(raw - float(np.mean(baseline)))
+        on_group(len(information), len(modules))
+    return tuple(information)
 
 
 def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str, list[int]]]:
@@ -83,20 +80,23 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
     They are drawn from all rows, because neighbouring positions have similar outputs. Tokens and
     rows that are then not needed are dropped. The shortest row comes first.
     """
-    labelled = [
-        (row, at)
-        for row, sample in enumerate(rows)
-        for at, label in enumerate(sample["labels"][1:], start=1)
-        if label != IGNORED_LABEL
-    ]
+    labelled = []
+    for index, row in enumerate(rows):
+        for position, label in enumerate(row["labels"]):
+            if position > 0 and label != IGNORED_LABEL:
+                labelled.append((index, position))
+
     drawn: dict[int, set[int]] = {}
-    for row, at in random.Random(seed).sample(labelled, min(max_positions, len(labelled))):
-        drawn.setdefault(row, set()).add(at)
+    for index, position in random.Random(seed).sample(labelled, min(max_positions, len(labelled))):
+        drawn.setdefault(index, set()).add(position)
+
     kept = []
-    for row, chosen in drawn.items():
-        ids, labels = (rows[row][name][: max(chosen) + 1] for name in ("input_ids", "labels"))
-        masked = [label if at in chosen else IGNORED_LABEL for at, label in enumerate(labels)]
-        kept.append({"input_ids": ids, "labels": masked})
+    for index, positions in drawn.items():
+        end = max(positions) + 1
+        labels = [IGNORED_LABEL] * end
+        for position in positions:
+            labels[position] = rows[index]["labels"][position]
+        kept.append({"input_ids": rows[index]["input_ids"][:end], "labels": labels})
     return sorted(kept, key=lambda row: len(row["input_ids"]))
 
 
@@ -110,7 +110,9 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
     from sklearn.neighbors import KDTree, NearestNeighbors
 
     count = len(labels)
-    radius, used, members = np.empty(count), np.empty(count), np.empty(count)
+    radius = np.empty(count)  # of each sample
+    used = np.empty(count)  # neighbours
+    members = np.empty(count)  # samples with the same label
     for label in np.unique(labels):
         same = labels == label
         neighbors = min(num_neighbors, int(same.sum()) - 1)
@@ -118,10 +120,11 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
         # Just below the distance of the k-th neighbour, so that m counts strictly closer points and
         # the point itself.
         radius[same] = np.nextafter(nearest.kneighbors()[0][:, -1], 0)
-        used[same], members[same] = neighbors, same.sum()
-    closer = KDTree(components, metric="chebyshev").query_radius(
-        components, radius, count_only=True
-    )
+        used[same] = neighbors
+        members[same] = same.sum()
+
+    tree = KDTree(components, metric="chebyshev")
+    closer = tree.query_radius(components, radius, count_only=True)
     return float(
         digamma(count)
         + digamma(used).mean()

@@ -53,25 +53,22 @@ class Packed(GridFormat):
 
         Scales are rounded to bfloat16, as they are stored.
         """
-        low, high = (
-            weight.amin(dim=-1, keepdim=True).clamp_(max=0),
-            weight.amax(dim=-1, keepdim=True).clamp_(min=0),
-        )
+        low = weight.amin(dim=-1, keepdim=True).clamp_(max=0)
+        high = weight.amax(dim=-1, keepdim=True).clamp_(min=0)
         scale = ((high - low) / (self.num_codes - 1)).bfloat16().float()
         zero = self.codes(-low, scale, scale.new_zeros(()))
-        return (
-            self._fitted(weight, scale, zero, (low + high) / 2)
-            if self.half_quadratic
-            else (scale, zero)
-        )
+        if self.half_quadratic:
+            return self._fitted(weight, scale, zero, (low + high) / 2)
+        return scale, zero
 
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         import torch
 
-        words, _, zero_bytes = self._row_bytes(codes.shape[1])
-        halves = scales.to(torch.bfloat16).contiguous().view(torch.uint8)
-        zeros = _to_bits(zeros.to(torch.uint8), self.bits, zero_bytes)
-        return {"weight": torch.cat([_to_bits(codes, self.bits, words), halves, zeros], dim=1)}
+        code_bytes, _, zero_bytes = self._row_bytes(codes.shape[1])
+        packed_codes = _to_bits(codes, self.bits, code_bytes)
+        packed_scales = scales.to(torch.bfloat16).contiguous().view(torch.uint8)
+        packed_zeros = _to_bits(zeros.to(torch.uint8), self.bits, zero_bytes)
+        return {"weight": torch.cat([packed_codes, packed_scales, packed_zeros], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Compute ``scale * (code - zero)``.
@@ -81,20 +78,19 @@ class Packed(GridFormat):
         import torch
 
         codes, scales, zeros = torch.split(tensors["weight"], self._row_bytes(columns), dim=1)
-        scale = (
-            read_as(scales, torch.bfloat16)
-            .to(torch.float32 if dtype == torch.float16 else dtype)
-            .unsqueeze(2)
-        )
-        zero = _from_bits(zeros, self.bits, scale.shape[1]).unsqueeze(2)
+        scale_dtype = torch.float32 if dtype == torch.float16 else dtype
+        scale = read_as(scales, torch.bfloat16).to(scale_dtype).unsqueeze(2)
+        groups = scale.shape[1]
+        zero = _from_bits(zeros, self.bits, groups).unsqueeze(2)
+
         weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
-        grouped = weight.view(len(codes), scale.shape[1], columns // scale.shape[1])
+        grouped = weight.view(len(codes), groups, columns // groups)
         for rows in row_parts(weight):
             code = _from_bits(codes[rows], self.bits, columns).view_as(grouped[rows])
-            if self.bits == 8:
-                code = code.to(torch.int16)
-            difference = code - zero[rows]  # below 0 it wraps around in uint8
-            difference = difference.view(torch.int8) if self.bits < 8 else difference
+            if self.bits < 8:
+                difference = (code - zero[rows]).view(torch.int8)  # in uint8 it wraps around
+            else:
+                difference = code.to(torch.int16) - zero[rows]
             grouped[rows].copy_(difference).mul_(scale[rows])
         return weight
 
@@ -134,28 +130,24 @@ class Packed(GridFormat):
         """
         import torch
 
-        best, least = (scale, zero), self._error(weight, scale, zero)
+        best_scale = scale
+        best_zero = zero
+        least = self._error(weight, scale, zero)
 
         def offer(scale: torch.Tensor, zero: torch.Tensor) -> None:
-            nonlocal best, least
+            nonlocal best_scale, best_zero, least
             error = self._error(weight, scale, zero)
-            best = (
-                torch.where(error < least, scale, best[0]),
-                torch.where(error < least, zero, best[1]),
-            )
+            best_scale = torch.where(error < least, scale, best_scale)
+            best_zero = torch.where(error < least, zero, best_zero)
             least = torch.minimum(error, least)
 
+        middle = scale.new_full(scale.shape, (self.num_codes - 1) / 2)
         for shrink in SHRINKS:
             smaller = (scale * shrink).bfloat16().float()
-            offer(
-                smaller,
-                self.codes(
-                    -centre, smaller, smaller.new_full(smaller.shape, (self.num_codes - 1) / 2)
-                ),
-            )
+            offer(smaller, self.codes(-centre, smaller, middle))
         for _ in range(STEPS):
-            offer(*self._step(weight, *best))
-        return best
+            offer(*self._step(weight, best_scale, best_zero))
+        return best_scale, best_zero
 
     def _step(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
@@ -168,17 +160,18 @@ class Packed(GridFormat):
 
         codes = self.codes(weight, scale, zero)
         unit = scale.clamp(min=torch.finfo(torch.float32).tiny)
-        error = (weight - scale * (codes - zero)) / unit
+        levels = codes - zero
+        error = (weight - scale * levels) / unit
         size = error.abs()
         forgiven = error.sign() * (size - size.clamp(min=1e-6) ** (NORM - 1)).clamp_(min=0)
-        target, levels = weight - forgiven * unit, codes - zero
+        target = weight - forgiven * unit
+
         square = levels.square().sum(dim=-1, keepdim=True)
         product = (levels * target).sum(dim=-1, keepdim=True)
         scale = torch.where(square > 0, product / square, scale).clamp_(min=0).bfloat16().float()
-        zero = self.codes(
-            -target.mean(dim=-1, keepdim=True), scale, codes.mean(dim=-1, keepdim=True)
-        )
-        return scale, zero
+        mean_target = target.mean(dim=-1, keepdim=True)
+        mean_code = codes.mean(dim=-1, keepdim=True)
+        return scale, self.codes(-mean_target, scale, mean_code)
 
     def _error(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         error = self.codes(weight, scale, zero).sub_(zero).mul_(scale).sub_(weight)
@@ -198,7 +191,8 @@ def _to_bits(codes: torch.Tensor, width: int, num_bytes: int) -> torch.Tensor:
     for index in range(1, 8):
         field |= eights[..., index].to(torch.int64) << index * width
     packed = field.unsqueeze(2).view(torch.uint8)[..., :width].flatten(1)
-    return torch.nn.functional.pad(packed[:, :num_bytes], (0, max(0, num_bytes - packed.shape[1])))
+    # A negative padding cuts bytes off.
+    return torch.nn.functional.pad(packed, (0, num_bytes - packed.shape[1]))
 
 
 def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
@@ -212,12 +206,9 @@ def _from_bits(packed: torch.Tensor, width: int, columns: int) -> torch.Tensor:
         return packed[:, :columns].contiguous()
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width))
     eights = padded.view(len(padded), padded.shape[1] // width, width)
-    field = torch.nn.functional.pad(eights, (0, width % 2)).view(
-        torch.int16 if width == 2 else torch.int32
-    )
-    field = (
-        field.squeeze(2).to(torch.int64).bitwise_and_((1 << 8 * width) - 1)
-    )  # not the sign's copies
+    whole = torch.nn.functional.pad(eights, (0, width % 2))
+    field = whole.view(torch.int16 if width == 2 else torch.int32).squeeze(2).to(torch.int64)
+    field.bitwise_and_((1 << 8 * width) - 1)  # without the copies of the sign
     for lane in (32, 16, 8):
         bits = lane * width // 8
         mask = sum(((1 << bits) - 1) << start for start in range(0, 64, lane))

@@ -37,36 +37,32 @@ class Format(ABC):
     letter: str  # the one character that stands for the format in a printed plan
     colour: str  # the colour of the format in plots, as `#rrggbb`
     version: int = 1  # to be raised when the same weight gives other tensors
-    package: str = (
-        ""  # Python package that packs the weights, besides torch; empty if none is needed
-    )
-    extra: str = (
-        ""  # extra of qpruner that installs `package`; empty if qpruner requires the package
-    )
-    # the format with quantized scales that `quantize.double_quant` takes in its place, if any
+    package: str = ""
+    """Python package that packs the weights, besides torch; empty if none is needed."""
+    extra: str = ""
+    """Extra of qpruner that installs `package`; empty if qpruner requires the package."""
     doubled: str = ""
+    """The format with quantized scales that `quantize.double_quant` takes in its place, if any."""
     is_packed: bool = True  # whether weights are stored in other tensors than in the checkpoint
     holds_embeddings: bool = True  # whether single rows of an embedding can be unpacked
-    more_tensors: tuple[
-        str, ...
-    ] = ()  # that `pack` returns besides `weight`; they are saved, and `fill` takes them
-    uncounted: tuple[
-        str, ...
-    ] = ()  # those of `more_tensors` that hold no weights and are not counted as bytes
-    # name of the type in GGUF files that has the same rows of bytes; empty if llama.cpp has none
+    more_tensors: tuple[str, ...] = ()
+    """Tensors that `pack` returns besides `weight`; they are saved, and `fill` takes them."""
+    uncounted: tuple[str, ...] = ()
+    """Those of `more_tensors` that hold no weights and are not counted as bytes."""
     ggml_type: str = ""
-    # attribute that must be true on a model, so that peft puts its LoRA layer on such layers
+    """The type in GGUF files that has the same rows of bytes; empty if llama.cpp has none."""
     peft_flag: str = ""
+    """Attribute that must be true on a model, so that peft puts its LoRA layer on such layers."""
 
     @property
     def ink(self) -> str:
         """The colour of text on `colour`: black or white, with a WCAG contrast of at least 4.5."""
-        channels = [int(self.colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        red, green, blue = (
-            each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4
-            for each in channels
-        )
-        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+        def linear(at: int) -> float:
+            channel = int(self.colour[at : at + 2], 16) / 255
+            return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+
+        luminance = 0.2126 * linear(1) + 0.7152 * linear(3) + 0.0722 * linear(5)
         return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
     @abstractmethod
@@ -162,7 +158,8 @@ class GridFormat(Format):
         import torch
 
         parts = [self._round(weight[rows].detach().float()) for rows in row_parts(weight)]
-        return self.store(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        codes, scales, zeros = zip(*parts, strict=True)
+        return self.store(torch.cat(codes), torch.cat(scales), torch.cat(zeros))
 
     def _round(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return codes, scales and zeros as `store` takes them."""
@@ -171,21 +168,20 @@ class GridFormat(Format):
         rows, columns = weight.shape
         size = self.group_size or columns
         whole = columns - columns % size
-        parts = [
-            weight[:, :whole].reshape(rows, whole // size, size),
-            weight[:, whole:].unsqueeze(1),
-        ]
-        parts = [part for part in parts if part.numel()]  # (rows, groups, group)
-        grids = [self.grid(part) for part in parts]
-        codes = [
-            self.codes(part, *grid).to(torch.uint8).flatten(1)
-            for part, grid in zip(parts, grids, strict=True)
-        ]
-        scales, zeros = (
-            torch.cat([each.flatten(1) for each in kind], dim=1)
-            for kind in zip(*grids, strict=True)
-        )
-        return torch.cat(codes, dim=1), scales, zeros
+        grouped = weight[:, :whole].reshape(rows, whole // size, size)
+        rest = weight[:, whole:].unsqueeze(1)  # the shorter group
+
+        codes = []
+        scales = []
+        zeros = []
+        for part in (grouped, rest):
+            if not part.numel():
+                continue
+            scale, zero = self.grid(part)
+            codes.append(self.codes(part, scale, zero).to(torch.uint8).flatten(1))
+            scales.append(scale.flatten(1))
+            zeros.append(zero.flatten(1))
+        return torch.cat(codes, dim=1), torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
 
 
 def inverse_of(scale: torch.Tensor, steps: int = 1) -> torch.Tensor:
@@ -203,12 +199,10 @@ def row_parts(weight: torch.Tensor) -> Iterator[slice]:
     import torch
 
     rows, columns = weight.shape
-    weights = (
-        WEIGHTS_PER_THREAD * torch.get_num_threads()
-        if weight.device.type == "cpu"
-        else WEIGHTS_PER_GPU
-    )
-    step = max(1, weights // max(1, columns))
+    num_weights = WEIGHTS_PER_GPU
+    if weight.device.type == "cpu":
+        num_weights = WEIGHTS_PER_THREAD * torch.get_num_threads()
+    step = max(1, num_weights // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 

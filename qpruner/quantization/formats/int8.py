@@ -46,11 +46,8 @@ class Int8(GridFormat):
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         import torch
 
-        return {
-            "weight": torch.cat(
-                [codes ^ 128, over_127(scales).contiguous().view(torch.uint8)], dim=1
-            )
-        }
+        scale_bytes = over_127(scales).contiguous().view(torch.uint8)
+        return {"weight": torch.cat([codes ^ 128, scale_bytes], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         import torch

@@ -30,9 +30,8 @@ class KQuant(Blocks):
         import libgguf
         import torch
 
-        packed = torch.empty(
-            len(weight), self.packed_bytes(1, weight.shape[1], 0), dtype=torch.uint8
-        )
+        row_bytes = self.packed_bytes(1, weight.shape[1], 0)
+        packed = torch.empty(len(weight), row_bytes, dtype=torch.uint8)
         for rows in row_parts(weight):
             part = weight[rows].detach().float().cpu().numpy()
             packed[rows] = torch.from_numpy(libgguf.quantize_rows(part, self.type_number))
@@ -63,9 +62,8 @@ class Q3K(KQuant):
         high = torch.cat([(scales[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
         step = float16(scale) * (low + (high << 4)).view(torch.int8).sub_(32)  # (blocks, 16)
         third = third.contiguous()
-        bits = torch.stack(
-            [(third << 2 - bit if bit < 2 else third >> bit - 2) & 4 for bit in range(8)], dim=1
-        )
+        shifted = [third << 2, third << 1, *(third >> shift for shift in range(6))]
+        bits = torch.stack(shifted, dim=1).bitwise_and_(4)
         signed = _crumbs(codes).bitwise_or_(bits.view(-1, 2, 4, 32)).view(torch.int8).sub_(4)
         return signed.float().view(-1, 16, 16).mul_(step.unsqueeze(2))
 
@@ -95,9 +93,8 @@ class Q6K(KQuant):
 
         low, high, scales, scale = blocks.split_with_sizes([128, 64, 16, 2], dim=1)
         step = float16(scale) * scales.view(torch.int8)  # (blocks, 16)
-        codes = (
-            _crumbs(high).bitwise_left_shift_(4).bitwise_or_(_nibbles(low, 64).view(-1, 2, 4, 32))
-        )
+        codes = _crumbs(high).bitwise_left_shift_(4)
+        codes.bitwise_or_(_nibbles(low, 64).view(-1, 2, 4, 32))
         return codes.view(torch.int8).sub_(32).float().view(-1, 16, 16).mul_(step.unsqueeze(2))
 
 
@@ -105,18 +102,16 @@ def _crumbs(packed: torch.Tensor) -> torch.Tensor:
     """Split bytes ``(blocks, 64)`` into 2-bit codes ``(blocks, 2, 4, 32)``."""
     import torch
 
-    packed = packed.contiguous()
-    return torch.stack([((packed >> shift) & 3).view(-1, 2, 32) for shift in (0, 2, 4, 6)], dim=2)
+    packed = packed.contiguous().view(-1, 2, 32)
+    return torch.stack([(packed >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2)
 
 
 def _nibbles(packed: torch.Tensor, run: int) -> torch.Tensor:
     """Split bytes ``(blocks, 128)`` into 4-bit codes ``(blocks, 128 / run, 2, run)``."""
     import torch
 
-    packed = packed.contiguous()
-    return torch.stack(
-        [half.view(-1, 128 // run, run) for half in (packed & 15, packed >> 4)], dim=2
-    )
+    packed = packed.contiguous().view(-1, 128 // run, run)
+    return torch.stack([packed & 15, packed >> 4], dim=2)
 
 
 Q2_K = Q2K(

@@ -1,5 +1,6 @@
 """Freeze layers whose weight stays packed, and is unpacked in every forward and backward pass."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +14,8 @@ PIECE = {"cpu": 1 << 21, "other": 1 << 24}
 On a CPU it also suits the cache: training steps of 4096 x 4096 take 1.6 times as long with the
 whole weight as with 2^21 weights, and 1.3 times with 2^18 (2026-11).
 """
-# whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it
 widens_bfloat16 = False
+"""Whether bfloat16 products on a CPU are computed in float32; `qpruner.models.cpu` sets it."""
 
 
 class _Packed(torch.nn.Module):
@@ -26,11 +27,11 @@ class _Packed(torch.nn.Module):
 
     def _hold(self, layer_format: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
-        self.format, self.compute_dtype = layer_format, dtype
+        self.format = layer_format
+        self.compute_dtype = dtype
         row_bytes = layer_format.packed_bytes(1, columns, 0)
-        self.weight = torch.nn.Parameter(
-            torch.empty(rows, row_bytes, dtype=torch.uint8), requires_grad=False
-        )
+        empty = torch.empty(rows, row_bytes, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(empty, requires_grad=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # A change of the model's type leaves the packed weight as it is.
@@ -51,12 +52,11 @@ class PackedLinear(_Packed, torch.nn.Linear):
         self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype
     ) -> None:
         self._hold(layer_format, rows, columns, dtype)
-        self.in_features, self.out_features = columns, rows
-        bias = (
-            torch.nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False)
-            if has_bias
-            else None
-        )
+        self.in_features = columns
+        self.out_features = rows
+        bias: torch.nn.Parameter | None = None
+        if has_bias:
+            bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False)
         self.register_parameter("bias", bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -83,18 +83,23 @@ class PackedEmbedding(_Packed, torch.nn.Embedding):
 
     def __init__(self, layer_format: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
         self._hold(layer_format, rows, columns, dtype)
-        self.num_embeddings, self.embedding_dim = rows, columns
-        self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.num_embeddings = rows
+        self.embedding_dim = columns
+        self.padding_idx = None
+        self.max_norm = None
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up rows, and unpack them in `compute_dtype`."""
         rows = self.weight.index_select(0, input.reshape(-1))
         unpacked = self.format.unpack({"weight": rows}, self.embedding_dim, self.compute_dtype)
-        found = unpacked.view(*input.shape, self.embedding_dim)
+        embedded = unpacked.view(*input.shape, self.embedding_dim)
         if self.scalar_embed_scale is None:
-            return found
-        return found * float(torch.tensor(self.scalar_embed_scale, dtype=found.dtype, device="cpu"))
+            return embedded
+        factor = torch.tensor(self.scalar_embed_scale, dtype=embedded.dtype, device="cpu")
+        return embedded * float(factor)
 
 
 def packed_module(
@@ -102,8 +107,13 @@ def packed_module(
 ) -> PackedLinear | PackedEmbedding:
     """Build a layer of the size of a linear layer or embedding, with empty packed weights."""
     if isinstance(module, torch.nn.Linear):
-        columns, rows = module.in_features, module.out_features
-        return PackedLinear(layer_format, columns, rows, module.bias is not None, dtype)
+        return PackedLinear(
+            layer_format,
+            columns=module.in_features,
+            rows=module.out_features,
+            has_bias=module.bias is not None,
+            dtype=dtype,
+        )
     assert isinstance(module, torch.nn.Embedding), type(module)
     embedding = PackedEmbedding(layer_format, module.num_embeddings, module.embedding_dim, dtype)
     embedding.scalar_embed_scale = getattr(module, "scalar_embed_scale", None)
@@ -121,7 +131,8 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, unpack: Unpack
     ) -> torch.Tensor:
         ctx.save_for_backward(packed)
-        ctx.unpack, ctx.columns = unpack, x.shape[-1]
+        ctx.unpack = unpack
+        ctx.columns = x.shape[-1]
         flat = _wide(x.reshape(-1, x.shape[-1]))
         out = x.new_empty(flat.shape[0], len(packed))
         for rows, weight in _pieces(packed, flat.dtype, ctx.columns, unpack):
@@ -156,13 +167,14 @@ def _pieces(
     packed: torch.Tensor, dtype: torch.dtype, columns: int, unpack: Unpack
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Unpack a few rows at a time, in pieces of about equal size."""
-    most = max(1, PIECE.get(packed.device.type, PIECE["other"]) // columns)
-    size = -(-len(packed) // -(-len(packed) // most))
+    most_rows = max(1, PIECE.get(packed.device.type, PIECE["other"]) // columns)
+    num_pieces = math.ceil(len(packed) / most_rows)
+    size = math.ceil(len(packed) / num_pieces)
     for start in range(0, len(packed), size):
         yield slice(start, start + size), unpack(packed[start : start + size], dtype)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return (
-        x.float() if widens_bfloat16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
-    )
+    if widens_bfloat16 and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return x.float()
+    return x

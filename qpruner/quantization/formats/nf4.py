@@ -25,10 +25,10 @@ class Nf4(Format):
     package: str = "bitsandbytes"
     holds_embeddings: bool = False
     more_tensors: tuple[str, ...] = (
-        *(
-            f"weight.{name}"
-            for name in ("nested_absmax", "nested_quant_map", "quant_map", "absmax")
-        ),
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_map",
+        "weight.absmax",
         STATE,
     )
     uncounted: tuple[str, ...] = (STATE,)
@@ -60,16 +60,16 @@ class Nf4(Format):
     def pack(self, weight: torch.Tensor) -> Tensors:
         from bitsandbytes.functional import quantize_4bit
 
-        options = {
-            "blocksize": BLOCK_SIZE,
-            "compress_statistics": self.double_quant,
-            "quant_type": "nf4",
-        }
-        codes, state = quantize_4bit(weight, **options)
-        return {
-            "weight": codes,
-            **{f"weight.{name}": each for name, each in state.as_dict(packed=True).items()},
-        }
+        codes, state = quantize_4bit(
+            weight,
+            blocksize=BLOCK_SIZE,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+        )
+        tensors = {"weight": codes}
+        for name, tensor in state.as_dict(packed=True).items():
+            tensors[f"weight.{name}"] = tensor
+        return tensors
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
@@ -105,13 +105,10 @@ class Nf4(Format):
     def fill(self, layer: Any, tensors: Tensors) -> None:
         import bitsandbytes as bnb
 
-        codes, stored = (
-            tensors["weight"],
-            {name: each for name, each in tensors.items() if name != "weight"},
-        )
+        codes = tensors["weight"]
         layer.weight = bnb.nn.Params4bit.from_prequantized(
             data=codes,
-            quantized_stats=stored,
+            quantized_stats={name: tensor for name, tensor in tensors.items() if name != "weight"},
             requires_grad=False,
             device=codes.device,
             module=layer,
