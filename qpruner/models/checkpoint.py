@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-RENAMED = "embed_out.", "lm_head."
+RENAMED = ("embed_out.", "lm_head.")
 """Prefixes of the head of GPT-NeoX in files and in the model.
 
 transformers renames it when it loads and saves.
@@ -63,15 +63,15 @@ def prepare_base(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns, fetched = (
-        ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
-        folder,
-    )
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    if model.trust_remote_code:
+        patterns.append("*.py")
+    fetched = folder
     with suppress(LocalEntryNotFoundError):
         path = snapshot_download(
             source,
             revision=model.revision,
-            allow_patterns=patterns + ["*.py"] * model.trust_remote_code,
+            allow_patterns=patterns,
             local_dir=folder if is_shared else None,
             tqdm_class=_reporting_bar(on_progress),
         )
@@ -128,15 +128,16 @@ def read_tensors(
         CorruptFile: A weight file is missing or damaged.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(checkpoint.glob("*.safetensors")) or [checkpoint / "model.safetensors"]:
+    in_files, in_model = RENAMED
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    if not shards:
+        shards.append(checkpoint / "model.safetensors")  # which the error will name
+    for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118
-                    name = (
-                        f"{RENAMED[1]}{rest}"
-                        if (rest := stored.removeprefix(RENAMED[0])) != stored
-                        else stored
-                    )
+                    is_head = stored.startswith(in_files)
+                    name = in_model + stored.removeprefix(in_files) if is_head else stored
                     if wanted(name):
                         tensors[name] = file.get_tensor(stored)
                         on_piece()

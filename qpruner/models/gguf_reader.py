@@ -34,16 +34,22 @@ def install() -> None:
             """Return a field's bytes, its parts as arrays, its values' positions, and types."""
             if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
-            head = [self._get(orig_offs, numpy.uint32), self._get(orig_offs + 4, numpy.uint64)]
-            kind, count, start = GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + HEAD_BYTES
+            kind_part = self._get(orig_offs, numpy.uint32)
+            count_part = self._get(orig_offs + 4, numpy.uint64)
+            kind = GGUFValueType(kind_part[0])
+            count = int(count_part[0])
             types = [GGUFValueType.ARRAY, kind] if count else [GGUFValueType.ARRAY]
-            if dtype := self.gguf_scalar_to_np.get(kind):
-                values = self._get(start, dtype, count)
-                parts = [*head, *values.reshape(-1, 1)]
+            parts = [kind_part, count_part]
+            offset = orig_offs + HEAD_BYTES
+
+            dtype = self.gguf_scalar_to_np.get(kind)
+            if dtype:
+                values = self._get(offset, dtype, count)
+                parts += [*values.reshape(-1, 1)]
                 return HEAD_BYTES + values.nbytes, parts, list(range(2, len(parts))), types
             if kind != GGUFValueType.STRING:
                 return super()._get_field_parts(orig_offs, raw_type)
-            parts, offset = head, start
+
             for _ in range(count):
                 text = offset + 8
                 end = text + int.from_bytes(self.data[offset:text], sys.byteorder)

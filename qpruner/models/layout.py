@@ -17,10 +17,8 @@ from qpruner.quantization.formats import format_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEW_GPU = (
-    99,
-    0,
-)  # a compute capability that every format takes; `preflight.check_gpu` looks at the real one
+NEW_GPU = (99, 0)
+"""A compute capability that every format takes; `preflight.check_gpu` looks at the real one."""
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -73,14 +71,19 @@ def output_modules(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
 
 
 def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
-    family, count = family_of(config), config.num_hidden_layers
-    for index in range(count):
-        layer, block = f"layers.{index:0{len(str(count - 1))}d}", family.block_path(index)
-        for name, of_group in family.groups(grouping).items():
-            linears, outputs = (
-                tuple(f"{block}.{path}".rstrip(".") for path in paths) for paths in of_group
-            )
-            yield f"{layer}.{name}".rstrip("."), linears, outputs
+    """Yield the name of each group, its linear layers and the modules at its end."""
+    family = family_of(config)
+    num_digits = len(str(config.num_hidden_layers - 1))
+    for index in range(config.num_hidden_layers):
+        layer = f"layers.{index:0{num_digits}d}"
+        block = family.block_path(index)
+        for name, (linears, outputs) in family.groups(grouping).items():
+            yield _joined(layer, (name,))[0], _joined(block, linears), _joined(block, outputs)
+
+
+def _joined(prefix: str, paths: Iterable[str]) -> tuple[str, ...]:
+    """Put a prefix before paths; an empty path is the prefix itself."""
+    return tuple(f"{prefix}.{path}" if path else prefix for path in paths)
 
 
 def layout_of(
@@ -101,20 +104,25 @@ def layout_of(
     blocks = group_linears(config, quantize.group)
     tables = {name: (path,) for name, path in table_paths(config).items()}
     ordered = {EMBEDDINGS: tables[EMBEDDINGS], **blocks, **tables}  # the head comes last
+
     groups = []
+    num_adapter_weights = 0
     for name, paths in ordered.items():
-        linears = tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths)
-        levels = quantize.embedding_levels if name in tables else quantize.levels
+        linears = tuple(LinearShape(path, *shapes[f"{path}.weight"]) for path in paths)
+        levels = quantize.levels
+        if name in tables:
+            levels = quantize.embedding_levels
+        else:
+            num_adapter_weights += sum(lora_rank * (item.rows + item.columns) for item in linears)
         offered = tuple(level for level in levels if not refusals(level, linears, on_gpu))
         groups.append(Group(name, linears, offered or levels))
+
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    grouped = sum(item.num_weights for item in groups)
-    adapted = [linear for item in groups if item.name in blocks for linear in item.linears]
+    num_grouped = sum(group.num_weights for group in groups)
     return Layout(
         groups=tuple(groups),
-        ungrouped_bytes=(num_parameters - grouped) * element_bytes,
-        adapter_bytes=sum(lora_rank * (linear.rows + linear.columns) for linear in adapted)
-        * element_bytes,
+        ungrouped_bytes=(num_parameters - num_grouped) * element_bytes,
+        adapter_bytes=num_adapter_weights * element_bytes,
         element_bytes=element_bytes,
         num_parameters=num_parameters,
         multiply_adds=multiply_adds(model),
@@ -126,14 +134,16 @@ def multiply_adds(model: PreTrainedModel) -> int:
     """Count the multiply-adds per token: one for each weight of the blocks and of the head."""
     head: Any = model.get_output_embeddings()
     blocks: Any = model.get_submodule(family_of(model.config).blocks)
-    matrices = [head.weight, *(each for each in blocks.parameters() if each.ndim > 1)]
-    return sum(int(each.numel()) for each in matrices)
+    matrices = [parameter for parameter in blocks.parameters() if parameter.ndim > 1]
+    return sum(int(matrix.numel()) for matrix in (head.weight, *matrices))
 
 
 def refusals(level: str, linears: Iterable[LinearShape], on_gpu: bool) -> list[str]:
     """List the layers that a format cannot hold, each with the reason."""
-    found = [
-        (linear, format_of(level).refusal(linear.columns, NEW_GPU if on_gpu else None))
-        for linear in linears
-    ]
-    return [f"{linear.name}: {reason}" for linear, reason in found if reason]
+    level_format = format_of(level)
+    refused = []
+    for linear in linears:
+        reason = level_format.refusal(linear.columns, NEW_GPU if on_gpu else None)
+        if reason:
+            refused.append(f"{linear.name}: {reason}")
+    return refused

@@ -56,7 +56,7 @@ def resolve_source(source: str, key: str) -> str:
             f"`{key}`: Python package `{package}` is not installed; "
             "install it or name another source"
         )
-    folder = Path(next(iter(spec.submodule_search_locations)))
+    folder = Path(spec.submodule_search_locations[0])
     path = folder / inner
     if not path.exists():
         raise UserError(
@@ -76,7 +76,8 @@ def absolute_source(source: str) -> str:
 def check_source(model: ModelConfig) -> str:
     """Resolve and check the model source without loading weights."""
     source = resolve_source(model.source, "model.source")
-    path, remedy = Path(source), "name a model folder, .gguf file or hub id"
+    path = Path(source)
+    remedy = "name a model folder, .gguf file or hub id"
     if source.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"`model.source`: file {source} does not exist; {remedy}")
@@ -105,20 +106,20 @@ def load_model_config(model: ModelConfig) -> Any:
     try:
         config = AutoConfig.from_pretrained(**_options(source, model))
     except Exception as error:  # a broken config or .gguf header ends in many types
-        remedy = (
-            "the file may be truncated: fetch it again"
-            if source.endswith(".gguf")
-            else "repair its config.json"
-        )
-        if not (path := Path(source).absolute()).exists():
+        path = Path(source).absolute()
+        if not path.exists():
             remedy = (
                 "check that the hub has this id and answers, "
                 f"or name a model folder ({path} does not exist)"
             )
-        told = (
-            f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}"
-        )
-        raise UserError(f"{told}; {remedy}") from error
+        elif source.endswith(".gguf"):
+            remedy = "the file may be truncated: fetch it again"
+        else:
+            remedy = "repair its config.json"
+        raise UserError(
+            f"`model.source`: no model config can be read from {model.source!r}: "
+            f"{_reason(error)}; {remedy}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
         raise UserError(
             f"`model.source`: {model.source} is already quantized; "
@@ -134,16 +135,18 @@ def check_hub_files(model: ModelConfig) -> None:
     from huggingface_hub import HfApi
 
     try:
-        listed = HfApi().model_info(model.source, revision=model.revision, timeout=10).siblings
+        files = HfApi().model_info(model.source, revision=model.revision, timeout=10).siblings
     except Exception:  # the client changes its error types between releases
         return
-    names = [file.rfilename for file in listed or ()]
-    if listed is not None and not any(
-        name.endswith(".safetensors") and "/" not in name for name in names
-    ):
-        lacks = f"has no .safetensors weights in revision {model.revision or 'main'}"
-        remedy = f"name one that has them in `model.revision`, or {CONVERT} and name the new folder"
-        raise UserError(f"`model.source`: {model.source} on the hub {lacks}; {remedy}")
+    if files is None:
+        return
+    names = [file.rfilename for file in files]
+    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        raise UserError(
+            f"`model.source`: {model.source} on the hub has no .safetensors weights in revision "
+            f"{model.revision or 'main'}; name one that has them in `model.revision`, "
+            f"or {CONVERT} and name the new folder"
+        )
 
 
 def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -171,23 +174,20 @@ def load_dense(
 
     ragged.install()
     cpu.install()
-    is_gguf, is_spread = source.endswith(".gguf"), model is not None and model.device_map == "auto"
-    options = _options(source, model) | {
-        "dtype": getattr(torch, dtype),
-        "device_map": "auto" if is_spread else None,
-    }
-    options |= (
-        {"quantization_config": GgufConfig(dequantize=True)}
-        if is_gguf
-        else {"use_safetensors": True}
-    )
+    is_spread = model is not None and model.device_map == "auto"
+    options = _options(source, model)
+    options["dtype"] = getattr(torch, dtype)
+    options["device_map"] = "auto" if is_spread else None
+    if source.endswith(".gguf"):
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
     try:
         with reporting_tensors(on_progress):
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**options)
     except (SafetensorError, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # of the disk, not transformers' "no such file"
+        # An error of the disk has a number; transformers' "no such file" has none.
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         raise _damaged(Path(source), error) from error
     if not is_spread:
@@ -202,12 +202,10 @@ def check_reachable(model: PreTrainedModel) -> None:
     unreachable = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     for name, place in places.items():
         if place in unreachable:
-            left = f"{name or 'the model'} on {place}, where weights cannot be scored or cut"
-            remedy = (
-                "use more or larger GPUs, or hide all (`CUDA_VISIBLE_DEVICES=`) and prune on a CPU"
-            )
             raise UserError(
-                f"`model.device_map`: auto left {left}, as the devices have no room; {remedy}"
+                f"`model.device_map`: auto left {name or 'the model'} on {place}, where weights "
+                "cannot be scored or cut, as the devices have no room; use more or larger GPUs, "
+                "or hide all (`CUDA_VISIBLE_DEVICES=`) and prune on a CPU"
             )
 
 
@@ -228,8 +226,12 @@ def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
 def _reported(
     on_progress: OnWork, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
 ) -> Iterator[Any]:
-    named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
-    what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
+    """Yield items and report each; `desc` is transformers' title of the progress bar."""
+    what = "loading weights"
+    if desc and "GGUF" in desc:
+        what = "reading GGUF"
+    elif desc and "Writing" in desc:
+        what = "saving weights"
     for done, item in enumerate(items, 1):
         yield item
         on_progress(what, done, len(items))
@@ -250,14 +252,16 @@ def _damaged(folder: Path, error: Exception) -> CorruptFile:
 
     If all can be read, it names the folder.
     """
-    config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
-    path = next((file for file in weights if not _is_complete(file)), folder)
+    config = folder / "config.json"
+    weights = sorted(folder.glob("*.safetensors"))
+    damaged = [file for file in weights if not _is_complete(file)]
+    if not weights:
+        damaged.append(folder / "model.safetensors")
     try:
         json.loads(config.read_bytes())
     except (OSError, ValueError):
-        path = config
-    if not weights and path == folder:
-        path = folder / "model.safetensors"
+        damaged.insert(0, config)
+    path = damaged[0] if damaged else folder
     return CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path)
 
 
@@ -269,16 +273,16 @@ def device() -> str:
 
 
 def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
+    """Return the keyword arguments with which `from_pretrained` reads a source."""
     options: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):
         gguf_reader.install()
-        options = {
-            "pretrained_model_name_or_path": str(Path(source).parent),
-            "gguf_file": Path(source).name,
-        }
-    return options | (
-        {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {}
-    )
+        options["pretrained_model_name_or_path"] = str(Path(source).parent)
+        options["gguf_file"] = Path(source).name
+    if model:
+        options["revision"] = model.revision
+        options["trust_remote_code"] = model.trust_remote_code
+    return options
 
 
 def check_folder(path: Path, named: str) -> None:
@@ -294,21 +298,27 @@ def check_folder(path: Path, named: str) -> None:
             f"(pickled .bin weights are not read; {CONVERT})"
         )
     index = path / "model.safetensors.index.json"
-    if (
-        index.is_file() and not (path / "model.safetensors").is_file()
-    ):  # transformers prefers the single file
-        try:
-            shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again"
-            ) from error
-        if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
-            lacks = f"{counted(len(missing), 'weight file')}: {', '.join(missing)}"
-            raise UserError(f"{named}: folder {path} lacks {lacks}; fetch the model again")
+    has_one_file = (path / "model.safetensors").is_file()  # which transformers prefers to an index
+    if index.is_file() and not has_one_file:
+        _check_shards(index, named)
     for file in sorted(path.glob("*.safetensors")):
         if not _is_complete(file):
             raise UserError(f"{named}: weight file {file} is truncated or damaged; fetch it again")
+
+
+def _check_shards(index: Path, named: str) -> None:
+    """Refuse a folder that lacks files which the index of its weights lists."""
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again"
+        ) from error
+    folder = index.parent
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        files = f"{counted(len(missing), 'weight file')}: {', '.join(missing)}"
+        raise UserError(f"{named}: folder {folder} lacks {files}; fetch the model again")
 
 
 def _is_complete(file: Path) -> bool:
@@ -320,19 +330,16 @@ def _is_complete(file: Path) -> bool:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, file.stat().st_size)))
-        end = (
-            8
-            + length
-            + max(
-                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            )
-        )
+        header.pop("__metadata__", None)
+        data_bytes = max(entry["data_offsets"][1] for entry in header.values())
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return bool(end == file.stat().st_size)
+    return bool(8 + length + data_bytes == file.stat().st_size)
 
 
 def _reason(error: Exception) -> str:
     """Return the first line of an error, or the last line of a validation error."""
     first = first_line(error)
-    return str(error).strip().splitlines()[-1].strip() if "alidation" in first else first
+    if "alidation" in first:
+        return str(error).strip().splitlines()[-1].strip()
+    return first

@@ -12,7 +12,8 @@ from typing import Any
 
 from qpruner.errors import OutOfMemory, first_line
 
-STATUS, VMSTAT = Path("/proc/self/status"), Path("/proc/vmstat")
+STATUS = Path("/proc/self/status")
+VMSTAT = Path("/proc/vmstat")
 # oneDNN reports a shortage as a primitive that it could not create; of unsupported ones it names
 # the descriptor.
 SHORTAGE = re.compile(
@@ -28,7 +29,8 @@ def release() -> None:
     callbacks form cycles.
     """
     gc.collect()
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -90,11 +92,9 @@ def free_bytes() -> int:
     import psutil
     import torch
 
-    return int(
-        torch.cuda.mem_get_info()[0]
-        if torch.cuda.is_available()
-        else psutil.virtual_memory().available
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return int(psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -109,8 +109,8 @@ def kernel_kills() -> int | None:
     Return None on other systems.
     """
     with contextlib.suppress(OSError):
-        found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
-        return int(found[1]) if found else None
+        kills = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
+        return int(kills[1]) if kills else None
     return None
 
 
@@ -145,9 +145,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = int(torch.cuda.memory_allocated())
             return
-        with contextlib.suppress(
-            OSError
-        ):  # Linux resets VmHWM to the present size when 5 is written here
+        with contextlib.suppress(OSError):
+            # Linux resets VmHWM to the present size when 5 is written here.
             Path("/proc/self/clear_refs").write_text("5")
         self._before = _most_resident_bytes()
 
@@ -156,9 +155,8 @@ class PeakMemory:
         import torch
 
         highest = int(torch.cuda.max_memory_allocated()) if self._cuda else _most_resident_bytes()
-        return max(
-            0, highest - self._before
-        )  # Linux counts pages per core: 57 kB below the start were seen
+        # Linux counts pages per core: 57 kB below the start were seen.
+        return max(0, highest - self._before)
 
 
 def _most_resident_bytes() -> int:
@@ -166,7 +164,9 @@ def _most_resident_bytes() -> int:
 
     On systems without a reset it is the peak since the start.
     """
-    if found := STATUS.exists() and re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()):
-        return int(found[1]) * 1024
+    if STATUS.exists():
+        highest = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())
+        if highest:
+            return int(highest[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

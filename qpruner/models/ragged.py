@@ -28,12 +28,13 @@ def install(family: Family | None = None) -> None:
 
     None stands for all families. Further calls do nothing.
     """
-    for each in (
-        families().values() if family is None else (family,)
-    ):  # to import all modules takes 0.2 s
-        block_class = getattr(importlib.import_module(each.module), each.decoder_layer)
-        if not getattr(block_class.__init__, "reads_per_layer_config", False):
-            block_class.__init__ = _ragged(each, block_class.__init__)
+    if family is None:
+        for known_family in families().values():  # to import all their modules takes 0.2 s
+            install(known_family)
+        return
+    block_class = getattr(importlib.import_module(family.module), family.decoder_layer)
+    if not getattr(block_class.__init__, "reads_per_layer_config", False):
+        block_class.__init__ = _ragged(family, block_class.__init__)
 
 
 def _ragged(family: Family, original: Any) -> Any:
@@ -74,13 +75,16 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
         layer_config = config.per_layer_config[index]
         present = {kind.name: kind.num_units for kind in family.unit_kinds(layer_config)}
         widths[index] = family.widths(layer_config, present | dict(num_units.get(index, {})))
+
     # Without an explicit head size transformers derives it from the (now per-layer) number of
     # heads.
     config.head_dim = family.head_dim(config.per_layer_config[0])
     config.per_layer_config = None
     config.allow_global_per_layer_attribute_access = True
+
     first = widths[0]
-    if family.is_plain(config, first) and all(other == first for other in widths.values()):
+    are_equal = all(block_widths == first for block_widths in widths.values())
+    if are_equal and family.is_plain(config, first):
         for key, value in first.items():
             setattr(config, key, value)
         config.__dict__.pop("allow_global_per_layer_attribute_access")
@@ -90,9 +94,9 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
 
 def keep_blocks(config: Any, kept: Sequence[int]) -> None:
     """Remove all blocks from a config except `kept`, their indices in ascending order."""
-    overrides: Mapping[int, Any] = (
-        config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
-    )
+    overrides: Mapping[int, Any] = {}
+    if config.is_heterogeneous:
+        overrides = config._heterogeneity_spec.per_layer_overrides
     config.per_layer_config = None
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[index] for index in kept]

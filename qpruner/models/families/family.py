@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-ATTENTION, MLP = "attention", "mlp"
-"""Kinds of unit: a key/value head with its query heads, and an MLP channel."""
+ATTENTION = "attention"
+"""Kind of unit: a key/value head with its query heads."""
+MLP = "mlp"
+"""Kind of unit: an MLP channel."""
 Groups = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 """Maps the name of a group to the paths of its linear layers and of the modules at its end.
 
@@ -44,8 +46,8 @@ class UnitKind:
     @property
     def output_linear(self) -> str:
         """Path of the linear layer whose columns the units own (o, down)."""
-        *_, output = (item.parameter for item in self.slices if item.dim == 1)
-        return output.removesuffix(".weight")
+        cut_columns = [item for item in self.slices if item.dim == 1]
+        return cut_columns[-1].parameter.removesuffix(".weight")
 
 
 def owned_parameters(
@@ -80,11 +82,10 @@ class Family:
     channels_key: str = "intermediate_size"  # config key of the MLP's width
     has_learned_positions: bool = False  # positions come from a table of limited length
     down_adds_to_residual: bool = True  # False if a norm follows the MLP
-    gguf: str = (
-        ""  # llama.cpp's architecture of such models; '' if we do not write GGUF files of them
-    )
-    # llama.cpp's architecture that takes their blocks at different widths; '' if there is none
+    gguf: str = ""
+    """llama.cpp's architecture of such models; '' if we do not write GGUF files of them."""
     gguf_ragged: str = ""
+    """llama.cpp's architecture that takes their blocks at different widths; '' if none does."""
 
     @property
     def module(self) -> str:
@@ -148,7 +149,8 @@ class Family:
 
     def attention_kind(self, layer_config: Any) -> UnitKind:
         """Describe the attention units: key/value heads with their query heads."""
-        head_dim, groups = self.head_dim(layer_config), self.key_value_heads(layer_config)
+        head_dim = self.head_dim(layer_config)
+        groups = self.key_value_heads(layer_config)
         heads = layer_config.num_attention_heads // groups
         (queries, keys, values), (output,) = self.attention_projections().values()
         slices = (
@@ -165,19 +167,15 @@ class Family:
         A channel is a row of gate, a row of up and a column of down.
         """
         *rows, output = (path for paths in self.mlp_projections().values() for path in paths)
-        slices = (
-            *(UnitSlice(f"{path}.weight", 0, 1) for path in rows),
-            UnitSlice(f"{output}.weight", 1, 1),
-        )
-        return UnitKind(MLP, getattr(layer_config, self.channels_key), slices)
+        slices = [UnitSlice(f"{path}.weight", 0, 1) for path in rows]
+        slices.append(UnitSlice(f"{output}.weight", 1, 1))
+        return UnitKind(MLP, getattr(layer_config, self.channels_key), tuple(slices))
 
     def residual_factor(self, config: Any) -> float | None:
         """Return the factor of `down` in the residual stream, or None if a norm follows `down`."""
-        return (
-            float(getattr(config, "residual_multiplier", 1.0))
-            if self.down_adds_to_residual
-            else None
-        )
+        if not self.down_adds_to_residual:
+            return None
+        return float(getattr(config, "residual_multiplier", 1.0))
 
     def as_cut(
         self, block: torch.nn.Module, kind: UnitKind, kept: Sequence[int]
@@ -189,11 +187,13 @@ class Family:
 
     def widths(self, layer_config: Any, num_units: dict[str, int]) -> dict[str, int]:
         """Return the config keys and values for `num_units` of each kind in a block."""
-        heads = num_units[ATTENTION] * (
-            layer_config.num_attention_heads // layer_config.num_key_value_heads
-        )
-        attention = {"num_key_value_heads": num_units[ATTENTION], "num_attention_heads": heads}
-        return attention | {self.channels_key: num_units[MLP]}
+        groups = num_units[ATTENTION]
+        heads_a_group = layer_config.num_attention_heads // layer_config.num_key_value_heads
+        return {
+            "num_key_value_heads": groups,
+            "num_attention_heads": groups * heads_a_group,
+            self.channels_key: num_units[MLP],
+        }
 
     def is_plain(self, config: Any, widths: dict[str, int]) -> bool:
         """Return True if a checkpoint with these widths in all blocks loads without qpruner."""
@@ -240,16 +240,14 @@ class DerivedHeadFamily(Family):
     def after_build(self, block: Any, config: Any, index: int) -> None:
         columns = config.per_layer_config[index].num_attention_heads * self.head_dim(config)
         rows, (output,) = self.attention_projections().values()
-        if columns == block.get_submodule(output).in_features:
+        old_output = block.get_submodule(output)
+        if columns == old_output.in_features:
             return
+        num_rows = columns * 3 // len(rows)  # q, k and v are three layers, or one
         for path in rows:
-            block.set_submodule(
-                path,
-                _resized(block.get_submodule(path), columns * 3 // len(rows), config.hidden_size),
-            )
-        block.set_submodule(
-            output, _resized(block.get_submodule(output), config.hidden_size, columns)
-        )
+            old = block.get_submodule(path)
+            block.set_submodule(path, _resized(old, num_rows, config.hidden_size))
+        block.set_submodule(output, _resized(old_output, config.hidden_size, columns))
 
 
 @dataclass(frozen=True)
@@ -270,5 +268,10 @@ def _resized(linear: Any, rows: int, columns: int) -> torch.nn.Linear:
     """
     import torch
 
-    options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-    return torch.nn.Linear(columns, rows, bias=linear.bias is not None, **options)
+    return torch.nn.Linear(
+        columns,
+        rows,
+        bias=linear.bias is not None,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
+    )

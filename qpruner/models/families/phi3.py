@@ -21,7 +21,8 @@ class Phi3(Family):
         return {"gate_up": ("mlp.gate_up_proj",), "down": ("mlp.down_proj",)}
 
     def attention_kind(self, layer_config: Any) -> UnitKind:
-        head_dim, groups = self.head_dim(layer_config), layer_config.num_key_value_heads
+        head_dim = self.head_dim(layer_config)
+        groups = layer_config.num_key_value_heads
         heads = layer_config.num_attention_heads // groups
         keys = groups * heads * head_dim
         slices = (
@@ -47,13 +48,10 @@ class Phi3(Family):
         It derives their number from the heads.
         """
         rope = config.rope_parameters
-        pairs = (
-            int(config.hidden_size // widths["num_attention_heads"] * rope["partial_rotary_factor"])
-            // 2
-        )
-        return all(
-            len(rope[key]) == pairs for key in ("short_factor", "long_factor") if rope.get(key)
-        )
+        head_dim = config.hidden_size // widths["num_attention_heads"]
+        pairs = int(head_dim * rope["partial_rotary_factor"]) // 2
+        factors = [rope.get("short_factor"), rope.get("long_factor")]
+        return all(len(factor) == pairs for factor in factors if factor)
 
 
 PHI3 = Phi3("phi3", "Phi3DecoderLayer")
