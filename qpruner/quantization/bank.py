@@ -239,8 +239,10 @@ def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor])
 
     Each is stored under the paths of the layers that share the input.
     """
-    path = grams_file(bank.folder, next(iter(grams))[0])
-    named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
+    named: Tensors = {}
+    for paths, gram in grams.items():
+        path = grams_file(bank.folder, paths[0])  # the same for all
+        named[" ".join(paths)] = gram.cpu().contiguous()
     record = FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named))
     storage.write_json(record_path(path), record)
 
@@ -300,9 +302,12 @@ def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> 
 
 def grams_file(folder: Path, path: str) -> Path:
     """Return the file with the Gram matrices of a layer's block; the head has a file of its own."""
-    parts = path.split(".")
-    end = next((at for at, part in enumerate(parts, 1) if part.isdigit()), len(parts))
-    return folder / GRAMS / f"{'.'.join(parts[:end])}.safetensors"
+    block = []
+    for part in path.split("."):
+        block.append(part)
+        if part.isdigit():  # the index of the block
+            break
+    return folder / GRAMS / f"{'.'.join(block)}.safetensors"
 
 
 def record_path(path: Path) -> Path:
@@ -325,16 +330,14 @@ class Starts:
         offered: Mapping[str, Sequence[str]],
     ) -> None:
         self.groups = groups
-        self.offered = {
-            group: tuple(level for level in levels if format_of(level).is_packed)
-            for group, levels in offered.items()
-        }
+        self.offered: dict[str, tuple[str, ...]] = {}
         self._scaling = bank.lora.alpha / bank.lora.rank
-        self._entries = {
-            (group, level): read_plan(bank, {group: level})
-            for group in groups
-            for level in self.offered[group]
-        }
+        self._entries: dict[tuple[str, str], Tensors] = {}
+        for group in groups:
+            packed = tuple(level for level in offered[group] if format_of(level).is_packed)
+            self.offered[group] = packed
+            for level in packed:
+                self._entries[group, level] = read_plan(bank, {group: level})
 
     def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
         """Compute a layer's float32 weight at the start of a trial, on the device of `like`.

@@ -50,7 +50,8 @@ def measure(
     def visit(batch: dict[str, torch.Tensor], predicted: torch.Tensor) -> None:
         predictions.append(predicted)
         for name, paths in modules.items():
-            outputs[name].append(torch.cat([batch[path] for path in paths], dim=1).to(model.dtype))
+            output = torch.cat([batch[path] for path in paths], dim=1)
+            outputs[name].append(output.to(model.dtype))
 
     all_paths = [path for paths in modules.values() for path in paths]
     visit_outputs(model, {path: model.get_submodule(path) for path in all_paths}, samples, visit)
@@ -143,10 +144,12 @@ def whitened_components(outputs: torch.Tensor, num_components: int) -> Floats:
     left, values, _ = torch.linalg.svd(centered, full_matrices=False)
     kept = max(1, min(num_components, int((values > values[0] * 1e-9).sum())))
     whitened: Floats = (left[:, :kept] * len(outputs) ** 0.5).numpy()
+
     # The estimator needs distinct points, but the first projections see one token without context,
     # so their outputs repeat exactly. As in scikit-learn's mutual_info_classif, a little noise
     # makes them distinct.
-    return whitened + 1e-6 * np.random.default_rng(0).standard_normal(whitened.shape)
+    noise = np.random.default_rng(0).standard_normal(whitened.shape)
+    return whitened + 1e-6 * noise
 
 
 def pool_rare(labels: Integers, minimum: int) -> Integers:
@@ -155,7 +158,7 @@ def pool_rare(labels: Integers, minimum: int) -> Integers:
     If -1 would itself be rare, they are merged into the commonest label.
     """
     values, counts = np.unique(labels, return_counts=True)
-    pooled = np.where(np.isin(labels, values[counts >= minimum]), labels, -1)
-    if 0 < (pooled == -1).sum() < minimum:
-        pooled[pooled == -1] = values[counts.argmax()]
-    return pooled
+    is_common = np.isin(labels, values[counts >= minimum])
+    num_rare = (~is_common).sum()
+    others = values[counts.argmax()] if num_rare < minimum else -1
+    return np.where(is_common, labels, others)

@@ -152,12 +152,13 @@ class Family:
         head_dim = self.head_dim(layer_config)
         groups = self.key_value_heads(layer_config)
         heads = layer_config.num_attention_heads // groups
+        width = heads * head_dim  # of the queries
         (queries, keys, values), (output,) = self.attention_projections().values()
         slices = (
-            UnitSlice(f"{queries}.weight", 0, heads * head_dim, heads=heads),
+            UnitSlice(f"{queries}.weight", 0, width, heads=heads),
             UnitSlice(f"{keys}.weight", 0, head_dim),
             UnitSlice(f"{values}.weight", 0, head_dim),
-            UnitSlice(f"{output}.weight", 1, heads * head_dim, heads=heads),
+            UnitSlice(f"{output}.weight", 1, width, heads=heads),
         )
         return UnitKind(ATTENTION, groups, slices)
 

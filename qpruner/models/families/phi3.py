@@ -24,12 +24,14 @@ class Phi3(Family):
         head_dim = self.head_dim(layer_config)
         groups = layer_config.num_key_value_heads
         heads = layer_config.num_attention_heads // groups
-        keys = groups * heads * head_dim
+        width = heads * head_dim  # of the queries
+        keys = groups * width
+        values = keys + groups * head_dim
         slices = (
-            UnitSlice("self_attn.qkv_proj.weight", 0, heads * head_dim, heads=heads),
+            UnitSlice("self_attn.qkv_proj.weight", 0, width, heads=heads),
             UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=keys),
-            UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=keys + groups * head_dim),
-            UnitSlice("self_attn.o_proj.weight", 1, heads * head_dim, heads=heads),
+            UnitSlice("self_attn.qkv_proj.weight", 0, head_dim, offset=values),
+            UnitSlice("self_attn.o_proj.weight", 1, width, heads=heads),
         )
         return UnitKind(ATTENTION, groups, slices)
 

@@ -99,24 +99,26 @@ class Packed(GridFormat):
         import torch
 
         packed = tensors["weight"]
+        rows = len(packed)
         codes, scales, zeros = torch.split(packed, self._row_bytes(columns), dim=1)
-        zero = _from_bits(zeros, self.bits, scales.shape[1] // 2).T.contiguous()
-        zero_words = _to_bits(zero, self.bits, 4 * math.ceil(len(packed) * self.bits / 32))
+        scale = read_as(scales, torch.bfloat16)
+        zero = _from_bits(zeros, self.bits, scale.shape[1]).T.contiguous()
+        zero_words = _to_bits(zero, self.bits, self._word_bytes(rows)).view(torch.int32)
         return {
             "weight_packed": read_as(codes, torch.int32),
-            "weight_scale": read_as(scales, torch.bfloat16),
-            "weight_zero_point": zero_words.view(torch.int32).T.contiguous(),
-            "weight_shape": torch.tensor([len(packed), columns]),
+            "weight_scale": scale,
+            "weight_zero_point": zero_words.T.contiguous(),
+            "weight_shape": torch.tensor([rows, columns]),
         }
 
     def _row_bytes(self, columns: int) -> list[int]:
         """Count the bytes that a row's words, scales and zeros take."""
         groups = math.ceil(columns / self.group_size)
-        return [
-            4 * math.ceil(columns * self.bits / 32),
-            2 * groups,
-            math.ceil(groups * self.bits / 8),
-        ]
+        return [self._word_bytes(columns), 2 * groups, math.ceil(groups * self.bits / 8)]
+
+    def _word_bytes(self, num_codes: int) -> int:
+        """Count the bytes of the words of 32 bits that hold this many codes."""
+        return 4 * math.ceil(num_codes * self.bits / 32)
 
     def _fitted(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, centre: torch.Tensor

@@ -58,13 +58,16 @@ class Q3K(KQuant):
         import torch
 
         third, codes, scales, scale = blocks.split_with_sizes([32, 64, 12, 2], dim=1)
-        low = torch.cat([scales[:, :8] & 15, scales[:, :8] >> 4], dim=1)
-        high = torch.cat([(scales[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
-        step = float16(scale) * (low + (high << 4)).view(torch.int8).sub_(32)  # (blocks, 16)
+        lower, upper = scales.split_with_sizes([8, 4], dim=1)
+        low = torch.cat([lower & 15, lower >> 4], dim=1)
+        high = torch.cat([(upper >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
+        steps = (low + (high << 4)).view(torch.int8).sub_(32)
+        step = float16(scale) * steps  # (blocks, 16)
+
         third = third.contiguous()
         shifted = [third << 2, third << 1, *(third >> shift for shift in range(6))]
-        bits = torch.stack(shifted, dim=1).bitwise_and_(4)
-        signed = _crumbs(codes).bitwise_or_(bits.view(-1, 2, 4, 32)).view(torch.int8).sub_(4)
+        bits = torch.stack(shifted, dim=1).bitwise_and_(4).view(-1, 2, 4, 32)
+        signed = _crumbs(codes).bitwise_or_(bits).view(torch.int8).sub_(4)
         return signed.float().view(-1, 16, 16).mul_(step.unsqueeze(2))
 
 
@@ -77,11 +80,12 @@ class Q4K(KQuant):
 
         scale, minimum, scales, codes = blocks.split_with_sizes([2, 2, 12, 128], dim=1)
         first, second, rest = scales.chunk(3, dim=1)
-        steps = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], dim=1)  # (blocks, 8)
-        offsets = torch.cat([second & 63, (rest >> 4) | ((second >> 2) & 48)], dim=1)
+        last_steps = (rest & 15) | ((first >> 2) & 48)
+        last_offsets = (rest >> 4) | ((second >> 2) & 48)
+        step = float16(scale) * torch.cat([first & 63, last_steps], dim=1)  # (blocks, 8)
+        offset = float16(minimum) * torch.cat([second & 63, last_offsets], dim=1)
         weight = _nibbles(codes, 32).float().view(-1, 8, 32)
-        weight.mul_((float16(scale) * steps).unsqueeze(2))
-        return weight.sub_((float16(minimum) * offsets).unsqueeze(2))
+        return weight.mul_(step.unsqueeze(2)).sub_(offset.unsqueeze(2))
 
 
 @dataclass(frozen=True, kw_only=True)

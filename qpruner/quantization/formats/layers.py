@@ -65,7 +65,8 @@ class PackedLinear(_Packed, torch.nn.Linear):
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        product: torch.Tensor = _Product.apply(input, self.weight, bias, self.unpacked)  # type: ignore[no-untyped-call]
+        multiply: Any = _Product.apply
+        product: torch.Tensor = multiply(input, self.weight, bias, self.unpacked)
         return product
 
     def unpacked(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -121,6 +122,7 @@ def packed_module(
 
 
 Unpack = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+Gradients = tuple[torch.Tensor | None, None, None, None]
 
 
 class _Product(torch.autograd.Function):
@@ -130,6 +132,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, unpack: Unpack
     ) -> torch.Tensor:
+        """Compute ``x @ weight.T + bias``, where `unpack` makes rows of the weight."""
         ctx.save_for_backward(packed)
         ctx.unpack = unpack
         ctx.columns = x.shape[-1]
@@ -137,14 +140,16 @@ class _Product(torch.autograd.Function):
         out = x.new_empty(flat.shape[0], len(packed))
         for rows, weight in _pieces(packed, flat.dtype, ctx.columns, unpack):
             part = None if bias is None else bias[rows].to(flat.dtype)
+            product = torch.nn.functional.linear(flat, weight, part)
             if len(weight) == len(packed):
-                out = torch.nn.functional.linear(flat, weight, part).to(x.dtype)
+                out = product.to(x.dtype)
             else:
-                out[:, rows] = torch.nn.functional.linear(flat, weight, part)
+                out[:, rows] = product
         return out.view(*x.shape[:-1], len(packed))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+        """Compute the gradient of ``x``; the sum over pieces is float32."""
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         (packed,) = ctx.saved_tensors

@@ -74,13 +74,10 @@ class Nf4(Format):
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = {
-            name.removeprefix("weight."): tensor
-            for name, tensor in tensors.items()
-            if name != "weight"
-        }
-        quant_state = QuantState.from_dict(state, device=tensors["weight"].device)
-        weight: torch.Tensor = dequantize_4bit(tensors["weight"], quant_state)
+        state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+        codes = state.pop("weight")
+        quant_state = QuantState.from_dict(state, device=codes.device)
+        weight: torch.Tensor = dequantize_4bit(codes, quant_state)
         return weight.to(dtype)
 
     def empty_layer(self, linear: Any, dtype: torch.dtype) -> torch.nn.Module:
