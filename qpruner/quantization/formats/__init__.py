@@ -22,12 +22,12 @@ NO_FORMATS = {"format", "layers"}
 def formats() -> dict[str, Format]:
     """Map each name to its format, from the files of this folder, smallest first."""
     names = {info.name for info in pkgutil.iter_modules(__path__)} - NO_FORMATS
-    found: list[Format] = []
+    all_formats: list[Format] = []
     for name in names:
         module = importlib.import_module(f"{__name__}.{name}")
-        found += [value for value in vars(module).values() if isinstance(value, Format)]
-    found.sort(key=lambda item: (item.packed_bytes(4096, 4096, 2), item.name))
-    return {item.name: item for item in found}
+        all_formats += [value for value in vars(module).values() if isinstance(value, Format)]
+    all_formats.sort(key=lambda item: (item.packed_bytes(4096, 4096, 2), item.name))
+    return {item.name: item for item in all_formats}
 
 
 def format_of(name: str) -> Format:
