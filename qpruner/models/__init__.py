@@ -1,2 +1,1 @@
-"""Describe model families; load, build and save models; list layers that share a format; free and
-measure memory."""
+"""Describe, load, build and save models; list their groups of layers; free and measure memory."""

@@ -1,4 +1,4 @@
-"""Provide the base model as a folder, write pruned checkpoints, and read tensors from checkpoints."""
+"""Provide the base model as a folder, write pruned checkpoints, and read their tensors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-RENAMED = "embed_out.", "lm_head."
-"""Prefixes of the head of GPT-NeoX in files and in the model: transformers renames it when it loads
-and saves."""
+RENAMED = ("embed_out.", "lm_head.")
+"""Prefixes of the head of GPT-NeoX in files and in the model.
+
+transformers renames it when it loads and saves.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,15 @@ def prepare_base(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns, fetched = (
-        ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
-        folder,
-    )
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    if model.trust_remote_code:
+        patterns.append("*.py")
+    fetched = folder
     with suppress(LocalEntryNotFoundError):
         path = snapshot_download(
             source,
             revision=model.revision,
-            allow_patterns=patterns + ["*.py"] * model.trust_remote_code,
+            allow_patterns=patterns,
             local_dir=folder if is_shared else None,
             tqdm_class=_reporting_bar(on_progress),
         )
@@ -78,17 +80,17 @@ def prepare_base(
         check_hub_files(model)
         revision = f" --revision {model.revision}" if model.revision else ""
         raise UserError(
-            f"`model.source`: the hub does not answer, and the cache of this machine lacks files of {model.source} "
-            "(.safetensors weights, config, tokenizer); download it where the hub answers: `qpruner prepare CONFIG`, "
-            f"or `hf download {model.source}{revision}` into a cache (`HF_HOME`) that this machine can read"
+            "`model.source`: the hub does not answer, and the cache of this machine lacks files of "
+            f"{model.source} (.safetensors weights, config, tokenizer); download it where the hub "
+            f"answers: `qpruner prepare CONFIG`, or `hf download {model.source}{revision}` into a "
+            "cache (`HF_HOME`) that this machine can read"
         )
     check_folder(fetched, "`model.source`")
     return Base(str(fetched), converted=is_shared)
 
 
 def _reporting_bar(on_progress: OnWork) -> Any:
-    """Create a class of invisible progress bars that reports the megabytes downloaded over all
-    files."""
+    """Create a class of invisible progress bars that report the megabytes downloaded."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc,type-arg]
@@ -120,22 +122,29 @@ def save_checkpoint(
 def read_tensors(
     checkpoint: Path, wanted: Callable[[str], bool], on_piece: OnPiece = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """Read tensors with `wanted` names in the model, and call `on_piece` after each; raise
-    `CorruptFile` for damage."""
+    """Read the tensors whose names in the model are `wanted`, and call `on_piece` after each.
+
+    Raises:
+        CorruptFile: A weight file is missing or damaged.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(checkpoint.glob("*.safetensors")) or [checkpoint / "model.safetensors"]:
+    in_files, in_model = RENAMED
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    if not shards:
+        shards.append(checkpoint / "model.safetensors")  # which the error will name
+    for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118
-                    name = (
-                        f"{RENAMED[1]}{rest}"
-                        if (rest := stored.removeprefix(RENAMED[0])) != stored
-                        else stored
-                    )
+                    is_head = stored.startswith(in_files)
+                    name = in_model + stored.removeprefix(in_files) if is_head else stored
                     if wanted(name):
                         tensors[name] = file.get_tensor(stored)
                         on_piece()
         except (FileNotFoundError, SafetensorError) as error:
-            told = f"weight file {shard} is missing or damaged: {error}; in a run, `qpruner run CONFIG` repairs it"
-            raise CorruptFile(told, shard) from error
+            raise CorruptFile(
+                f"weight file {shard} is missing or damaged: {error}; "
+                "in a run, `qpruner run CONFIG` repairs it",
+                shard,
+            ) from error
     return tensors

@@ -1,4 +1,4 @@
-"""Read GGUF files at several times the speed of the gguf package (0.19), transformers' reads too.
+"""Read GGUF files, for transformers too, several times faster than the gguf package (0.19).
 
 The package cuts every string and number of a vocabulary out of a `numpy.memmap` in a call of its
 own: 7 s for the 262,144 tokens of Gemma 3, here 0.6 s (2026-12-02). transformers (5.24) has the map
@@ -16,8 +16,7 @@ HEAD_BYTES = 12
 
 @functools.cache
 def install() -> None:
-    """Make gguf slice plain arrays, read arrays of numbers at once, and keep its maps of names, in
-    this process."""
+    """Make the gguf package read arrays at once and keep its maps of names, in this process."""
     import gguf
     import numpy
     from gguf import GGUFValueType
@@ -32,20 +31,25 @@ def install() -> None:
             self._data = numpy.asarray(mapped) if mapped.mode == "r" else mapped
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            """Return the bytes of a field, its parts as arrays, the positions of its values among
-            them, and types."""
+            """Return a field's bytes, its parts as arrays, its values' positions, and types."""
             if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
-            head = [self._get(orig_offs, numpy.uint32), self._get(orig_offs + 4, numpy.uint64)]
-            kind, count, start = GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + HEAD_BYTES
+            kind_part = self._get(orig_offs, numpy.uint32)
+            count_part = self._get(orig_offs + 4, numpy.uint64)
+            kind = GGUFValueType(kind_part[0])
+            count = int(count_part[0])
             types = [GGUFValueType.ARRAY, kind] if count else [GGUFValueType.ARRAY]
-            if dtype := self.gguf_scalar_to_np.get(kind):
-                values = self._get(start, dtype, count)
-                parts = [*head, *values.reshape(-1, 1)]
+            parts = [kind_part, count_part]
+            offset = orig_offs + HEAD_BYTES
+
+            dtype = self.gguf_scalar_to_np.get(kind)
+            if dtype:
+                values = self._get(offset, dtype, count)
+                parts += [*values.reshape(-1, 1)]
                 return HEAD_BYTES + values.nbytes, parts, list(range(2, len(parts))), types
             if kind != GGUFValueType.STRING:
                 return super()._get_field_parts(orig_offs, raw_type)
-            parts, offset = head, start
+
             for _ in range(count):
                 text = offset + 8
                 end = text + int.from_bytes(self.data[offset:text], sys.byteorder)

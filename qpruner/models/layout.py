@@ -1,5 +1,7 @@
-"""Derive a model's groups (layers that share a format) and the bytes of its parts from the config
-alone."""
+"""Derive a model's groups (layers that share a format) and the bytes of its parts.
+
+Only the config is read.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,8 @@ from qpruner.quantization.formats import format_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEW_GPU = (
-    99,
-    0,
-)  # a compute capability that every format takes; `preflight.check_gpu` looks at the real one
+NEW_GPU = (99, 0)
+"""A compute capability that every format takes; `preflight.check_gpu` looks at the real one."""
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -33,22 +33,25 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 
 def group_linears(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
-    """Map each group, as `grouping` (`quantize.group`) divides the model, to the paths of its
-    linear layers."""
+    """Map each group of a model to the paths of its linear layers.
+
+    `grouping` is `quantize.group`.
+    """
     return {name: linears for name, linears, _ in _groups(config, grouping)}
 
 
 def table_paths(config: Any) -> dict[str, str]:
-    """Map the groups `embeddings` and, unless it is tied to them, `head` to their paths in the
-    model."""
+    """Map `embeddings` and `head` to their paths; a head that is tied to embeddings is left out."""
     family = family_of(config)
     tables = {EMBEDDINGS: family.embeddings}
     return tables if config.tie_word_embeddings else tables | {HEAD: family.head}
 
 
 def logits_path(config: Any) -> str:
-    """Return the path of the weight that computes the logits: the head's, or the embeddings' to
-    which it is tied."""
+    """Return the path of the weight that computes the logits.
+
+    It is that of the head, or of the embeddings if the head is tied to them.
+    """
     return list(table_paths(config).values())[-1]
 
 
@@ -60,20 +63,27 @@ def group_paths(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
 
 
 def output_modules(config: Any, grouping: str) -> dict[str, tuple[str, ...]]:
-    """Map each group to the modules at its end, whose outputs are its output: a block, or q, k and
-    v for `qkv`."""
+    """Map each group to the modules at its end, whose outputs are its output.
+
+    They are a block for a whole block, for example, or q, k and v for `qkv`.
+    """
     return {name: outputs for name, _, outputs in _groups(config, grouping)}
 
 
 def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
-    family, count = family_of(config), config.num_hidden_layers
-    for index in range(count):
-        layer, block = f"layers.{index:0{len(str(count - 1))}d}", family.block_path(index)
-        for name, of_group in family.groups(grouping).items():
-            linears, outputs = (
-                tuple(f"{block}.{path}".rstrip(".") for path in paths) for paths in of_group
-            )
-            yield f"{layer}.{name}".rstrip("."), linears, outputs
+    """Yield the name of each group, its linear layers and the modules at its end."""
+    family = family_of(config)
+    num_digits = len(str(config.num_hidden_layers - 1))
+    for index in range(config.num_hidden_layers):
+        layer = f"layers.{index:0{num_digits}d}"
+        block = family.block_path(index)
+        for name, (linears, outputs) in family.groups(grouping).items():
+            yield _joined(layer, (name,))[0], _joined(block, linears), _joined(block, outputs)
+
+
+def _joined(prefix: str, paths: Iterable[str]) -> tuple[str, ...]:
+    """Put a prefix before paths; an empty path is the prefix itself."""
+    return tuple(f"{prefix}.{path}" if path else prefix for path in paths)
 
 
 def layout_of(
@@ -84,31 +94,35 @@ def layout_of(
     on_gpu: bool,
     cut: str = UNPRUNED,
 ) -> Layout:
-    """List groups with weight shapes and the formats that each takes; count the bytes of all other
-    parts.
+    """List groups with the formats that each takes, and count the bytes of all other parts.
 
-    A group is offered the formats that all its layers take; all formats if there is none, as in a
-    model that is only pruned.
+    A group is offered the formats that all its layers take. If there is none, as in a model that is
+    only pruned, it is offered all.
     """
     model = skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     blocks = group_linears(config, quantize.group)
     tables = {name: (path,) for name, path in table_paths(config).items()}
     ordered = {EMBEDDINGS: tables[EMBEDDINGS], **blocks, **tables}  # the head comes last
+
     groups = []
+    num_adapter_weights = 0
     for name, paths in ordered.items():
-        linears = tuple(LinearShape(path, *map(int, shapes[f"{path}.weight"])) for path in paths)
-        levels = quantize.embedding_levels if name in tables else quantize.levels
+        linears = tuple(LinearShape(path, *shapes[f"{path}.weight"]) for path in paths)
+        levels = quantize.levels
+        if name in tables:
+            levels = quantize.embedding_levels
+        else:
+            num_adapter_weights += sum(lora_rank * (item.rows + item.columns) for item in linears)
         offered = tuple(level for level in levels if not refusals(level, linears, on_gpu))
         groups.append(Group(name, linears, offered or levels))
+
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    grouped = sum(item.num_weights for item in groups)
-    adapted = [linear for item in groups if item.name in blocks for linear in item.linears]
+    num_grouped = sum(group.num_weights for group in groups)
     return Layout(
         groups=tuple(groups),
-        ungrouped_bytes=(num_parameters - grouped) * element_bytes,
-        adapter_bytes=sum(lora_rank * (linear.rows + linear.columns) for linear in adapted)
-        * element_bytes,
+        ungrouped_bytes=(num_parameters - num_grouped) * element_bytes,
+        adapter_bytes=num_adapter_weights * element_bytes,
         element_bytes=element_bytes,
         num_parameters=num_parameters,
         multiply_adds=multiply_adds(model),
@@ -117,18 +131,19 @@ def layout_of(
 
 
 def multiply_adds(model: PreTrainedModel) -> int:
-    """Count the multiply-adds per token: one for each weight of the blocks' matrices and of the
-    head."""
+    """Count the multiply-adds per token: one for each weight of the blocks and of the head."""
     head: Any = model.get_output_embeddings()
     blocks: Any = model.get_submodule(family_of(model.config).blocks)
-    matrices = [head.weight, *(each for each in blocks.parameters() if each.ndim > 1)]
-    return sum(int(each.numel()) for each in matrices)
+    matrices = [parameter for parameter in blocks.parameters() if parameter.ndim > 1]
+    return sum(int(matrix.numel()) for matrix in (head.weight, *matrices))
 
 
 def refusals(level: str, linears: Iterable[LinearShape], on_gpu: bool) -> list[str]:
     """List the layers that a format cannot hold, each with the reason."""
-    found = [
-        (linear, format_of(level).refusal(linear.columns, NEW_GPU if on_gpu else None))
-        for linear in linears
-    ]
-    return [f"{linear.name}: {reason}" for linear, reason in found if reason]
+    level_format = format_of(level)
+    refused = []
+    for linear in linears:
+        reason = level_format.refusal(linear.columns, NEW_GPU if on_gpu else None)
+        if reason:
+            refused.append(f"{linear.name}: {reason}")
+    return refused

@@ -1,8 +1,7 @@
-"""Load config, tokenizer and unquantized weights from a hub id, a local folder, a `.gguf` file or
-`package:NAME/FILE`.
+"""Load config, tokenizer and unquantized weights of a model.
 
-Weights are read from safetensors or GGUF only, never from a pickle; packages are found without
-importing them.
+The source is a hub id, a local folder, a `.gguf` file or `package:NAME/FILE`. Weights are read from
+safetensors or GGUF only, never from a pickle; packages are found without importing them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-CONVERT = "convert them with transformers' save_pretrained (transformers 4: with `safe_serialization=True`)"
+CONVERT = (
+    "convert them with transformers' save_pretrained "
+    "(transformers 4: with `safe_serialization=True`)"
+)
 """Remedy for pickled weights in error messages."""
 
 OnWork = Callable[[str, int, int], None]
@@ -39,7 +41,7 @@ def ignore_progress(what: str, done: int, total: int) -> None:
 
 
 def resolve_source(source: str, key: str) -> str:
-    """Resolve `package:NAME/PATH` and a leading `~` to a path; return any other source unchanged."""
+    """Resolve `package:NAME/PATH` and a leading `~` to a path; leave any other source unchanged."""
     if source.startswith("~"):
         return os.path.expanduser(source)  # unchanged if there is no such user
     if not source.startswith("package:"):
@@ -51,9 +53,10 @@ def resolve_source(source: str, key: str) -> str:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"`{key}`: Python package `{package}` is not installed; install it or name another source"
+            f"`{key}`: Python package `{package}` is not installed; "
+            "install it or name another source"
         )
-    folder = Path(next(iter(spec.submodule_search_locations)))
+    folder = Path(spec.submodule_search_locations[0])
     path = folder / inner
     if not path.exists():
         raise UserError(
@@ -63,21 +66,25 @@ def resolve_source(source: str, key: str) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """Make a local path absolute, for processes with another working folder; return any other
-    source unchanged."""
+    """Make a local path absolute, for processes with another working folder.
+
+    Any other source is returned unchanged.
+    """
     return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def check_source(model: ModelConfig) -> str:
     """Resolve and check the model source without loading weights."""
     source = resolve_source(model.source, "model.source")
-    path, remedy = Path(source), "name a model folder, .gguf file or hub id"
+    path = Path(source)
+    remedy = "name a model folder, .gguf file or hub id"
     if source.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"`model.source`: file {source} does not exist; {remedy}")
         if importlib.util.find_spec("gguf") is None:
             raise UserError(
-                "`model.source`: reading .gguf files needs the gguf package: pip install 'qpruner[gguf]'"
+                "`model.source`: reading .gguf files needs the gguf package: "
+                "pip install 'qpruner[gguf]'"
             )
     elif path.is_dir():
         check_folder(path, "`model.source`")
@@ -85,7 +92,8 @@ def check_source(model: ModelConfig) -> str:
         raise UserError(f"`model.source`: {source} is a file, but not a .gguf file; {remedy}")
     elif not HUB_ID.fullmatch(source):
         raise UserError(
-            f"`model.source`: folder {path.absolute()} does not exist, and {source} is no hub id (OWNER/NAME); {remedy}"
+            f"`model.source`: folder {path.absolute()} does not exist, "
+            f"and {source} is no hub id (OWNER/NAME); {remedy}"
         )
     return source
 
@@ -98,20 +106,24 @@ def load_model_config(model: ModelConfig) -> Any:
     try:
         config = AutoConfig.from_pretrained(**_options(source, model))
     except Exception as error:  # a broken config or .gguf header ends in many types
-        remedy = (
-            "the file may be truncated: fetch it again"
-            if source.endswith(".gguf")
-            else "repair its config.json"
-        )
-        if not (path := Path(source).absolute()).exists():
-            remedy = f"check that the hub has this id and answers, or name a model folder ({path} does not exist)"
-        told = (
-            f"`model.source`: no model config can be read from {model.source!r}: {_reason(error)}"
-        )
-        raise UserError(f"{told}; {remedy}") from error
+        path = Path(source).absolute()
+        if not path.exists():
+            remedy = (
+                "check that the hub has this id and answers, "
+                f"or name a model folder ({path} does not exist)"
+            )
+        elif source.endswith(".gguf"):
+            remedy = "the file may be truncated: fetch it again"
+        else:
+            remedy = "repair its config.json"
+        raise UserError(
+            f"`model.source`: no model config can be read from {model.source!r}: "
+            f"{_reason(error)}; {remedy}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None and not source.endswith(".gguf"):
         raise UserError(
-            f"`model.source`: {model.source} is already quantized; give the full-precision checkpoint"
+            f"`model.source`: {model.source} is already quantized; "
+            "give the full-precision checkpoint"
         )
     if not Path(source).exists():
         check_hub_files(model)
@@ -123,16 +135,18 @@ def check_hub_files(model: ModelConfig) -> None:
     from huggingface_hub import HfApi
 
     try:
-        listed = HfApi().model_info(model.source, revision=model.revision, timeout=10).siblings
+        files = HfApi().model_info(model.source, revision=model.revision, timeout=10).siblings
     except Exception:  # the client changes its error types between releases
         return
-    names = [file.rfilename for file in listed or ()]
-    if listed is not None and not any(
-        name.endswith(".safetensors") and "/" not in name for name in names
-    ):
-        lacks = f"has no .safetensors weights in revision {model.revision or 'main'}"
-        remedy = f"name one that has them in `model.revision`, or {CONVERT} and name the new folder"
-        raise UserError(f"`model.source`: {model.source} on the hub {lacks}; {remedy}")
+    if files is None:
+        return
+    names = [file.rfilename for file in files]
+    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        raise UserError(
+            f"`model.source`: {model.source} on the hub has no .safetensors weights in revision "
+            f"{model.revision or 'main'}; name one that has them in `model.revision`, "
+            f"or {CONVERT} and name the new folder"
+        )
 
 
 def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -148,8 +162,11 @@ def load_tokenizer(source: str, model: ModelConfig | None = None) -> PreTrainedT
 def load_dense(
     source: str, dtype: str, model: ModelConfig | None = None, on_progress: OnWork = ignore_progress
 ) -> PreTrainedModel:
-    """Load an unquantized model with the revision and device map of `model` (None: main revision,
-    one device)."""
+    """Load an unquantized model.
+
+    Revision and device map are those of `model`; without it they are the main revision and one
+    device.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -157,23 +174,20 @@ def load_dense(
 
     ragged.install()
     cpu.install()
-    is_gguf, is_spread = source.endswith(".gguf"), model is not None and model.device_map == "auto"
-    options = _options(source, model) | {
-        "dtype": getattr(torch, dtype),
-        "device_map": "auto" if is_spread else None,
-    }
-    options |= (
-        {"quantization_config": GgufConfig(dequantize=True)}
-        if is_gguf
-        else {"use_safetensors": True}
-    )
+    is_spread = model is not None and model.device_map == "auto"
+    options = _options(source, model)
+    options["dtype"] = getattr(torch, dtype)
+    options["device_map"] = "auto" if is_spread else None
+    if source.endswith(".gguf"):
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
     try:
         with reporting_tensors(on_progress):
             loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**options)
     except (SafetensorError, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # of the disk, not transformers' "no such file"
+        # An error of the disk has a number; transformers' "no such file" has none.
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         raise _damaged(Path(source), error) from error
     if not is_spread:
@@ -183,25 +197,21 @@ def load_dense(
 
 
 def check_reachable(model: PreTrainedModel) -> None:
-    """Refuse a model that accelerate left partly on disk, or partly in host memory while there are
-    GPUs."""
+    """Refuse a model that accelerate left partly on disk, or in host memory beside GPUs."""
     places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
     unreachable = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
     for name, place in places.items():
         if place in unreachable:
-            left = f"{name or 'the model'} on {place}, where weights cannot be scored or cut"
-            remedy = (
-                "use more or larger GPUs, or hide all (`CUDA_VISIBLE_DEVICES=`) and prune on a CPU"
-            )
             raise UserError(
-                f"`model.device_map`: auto left {left}, as the devices have no room; {remedy}"
+                f"`model.device_map`: auto left {name or 'the model'} on {place}, where weights "
+                "cannot be scored or cut, as the devices have no room; use more or larger GPUs, "
+                "or hide all (`CUDA_VISIBLE_DEVICES=`) and prune on a CPU"
             )
 
 
 @contextmanager
 def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
-    """Report the tensors that transformers loads and the files it saves, instead of showing
-    progress bars."""
+    """Report the tensors that transformers loads and the files it saves; hide its progress bars."""
     from transformers.utils import logging
 
     before = logging.set_tqdm_hook(
@@ -216,8 +226,12 @@ def reporting_tensors(on_progress: OnWork) -> Iterator[None]:
 def _reported(
     on_progress: OnWork, items: Collection[Any] = (), desc: str | None = None, **ignored: Any
 ) -> Iterator[Any]:
-    named = {"GGUF": "reading GGUF", "Writing": "saving weights"}
-    what = next((what for word, what in named.items() if word in (desc or "")), "loading weights")
+    """Yield items and report each; `desc` is transformers' title of the progress bar."""
+    what = "loading weights"
+    if desc and "GGUF" in desc:
+        what = "reading GGUF"
+    elif desc and "Writing" in desc:
+        what = "saving weights"
     for done, item in enumerate(items, 1):
         yield item
         on_progress(what, done, len(items))
@@ -234,16 +248,20 @@ def checkpoint_config(folder: Path) -> Any:
 
 
 def _damaged(folder: Path, error: Exception) -> CorruptFile:
-    """Build an error that names the first unreadable file of a checkpoint, or the folder if all can
-    be read."""
-    config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
-    path = next((file for file in weights if not _is_complete(file)), folder)
+    """Build an error that names the first unreadable file of a checkpoint.
+
+    If all can be read, it names the folder.
+    """
+    config = folder / "config.json"
+    weights = sorted(folder.glob("*.safetensors"))
+    damaged = [file for file in weights if not _is_complete(file)]
+    if not weights:
+        damaged.append(folder / "model.safetensors")
     try:
         json.loads(config.read_bytes())
     except (OSError, ValueError):
-        path = config
-    if not weights and path == folder:
-        path = folder / "model.safetensors"
+        damaged.insert(0, config)
+    path = damaged[0] if damaged else folder
     return CorruptFile(f"{path} is missing or damaged: {_reason(error)}", path)
 
 
@@ -255,65 +273,73 @@ def device() -> str:
 
 
 def _options(source: str, model: ModelConfig | None) -> dict[str, Any]:
+    """Return the keyword arguments with which `from_pretrained` reads a source."""
     options: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.endswith(".gguf"):
         gguf_reader.install()
-        options = {
-            "pretrained_model_name_or_path": str(Path(source).parent),
-            "gguf_file": Path(source).name,
-        }
-    return options | (
-        {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {}
-    )
+        options["pretrained_model_name_or_path"] = str(Path(source).parent)
+        options["gguf_file"] = Path(source).name
+    if model:
+        options["revision"] = model.revision
+        options["trust_remote_code"] = model.trust_remote_code
+    return options
 
 
 def check_folder(path: Path, named: str) -> None:
-    """Refuse a folder without a config or with incomplete safetensors files; messages begin with
-    `named`."""
+    """Refuse a folder without a config or with incomplete safetensors files.
+
+    Messages begin with `named`.
+    """
     if not (path / "config.json").is_file():
         raise UserError(f"{named}: folder {path} has no config.json; name a model folder")
     if not any(path.glob("*.safetensors")):
         raise UserError(
-            f"{named}: folder {path} has no .safetensors weights (pickled .bin weights are not read; {CONVERT})"
+            f"{named}: folder {path} has no .safetensors weights "
+            f"(pickled .bin weights are not read; {CONVERT})"
         )
     index = path / "model.safetensors.index.json"
-    if (
-        index.is_file() and not (path / "model.safetensors").is_file()
-    ):  # transformers prefers the single file
-        try:
-            shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again"
-            ) from error
-        if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
-            lacks = f"{counted(len(missing), 'weight file')}: {', '.join(missing)}"
-            raise UserError(f"{named}: folder {path} lacks {lacks}; fetch the model again")
+    has_one_file = (path / "model.safetensors").is_file()  # which transformers prefers to an index
+    if index.is_file() and not has_one_file:
+        _check_shards(index, named)
     for file in sorted(path.glob("*.safetensors")):
         if not _is_complete(file):
             raise UserError(f"{named}: weight file {file} is truncated or damaged; fetch it again")
 
 
+def _check_shards(index: Path, named: str) -> None:
+    """Refuse a folder that lacks files which the index of its weights lists."""
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{named}: {index} is not valid JSON with a `weight_map`; fetch it again"
+        ) from error
+    folder = index.parent
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        files = f"{counted(len(missing), 'weight file')}: {', '.join(missing)}"
+        raise UserError(f"{named}: folder {folder} lacks {files}; fetch the model again")
+
+
 def _is_complete(file: Path) -> bool:
-    """Return True if a file is as long as its header says; `safe_open` would map all of it, which
-    may not fit."""
+    """Return True if a file is as long as its header says.
+
+    `safe_open` would map all of it, which may not fit into memory.
+    """
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, file.stat().st_size)))
-        end = (
-            8
-            + length
-            + max(
-                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            )
-        )
+        header.pop("__metadata__", None)
+        data_bytes = max(entry["data_offsets"][1] for entry in header.values())
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return bool(end == file.stat().st_size)
+    return bool(8 + length + data_bytes == file.stat().st_size)
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error, but the last line of a validation error."""
+    """Return the first line of an error, or the last line of a validation error."""
     first = first_line(error)
-    return str(error).strip().splitlines()[-1].strip() if "alidation" in first else first
+    if "alidation" in first:
+        return str(error).strip().splitlines()[-1].strip()
+    return first

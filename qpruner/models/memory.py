@@ -12,7 +12,8 @@ from typing import Any
 
 from qpruner.errors import OutOfMemory, first_line
 
-STATUS, VMSTAT = Path("/proc/self/status"), Path("/proc/vmstat")
+STATUS = Path("/proc/self/status")
+VMSTAT = Path("/proc/vmstat")
 # oneDNN reports a shortage as a primitive that it could not create; of unsupported ones it names
 # the descriptor.
 SHORTAGE = re.compile(
@@ -28,15 +29,18 @@ def release() -> None:
     callbacks form cycles.
     """
     gc.collect()
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def begin_job(threads: int) -> None:
-    """Free the memory of this worker's earlier jobs; without a GPU, limit torch to `threads` CPU
-    cores."""
+    """Free the memory of this worker's earlier jobs, and limit torch to `threads` CPU cores.
+
+    With a GPU the cores are not limited.
+    """
     import peft  # noqa: F401 - so that what it imports is excluded from garbage collection too
 
     freeze_libraries()
@@ -53,8 +57,10 @@ def limit_threads(threads: int) -> None:
 
 
 def freeze_libraries() -> Callable[[], None]:
-    """Exclude all objects from garbage collection (libraries: 0.3 s a pass) until the returned
-    function is called."""
+    """Exclude all present objects from garbage collection until the returned function is called.
+
+    A pass over the libraries' objects takes 0.3 s.
+    """
     if gc.get_freeze_count():
         return lambda: None
     gc.collect()
@@ -63,15 +69,19 @@ def freeze_libraries() -> Callable[[], None]:
 
 
 def read_weights(model: Any) -> None:
-    """Read every weight once, because a memory-mapped .safetensors file takes memory only when
-    first read."""
+    """Read every weight once.
+
+    A memory-mapped .safetensors file takes memory only when it is first read.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().sum()
 
 
 def copy_weights(model: Any) -> None:
-    """Copy weights out of a memory-mapped .safetensors file, which takes memory until its last
-    tensor is freed."""
+    """Copy weights out of a memory-mapped .safetensors file.
+
+    The file takes memory until its last tensor is freed.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
@@ -82,11 +92,9 @@ def free_bytes() -> int:
     import psutil
     import torch
 
-    return int(
-        torch.cuda.mem_get_info()[0]
-        if torch.cuda.is_available()
-        else psutil.virtual_memory().available
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return int(psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -96,11 +104,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def kernel_kills() -> int | None:
-    """Count the processes of this machine that Linux killed for lack of memory since boot; None on
-    other systems."""
+    """Count the processes that Linux killed for lack of memory on this machine since boot.
+
+    Return None on other systems.
+    """
     with contextlib.suppress(OSError):
-        found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
-        return int(found[1]) if found else None
+        kills = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(), re.MULTILINE)
+        return int(kills[1]) if kills else None
     return None
 
 
@@ -121,8 +131,10 @@ def raising_out_of_memory(remedy: str) -> Iterator[None]:
 
 
 class PeakMemory:
-    """Measure the peak memory from now on: allocated GPU memory, or the rise of resident memory on
-    a CPU."""
+    """Measures the peak memory from its creation on.
+
+    It is the allocated memory of a GPU, or the rise of resident memory on a CPU.
+    """
 
     def __init__(self) -> None:
         import torch
@@ -133,9 +145,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = int(torch.cuda.memory_allocated())
             return
-        with contextlib.suppress(
-            OSError
-        ):  # Linux resets VmHWM to the present size when 5 is written here
+        with contextlib.suppress(OSError):
+            # Linux resets VmHWM to the present size when 5 is written here.
             Path("/proc/self/clear_refs").write_text("5")
         self._before = _most_resident_bytes()
 
@@ -144,15 +155,18 @@ class PeakMemory:
         import torch
 
         highest = int(torch.cuda.max_memory_allocated()) if self._cuda else _most_resident_bytes()
-        return max(
-            0, highest - self._before
-        )  # Linux counts pages per core: 57 kB below the start were seen
+        # Linux counts pages per core: 57 kB below the start were seen.
+        return max(0, highest - self._before)
 
 
 def _most_resident_bytes() -> int:
-    """Return the peak resident bytes of this process, since the last reset or, if there is none,
-    the start."""
-    if found := STATUS.exists() and re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()):
-        return int(found[1]) * 1024
+    """Return the peak resident bytes of this process since the last reset.
+
+    On systems without a reset it is the peak since the start.
+    """
+    if STATUS.exists():
+        highest = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())
+        if highest:
+            return int(highest[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -24,14 +24,17 @@ logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
 
 
 def install(family: Family | None = None) -> None:
-    """Make block i of a family (None: of all families) be built from `config.per_layer_config[i]`;
-    idempotent."""
-    for each in (
-        families().values() if family is None else (family,)
-    ):  # to import all modules takes 0.2 s
-        block_class = getattr(importlib.import_module(each.module), each.decoder_layer)
-        if not getattr(block_class.__init__, "reads_per_layer_config", False):
-            block_class.__init__ = _ragged(each, block_class.__init__)
+    """Make block i of a family be built from `config.per_layer_config[i]`.
+
+    None stands for all families. Further calls do nothing.
+    """
+    if family is None:
+        for known_family in families().values():  # to import all their modules takes 0.2 s
+            install(known_family)
+        return
+    block_class = getattr(importlib.import_module(family.module), family.decoder_layer)
+    if not getattr(block_class.__init__, "reads_per_layer_config", False):
+        block_class.__init__ = _ragged(family, block_class.__init__)
 
 
 def _ragged(family: Family, original: Any) -> Any:
@@ -47,7 +50,7 @@ def _ragged(family: Family, original: Any) -> Any:
 
 
 def _following(layer_config: Any, config: Any) -> Any:
-    """Make a layer config read the attention implementation from the model config at every access."""
+    """Make a layer config read the attention implementation of the model config at every access."""
     if layer_config is not config:
         config_class: Any = type(config)
         layer_config.__class__ = _following_class(config_class)
@@ -62,10 +65,9 @@ def _following_class(config_class: type) -> type:
 
 
 def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
-    """Write the widths of cut blocks into a config: as global keys if all blocks are equal, else
-    per block.
+    """Write the widths of cut blocks into a config: once if all are equal, otherwise per block.
 
-    `num_units`: block index -> kind of unit -> number of units kept.
+    `num_units` maps the index of a block and a kind of unit to the number of units kept.
     """
     family = family_of(config)
     widths = {}
@@ -73,13 +75,16 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
         layer_config = config.per_layer_config[index]
         present = {kind.name: kind.num_units for kind in family.unit_kinds(layer_config)}
         widths[index] = family.widths(layer_config, present | dict(num_units.get(index, {})))
+
     # Without an explicit head size transformers derives it from the (now per-layer) number of
     # heads.
     config.head_dim = family.head_dim(config.per_layer_config[0])
     config.per_layer_config = None
     config.allow_global_per_layer_attribute_access = True
+
     first = widths[0]
-    if family.is_plain(config, first) and all(other == first for other in widths.values()):
+    are_equal = all(block_widths == first for block_widths in widths.values())
+    if are_equal and family.is_plain(config, first):
         for key, value in first.items():
             setattr(config, key, value)
         config.__dict__.pop("allow_global_per_layer_attribute_access")
@@ -88,10 +93,10 @@ def set_widths(config: Any, num_units: Mapping[int, Mapping[str, int]]) -> None:
 
 
 def keep_blocks(config: Any, kept: Sequence[int]) -> None:
-    """Remove all blocks from a config except `kept`, which lists their indices in ascending order."""
-    overrides: Mapping[int, Any] = (
-        config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
-    )
+    """Remove all blocks from a config except `kept`, their indices in ascending order."""
+    overrides: Mapping[int, Any] = {}
+    if config.is_heterogeneous:
+        overrides = config._heterogeneity_spec.per_layer_overrides
     config.per_layer_config = None
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[index] for index in kept]

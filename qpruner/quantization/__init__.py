@@ -1,2 +1,1 @@
-"""Pack groups of layers in every format into a bank of files; from it assemble models of mixed
-formats."""
+"""Pack layers in number formats, bank them, and assemble mixed models from the bank."""

@@ -34,31 +34,41 @@ ADAPTER = "default"  # name that peft gives to a model's only adapter
 def assemble(
     bank: BankSource, formats_by_group: Mapping[str, str], on_piece: OnPiece = lambda: None
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Build the model of the plan `formats_by_group`; make the entries that the bank lacks.
+    """Build the model of a plan, and make the bank entries that it lacks.
 
-    Embeddings and head are unpacked if the plan does not name them. Also return the initial
-    adapters: `<layer>.lora_A` ``(rank, columns)`` and `<layer>.lora_B` ``(rows, rank)``.
+    Embeddings and head stay unpacked if the plan does not name them.
+
+    Args:
+        bank: Where packed weights and the checkpoint are.
+        formats_by_group: The plan, which maps each group to the name of its format.
+        on_piece: Called after each piece of work, to show that the process is alive.
+
+    Returns:
+        The model, and its initial adapters: ``<layer>.lora_A`` ``(rank, columns)`` and
+        ``<layer>.lora_B`` ``(rows, rank)``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     checkpoint = fetch(bank.checkpoint, on_piece)
     config = AutoConfig.from_pretrained(checkpoint)
-    ragged.install(family_of(config))
+    family = family_of(config)
+    ragged.install(family)
     cpu.install()
     paths = group_paths(config, bank.grouping)
     formats = {path: name for group, name in formats_by_group.items() for path in paths[group]}
     packed_paths = {path for path, name in formats.items() if format_of(name).is_packed}
-    banked = read_plan(bank, formats_by_group, on_piece)
-    starts = {
-        name: tensor for name, tensor in banked.items() if name.endswith((".lora_A", ".lora_B"))
-    }
-    packed = {name: tensor for name, tensor in banked.items() if name not in starts}
+
+    packed: dict[str, torch.Tensor] = {}
+    starts: dict[str, torch.Tensor] = {}
+    for name, tensor in read_plan(bank, formats_by_group, on_piece).items():
+        is_adapter = name.endswith((".lora_A", ".lora_B"))
+        (starts if is_adapter else packed)[name] = tensor
+
     left_out = {f"{path}.weight" for path in packed_paths}
-    if HEAD not in table_paths(config) and family_of(config).embeddings in packed_paths:
-        left_out.add(
-            f"{family_of(config).head}.weight"
-        )  # some checkpoints have it although it is tied
+    if HEAD not in table_paths(config) and family.embeddings in packed_paths:
+        left_out.add(f"{family.head}.weight")  # some checkpoints have it although it is tied
     state = read_tensors(checkpoint, lambda name: name not in left_out, on_piece) | packed
+
     if packed_paths:
         config.quantization_config = MixedPrecisionConfig(formats).to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -86,12 +96,11 @@ def attach_adapters(
     grouping: str,
     seed: int,
 ) -> PeftModel:
-    """Add a LoRA adapter to every linear layer of the groups in blocks, packed or not, and set its
-    initial values.
+    """Add a LoRA adapter to every linear layer of the blocks and set its initial values.
 
-    A layer without values in `starts` gets a random ``A`` and a zero ``B``. With `lora.init: loftq`
-    each row of the random ``A`` is scaled to length 1, as LoftQ does, so that unpacked layers learn
-    as fast as packed layers.
+    Packed and unpacked layers both get one. A layer without values in `starts` gets a random ``A``
+    and a zero ``B``. With `lora.init: loftq` each row of the random ``A`` is scaled to length 1, as
+    LoftQ does, so that unpacked layers learn as fast as packed layers.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -108,7 +117,8 @@ def attach_adapters(
     peft_model: PeftModel = get_peft_model(model, settings)
     for path in paths:
         layer: Any = model.get_submodule(path)
-        lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        lora_a = layer.lora_A[ADAPTER].weight
+        lora_b = layer.lora_B[ADAPTER].weight
         if f"{path}.lora_A" in starts:
             lora_a.copy_(starts[f"{path}.lora_A"])
             lora_b.copy_(starts[f"{path}.lora_B"])
@@ -116,23 +126,21 @@ def attach_adapters(
         # Each layer has its own generator, so that its initial values do not depend on the formats
         # of other layers.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
-        random_a = torch.nn.init.kaiming_uniform_(
-            torch.empty(lora_a.shape), a=math.sqrt(5), generator=generator
-        )
-        lora_a.copy_(
-            random_a / random_a.norm(dim=1, keepdim=True) if lora.init == "loftq" else random_a
-        )
+        random_a = torch.empty(lora_a.shape)
+        torch.nn.init.kaiming_uniform_(random_a, a=math.sqrt(5), generator=generator)
+        if lora.init == "loftq":
+            random_a /= random_a.norm(dim=1, keepdim=True)
+        lora_a.copy_(random_a)
         lora_b.zero_()
     torch.manual_seed(seed)
     return peft_model
 
 
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model to the device or, outside distributed training, spread it over all GPUs that
-    this process sees.
+    """Move a model to the device, or spread it over all GPUs that this process sees.
 
-    Ray shows a trial only its own GPUs. A process of a distributed training sees all, but uses
-    torch's current one.
+    Ray shows a trial only its own GPUs. A process of a distributed training sees all of them, but
+    uses only torch's current one.
     """
     if torch.cuda.device_count() < 2 or torch.distributed.is_initialized():
         return model.to(device())
@@ -147,8 +155,7 @@ def _placed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def cast_adapters(model: Any) -> None:
-    """Convert a model's adapters to the type of its unpacked weights, in which they are saved and
-    served."""
+    """Convert adapters to the dtype of the unpacked weights, in which they are saved and served."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(model.config.dtype)
@@ -159,14 +166,12 @@ def measured_bytes(model: Any) -> int:
 
     Adapters are trained in float32 and saved in the model's type.
     """
-    sizes, uncounted = (
-        {},
-        tuple(f".{name}" for found in formats().values() for name in found.uncounted),
-    )
+    uncounted = [name for number_format in formats().values() for name in number_format.uncounted]
+    endings = tuple(f".{name}" for name in uncounted)
+    sizes: dict[int, int] = {}  # by address
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and not name.endswith(uncounted):
-            element_bytes = (
-                model.config.dtype.itemsize if ".lora_" in name else tensor.element_size()
-            )
-            sizes[tensor.data_ptr()] = tensor.numel() * element_bytes
+        if not isinstance(tensor, torch.Tensor) or name.endswith(endings):
+            continue
+        dtype = model.config.dtype if ".lora_" in name else tensor.dtype
+        sizes[tensor.data_ptr()] = tensor.numel() * dtype.itemsize
     return sum(sizes.values())

@@ -1,10 +1,10 @@
-"""Make and read the bank: packed weights and initial adapters of every (group, format), shared by
-all trials.
+"""Make and read the bank, which holds every group of layers in every format for all trials.
 
-An entry depends on its group and format only, not on the rest of a plan. It is a safetensors file
-with the packed tensors of the group's layers, and `<layer>.lora_A` and `<layer>.lora_B`; its
-`EntryRecord` lies beside it. Whoever reads a missing or damaged entry makes it (`read_plan`), two
-processes perhaps at once: they write equal, whole files.
+An entry has the packed weights and the initial adapters of one (group, format). It depends on these
+two only, not on the rest of a plan. It is a safetensors file with the packed tensors of the group's
+layers, and `<layer>.lora_A` and `<layer>.lora_B`; its `EntryRecord` lies beside it. Whoever needs
+an entry that is missing or damaged makes it (`read_plan`). Two processes may do so at once, because
+they write equal, whole files.
 """
 
 import functools
@@ -41,8 +41,7 @@ from qpruner.runs.storage import OnPiece
 VERSION = 5  # version of the entries: raise it when the same inputs give different tensors
 GRAMS = "grams"  # subfolder with the Gram matrices of layers' inputs, a file for each block
 FEW_WEIGHTS = 10_000_000
-"""A model with fewer weights is packed without Ray, because starting Ray would take longer than
-packing."""
+"""A model with fewer weights is packed without Ray, which would take longer to start."""
 
 Tensors = dict[str, torch.Tensor]
 Kind = TypeVar("Kind", bound="FileRecord")
@@ -58,18 +57,22 @@ class FileRecord(Recorded):
 
 
 class EntryRecord(FileRecord):
-    """Identifies an entry, and says how much error its packed weights have left."""
+    """Identifies an entry, and says how much of its error the initial adapters leave."""
 
     residual_ratio: float
-    """Norm of the error with initial adapters (of the weights; under GPTQ, of the outputs), divided
-    by that without."""
+    """Norm of the error with initial adapters, divided by the norm without them.
+
+    The error is that of the weights or, under GPTQ, of the outputs.
+    """
     error: float  # squared norm of that error, divided by that of the weights (or outputs)
 
 
 @dataclass(frozen=True)
 class BankSource:
-    """Where the bank of a cut is, and what its entries are made from; the paths are the same on
-    every node."""
+    """Says where the bank of a cut is, and what its entries are made from.
+
+    The paths are the same on every node.
+    """
 
     folder: Path
     checkpoint: Path
@@ -85,25 +88,24 @@ class BankSource:
         return self.folder / level / f"{group}.safetensors"
 
     def digest(self, level: str) -> str:
-        """Compute the digest of all that an entry depends on: of the inputs, and of what packs its
-        format."""
+        """Compute the digest of an entry's inputs and of what packs its format."""
         packing = format_of(level)
-        return digest_of(
-            self.inputs, level, packing.version, version(packing.package) if packing.package else ""
-        )
+        package_version = version(packing.package) if packing.package else ""
+        return digest_of(self.inputs, level, packing.version, package_version)
 
     def digests(self, levels: Iterable[str]) -> list[str]:
         """List the `digest` of each packed format among `levels`."""
         return [self.digest(level) for level in sorted(set(levels)) if format_of(level).is_packed]
 
     def entry(self, group: str, level: str) -> EntryRecord | None:
-        """Read the record of an entry; None if it is missing, damaged or of other inputs."""
-        found = _read_record(self.file(group, level), EntryRecord)
-        return found if found and found.inputs == self.digest(level) else None
+        """Read the record of an entry; return None if it is missing, damaged or of other inputs."""
+        record = _read_record(self.file(group, level), EntryRecord)
+        if record is None or record.inputs != self.digest(level):
+            return None
+        return record
 
     def has_grams(self) -> bool:
-        """Return True if no Gram matrices are used, or if those of all blocks and of the head are
-        there.
+        """Return True if all Gram matrices that GPTQ needs are there, or if it needs none.
 
         Their sha256 is checked where they are read: of a model of 8 billion parameters they are 20
         GB a cut.
@@ -111,33 +113,29 @@ class BankSource:
         if not self.uses_grams:
             return True
         config = checkpoint_config(storage.fetch(self.checkpoint))
-        firsts = [
-            logits_path(config),
-            *(paths[0] for paths in group_linears(config, self.grouping).values()),
-        ]
-        paths = {grams_file(self.folder, path) for path in firsts}
-        return all(
-            storage.for_each(
-                lambda path: self.is_current(path) and storage.exists(path), sorted(paths)
-            )
-        )
+        groups = group_linears(config, self.grouping).values()
+        layers = [logits_path(config), *(paths[0] for paths in groups)]
+        files = sorted({grams_file(self.folder, path) for path in layers})
+
+        def is_there(file: Path) -> bool:
+            return self.is_current(file) and storage.exists(file)
+
+        return all(storage.for_each(is_there, files))
 
     def is_current(self, path: Path) -> bool:
-        """Return True if a file in the folder is an entry of the present inputs, or Gram matrices."""
-        level, group = path.parent.name, path.stem
+        """Return True if a file is an entry, or has Gram matrices, of the present inputs."""
+        level = path.parent.name
         if level == GRAMS:
             record = _read_record(path, FileRecord)
             return record is not None and record.inputs == self.inputs
-        return (
-            level in formats()
-            and not format_of(level).missing()
-            and self.entry(group, level) is not None
-        )
+        if level not in formats() or format_of(level).missing():
+            return False
+        return self.entry(path.stem, level) is not None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The tensors of one (group, format), and the errors of `EntryRecord`."""
+    """Holds the tensors of one (group, format), and the errors of its `EntryRecord`."""
 
     tensors: Tensors
     residual_ratio: float
@@ -151,46 +149,59 @@ def build_entries(
     seed: int,
     grams: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Entry]:
-    """Pack the layers of a group (path -> weight ``(rows, columns)``) in each format; without
-    `lora` without adapters.
+    """Pack the layers of a group in several formats, and yield one entry for each format.
 
-    `grams` has the Gram matrix of each layer's inputs ``(columns, columns)`` for GPTQ; layers with
-    one are packed together.
+    Args:
+        weights: Path of each layer and its weight ``(rows, columns)``.
+        packings: The formats.
+        lora: Settings of the initial adapters; None makes no adapters.
+        seed: Seeds the randomized SVD of LoftQ.
+        grams: For GPTQ, path of each layer and the Gram matrix of its inputs (columns, columns).
+            Layers with the same matrix are packed together.
     """
-    gram_of, sharing = grams or dict.fromkeys(weights), dict[int | str, list[str]]()
+    gram_of = grams or dict.fromkeys(weights)
     total = sum(change_size(weight.float(), gram_of[path]) ** 2 for path, weight in weights.items())
+    sharing: dict[int, list[str]] = {}  # the layers with each Gram matrix
     for path in weights:
-        sharing.setdefault(id(gram_of[path]) if grams else path, []).append(path)
+        sharing.setdefault(id(gram_of[path]), []).append(path)
+
     for packing in packings:
-        tensors, layers, plain, left = Tensors(), dict[str, Tensors](), 0.0, 0.0
+        layers: dict[str, Tensors] = {}
         for paths in sharing.values():
             together = pack_together(packing, [weights[path] for path in paths], gram_of[paths[0]])
-            layers |= zip(paths, together, strict=True)
+            layers.update(zip(paths, together, strict=True))
+
+        tensors: Tensors = {}
+        plain = 0.0  # squared error without adapters
+        left = 0.0  # squared error with them
         for path, packed in layers.items():
-            weight, gram = weights[path], gram_of[path]
+            weight = weights[path]
             if lora is None or lora.init == "plain":
-                error = change_size(
-                    weight.float() - packing.unpack(packed, weight.shape[1], torch.float32), gram
-                )
-                plain, left = plain + error**2, left + error**2
+                unpacked = packing.unpack(packed, weight.shape[1], torch.float32)
+                error = change_size(weight.float() - unpacked, gram_of[path])
+                plain += error**2
+                left += error**2
             else:
-                start = loftq_start(weight, packed, packing, lora, seed, gram)
+                start = loftq_start(weight, packed, packing, lora, seed, gram_of[path])
                 packed = start.packed
-                tensors |= {
-                    f"{path}.lora_A": start.lora_a.contiguous(),
-                    f"{path}.lora_B": start.lora_b.contiguous(),
-                }
-                plain, left = plain + start.plain_error**2, left + start.error**2
-            tensors |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        yield Entry(on_cpu, (left / plain) ** 0.5 if plain else 1.0, left / total if total else 0.0)
+                tensors[f"{path}.lora_A"] = start.lora_a
+                tensors[f"{path}.lora_B"] = start.lora_b
+                plain += start.plain_error**2
+                left += start.error**2
+            for name, tensor in packed.items():
+                tensors[f"{path}.{name}"] = tensor
+
+        yield Entry(
+            tensors={name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            residual_ratio=(left / plain) ** 0.5 if plain else 1.0,
+            error=left / total if total else 0.0,
+        )
 
 
 def make_entries(
     bank: BankSource, group: str, levels: Sequence[str], on_piece: OnPiece = lambda: None
 ) -> Iterator[tuple[EntryRecord, Tensors]]:
-    """Pack a group in each of some formats on this process's device, write the entries, and yield
-    them in order."""
+    """Pack a group in several formats on this process's device, and yield the written entries."""
     checkpoint = storage.fetch(bank.checkpoint, on_piece)
     config = checkpoint_config(checkpoint)
     paths = group_paths(config, bank.grouping)[group]
@@ -199,10 +210,9 @@ def make_entries(
     for name in names:
         if not torch.isfinite(stored[name]).all():
             raise TrainingDiverged(f"the weight {name} is NaN or infinite")
-    weights = {
-        names[name]: tensor.to(device(), getattr(torch, bank.dtype))
-        for name, tensor in stored.items()
-    }
+
+    dtype = getattr(torch, bank.dtype)
+    weights = {names[name]: tensor.to(device(), dtype) for name, tensor in stored.items()}
     grams = read_grams(bank.folder, bank.inputs, config, paths) if bank.uses_grams else None
     lora = None if group in (EMBEDDINGS, HEAD) else bank.lora
     entries = build_entries(weights, map(format_of, levels), lora, bank.seed, grams)
@@ -212,82 +222,92 @@ def make_entries(
 
 
 def write_entry(bank: BankSource, group: str, level: str, entry: Entry) -> EntryRecord:
-    """Write an entry, then its record, which makes it count."""
-    path, errors = (
-        bank.file(group, level),
-        {"residual_ratio": entry.residual_ratio, "error": entry.error},
-    )
+    """Write an entry and then its record, without which it does not count."""
+    path = bank.file(group, level)
     record = EntryRecord(
-        inputs=bank.digest(level), sha256=_write_tensors(path, entry.tensors), **errors
+        inputs=bank.digest(level),
+        sha256=_write_tensors(path, entry.tensors),
+        residual_ratio=entry.residual_ratio,
+        error=entry.error,
     )
     storage.write_json(record_path(path), record)
     return record
 
 
 def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor]) -> None:
-    """Write the Gram matrices of a block or the head, each under the paths of the layers that share
-    the input."""
-    path = grams_file(bank.folder, next(iter(grams))[0])
-    named = {" ".join(paths): gram.cpu().contiguous() for paths, gram in grams.items()}
-    storage.write_json(
-        record_path(path), FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named))
-    )
+    """Write the Gram matrices of a block or the head.
+
+    Each is stored under the paths of the layers that share the input.
+    """
+    named: Tensors = {}
+    for paths, gram in grams.items():
+        path = grams_file(bank.folder, paths[0])  # the same for all
+        named[" ".join(paths)] = gram.cpu().contiguous()
+    record = FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named))
+    storage.write_json(record_path(path), record)
 
 
 def read_plan(
     bank: BankSource, plan: Mapping[str, str], on_piece: OnPiece = lambda: None
 ) -> Tensors:
-    """Read the tensors of all groups that a plan packs; make the entries that are missing or
-    damaged."""
+    """Read the tensors of all groups that a plan packs; make missing and damaged entries."""
+    packed = [(group, level) for group, level in plan.items() if format_of(level).is_packed]
+    # Trials that begin together make different entries, and find each other's.
+    random.SystemRandom().shuffle(packed)
+
     tensors: Tensors = {}
-    made, wanted = (
-        0,
-        [(group, level) for group, level in plan.items() if format_of(level).is_packed],
-    )
-    random.SystemRandom().shuffle(
-        wanted
-    )  # trials that begin together make different entries, and find each other's
-    for group, level in wanted:
-        found = _read_tensors(bank.file(group, level), bank.digest(level), EntryRecord, on_piece)
-        if found is None:
-            ((_, found),) = make_entries(bank, group, (level,), on_piece)
-            made += 1
-        tensors |= found
+    num_made = 0
+    for group, level in packed:
+        path = bank.file(group, level)
+        entry = _read_tensors(path, bank.digest(level), EntryRecord, on_piece)
+        if entry is None:
+            [(_, entry)] = make_entries(bank, group, (level,), on_piece)
+            num_made += 1
+        tensors |= entry
         on_piece()
-    if made:
-        logger.info("%d entries of %s were made", made, storage.display_name(bank.folder))
+    if num_made:
+        logger.info("%d entries of %s were made", num_made, storage.display_name(bank.folder))
     return tensors
 
 
 def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> Tensors:
-    """Read the Gram matrices ``(columns, columns)`` of the inputs of layers of one block, or of a
-    table of tokens.
+    """Read the Gram matrices ``(columns, columns)`` of inputs of a block's layers or of a table.
 
-    Embeddings that are not tied only look rows up, and have none. `CorruptFile`: one is missing,
-    damaged or changed.
+    Embeddings that are not tied only look rows up, and have none.
+
+    Raises:
+        CorruptFile: The file is missing, damaged or changed.
     """
     path = grams_file(folder, paths[0])
-    if path.stem == paths[0] != logits_path(config):  # a table is in no block
+    is_table = path.stem == paths[0]  # tables are in no block
+    if is_table and paths[0] != logits_path(config):
         return {}
-    if (stored := _read_tensors(path, inputs, FileRecord)) is None:
-        if (record := _read_record(path, FileRecord)) and record.inputs == inputs:
+    stored = _read_tensors(path, inputs, FileRecord)
+    if stored is None:
+        record = _read_record(path, FileRecord)
+        if record and record.inputs == inputs:
             storage.remove(record_path(path))
         raise CorruptFile(
             f"{storage.display_name(path)}, by which GPTQ rounds, is missing, damaged or changed",
             path,
         )
-    grams = {
-        names: gram.to(device()) for names, gram in stored.items() if {*names.split()} & {*paths}
-    }
-    return {path: gram for names, gram in grams.items() for path in names.split() if path in paths}
+
+    grams: Tensors = {}
+    for names, gram in stored.items():
+        sharing = [name for name in names.split() if name in paths]
+        if sharing:
+            grams |= dict.fromkeys(sharing, gram.to(device()))
+    return grams
 
 
 def grams_file(folder: Path, path: str) -> Path:
-    """Return the path of the Gram matrices of the block that a layer is in; the head has a file of
-    its own."""
-    parts = path.split(".")
-    end = next((at for at, part in enumerate(parts, 1) if part.isdigit()), len(parts))
-    return folder / GRAMS / f"{'.'.join(parts[:end])}.safetensors"
+    """Return the file with the Gram matrices of a layer's block; the head has a file of its own."""
+    block = []
+    for part in path.split("."):
+        block.append(part)
+        if part.isdigit():  # the index of the block
+            break
+    return folder / GRAMS / f"{'.'.join(block)}.safetensors"
 
 
 def record_path(path: Path) -> Path:
@@ -296,8 +316,7 @@ def record_path(path: Path) -> Path:
 
 
 class Starts:
-    """Initial weights of trials: unpacked, with the adapter added, for every group and packed
-    format.
+    """Computes the unpacked weights, adapters included, with which trials start.
 
     The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight
     only. `groups` maps each group to the paths of its layers, `offered` to the formats that it
@@ -311,24 +330,25 @@ class Starts:
         offered: Mapping[str, Sequence[str]],
     ) -> None:
         self.groups = groups
-        self.offered = {
-            group: tuple(level for level in levels if format_of(level).is_packed)
-            for group, levels in offered.items()
-        }
+        self.offered: dict[str, tuple[str, ...]] = {}
         self._scaling = bank.lora.alpha / bank.lora.rank
-        self._entries = {
-            (group, level): read_plan(bank, {group: level})
-            for group in groups
-            for level in self.offered[group]
-        }
+        self._entries: dict[tuple[str, str], Tensors] = {}
+        for group in groups:
+            packed = tuple(level for level in offered[group] if format_of(level).is_packed)
+            self.offered[group] = packed
+            for level in packed:
+                self._entries[group, level] = read_plan(bank, {group: level})
 
     def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
-        """Compute the float32 weight of the layer at `path` at the start of a trial, of shape and
-        device `like`."""
+        """Compute a layer's float32 weight at the start of a trial, on the device of `like`.
+
+        `like` is the layer's unquantized weight ``(rows, columns)``.
+        """
         stored = layer_tensors(self._entries[group, level], path)
-        own = {name: tensor.to(like.device) for name, tensor in stored.items()}
-        lora_a, lora_b = own.pop("lora_A", None), own.pop("lora_B", None)
-        weight = format_of(level).unpack(own, like.shape[1], torch.float32)
+        tensors = {name: tensor.to(like.device) for name, tensor in stored.items()}
+        lora_a = tensors.pop("lora_A", None)
+        lora_b = tensors.pop("lora_B", None)
+        weight = format_of(level).unpack(tensors, like.shape[1], torch.float32)
         if lora_a is None or lora_b is None:  # no adapter, or `lora.init: plain`
             return weight
         return weight.addmm_(lora_b, lora_a, alpha=self._scaling)
@@ -357,39 +377,45 @@ def _read_record(path: Path, kind: type[Kind]) -> Kind | None:
 def _read_tensors(
     path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None
 ) -> Tensors | None:
-    """Read a tensor file of these inputs; None if it is missing, and also if it is damaged, which
-    is logged."""
+    """Read a tensor file of these inputs; return None if it is missing or damaged.
+
+    Damage is logged.
+    """
     record = _read_record(path, kind)
     if record is None or record.inputs != inputs:
         return None
+    sha256 = record.sha256
     with suppress(FileNotFoundError, SafetensorError):
-        if source := storage.retry_storage(
-            functools.partial(_verified, path, record.sha256, on_piece), path
-        ):
-            tensors: Tensors = storage.retry_storage(functools.partial(load_file, source), path)
+        source = storage.retry_storage(lambda: _verified(path, sha256, on_piece), path)
+        if source:
+            tensors: Tensors = storage.retry_storage(lambda: load_file(source), path)
             return tensors
     logger.warning("%s is damaged and made again", storage.display_name(path))
     return None
 
 
 def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
-    """Return a bank file, or its cached copy if storage is remote; None if it does not have this
-    sha256."""
-    named = os.environ.get(BANK_CACHE)
-    if not named and storage.storage_at(path).fills_this_disk:
+    """Return a bank file, or its cached copy if storage is remote.
+
+    Return None if the file does not have this sha256.
+    """
+    cache = os.environ.get(BANK_CACHE)
+    if not cache and storage.storage_at(path).fills_this_disk:
         return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
-    copy = (Path(named) if named else storage.cache_root() / "bank") / f"{sha256}.safetensors"
+
+    folder = Path(cache) if cache else storage.cache_root() / "bank"
+    copy = folder / f"{sha256}.safetensors"
     if _is_intact(copy, sha256):
         return copy
     with storage.exclusive(copy, on_piece):
-        if not _is_intact(copy, sha256):
-            aside = copy.with_name(
-                f"{copy.name}.part"
-            )  # the next reader overwrites what a killed reader left
-            if storage.fetch_file(path, aside, on_piece) != sha256:
-                aside.unlink()
-                return None
-            aside.replace(copy)
+        if _is_intact(copy, sha256):  # another reader has fetched it meanwhile
+            return copy
+        # The next reader overwrites what a killed reader left here.
+        aside = copy.with_name(f"{copy.name}.part")
+        if storage.fetch_file(path, aside, on_piece) != sha256:
+            aside.unlink()
+            return None
+        aside.replace(copy)
     return copy
 
 

@@ -24,7 +24,7 @@ METHOD = "qpruner"
 
 
 def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Select the tensors named `<path>.<name>` of one layer, and return them by `<name>`."""
+    """Select the tensors `<path>.<name>` of one layer, and return them by `<name>`."""
     return {
         name.removeprefix(f"{path}."): tensor
         for name, tensor in tensors.items()
@@ -43,29 +43,32 @@ def packed_layer(
     The layer has the size, bias and device of `module`, a linear layer or an embedding, in a model
     of type `dtype`.
     """
-    found, device = format_of(format_name), module.get_parameter("weight").device
+    layer_format = format_of(format_name)
+    device = module.get_parameter("weight").device
     with torch.device("meta"):
-        layer = found.empty_layer(module, dtype)
-    found.fill(layer, {name: tensor.to(device) for name, tensor in tensors.items()})
+        layer = layer_format.empty_layer(module, dtype)
+    layer_format.fill(layer, {name: tensor.to(device) for name, tensor in tensors.items()})
     if isinstance(module, torch.nn.Linear):
         layer.bias = module.bias
     return layer.requires_grad_(False).train(module.training)
 
 
 def flag_for_peft(model: Any) -> None:
-    """Let peft recognize the layers of every format, as the model of the next plan may have formats
-    that this lacks."""
-    for found in formats().values():
-        if found.peft_flag:
-            setattr(model, found.peft_flag, True)
+    """Let peft recognize the layers of every format.
+
+    All formats are flagged, because the model of the next plan may have some that this model lacks.
+    """
+    for layer_format in formats().values():
+        if layer_format.peft_flag:
+            setattr(model, layer_format.peft_flag, True)
 
 
 @register_quantization_config(METHOD)
 class MixedPrecisionConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a checkpoint: `formats` maps the paths of packed layers to names
-    of formats.
+    """The `quantization_config` of a checkpoint.
 
-    A head that is tied to a packed embedding is not listed.
+    `formats` maps the paths of packed layers to the names of their formats. A head that is tied to
+    a packed embedding is not listed.
     """
 
     def __init__(self, formats: Mapping[str, str], quant_method: str = METHOD, **_: Any) -> None:
@@ -85,29 +88,31 @@ def _known(name: str, path: str) -> Format:
 
 
 def _usable(name: str, path: str, module: Any) -> Format:
-    """Return a format; raise `UserError` if its package is missing, or if it cannot hold this layer
-    here."""
-    found = _known(name, path)
+    """Return the format of a layer.
+
+    Raises:
+        UserError: Its package is missing, or it cannot hold this layer on this device.
+    """
+    layer_format = _known(name, path)
     is_table = isinstance(module, torch.nn.Embedding)
     columns = module.embedding_dim if is_table else module.in_features
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    reason = found.missing() or found.refusal(columns, capability)
-    if is_table and not found.holds_embeddings:
+    reason = layer_format.missing() or layer_format.refusal(columns, capability)
+    if is_table and not layer_format.holds_embeddings:
         reason = "single rows of an embedding cannot be unpacked from it"
     if reason:
         raise UserError(f"{path} has the format {name}, but {reason}")
-    return found
+    return layer_format
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """Fill a layer whose format stores more than one tensor, and pass all other tensors through."""
+    """Fills a layer whose format stores more than one tensor, and passes other tensors through."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self._formats: dict[str, str] = hf_quantizer.quantization_config.formats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
-        """Return itself: transformers copies this object for each layer, and a copy would include
-        the whole config."""
+        """Return itself: transformers copies this object for each layer, and the config with it."""
         return self
 
     def convert(
@@ -121,53 +126,55 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
         if len(input_dict) == 1:
             return input_dict
         tensors = {
-            name: each[0] if isinstance(each, list) else each for name, each in input_dict.items()
+            name: read[0] if isinstance(read, list) else read for name, read in input_dict.items()
         }
         layer, _ = get_module_from_name(model, full_layer_name)
-        format_of(self._formats[full_layer_name.removesuffix(".weight")]).fill(layer, tensors)
+        layer_format = format_of(self._formats[full_layer_name.removesuffix(".weight")])
+        layer_format.fill(layer, tensors)
         layer._is_hf_initialized = True
         return {"weight": layer.weight}
 
 
+def _tensor_names() -> list[str]:
+    """List the names of all tensors that a packed layer of any format may have, without repeats."""
+    names = ["weight"]
+    for layer_format in formats().values():
+        names += [name for name in layer_format.more_tensors if name not in names]
+    return names
+
+
 @register_quantizer(METHOD)
 class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Build a mixed-precision model in `from_pretrained`, and allow `save_pretrained` to save it."""
+    """Builds a mixed-precision model in `from_pretrained`, and lets `save_pretrained` save it."""
 
     requires_calibration = True
-    serialized_names = {
-        "weight": list(
-            dict.fromkeys(
-                ["weight", *[name for each in formats().values() for name in each.more_tensors]]
-            )
-        )
-    }
+    serialized_names = {"weight": _tensor_names()}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Return True for packed weights, whose shape may not be that of the empty layer."""
+        """Return True for packed weights, whose shape may differ from that of the empty layer."""
         module, name = get_module_from_name(model, param_name)
-        is_packed = not module.weight.is_floating_point() if name == "weight" else False
-        return is_packed and not isinstance(module, PackedLinear | PackedEmbedding)
+        if name != "weight" or isinstance(module, PackedLinear | PackedEmbedding):
+            return False
+        return not module.weight.is_floating_point()
 
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """Cast unpacked weights only: `dtype` is that of the empty layer, and packed layers have
-        whole numbers."""
+        """Cast unpacked weights only, because packed layers hold whole numbers.
+
+        `dtype` is that of the parameter in the empty layer.
+        """
         return dtype if dtype is not None and dtype.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         # The model is on the meta device here: transformers loads the weights, and ties the head,
         # afterwards.
-        dtype, names = model.dtype, dict(self.quantization_config.formats)
-        tied = {
-            head.removesuffix(".weight"): source
-            for head, source in model.all_tied_weights_keys.items()
-        }
-        names |= {
-            head: names[source]
-            for head, key in tied.items()
-            if (source := key.removesuffix(".weight")) in names
-        }
+        dtype = model.dtype
+        names = dict(self.quantization_config.formats)
+        for head, source in model.all_tied_weights_keys.items():
+            embeddings = source.removesuffix(".weight")
+            if embeddings in names:
+                names[head.removesuffix(".weight")] = names[embeddings]
         for path, name in names.items():
             module = model.get_submodule(path)
             with torch.device("meta"):
@@ -181,16 +188,12 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
-            if not any(
-                isinstance(operation, _Deserialize)
-                for operation in getattr(conversion, "operations", ())
-            )
+            if _Deserialize not in map(type, getattr(conversion, "operations", ()))
         ]
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """Return the operation by which transformers turns the packed tensors of a layer into
-        parameters."""
+        """Return the operation by which transformers makes parameters of packed tensors."""
         return {"deserialize": _Deserialize}
 
     def is_serializable(self) -> bool:
@@ -199,5 +202,5 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """True, because adapters on a mixed-precision model can be trained."""
+        """Tell transformers that adapters on a mixed-precision model can be trained."""
         return True

@@ -1,9 +1,9 @@
-"""Pack weights, rounding to nearest, or so that the outputs change least: GPTQ (Frantar et al.,
-arXiv 2210.17323).
+"""Pack weights by rounding to nearest, or by GPTQ, which keeps the outputs close.
 
-With inputs X ``(tokens, columns)`` the outputs change by ``|X (W - Q)^T|^2 = tr((W - Q) G (W -
-Q)^T)``, where ``G`` is the Gram matrix ``X^T X``. GPTQ rounds one column after another, and each
-time changes the columns that are not yet rounded so that they make up for its error.
+GPTQ is described by Frantar et al., arXiv 2210.17323. With inputs X ``(tokens, columns)`` the
+outputs change by ``|X (W - Q)^T|^2 = tr((W - Q) G (W - Q)^T)``, where ``G`` is the Gram matrix
+``X^T X``. GPTQ rounds one column after another, and each time changes the columns that are not yet
+rounded so that they make up for its error.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,24 +16,29 @@ from qpruner.errors import TrainingDiverged
 from qpruner.quantization.formats import Format, GridFormat
 
 DAMPING = (0.01, 0.1, 1.0, 10.0)
-"""Added to the diagonal of a Gram matrix, relative to its mean: the first with which Cholesky
-succeeds."""
+"""Tried in turn, relative to the mean of a Gram matrix's diagonal, until Cholesky succeeds."""
 BLOCK = 128  # columns whose errors are carried to all later columns in one product
-ROWS = (
-    2**14
-)  # rows that are rounded at once, so that a large table of embeddings takes little memory
+ROWS = 2**14  # rows rounded at once, so that a large table of embeddings takes little memory
 _KEPT: Any = WeakTensorKeyDictionary()  # Gram matrix -> what was computed from it; ends with it
 
 
 def pack(
     format_: Format, weight: torch.Tensor, gram: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Pack a weight ``(rows, columns)``: by GPTQ if there is a Gram matrix and the format has
-    grids, else to nearest.
+    """Pack a weight ``(rows, columns)``: by GPTQ with a Gram matrix, otherwise to nearest.
 
-    `gram` is ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter.
-    Return the tensors of `Format.pack`; raise `TrainingDiverged` if the Gram matrix is NaN or
-    infinite.
+    Formats without grids, and those of 8 bits, are rounded to nearest even with a Gram matrix.
+
+    Args:
+        format_: The format.
+        weight: The weight, of any floating-point type.
+        gram: ``X^T X`` of the layer's inputs, ``(columns, columns)``; a factor does not matter.
+
+    Returns:
+        The tensors of `Format.pack`.
+
+    Raises:
+        TrainingDiverged: The Gram matrix is NaN or infinite.
     """
     return pack_together(format_, [weight], gram)[0]
 
@@ -41,49 +46,52 @@ def pack(
 def pack_together(
     format_: Format, weights: Sequence[torch.Tensor], gram: torch.Tensor | None
 ) -> list[dict[str, torch.Tensor]]:
-    """Pack the weights of layers with the same inputs as `pack` does each, but in one pass over the
-    columns."""
+    """Pack the weights of layers with the same inputs, as `pack` does, in one pass over columns."""
     if gram is None or not isinstance(format_, GridFormat) or not format_.takes_gptq:
         return [format_.pack(weight.detach()) for weight in weights]
     stacked = torch.cat([weight.detach() for weight in weights])
-    rounded = _round(format_, stacked, gram.to(stacked.device, torch.float32))
-    parts = (torch.split_with_sizes(each, list(map(len, weights))) for each in rounded)
-    return [format_.store(*each) for each in zip(*parts, strict=True)]
+    codes, scales, zeros = _round(format_, stacked, gram.to(stacked.device, torch.float32))
+
+    packed = []
+    end = 0
+    for weight in weights:
+        start = end
+        end += len(weight)
+        packed.append(format_.store(codes[start:end], scales[start:end], zeros[start:end]))
+    return packed
 
 
 def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """Compute the norm of what a float32 change of a weight makes of the outputs; without a Gram
-    matrix, its own norm.
+    """Compute the norm of what a change of a weight, in float32, makes of the layer's outputs.
 
-    Under GPTQ the norm of the change itself says little: table in `loftq`, fifth row beside second.
+    Without a Gram matrix it is the norm of the change itself. Under GPTQ that says little: compare
+    the fifth row of the table in `loftq` with the second.
     """
     if gram is None:
         return float(change.norm())
-    return float(
-        ((change @ gram.to(change.device, torch.float32)) * change).sum().clamp(min=0).sqrt()
-    )
+    outputs = change @ gram.to(change.device, torch.float32)
+    return float((outputs * change).sum().clamp(min=0).sqrt())
 
 
 def kept(gram: torch.Tensor, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-    """Return what `compute` makes of a Gram matrix, once for all layers with these inputs and all
-    formats."""
-    found = _KEPT.setdefault(gram, {})
-    if name not in found:
-        found[name] = compute()
-    return found[name]
+    """Compute a value from a Gram matrix once, for all formats and all layers with these inputs."""
+    values = _KEPT.setdefault(gram, {})
+    if name not in values:
+        values[name] = compute()
+    return values[name]
 
 
 def gram_root(gram: torch.Tensor) -> torch.Tensor:
-    """Compute an upper triangular R with ``R R^T = G``, the damped Gram matrix ``(columns,
-    columns)``.
+    """Compute an upper triangular R with ``R R^T = G``, where G is the damped Gram matrix.
 
-    So ``|E R|^2`` is the error that a change E of the weights makes in the outputs. Inputs that are
-    always 0 count as independent inputs of mean size.
+    Both are float32 ``(columns, columns)``. So ``|E R|^2`` is the error that a change E of the
+    weights makes in the outputs. Inputs that are always 0 count as independent inputs of mean size.
     """
     damped = gram.clone()
     diagonal = damped.diagonal()
     mean = float(diagonal.mean()) or 1.0
     diagonal[diagonal == 0] = mean
+
     added = 0.0
     for damping in DAMPING:
         diagonal.add_((damping - added) * mean)
@@ -111,73 +119,75 @@ def _round(
     """
     size = format_.group_size or len(gram)
     order, makes_up = kept(gram, ("order", size), lambda: _order_and_inverse(gram, size))
-    parts = [
-        _round_rows(format_, part.float(), order, makes_up) for part in torch.split(weight, ROWS)
-    ]
-    codes, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
-    return codes, scales, zeros
+    parts = torch.split(weight, ROWS)
+    rounded = [_round_rows(format_, part.float(), order, makes_up) for part in parts]
+    codes, scales, zeros = zip(*rounded, strict=True)
+    return torch.cat(codes), torch.cat(scales), torch.cat(zeros)
 
 
 def _round_rows(
     format_: GridFormat, weight: torch.Tensor, order: torch.Tensor, makes_up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round rows of a weight as `_round` does; `makes_up` is U of `_order_and_inverse`."""
     rows, columns = weight.shape
     size = format_.group_size or columns
     current = weight.T[order].contiguous()  # (columns, rows)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     grids: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
     for start, end in _blocks(columns, size):
         errors = torch.empty(end - start, rows, device=weight.device)
         for column in range(start, end):
             if column % size == 0:
-                scale, zero = grids[int(order[column]) // size] = format_.grid(
-                    current[column : column + size].T
-                )
+                scale, zero = format_.grid(current[column : column + size].T)
+                grids[int(order[column]) // size] = (scale, zero)
             own = current[column].unsqueeze(1)
             code = format_.codes(own, scale, zero)
             codes[column] = code.squeeze(1)
-            error = (own - format_.values(code, scale, zero)).squeeze(1) / makes_up[column, column]
-            current[column + 1 : end].addr_(makes_up[column, column + 1 : end], error, alpha=-1)
+
+            error = (own - format_.values(code, scale, zero)).squeeze(1)
+            error /= makes_up[column, column]
             errors[column - start] = error
+            current[column + 1 : end].addr_(makes_up[column, column + 1 : end], error, alpha=-1)
         current[end:].addmm_(makes_up[start:end, end:].T, errors, alpha=-1)
-    scales, zeros = (
-        torch.cat(each, dim=1)
-        for each in zip(*(grids[group] for group in sorted(grids)), strict=True)
-    )
-    return codes[order.argsort()].T.contiguous(), scales, zeros
+
+    scales, zeros = zip(*(grids[group] for group in sorted(grids)), strict=True)
+    in_place = codes[order.argsort()].T.contiguous()
+    return in_place, torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
 
 
 def _order_and_inverse(gram: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of the columns, and U ``(columns, columns)`` in this order, with ``U^T U =
-    G^-1``.
+    """Return the order of the columns, and U ``(columns, columns)`` with ``U^T U = G^-1``.
 
-    Row i of U says how later columns make up for an error of column i.
+    The rows and columns of U are in that order. Row i of U says how later columns make up for an
+    error of column i.
     """
     order = _order(gram.diagonal(), size)
     root = gram_root(gram[order][:, order])
-    return order, torch.linalg.solve_triangular(
-        root, torch.eye(len(gram), device=root.device), upper=True
-    )
+    identity = torch.eye(len(gram), device=root.device)
+    return order, torch.linalg.solve_triangular(root, identity, upper=True)
 
 
 def _order(diagonal: torch.Tensor, size: int) -> torch.Tensor:
-    """Sort groups of columns by their mean input, and columns within a group by theirs; a shorter
-    group stays last."""
-    groups = torch.split(torch.arange(len(diagonal), device=diagonal.device), size)
-    means = [float(diagonal[group].mean()) for group in groups]
-    first = sorted(range(len(groups)), key=lambda index: (len(groups[index]) < size, -means[index]))
-    return torch.cat(
-        [groups[index][diagonal[groups[index]].argsort(descending=True)] for index in first]
-    )
+    """Sort groups of columns, and the columns within a group, by their mean input, largest first.
+
+    A group that is shorter than the others stays last.
+    """
+    columns = torch.arange(len(diagonal), device=diagonal.device)
+
+    def rank(group: torch.Tensor) -> tuple[bool, float]:
+        return len(group) < size, -float(diagonal[group].mean())
+
+    groups = sorted(torch.split(columns, size), key=rank)
+    return torch.cat([group[diagonal[group].argsort(descending=True)] for group in groups])
 
 
 def _blocks(columns: int, size: int) -> list[tuple[int, int]]:
-    """Divide columns into blocks of whole groups, or into parts of one group; return where they
-    start and end."""
-    span = max(size, BLOCK // size * size)
+    """Divide columns into blocks of whole groups, or of parts of one group, as (start, end)."""
+    span = max(size, BLOCK // size * size)  # the columns of whole groups
     step = min(span, BLOCK)
-    return [
-        (start, min(start + step, first + span, columns))
-        for first in range(0, columns, span)
-        for start in range(first, min(first + span, columns), step)
-    ]
+    blocks = []
+    for first in range(0, columns, span):
+        last = min(first + span, columns)
+        blocks += [(start, min(start + step, last)) for start in range(first, last, step)]
+    return blocks

@@ -1,5 +1,4 @@
-"""Measure how the predictions change when one group is quantized: KL divergence and change of the
-loss.
+"""Measure how predictions change when one group is quantized: KL divergence and loss.
 
 The group gets the weights with which trials start. The blocks before it return their stored
 outputs, so only the later ones run: all of them for embeddings, none for a head.
@@ -23,13 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Pair = tuple[str, str]  # a group and a packed format that it may have
-POSITIONS = (
-    256  # positions compared at once; each needs a float32 row of the size of the vocabulary
-)
+POSITIONS = 256
+"""Positions compared at once; each needs a float32 row of the size of the vocabulary."""
 
 
 def pairs_of(starts: Starts) -> tuple[Pair, ...]:
-    """List all pairs of a group and a packed format that it may have, in the order of the groups."""
+    """List all pairs of a group and a packed format that it may have, group by group."""
     return tuple((group, name) for group in starts.groups for name in starts.offered[group])
 
 
@@ -37,39 +35,39 @@ def pairs_of(starts: Starts) -> tuple[Pair, ...]:
 def measure(
     model: PreTrainedModel, samples: Samples, starts: Starts
 ) -> dict[str, dict[Pair, float]]:
-    """Measure `kl` and `loss`: the mean rise by every (group, format), in nats a predicted token;
-    progress counts both.
+    """Measure `kl` and `loss`, their mean rise by every (group, format), in nats a predicted token.
 
-    In bfloat16 rounding alone causes 0.0009 to 0.0015 nats of KL divergence on pruned SmolLM2 (one
-    weight changed in its last place, 2026-11), about as much as 8 bits do: rank groups at 8 bits by
-    `fisher`. Packed embeddings also replace a head that is tied to them.
+    Progress counts both batches and pairs. In bfloat16 rounding alone causes 0.0009 to 0.0015 nats
+    of KL divergence on pruned SmolLM2 (one weight changed in its last place, 2026-11), about as
+    much as 8 bits do: rank groups at 8 bits by `fisher`. Packed embeddings also replace a head that
+    is tied to them.
     """
     all_batches = list(
         batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device)
     )
-    pairs, positions = pairs_of(starts), 0
-    sums = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    layers = {
-        group: {path: model.get_parameter(f"{path}.weight") for path in starts.groups[group]}
-        for group, _ in pairs
-    }
-    for number, batch in enumerate(all_batches):
+    pairs = pairs_of(starts)
+    sums = {pair: torch.zeros(2, dtype=torch.float64) for pair in pairs}
+    num_positions = 0
+    num_runs = 0
+    for batch in all_batches:
         run = _Rerun(model, batch)
-        positions += len(run.labels)
-        for index, (group, name) in enumerate(pairs):
+        num_positions += len(run.labels)
+        for group, level in pairs:
+            paths = starts.groups[group]
+            weights = [model.get_parameter(f"{path}.weight") for path in paths]
             values = [
-                starts.weight(group, name, path, each).to(each.dtype)
-                for path, each in layers[group].items()
+                starts.weight(group, level, path, weight).to(weight.dtype)
+                for path, weight in zip(paths, weights, strict=True)
             ]
-            with _replaced([*layers[group].values()], values):
-                sums[index] += run.rise(
-                    next(iter(layers[group])), f"the model with {group} in {name}"
-                )
-            samples.on_progress(number * len(pairs) + index + 1, len(all_batches) * len(pairs))
-    means = (sums / positions).T.tolist()
+            with _replaced(weights, values):
+                sums[group, level] += run.rise(paths[0], f"the model with {group} in {level}")
+            num_runs += 1
+            samples.on_progress(num_runs, len(all_batches) * len(pairs))
+
+    means = {pair: (total / num_positions).tolist() for pair, total in sums.items()}
     return {
-        method: dict(zip(pairs, of, strict=True))
-        for method, of in zip(("kl", "loss"), means, strict=True)
+        "kl": {pair: kl for pair, (kl, _) in means.items()},
+        "loss": {pair: loss for pair, (_, loss) in means.items()},
     }
 
 
@@ -78,12 +76,16 @@ class _Rerun:
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
         family = family_of(model.config)
-        self._model, self._batch = model, batch
+        self._model = model
+        self._batch = batch
         self._paths = [family.block_path(index) for index in range(model.config.num_hidden_layers)]
         self._blocks = [model.get_submodule(path) for path in self._paths]
         self.labels = predicted_labels(batch["labels"])
         self._outputs: list[Any] = []
-        keep = lambda module, inputs, output: self._outputs.append(output)  # noqa: E731
+
+        def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            self._outputs.append(output)
+
         with hooked(block.register_forward_hook(keep) for block in self._blocks):
             logits = predicted_logits(self._model, self._batch)
         self._expected = logits.float().log_softmax(dim=-1)
@@ -91,28 +93,32 @@ class _Rerun:
         self._sum(self._losses, "the unquantized model")  # raises an error if a loss is not finite
 
     def rise(self, layer_path: str, model_in_errors: str) -> torch.Tensor:
-        """Run again from this layer on; return the sums of KL divergence and change of the loss,
-        ``(2,)``."""
-        first = (
-            len(self._blocks)
-            if self._model.get_submodule(layer_path) is self._model.get_output_embeddings()
-            else 0
-        )
-        first = next(
-            (at for at, block in enumerate(self._paths) if layer_path.startswith(f"{block}.")),
-            first,
-        )
+        """Run again from this layer on, and sum KL divergence and change of the loss, ``(2,)``."""
+        first = self._first_block(layer_path)
         kept = [lambda *_, output=output, **__: output for output in self._outputs[:first]]
         with returning(self._blocks[:first], kept):
             logits = predicted_logits(self._model, self._batch)
-        kl, loss = [], []
+
+        kl = []
+        losses = []
         for start in range(0, len(logits), POSITIONS):
             here = slice(start, start + POSITIONS)
-            expected, found = self._expected[here], logits[here].float().log_softmax(dim=-1)
-            loss.append(-self._at_labels(found, self.labels[here]))
-            kl.append((expected.exp() * (expected - found)).sum(dim=-1))
-        changes = (torch.cat(kl), torch.cat(loss) - self._losses)
-        return torch.stack([self._sum(change, model_in_errors) for change in changes])
+            expected = self._expected[here]
+            changed = logits[here].float().log_softmax(dim=-1)
+            losses.append(-self._at_labels(changed, self.labels[here]))
+            kl.append((expected.exp() * (expected - changed)).sum(dim=-1))
+
+        kl_sum = self._sum(torch.cat(kl), model_in_errors)
+        loss_sum = self._sum(torch.cat(losses) - self._losses, model_in_errors)
+        return torch.stack([kl_sum, loss_sum])
+
+    def _first_block(self, layer_path: str) -> int:
+        """Return the first block that runs otherwise if this layer changes: for a head, none."""
+        for index, block in enumerate(self._paths):
+            if layer_path.startswith(f"{block}."):
+                return index
+        layer = self._model.get_submodule(layer_path)
+        return len(self._blocks) if layer is self._model.get_output_embeddings() else 0
 
     @staticmethod
     def _at_labels(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -131,8 +137,7 @@ class _Rerun:
 def _replaced(
     parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]
 ) -> Iterator[None]:
-    """Replace the values of parameters inside the context, and put the original tensors back
-    afterwards."""
+    """Replace the values of parameters inside the context, and restore the originals afterwards."""
     originals = [parameter.data for parameter in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):

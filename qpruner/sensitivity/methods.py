@@ -1,5 +1,4 @@
-"""Compute sensitivities: every method predicts how much each (group, format) raises the loss of the
-pruned model."""
+"""Score by every method how much each (group, format) raises the loss of the pruned model."""
 
 from __future__ import annotations
 
@@ -23,13 +22,15 @@ if TYPE_CHECKING:
 
 Rises = Mapping[Pair, float]  # predicted rise for each pair of a group and a packed format
 MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
-"""Method -> the measurement that embeddings and head take, to which a Taylor expansion of linear
-layers is blind."""
+"""Method -> the measurement that embeddings and head take instead.
+
+A Taylor expansion of linear layers is blind to them.
+"""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Samples, groups with the formats that each may have, and the bank of the model."""
+    """Holds the samples, the groups with the formats of each, and the bank of a model."""
 
     samples: Samples
     groups: tuple[Group, ...]
@@ -39,25 +40,25 @@ class Subject:
 
     @property
     def tables(self) -> Subject:
-        """The same without the blocks' groups: embeddings and head, as far as they may be packed."""
-        tables = (group for group in self.groups if group.name in (EMBEDDINGS, HEAD))
-        return replace(self, groups=tuple(group for group in tables if _packed(group)))
+        """The subject without the blocks' groups: embeddings and head, if they may be packed."""
+        tables = [group for group in self.groups if _is_table(group) and _packed(group)]
+        return replace(self, groups=tuple(tables))
 
     @property
     def blocks(self) -> Subject:
-        """The same without embeddings and head."""
-        return replace(
-            self,
-            groups=tuple(group for group in self.groups if group.name not in (EMBEDDINGS, HEAD)),
-        )
+        """The subject without embeddings and head."""
+        blocks = [group for group in self.groups if not _is_table(group)]
+        return replace(self, groups=tuple(blocks))
 
     @property
     def starts(self) -> Starts:
         """Open the bank to read the initial weights of the groups."""
-        groups = {
-            group.name: tuple(linear.name for linear in group.linears) for group in self.groups
-        }
-        return Starts(self.bank, groups, {group.name: group.formats for group in self.groups})
+        paths = {group.name: [linear.name for linear in group.linears] for group in self.groups}
+        return Starts(self.bank, paths, {group.name: group.formats for group in self.groups})
+
+
+def _is_table(group: Group) -> bool:
+    return group.name in (EMBEDDINGS, HEAD)
 
 
 def _packed(group: Group) -> tuple[str, ...]:
@@ -69,20 +70,25 @@ def by_information(
 ) -> dict[str, MethodScores]:
     """Score all groups by mutual information, estimated from the outputs of one forward pass."""
     started = time.monotonic()
-    found = mutual_information.measure(
-        model, subject.samples, subject.bank.grouping, settings, seed, subject.on_group
+    information = mutual_information.measure(
+        model,
+        subject.samples,
+        group=subject.bank.grouping,
+        settings=settings,
+        seed=seed,
+        on_group=subject.on_group,
     )
-    nats = dict.fromkeys((group.name for group in subject.groups), max(found))
-    nats |= {group.name: value for group, value in zip(subject.blocks.groups, found, strict=True)}
-    sizes = {
-        name: format_of(name).packed_bytes(4096, 4096, 2)
-        for group in subject.groups
-        for name in group.formats
-    }
-    least, most = min(sizes.values()), max(sizes.values())
-    share = {name: (most - size) / max(1, most - least) for name, size in sizes.items()}
+    # Embeddings and head count as much as the most informative block.
+    nats = {group.name: max(information) for group in subject.groups}
+    for group, value in zip(subject.blocks.groups, information, strict=True):
+        nats[group.name] = value
+
+    levels = {name for group in subject.groups for name in group.formats}
+    sizes = {name: format_of(name).packed_bytes(4096, 4096, 2) for name in levels}
+    most = max(sizes.values())
+    span = max(1, most - min(sizes.values()))
     rises = {
-        (group.name, name): nats[group.name] * share[name]
+        (group.name, name): nats[group.name] * ((most - sizes[name]) / span)
         for group in subject.groups
         for name in _packed(group)
     }
@@ -93,13 +99,14 @@ def by_information(
 def by_expansion(
     model: PreTrainedModel, subject: Subject, tables: Mapping[str, Rises]
 ) -> dict[str, MethodScores]:
-    """Score all groups by first order, Fisher and second order; `tables`: rises of embeddings and
-    head."""
+    """Score all groups by first order, Fisher and second order.
+
+    `tables` has the rises of embeddings and head.
+    """
     started = time.monotonic()
-    found = expand(model, subject.samples, subject.blocks.starts)
-    by_method = {
-        name: rises | dict(tables[MEASURED_INSTEAD[name]]) for name, rises in found.items()
-    }
+    by_method = expand(model, subject.samples, subject.blocks.starts)
+    for method, rises in by_method.items():
+        rises.update(tables[MEASURED_INSTEAD[method]])
     return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
@@ -111,18 +118,19 @@ def by_measurement(model: PreTrainedModel, subject: Subject) -> dict[str, Method
 
 
 def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> dict[str, Rises]:
-    """Return the rises by `kl` and `loss` of packed embeddings and head from the scores of
-    `groups`."""
-    tables = [(at, group) for at, group in enumerate(groups) if group.name in (EMBEDDINGS, HEAD)]
-    return {
-        method: {
-            (group.name, name): value
-            for at, group in tables
-            for name in _packed(group)
-            if (value := scores[method].values[name][at]) is not None
-        }
-        for method in MEASUREMENT
-    }
+    """Return the rises by `kl` and `loss` of packed embeddings and head from the groups' scores."""
+    by_method: dict[str, Rises] = {}
+    for method in MEASUREMENT:
+        rises: dict[Pair, float] = {}
+        for at, group in enumerate(groups):
+            if not _is_table(group):
+                continue
+            for name in _packed(group):
+                rise = scores[method].values[name][at]
+                if rise is not None:
+                    rises[group.name, name] = rise
+        by_method[method] = rises
+    return by_method
 
 
 def _scores(
@@ -131,7 +139,7 @@ def _scores(
     seconds: float,
     unit: str = "nats per predicted token",
 ) -> dict[str, MethodScores]:
-    """Make one record per method; the methods share the time `seconds`."""
+    """Make one record per method; all share the time `seconds`."""
     return {
         name: MethodScores(unit=unit, values=_by_format(rises, groups), seconds=seconds)
         for name, rises in by_method.items()
@@ -139,8 +147,10 @@ def _scores(
 
 
 def _by_format(rises: Rises, groups: Sequence[Group]) -> dict[str, tuple[float | None, ...]]:
-    """Map each format, smallest first, to the rises of all groups: 0 if unpacked, None where it is
-    not offered."""
+    """Map each format, smallest first, to the rises of all groups.
+
+    A rise is 0 where the format is unpacked, and None where it is not offered.
+    """
     levels = by_size(tuple({name for group in groups for name in group.formats}))
 
     def rise(group: Group, name: str) -> float | None:

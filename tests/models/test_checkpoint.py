@@ -1,4 +1,4 @@
-"""Pruned folders: qpruner and plain transformers read back what was written; folders of hub models."""
+"""Pruned folders are read back by qpruner and plain transformers; folders of hub models."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from qpruner.pruning.units import Kept
 
 
 def alike(name: str) -> Kept:
-    """Keep the same units in every block, except heads that have to differ in a plain checkpoint."""
+    """Keep the same units in every block, except heads that must differ in a plain checkpoint."""
     heads = {} if name in HEADWISE else {"attention": (0, 2)}
     return {index: heads | {"mlp": tuple(range(3, 27))} for index in range(LAYERS)}
 
@@ -124,7 +124,7 @@ def test_a_new_process_finds_the_same_model(
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_heads_that_do_not_divide_the_hidden_size_load(name: str, tmp_path: Path) -> None:
-    """Some configs refuse such a number of heads as a global key, so it must be written per block."""
+    """Some configs refuse this number of heads as a global key, so it is written per block."""
     groups = {"num_attention_heads": 10} | ({} if name in HEADWISE else {"num_key_value_heads": 5})
     stays = tuple(range(8)) if name in HEADWISE else (0, 1, 3, 4)
     kept = {index: units | {"attention": stays} for index, units in alike(name).items()}
@@ -200,7 +200,8 @@ def of_hub(endpoint: str, home: Path, code: str) -> list[str]:
         "import sys\nfrom pathlib import Path\nfrom qpruner.config.schema import ModelConfig\n"
         "from qpruner.errors import UserError\nfrom qpruner.models.checkpoint import prepare_base\n"
         "from qpruner.models.loading import load_model_config\n"
-        "def report(*progress): sys.stdout.write(f'{progress}\\n')  # whole lines, from several threads\n"
+        "def report(*progress):  # writes whole lines, from several threads\n"
+        "    sys.stdout.write(f'{progress}\\n')\n"
         f"try:\n    {code}\n    print('loaded')\nexcept UserError as error:\n    print(error)"
     )
     variables = {
@@ -225,7 +226,8 @@ def test_a_model_of_a_hub_is_fetched_with_progress(files: dict[str, bytes], tmp_
     """The config, once fetched, can be read while the hub is down."""
     files |= {"more.json": b" " * 8_000_000, "README.md": b"---\nlicense: mit\n---\n"}
     place = tmp_path / "model"
-    code = f"{CONFIGURED}; prepare_base(ModelConfig(source='me/mine'), Path({str(place)!r}), True, report)"
+    prepare = f"prepare_base(ModelConfig(source='me/mine'), Path({str(place)!r}), True, report)"
+    code = f"{CONFIGURED}; {prepare}"
     with serving() as hub:
         hub.repositories["me/mine"] = Repository(private=False, files=files)
         written = of_hub(hub.endpoint, tmp_path / "home", code)

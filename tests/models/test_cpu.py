@@ -10,7 +10,8 @@ from qpruner.models import cpu
 cpu.install()
 
 def seconds(dtype, columns, rows):
-    layer, inputs = torch.nn.Linear(columns, rows).to(dtype), torch.randn(512, columns).to(dtype).requires_grad_()
+    layer = torch.nn.Linear(columns, rows).to(dtype)
+    inputs = torch.randn(512, columns).to(dtype).requires_grad_()
     taken = []
     for _ in range(5):
         started = time.perf_counter()
@@ -20,10 +21,11 @@ def seconds(dtype, columns, rows):
 
 for shape in ((576, 768), (8, 1536)):  # a layer, and half of an adapter
     narrow, wide = seconds(torch.bfloat16, *shape), seconds(torch.float32, *shape)
-    assert narrow < 4 * wide, ("without `install` 5 to 40 times on a CPU without these instructions", narrow, wide)
+    # Without `install` it is 5 to 40 times as long on a CPU without these instructions.
+    assert narrow < 4 * wide, (narrow, wide)
 
-config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, vocab_size=64)
+config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 ids, mask = torch.randint(0, 64, (2, 24)), torch.ones(2, 24, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Logits are computed only where a labelled token is predicted; loss and gradients do not change."""
+"""Logits are computed only where a labelled token is predicted; gradients do not change."""
 
 from collections.abc import Callable
 from pathlib import Path

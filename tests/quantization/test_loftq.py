@@ -52,7 +52,7 @@ def correlated_gram(columns: int) -> torch.Tensor:
 
 
 def output_error(change: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """Compute the norm of what a change of weights makes of the outputs, or of the change itself."""
+    """Compute the norm of a change of weights, or of what it makes of the outputs."""
     return float(change.norm() if gram is None else ((change @ gram) * change).sum().sqrt())
 
 

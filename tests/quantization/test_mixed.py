@@ -39,7 +39,8 @@ import json, sys, torch
 import qpruner.hf
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-assert "bitsandbytes" in type(model.get_submodule("model.layers.0.self_attn.q_proj").base_layer).__module__
+first_layer = model.get_submodule("model.layers.0.self_attn.q_proj").base_layer
+assert "bitsandbytes" in type(first_layer).__module__
 with torch.no_grad():
     print(json.dumps(model(torch.tensor(json.loads(sys.argv[2])), use_cache=False).logits.tolist()))
 """

@@ -52,7 +52,8 @@ class FiveBits(GridFormat):
         words[..., :5] = packed[:, :split].reshape(len(packed), -1, 5)
         codes = (words.view(torch.int64) >> SHIFTS) & 31
         scales = packed[:, split:].contiguous().view(torch.float32)
-        return ((codes.reshape(len(packed), -1, 32) - 16) * scales[..., None]).reshape(len(packed), columns).to(dtype)
+        weight = (codes.reshape(len(packed), -1, 32) - 16) * scales[..., None]
+        return weight.reshape(len(packed), columns).to(dtype)
 
 
 FIVE = FiveBits(name="five", bits=5, letter="5", colour="#884488", group_size=32, num_codes=32)

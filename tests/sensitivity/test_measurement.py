@@ -31,7 +31,7 @@ def predictions(model: torch.nn.Module, samples: Samples) -> Predictions:
 
 
 def rises(before: Predictions, after: Predictions) -> tuple[float, float]:
-    """Compute the mean KL divergence between predictions of two models, and the change of the loss."""
+    """Compute the mean KL divergence of the predictions of two models, and the loss's change."""
     kl = (before[0].exp() * (before[0] - after[0])).sum(dim=1).mean()
     losses = [torch.nn.functional.nll_loss(*each) for each in (before, after)]
     return float(kl), float(losses[1] - losses[0])

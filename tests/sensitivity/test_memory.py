@@ -59,7 +59,7 @@ METHODS: dict[str, Callable[[Banked, RunConfig], object]] = {
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Measure the peak memory that torch allocates during the work, above the memory at its start."""
+    """Measure the peak memory that torch allocates during the work, above that at its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]

@@ -1,5 +1,7 @@
-"""Describe the supported model families, one file each: where projections are, which weights a
-pruning unit owns."""
+"""Describe the supported model families, one file each.
+
+A family says where projections are, and which weights a pruning unit owns.
+"""
 
 import functools
 import importlib
@@ -31,23 +33,20 @@ __all__ = [
 @functools.cache
 def families() -> dict[str, Family]:
     """Map each `model_type` to its family, from the files of this folder."""
-    modules = [
-        importlib.import_module(f"{__name__}.{info.name}")
-        for info in pkgutil.iter_modules(__path__)
-    ]
-    found = [
-        value for module in modules for value in vars(module).values() if isinstance(value, Family)
-    ]
-    return {
-        family.model_type: family for family in sorted(found, key=lambda family: family.model_type)
-    }
+    by_type: dict[str, Family] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, Family):
+                by_type[value.model_type] = value
+    return dict(sorted(by_type.items()))
 
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers config; raise `UserError` if it is not supported."""
-    if (family := families().get(config.model_type)) is None:
-        known = f"supported: {', '.join(families())}. To add a family, see docs/families.md"
+    if config.model_type not in families():
         raise UserError(
-            f"`model.source`: architecture `{config.model_type}` is not supported; {known}"
+            f"`model.source`: architecture `{config.model_type}` is not supported; "
+            f"supported: {', '.join(families())}. To add a family, see docs/families.md"
         )
-    return family
+    return families()[config.model_type]

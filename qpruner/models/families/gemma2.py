@@ -1,5 +1,4 @@
-"""Gemma 2: norms before and after each sublayer, alternating windowed and full attention,
-soft-capped logits."""
+"""Gemma 2: norms before and after each sublayer, windowed attention in turns, capped logits."""
 
 from qpruner.models.families.family import DividedFamily
 

@@ -1,5 +1,4 @@
-"""GPT-NeoX and Pythia: q, k and v in one layer, ordered head by head; biases, parallel residual, no
-gate."""
+"""GPT-NeoX and Pythia: q, k and v in one layer, biases, a parallel residual, and no gate."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,11 @@ from qpruner.models.families.family import ATTENTION, DerivedHeadFamily, UnitKin
 
 @dataclass(frozen=True)
 class GptNeoX(DerivedHeadFamily):
-    """GPT-NeoX: the rows of `query_key_value` are q, k, v of the first head, then q, k, v of the
-    second, and so on."""
+    """GPT-NeoX, with q, k and v in one layer, head by head.
+
+    The rows of `query_key_value` are q, k and v of the first head, then those of the second, and so
+    on.
+    """
 
     def attention_projections(self) -> dict[str, tuple[str, ...]]:
         return {"qkv": ("attention.query_key_value",), "o": ("attention.dense",)}

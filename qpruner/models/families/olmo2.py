@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from qpruner.models.families.family import ATTENTION, Family, UnitKind, UnitSlice
+from qpruner.models.families.family import Family, UnitKind, UnitSlice
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,21 @@ class Olmo2(Family):
 
     def attention_kind(self, layer_config: Any) -> UnitKind:
         kind = super().attention_kind(layer_config)
-        queries, keys = kind.slices[0].width, kind.slices[1].width
-        norms = (
-            UnitSlice("self_attn.q_norm.weight", 0, queries),
-            UnitSlice("self_attn.k_norm.weight", 0, keys),
-        )
-        return replace(kind, slices=(*norms, *kind.slices))
+        queries, keys, *_ = kind.slices
+        q_norm = UnitSlice("self_attn.q_norm.weight", 0, queries.width)
+        k_norm = UnitSlice("self_attn.k_norm.weight", 0, keys.width)
+        return replace(kind, slices=(q_norm, k_norm, *kind.slices))
 
     @contextmanager
     def as_cut(self, block: Any, kind: UnitKind, kept: Sequence[int]) -> Iterator[None]:
         """Make the query and key norms average over the kept heads only."""
         with ExitStack() as hooks:
-            for item in kind.slices[:2] if kind.name == ATTENTION else ():
+            norms = [item for item in kind.slices if item.parameter.endswith("_norm.weight")]
+            for item in norms:
                 stays = [unit * item.width + row for unit in kept for row in range(item.width)]
                 norm = block.get_submodule(item.parameter.removesuffix(".weight"))
-                hooks.callback(
-                    norm.register_forward_hook(partial(_normed_over, stays=stays)).remove
-                )
+                hook = norm.register_forward_hook(partial(_normed_over, stays=stays))
+                hooks.callback(hook.remove)
             yield
 
 
@@ -42,10 +40,8 @@ def _normed_over(norm: Any, args: tuple[Any], output: Any, stays: list[int]) -> 
     """Compute an RMS norm whose mean is over the entries `stays` only."""
     hidden = args[0].float()
     mean_square = hidden[..., stays].square().mean(-1, keepdim=True)
-    normed = norm.weight * (hidden * (mean_square + norm.variance_epsilon).rsqrt()).to(
-        output.device
-    )
-    return normed.to(output.dtype)
+    scaled = hidden * (mean_square + norm.variance_epsilon).rsqrt()
+    return (norm.weight * scaled.to(output.device)).to(output.dtype)
 
 
 OLMO2 = Olmo2("olmo2", "Olmo2DecoderLayer", down_adds_to_residual=False)

@@ -1,5 +1,4 @@
-"""The registry of number formats: nothing outside this folder knows how a format stores its
-weights."""
+"""Register the number formats; nothing outside this folder knows how a format stores weights."""
 
 import functools
 import importlib
@@ -15,54 +14,59 @@ DENSE = "bf16"  # the format of unpacked weights, which have the type `model.dty
 ALIASES = {4: "nf4", 8: "int8", 16: DENSE}  # format for each bit-width of `quantize.bits`
 PAPER = (ALIASES[4], ALIASES[8])  # the formats of the QPruner paper
 
-NO_FORMATS = {
-    "format",
-    "layers",
-}  # files of this folder that make no format; `layers` imports torch
+NO_FORMATS = {"format", "layers"}
+"""Files of this folder that make no format; `layers` imports torch."""
 
 
 @functools.cache
 def formats() -> dict[str, Format]:
     """Map each name to its format, from the files of this folder, smallest first."""
     names = {info.name for info in pkgutil.iter_modules(__path__)} - NO_FORMATS
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    found = [
-        value for module in modules for value in vars(module).values() if isinstance(value, Format)
-    ]
-    ordered = sorted(found, key=lambda each: (each.packed_bytes(4096, 4096, 2), each.name))
-    return {each.name: each for each in ordered}
+    all_formats: list[Format] = []
+    for name in names:
+        module = importlib.import_module(f"{__name__}.{name}")
+        all_formats += [value for value in vars(module).values() if isinstance(value, Format)]
+    all_formats.sort(key=lambda item: (item.packed_bytes(4096, 4096, 2), item.name))
+    return {item.name: item for item in all_formats}
 
 
 def format_of(name: str) -> Format:
     """Return the format with this name; raise `UserError` if there is none."""
-    found = formats().get(name)
-    if found is None:
+    if name not in formats():
         raise UserError(
-            f"`quantize.formats`: there is no format `{name}`; the formats are {', '.join(formats())}"
+            f"`quantize.formats`: there is no format `{name}`; "
+            f"the formats are {', '.join(formats())}"
         )
-    return found
+    return formats()[name]
 
 
 def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) -> str:
-    """Return the format itself if it is taken, else the last of those nearest in bytes; dense if
-    none is taken."""
-    wanted, rows = format_of(name), 4096  # what a format stores once for a weight hardly counts
+    """Return the format itself if it is taken, otherwise the taken format nearest to it in bytes.
+
+    Of two that are equally near, the larger is returned; if none is taken, the dense format.
+    """
+    wanted = format_of(name)
     taken = [
-        each for each in formats().values() if is_taken(each) and not each.refusal(columns, None)
+        item for item in formats().values() if is_taken(item) and not item.refusal(columns, None)
     ]
     if not wanted.is_packed or wanted in taken:
         return name
-    size = wanted.packed_bytes(rows, columns, 2)
-    found = min(
-        reversed(taken),
-        key=lambda each: abs(each.packed_bytes(rows, columns, 2) - size),
-        default=None,
-    )
-    return found.name if found else DENSE
+    if not taken:
+        return DENSE
+
+    def size(item: Format) -> int:
+        # With many rows, what a format stores once for a weight hardly counts.
+        return item.packed_bytes(4096, columns, 2)
+
+    nearest = min(reversed(taken), key=lambda item: abs(size(item) - size(wanted)))
+    return nearest.name
 
 
 def by_size(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Sort names of formats by the bytes that they take, smallest first; raise `UserError` for an
-    unknown name."""
+    """Sort names of formats by the bytes that they take, smallest first.
+
+    Raises:
+        UserError: There is no format of such a name.
+    """
     order = list(formats())
     return tuple(sorted(names, key=lambda name: order.index(format_of(name).name)))

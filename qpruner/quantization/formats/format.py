@@ -1,5 +1,4 @@
-"""Describe a number format: the bytes it takes, what it can hold, how it packs and unpacks a
-weight.
+"""Describe a number format: the bytes it takes, what it can hold, how it packs and unpacks.
 
 No torch is imported here, because configuration, plans and reports read the formats too.
 """
@@ -25,13 +24,12 @@ WEIGHTS_PER_GPU = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Format(ABC):
-    """One format in which the weights of a group may be stored; each file of this folder makes one
-    or more.
+    """A format in which the weights of a group may be stored.
 
-    `pack` turns a weight into one uint8 tensor `weight` ``(rows, row bytes)`` in which every row
-    can be unpacked alone, so that one layer and one embedding serve all formats. A format that
-    needs other tensors or another layer overrides `empty_layer` and `fill`, and names the tensors
-    in `more_tensors`.
+    Each file of this folder makes one or more. `pack` turns a weight into one uint8 tensor `weight`
+    ``(rows, row bytes)`` in which every row can be unpacked alone, so that one layer and one
+    embedding serve all formats. A format that needs other tensors or another layer overrides
+    `empty_layer` and `fill`, and names the tensors in `more_tensors`.
     """
 
     name: str
@@ -39,50 +37,50 @@ class Format(ABC):
     letter: str  # the one character that stands for the format in a printed plan
     colour: str  # the colour of the format in plots, as `#rrggbb`
     version: int = 1  # to be raised when the same weight gives other tensors
-    package: str = (
-        ""  # Python package that packs the weights, besides torch; empty if none is needed
-    )
-    extra: str = (
-        ""  # extra of qpruner that installs `package`; empty if qpruner requires the package
-    )
-    # the format with quantized scales that `quantize.double_quant` takes in its place, if any
+    package: str = ""
+    """Python package that packs the weights, besides torch; empty if none is needed."""
+    extra: str = ""
+    """Extra of qpruner that installs `package`; empty if qpruner requires the package."""
     doubled: str = ""
+    """The format with quantized scales that `quantize.double_quant` takes in its place, if any."""
     is_packed: bool = True  # whether weights are stored in other tensors than in the checkpoint
     holds_embeddings: bool = True  # whether single rows of an embedding can be unpacked
-    more_tensors: tuple[
-        str, ...
-    ] = ()  # that `pack` returns besides `weight`; they are saved, and `fill` takes them
-    uncounted: tuple[
-        str, ...
-    ] = ()  # those of `more_tensors` that hold no weights and are not counted as bytes
-    # name of the type in GGUF files that has the same rows of bytes; empty if llama.cpp has none
+    more_tensors: tuple[str, ...] = ()
+    """Tensors that `pack` returns besides `weight`; they are saved, and `fill` takes them."""
+    uncounted: tuple[str, ...] = ()
+    """Those of `more_tensors` that hold no weights and are not counted as bytes."""
     ggml_type: str = ""
-    # attribute that must be true on a model, so that peft puts its LoRA layer on such layers
+    """The type in GGUF files that has the same rows of bytes; empty if llama.cpp has none."""
     peft_flag: str = ""
+    """Attribute that must be true on a model, so that peft puts its LoRA layer on such layers."""
 
     @property
     def ink(self) -> str:
-        """The colour of text on `colour`: black or white, whose WCAG contrast is then at least 4.5."""
-        channels = [int(self.colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        red, green, blue = (
-            each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4
-            for each in channels
-        )
-        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        """The colour of text on `colour`: black or white, with a WCAG contrast of at least 4.5."""
+
+        def linear(at: int) -> float:
+            channel = int(self.colour[at : at + 2], 16) / 255
+            return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+
+        luminance = 0.2126 * linear(1) + 0.7152 * linear(3) + 0.0722 * linear(5)
         return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
     @abstractmethod
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """Count the bytes of a packed weight ``(rows, columns)``; unpacked weights take
-        `element_bytes` each."""
+        """Count the bytes of a packed weight ``(rows, columns)``.
+
+        `element_bytes` is what an unpacked weight takes.
+        """
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Say why a weight with this many columns cannot be packed on a GPU, or on a CPU (None);
-        None if it can."""
+        """Say why a weight with this many columns cannot be packed; return None if it can.
+
+        `capability` is that of the GPU, or None for a CPU.
+        """
         return None
 
     def missing(self) -> str | None:
-        """Say which package to install; None if the format can be used."""
+        """Say which package to install; return None if the format can be used."""
         if not self.package or importlib.util.find_spec(self.package):
             return None
         return f'the package {self.package} is missing: run `pip install "qpruner[{self.extra}]"`'
@@ -93,12 +91,13 @@ class Format(ABC):
 
     @abstractmethod
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Compute the weight ``(rows, columns)`` that packed tensors stand for; `tensors` may be a
-        few of its rows."""
+        """Compute the weight ``(rows, columns)``, or some rows of it, from packed tensors."""
 
     def empty_layer(self, linear: Any, dtype: torch.dtype) -> torch.nn.Module:
-        """Build a frozen layer of the size of a linear layer or embedding, with empty packed
-        weights, on one device."""
+        """Build a frozen layer of the size of a linear layer or embedding.
+
+        Its packed weights are empty, and on torch's default device.
+        """
         from qpruner.quantization.formats.layers import packed_module
 
         return packed_module(self, linear, dtype)
@@ -112,8 +111,7 @@ class Format(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class GridFormat(Format):
-    """A format whose groups of columns each round to an evenly spaced grid: ``weight = scale *
-    (code - zero)``.
+    """A format whose groups of columns round to evenly spaced grids: ``scale * (code - zero)``.
 
     With its grid, `qpruner.quantization.rounding` can also round by the inputs of the layer (GPTQ);
     all other formats round to nearest.
@@ -124,17 +122,21 @@ class GridFormat(Format):
 
     @property
     def takes_gptq(self) -> bool:
-        """Say whether GPTQ rounds it: at 8 bits it saves only 0.3 % of SmolLM2's outputs
-        (2026-11-30)."""
+        """Whether GPTQ rounds this format.
+
+        At 8 bits GPTQ saves only 0.3 % of the error of SmolLM2's outputs (2026-11-30).
+        """
         return self.bits < 8
 
     @abstractmethod
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose scale and zero for float32 weights ``(..., group)``: float32 ``(..., 1)`` each."""
+        """Choose scale and zero, float32 ``(..., 1)``, for float32 weights ``(..., group)``."""
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Round float32 weights ``(..., group)`` to the nearest codes of a grid; a scale of 0 gives
-        `zero`."""
+        """Round float32 weights ``(..., group)`` to the nearest codes of a grid.
+
+        A scale of 0 gives `zero`.
+        """
         return (weight * inverse_of(scale) + zero).round_().clamp_(0, self.num_codes - 1)
 
     def values(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -143,16 +145,21 @@ class GridFormat(Format):
 
     @abstractmethod
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
-        """Pack uint8 codes ``(rows, columns)`` with float32 scales and zeros ``(rows, groups)``
-        into bytes."""
+        """Pack uint8 codes ``(rows, columns)`` into bytes, with their grids.
+
+        `scales` and `zeros` are float32 ``(rows, groups)``.
+        """
 
     def pack(self, weight: torch.Tensor) -> Tensors:
-        """Pack a weight ``(rows, columns)`` by rounding to nearest; the last group of a row may be
-        shorter."""
+        """Pack a weight ``(rows, columns)`` by rounding to nearest.
+
+        The last group of a row may be shorter than the others.
+        """
         import torch
 
         parts = [self._round(weight[rows].detach().float()) for rows in row_parts(weight)]
-        return self.store(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        codes, scales, zeros = zip(*parts, strict=True)
+        return self.store(torch.cat(codes), torch.cat(scales), torch.cat(zeros))
 
     def _round(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return codes, scales and zeros as `store` takes them."""
@@ -161,21 +168,20 @@ class GridFormat(Format):
         rows, columns = weight.shape
         size = self.group_size or columns
         whole = columns - columns % size
-        parts = [
-            weight[:, :whole].reshape(rows, whole // size, size),
-            weight[:, whole:].unsqueeze(1),
-        ]
-        parts = [part for part in parts if part.numel()]  # (rows, groups, group)
-        grids = [self.grid(part) for part in parts]
-        codes = [
-            self.codes(part, *grid).to(torch.uint8).flatten(1)
-            for part, grid in zip(parts, grids, strict=True)
-        ]
-        scales, zeros = (
-            torch.cat([each.flatten(1) for each in kind], dim=1)
-            for kind in zip(*grids, strict=True)
-        )
-        return torch.cat(codes, dim=1), scales, zeros
+        grouped = weight[:, :whole].reshape(rows, whole // size, size)
+        rest = weight[:, whole:].unsqueeze(1)  # the shorter group
+
+        codes = []
+        scales = []
+        zeros = []
+        for part in (grouped, rest):
+            if not part.numel():
+                continue
+            scale, zero = self.grid(part)
+            codes.append(self.codes(part, scale, zero).to(torch.uint8).flatten(1))
+            scales.append(scale.flatten(1))
+            zeros.append(zero.flatten(1))
+        return torch.cat(codes, dim=1), torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
 
 
 def inverse_of(scale: torch.Tensor, steps: int = 1) -> torch.Tensor:
@@ -189,17 +195,14 @@ def over_127(largest: torch.Tensor) -> torch.Tensor:
 
 
 def row_parts(weight: torch.Tensor) -> Iterator[slice]:
-    """Cut the rows of a weight ``(rows, columns)`` into parts whose float32 copies fit into the
-    processor's cache."""
+    """Cut the rows of a weight ``(rows, columns)`` into parts that fit the cache in float32."""
     import torch
 
     rows, columns = weight.shape
-    weights = (
-        WEIGHTS_PER_THREAD * torch.get_num_threads()
-        if weight.device.type == "cpu"
-        else WEIGHTS_PER_GPU
-    )
-    step = max(1, weights // max(1, columns))
+    num_weights = WEIGHTS_PER_GPU
+    if weight.device.type == "cpu":
+        num_weights = WEIGHTS_PER_THREAD * torch.get_num_threads()
+    step = max(1, num_weights // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
@@ -209,8 +212,10 @@ def decode_rows(
     dtype: torch.dtype,
     decode: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Unpack uint8 ``(rows, row bytes)`` to ``(rows, columns)``: `decode` makes float32, which is
-    rounded once."""
+    """Unpack uint8 ``(rows, row bytes)`` to ``(rows, columns)`` of type `dtype`.
+
+    `decode` makes float32 of some rows, which is rounded once.
+    """
     weight = packed.new_empty(len(packed), columns, dtype=dtype)
     for rows in row_parts(weight):
         part = weight[rows]

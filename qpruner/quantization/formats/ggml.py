@@ -1,5 +1,7 @@
-"""The simple formats of llama.cpp (ggml-quants.c), bytes of GGUF files: 32 weights with one scale
-in float16."""
+"""Store blocks of 32 weights with one float16 scale: the simple formats of llama.cpp.
+
+Blocks have the bytes of GGUF files, as ggml-quants.c writes them.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +43,15 @@ class Blocks(Format):
         return rows * (columns // self.block_size) * self.block_bytes
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        return (
-            f"{columns} columns do not divide by {self.block_size}"
-            if columns % self.block_size
-            else None
-        )
+        if columns % self.block_size:
+            return f"{columns} columns do not divide by {self.block_size}"
+        return None
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        size = self.block_bytes
-        return decode_rows(
-            tensors["weight"], columns, dtype, lambda packed: self._decode(packed.reshape(-1, size))
-        )
+        def decode(packed: torch.Tensor) -> torch.Tensor:
+            return self._decode(packed.reshape(-1, self.block_bytes))
+
+        return decode_rows(tensors["weight"], columns, dtype, decode)
 
     @abstractmethod
     def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -89,12 +89,15 @@ class Simple(Blocks, GridFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Signed(Simple):
-    """Blocks whose scale has the sign that maps their largest weight to code 0, the one code
-    without a partner."""
+    """Blocks whose scale is signed, so that their largest weight gets code 0.
+
+    Code 0 is the one code without a partner.
+    """
 
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         zero = self.num_codes // 2
-        scale = weight.gather(-1, weight.abs().argmax(dim=-1, keepdim=True)) / -zero
+        largest = weight.gather(-1, weight.abs().argmax(dim=-1, keepdim=True))
+        scale = largest / -zero
         return scale, scale.new_full(scale.shape, zero)
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -133,10 +136,9 @@ class Q5(Signed):
 
         bits = blocks[:, 2:6].to(torch.int64).mul_(ONES).bitwise_and_(BIT_OF_BYTE)
         # Adding 127 sets the highest bit of every byte that is not 0; it is moved to the fifth.
-        high = (
-            bits.add_(127 * ONES).bitwise_right_shift_(3).bitwise_and_(16 * ONES).view(torch.uint8)
-        )
-        return _split_nibbles(blocks, 6).bitwise_or_(high).view(torch.int8).sub_(16)
+        bits.add_(127 * ONES).bitwise_right_shift_(3).bitwise_and_(16 * ONES)
+        codes = _split_nibbles(blocks, 6).bitwise_or_(bits.view(torch.uint8))
+        return codes.view(torch.int8).sub_(16)
 
 
 @dataclass(frozen=True, kw_only=True)

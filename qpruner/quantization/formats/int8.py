@@ -1,5 +1,7 @@
-"""8-bit integers with a scale for each row, the codes of LLM.int8() (arXiv 2208.07339), without its
-arithmetic."""
+"""Store 8-bit integers with a scale for each row: the codes of LLM.int8().
+
+The codes are those of arXiv 2208.07339; its arithmetic is not used.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,8 @@ class Int8(GridFormat):
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         import torch
 
-        return {
-            "weight": torch.cat(
-                [codes ^ 128, over_127(scales).contiguous().view(torch.uint8)], dim=1
-            )
-        }
+        scale_bytes = over_127(scales).contiguous().view(torch.uint8)
+        return {"weight": torch.cat([codes ^ 128, scale_bytes], dim=1)}
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         import torch

@@ -1,8 +1,7 @@
-"""The k-quants of llama.cpp (ggml-quants.c): blocks of 256 weights whose groups of 16 or 32 have
-quantized scales.
+"""Store blocks of 256 weights whose groups have quantized scales: the k-quants of llama.cpp.
 
-`libgguf`, which has llama.cpp's code, packs; unpacking is the arithmetic of the `gguf` package,
-step by step.
+Groups are of 16 or 32 weights. `libgguf`, which has llama.cpp's code (ggml-quants.c), packs;
+unpacking is the arithmetic of the `gguf` package, step by step.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ class KQuant(Blocks):
         import libgguf
         import torch
 
-        packed = torch.empty(
-            len(weight), self.packed_bytes(1, weight.shape[1], 0), dtype=torch.uint8
-        )
+        row_bytes = self.packed_bytes(1, weight.shape[1], 0)
+        packed = torch.empty(len(weight), row_bytes, dtype=torch.uint8)
         for rows in row_parts(weight):
             part = weight[rows].detach().float().cpu().numpy()
             packed[rows] = torch.from_numpy(libgguf.quantize_rows(part, self.type_number))
@@ -60,14 +58,16 @@ class Q3K(KQuant):
         import torch
 
         third, codes, scales, scale = blocks.split_with_sizes([32, 64, 12, 2], dim=1)
-        low = torch.cat([scales[:, :8] & 15, scales[:, :8] >> 4], dim=1)
-        high = torch.cat([(scales[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
-        step = float16(scale) * (low + (high << 4)).view(torch.int8).sub_(32)  # (blocks, 16)
+        lower, upper = scales.split_with_sizes([8, 4], dim=1)
+        low = torch.cat([lower & 15, lower >> 4], dim=1)
+        high = torch.cat([(upper >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
+        steps = (low + (high << 4)).view(torch.int8).sub_(32)
+        step = float16(scale) * steps  # (blocks, 16)
+
         third = third.contiguous()
-        bits = torch.stack(
-            [(third << 2 - bit if bit < 2 else third >> bit - 2) & 4 for bit in range(8)], dim=1
-        )
-        signed = _crumbs(codes).bitwise_or_(bits.view(-1, 2, 4, 32)).view(torch.int8).sub_(4)
+        shifted = [third << 2, third << 1, *(third >> shift for shift in range(6))]
+        bits = torch.stack(shifted, dim=1).bitwise_and_(4).view(-1, 2, 4, 32)
+        signed = _crumbs(codes).bitwise_or_(bits).view(torch.int8).sub_(4)
         return signed.float().view(-1, 16, 16).mul_(step.unsqueeze(2))
 
 
@@ -80,25 +80,25 @@ class Q4K(KQuant):
 
         scale, minimum, scales, codes = blocks.split_with_sizes([2, 2, 12, 128], dim=1)
         first, second, rest = scales.chunk(3, dim=1)
-        steps = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], dim=1)  # (blocks, 8)
-        offsets = torch.cat([second & 63, (rest >> 4) | ((second >> 2) & 48)], dim=1)
+        last_steps = (rest & 15) | ((first >> 2) & 48)
+        last_offsets = (rest >> 4) | ((second >> 2) & 48)
+        step = float16(scale) * torch.cat([first & 63, last_steps], dim=1)  # (blocks, 8)
+        offset = float16(minimum) * torch.cat([second & 63, last_offsets], dim=1)
         weight = _nibbles(codes, 32).float().view(-1, 8, 32)
-        weight.mul_((float16(scale) * steps).unsqueeze(2))
-        return weight.sub_((float16(minimum) * offsets).unsqueeze(2))
+        return weight.mul_(step.unsqueeze(2)).sub_(offset.unsqueeze(2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Q6K(KQuant):
-    """128 bytes of the lower four bits, 64 of the upper two, int8 scales of 16 groups, their scale."""
+    """128 bytes of the lower four bits, 64 of the upper two, int8 scales of groups, their scale."""
 
     def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
         import torch
 
         low, high, scales, scale = blocks.split_with_sizes([128, 64, 16, 2], dim=1)
         step = float16(scale) * scales.view(torch.int8)  # (blocks, 16)
-        codes = (
-            _crumbs(high).bitwise_left_shift_(4).bitwise_or_(_nibbles(low, 64).view(-1, 2, 4, 32))
-        )
+        codes = _crumbs(high).bitwise_left_shift_(4)
+        codes.bitwise_or_(_nibbles(low, 64).view(-1, 2, 4, 32))
         return codes.view(torch.int8).sub_(32).float().view(-1, 16, 16).mul_(step.unsqueeze(2))
 
 
@@ -106,18 +106,16 @@ def _crumbs(packed: torch.Tensor) -> torch.Tensor:
     """Split bytes ``(blocks, 64)`` into 2-bit codes ``(blocks, 2, 4, 32)``."""
     import torch
 
-    packed = packed.contiguous()
-    return torch.stack([((packed >> shift) & 3).view(-1, 2, 32) for shift in (0, 2, 4, 6)], dim=2)
+    packed = packed.contiguous().view(-1, 2, 32)
+    return torch.stack([(packed >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2)
 
 
 def _nibbles(packed: torch.Tensor, run: int) -> torch.Tensor:
     """Split bytes ``(blocks, 128)`` into 4-bit codes ``(blocks, 128 / run, 2, run)``."""
     import torch
 
-    packed = packed.contiguous()
-    return torch.stack(
-        [half.view(-1, 128 // run, run) for half in (packed & 15, packed >> 4)], dim=2
-    )
+    packed = packed.contiguous().view(-1, 128 // run, run)
+    return torch.stack([packed & 15, packed >> 4], dim=2)
 
 
 Q2_K = Q2K(

@@ -1,6 +1,6 @@
-"""Frozen layers whose weight stays packed: it is unpacked in each forward pass, and again in each
-backward pass."""
+"""Freeze layers whose weight stays packed, and is unpacked in every forward and backward pass."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,17 +9,17 @@ import torch
 from qpruner.quantization.formats.format import Format
 
 PIECE = {"cpu": 1 << 21, "other": 1 << 24}
-"""Weights that are unpacked at a time, to keep the peak of memory low; on a CPU also for its cache:
-training steps of 4096 x 4096 take 1.6 times as long with the whole weight as with 2^21 weights, 1.3
-times with 2^18 (2026-11).
+"""Number of weights that are unpacked at a time, to keep the peak of memory low.
+
+On a CPU it also suits the cache: training steps of 4096 x 4096 take 1.6 times as long with the
+whole weight as with 2^21 weights, and 1.3 times with 2^18 (2026-11).
 """
-# whether products of bfloat16 on a CPU are computed in float32; `qpruner.models.cpu` sets it
 widens_bfloat16 = False
+"""Whether bfloat16 products on a CPU are computed in float32; `qpruner.models.cpu` sets it."""
 
 
 class _Packed(torch.nn.Module):
-    """A layer with a packed weight, uint8 ``(rows, row bytes)``, and the type in which the model
-    computes."""
+    """A layer with a packed weight, uint8 ``(rows, row bytes)``, in a model of `compute_dtype`."""
 
     format: Format
     compute_dtype: torch.dtype
@@ -27,11 +27,11 @@ class _Packed(torch.nn.Module):
 
     def _hold(self, layer_format: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
-        self.format, self.compute_dtype = layer_format, dtype
+        self.format = layer_format
+        self.compute_dtype = dtype
         row_bytes = layer_format.packed_bytes(1, columns, 0)
-        self.weight = torch.nn.Parameter(
-            torch.empty(rows, row_bytes, dtype=torch.uint8), requires_grad=False
-        )
+        empty = torch.empty(rows, row_bytes, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(empty, requires_grad=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # A change of the model's type leaves the packed weight as it is.
@@ -43,19 +43,20 @@ class _Packed(torch.nn.Module):
 
 
 class PackedLinear(_Packed, torch.nn.Linear):
-    """A linear layer with a packed weight, that computes in the type of its input; its adapter has
-    `compute_dtype`."""
+    """A linear layer with a packed weight, which computes in the type of its input.
+
+    Its adapter has the type `compute_dtype`.
+    """
 
     def __init__(
         self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype
     ) -> None:
         self._hold(layer_format, rows, columns, dtype)
-        self.in_features, self.out_features = columns, rows
-        bias = (
-            torch.nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False)
-            if has_bias
-            else None
-        )
+        self.in_features = columns
+        self.out_features = rows
+        bias: torch.nn.Parameter | None = None
+        if has_bias:
+            bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False)
         self.register_parameter("bias", bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,8 @@ class PackedLinear(_Packed, torch.nn.Linear):
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        product: torch.Tensor = _Product.apply(input, self.weight, bias, self.unpacked)  # type: ignore[no-untyped-call]
+        multiply: Any = _Product.apply
+        product: torch.Tensor = multiply(input, self.weight, bias, self.unpacked)
         return product
 
     def unpacked(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -82,18 +84,23 @@ class PackedEmbedding(_Packed, torch.nn.Embedding):
 
     def __init__(self, layer_format: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
         self._hold(layer_format, rows, columns, dtype)
-        self.num_embeddings, self.embedding_dim = rows, columns
-        self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.num_embeddings = rows
+        self.embedding_dim = columns
+        self.padding_idx = None
+        self.max_norm = None
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Look rows up, in `compute_dtype`."""
+        """Look up rows, and unpack them in `compute_dtype`."""
         rows = self.weight.index_select(0, input.reshape(-1))
         unpacked = self.format.unpack({"weight": rows}, self.embedding_dim, self.compute_dtype)
-        found = unpacked.view(*input.shape, self.embedding_dim)
+        embedded = unpacked.view(*input.shape, self.embedding_dim)
         if self.scalar_embed_scale is None:
-            return found
-        return found * float(torch.tensor(self.scalar_embed_scale, dtype=found.dtype, device="cpu"))
+            return embedded
+        factor = torch.tensor(self.scalar_embed_scale, dtype=embedded.dtype, device="cpu")
+        return embedded * float(factor)
 
 
 def packed_module(
@@ -101,8 +108,13 @@ def packed_module(
 ) -> PackedLinear | PackedEmbedding:
     """Build a layer of the size of a linear layer or embedding, with empty packed weights."""
     if isinstance(module, torch.nn.Linear):
-        columns, rows = module.in_features, module.out_features
-        return PackedLinear(layer_format, columns, rows, module.bias is not None, dtype)
+        return PackedLinear(
+            layer_format,
+            columns=module.in_features,
+            rows=module.out_features,
+            has_bias=module.bias is not None,
+            dtype=dtype,
+        )
     assert isinstance(module, torch.nn.Embedding), type(module)
     embedding = PackedEmbedding(layer_format, module.num_embeddings, module.embedding_dim, dtype)
     embedding.scalar_embed_scale = getattr(module, "scalar_embed_scale", None)
@@ -110,29 +122,34 @@ def packed_module(
 
 
 Unpack = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+Gradients = tuple[torch.Tensor | None, None, None, None]
 
 
 class _Product(torch.autograd.Function):
-    """Multiply ``x (..., columns)`` by a packed weight, piece by piece."""
+    """Multiplies ``x (..., columns)`` by a packed weight, piece by piece."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, unpack: Unpack
     ) -> torch.Tensor:
+        """Compute ``x @ weight.T + bias``, where `unpack` makes rows of the weight."""
         ctx.save_for_backward(packed)
-        ctx.unpack, ctx.columns = unpack, x.shape[-1]
+        ctx.unpack = unpack
+        ctx.columns = x.shape[-1]
         flat = _wide(x.reshape(-1, x.shape[-1]))
         out = x.new_empty(flat.shape[0], len(packed))
         for rows, weight in _pieces(packed, flat.dtype, ctx.columns, unpack):
             part = None if bias is None else bias[rows].to(flat.dtype)
+            product = torch.nn.functional.linear(flat, weight, part)
             if len(weight) == len(packed):
-                out = torch.nn.functional.linear(flat, weight, part).to(x.dtype)
+                out = product.to(x.dtype)
             else:
-                out[:, rows] = torch.nn.functional.linear(flat, weight, part)
+                out[:, rows] = product
         return out.view(*x.shape[:-1], len(packed))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:  # type: ignore[override]
+        """Compute the gradient of ``x``; the sum over pieces is float32."""
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         (packed,) = ctx.saved_tensors
@@ -154,14 +171,15 @@ class _Product(torch.autograd.Function):
 def _pieces(
     packed: torch.Tensor, dtype: torch.dtype, columns: int, unpack: Unpack
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Unpack a few rows at a time, about equally many."""
-    most = max(1, PIECE.get(packed.device.type, PIECE["other"]) // columns)
-    size = -(-len(packed) // -(-len(packed) // most))
+    """Unpack a few rows at a time, in pieces of about equal size."""
+    most_rows = max(1, PIECE.get(packed.device.type, PIECE["other"]) // columns)
+    num_pieces = math.ceil(len(packed) / most_rows)
+    size = math.ceil(len(packed) / num_pieces)
     for start in range(0, len(packed), size):
         yield slice(start, start + size), unpack(packed[start : start + size], dtype)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return (
-        x.float() if widens_bfloat16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
-    )
+    if widens_bfloat16 and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return x.float()
+    return x

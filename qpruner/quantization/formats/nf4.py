@@ -25,10 +25,10 @@ class Nf4(Format):
     package: str = "bitsandbytes"
     holds_embeddings: bool = False
     more_tensors: tuple[str, ...] = (
-        *(
-            f"weight.{name}"
-            for name in ("nested_absmax", "nested_quant_map", "quant_map", "absmax")
-        ),
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_map",
+        "weight.absmax",
         STATE,
     )
     uncounted: tuple[str, ...] = (STATE,)
@@ -44,10 +44,15 @@ class Nf4(Format):
         return codes_and_table + num_scales + 4 * num_nested + 256 * 4
 
     def refusal(self, columns: int, capability: Capability | None) -> str | None:
-        """Refuse old GPUs, and widths that the CPU kernel decodes to noise (an error of 0.25;
-        bitsandbytes 0.50.2)."""
+        """Refuse old GPUs, and widths that the CPU kernel decodes wrongly.
+
+        The kernel of bitsandbytes 0.50.2 decodes them to noise, with an error of 0.25.
+        """
         if capability is None and columns % 16 == 0 and columns % BLOCK_SIZE != 0:
-            return f"on a CPU bitsandbytes decodes {columns} columns wrongly, a multiple of 16 but not of {BLOCK_SIZE}"
+            return (
+                f"on a CPU bitsandbytes decodes {columns} columns wrongly, "
+                f"a multiple of 16 but not of {BLOCK_SIZE}"
+            )
         if capability is not None and capability < NEEDED_CAPABILITY:
             return "it needs a GPU of compute capability {}.{}".format(*NEEDED_CAPABILITY)
         return None
@@ -55,27 +60,24 @@ class Nf4(Format):
     def pack(self, weight: torch.Tensor) -> Tensors:
         from bitsandbytes.functional import quantize_4bit
 
-        options = {
-            "blocksize": BLOCK_SIZE,
-            "compress_statistics": self.double_quant,
-            "quant_type": "nf4",
-        }
-        codes, state = quantize_4bit(weight, **options)
-        return {
-            "weight": codes,
-            **{f"weight.{name}": each for name, each in state.as_dict(packed=True).items()},
-        }
+        codes, state = quantize_4bit(
+            weight,
+            blocksize=BLOCK_SIZE,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+        )
+        tensors = {"weight": codes}
+        for name, tensor in state.as_dict(packed=True).items():
+            tensors[f"weight.{name}"] = tensor
+        return tensors
 
     def unpack(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = {
-            name.removeprefix("weight."): tensor
-            for name, tensor in tensors.items()
-            if name != "weight"
-        }
-        quant_state = QuantState.from_dict(state, device=tensors["weight"].device)
-        weight: torch.Tensor = dequantize_4bit(tensors["weight"], quant_state)
+        state = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+        codes = state.pop("weight")
+        quant_state = QuantState.from_dict(state, device=codes.device)
+        weight: torch.Tensor = dequantize_4bit(codes, quant_state)
         return weight.to(dtype)
 
     def empty_layer(self, linear: Any, dtype: torch.dtype) -> torch.nn.Module:
@@ -100,13 +102,10 @@ class Nf4(Format):
     def fill(self, layer: Any, tensors: Tensors) -> None:
         import bitsandbytes as bnb
 
-        codes, stored = (
-            tensors["weight"],
-            {name: each for name, each in tensors.items() if name != "weight"},
-        )
+        codes = tensors["weight"]
         layer.weight = bnb.nn.Params4bit.from_prequantized(
             data=codes,
-            quantized_stats=stored,
+            quantized_stats={name: tensor for name, tensor in tensors.items() if name != "weight"},
             requires_grad=False,
             device=codes.device,
             module=layer,

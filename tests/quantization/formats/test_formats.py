@@ -155,6 +155,9 @@ def test_formats_are_found_by_name_smallest_first() -> None:
 
 
 def test_the_registry_imports_no_torch() -> None:
-    read = "import sys; from qpruner.quantization.formats import formats; formats(); print('torch' in sys.modules)"
+    read = (
+        "import sys; from qpruner.quantization.formats import formats; formats(); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""llama.cpp's formats have the bytes of a GGUF file and unpack to the values of the gguf package."""
+"""llama.cpp's formats have the bytes of GGUF files and unpack to the gguf package's values."""
 
 import sys
 
