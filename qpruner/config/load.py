@@ -153,8 +153,10 @@ def _explain(problem: Any) -> str:
 
 
 def _unknown_key(location: list[str | int]) -> str | None:
-    """Name the first unknown key on the way to a location, with the nearest known one; None if all
-    keys are known."""
+    """Describe the first unknown key on the way to a location, with the nearest known one.
+
+    Return None if all keys are known.
+    """
     for end, part in enumerate(location):
         above, known = location[:end], _known_keys(location[:end])
         if isinstance(part, str) and known and part not in known:

@@ -143,7 +143,10 @@ class PruneConfig(Section):
 
     @property
     def cuts(self) -> dict[str, PruneConfig]:
-        """The cuts by name, each with one `rate` or `layer_rate`, the one that removes least first."""
+        """Return the cuts by name, the one that removes least first.
+
+        Each has exactly one of `rate` and `layer_rate`.
+        """
         if self.layer_rate is not None:
             return {
                 f"layers-{_percent(self.layer_rate)}": self.model_copy(
@@ -173,7 +176,10 @@ class PruneConfig(Section):
 
     @property
     def criterion(self) -> str:
-        """The kind of importance that ranks units; `block_influence` if only whole blocks are cut."""
+        """Return the kind of importance that ranks units.
+
+        It is `block_influence` if only whole blocks are cut.
+        """
         return self.importance if self.width_units else "block_influence"
 
     @property
@@ -183,7 +189,10 @@ class PruneConfig(Section):
 
     @property
     def num_steps(self) -> int:
-        """Number of steps that cut units inside blocks; whole blocks are cut before the first step."""
+        """Return the number of steps that cut units inside blocks.
+
+        Whole blocks are cut before the first step.
+        """
         rate = round((self.rate if self.width_units else None) or 0.0, 9)
         few = (steps for steps, most in FEW_STEPS.items() if rate <= most)
         return self.steps or next(few, math.ceil(round(rate / MOST_OF_A_STEP, 6)))
@@ -208,8 +217,10 @@ class PruneConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, raw: Any) -> Any:
-        """Set what `layer_rate` and `uniform` imply for other keys that are not given, such as
-        `selection`."""
+        """Set what `layer_rate` and `uniform` imply for keys that are not given.
+
+        An example is `selection`.
+        """
         if not isinstance(raw, dict):
             return raw
         implied: dict[str, Any] = {}

@@ -11,8 +11,10 @@ Idle = tuple[bool, str, tuple[str, ...]]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen; refuses unknown keys, infinities, and booleans in place of
-    other values."""
+    """Base of every section of the configuration, which is frozen.
+
+    Unknown keys, infinities, and booleans in place of other values are refused.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False

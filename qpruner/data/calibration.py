@@ -1,5 +1,7 @@
-"""Run calibration samples through a model, and call a visitor with gradients, inputs or outputs of
-each batch."""
+"""Run calibration samples through a model, and call a visitor on every batch.
+
+Visitors get gradients, inputs or outputs of layers.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,18 @@ if TYPE_CHECKING:
 OnProgress = Callable[[int, int], None]
 """Callback for progress: it gets the number of finished steps and the total number."""
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Function from token losses ``(samples, seq)`` and the number of labelled tokens per sample to the
-loss of a batch."""
+"""Function that computes the loss of a batch from token losses ``(samples, seq)``.
+
+Its second argument is the number of labelled tokens of each sample.
+"""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Encoded calibration samples; `on_progress` counts batches, or blocks or groups of layers in
-    loops over these."""
+    """Hold encoded calibration samples, the size of their batches, and a callback for progress.
+
+    `on_progress` counts batches, or blocks or groups of layers in loops over these.
+    """
 
     rows: Rows
     pad_id: int
@@ -52,8 +58,11 @@ def visit_gradients(
     samples: Samples,
     visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
 ) -> None:
-    """Visit each parameter with its gradient of the mean loss of each batch; one gradient is held
-    at a time."""
+    """Visit each parameter with its gradient of the mean loss of each batch.
+
+    One gradient is held in memory at a time. Raise `TrainingDiverged` if a gradient is NaN or
+    infinite.
+    """
 
     def hook_for(name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -86,12 +95,12 @@ def visit_mask_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Visit ``sum w_ij dL/dw_ij`` over each row or column of linear layers, float32 ``(samples,
-    rows or columns)``.
+    """Visit ``sum w_ij dL/dw_ij`` over the rows or columns of linear layers, for each sample.
 
-    This is the gradient of a sample's mean loss L at a mask factor. With ``y = W x + b``, token t
-    adds ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj dL/dx_tj`` to column j: one backward pass
-    gives a whole batch. `linears` maps names to a layer and 0 (rows) or 1 (columns).
+    Values are float32 ``(samples, rows or columns)``: the gradient of a sample's mean loss L at a
+    mask factor. With ``y = W x + b``, token t adds ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj
+    dL/dx_tj`` to column j: one backward pass gives a whole batch. `linears` maps names to a layer
+    and 0 (rows) or 1 (columns). Raise `TrainingDiverged` if a value is NaN or infinite.
     """
 
     def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -124,8 +133,10 @@ def visit_linear_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit inputs ``(samples, seq, columns)`` of layers, and gradients ``(samples, seq, rows)`` at
-    their outputs."""
+    """Visit the inputs of linear layers, and the gradients of the loss at their outputs.
+
+    Inputs are ``(samples, seq, columns)``, gradients ``(samples, seq, rows)``.
+    """
     places = {name: (linear, True, False) for name, linear in linears.items()}
     _visit_activations(model, places, samples, lambda losses, counts: losses.sum(), visit)
 
@@ -137,8 +148,11 @@ def _visit_activations(
     loss: Loss,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit activations and gradients ``(samples, seq, features)``; `places`: layer, and whether
-    each is of inputs."""
+    """Visit activations and gradients ``(samples, seq, features)`` of linear layers.
+
+    `places` maps names to a layer, whether its activations are those of its inputs, and whether the
+    gradient is that at its inputs.
+    """
     num_rows = 0
 
     def hook_for(name: str, of_inputs: bool, at_inputs: bool) -> Callable[..., None]:
@@ -196,8 +210,10 @@ def _gradients_of(
 
 
 class InputMoments:
-    """Running mean and mean square over tokens of each input feature of a layer, in float64 on the
-    CPU."""
+    """Keep the mean and mean square over tokens of each input feature of a layer.
+
+    Both are float64 tensors ``(features,)`` on the CPU.
+    """
 
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
@@ -220,7 +236,7 @@ class InputMoments:
 
     @property
     def variance(self) -> torch.Tensor:
-        """Variance of each feature, ``(features,)``; a negative value from rounding becomes zero."""
+        """Return the variance of each feature, ``(features,)``; rounding cannot make it negative."""
         return (self.mean_square - self.mean.square()).clamp(min=0)
 
 
@@ -231,8 +247,10 @@ def visit_inputs(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without
-    padding tokens."""
+    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module.
+
+    Padding tokens are left out.
+    """
     tokens = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -258,8 +276,11 @@ def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
 
 
 def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Select the rows of `inputs` ``(batch, seq, features)`` or ``(batch * seq, features)`` where
-    `tokens` is True."""
+    """Select the rows of `inputs` where `tokens` ``(batch, seq)`` is True.
+
+    `inputs` are ``(batch, seq, features)`` or ``(batch * seq, features)``; the result is ``(tokens,
+    features)``.
+    """
     return inputs.reshape(-1, inputs.shape[-1])[tokens.flatten().to(inputs.device)]
 
 
@@ -270,8 +291,11 @@ def visit_outputs(
     samples: Samples,
     visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
 ) -> None:
-    """Visit float32 outputs ``(positions, features)`` and the likeliest tokens, where the next
-    token has a label."""
+    """Visit the outputs of modules and the likeliest tokens, where the next token has a label.
+
+    Outputs are float32 ``(positions, features)`` on the CPU. Raise `TrainingDiverged` if one of
+    them or a logit is NaN or infinite.
+    """
     outputs: dict[str, torch.Tensor] = {}
     positions = torch.empty(0, dtype=torch.bool)
 

@@ -40,8 +40,11 @@ def encode(
     template: str = "alpaca",
     response_only: bool = True,
 ) -> list[Row]:
-    """Tokenize rows, cut at `max_length`, label the response or all tokens, and drop rows without a
-    labelled token."""
+    """Tokenize rows and cut them at `max_length` tokens.
+
+    Labels are the response or, without `response_only`, all tokens. Rows without a labelled token
+    are dropped; raise `UserError` if none is left.
+    """
     encoded = list(
         _cut(
             (_labelled(example, tokenizer, template, response_only) for example in examples),
@@ -71,8 +74,10 @@ def importance_samples(
 def sensitivity_samples(
     config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer
 ) -> list[Row]:
-    """Make the samples that show what a group's format does to the loss: shuffled rows, labels on
-    responses."""
+    """Make the samples that show how much a group's format changes the loss.
+
+    These are shuffled rows with labels on their responses.
+    """
     keys = ("calibration.num_sensitivity_samples", "data.max_length")
     return _calibration_samples(
         config, examples, tokenizer, *keys, response_only=True, packing=False
@@ -88,8 +93,11 @@ def _calibration_samples(
     response_only: bool,
     packing: bool,
 ) -> list[Row]:
-    """Make samples with a labelled token from shuffled rows; two configuration keys give their
-    number and length."""
+    """Make samples from shuffled rows, each with a labelled token.
+
+    The keys `count_key` and `length_key` of the configuration give their number and length. Raise
+    `UserError` if the rows give too few samples.
+    """
     count, length = (attrgetter(key)(config) for key in (count_key, length_key))
     shuffled = list(examples)
     random.Random(config.seed).shuffle(shuffled)
@@ -109,8 +117,7 @@ def _calibration_samples(
 
 
 def _joined(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
-    """Concatenate rows and cut them into samples of equal length, leaving out rows without a
-    labelled token."""
+    """Concatenate the rows that have a labelled token, and cut them into equally long samples."""
     ids, labels = list[int](), list[int]()
     for row_ids, row_labels in rows:
         if _has_label(row_labels):
@@ -129,8 +136,7 @@ def _cut(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[R
 def _labelled(
     example: Example, tokenizer: Tokenizer, template: str, response_only: bool
 ) -> tuple[list[int], list[int]]:
-    """Return token ids and labels of a row; with `response_only` the tokens of the prompt have no
-    labels."""
+    """Return token ids and labels of a row; with `response_only` its prompt has no labels."""
     prompt, response = _render(example, tokenizer, template)
     # A chat template writes the special tokens itself.
     special = example.format != "instruction" or template != "chat"
@@ -175,8 +181,10 @@ def alpaca_prompt(instruction: str, context: str = "", is_short: bool = False) -
 
 
 def pack(rows: Sequence[Row], length: int) -> list[Row]:
-    """Concatenate encoded rows, cut them into chunks of `length` tokens, and drop chunks without a
-    labelled token."""
+    """Concatenate encoded rows and cut them into chunks of `length` tokens.
+
+    Chunks without a labelled token are dropped.
+    """
     ids = [token for row in rows for token in row["input_ids"]]
     # The first token of a row has no label: it would be predicted from the previous row.
     labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
@@ -188,8 +196,10 @@ def pack(rows: Sequence[Row], length: int) -> list[Row]:
 
 
 def text_windows(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Row]:
-    """Join texts with blank lines and cut windows of `length` tokens; all but the first token of
-    each are predicted."""
+    """Join texts with blank lines and cut windows of `length` tokens.
+
+    All tokens of a window but its first are predicted.
+    """
     ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)[
         "input_ids"
     ]
@@ -203,8 +213,10 @@ def _has_label(labels: Sequence[int]) -> bool:
 
 
 def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, Any]:
-    """Pad rows on the right to a batch: `input_ids`, `attention_mask` and `labels`, each int64
-    ``(batch, seq)``."""
+    """Pad rows on the right to a batch of tensors.
+
+    The tensors `input_ids`, `attention_mask` and `labels` are int64 ``(batch, seq)``.
+    """
     import torch
 
     longest = max(len(row["input_ids"]) for row in rows)
@@ -250,15 +262,19 @@ def load_encoded(folder: Path) -> EncodedRows:
 
 
 def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
-    """Load the half of the confirmation rows that picks the winner (`choose`) or tests it
-    (`judge`), never a trial."""
+    """Load the half of the confirmation rows that chooses the winner, or the one that judges it.
+
+    No trial is scored on either half.
+    """
     half: list[Row] = load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
     return half
 
 
 class EncodedRows(Sequence[Row]):
-    """Encoded rows in a memory-mapped Arrow file: an index reads one row, a slice returns a list of
-    rows."""
+    """Read encoded rows from a memory-mapped Arrow file.
+
+    An index reads one row; a slice returns a list of rows.
+    """
 
     def __init__(self, rows: datasets.Dataset) -> None:
         from pyarrow.compute import list_value_length

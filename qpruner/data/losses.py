@@ -1,5 +1,7 @@
-"""Compute losses and logits at the positions whose next token has a label; the head runs only
-there."""
+"""Compute losses and logits at the positions whose next token has a label.
+
+The head of the model runs at these positions only.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +20,10 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per labelled token; `by_row` has values with this mean whose spread gives
-    `stderr`.
+    """Hold the mean loss in nats per labelled token, and values by row whose spread gives `stderr`.
 
-    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, m the mean of n (delta
-    method for a ratio).
+    The values `by_row` have the same mean. A row with loss sum s and n tokens has ``mean + (s - n
+    mean) / m``, m the mean of n (delta method for a ratio).
     """
 
     mean: float
@@ -36,8 +37,10 @@ class LossResult:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) -> LossResult:
-    """Compute the cross entropy on labelled tokens in nats; raise `TrainingDiverged` if it is NaN
-    or infinite."""
+    """Compute the mean cross entropy on the labelled tokens of rows, in nats.
+
+    Raise `TrainingDiverged` if it is NaN or infinite.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -74,8 +77,10 @@ def batches(
 
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the cross entropy of each next token in nats, float32 ``(batch, seq)``; zero where it
-    has no label."""
+    """Compute the cross entropy of each next token in nats, float32 ``(batch, seq)``.
+
+    It is zero where the next token has no label.
+    """
     logits = predicted_logits(model, batch)
     positions = predicting(batch["labels"]).to(logits.device)
     losses = torch.zeros(positions.shape, device=logits.device)
@@ -86,8 +91,7 @@ def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> t
 
 
 def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute logits ``(positions, vocabulary)`` at all positions of the batch whose next token has
-    a label."""
+    """Compute logits ``(positions, vocabulary)`` where the next token of the batch has a label."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with labelled_only(model, batch["labels"]):
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
@@ -96,8 +100,10 @@ def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) 
 
 @contextmanager
 def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
-    """Make the head run only at positions whose next token has a label; logits are ``(positions,
-    vocabulary)``."""
+    """Make the head run only at positions whose next token has a label.
+
+    Logits then are ``(positions, vocabulary)``.
+    """
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
     with hooked(

@@ -1,9 +1,9 @@
-"""Define means, standard errors and intervals over tasks and questions, for trials and for the
-report alike.
+"""Define means, standard errors and intervals over tasks and questions.
 
-A task with n values v of standard deviation s has the mean of v and stderr ``s / sqrt(n)``. Over T
-tasks, which have the same weight: the mean of means, and ``sqrt(sum stderr^2) / T``. For several
-fine-tunes v is their mean for a question. Rows of text are the questions of a single task.
+Trials and the report use the same ones. A task with n values v of standard deviation s has the mean
+of v and stderr ``s / sqrt(n)``. Over T tasks, which have the same weight: the mean of means, and
+``sqrt(sum stderr^2) / T``. For several fine-tunes v is their mean for a question. Rows of text are
+the questions of a single task.
 """
 
 import math
@@ -62,8 +62,10 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval excludes zero; values that are all equal do not prove that their
-        spread is zero."""
+        """Return True if the interval excludes zero.
+
+        It is False for values that are all equal, which do not prove that their spread is zero.
+        """
         return bool(self.half_width) and abs(self.mean) > (self.half_width or 0.0)
 
 
@@ -116,31 +118,39 @@ def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
 
 
 def prediction_interval(values: Sequence[float]) -> Interval:
-    """Average at least two values; the interval holds one more value like them with a probability
-    of 95 % (Student)."""
+    """Average at least two values, with an interval for one more value like them.
+
+    The interval holds that value with a probability of 95 % (Student).
+    """
     spread = quantile(len(values) - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
     return Interval(statistics.fmean(values), spread)
 
 
 @cache
 def quantile(degrees_of_freedom: int, num_intervals: int = 1) -> float:
-    """Return Student's two-sided quantile for intervals that hold together with a probability of 95
-    %."""
+    """Return Student's two-sided quantile for 95 % intervals.
+
+    `num_intervals` of them hold together with that probability (Bonferroni).
+    """
     from scipy.stats import t
 
     return float(t.ppf(1 - (1 - CONFIDENCE) / 2 / num_intervals, degrees_of_freedom))
 
 
 def accuracy_name(metrics: Mapping[str, str]) -> str:
-    """Return the metric of all tasks (task -> metric in lm-eval), or `accuracy` if they have
-    different metrics."""
+    """Return the metric that all tasks share, or `accuracy` if they have different metrics.
+
+    `metrics` maps tasks to their metrics in lm-eval.
+    """
     names = set(metrics.values())
     return names.pop() if len(names) == 1 else ACCURACY
 
 
 def accuracy_in_full(metrics: Mapping[str, str]) -> str:
-    """Return the metric, with tasks if they differ in it: `accuracy (acc_norm of arc_easy, piqa;
-    acc of boolq)`."""
+    """Return the metric, with the tasks of each metric if they differ.
+
+    An example is `accuracy (acc_norm of arc_easy, piqa; acc of boolq)`.
+    """
     name = accuracy_name(metrics)
     if name != ACCURACY or not metrics:
         return name

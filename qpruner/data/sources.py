@@ -1,5 +1,7 @@
-"""Read rows from data files and from the hub, and map their columns to those of a row format
-(`COLUMNS`)."""
+"""Read rows from data files and from the hub, and map their columns to those of a row format.
+
+`COLUMNS` lists the columns of each format.
+"""
 
 import csv
 import json
@@ -37,8 +39,10 @@ SPLIT_REFUSALS = (
 
 @dataclass(frozen=True)
 class Example:
-    """A row: `prompt` is a question or instruction, `context` its input; a text has only a
-    `response`."""
+    """Hold a row: `prompt` is its question or instruction, `context` the input of an instruction.
+
+    A row of text has a `response` only.
+    """
 
     format: str
     prompt: str
@@ -47,14 +51,18 @@ class Example:
 
     @property
     def identity(self) -> str:
-        """Normalized prompt and context, or text: two rows with the same identity count as
-        duplicates."""
+        """Return the normalized prompt and context, or text.
+
+        Two rows with the same identity count as duplicates.
+        """
         return normalized(f"{self.prompt} {self.context}" if self.prompt else self.response)
 
 
 def normalized(text: str) -> str:
-    """Lower the case and drop punctuation and extra spaces, but keep operators, because 7 + 5 is
-    not 7 * 5."""
+    """Lower the case and drop punctuation and extra spaces.
+
+    Operators stay, because 7 + 5 is not 7 * 5.
+    """
     return " ".join(
         re.findall(r"[^\W_]+|-(?=\d)|[+*/=<>#%$^&|~\u20ac\u00a3\u00d7\u00f7]", text.lower())
     )
@@ -73,8 +81,10 @@ def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
-    """Raise `UserError` if two splits share a row; `splits` maps names to `Example.identity`
-    values."""
+    """Raise `UserError` if two splits share a row.
+
+    `splits` maps names to the `Example.identity` values of their rows.
+    """
     checked: list[tuple[str, set[str]]] = []
     for name, identities in splits.items():
         rows = {identity for identity in identities if identity}
@@ -147,8 +157,7 @@ def _read_file(path: Path, split: str, key: str) -> Any:
 
 
 def _line_without_row(path: Path) -> str | None:
-    """Describe the first line that is not a JSON object, because `datasets` reports wrong line
-    numbers."""
+    """Describe the first line that is not a JSON object; `datasets` reports wrong line numbers."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -160,8 +169,10 @@ def _line_without_row(path: Path) -> str | None:
 
 
 def _check_columns(available: Sequence[str], source: DataSource, key: str) -> None:
-    """Raise `UserError` if `source.columns` names a column that the row format or the data
-    (`available`) lack."""
+    """Raise `UserError` if `source.columns` names a column that the row format or the data lack.
+
+    `available` lists the columns of the data.
+    """
     known = COLUMNS[source.format]
     if unknown := sorted(set(source.columns) - set(known)):
         rule = f"format {source.format} knows the keys {', '.join(known)}"
@@ -217,8 +228,10 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
 
 
 def _choices(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Return texts and labels of the choices from several columns, a list, or ARC's `{text,
-    label}`."""
+    """Return texts and labels of the choices.
+
+    They come from several columns, from a list, or from ARC's `{text, label}`.
+    """
     found = [row[column] for column in columns] if len(columns) > 1 else row[columns[0]]
     if isinstance(found, dict):
         return list(found["text"]), list(found["label"])

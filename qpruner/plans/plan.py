@@ -28,7 +28,7 @@ embeddings."""
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Name (full module path) and weight shape ``(rows, columns)`` of a linear layer or embedding."""
+    """Hold the module path and the weight shape ``(rows, columns)`` of a linear layer or embedding."""
 
     name: str
     rows: int
@@ -49,8 +49,10 @@ def cut_title(cut: str) -> str:
 
 
 def formats_text(plan: Mapping[str, str]) -> str:
-    """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one
-    format."""
+    """Describe a plan in short, such as `40 nf4, 20 int8, embeddings q8_0`.
+
+    If all groups in blocks have one format, they are described by it alone: `nf4`.
+    """
     counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
     of_blocks = (
         list(counts)
@@ -63,8 +65,10 @@ def formats_text(plan: Mapping[str, str]) -> str:
 
 
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
-    """Compare a plan with the budget in words: `0.75 MB left of the budget of 127.11 MB`, or `0.75
-    MB above ...`."""
+    """Compare the bytes of a plan with the budget in words.
+
+    Examples are `0.75 MB left of the budget of 127.11 MB` and `0.75 MB above the budget of ...`.
+    """
     left = (budget_bytes - plan_bytes) / 1e6
     return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"
 
@@ -153,8 +157,10 @@ def plan_of(record: TrialRecord | Confirmation) -> PrecisionPlan:
 
 
 def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) -> tuple[str, ...]:
-    """Return the groups of a cut by their names in the base model of `num_blocks`: blocks `dropped`
-    shift numbers."""
+    """Return the groups of a cut by their names in the base model of `num_blocks` blocks.
+
+    The numbers of blocks differ after blocks were `dropped`.
+    """
     kept = sorted(set(range(num_blocks)) - set(dropped))
     names = {f"{new}": f"{old:0{len(str(num_blocks - 1))}d}" for new, old in enumerate(kept)}
     return tuple(
@@ -163,8 +169,10 @@ def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) ->
 
 
 def next_format(name: str, offered: Sequence[str]) -> str:
-    """Return the format itself if it is among `offered` (smallest first), else the next larger,
-    else the largest."""
+    """Return the format itself if it is offered, else the next larger one, else the largest.
+
+    `offered` is in order of size, smallest first.
+    """
     order = list(formats())
     at = order.index(format_of(name).name)
     return next((each for each in offered if order.index(each) >= at), offered[-1])
@@ -194,13 +202,17 @@ class Layout:
 
     @property
     def trained_bytes(self) -> int:
-        """Count the bytes of the adapters in float32, as they are trained and kept in the bank and
-        in checkpoints."""
+        """Count the bytes of the adapters in float32.
+
+        That is how they are trained, and kept in the bank and in checkpoints.
+        """
         return self.adapter_bytes // self.element_bytes * 4
 
     def uniform(self, name: str) -> PrecisionPlan:
-        """Return the plan with every group in one format; one that is not offered it takes its next
-        larger one."""
+        """Return the plan with every group in one format.
+
+        A group that is not offered it takes its next larger one.
+        """
         return self._plan(next_format(name, group.formats) for group in self.groups)
 
     def dense(self) -> PrecisionPlan:
@@ -220,13 +232,16 @@ class Layout:
         )
 
     def group_bytes(self, name: str) -> list[int | None]:
-        """Return the bytes of each group in a format, in model order; None where it is not offered."""
+        """Return the bytes of each group in a format, in model order.
+
+        They are None where the group is not offered the format.
+        """
         return [
             self._bytes(group, name) if name in group.formats else None for group in self.groups
         ]
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under `plan`: groups, all other weights and adapters."""
+        """Count the bytes of the whole model under `plan`: groups, other weights and adapters."""
         assert plan.groups == tuple(group.name for group in self.groups), (
             "a plan names the groups in the model's order"
         )
@@ -236,8 +251,10 @@ class Layout:
         return grouped + self.ungrouped_bytes + self.adapter_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
-        """Return the average bits of a weight in the blocks' groups; scales, embeddings and head do
-        not count."""
+        """Return the average bits of a weight in the groups of blocks.
+
+        Scales, embeddings and head do not count.
+        """
         of_groups = zip(self.groups, plan.formats, strict=True)
         counted = [
             (group, name) for group, name in of_groups if group.name not in (EMBEDDINGS, HEAD)
@@ -255,13 +272,13 @@ class Layout:
 def read_plan(
     path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]], only: str = ""
 ) -> PrecisionPlan:
-    """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under
-    the key `plan`.
+    """Read a plan file (see `--plan`), in YAML or JSON.
 
-    A key `cut` beside the groups or the plan names the cut; without it the cut is `only`, the
-    single one of a run. `offered` has for each cut its groups with their formats (see
-    `Layout.offered`). The bit-widths of `ALIASES` stand for formats; a group with a single format
-    may be left out. Raise `PlanRefused` with all problems.
+    It is a mapping of groups to formats, alone or under the key `plan`. A key `cut` beside the
+    groups or the plan names the cut; without it the cut is `only`, the single one of a run.
+    `offered` has for each cut its groups with their formats (see `Layout.offered`). The bit-widths
+    of `ALIASES` stand for formats; a group with a single format may be left out. Raise
+    `PlanRefused` with all problems.
     """
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))

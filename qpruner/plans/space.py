@@ -1,5 +1,7 @@
-"""Define the plans that fit into a byte budget, of one cut or of several; solve for the best
-exactly; without torch."""
+"""Define the plans that fit into a byte budget, of one cut or of several, without torch.
+
+The best of them by a sum of gains is solved for exactly.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,10 @@ Value = TypeVar("Value")
 
 @contextmanager
 def _native_output_dropped() -> Iterator[None]:
-    """Discard stdout of native code: HiGHS (scipy 1.18) prints a debugging line, which would spoil
-    JSON output."""
+    """Discard stdout of native code.
+
+    HiGHS (scipy 1.18) prints a debugging line, which would spoil JSON output.
+    """
     library = ctypes.CDLL(None)
     sys.stdout.flush()
     library.fflush(None)
@@ -43,8 +47,10 @@ def _native_output_dropped() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PlanSpace:
-    """All plans of one cut that fit into a byte budget; this is all that a searcher knows about the
-    model."""
+    """Hold all plans of one cut that fit into a byte budget.
+
+    This is all that a searcher knows about the model.
+    """
 
     groups: tuple[str, ...]  # names, in model order
     levels: tuple[str, ...]  # formats, smallest first
@@ -55,8 +61,8 @@ class PlanSpace:
     budget_bytes: int
     cut: str = UNPRUNED
     damage: tuple[tuple[float | None, ...], ...] = ()
-    """Relative squared error of each (group, level), None where not offered; empty: not measured.
-    """
+    """Relative squared error of each (group, level), None where not offered; empty if not
+    measured."""
     base_groups: tuple[str, ...] = ()
     """The names of the same groups in the base model, where no block was dropped; empty: equal to
     `groups`."""
@@ -116,8 +122,10 @@ class PlanSpace:
         )
 
     def __contains__(self, plan: object) -> bool:
-        """Return True for a plan of this cut whose groups all have formats they are offered, over
-        budget or not."""
+        """Return True for a plan of this cut whose groups all have formats that they are offered.
+
+        It may be over the budget.
+        """
         if not isinstance(plan, PrecisionPlan) or (plan.cut, plan.groups) != (
             self.cut,
             self.groups,
@@ -128,8 +136,10 @@ class PlanSpace:
         )
 
     def uniform(self, name: str) -> PrecisionPlan:
-        """Return the plan with every group in one format; one that is not offered it takes its next
-        larger one."""
+        """Return the plan with every group in one format.
+
+        A group that is not offered it takes its next larger one.
+        """
         return self._plan(next_format(name, tuple(offered)) for offered in self._formats)
 
     def smallest(self) -> PrecisionPlan:
@@ -145,8 +155,10 @@ class PlanSpace:
         return tuple(self.levels.index(name) for name in plan.formats)
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under `plan`; raise `ValueError` for a plan outside
-        this space."""
+        """Count the bytes of the whole model under `plan`.
+
+        Raise `ValueError` for a plan outside this space.
+        """
         if plan not in self:
             raise ValueError(
                 f"the plan {plan} of the cut {plan.cut} is not in the space of the cut {self.cut}"
@@ -162,11 +174,11 @@ class PlanSpace:
         return PrecisionPlan(self.groups, tuple(names), self.cut)
 
     def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
-        """Return the plan in the budget with the largest sum of `gains` ``(groups, levels)``, by an
-        exact knapsack.
+        """Return the plan in the budget with the largest sum of gains, by an exact knapsack.
 
-        Gains of levels that a group is not offered do not matter. Raise `ValueError` if no plan
-        fits into the budget, and `SolverFailed` if the solver ends without an answer.
+        `gains` is ``(groups, levels)``; those of levels that a group is not offered do not matter.
+        Raise `ValueError` if no plan fits into the budget, and `SolverFailed` if the solver ends
+        without an answer.
         """
         if (plan := self._solve(gains, avoid=())) is None:
             raise ValueError(f"no plan fits in {self.budget_bytes} bytes")
@@ -175,10 +187,10 @@ class PlanSpace:
     def nearest_feasible(
         self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()
     ) -> PrecisionPlan | None:
-        """Return the plan that fits into the budget, is not in `avoid`, and differs from `plan` in
-        the fewest groups.
+        """Return the plan in the budget that differs from `plan` in the fewest groups.
 
-        Of equally near plans the one with the most bytes is returned; None if no plan is left.
+        Plans in `avoid` are left out. Of equally near plans the one with the most bytes is
+        returned. Return None if no plan is left.
         """
         avoided = {each for each in avoid if each in self}
         if self.is_feasible(plan) and plan not in avoided:
@@ -201,12 +213,11 @@ class PlanSpace:
     def _solve(
         self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]
     ) -> PrecisionPlan | None:
-        """Return the plan in the budget, not in `avoid`, with the largest sum of gains; None if
-        there is no such plan.
+        """Return the plan in the budget, not in `avoid`, with the largest sum of gains.
 
-        HiGHS accepts plans that exceed the budget by up to a millionth of it. If it returns one, it
-        is run again with a slightly smaller budget. If that does not help, plans over the budget
-        are excluded one by one.
+        Return None if there is no such plan. HiGHS accepts plans that exceed the budget by up to a
+        millionth of it. If it returns one, it is run again with a slightly smaller budget. If that
+        does not help, plans over the budget are excluded one by one.
         """
         excluded = list(avoid)
         for margin in (0.0, 2e-6, 2e-5):
@@ -228,8 +239,10 @@ class PlanSpace:
     def _optimum(
         self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float
     ) -> PrecisionPlan | None:
-        """Solve the knapsack for plans not in `avoid`, with the share `margin` of the budget
-        unused; None if none."""
+        """Solve the knapsack for plans not in `avoid`; return None if there are none.
+
+        The share `margin` of the budget is left unused.
+        """
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -272,12 +285,11 @@ class PlanSpace:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All plans of the cuts of a search that fit into its byte budget; a plan is a cut and a format
-    for each group.
+    """Hold all plans of the cuts of a search that fit into its byte budget.
 
-    A plan is also a row of indices: of each group's format in `levels`, then of the cut in `cuts`.
-    The groups are those of the base model. A group that a cut has lost keeps its highest level and
-    takes no bytes.
+    A plan is a cut and a format for each group. A plan is also a row of indices: of each group's
+    format in `levels`, then of the cut in `cuts`. The groups are those of the base model. A group
+    that a cut has lost keeps its highest level and takes no bytes.
     """
 
     spaces: tuple[PlanSpace, ...]  # of one budget; one for each cut, least pruned first
@@ -311,13 +323,17 @@ class SearchSpace:
         return self.spaces[self.cuts.index(cut)]
 
     def __contains__(self, plan: object) -> bool:
-        """Return True for a plan of one of these cuts with formats that are offered, over budget or
-        not."""
+        """Return True for a plan of one of these cuts with formats that are offered.
+
+        It may be over the budget.
+        """
         return any(plan in space for space in self.spaces)
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under `plan`; raise `ValueError` for a plan outside
-        this space."""
+        """Count the bytes of the whole model under `plan`.
+
+        Raise `ValueError` for a plan outside this space.
+        """
         return self.of_cut(plan.cut).plan_bytes(plan)
 
     def is_feasible(self, plan: PrecisionPlan) -> bool:
@@ -327,10 +343,10 @@ class SearchSpace:
     def nearest_feasible(
         self, plan: PrecisionPlan, avoid: Iterable[PrecisionPlan] = ()
     ) -> PrecisionPlan | None:
-        """Return the nearest plan of the same cut in the budget that is not in `avoid`, see
-        `PlanSpace`.
+        """Return the nearest plan of the same cut in the budget that is not in `avoid`.
 
-        If that cut has none left, return one of the next cut; None if no cut has one.
+        See `PlanSpace.nearest_feasible`. If that cut has none left, return one of the next cut.
+        Return None if no cut has one.
         """
         avoided, first = tuple(avoid), self.cuts.index(plan.cut)
         found = self.spaces[first].nearest_feasible(plan, avoided)
@@ -350,8 +366,10 @@ class SearchSpace:
         return (*levels, self.cuts.index(plan.cut))
 
     def plan_of(self, indices: Iterable[int]) -> PrecisionPlan:
-        """Return the plan of a row; a group that its cut does not offer the level gets its next
-        larger one."""
+        """Return the plan of a row of indices.
+
+        A group that its cut does not offer the level gets its next larger one.
+        """
         *levels, cut = map(int, indices)
         space, chosen = self.spaces[cut], dict(zip(self.groups, levels, strict=True))
         offered = (tuple(space.levels[at] for at in each) for each in space.offered)
@@ -360,8 +378,10 @@ class SearchSpace:
 
     @cached_property
     def whole(self) -> PlanSpace:
-        """All groups and levels, each with the bytes and the damage of the least pruned cut that
-        offers it."""
+        """Return all groups and levels in one space.
+
+        Bytes and damage are those of the least pruned cut that offers a group the level.
+        """
         groups = tuple(dict.fromkeys(name for space in self.spaces for name in space.base_groups))
         levels = by_size(tuple({name for space in self.spaces for name in space.levels}))
         sizes, damage = dict[Cell, int](), dict[Cell, float]()

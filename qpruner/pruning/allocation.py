@@ -15,8 +15,11 @@ from qpruner.pruning.units import KindSize, Sizes, available, smallest_step
 def counts_per_layer(
     sizes: Sizes, target: int, round_to: int = 1, uniform: bool = False
 ) -> dict[int, dict[str, int]]:
-    """Count the units to remove: `target` parameters in all, about the same share of each kind in
-    each block."""
+    """Count the units that each block loses so that `target` parameters are removed in all.
+
+    Every block loses about the same share of each kind, or the same number with `uniform`. The
+    result maps block index and kind to the number of units to remove.
+    """
     if uniform:
         return dict.fromkeys(sizes, _uniform_counts(sizes, target, round_to))
     heads, channels = (
@@ -45,8 +48,10 @@ def _head_counts(
     share: float,
     round_to: int,
 ) -> dict[int, int]:
-    """Count the attention units to remove per block: their share, but more where channels cannot
-    fill the rest."""
+    """Count the attention units that each block loses.
+
+    That is the share of its units, and more where the channels cannot remove the rest of `target`.
+    """
     gone = {index: min(int(share * size.count + 0.5), size.most) for index, size in heads.items()}
     # Channels can remove more afterwards, but cannot give anything back.
     while (
@@ -72,8 +77,10 @@ def _head_counts(
 
 
 def _channel_counts(channels: Mapping[int, KindSize], target: int, round_to: int) -> dict[int, int]:
-    """Count the channels to remove per block: equal shares in multiples of `round_to`, `target`
-    parameters in all."""
+    """Count the channels that each block loses so that `target` parameters are removed in all.
+
+    Every block loses the same share, and keeps a multiple of `round_to` channels.
+    """
     share = max(target, 0) / sum(size.parameters * size.count for size in channels.values())
     bundles = {index: (1 - share) * size.count / round_to for index, size in channels.items()}
     stays = {
@@ -105,10 +112,11 @@ def _channel_counts(channels: Mapping[int, KindSize], target: int, round_to: int
 
 
 def _uniform_counts(sizes: Sizes, target: int, round_to: int) -> dict[str, int]:
-    """Choose how many units of each kind every block loses, nearest to `target`.
+    """Choose how many units of each kind every block loses, nearest to `target` parameters in all.
 
-    Misses of at most half the smallest unit in each block count as equal; then the choice is taken
-    that exceeds the even share of attention units least, then the most even one.
+    Misses of at most half the smallest unit in each block count as equal. Of equally near choices
+    the one is taken that exceeds the even share of attention units least, then the most even one.
+    Raise `UserError` if too few units can be removed.
     """
     share, kinds = target / available(sizes), next(iter(sizes.values()))
     near = len(sizes) * smallest_step(sizes, round_to) / 2

@@ -26,12 +26,11 @@ class _InputsCaptured(Exception):
 
 
 class BlockStream:
-    """Run the blocks of a model one by one on the hidden states ``(batch, seq, hidden)`` of the
-    samples.
+    """Run the blocks of a model one by one on the hidden states of calibration samples.
 
     A pass in which blocks return their inputs captures masks and positions, which do not depend on
-    hidden states. Each block then runs by itself, also after its weights changed. Memory holds the
-    hidden states before one block only.
+    hidden states ``(batch, seq, hidden)``. Each block then runs by itself, also after its weights
+    changed. Memory holds the hidden states before one block only.
     """
 
     @torch.no_grad()
@@ -66,11 +65,11 @@ class BlockStream:
     def visit(
         self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()
     ) -> None:
-        """Run block `index` and pass the inputs ``(tokens, features)`` of a linear layer to
-        `visit`, batch by batch.
+        """Run block `index`, and give the inputs of one of its linear layers to `visit`.
 
-        `visit` also gets the sum ``(tokens, hidden)`` of what the blocks `behind` it, if any, add
-        to the hidden states.
+        `visit` is called once for each batch, with inputs ``(tokens, features)``. If `behind` names
+        blocks that follow, `visit` also gets the sum ``(tokens, hidden)`` of what they add to the
+        hidden states.
         """
         layer = self._blocks[index].get_submodule(linear)
         for batch, tokens in enumerate(self._tokens):
@@ -97,8 +96,10 @@ class BlockStream:
     def advance(
         self, index: int, on_batch: Callable[[torch.Tensor], None] = lambda tokens: None
     ) -> None:
-        """Replace the hidden states before block `index` by those after it; give `on_batch` the
-        mask of its tokens."""
+        """Replace the hidden states before block `index` by those after it.
+
+        `on_batch` gets the mask of the tokens of each batch after the block has run on it.
+        """
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
             on_batch(self._tokens[batch])
@@ -106,14 +107,12 @@ class BlockStream:
 
     @torch.no_grad()
     def _base(self, batch: dict[str, torch.Tensor]) -> Any:
-        """Run the base model without its head, because no logits are needed; return the head's
-        inputs."""
+        """Run the base model without its head, whose logits are not needed; return its output."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         return self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
     def head_inputs(self) -> Iterator[torch.Tensor]:
-        """After the last block, yield the inputs ``(tokens, features)`` of the head, batch by
-        batch."""
+        """Yield the inputs ``(tokens, features)`` of the head, after the last block, batch by batch."""
         for inputs, tokens, hidden in zip(self._batches, self._tokens, self._hidden, strict=True):
             # The base model applies what lies between the blocks and the head, such as a norm.
             with returning(
@@ -130,8 +129,11 @@ class BlockStream:
 
 
 class _Grams(list[torch.Tensor]):
-    """Sums in float32 of ``inputs^T inputs`` (features, features), and ``targets^T inputs``
-    (outputs, features)."""
+    """Sum products with inputs over batches, in float32.
+
+    The first sum is ``inputs^T inputs`` ``(features, features)``. If targets are added too, the
+    second is ``targets^T inputs`` ``(outputs, features)``.
+    """
 
     def add(self, *pair: torch.Tensor) -> None:
         """Add inputs ``(tokens, features)`` and perhaps targets ``(tokens, outputs)``."""
@@ -151,13 +153,13 @@ def compensate_blocks(
     ridge: float,
     samples: Samples,
 ) -> None:
-    """Make the MLP output projection (down) before dropped blocks add what these added, if its
-    block is in `layers`.
+    """Make the MLP output projection (down) before dropped blocks add what these blocks added.
 
     Let X be its inputs over the calibration tokens, and D what the dropped blocks directly behind
     it add to the residual stream. The weights that minimize ``|X (W' - W)^T - D|^2 + lambda |W' -
     W|^2`` are ``W' = W + D^T X (X^T X + lambda I)^-1``; `ridge` is lambda relative to the mean
-    square of the inputs. Nothing changes in families where a norm follows the projection.
+    square of the inputs. Only blocks in `layers` change, and nothing changes in families where a
+    norm follows the projection.
     """
     family, count = family_of(model.config), model.config.num_hidden_layers
     if (factor := family.residual_factor(model.config)) is None:
@@ -179,8 +181,10 @@ def compensate_blocks(
 
 
 def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Samples) -> None:
-    """Zero the columns of removed units and compensate by least squares, on inputs of the pruned
-    model."""
+    """Zero the columns of removed units and compensate for them by least squares.
+
+    The inputs of each layer are those of the model as pruned before it.
+    """
     family = family_of(model.config)
     stream = BlockStream(model, samples)
     for index in range(model.config.num_hidden_layers):
@@ -231,8 +235,11 @@ def _solve(
 def _ridge_solution(
     gram: torch.Tensor, given: torch.Tensor, ridge: float, name: str
 ) -> torch.Tensor:
-    """Compute ``given (gram + lambda I)^-1``, where lambda is `ridge` times the mean of the
-    diagonal of `gram`."""
+    """Compute ``given (gram + lambda I)^-1``.
+
+    The penalty lambda is `ridge` times the mean of the diagonal of `gram`. Raise `TrainingDiverged`
+    if the result is NaN or infinite.
+    """
     penalty = max(ridge * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(gram)

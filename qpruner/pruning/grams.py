@@ -14,10 +14,11 @@ from qpruner.plans.plan import Layout
 from qpruner.pruning.compensation import BlockStream
 
 LOOKUPS = 0.3
-"""Weigh errors in rows that a tied head looks up: a share of the mean input, added to the diagonal
-of the Gram matrix. With 0, 0.1, 0.3, 1 and 3, GPTQ in q4_0 raised the loss of SmolLM2-135M by
-0.041, 0.038, 0.034, 0.036 and 0.044; nearest rounding by 0.077 (2026-12-01, 100 rows, only the
-embeddings packed).
+"""Share of the mean diagonal of the Gram matrix that is added to the diagonal for a tied head.
+
+It weighs errors in rows that are looked up as embeddings. With 0, 0.1, 0.3, 1 and 3, GPTQ in q4_0
+raised the loss of SmolLM2-135M by 0.041, 0.038, 0.034, 0.036 and 0.044; nearest rounding by 0.077
+(2026-12-01, 100 rows, only the embeddings packed).
 """
 Grams = dict[tuple[str, ...], torch.Tensor]
 """Paths of the layers that read an input -> float32 ``inputs^T inputs / tokens`` ``(columns,
@@ -25,8 +26,10 @@ columns)``."""
 
 
 def gather(model: PreTrainedModel, samples: Samples) -> Iterator[Grams]:
-    """Yield the Gram matrices of one block after the other, then the head's; memory holds those of
-    one block."""
+    """Yield the Gram matrices of one block after the other, then those of the head.
+
+    Memory holds the matrices of one block at a time.
+    """
     groups, stream = group_linears(model.config, "projection").values(), BlockStream(model, samples)
     for index in range(model.config.num_hidden_layers):
         block = f"{family_of(model.config).block_path(index)}."
@@ -52,8 +55,10 @@ def gram_bytes(layout: Layout, config: Any) -> list[int]:
 def _of_block(
     model: PreTrainedModel, stream: BlockStream, index: int, groups: list[tuple[str, ...]]
 ) -> Grams:
-    """Run a block once and sum the products of the inputs of each projection, whose layers share
-    them."""
+    """Run a block once, and average ``inputs^T inputs`` of each projection over tokens.
+
+    The layers of a projection share their inputs.
+    """
     inputs: dict[tuple[str, ...], torch.Tensor] = {}
     sums: Grams = {}
     count = 0

@@ -53,8 +53,10 @@ def score(
     samples: Samples,
     seed: int = 0,
 ) -> Scores:
-    """Score the units of the blocks in `layers` by `settings.importance`; raise `TrainingDiverged`
-    at a NaN."""
+    """Score the units of the blocks in `layers` by `settings.importance`.
+
+    Raise `TrainingDiverged` if a gradient or score is NaN or infinite.
+    """
     kinds, importance = (
         unit_kinds_of(model.config, layers, settings.width_units),
         settings.importance,
@@ -154,8 +156,7 @@ def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Te
 
 
 def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic: str) -> Scores:
-    """Score a unit by the columns it owns in an output projection: squared column norm times an
-    input statistic.
+    """Score a unit by its columns of an output projection: squared norm times an input statistic.
 
     `variance` is the score of FLAP, ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4): the output
     error when feature j is replaced by its mean. `mean_square` is the squared score of Wanda, ``|W|
@@ -180,11 +181,10 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
 
 
 class UnitScores:
-    """Sum scores per matrix and unit (in q and o per query head), then reduce them to one score per
-    unit.
+    """Sum scores for each matrix and unit, then reduce them to one score for each unit.
 
-    `matrices` holds by name the matrices that units own parts of; `dims` holds the dimension that
-    units divide.
+    In the query and output projections (q, o) each query head has its own sum. `matrices` holds by
+    name the matrices that units own parts of; `dims` holds the dimension that units divide.
     """
 
     def __init__(self, model: PreTrainedModel, kinds: Kinds) -> None:
@@ -217,8 +217,11 @@ class UnitScores:
             scores[position] = scores[position] + by_head if position in scores else by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
-        """Reduce to one score per unit; with `modulo` query head h counts for unit ``h % units``,
-        as in LLM-Pruner."""
+        """Reduce the scores of all matrices to one score for each unit.
+
+        With `modulo` query head h counts for unit ``h % units``, as in LLM-Pruner's code; without
+        it, for the unit that serves it.
+        """
         scores: Scores = {}
         for (index, kind), by_matrix in self._scores.items():
             by_unit = [
@@ -259,8 +262,10 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 def block_importance(
     model: PreTrainedModel, layers: Sequence[int], samples: Samples
 ) -> dict[int, float]:
-    """Score blocks by one minus the mean cosine between input and output (ShortGPT, arXiv
-    2403.03853, eq. 1)."""
+    """Score blocks by one minus the mean cosine between their inputs and outputs.
+
+    This is the block influence of ShortGPT (arXiv 2403.03853, eq. 1).
+    """
     family = family_of(model.config)
     sums = dict.fromkeys(layers, 0.0)
     tokens = torch.empty(0, dtype=torch.bool)

@@ -1,5 +1,7 @@
-"""Prune a model: drop blocks, then score, select, compensate and cut units, in one or several
-steps."""
+"""Prune a model in one or several steps.
+
+Blocks are dropped first. Then units inside blocks are scored, selected, compensated for and cut.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,11 @@ class FirstScores:
 
 
 def save_importance(folder: Path, scores: Scores, blocks: Mapping[int, float]) -> None:
-    """Save each block's scores of units as an array such as `7.mlp`, and (index, score) of blocks
-    as array `block`."""
+    """Save the importance of units and blocks to a file of NumPy arrays.
+
+    The scores of a block's units are an array such as `7.mlp`. Those of whole blocks are the rows
+    (index, score) of the array `block`.
+    """
     arrays: dict[str, Any] = {
         f"{at}.{kind}": each.numpy() for at, kinds in scores.items() for kind, each in kinds.items()
     }
@@ -74,11 +79,10 @@ def load_importance(folder: Path) -> dict[str, Any]:
 
 
 class Criteria:
-    """Scores units and blocks, and compensates for those removed, on samples; `seed` is for
-    `importance: random`.
+    """Score units and blocks, and compensate for those removed, on calibration samples.
 
-    Without samples (for a model without weights) all units score the same, and the later a block,
-    the lower its score.
+    `seed` is for `importance: random`. Without samples (for a model without weights) all units
+    score the same, and the later a block, the lower its score.
     """
 
     def __init__(
@@ -127,15 +131,13 @@ class Criteria:
         return self._first.units[self._dropped]
 
     def compensate_units(self, model: PreTrainedModel, kept: Kept) -> None:
-        """Compensate for all units missing from `kept`, before they are cut, by the method
-        `prune.compensation`."""
+        """Compensate for all units missing from `kept`, before they are cut."""
         samples = self._samples_for("compensation")
         if samples is not None and self._settings.compensates_by == "least_squares":
             compensate(model, kept, self._settings.ridge, samples)
 
     def progress_of(self, work: str) -> OnProgress:
-        """Return a callback that reports the progress of `work` with the number of the current
-        step."""
+        """Return a callback that reports the progress of `work`, with the number of the step."""
         total = self._settings.num_steps
         step = f", step {self._step} of {total}" if self._step and total > 1 else ""
         return partial(self._on_work, f"{work}{step}")
@@ -169,8 +171,7 @@ def prune(
     on_work: OnWork = ignore_progress,
     first: FirstScores | None = None,
 ) -> Pruned:
-    """Cut the least important units of a model in place, so that the requested share of parameters
-    is removed.
+    """Cut the least important units of a model in place until the requested share is removed.
 
     Cuts of one model that differ in their rate only may share `first`, which is filled by the first
     of them. Raise `UserError` if the rate cannot be met or the model shares weights that a cut
@@ -183,11 +184,10 @@ def prune(
 
 
 def planned_cut(model_config: Any, settings: PruneConfig) -> Cut:
-    """Fill in the defaults of the settings, and compute the config of the pruned model; read no
-    weights.
+    """Fill in the defaults of the settings, and compute the config of the pruned model.
 
-    If widths depend on scores, the config has average widths. Raise `UserError` if the model cannot
-    be cut like this.
+    No weights are read. If widths depend on scores, the config has average widths. Raise
+    `UserError` if the model cannot be cut like this.
     """
     settings = settled(model_config, settings)
     if settings.is_off:
@@ -303,8 +303,10 @@ def _cut_widths(
 
 
 def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[int]) -> int:
-    """Count the blocks to drop, at least one but not all; `order` lists those that may go, least
-    important first."""
+    """Count the blocks to drop: at least one, but not all that may go.
+
+    `order` lists the blocks that may be dropped, least important first.
+    """
     sizes, total, share = block_sizes(model, order), num_parameters(model), settings.block_rate
     removed = list(itertools.accumulate(sizes[:-1], initial=0))
     count = min(range(len(removed)), key=lambda count: abs(removed[count] - share * total))

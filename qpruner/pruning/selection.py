@@ -1,8 +1,7 @@
-"""Select the units to keep: the least important are removed until the requested share of parameters
-is met.
+"""Select the units to keep, so that the least important are removed.
 
-It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value
-group.
+The requested share of parameters is met to within one MLP channel, or `round_to` channels; without
+channels, to within a key/value group.
 """
 
 import itertools
@@ -60,11 +59,11 @@ def select_rate(
     uniform: bool = False,
     progress: float = 1.0,
 ) -> Kept:
-    """Select the units to keep when every block loses the share `layer_rate` of its units, rounded
-    as in LLM-Pruner.
+    """Select the units to keep when every block loses the share `layer_rate` of its units.
 
-    Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))``
-    are removed, rounded down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
+    Numbers are rounded as in LLM-Pruner: of ``C`` channels, and of ``C`` rows of the key
+    projection, ``C - int(C * (1 - layer_rate))`` are removed, rounded down to whole heads
+    (`prune_local` in the `metapruner.py` of LLM-Pruner).
     """
     _check_round_to(sizes, round_to)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
@@ -116,8 +115,10 @@ def _keep_most_important(
     round_to: int,
     progress: float,
 ) -> Kept:
-    """Keep the most important units of each block; remove only the share `progress` of the counts
-    in `removed`."""
+    """Keep the most important units of each block.
+
+    Only the share `progress` of the numbers in `removed` is removed.
+    """
     bundles, num_cut = {}, {}
     for index, by_kind in values.items():
         for name, scores in by_kind.items():
@@ -134,8 +135,7 @@ def _keep_most_important(
 def _kept_units(
     bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mapping[Place, int]
 ) -> Kept:
-    """List the units that stay when each block and kind (`Place`) loses its first `num_cut` bundles
-    (`_bundles`)."""
+    """List the units that stay when each place loses its first `num_cut` bundles (`_bundles`)."""
     kept: Kept = {}
     for (index, name), ordered in bundles.items():
         stays = sorted(unit for bundle in ordered[num_cut[index, name] :] for unit in bundle)
@@ -208,8 +208,10 @@ def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> 
 def _correct_with_coarse_units(
     ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, tolerance: int
 ) -> None:
-    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore
-    surplus fine units."""
+    """Remove coarse units until at most `tolerance` parameters are missing, then restore fine ones.
+
+    Fine units are restored while more than the target is removed.
+    """
     finest = MLP if any(name == MLP for _, name in num_cut) else ATTENTION
     for place, position in ranking.order:
         if target - removed <= tolerance:

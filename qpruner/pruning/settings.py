@@ -1,5 +1,4 @@
-"""Fill in the defaults of the `prune` section for a model, and refuse settings that the model does
-not support."""
+"""Fill in the defaults of the `prune` section for a model, and check that the model supports it."""
 
 from __future__ import annotations
 
@@ -15,16 +14,14 @@ from qpruner.pruning.units import plain_counts, unit_kinds_of
 
 @dataclass(frozen=True)
 class Cut:
-    """A planned cut: the settings with the defaults for a model, and the expected model config
-    after the cut."""
+    """Hold the settings of a planned cut, and the model config that is expected after it."""
 
     settings: PruneConfig
     expected: Any
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
-    """Fill in `steps` and `compensation` if they are null, and reset keys without effect to their
-    defaults."""
+    """Fill in `steps` and `compensation` if they are null, and reset keys without effect."""
     settings = settings.in_effect()
     settings = settings.model_copy(update={"steps": settings.num_steps})
     if settings.compensation is not None:
@@ -48,7 +45,7 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
 
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:
-    """Raise `UserError`, which names key and remedy, for settings that the model does not support."""
+    """Raise `UserError` for settings that the model does not support."""
     family, layers = family_of(model_config), cuttable_layers(model_config, settings)
     solves_blocks = settings.compensates_by == "least_squares" and not settings.width_units
     if solves_blocks and family.residual_factor(model_config) is None:
@@ -67,8 +64,10 @@ def are_alike(model_config: Any) -> bool:
 
 
 def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[int]) -> None:
-    """Refuse settings and models with which `prune.uniform` cannot give a checkpoint that loads
-    without qpruner."""
+    """Refuse settings and models with which `prune.uniform` cannot be kept.
+
+    The cut model must load without qpruner.
+    """
     family, count = family_of(model_config), model_config.num_hidden_layers
     if len(layers) < count and settings.width_units:
         raise UserError(
@@ -87,8 +86,10 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
 
 
 def _fits_uniform(model_config: Any, settings: PruneConfig) -> bool:
-    """Return True if blocks load without qpruner after all have lost as many units; a single one
-    always stays."""
+    """Return True if blocks load without qpruner after all of them have lost as many units.
+
+    A single attention unit always stays, so that its number does not change.
+    """
     kinds = {kind.name: kind.num_units for kind in unit_kinds_of(model_config, [0])[0]}
     return (
         ATTENTION not in settings.width_units

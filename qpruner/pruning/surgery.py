@@ -58,8 +58,10 @@ def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def check_not_shared(model: PreTrainedModel) -> None:
-    """Refuse a model whose blocks share weights with other layers, because a cut of one would break
-    the other."""
+    """Refuse a model whose blocks share weights with other layers.
+
+    A cut of one layer would break the other.
+    """
     family = family_of(model.config)
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -99,8 +101,7 @@ def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) ->
 def _stays(
     length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]
 ) -> torch.Tensor:
-    """List the indices of a dimension to keep: indices of kept units, and indices that no unit
-    owns."""
+    """List the indices of a dimension to keep: those of kept units, and those that no unit owns."""
     stays = torch.ones(length, dtype=torch.bool)
     for item in items:
         stays[item.offset : item.offset + num_units * item.width] = False

@@ -18,8 +18,7 @@ Values = Mapping[
 
 @dataclass(frozen=True)
 class KindSize:
-    """How many units of one kind a block has, and how many parameters each of them has; one unit
-    must stay."""
+    """Count the units of one kind in a block, and the parameters of each; one unit must stay."""
 
     parameters: int  # of one unit, biases included
     count: int  # units
@@ -88,8 +87,7 @@ def unit_sizes(
 
 
 def plain_counts(config: Any, index: int) -> tuple[int, ...]:
-    """List the numbers of key/value groups with which block `index` loads without qpruner (in a
-    plain checkpoint)."""
+    """List the numbers of key/value groups with which block `index` loads without qpruner."""
     family, layer_config = family_of(config), config.per_layer_config[index]
     kinds = {kind.name: kind.num_units for kind in family.unit_kinds(layer_config)}
     return tuple(
@@ -105,8 +103,7 @@ def available(sizes: Sizes) -> int:
 
 
 def most_removable(sizes: Sizes, round_to: int) -> int:
-    """Count the parameters that can be removed if every block keeps as few units of each kind as it
-    must."""
+    """Count the parameters that can be removed if every block keeps as few units as it may."""
     return sum(
         size.parameters * (size.count - round_to if name == MLP else size.most)
         for kinds in sizes.values()
@@ -115,8 +112,10 @@ def most_removable(sizes: Sizes, round_to: int) -> int:
 
 
 def smallest_step(sizes: Sizes, round_to: int) -> int:
-    """Count the parameters of the smallest removable part: an attention unit or `round_to`
-    channels."""
+    """Count the parameters of the smallest part that can be removed.
+
+    That is an attention unit or `round_to` channels.
+    """
     return min(
         size.parameters * (round_to if name == MLP else 1)
         for kinds in sizes.values()
