@@ -57,9 +57,7 @@ def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
     space, gains = space_of(layout, 0.47), generator.uniform(0.95, 1.05, 56)
     found = space.best_by_gain([[0.0, float(gain)] for gain in gains])
     room, best = space.budget_bytes - layout.plan_bytes(layout.uniform("nf4")), {0: 0.0}
-    for low, high, gain in zip(
-        layout.group_bytes("nf4"), layout.group_bytes("int8"), gains, strict=True
-    ):
+    for (low, high), gain in zip(space.group_bytes, gains, strict=True):
         for used, value in sorted(best.items(), reverse=True):
             weight = used + high - low
             if weight <= room and value + gain > best.get(weight, -np.inf):
@@ -171,7 +169,7 @@ def test_a_uniform_plan_takes_the_next_larger_format() -> None:
         group.num_weights for group in layout.groups
     )
     assert layout.levels == space.levels == ("nf4", "int8", "bf16")
-    assert layout.group_bytes("nf4")[0] is None and space.group_bytes[0][0] is None
+    assert "nf4" not in layout.sizes[0] and space.group_bytes[0][0] is None
 
 
 def test_a_plan_of_another_cut_is_outside_the_space() -> None:
