@@ -14,7 +14,10 @@ from qpruner.wording import counted
 
 PATTERNS = {
     HUB_ID.pattern: "must be a hub id, OWNER/NAME or NAME, such as HuggingFaceTB/SmolLM2-135M",
-    LICENSE_ID: "must be the hub's identifier of a licence, in small letters without spaces, such as apache-2.0",
+    LICENSE_ID: (
+        "must be the hub's identifier of a licence, in small letters without spaces, such as "
+        "apache-2.0"
+    ),
 }
 """The rule in words for each regular expression of the schema."""
 
@@ -122,8 +125,10 @@ def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any
     if isinstance(here, dict):
         return part
     if not part.isdecimal() or int(part) >= len(here):
-        rule = f"must be the number of an item, counted from 0, in a list of {counted(len(here), 'item')}"
-        raise UserError(f"--set {override}: `{part}` {rule}; to add an item, give the whole list")
+        raise UserError(
+            f"--set {override}: `{part}` must be the number of an item, counted from 0, in a list "
+            f"of {counted(len(here), 'item')}; to add an item, give the whole list"
+        )
     return int(part)
 
 

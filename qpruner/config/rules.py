@@ -50,10 +50,12 @@ def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
         yield "`layer_rate` applies to units inside blocks only: take `block` out of `units`"
     for key, needs in (("layer_rate", by_rate), ("uniform", prune.uniform)):
         if needs and prune.selection == "global":
-            yield f"`{key}` needs `selection: per_layer`, its default; got global: {take_out('prune.selection')}"
+            remedy = take_out("prune.selection")
+            yield f"`{key}` needs `selection: per_layer`, its default; got global: {remedy}"
     if prune.reduction == "product" and prune.selection == "global" and prune.width_units:
         yield (
-            "`reduction: product` needs `selection: per_layer`: heads and channels have different numbers of "
+            "`reduction: product` needs `selection: per_layer`: heads and channels have different "
+            "numbers of "
             "matrices, so their products cannot be compared; or take another reduction, such as sum"
         )
 
@@ -96,7 +98,10 @@ def _training_rules(training: schema.TrainingConfig) -> Iterator[str]:
 
 def _resources_rules(resources: schema.ResourcesConfig) -> Iterator[str]:
     if resources.gpu is not None and resources.gpu > 1 and resources.gpu != int(resources.gpu):
-        yield f"`gpu` must be a share of one GPU, such as 0.5, or a whole number, got {resources.gpu:g}"
+        yield (
+            "`gpu` must be a share of one GPU, such as 0.5, or a whole number, got "
+            f"{resources.gpu:g}"
+        )
 
 
 def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
@@ -106,7 +111,8 @@ def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
         yield f"`metric: {search.metric}` needs at least one task under `tasks`"
     elif search.by_accuracy and (search.limit is None or search.limit < 2):
         yield (
-            f"`metric: {search.metric}` needs a `limit` of at least 2, since one question has no standard error and "
+            f"`metric: {search.metric}` needs a `limit` of at least 2, since one question has no "
+            "standard error and "
             f"the questions after the limit choose the winner, got {search.limit}"
         )
 
@@ -136,19 +142,21 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
         ]
         if not set(grids) & set(levels):
             yield (
-                f"`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats "
+                "`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the "
+                "formats "
                 f"{', '.join(levels)}: take one of {', '.join(grids)}, or `lora.init: loftq`"
             )
     if method and method not in run.measured_methods:
         yield (
             f"`search.plan` takes the seed plan of {method}, which is not measured: name it in "
-            f"`sensitivity.methods`, got {list(run.sensitivity.methods)}, and two formats or more in "
-            f"`quantize.formats`, got {', '.join(levels)}; to name a file with that name, write `./{method}`"
+            f"`sensitivity.methods`, got {list(run.sensitivity.methods)}, and two formats or more "
+            f"in `quantize.formats`, got {', '.join(levels)}; to name a file with that name, write "
+            f"`./{method}`"
         )
     if seen := sorted(set(run.search.tasks) & set(run.evaluate.tasks)):
         yield (
-            f"`evaluate.tasks` must not share tasks with `search.tasks`, both name {', '.join(seen)}: the report "
-            "must use tasks that the search has not seen"
+            "`evaluate.tasks` must not share tasks with `search.tasks`, both name "
+            f"{', '.join(seen)}: the report must use tasks that the search has not seen"
         )
     (size, value), several = run.quantize.budget.size, len(run.prune.cuts) > 1
     if size in ("fraction", "mean_bits") and (several or run.quantize.embedding_levels != (DENSE,)):
@@ -159,22 +167,23 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
         )
         yield (
             f"`quantize.budget.{size}` has no one meaning with {which}, got {value:g}"
-            f"{', the default' * ('budget' not in run.quantize.model_fields_set)}: give the size that you want, "
-            "`quantize.budget.gib` or `quantize.budget.bytes`"
+            f"{', the default' * ('budget' not in run.quantize.model_fields_set)}: give the size "
+            "that you want, `quantize.budget.gib` or `quantize.budget.bytes`"
         )
     workers, asked = run.finetune.num_workers, run.search.resources_per_trial
     if training.batch_size % (workers * training.micro_batch_size):
         yield (
-            f"`training.batch_size` must be a multiple of `finetune.num_workers` x `training.micro_batch_size` "
-            f"({workers} x {training.micro_batch_size}), got {training.batch_size}: the workers share every batch; "
-            "take fewer workers, a smaller micro-batch or another batch size"
+            "`training.batch_size` must be a multiple of `finetune.num_workers` x "
+            "`training.micro_batch_size` "
+            f"({workers} x {training.micro_batch_size}), got {training.batch_size}: the workers "
+            "share every batch; take fewer workers, a smaller micro-batch or another batch size"
         )
     gpus = (asked.gpu if asked else None) or 0
     if workers > 1 and gpus > 1:
         yield (
             f"`finetune.num_workers` above 1 needs workers with one GPU each, got {workers} with "
-            f"`search.resources_per_trial.gpu` {gpus:g}: a fine-tune spreads its model over several GPUs, or "
-            "shares its batches among workers, not both"
+            f"`search.resources_per_trial.gpu` {gpus:g}: a fine-tune spreads its model over "
+            "several GPUs, or shares its batches among workers, not both"
         )
 
 

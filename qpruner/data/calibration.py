@@ -236,7 +236,7 @@ class InputMoments:
 
     @property
     def variance(self) -> torch.Tensor:
-        """Return the variance of each feature, ``(features,)``; rounding cannot make it negative."""
+        """Variance of each feature, ``(features,)``; rounding cannot make it negative."""
         return (self.mean_square - self.mean.square()).clamp(min=0)
 
 

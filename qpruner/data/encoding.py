@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Row = dict[str, list[int]]  # `input_ids` and `labels` of a sample
 IGNORED_LABEL = -100  # label of tokens that are excluded from the loss, as in torch's cross entropy
 PREAMBLE = (
-    "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
-    "request.\n\n"
+    "Below is an instruction that describes a task{context}. Write a response that appropriately "
+    "completes the request.\n\n"
 )
 ALPACA = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
 """Stanford Alpaca's prompt; alpaca-lora's `alpaca_short` leaves out the preamble."""
@@ -53,7 +53,8 @@ def encode(
     )
     if not encoded:
         raise UserError(
-            f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: raise it"
+            f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: raise "
+            "it"
         )
     return encoded
 
@@ -110,8 +111,10 @@ def _calibration_samples(
     if len(samples) < count:
         remedy = "shorter, or set `calibration.packing: false`" if packing else "longer"
         raise UserError(
-            f"`{count_key}` asks for {counted(count, 'sample')} of {length} tokens, but the calibration rows give only "
-            f"{len(samples)} with a labelled token: ask for fewer, add rows, or make `{length_key}` {remedy}"
+            f"`{count_key}` asks for {counted(count, 'sample')} of {length} tokens, but the "
+            "calibration rows give only "
+            f"{len(samples)} with a labelled token: ask for fewer, add rows, or make "
+            f"`{length_key}` {remedy}"
         )
     return samples
 
@@ -162,7 +165,8 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
         return alpaca_prompt(example.prompt, example.context, template == "alpaca_short"), response
     if not tokenizer.chat_template:
         raise UserError(
-            "`data.template: chat` needs a tokenizer with a chat template, but got none: set `alpaca`"
+            "`data.template: chat` needs a tokenizer with a chat template, but got none: set "
+            "`alpaca`"
         )
     content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
     messages = [{"role": "user", "content": content}]

@@ -112,7 +112,8 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
             rows = _read_file(Path(path), source.split, key)
         elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
             raise UserError(
-                f"`{key}.source`: {path} is not a data file; give a {', '.join(BUILDERS)} file or a hub id"
+                f"`{key}.source`: {path} is not a data file; give a {', '.join(BUILDERS)} file or "
+                "a hub id"
             )
         else:
             rows = datasets.load_dataset(path, source.subset, split=source.split)
@@ -220,9 +221,9 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     elif str(answer).isdigit() and int(answer) < len(choices):
         index = int(answer)
     else:
-        why = f"{answer!r} is none of the labels {', '.join(labels)} and no position from 0 to {len(choices) - 1}"
         raise UserError(
-            f"`{key}.columns.answer`: {why}; correct the row {value('question')[:90]!r}"
+            f"`{key}.columns.answer`: {answer!r} is none of the labels {', '.join(labels)} and no "
+            f"position from 0 to {len(choices) - 1}; correct the row {value('question')[:90]!r}"
         )
     return Example("multiple_choice", value("question"), "", choices[index])
 

@@ -112,7 +112,7 @@ class BlockStream:
         return self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
     def head_inputs(self) -> Iterator[torch.Tensor]:
-        """Yield the inputs ``(tokens, features)`` of the head, after the last block, batch by batch."""
+        """Yield the inputs ``(tokens, features)`` of the head by batch, after the last block."""
         for inputs, tokens, hidden in zip(self._batches, self._tokens, self._hidden, strict=True):
             # The base model applies what lies between the blocks and the head, such as a norm.
             with returning(
@@ -246,6 +246,7 @@ def _ridge_solution(
     change = torch.cholesky_solve(given.T, factor).T
     if failed or not torch.isfinite(change).all():
         raise TrainingDiverged(
-            f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or use more calibration text"
+            f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or use "
+            "more calibration text"
         )
     return change

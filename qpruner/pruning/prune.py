@@ -40,7 +40,7 @@ IMPORTANCE_FILE = "importance.npz"
 
 @dataclass
 class FirstScores:
-    """Importance of the base model, measured once for several cuts that differ in their rate only."""
+    """Hold the importance of a base model, measured once for cuts that differ in the rate only."""
 
     blocks: dict[int, float] = field(default_factory=dict)
     units: dict[tuple[int, ...], Scores] = field(default_factory=dict)
@@ -315,20 +315,22 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
         count -= 1
     if len(sizes) < 2:
         raise UserError(
-            "`prune.units` names `block`, but only one block may be dropped, and one of those that may must stay: "
-            "allow more (`prune.first_layer`, `prune.last_layer`), or remove `block`"
+            "`prune.units` names `block`, but only one block may be dropped, and one of those that "
+            "may must stay: allow more (`prune.first_layer`, `prune.last_layer`), or remove `block`"
         )
     if count < 1:
         beside = " or `prune.depth_share`" if settings.width_units else ""
         raise UserError(
-            f"`prune.rate`: dropped blocks should remove {share:.2%} of all parameters, but one block already has "
+            f"`prune.rate`: dropped blocks should remove {share:.2%} of all parameters, but one "
+            "block already has "
             f"{sizes[0] / total:.2%}: raise the rate{beside}, or remove `block` from `prune.units`"
         )
     if abs(removed[count] - share * total) > max(sizes):
         raise UserError(
-            f"`prune.rate`: dropped blocks should remove {share:.2%} of all parameters, but the {len(sizes)} blocks "
-            f"that may be dropped have {sum(sizes) / total:.2%}, and one of them must stay: lower the rate, or allow "
-            "more blocks (`prune.first_layer`, `prune.last_layer`)"
+            f"`prune.rate`: dropped blocks should remove {share:.2%} of all parameters, but the "
+            f"{len(sizes)} blocks "
+            f"that may be dropped have {sum(sizes) / total:.2%}, and one of them must stay: lower "
+            "the rate, or allow more blocks (`prune.first_layer`, `prune.last_layer`)"
         )
     return count
 

@@ -38,8 +38,8 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
     end = last if last >= 0 else count + last
     if not 0 <= first <= end < count:
         raise UserError(
-            f"`prune.first_layer` {first} and `prune.last_layer` {last} must be a range within the model's {count} "
-            f"blocks, 0 to {count - 1}"
+            f"`prune.first_layer` {first} and `prune.last_layer` {last} must be a range within the "
+            f"model's {count} blocks, 0 to {count - 1}"
         )
     return tuple(range(first, end + 1))
 
@@ -50,7 +50,8 @@ def check_settings(model_config: Any, settings: PruneConfig) -> None:
     solves_blocks = settings.compensates_by == "least_squares" and not settings.width_units
     if solves_blocks and family.residual_factor(model_config) is None:
         raise UserError(
-            f"`prune.compensation`: least_squares cannot make up for removed blocks of a {family.model_type} model, "
+            "`prune.compensation`: least_squares cannot make up for removed blocks of a "
+            f"{family.model_type} model, "
             "which has a norm after the MLP: remove the key, or add attention to `prune.units`"
         )
     if settings.uniform:
@@ -71,8 +72,8 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
     family, count = family_of(model_config), model_config.num_hidden_layers
     if len(layers) < count and settings.width_units:
         raise UserError(
-            f"`prune.uniform`: all {count} blocks must be cut alike, but only {len(layers)} may be cut: leave "
-            "`prune.first_layer` and `prune.last_layer` out, or set `uniform: false`"
+            f"`prune.uniform`: all {count} blocks must be cut alike, but only {len(layers)} may be "
+            "cut: leave `prune.first_layer` and `prune.last_layer` out, or set `uniform: false`"
         )
     if not are_alike(model_config):
         raise UserError(
@@ -80,8 +81,10 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
         )
     if not _fits_uniform(model_config, settings):
         raise UserError(
-            f"`prune.uniform`: without qpruner a {family.model_type} model cannot have fewer heads, because all heads "
-            f"together are as wide as its hidden states: set `prune.units: [{MLP}]`, or `uniform: false`"
+            f"`prune.uniform`: without qpruner a {family.model_type} model cannot have fewer "
+            "heads, because all heads "
+            f"together are as wide as its hidden states: set `prune.units: [{MLP}]`, or `uniform: "
+            "false`"
         )
 
 

@@ -70,8 +70,8 @@ def check_not_shared(model: PreTrainedModel) -> None:
         )
         if other != name and any(path.startswith(f"{family.blocks}.") for path in (name, other)):
             raise UserError(
-                f"`model.source`: {other} and {name} are one shared (tied) weight, so cutting one would break the "
-                "other; untie them, or leave pruning out with `prune.rate: 0`"
+                f"`model.source`: {other} and {name} are one shared (tied) weight, so cutting one "
+                "would break the other; untie them, or leave pruning out with `prune.rate: 0`"
             )
 
 

@@ -68,7 +68,7 @@ def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
 
 
 def test_a_plan_one_byte_over_the_budget_is_rejected() -> None:
-    """One byte of gigabytes is far below the tolerance of the solver, but still exceeds the budget."""
+    """One byte of gigabytes is far below the solver's tolerance, but still exceeds the budget."""
     layout = layout_of([(4096, 11008)] * 12, rest=2**30)
     highest = layout.uniform("int8")
     space = PlanSpace.of(layout, layout.plan_bytes(highest) - 1)
@@ -198,7 +198,7 @@ def test_measured_errors_become_the_damage_of_a_space() -> None:
 
 
 def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
-    """HiGHS prints from C code, which could follow the JSON object that `--json` must print last."""
+    """HiGHS prints from C code, perhaps after the JSON object that `--json` must print last."""
     import ctypes
 
     library = ctypes.CDLL(None)
@@ -213,7 +213,7 @@ def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) 
 
 
 def cuts_of(share: float = 0.4, levels: tuple[str, ...] = LEVELS) -> SearchSpace:
-    """The base model of four blocks, one cut of narrower blocks, and one without the second block."""
+    """A base model of four blocks, a cut of narrower blocks, and one without the second block."""
     base = layout_of([(64, 96), (96, 96), (64, 64), (77, 64)], levels=levels, cut=UNPRUNED)
     narrow = layout_of(
         [(64, 80), (80, 96), (60, 64), (77, 48)], 900, ("nf4", "int8", "bf16"), "cut-10"
