@@ -261,17 +261,26 @@ def visit_inputs(
     ):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
-            # The base model has no head: no logits are needed.
-            model.base_model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            )
+            run_base(model, batch)
+
+
+def run_base(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Run a batch without the head of a model, and return the inputs of the head."""
+    states: torch.Tensor = model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )[0]
+    return states
 
 
 def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """Return the hidden states ``(batch, seq, hidden)`` from the arguments of a decoder block."""
     states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """Return the hidden states ``(batch, seq, hidden)`` from the output of a decoder block."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
@@ -301,7 +310,7 @@ def visit_outputs(
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: object, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
+            states = block_output(output)
             outputs[name] = states[positions.to(states.device)].float().cpu()
 
         return hook

@@ -30,12 +30,12 @@ def gather(model: PreTrainedModel, samples: Samples) -> Iterator[Grams]:
 
     Memory holds the matrices of one block at a time.
     """
-    groups, stream = group_linears(model.config, "projection").values(), BlockStream(model, samples)
+    groups = group_linears(model.config, "projection").values()
+    stream = BlockStream(model, samples)
     for index in range(model.config.num_hidden_layers):
         block = f"{family_of(model.config).block_path(index)}."
-        yield _of_block(
-            model, stream, index, [paths for paths in groups if paths[0].startswith(block)]
-        )
+        in_block = [paths for paths in groups if paths[0].startswith(block)]
+        yield _of_block(model, stream, index, in_block)
     yield {(logits_path(model.config),): _of_head(model, stream)}
 
 
@@ -43,10 +43,9 @@ def gram_bytes(layout: Layout, config: Any) -> list[int]:
     """Count the bytes of the Gram matrices of each block of a model, then of the head's."""
     columns = {linear.name: linear.columns for group in layout.groups for linear in group.linears}
     sizes: dict[str, int] = {}
-    for name, paths in group_linears(
-        config, "projection"
-    ).items():  # the layers of one share their input
+    for name, paths in group_linears(config, "projection").items():
         block = ".".join(name.split(".")[:2])
+        # The layers of a projection share their inputs.
         sizes[block] = sizes.get(block, 0) + 4 * columns[paths[0]] ** 2
     return [*sizes.values(), 4 * columns[logits_path(config)] ** 2]
 
@@ -69,22 +68,28 @@ def _of_block(
     def on_batch(tokens: torch.Tensor) -> None:
         nonlocal count
         count += int(tokens.sum())
-        for paths, each in inputs.items():
-            rows = at_tokens(each, tokens).float()
-            sums[paths] = sums[paths].addmm_(rows.T, rows) if paths in sums else rows.T @ rows
+        for paths, states in inputs.items():
+            rows = at_tokens(states, tokens).float()
+            if paths in sums:
+                sums[paths].addmm_(rows.T, rows)
+            else:
+                sums[paths] = rows.T @ rows
         inputs.clear()
 
+    layers = {paths: model.get_submodule(paths[0]) for paths in groups}
     with hooked(
-        model.get_submodule(paths[0]).register_forward_pre_hook(hook_for(paths)) for paths in groups
+        layer.register_forward_pre_hook(hook_for(paths)) for paths, layer in layers.items()
     ):
         stream.advance(index, on_batch)
     return {paths: gram / count for paths, gram in sums.items()}
 
 
 def _of_head(model: PreTrainedModel, stream: BlockStream) -> torch.Tensor:
-    sums, count = torch.zeros((), device=model.device), 0
+    sums = torch.zeros((), device=model.device)
+    count = 0
     for inputs in stream.head_inputs():
-        rows, count = inputs.float(), count + len(inputs)
+        rows = inputs.float()
+        count += len(inputs)
         sums = rows.T @ rows + sums.to(rows.device)
     if model.config.tie_word_embeddings:
         sums.diagonal().add_(LOOKUPS * sums.diagonal().mean())
