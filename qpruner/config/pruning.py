@@ -198,11 +198,6 @@ class PruneConfig(Section):
         return self.steps or next(few, math.ceil(round(rate / MOST_OF_A_STEP, 6)))
 
     @property
-    def looks_at_linears(self) -> bool:
-        """Whether importance is measured on the inputs of linear layers."""
-        return self.importance in ("fluctuation", "activation_norm")
-
-    @property
     def block_rate(self) -> float:
         """Share of all parameters to cut as whole blocks."""
         rate = self.rate or 0.0

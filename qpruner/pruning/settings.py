@@ -23,18 +23,23 @@ class Cut:
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:
     """Fill in `steps` and `compensation` if they are null, and reset keys without effect."""
     settings = settings.in_effect()
-    settings = settings.model_copy(update={"steps": settings.num_steps})
-    if settings.compensation is not None:
-        return settings
-    cannot = (
-        not settings.width_units and family_of(model_config).residual_factor(model_config) is None
-    )
-    return settings.model_copy(update={"compensation": "none" if cannot else "least_squares"})
+    filled: dict[str, Any] = {"steps": settings.num_steps}
+    if settings.compensation is None:
+        can = settings.width_units or _compensates_blocks(model_config)
+        filled["compensation"] = "least_squares" if can else "none"
+    return settings.model_copy(update=filled)
+
+
+def _compensates_blocks(model_config: Any) -> bool:
+    """Return True if other blocks can make up for dropped ones."""
+    return family_of(model_config).residual_factor(model_config) is not None
 
 
 def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]:
     """List the blocks that may be cut; raise `UserError` if a named block does not exist."""
-    count, first, last = model_config.num_hidden_layers, settings.first_layer, settings.last_layer
+    count = model_config.num_hidden_layers
+    first = settings.first_layer
+    last = settings.last_layer
     end = last if last >= 0 else count + last
     if not 0 <= first <= end < count:
         raise UserError(
@@ -46,13 +51,13 @@ def cuttable_layers(model_config: Any, settings: PruneConfig) -> tuple[int, ...]
 
 def check_settings(model_config: Any, settings: PruneConfig) -> None:
     """Raise `UserError` for settings that the model does not support."""
-    family, layers = family_of(model_config), cuttable_layers(model_config, settings)
+    layers = cuttable_layers(model_config, settings)
     solves_blocks = settings.compensates_by == "least_squares" and not settings.width_units
-    if solves_blocks and family.residual_factor(model_config) is None:
+    if solves_blocks and not _compensates_blocks(model_config):
         raise UserError(
             "`prune.compensation`: least_squares cannot make up for removed blocks of a "
-            f"{family.model_type} model, "
-            "which has a norm after the MLP: remove the key, or add attention to `prune.units`"
+            f"{family_of(model_config).model_type} model, which has a norm after the MLP: remove "
+            "the key, or add attention to `prune.units`"
         )
     if settings.uniform:
         _check_uniform(model_config, settings, layers)
@@ -69,7 +74,7 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
 
     The cut model must load without qpruner.
     """
-    family, count = family_of(model_config), model_config.num_hidden_layers
+    count = model_config.num_hidden_layers
     if len(layers) < count and settings.width_units:
         raise UserError(
             f"`prune.uniform`: all {count} blocks must be cut alike, but only {len(layers)} may be "
@@ -81,10 +86,9 @@ def _check_uniform(model_config: Any, settings: PruneConfig, layers: Sequence[in
         )
     if not _fits_uniform(model_config, settings):
         raise UserError(
-            f"`prune.uniform`: without qpruner a {family.model_type} model cannot have fewer "
-            "heads, because all heads "
-            f"together are as wide as its hidden states: set `prune.units: [{MLP}]`, or `uniform: "
-            "false`"
+            f"`prune.uniform`: without qpruner a {family_of(model_config).model_type} model cannot "
+            "have fewer heads, because all heads together are as wide as its hidden states: set "
+            f"`prune.units: [{MLP}]`, or `uniform: false`"
         )
 
 
@@ -93,18 +97,21 @@ def _fits_uniform(model_config: Any, settings: PruneConfig) -> bool:
 
     A single attention unit always stays, so that its number does not change.
     """
-    kinds = {kind.name: kind.num_units for kind in unit_kinds_of(model_config, [0])[0]}
-    return (
-        ATTENTION not in settings.width_units
-        or kinds[ATTENTION] == 1
-        or len(plain_counts(model_config, 0)) > 1
-    )
+    if ATTENTION not in settings.width_units:
+        return True
+    (attention,) = unit_kinds_of(model_config, [0], [ATTENTION])[0]
+    return attention.num_units == 1 or len(plain_counts(model_config, 0)) > 1
 
 
 def uniform_remedy(model_config: Any, settings: PruneConfig) -> str:
     """Say what to set, all of it at once, so that the blocks of a cut have the same widths."""
-    keys = ["`prune.uniform: true`"]
-    keys += ["`prune.selection: per_layer`"] if settings.selection == "global" else []
-    keys += [] if _fits_uniform(model_config, settings) else [f"`prune.units: [{MLP}]`"]
-    listed = " and ".join([", ".join(keys[:-1]), keys[-1]] if len(keys) > 1 else keys)
+    others = []
+    if settings.selection == "global":
+        others.append("`prune.selection: per_layer`")
+    if not _fits_uniform(model_config, settings):
+        others.append(f"`prune.units: [{MLP}]`")
+
+    listed = ", ".join(["`prune.uniform: true`", *others[:-1]])
+    if others:
+        listed += f" and {others[-1]}"
     return f"set {listed}, so that all blocks have the same widths"
