@@ -148,16 +148,13 @@ class PruneConfig(Section):
         Each has exactly one of `rate` and `layer_rate`.
         """
         if self.layer_rate is not None:
-            return {
-                f"layers-{_percent(self.layer_rate)}": self.model_copy(
-                    update={"rates": None, "rate": None}
-                )
-            }
-        rates = self.rates or (self.rate or 0.0,)
-        copies = {rate: self.model_copy(update={"rates": None, "rate": rate}) for rate in rates}
-        return {
-            f"cut-{_percent(rate)}" if rate else UNPRUNED: copy for rate, copy in copies.items()
-        }
+            name = f"layers-{_percent(self.layer_rate)}"
+            return {name: self.model_copy(update={"rates": None, "rate": None})}
+        cuts = {}
+        for rate in self.rates or (self.rate or 0.0,):
+            name = f"cut-{_percent(rate)}" if rate else UNPRUNED
+            cuts[name] = self.model_copy(update={"rates": None, "rate": rate})
+        return cuts
 
     @property
     def is_off(self) -> bool:
@@ -193,9 +190,13 @@ class PruneConfig(Section):
 
         Whole blocks are cut before the first step.
         """
-        rate = round((self.rate if self.width_units else None) or 0.0, 9)
-        few = (steps for steps, most in FEW_STEPS.items() if rate <= most)
-        return self.steps or next(few, math.ceil(round(rate / MOST_OF_A_STEP, 6)))
+        if self.steps:
+            return self.steps
+        rate = round(self.rate or 0.0, 9) if self.width_units else 0.0
+        for steps, most in FEW_STEPS.items():
+            if rate <= most:
+                return steps
+        return math.ceil(round(rate / MOST_OF_A_STEP, 6))
 
     @property
     def block_rate(self) -> float:
@@ -205,9 +206,9 @@ class PruneConfig(Section):
             return 0.0
         if not self.width_units:
             return rate
-        return (
-            min(rate / 2, MOST_OF_BLOCKS) if self.depth_share is None else rate * self.depth_share
-        )
+        if self.depth_share is None:
+            return min(rate / 2, MOST_OF_BLOCKS)
+        return rate * self.depth_share
 
     @model_validator(mode="before")
     @classmethod
@@ -222,7 +223,7 @@ class PruneConfig(Section):
         if any(raw.get(key) is not None for key in RATES):
             implied |= dict.fromkeys(RATES)
         if raw.get("layer_rate") is not None:
-            implied |= {"round_to": 1}
+            implied["round_to"] = 1
             if raw.get("importance", cls.model_fields["importance"].default) in REDUCING:
                 implied["query_heads"] = "modulo"
         if raw.get("layer_rate") is not None or raw.get("uniform") is True:

@@ -83,11 +83,16 @@ class BudgetConfig(Section):
     lowers them: cuts above it are not searched, and their plans cannot win."""
 
     @property
+    def sizes(self) -> dict[str, float]:
+        """The keys that give the size, and their values."""
+        values = self.model_dump(exclude={"flops_fraction"}, exclude_none=True)
+        return dict(values)
+
+    @property
     def size(self) -> tuple[str, float]:
         """The key that gives the size, and its value."""
-        return next(
-            (name, value) for name, value in self if value is not None and name != "flops_fraction"
-        )
+        ((key, value),) = self.sizes.items()
+        return key, value
 
 
 class QuantizeConfig(Section):
@@ -269,7 +274,8 @@ class SearchConfig(Section):
 
         These are `first_rung` times powers of `reduction_factor`, and the last step.
         """
-        rungs, step = [], self.first_rung
+        rungs = []
+        step = self.first_rung
         while step < self.steps:
             rungs.append(step)
             step *= self.reduction_factor
@@ -365,11 +371,9 @@ class ServeConfig(Section):
     @property
     def how(self) -> str:
         """Say what is measured of the forms, to follow their list."""
-        return (
-            "; those for llama.cpp are measured beside the base model, on the CPU"
-            if self.uses_llama_cpp
-            else ""
-        )
+        if not self.uses_llama_cpp:
+            return ""
+        return "; those for llama.cpp are measured beside the base model, on the CPU"
 
 
 class CardConfig(Section):
@@ -434,11 +438,12 @@ class RunConfig(Section):
     @property
     def warnings(self) -> tuple[str, ...]:
         """A sentence for every key that is set without effect."""
-        found = self.ignored()
+        reasons = self.ignored()
         for name, section in self:
-            for key, reason in section.ignored().items() if isinstance(section, Section) else ():
-                found.setdefault(f"{name}.{key}", reason)
-        return tuple(f"`{key}` has no effect: {reason}" for key, reason in found.items())
+            if isinstance(section, Section):
+                for key, reason in section.ignored().items():
+                    reasons.setdefault(f"{name}.{key}", reason)
+        return tuple(f"`{key}` has no effect: {reason}" for key, reason in reasons.items())
 
     def is_set(self, key: str) -> bool:
         """Return whether a key of a section, `section.key`, differs from its default."""
