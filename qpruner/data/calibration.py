@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -79,14 +79,17 @@ def visit_gradients(
 
         return hook
 
+    def mean(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return losses.sum() / counts.sum()
+
     with _gradients_of(model, parameters.values()):
-        hooks = (
-            parameter.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
-            for name, parameter in parameters.items()
-        )
+        hooks = []
+        for name, parameter in parameters.items():
+            hook = parameter.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
+            hooks.append(hook)
         with hooked(hooks):
             for batch in samples.batches(model.device):
-                _backward(model, batch, lambda losses, counts: losses.sum() / counts.sum())
+                _backward(model, batch, mean)
 
 
 def visit_mask_gradients(
@@ -105,11 +108,9 @@ def visit_mask_gradients(
 
     def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
         linear, dim = linears[name]
-        masked = (
-            values.float()
-            if dim == 1 or linear.bias is None
-            else values.float() - linear.bias.float()
-        )
+        masked = values.float()
+        if dim == 0 and linear.bias is not None:
+            masked = masked - linear.bias.float()
         by_sample = (masked * gradients.float()).sum(dim=1)
         if not torch.isfinite(by_sample).all():
             raise TrainingDiverged(
@@ -117,14 +118,15 @@ def visit_mask_gradients(
             )
         visit(name, by_sample)
 
-    places = {name: (linear, dim == 1, dim == 1) for name, (linear, dim) in linears.items()}
-    _visit_activations(
-        model,
-        places,
-        samples,
-        lambda losses, counts: (losses.sum(dim=1) / counts).sum(),
-        visit_both,
-    )
+    places = {}
+    for name, (linear, dim) in linears.items():
+        is_of_inputs = dim == 1
+        places[name] = _Place(linear, values=is_of_inputs, gradients=is_of_inputs)
+    _visit_activations(model, places, samples, _sum_of_means, visit_both)
+
+
+def _sum_of_means(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return (losses.sum(dim=1) / counts).sum()
 
 
 def visit_linear_gradients(
@@ -137,50 +139,55 @@ def visit_linear_gradients(
 
     Inputs are ``(samples, seq, columns)``, gradients ``(samples, seq, rows)``.
     """
-    places = {name: (linear, True, False) for name, linear in linears.items()}
+    places = {
+        name: _Place(linear, values=True, gradients=False) for name, linear in linears.items()
+    }
     _visit_activations(model, places, samples, lambda losses, counts: losses.sum(), visit)
+
+
+class _Place(NamedTuple):
+    """What to visit of a linear layer: values and gradients at its inputs (True) or outputs."""
+
+    linear: torch.nn.Linear
+    values: bool
+    gradients: bool
 
 
 def _visit_activations(
     model: PreTrainedModel,
-    places: Mapping[str, tuple[torch.nn.Linear, bool, bool]],
+    places: Mapping[str, _Place],
     samples: Samples,
     loss: Loss,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit activations and gradients ``(samples, seq, features)`` of linear layers.
-
-    `places` maps names to a layer, whether its activations are those of its inputs, and whether the
-    gradient is that at its inputs.
-    """
+    """Visit activations and gradients ``(samples, seq, features)`` of linear layers."""
     num_rows = 0
 
-    def hook_for(name: str, of_inputs: bool, at_inputs: bool) -> Callable[..., None]:
+    def by_row(states: torch.Tensor) -> torch.Tensor:
+        return states.reshape(num_rows, -1, states.shape[-1])
+
+    def hook_for(name: str, place: _Place) -> Callable[..., None]:
         def listen(
             module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> None:
             # Detached: a hook with a reference to its own tensor would keep the graph alive until
             # garbage collection.
-            values = (inputs[0] if of_inputs else output).detach()
+            values = (inputs[0] if place.values else output).detach()
 
             def on_gradient(gradient: torch.Tensor) -> None:
-                visit(
-                    name,
-                    *(each.reshape(num_rows, -1, each.shape[-1]) for each in (values, gradient)),
-                )
+                visit(name, by_row(values), by_row(gradient))
 
-            (inputs[0] if at_inputs else output).register_hook(on_gradient)  # type: ignore[no-untyped-call]
+            visited = inputs[0] if place.gradients else output
+            visited.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
         return listen
 
-    reach = model.get_input_embeddings().register_forward_hook(
-        lambda _, inputs, output: output.requires_grad_(True)
-    )
-    hooks = [
-        linear.register_forward_hook(hook_for(name, *which))
-        for name, (linear, *which) in places.items()
-    ]
-    with hooked([reach, *hooks]), _gradients_of(model, ()):
+    # Gradients must flow although no parameter needs one.
+    embeddings = model.get_input_embeddings()
+    hooks = [embeddings.register_forward_hook(lambda _, inputs, output: output.requires_grad_())]
+    for name, place in places.items():
+        hooks.append(place.linear.register_forward_hook(hook_for(name, place)))
+    with hooked(hooks), _gradients_of(model, ()):
         for batch in samples.batches(model.device):
             num_rows = len(batch["input_ids"])
             _backward(model, batch, loss)
@@ -216,7 +223,9 @@ class InputMoments:
     """
 
     def __init__(self) -> None:
-        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+        self._count = 0
+        self._sum = torch.zeros(())
+        self._squares = torch.zeros(())
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add the inputs ``(tokens, features)`` of a batch."""
@@ -256,9 +265,8 @@ def visit_inputs(
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, inputs: visit(name, at_tokens(inputs[0], tokens))
 
-    with hooked(
-        module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()
-    ):
+    hooks = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+    with hooked(hooks):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             run_base(model, batch)
@@ -319,7 +327,8 @@ def visit_outputs(
         for batch in samples.batches(model.device):
             positions = predicting(batch["labels"])
             logits = predicted_logits(model, batch)
-            for name, output in (outputs | {"model.lm_head": logits}).items():
+            checked = outputs | {"model.lm_head": logits}
+            for name, output in checked.items():
                 if not torch.isfinite(output).all():
                     raise TrainingDiverged(
                         f"the output of {name} is NaN or infinite on the calibration samples"

@@ -26,7 +26,8 @@ class Estimate(NamedTuple):
 
 def over_questions(values: Sequence[float]) -> Estimate:
     """Average over the questions of one task."""
-    count, mean = len(values), statistics.fmean(values)
+    count = len(values)
+    mean = statistics.fmean(values)
     if count == 1:
         return Estimate(mean, math.nan)
     # `statistics.stdev` uses exact fractions, which takes 2 to 4 times as long.
@@ -36,22 +37,24 @@ def over_questions(values: Sequence[float]) -> Estimate:
 
 def less(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Subtract the values of theirs from ours, question by question."""
-    return [one - other for one, other in zip(ours, theirs, strict=True)]
+    return [our - their for our, their in zip(ours, theirs, strict=True)]
 
 
 def over_tasks(tasks: Answers) -> Estimate:
     """Average the means of all tasks with equal weights."""
-    each = [over_questions(values) for values in tasks]
-    stderr = math.sqrt(sum(task.stderr**2 for task in each)) / len(each)
-    return Estimate(statistics.fmean(task.mean for task in each), stderr)
+    estimates = [over_questions(values) for values in tasks]
+    mean = statistics.fmean(estimate.mean for estimate in estimates)
+    variance = sum(estimate.stderr**2 for estimate in estimates)
+    return Estimate(mean, math.sqrt(variance) / len(estimates))
 
 
 def averaged(models: Sequence[Answers]) -> list[list[float]]:
     """Average the values of several models for each question."""
-    return [
-        [sum(values) / len(models) for values in zip(*task, strict=True)]
-        for task in zip(*models, strict=True)
-    ]
+    means = []
+    for of_task in zip(*models, strict=True):
+        by_question = zip(*of_task, strict=True)
+        means.append([sum(values) / len(models) for values in by_question])
+    return means
 
 
 class Interval(NamedTuple):
@@ -66,7 +69,9 @@ class Interval(NamedTuple):
 
         It is False for values that are all equal, which do not prove that their spread is zero.
         """
-        return bool(self.half_width) and abs(self.mean) > (self.half_width or 0.0)
+        if not self.half_width:
+            return False
+        return abs(self.mean) > self.half_width
 
 
 def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
@@ -95,7 +100,8 @@ def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
     import numpy as np
 
     tasks = [np.array(of_task) for of_task in zip(*by_seed, strict=True)]  # each (seeds, questions)
-    num_seeds, num_tasks = len(by_seed), len(tasks)
+    num_seeds = len(by_seed)
+    num_tasks = len(tasks)
     seed_means = np.mean([task.mean(axis=1) for task in tasks], axis=0)
     mean = float(seed_means.mean())
     if any(task.shape[1] < 2 for task in tasks):
@@ -122,7 +128,8 @@ def prediction_interval(values: Sequence[float]) -> Interval:
 
     The interval holds that value with a probability of 95 % (Student).
     """
-    spread = quantile(len(values) - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
+    count = len(values)
+    spread = quantile(count - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / count)
     return Interval(statistics.fmean(values), spread)
 
 

@@ -4,6 +4,7 @@
 """
 
 import csv
+import itertools
 import json
 import logging
 import re
@@ -70,10 +71,11 @@ def normalized(text: str) -> str:
 
 def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
     """Read the rows of all sources under the configuration key `key`, and map their columns."""
-    read = together(
-        *(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources))
-    )
-    if not (examples := [example for rows in read for example in rows]):
+    reads = []
+    for index, source in enumerate(sources):
+        reads.append(partial(_examples_of, source, f"{key}.{index}"))
+    examples = list(itertools.chain(*together(*reads)))
+    if not examples:
         raise UserError(
             f"`{key}` has no rows: name a source with rows, or raise the `limit` of one"
         )
@@ -89,11 +91,12 @@ def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
     for name, identities in splits.items():
         rows = {identity for identity in identities if identity}
         for other, other_rows in checked:
-            if shared := rows & other_rows:
-                rows_in_both = f"{counted(len(shared), 'row')}, such as {min(shared)[:90]!r}"
-                remedy = "select other rows or another split"
+            shared = rows & other_rows
+            if shared:
                 raise UserError(
-                    f"{other} and {name} share {rows_in_both}; they must not overlap: {remedy}"
+                    f"{other} and {name} share {counted(len(shared), 'row')}, such as "
+                    f"{min(shared)[:90]!r}; they must not overlap: select other rows or another "
+                    "split"
                 )
         checked.append((name, rows))
 
@@ -119,22 +122,24 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
             rows = datasets.load_dataset(path, source.subset, split=source.split)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # datasets raises many types for unreadable files and unreachable hubs
-        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(
-            error.__cause__ or error
-        )
+    # datasets raises many types for unreadable files and unreachable hubs.
+    except Exception as error:
+        reason = _line_without_row(Path(path)) if suffix == ".jsonl" else None
+        reason = reason or first_line(error.__cause__ or error)
         if any(words in reason for words in SPLIT_REFUSALS):
-            why = f"{source.split!r} selects no rows of {source.source!r} ({reason})"
             raise UserError(
-                f"`{key}.split`: {why}; name a split of it, such as `train[:100]`"
+                f"`{key}.split`: {source.split!r} selects no rows of {source.source!r} "
+                f"({reason}); name a split of it, such as `train[:100]`"
             ) from error
-        why = f"no rows can be read from {source.source!r}: {reason}"
-        raise UserError(f"`{key}.source`: {why}; correct the source or name another") from error
+        raise UserError(
+            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; correct the "
+            "source or name another"
+        ) from error
+
     _check_columns(rows.column_names, source, key)
-    count = len(rows) if source.limit is None else min(source.limit, len(rows))
-    return [_to_example(dict(row), source, key) for row in rows.select(range(count))]
+    if source.limit is not None:
+        rows = rows.select(range(min(source.limit, len(rows))))
+    return [_to_example(dict(row), source, key) for row in rows]
 
 
 def _read_file(path: Path, split: str, key: str) -> Any:
@@ -144,15 +149,15 @@ def _read_file(path: Path, split: str, key: str) -> Any:
         raise UserError(f"`{key}.source`: file {path} does not exist; name a data file or a hub id")
     if not path.stat().st_size:
         raise UserError(f"`{key}.source`: file {path} is empty; name another file")
-    builder, options = BUILDERS[path.suffix.lower()], dict[str, Any]()
+    builder = BUILDERS[path.suffix.lower()]
+    options: dict[str, Any] = {}
     if builder == "csv":
         # Every cell is text: pandas would read `007` as the number 7, and `null` or `NA` as an
         # empty cell.
         with path.open(newline="", encoding="utf-8") as file:
             columns = next(csv.reader(file))
-        options["features"] = datasets.Features(
-            {column: datasets.Value("string") for column in columns}
-        )
+        text = datasets.Value("string")
+        options["features"] = datasets.Features(dict.fromkeys(columns, text))
         options["keep_default_na"] = False
     return datasets.load_dataset(builder, data_files=str(path), split=split, **options)
 
@@ -175,9 +180,12 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
     `available` lists the columns of the data.
     """
     known = COLUMNS[source.format]
-    if unknown := sorted(set(source.columns) - set(known)):
-        rule = f"format {source.format} knows the keys {', '.join(known)}"
-        raise UserError(f"`{key}.columns` has the keys {', '.join(unknown)}, but {rule}")
+    unknown = sorted(set(source.columns) - set(known))
+    if unknown:
+        raise UserError(
+            f"`{key}.columns` has the keys {', '.join(unknown)}, but format {source.format} knows "
+            f"the keys {', '.join(known)}"
+        )
     for column in known:
         mapped = _mapped(source, column, available)
         if len(mapped) > 1 and column != "choices":
@@ -185,36 +193,42 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
                 f"`{key}.columns.{column}` must name one column, got {', '.join(mapped)}"
             )
         missing = [name for name in mapped if name not in available]
-        if missing and not (column == "input" and column not in source.columns):
-            why = f"the data have no column {', '.join(missing)}, only {', '.join(available)}"
-            remedy = f"name one of them, such as `columns: {{{column}: {available[0]}}}`"
-            raise UserError(f"`{key}.columns.{column}`: {why}; {remedy}")
+        is_optional = column == "input" and column not in source.columns
+        if missing and not is_optional:
+            raise UserError(
+                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}, only "
+                f"{', '.join(available)}; name one of them, such as `columns: {{{column}: "
+                f"{available[0]}}}`"
+            )
 
 
 def _mapped(source: DataSource, column: str, available: Collection[str]) -> tuple[str, ...]:
-    other = "answerKey" if column == "answer" else column  # the name in ARC
-    value = source.columns.get(
-        column, column if column in available or other not in available else other
-    )
-    return (value,) if isinstance(value, str) else tuple(value)
+    """Return the columns of the data that a column of the row format is made of."""
+    named = source.columns.get(column, column)
+    if isinstance(named, tuple):
+        return named
+    if column == "answer" and column not in source.columns and column not in available:
+        named = "answerKey" if "answerKey" in available else column  # the name in ARC
+    return (named,)
 
 
 def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     def value(column: str) -> str:
-        found = row.get(_mapped(source, column, row)[0])
-        return "" if found is None else str(found)
+        cell = row.get(_mapped(source, column, row)[0])
+        return "" if cell is None else str(cell)
 
     if source.format == "text":
         return Example("text", "", "", value("text"))
     if source.format == "instruction":
         return Example("instruction", value("instruction"), value("input"), value("output"))
     columns = _mapped(source, "choices", row)
-    if len(columns) == 1 and not isinstance(row[columns[0]], (list, dict)):
-        why = f"column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}"
+    cells = row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
+    if not isinstance(cells, (list, dict)):
         raise UserError(
-            f"`{key}.columns.choices`: {why}; if each choice has its own column, list these columns"
+            f"`{key}.columns.choices`: column {columns[0]} must hold a list of choices, got "
+            f"{cells!r:.60}; if each choice has its own column, list these columns"
         )
-    choices, labels = _choices(row, columns)
+    choices, labels = _choices(cells)
     answer = row[_mapped(source, "answer", row)[0]]
     if isinstance(answer, str) and answer in labels:
         index = labels.index(answer)
@@ -228,14 +242,9 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     return Example("multiple_choice", value("question"), "", choices[index])
 
 
-def _choices(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Return texts and labels of the choices.
-
-    They come from several columns, from a list, or from ARC's `{text, label}`.
-    """
-    found = [row[column] for column in columns] if len(columns) > 1 else row[columns[0]]
-    if isinstance(found, dict):
-        return list(found["text"]), list(found["label"])
-    return [str(text) for text in found], [
-        chr(ord("A") + position) for position in range(len(found))
-    ]
+def _choices(cells: list[Any] | dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return texts and labels of the choices, from a list of texts or ARC's `{text, label}`."""
+    if isinstance(cells, dict):
+        return list(cells["text"]), list(cells["label"])
+    letters = [chr(ord("A") + position) for position in range(len(cells))]
+    return [str(text) for text in cells], letters
