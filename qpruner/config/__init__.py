@@ -1,4 +1,6 @@
-"""Define a run's configuration: its fields (`schema`), rules between keys (`rules`), loading and
-overrides (`load`)."""
+"""Define a run's configuration.
+
+Its fields are in `schema`, the rules between keys in `rules`, loading and overrides in `load`.
+"""
 
 from qpruner.config import rules as rules

@@ -14,7 +14,10 @@ from qpruner.wording import counted
 
 PATTERNS = {
     HUB_ID.pattern: "must be a hub id, OWNER/NAME or NAME, such as HuggingFaceTB/SmolLM2-135M",
-    LICENSE_ID: "must be the hub's identifier of a licence, in small letters without spaces, such as apache-2.0",
+    LICENSE_ID: (
+        "must be the hub's identifier of a licence, in small letters without spaces, such as "
+        "apache-2.0"
+    ),
 }
 """The rule in words for each regular expression of the schema."""
 
@@ -24,7 +27,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
-        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -55,11 +60,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        remedy = (
-            "replace its tabs by spaces, two for each level"
-            if "'\\t'" in str(error)
-            else "correct it"
-        )
+        remedy = "correct it"
+        if "'\\t'" in str(error):
+            remedy = "replace its tabs by spaces, two for each level"
         raise UserError(f"{path} is not valid YAML: {error}; {remedy}, or {examples}") from error
     if not isinstance(raw, dict):
         raise UserError(
@@ -76,10 +79,11 @@ def validate_config(raw: dict[str, Any], source: str | None = None) -> RunConfig
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         # If items of a list are wrong, pydantic also reports the list as too short.
-        problems = [
-            each for each in error.errors() if each["type"] != "too_short" or not each["input"]
-        ]
-        raise ConfigError(map(_explain, problems), source) from error
+        problems = []
+        for problem in error.errors():
+            if problem["type"] != "too_short" or not problem["input"]:
+                problems.append(_explain(problem))
+        raise ConfigError(problems, source) from error
 
 
 def config_schema() -> str:
@@ -105,8 +109,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         place = _place_in(here, section, override)
         here = here[place] if isinstance(here, list) else here.setdefault(place, {})
         if not isinstance(here, dict | list):
-            about = "is not a section; `qpruner check --show-config` prints every key"
-            raise UserError(f"--set {override}: `{section}` {about}")
+            raise UserError(
+                f"--set {override}: `{section}` is not a section; `qpruner check --show-config` "
+                "prints every key"
+            )
     place = _place_in(here, last, override)
     if text.strip():
         here[place] = value
@@ -122,8 +128,10 @@ def _place_in(here: dict[str, Any] | list[Any], part: str, override: str) -> Any
     if isinstance(here, dict):
         return part
     if not part.isdecimal() or int(part) >= len(here):
-        rule = f"must be the number of an item, counted from 0, in a list of {counted(len(here), 'item')}"
-        raise UserError(f"--set {override}: `{part}` {rule}; to add an item, give the whole list")
+        raise UserError(
+            f"--set {override}: `{part}` must be the number of an item, counted from 0, in a list "
+            f"of {counted(len(here), 'item')}; to add an item, give the whole list"
+        )
     return int(part)
 
 
@@ -153,23 +161,24 @@ def _explain(problem: Any) -> str:
 
 
 def _unknown_key(location: list[str | int]) -> str | None:
-    """Name the first unknown key on the way to a location, with the nearest known one; None if all
-    keys are known."""
+    """Describe the first unknown key on the way to a location, with the nearest known one.
+
+    Return None if all keys are known.
+    """
     for end, part in enumerate(location):
-        above, known = location[:end], _known_keys(location[:end])
+        above = location[:end]
+        known = _known_keys(above)
         if isinstance(part, str) and known and part not in known:
-            prefix = "".join(f"{each}." for each in above)
-            inside = [
+            prefix = "".join(f"{name}." for name in above)
+            nearest = [
                 f"{section}.{part}" for section in known if part in _known_keys([*above, section])
             ]
-            nearest = inside or [
-                f"{prefix}{key}" for key in difflib.get_close_matches(part, known, n=1, cutoff=0.5)
-            ]
-            hint = (
-                f"did you mean `{nearest[0]}`?"
-                if nearest
-                else f"known keys: {', '.join(sorted(known))}"
-            )
+            if not nearest:
+                nearest = difflib.get_close_matches(part, known, n=1, cutoff=0.5)
+                nearest = [f"{prefix}{key}" for key in nearest]
+            hint = f"known keys: {', '.join(sorted(known))}"
+            if nearest:
+                hint = f"did you mean `{nearest[0]}`?"
             return f"`{prefix}{part}` is not a known key; {hint}"
     return None
 
@@ -177,12 +186,17 @@ def _unknown_key(location: list[str | int]) -> str | None:
 def _known_keys(location: list[str | int]) -> list[str]:
     """Return the fields of the section at a location; none if it is no section."""
     section: type[BaseModel] | None = RunConfig
-    for part in (part for part in location if isinstance(part, str)):
-        section = _section_of(section.model_fields[part].annotation) if section else None
+    for part in location:
+        if section and isinstance(part, str):
+            section = _section_of(section.model_fields[part].annotation)
     return list(section.model_fields) if section else []
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(filter(None, map(_section_of, get_args(annotation))), None)
+    for argument in get_args(annotation):
+        section = _section_of(argument)
+        if section:
+            return section
+    return None

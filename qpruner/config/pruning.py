@@ -143,18 +143,18 @@ class PruneConfig(Section):
 
     @property
     def cuts(self) -> dict[str, PruneConfig]:
-        """The cuts by name, each with one `rate` or `layer_rate`, the one that removes least first."""
+        """Return the cuts by name, the one that removes least first.
+
+        Each has exactly one of `rate` and `layer_rate`.
+        """
         if self.layer_rate is not None:
-            return {
-                f"layers-{_percent(self.layer_rate)}": self.model_copy(
-                    update={"rates": None, "rate": None}
-                )
-            }
-        rates = self.rates or (self.rate or 0.0,)
-        copies = {rate: self.model_copy(update={"rates": None, "rate": rate}) for rate in rates}
-        return {
-            f"cut-{_percent(rate)}" if rate else UNPRUNED: copy for rate, copy in copies.items()
-        }
+            name = f"layers-{_percent(self.layer_rate)}"
+            return {name: self.model_copy(update={"rates": None, "rate": None})}
+        cuts = {}
+        for rate in self.rates or (self.rate or 0.0,):
+            name = f"cut-{_percent(rate)}" if rate else UNPRUNED
+            cuts[name] = self.model_copy(update={"rates": None, "rate": rate})
+        return cuts
 
     @property
     def is_off(self) -> bool:
@@ -173,7 +173,10 @@ class PruneConfig(Section):
 
     @property
     def criterion(self) -> str:
-        """The kind of importance that ranks units; `block_influence` if only whole blocks are cut."""
+        """Return the kind of importance that ranks units.
+
+        It is `block_influence` if only whole blocks are cut.
+        """
         return self.importance if self.width_units else "block_influence"
 
     @property
@@ -183,15 +186,17 @@ class PruneConfig(Section):
 
     @property
     def num_steps(self) -> int:
-        """Number of steps that cut units inside blocks; whole blocks are cut before the first step."""
-        rate = round((self.rate if self.width_units else None) or 0.0, 9)
-        few = (steps for steps, most in FEW_STEPS.items() if rate <= most)
-        return self.steps or next(few, math.ceil(round(rate / MOST_OF_A_STEP, 6)))
+        """Return the number of steps that cut units inside blocks.
 
-    @property
-    def looks_at_linears(self) -> bool:
-        """Whether importance is measured on the inputs of linear layers."""
-        return self.importance in ("fluctuation", "activation_norm")
+        Whole blocks are cut before the first step.
+        """
+        if self.steps:
+            return self.steps
+        rate = round(self.rate or 0.0, 9) if self.width_units else 0.0
+        for steps, most in FEW_STEPS.items():
+            if rate <= most:
+                return steps
+        return math.ceil(round(rate / MOST_OF_A_STEP, 6))
 
     @property
     def block_rate(self) -> float:
@@ -201,22 +206,24 @@ class PruneConfig(Section):
             return 0.0
         if not self.width_units:
             return rate
-        return (
-            min(rate / 2, MOST_OF_BLOCKS) if self.depth_share is None else rate * self.depth_share
-        )
+        if self.depth_share is None:
+            return min(rate / 2, MOST_OF_BLOCKS)
+        return rate * self.depth_share
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, raw: Any) -> Any:
-        """Set what `layer_rate` and `uniform` imply for other keys that are not given, such as
-        `selection`."""
+        """Set what `layer_rate` and `uniform` imply for keys that are not given.
+
+        An example is `selection`.
+        """
         if not isinstance(raw, dict):
             return raw
         implied: dict[str, Any] = {}
         if any(raw.get(key) is not None for key in RATES):
             implied |= dict.fromkeys(RATES)
         if raw.get("layer_rate") is not None:
-            implied |= {"round_to": 1}
+            implied["round_to"] = 1
             if raw.get("importance", cls.model_fields["importance"].default) in REDUCING:
                 implied["query_heads"] = "modulo"
         if raw.get("layer_rate") is not None or raw.get("uniform") is True:

@@ -65,8 +65,10 @@ class DataConfig(Section):
 
 
 class BudgetConfig(Section):
-    """The size that a plan may have (give exactly one of the first four keys), and its
-    multiply-adds."""
+    """The size that a plan may have, and the multiply-adds.
+
+    Exactly one of the first four keys gives the size.
+    """
 
     fraction: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """0: the size with every group in its smallest format; 1: in its largest; linear between."""
@@ -81,11 +83,16 @@ class BudgetConfig(Section):
     lowers them: cuts above it are not searched, and their plans cannot win."""
 
     @property
+    def sizes(self) -> dict[str, float]:
+        """The keys that give the size, and their values."""
+        values = self.model_dump(exclude={"flops_fraction"}, exclude_none=True)
+        return dict(values)
+
+    @property
     def size(self) -> tuple[str, float]:
         """The key that gives the size, and its value."""
-        return next(
-            (name, value) for name, value in self if value is not None and name != "flops_fraction"
-        )
+        ((key, value),) = self.sizes.items()
+        return key, value
 
 
 class QuantizeConfig(Section):
@@ -180,8 +187,10 @@ MEASUREMENT = ("kl", "loss")
 
 
 class SensitivityConfig(Section):
-    """Scores how much each group suffers in a smaller format, for the controls and the searcher's
-    prior."""
+    """Score how much each group suffers in a smaller format.
+
+    The scores give the controls and the searcher's prior.
+    """
 
     methods: tuple[SensitivityMethod, ...] = get_args(SensitivityMethod)
     """Methods to measure, on the least pruned cut; see [the
@@ -219,11 +228,11 @@ class SearchConfig(Section):
     max_trials: Positive = 16
     """The search ends after this many trials, controls included."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """The search ends after this many hours, interrupted sessions included; running trials finish.
-    """
+    """The search ends after this many hours, interrupted sessions included; running
+    trials finish."""
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """The search ends after its trials have held GPUs for this many hours; running trials finish.
-    """
+    """The search ends after its trials have held GPUs for this many hours; running
+    trials finish."""
     plan: Named | None = None
     """Fine-tune this plan instead of searching: a file (`qpruner plan` prints one), or a method of
     `sensitivity.methods` for its seed plan. `--plan` sets it too."""
@@ -243,10 +252,8 @@ class SearchConfig(Section):
     tasks: tuple[str, ...] = ()
     """lm-eval tasks scored at every rung."""
     limit: Positive | None = None
-    """Maximum questions per task.
-
-    Needed unless `metric` is loss: as many further questions choose the winner.
-    """
+    """Maximum questions per task. Needed unless `metric` is loss: as many further questions choose
+    the winner."""
     confirm: Positive = 3
     """Number of best trials to score on fresh rows, beside the controls."""
     confirm_seeds: Annotated[int, Field(ge=0)] = 1
@@ -263,9 +270,12 @@ class SearchConfig(Section):
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Steps at which trials are scored: `first_rung` times powers of `reduction_factor`, and
-        the last step."""
-        rungs, step = [], self.first_rung
+        """Return the steps at which trials are scored.
+
+        These are `first_rung` times powers of `reduction_factor`, and the last step.
+        """
+        rungs = []
+        step = self.first_rung
         while step < self.steps:
             rungs.append(step)
             step *= self.reduction_factor
@@ -273,8 +283,7 @@ class SearchConfig(Section):
 
     @property
     def plan_method(self) -> str | None:
-        """The sensitivity method that chooses the plan instead of a search; None if `plan` names no
-        method."""
+        """Return the sensitivity method that gives the plan; None if `plan` names no method."""
         return self.plan if self.plan in get_args(SensitivityMethod) else None
 
     @property
@@ -294,8 +303,10 @@ class SearchConfig(Section):
 
     @property
     def named_metric(self) -> str | None:
-        """The lm-eval metric that `metric` names; None for the loss, and for `accuracy`, which
-        depends on the task."""
+        """Return the lm-eval metric that `metric` names.
+
+        It is None for the loss, and for `accuracy`, which depends on the task.
+        """
         return None if self.metric in ("loss", "accuracy") else self.metric
 
 
@@ -360,11 +371,9 @@ class ServeConfig(Section):
     @property
     def how(self) -> str:
         """Say what is measured of the forms, to follow their list."""
-        return (
-            "; those for llama.cpp are measured beside the base model, on the CPU"
-            if self.uses_llama_cpp
-            else ""
-        )
+        if not self.uses_llama_cpp:
+            return ""
+        return "; those for llama.cpp are measured beside the base model, on the CPU"
 
 
 class CardConfig(Section):
@@ -429,11 +438,12 @@ class RunConfig(Section):
     @property
     def warnings(self) -> tuple[str, ...]:
         """A sentence for every key that is set without effect."""
-        found = self.ignored()
+        reasons = self.ignored()
         for name, section in self:
-            for key, reason in section.ignored().items() if isinstance(section, Section) else ():
-                found.setdefault(f"{name}.{key}", reason)
-        return tuple(f"`{key}` has no effect: {reason}" for key, reason in found.items())
+            if isinstance(section, Section):
+                for key, reason in section.ignored().items():
+                    reasons.setdefault(f"{name}.{key}", reason)
+        return tuple(f"`{key}` has no effect: {reason}" for key, reason in reasons.items())
 
     def is_set(self, key: str) -> bool:
         """Return whether a key of a section, `section.key`, differs from its default."""

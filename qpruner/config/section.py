@@ -6,21 +6,23 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
-Idle = tuple[bool, str, tuple[str, ...]]
-"""Whether a reason applies, the reason, and the keys that have no effect because of it."""
+Idle = tuple[str, Iterable[str]]
+"""A reason, and the keys that have no effect because of it."""
 
 
 class Section(BaseModel):
-    """Base of every section: frozen; refuses unknown keys, infinities, and booleans in place of
-    other values."""
+    """Base of every section of the configuration, which is frozen.
+
+    Unknown keys, infinities, and booleans in place of other values are refused.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
     rules: ClassVar[Callable[[Any], Iterable[str]]] = lambda _: ()
     """Yields a message for each broken rule between keys; `qpruner.config.rules` sets it."""
-    idle_keys: ClassVar[Callable[[Any], tuple[Idle, ...]]] = lambda _: ()
-    """Returns the possible reasons for keys without effect; `qpruner.config.rules` sets it."""
+    idle_keys: ClassVar[Callable[[Any], Iterable[Idle]]] = lambda _: ()
+    """Yields the reasons for keys without effect; `qpruner.config.rules` sets it."""
 
     def is_set(self, key: str) -> bool:
         """Return whether a key differs from its default."""
@@ -28,44 +30,41 @@ class Section(BaseModel):
 
     def ignored(self) -> dict[str, str]:
         """Return the keys that are set without effect, each with the first reason."""
-        found: dict[str, str] = {}
-        for is_idle, reason, keys in type(self).idle_keys(self):
-            for key in keys if is_idle else ():
+        reasons: dict[str, str] = {}
+        for reason, keys in type(self).idle_keys(self):
+            for key in keys:
                 if self.is_set(key):
-                    found.setdefault(key, reason)
-        return found
+                    reasons.setdefault(key, reason)
+        return reasons
 
     def in_effect(self) -> Self:
         """Return a copy of the section in which every key without effect is set to its default."""
-        return self.model_copy(
-            update={key: type(self).model_fields[key].default for key in self.ignored()}
-        )
+        fields = type(self).model_fields
+        return self.model_copy(update={key: fields[key].default for key in self.ignored()})
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
-            rule = (
-                f"must not be a boolean, got {value} (YAML reads yes, no, on and off as booleans)"
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            raise ValueError(
+                f"must not be a boolean, got {value} (YAML reads yes, no, on and off as booleans): "
+                "give a number, or quote a word such as 'no'"
             )
-            raise ValueError(f"{rule}: give a number, or quote a word such as 'no'")
         return value
 
     @field_validator("*")
     @classmethod
     def _name_each_once(cls, value: Any) -> Any:
-        names = (
-            [each for each in value if isinstance(each, str)] if isinstance(value, tuple) else []
-        )
-        if len(set(names)) < len(names):
-            raise ValueError(f"must name each once, got {', '.join(names)}")
+        if isinstance(value, tuple):
+            names = [item for item in value if isinstance(item, str)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"must name each once, got {', '.join(names)}")
         return value
 
     @model_validator(mode="after")
     def _obey_rules(self) -> Self:
-        if problems := list(type(self).rules(self)):
+        problems = list(type(self).rules(self))
+        if problems:
             raise ValueError("; ".join(problems))
         return self

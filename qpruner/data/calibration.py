@@ -1,12 +1,14 @@
-"""Run calibration samples through a model, and call a visitor with gradients, inputs or outputs of
-each batch."""
+"""Run calibration samples through a model, and call a visitor on every batch.
+
+Visitors get gradients, inputs or outputs of layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,14 +21,18 @@ if TYPE_CHECKING:
 OnProgress = Callable[[int, int], None]
 """Callback for progress: it gets the number of finished steps and the total number."""
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Function from token losses ``(samples, seq)`` and the number of labelled tokens per sample to the
-loss of a batch."""
+"""Function that computes the loss of a batch from token losses ``(samples, seq)``.
+
+Its second argument is the number of labelled tokens of each sample.
+"""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Encoded calibration samples; `on_progress` counts batches, or blocks or groups of layers in
-    loops over these."""
+    """Hold encoded calibration samples, the size of their batches, and a callback for progress.
+
+    `on_progress` counts batches, or blocks or groups of layers in loops over these.
+    """
 
     rows: Rows
     pad_id: int
@@ -52,8 +58,11 @@ def visit_gradients(
     samples: Samples,
     visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
 ) -> None:
-    """Visit each parameter with its gradient of the mean loss of each batch; one gradient is held
-    at a time."""
+    """Visit each parameter with its gradient of the mean loss of each batch.
+
+    One gradient is held in memory at a time. Raise `TrainingDiverged` if a gradient is NaN or
+    infinite.
+    """
 
     def hook_for(name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -70,14 +79,17 @@ def visit_gradients(
 
         return hook
 
+    def mean(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return losses.sum() / counts.sum()
+
     with _gradients_of(model, parameters.values()):
-        hooks = (
-            parameter.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
-            for name, parameter in parameters.items()
-        )
+        hooks = []
+        for name, parameter in parameters.items():
+            hook = parameter.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
+            hooks.append(hook)
         with hooked(hooks):
             for batch in samples.batches(model.device):
-                _backward(model, batch, lambda losses, counts: losses.sum() / counts.sum())
+                _backward(model, batch, mean)
 
 
 def visit_mask_gradients(
@@ -86,21 +98,19 @@ def visit_mask_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Visit ``sum w_ij dL/dw_ij`` over each row or column of linear layers, float32 ``(samples,
-    rows or columns)``.
+    """Visit ``sum w_ij dL/dw_ij`` over the rows or columns of linear layers, for each sample.
 
-    This is the gradient of a sample's mean loss L at a mask factor. With ``y = W x + b``, token t
-    adds ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj dL/dx_tj`` to column j: one backward pass
-    gives a whole batch. `linears` maps names to a layer and 0 (rows) or 1 (columns).
+    Values are float32 ``(samples, rows or columns)``: the gradient of a sample's mean loss L at a
+    mask factor. With ``y = W x + b``, token t adds ``(y_ti - b_i) dL/dy_ti`` to row i and ``x_tj
+    dL/dx_tj`` to column j: one backward pass gives a whole batch. `linears` maps names to a layer
+    and 0 (rows) or 1 (columns). Raise `TrainingDiverged` if a value is NaN or infinite.
     """
 
     def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
         linear, dim = linears[name]
-        masked = (
-            values.float()
-            if dim == 1 or linear.bias is None
-            else values.float() - linear.bias.float()
-        )
+        masked = values.float()
+        if dim == 0 and linear.bias is not None:
+            masked = masked - linear.bias.float()
         by_sample = (masked * gradients.float()).sum(dim=1)
         if not torch.isfinite(by_sample).all():
             raise TrainingDiverged(
@@ -108,14 +118,15 @@ def visit_mask_gradients(
             )
         visit(name, by_sample)
 
-    places = {name: (linear, dim == 1, dim == 1) for name, (linear, dim) in linears.items()}
-    _visit_activations(
-        model,
-        places,
-        samples,
-        lambda losses, counts: (losses.sum(dim=1) / counts).sum(),
-        visit_both,
-    )
+    places = {}
+    for name, (linear, dim) in linears.items():
+        is_of_inputs = dim == 1
+        places[name] = _Place(linear, values=is_of_inputs, gradients=is_of_inputs)
+    _visit_activations(model, places, samples, _sum_of_means, visit_both)
+
+
+def _sum_of_means(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return (losses.sum(dim=1) / counts).sum()
 
 
 def visit_linear_gradients(
@@ -124,49 +135,59 @@ def visit_linear_gradients(
     samples: Samples,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit inputs ``(samples, seq, columns)`` of layers, and gradients ``(samples, seq, rows)`` at
-    their outputs."""
-    places = {name: (linear, True, False) for name, linear in linears.items()}
+    """Visit the inputs of linear layers, and the gradients of the loss at their outputs.
+
+    Inputs are ``(samples, seq, columns)``, gradients ``(samples, seq, rows)``.
+    """
+    places = {
+        name: _Place(linear, values=True, gradients=False) for name, linear in linears.items()
+    }
     _visit_activations(model, places, samples, lambda losses, counts: losses.sum(), visit)
+
+
+class _Place(NamedTuple):
+    """What to visit of a linear layer: values and gradients at its inputs (True) or outputs."""
+
+    linear: torch.nn.Linear
+    values: bool
+    gradients: bool
 
 
 def _visit_activations(
     model: PreTrainedModel,
-    places: Mapping[str, tuple[torch.nn.Linear, bool, bool]],
+    places: Mapping[str, _Place],
     samples: Samples,
     loss: Loss,
     visit: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Visit activations and gradients ``(samples, seq, features)``; `places`: layer, and whether
-    each is of inputs."""
+    """Visit activations and gradients ``(samples, seq, features)`` of linear layers."""
     num_rows = 0
 
-    def hook_for(name: str, of_inputs: bool, at_inputs: bool) -> Callable[..., None]:
+    def by_row(states: torch.Tensor) -> torch.Tensor:
+        return states.reshape(num_rows, -1, states.shape[-1])
+
+    def hook_for(name: str, place: _Place) -> Callable[..., None]:
         def listen(
             module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> None:
             # Detached: a hook with a reference to its own tensor would keep the graph alive until
             # garbage collection.
-            values = (inputs[0] if of_inputs else output).detach()
+            values = (inputs[0] if place.values else output).detach()
 
             def on_gradient(gradient: torch.Tensor) -> None:
-                visit(
-                    name,
-                    *(each.reshape(num_rows, -1, each.shape[-1]) for each in (values, gradient)),
-                )
+                visit(name, by_row(values), by_row(gradient))
 
-            (inputs[0] if at_inputs else output).register_hook(on_gradient)  # type: ignore[no-untyped-call]
+            visited = inputs[0] if place.gradients else output
+            visited.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
         return listen
 
-    reach = model.get_input_embeddings().register_forward_hook(
-        lambda _, inputs, output: output.requires_grad_(True)
-    )
-    hooks = [
-        linear.register_forward_hook(hook_for(name, *which))
-        for name, (linear, *which) in places.items()
-    ]
-    with hooked([reach, *hooks]), _gradients_of(model, ()):
+    # Gradients must flow although no parameter needs one.
+    embeddings = model.get_input_embeddings()
+    hooks = [embeddings.register_forward_hook(lambda _, inputs, output: output.requires_grad_())]
+    for name, place in places.items():
+        hooks.append(place.linear.register_forward_hook(hook_for(name, place)))
+    with hooked(hooks), _gradients_of(model, ()):
         for batch in samples.batches(model.device):
             num_rows = len(batch["input_ids"])
             _backward(model, batch, loss)
@@ -196,11 +217,15 @@ def _gradients_of(
 
 
 class InputMoments:
-    """Running mean and mean square over tokens of each input feature of a layer, in float64 on the
-    CPU."""
+    """Keep the mean and mean square over tokens of each input feature of a layer.
+
+    Both are float64 tensors ``(features,)`` on the CPU.
+    """
 
     def __init__(self) -> None:
-        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+        self._count = 0
+        self._sum = torch.zeros(())
+        self._squares = torch.zeros(())
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add the inputs ``(tokens, features)`` of a batch."""
@@ -220,7 +245,7 @@ class InputMoments:
 
     @property
     def variance(self) -> torch.Tensor:
-        """Variance of each feature, ``(features,)``; a negative value from rounding becomes zero."""
+        """Variance of each feature, ``(features,)``; rounding cannot make it negative."""
         return (self.mean_square - self.mean.square()).clamp(min=0)
 
 
@@ -231,24 +256,28 @@ def visit_inputs(
     samples: Samples,
     visit: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module, without
-    padding tokens."""
+    """Run the samples forward and visit the inputs ``(tokens, features)`` of each module.
+
+    Padding tokens are left out.
+    """
     tokens = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, inputs: visit(name, at_tokens(inputs[0], tokens))
 
-    with hooked(
-        module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()
-    ):
+    hooks = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+    with hooked(hooks):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
-            # The base model has no head: no logits are needed.
-            model.base_model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            )
+            run_base(model, batch)
+
+
+def run_base(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Run a batch without the head of a model, and return the inputs of the head."""
+    states: torch.Tensor = model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )[0]
+    return states
 
 
 def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -257,9 +286,18 @@ def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
     return states
 
 
+def block_output(output: Any) -> torch.Tensor:
+    """Return the hidden states ``(batch, seq, hidden)`` from the output of a decoder block."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
 def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Select the rows of `inputs` ``(batch, seq, features)`` or ``(batch * seq, features)`` where
-    `tokens` is True."""
+    """Select the rows of `inputs` where `tokens` ``(batch, seq)`` is True.
+
+    `inputs` are ``(batch, seq, features)`` or ``(batch * seq, features)``; the result is ``(tokens,
+    features)``.
+    """
     return inputs.reshape(-1, inputs.shape[-1])[tokens.flatten().to(inputs.device)]
 
 
@@ -270,14 +308,17 @@ def visit_outputs(
     samples: Samples,
     visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
 ) -> None:
-    """Visit float32 outputs ``(positions, features)`` and the likeliest tokens, where the next
-    token has a label."""
+    """Visit the outputs of modules and the likeliest tokens, where the next token has a label.
+
+    Outputs are float32 ``(positions, features)`` on the CPU. Raise `TrainingDiverged` if one of
+    them or a logit is NaN or infinite.
+    """
     outputs: dict[str, torch.Tensor] = {}
     positions = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: object, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
+            states = block_output(output)
             outputs[name] = states[positions.to(states.device)].float().cpu()
 
         return hook
@@ -286,7 +327,8 @@ def visit_outputs(
         for batch in samples.batches(model.device):
             positions = predicting(batch["labels"])
             logits = predicted_logits(model, batch)
-            for name, output in (outputs | {"model.lm_head": logits}).items():
+            checked = outputs | {"model.lm_head": logits}
+            for name, output in checked.items():
                 if not torch.isfinite(output).all():
                     raise TrainingDiverged(
                         f"the output of {name} is NaN or infinite on the calibration samples"

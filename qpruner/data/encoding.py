@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Row = dict[str, list[int]]  # `input_ids` and `labels` of a sample
+Labelled = tuple[list[int], list[int]]  # token ids and labels of a row before it is cut
 IGNORED_LABEL = -100  # label of tokens that are excluded from the loss, as in torch's cross entropy
 PREAMBLE = (
-    "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
-    "request.\n\n"
+    "Below is an instruction that describes a task{context}. Write a response that appropriately "
+    "completes the request.\n\n"
 )
 ALPACA = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
 """Stanford Alpaca's prompt; alpaca-lora's `alpaca_short` leaves out the preamble."""
@@ -40,17 +41,17 @@ def encode(
     template: str = "alpaca",
     response_only: bool = True,
 ) -> list[Row]:
-    """Tokenize rows, cut at `max_length`, label the response or all tokens, and drop rows without a
-    labelled token."""
-    encoded = list(
-        _cut(
-            (_labelled(example, tokenizer, template, response_only) for example in examples),
-            max_length,
-        )
-    )
+    """Tokenize rows and cut them at `max_length` tokens.
+
+    Labels are the response or, without `response_only`, all tokens. Rows without a labelled token
+    are dropped; raise `UserError` if none is left.
+    """
+    labelled = (_labelled(example, tokenizer, template, response_only) for example in examples)
+    encoded = list(_cut(labelled, max_length))
     if not encoded:
         raise UserError(
-            f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: raise it"
+            f"`data.max_length` of {max_length} tokens leaves no labelled token in any row: raise "
+            "it"
         )
     return encoded
 
@@ -59,23 +60,32 @@ def importance_samples(
     config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer
 ) -> list[Row]:
     """Make the samples for measuring importance from shuffled rows, packed or not."""
-    keys, packing = (
-        ("calibration.num_samples", "calibration.max_length"),
-        config.calibration.packing,
-    )
     return _calibration_samples(
-        config, examples, tokenizer, *keys, config.data.response_only, packing
+        config,
+        examples,
+        tokenizer,
+        count_key="calibration.num_samples",
+        length_key="calibration.max_length",
+        response_only=config.data.response_only,
+        packing=config.calibration.packing,
     )
 
 
 def sensitivity_samples(
     config: RunConfig, examples: Sequence[Example], tokenizer: Tokenizer
 ) -> list[Row]:
-    """Make the samples that show what a group's format does to the loss: shuffled rows, labels on
-    responses."""
-    keys = ("calibration.num_sensitivity_samples", "data.max_length")
+    """Make the samples that show how much a group's format changes the loss.
+
+    These are shuffled rows with labels on their responses.
+    """
     return _calibration_samples(
-        config, examples, tokenizer, *keys, response_only=True, packing=False
+        config,
+        examples,
+        tokenizer,
+        count_key="calibration.num_sensitivity_samples",
+        length_key="data.max_length",
+        response_only=True,
+        packing=False,
     )
 
 
@@ -88,39 +98,45 @@ def _calibration_samples(
     response_only: bool,
     packing: bool,
 ) -> list[Row]:
-    """Make samples with a labelled token from shuffled rows; two configuration keys give their
-    number and length."""
-    count, length = (attrgetter(key)(config) for key in (count_key, length_key))
+    """Make samples from shuffled rows, each with a labelled token.
+
+    The keys `count_key` and `length_key` of the configuration give their number and length. Raise
+    `UserError` if the rows give too few samples.
+    """
+    count = attrgetter(count_key)(config)
+    length = attrgetter(length_key)(config)
     shuffled = list(examples)
     random.Random(config.seed).shuffle(shuffled)
     rows = (
         _labelled(example, tokenizer, config.data.template, response_only) for example in shuffled
     )
-    samples = list(
-        itertools.islice(_joined(rows, length) if packing else _cut(rows, length), count)
-    )
-    if len(samples) < count:
+    samples = _joined(rows, length) if packing else _cut(rows, length)
+    taken = list(itertools.islice(samples, count))
+    if len(taken) < count:
         remedy = "shorter, or set `calibration.packing: false`" if packing else "longer"
         raise UserError(
-            f"`{count_key}` asks for {counted(count, 'sample')} of {length} tokens, but the calibration rows give only "
-            f"{len(samples)} with a labelled token: ask for fewer, add rows, or make `{length_key}` {remedy}"
+            f"`{count_key}` asks for {counted(count, 'sample')} of {length} tokens, but the "
+            f"calibration rows give only {len(taken)} with a labelled token: ask for fewer, add "
+            f"rows, or make `{length_key}` {remedy}"
         )
-    return samples
+    return taken
 
 
-def _joined(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
-    """Concatenate rows and cut them into samples of equal length, leaving out rows without a
-    labelled token."""
-    ids, labels = list[int](), list[int]()
+def _joined(rows: Iterable[Labelled], length: int) -> Iterator[Row]:
+    """Concatenate the rows that have a labelled token, and cut them into equally long samples."""
+    ids: list[int] = []
+    labels: list[int] = []
     for row_ids, row_labels in rows:
         if _has_label(row_labels):
-            ids, labels = ids + row_ids, labels + row_labels
+            ids += row_ids
+            labels += row_labels
         while len(ids) >= length:
             yield from _cut([(ids, labels)], length)
-            ids, labels = ids[length:], labels[length:]
+            ids = ids[length:]
+            labels = labels[length:]
 
 
-def _cut(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[Row]:
+def _cut(rows: Iterable[Labelled], length: int) -> Iterator[Row]:
     for ids, labels in rows:
         if _has_label(labels[:length]):
             yield {"input_ids": ids[:length], "labels": labels[:length]}
@@ -128,20 +144,17 @@ def _cut(rows: Iterable[tuple[list[int], list[int]]], length: int) -> Iterator[R
 
 def _labelled(
     example: Example, tokenizer: Tokenizer, template: str, response_only: bool
-) -> tuple[list[int], list[int]]:
-    """Return token ids and labels of a row; with `response_only` the tokens of the prompt have no
-    labels."""
+) -> Labelled:
+    """Return token ids and labels of a row; with `response_only` its prompt has no labels."""
     prompt, response = _render(example, tokenizer, template)
     # A chat template writes the special tokens itself.
     special = example.format != "instruction" or template != "chat"
     # Prompt and response are tokenized as one text, as in lm-eval: some tokenizers add a space
     # before a separate response.
     ids: list[int] = tokenizer(prompt + response, add_special_tokens=special)["input_ids"]
-    prompt_length = (
-        len(tokenizer(prompt, add_special_tokens=special)["input_ids"])
-        if prompt and response_only
-        else 0
-    )
+    prompt_length = 0
+    if prompt and response_only:
+        prompt_length = len(tokenizer(prompt, add_special_tokens=special)["input_ids"])
     return ids, [IGNORED_LABEL] * prompt_length + ids[prompt_length:]
 
 
@@ -152,17 +165,20 @@ def _render(example: Example, tokenizer: Tokenizer, template: str) -> tuple[str,
     if example.format == "multiple_choice":
         return f"Question: {example.prompt}\nAnswer:", f" {example.response}"
     response = f"{example.response}{tokenizer.eos_token or ''}"
-    if template in ("alpaca", "alpaca_short"):
-        return alpaca_prompt(example.prompt, example.context, template == "alpaca_short"), response
+    if template != "chat":
+        is_short = template == "alpaca_short"
+        return alpaca_prompt(example.prompt, example.context, is_short), response
     if not tokenizer.chat_template:
         raise UserError(
-            "`data.template: chat` needs a tokenizer with a chat template, but got none: set `alpaca`"
+            "`data.template: chat` needs a tokenizer with a chat template, but got none: set "
+            "`alpaca`"
         )
-    content = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
+    content = example.prompt
+    if example.context:
+        content += f"\n\n{example.context}"
     messages = [{"role": "user", "content": content}]
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ), response
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(prompt), response
 
 
 def alpaca_prompt(instruction: str, context: str = "", is_short: bool = False) -> str:
@@ -175,26 +191,29 @@ def alpaca_prompt(instruction: str, context: str = "", is_short: bool = False) -
 
 
 def pack(rows: Sequence[Row], length: int) -> list[Row]:
-    """Concatenate encoded rows, cut them into chunks of `length` tokens, and drop chunks without a
-    labelled token."""
+    """Concatenate encoded rows and cut them into chunks of `length` tokens.
+
+    Chunks without a labelled token are dropped.
+    """
     ids = [token for row in rows for token in row["input_ids"]]
     # The first token of a row has no label: it would be predicted from the previous row.
     labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
-    chunks = (
-        (ids[start : start + length], labels[start : start + length])
-        for start in range(0, len(ids), length)
-    )
+    chunks = []
+    for start in range(0, len(ids), length):
+        end = start + length
+        chunks.append((ids[start:end], labels[start:end]))
     return list(_cut(chunks, length))
 
 
 def text_windows(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Row]:
-    """Join texts with blank lines and cut windows of `length` tokens; all but the first token of
-    each are predicted."""
-    ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    parts = [ids[start : start + length] for start in range(0, len(ids), length)]
-    return [{"input_ids": part, "labels": part} for part in parts if len(part) > 1]
+    """Join texts with blank lines and cut windows of `length` tokens.
+
+    All tokens of a window but its first are predicted.
+    """
+    text = "\n\n".join(texts)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [{"input_ids": window, "labels": window} for window in windows if len(window) > 1]
 
 
 def _has_label(labels: Sequence[int]) -> bool:
@@ -203,19 +222,25 @@ def _has_label(labels: Sequence[int]) -> bool:
 
 
 def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, Any]:
-    """Pad rows on the right to a batch: `input_ids`, `attention_mask` and `labels`, each int64
-    ``(batch, seq)``."""
+    """Pad rows on the right to a batch of tensors.
+
+    The tensors `input_ids`, `attention_mask` and `labels` are int64 ``(batch, seq)``.
+    """
     import torch
 
     longest = max(len(row["input_ids"]) for row in rows)
 
-    def padded(parts: Iterable[Sequence[int]], fill: int) -> Any:
-        return torch.tensor([[*part, *[fill] * (longest - len(part))] for part in parts])
-
+    ids, mask, labels = [], [], []
+    for row in rows:
+        length = len(row["input_ids"])
+        missing = longest - length
+        ids.append(row["input_ids"] + [pad_id] * missing)
+        mask.append([1] * length + [0] * missing)
+        labels.append(row["labels"] + [IGNORED_LABEL] * missing)
     return {
-        "input_ids": padded((row["input_ids"] for row in rows), pad_id),
-        "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
-        "labels": padded((row["labels"] for row in rows), IGNORED_LABEL),
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
     }
 
 
@@ -229,6 +254,10 @@ def save_encoded(rows: Sequence[Mapping[str, list[int]]], folder: Path) -> None:
         retry_storage(lambda: encoded.save_to_disk(here), here)
 
 
+UNREADABLE = (OSError, ValueError, KeyError, AttributeError, NotImplementedError)
+"""What pyarrow raises for damaged files."""
+
+
 def load_encoded(folder: Path) -> EncodedRows:
     """Memory-map the rows that `save_encoded` wrote; raise `CorruptFile` if any part is damaged."""
     import datasets
@@ -237,37 +266,34 @@ def load_encoded(folder: Path) -> EncodedRows:
         return retry_storage(
             lambda: EncodedRows(datasets.load_from_disk(str(fetch(folder)))), folder, was_there=True
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        NotImplementedError,
-    ) as error:  # pyarrow raises any of these
+    except UNREADABLE as error:
         raise CorruptFile(
             f"the encoded rows in {folder} cannot be read: {error}", folder
         ) from error
 
 
 def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
-    """Load the half of the confirmation rows that picks the winner (`choose`) or tests it
-    (`judge`), never a trial."""
+    """Load the half of the confirmation rows that chooses the winner, or the one that judges it.
+
+    No trial is scored on either half.
+    """
     half: list[Row] = load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
     return half
 
 
 class EncodedRows(Sequence[Row]):
-    """Encoded rows in a memory-mapped Arrow file: an index reads one row, a slice returns a list of
-    rows."""
+    """Read encoded rows from a memory-mapped Arrow file.
+
+    An index reads one row; a slice returns a list of rows.
+    """
 
     def __init__(self, rows: datasets.Dataset) -> None:
         from pyarrow.compute import list_value_length
 
         rows.data.validate(full=True)  # wrong offsets in a damaged file could point outside of it
         self._rows = rows
-        self.lengths: list[int] = list_value_length(
-            rows.data["input_ids"]
-        ).to_pylist()  # reads no tokens
+        lengths = list_value_length(rows.data["input_ids"])  # reads no tokens
+        self.lengths: list[int] = lengths.to_pylist()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -280,6 +306,6 @@ class EncodedRows(Sequence[Row]):
 
 def row_lengths(rows: Sequence[Mapping[str, list[int]]]) -> list[int]:
     """Return the number of tokens of each row."""
-    return (
-        rows.lengths if isinstance(rows, EncodedRows) else [len(row["input_ids"]) for row in rows]
-    )
+    if isinstance(rows, EncodedRows):
+        return rows.lengths
+    return [len(row["input_ids"]) for row in rows]

@@ -1,5 +1,7 @@
-"""Compute losses and logits at the positions whose next token has a label; the head runs only
-there."""
+"""Compute losses and logits at the positions whose next token has a label.
+
+The head of the model runs at these positions only.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +20,10 @@ Rows = Sequence[Mapping[str, list[int]]]
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per labelled token; `by_row` has values with this mean whose spread gives
-    `stderr`.
+    """Hold the mean loss in nats per labelled token, and values by row whose spread gives `stderr`.
 
-    A row with loss sum s and n tokens has ``mean + (s - n mean) / m``, m the mean of n (delta
-    method for a ratio).
+    The values `by_row` have the same mean. A row with loss sum s and n tokens has ``mean + (s - n
+    mean) / m``, m the mean of n (delta method for a ratio).
     """
 
     mean: float
@@ -36,30 +37,39 @@ class LossResult:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) -> LossResult:
-    """Compute the cross entropy on labelled tokens in nats; raise `TrainingDiverged` if it is NaN
-    or infinite."""
+    """Compute the mean cross entropy on the labelled tokens of rows, in nats.
+
+    Raise `TrainingDiverged` if it is NaN or infinite.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     # Batches of rows of similar length need little padding.
     order = sorted(range(len(rows)), key=row_lengths(rows).__getitem__)
-    sums, counts = list[float](), list[int]()
-    for batch in batches([rows[index] for index in order], batch_size, pad_id, device):
-        sums.extend(token_losses(model, batch).sum(dim=1).tolist())
-        counts.extend(predicting(batch["labels"]).sum(dim=1).tolist())
+    sums = [0.0] * len(rows)
+    counts = [0] * len(rows)
+    for start in range(0, len(rows), batch_size):
+        indices = order[start : start + batch_size]
+        (batch,) = batches([rows[index] for index in indices], batch_size, pad_id, device)
+        losses = token_losses(model, batch).sum(dim=1).tolist()
+        labels = predicting(batch["labels"]).sum(dim=1).tolist()
+        for index, loss, count in zip(indices, losses, labels, strict=True):
+            sums[index] = loss
+            counts[index] = count
     model.train(was_training)
-    ordered = sorted(zip(order, sums, counts, strict=True))
-    return loss_result([each for _, each, _ in ordered], [each for _, _, each in ordered])
+    return loss_result(sums, counts)
 
 
 def loss_result(sums: Sequence[float], counts: Sequence[int]) -> LossResult:
     """Average over rows, given by their sums of losses and their numbers of labelled tokens."""
-    total, tokens = sum(sums), sum(counts)
-    mean = total / tokens
+    tokens = sum(counts)
+    mean = sum(sums) / tokens
     if not math.isfinite(mean):
         raise TrainingDiverged(f"the mean loss of the scored rows is {mean}")
-    deviations = (row - mean * count for row, count in zip(sums, counts, strict=True))
-    return LossResult(mean, tuple(mean + each * len(sums) / tokens for each in deviations))
+    by_row = []
+    for row, count in zip(sums, counts, strict=True):
+        by_row.append(mean + (row - mean * count) * len(sums) / tokens)
+    return LossResult(mean, tuple(by_row))
 
 
 def batches(
@@ -67,46 +77,47 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield padded batches on a device, in order."""
     for start in range(0, len(rows), batch_size):
-        yield {
-            name: tensor.to(device)
-            for name, tensor in collate(rows[start : start + batch_size], pad_id).items()
-        }
+        batch = collate(rows[start : start + batch_size], pad_id)
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the cross entropy of each next token in nats, float32 ``(batch, seq)``; zero where it
-    has no label."""
+    """Compute the cross entropy of each next token in nats, float32 ``(batch, seq)``.
+
+    It is zero where the next token has no label.
+    """
     logits = predicted_logits(model, batch)
-    positions = predicting(batch["labels"]).to(logits.device)
+    labels = batch["labels"].to(logits.device)
+    positions = predicting(labels)
     losses = torch.zeros(positions.shape, device=logits.device)
     losses[positions] = torch.nn.functional.cross_entropy(
-        logits.float(), predicted_labels(batch["labels"]).to(logits.device), reduction="none"
+        logits.float(), predicted_labels(labels), reduction="none"
     )
     return losses
 
 
 def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute logits ``(positions, vocabulary)`` at all positions of the batch whose next token has
-    a label."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    """Compute logits ``(positions, vocabulary)`` where the next token of the batch has a label."""
+    ids = batch["input_ids"]
+    mask = batch["attention_mask"]
     with labelled_only(model, batch["labels"]):
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits
 
 
 @contextmanager
 def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
-    """Make the head run only at positions whose next token has a label; logits are ``(positions,
-    vocabulary)``."""
+    """Make the head run only at positions whose next token has a label.
+
+    Logits then are ``(positions, vocabulary)``.
+    """
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    with hooked(
-        [
-            head.register_forward_pre_hook(
-                lambda _, inputs: inputs[0][positions.to(inputs[0].device)]
-            )
-        ]
-    ):
+
+    def select(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return inputs[0][positions.to(inputs[0].device)]
+
+    with hooked([head.register_forward_pre_hook(select)]):
         yield
 
 

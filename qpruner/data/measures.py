@@ -1,9 +1,9 @@
-"""Define means, standard errors and intervals over tasks and questions, for trials and for the
-report alike.
+"""Define means, standard errors and intervals over tasks and questions.
 
-A task with n values v of standard deviation s has the mean of v and stderr ``s / sqrt(n)``. Over T
-tasks, which have the same weight: the mean of means, and ``sqrt(sum stderr^2) / T``. For several
-fine-tunes v is their mean for a question. Rows of text are the questions of a single task.
+Trials and the report use the same ones. A task with n values v of standard deviation s has the mean
+of v and stderr ``s / sqrt(n)``. Over T tasks, which have the same weight: the mean of means, and
+``sqrt(sum stderr^2) / T``. For several fine-tunes v is their mean for a question. Rows of text are
+the questions of a single task.
 """
 
 import math
@@ -26,7 +26,8 @@ class Estimate(NamedTuple):
 
 def over_questions(values: Sequence[float]) -> Estimate:
     """Average over the questions of one task."""
-    count, mean = len(values), statistics.fmean(values)
+    count = len(values)
+    mean = statistics.fmean(values)
     if count == 1:
         return Estimate(mean, math.nan)
     # `statistics.stdev` uses exact fractions, which takes 2 to 4 times as long.
@@ -36,22 +37,24 @@ def over_questions(values: Sequence[float]) -> Estimate:
 
 def less(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Subtract the values of theirs from ours, question by question."""
-    return [one - other for one, other in zip(ours, theirs, strict=True)]
+    return [our - their for our, their in zip(ours, theirs, strict=True)]
 
 
 def over_tasks(tasks: Answers) -> Estimate:
     """Average the means of all tasks with equal weights."""
-    each = [over_questions(values) for values in tasks]
-    stderr = math.sqrt(sum(task.stderr**2 for task in each)) / len(each)
-    return Estimate(statistics.fmean(task.mean for task in each), stderr)
+    estimates = [over_questions(values) for values in tasks]
+    mean = statistics.fmean(estimate.mean for estimate in estimates)
+    variance = sum(estimate.stderr**2 for estimate in estimates)
+    return Estimate(mean, math.sqrt(variance) / len(estimates))
 
 
 def averaged(models: Sequence[Answers]) -> list[list[float]]:
     """Average the values of several models for each question."""
-    return [
-        [sum(values) / len(models) for values in zip(*task, strict=True)]
-        for task in zip(*models, strict=True)
-    ]
+    means = []
+    for of_task in zip(*models, strict=True):
+        by_question = zip(*of_task, strict=True)
+        means.append([sum(values) / len(models) for values in by_question])
+    return means
 
 
 class Interval(NamedTuple):
@@ -62,9 +65,13 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval excludes zero; values that are all equal do not prove that their
-        spread is zero."""
-        return bool(self.half_width) and abs(self.mean) > (self.half_width or 0.0)
+        """Return True if the interval excludes zero.
+
+        It is False for values that are all equal, which do not prove that their spread is zero.
+        """
+        if not self.half_width:
+            return False
+        return abs(self.mean) > self.half_width
 
 
 def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
@@ -93,7 +100,8 @@ def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
     import numpy as np
 
     tasks = [np.array(of_task) for of_task in zip(*by_seed, strict=True)]  # each (seeds, questions)
-    num_seeds, num_tasks = len(by_seed), len(tasks)
+    num_seeds = len(by_seed)
+    num_tasks = len(tasks)
     seed_means = np.mean([task.mean(axis=1) for task in tasks], axis=0)
     mean = float(seed_means.mean())
     if any(task.shape[1] < 2 for task in tasks):
@@ -116,31 +124,40 @@ def interval(by_seed: Sequence[Answers], num_intervals: int = 1) -> Interval:
 
 
 def prediction_interval(values: Sequence[float]) -> Interval:
-    """Average at least two values; the interval holds one more value like them with a probability
-    of 95 % (Student)."""
-    spread = quantile(len(values) - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
+    """Average at least two values, with an interval for one more value like them.
+
+    The interval holds that value with a probability of 95 % (Student).
+    """
+    count = len(values)
+    spread = quantile(count - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / count)
     return Interval(statistics.fmean(values), spread)
 
 
 @cache
 def quantile(degrees_of_freedom: int, num_intervals: int = 1) -> float:
-    """Return Student's two-sided quantile for intervals that hold together with a probability of 95
-    %."""
+    """Return Student's two-sided quantile for 95 % intervals.
+
+    `num_intervals` of them hold together with that probability (Bonferroni).
+    """
     from scipy.stats import t
 
     return float(t.ppf(1 - (1 - CONFIDENCE) / 2 / num_intervals, degrees_of_freedom))
 
 
 def accuracy_name(metrics: Mapping[str, str]) -> str:
-    """Return the metric of all tasks (task -> metric in lm-eval), or `accuracy` if they have
-    different metrics."""
+    """Return the metric that all tasks share, or `accuracy` if they have different metrics.
+
+    `metrics` maps tasks to their metrics in lm-eval.
+    """
     names = set(metrics.values())
     return names.pop() if len(names) == 1 else ACCURACY
 
 
 def accuracy_in_full(metrics: Mapping[str, str]) -> str:
-    """Return the metric, with tasks if they differ in it: `accuracy (acc_norm of arc_easy, piqa;
-    acc of boolq)`."""
+    """Return the metric, with the tasks of each metric if they differ.
+
+    An example is `accuracy (acc_norm of arc_easy, piqa; acc of boolq)`.
+    """
     name = accuracy_name(metrics)
     if name != ACCURACY or not metrics:
         return name

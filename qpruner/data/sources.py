@@ -1,7 +1,10 @@
-"""Read rows from data files and from the hub, and map their columns to those of a row format
-(`COLUMNS`)."""
+"""Read rows from data files and from the hub, and map their columns to those of a row format.
+
+`COLUMNS` lists the columns of each format.
+"""
 
 import csv
+import itertools
 import json
 import logging
 import re
@@ -37,8 +40,10 @@ SPLIT_REFUSALS = (
 
 @dataclass(frozen=True)
 class Example:
-    """A row: `prompt` is a question or instruction, `context` its input; a text has only a
-    `response`."""
+    """Hold a row: `prompt` is its question or instruction, `context` the input of an instruction.
+
+    A row of text has a `response` only.
+    """
 
     format: str
     prompt: str
@@ -47,14 +52,18 @@ class Example:
 
     @property
     def identity(self) -> str:
-        """Normalized prompt and context, or text: two rows with the same identity count as
-        duplicates."""
+        """Return the normalized prompt and context, or text.
+
+        Two rows with the same identity count as duplicates.
+        """
         return normalized(f"{self.prompt} {self.context}" if self.prompt else self.response)
 
 
 def normalized(text: str) -> str:
-    """Lower the case and drop punctuation and extra spaces, but keep operators, because 7 + 5 is
-    not 7 * 5."""
+    """Lower the case and drop punctuation and extra spaces.
+
+    Operators stay, because 7 + 5 is not 7 * 5.
+    """
     return " ".join(
         re.findall(r"[^\W_]+|-(?=\d)|[+*/=<>#%$^&|~\u20ac\u00a3\u00d7\u00f7]", text.lower())
     )
@@ -62,10 +71,11 @@ def normalized(text: str) -> str:
 
 def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
     """Read the rows of all sources under the configuration key `key`, and map their columns."""
-    read = together(
-        *(partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources))
-    )
-    if not (examples := [example for rows in read for example in rows]):
+    reads = []
+    for index, source in enumerate(sources):
+        reads.append(partial(_examples_of, source, f"{key}.{index}"))
+    examples = list(itertools.chain(*together(*reads)))
+    if not examples:
         raise UserError(
             f"`{key}` has no rows: name a source with rows, or raise the `limit` of one"
         )
@@ -73,17 +83,20 @@ def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
-    """Raise `UserError` if two splits share a row; `splits` maps names to `Example.identity`
-    values."""
+    """Raise `UserError` if two splits share a row.
+
+    `splits` maps names to the `Example.identity` values of their rows.
+    """
     checked: list[tuple[str, set[str]]] = []
     for name, identities in splits.items():
         rows = {identity for identity in identities if identity}
         for other, other_rows in checked:
-            if shared := rows & other_rows:
-                rows_in_both = f"{counted(len(shared), 'row')}, such as {min(shared)[:90]!r}"
-                remedy = "select other rows or another split"
+            shared = rows & other_rows
+            if shared:
                 raise UserError(
-                    f"{other} and {name} share {rows_in_both}; they must not overlap: {remedy}"
+                    f"{other} and {name} share {counted(len(shared), 'row')}, such as "
+                    f"{min(shared)[:90]!r}; they must not overlap: select other rows or another "
+                    "split"
                 )
         checked.append((name, rows))
 
@@ -102,28 +115,31 @@ def _examples_of(source: DataSource, key: str) -> list[Example]:
             rows = _read_file(Path(path), source.split, key)
         elif path.startswith((".", "/")) or Path(path).exists() or suffix in OTHER_SUFFIXES:
             raise UserError(
-                f"`{key}.source`: {path} is not a data file; give a {', '.join(BUILDERS)} file or a hub id"
+                f"`{key}.source`: {path} is not a data file; give a {', '.join(BUILDERS)} file or "
+                "a hub id"
             )
         else:
             rows = datasets.load_dataset(path, source.subset, split=source.split)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # datasets raises many types for unreadable files and unreachable hubs
-        reason = (suffix == ".jsonl" and _line_without_row(Path(path))) or first_line(
-            error.__cause__ or error
-        )
+    # datasets raises many types for unreadable files and unreachable hubs.
+    except Exception as error:
+        reason = _line_without_row(Path(path)) if suffix == ".jsonl" else None
+        reason = reason or first_line(error.__cause__ or error)
         if any(words in reason for words in SPLIT_REFUSALS):
-            why = f"{source.split!r} selects no rows of {source.source!r} ({reason})"
             raise UserError(
-                f"`{key}.split`: {why}; name a split of it, such as `train[:100]`"
+                f"`{key}.split`: {source.split!r} selects no rows of {source.source!r} "
+                f"({reason}); name a split of it, such as `train[:100]`"
             ) from error
-        why = f"no rows can be read from {source.source!r}: {reason}"
-        raise UserError(f"`{key}.source`: {why}; correct the source or name another") from error
+        raise UserError(
+            f"`{key}.source`: no rows can be read from {source.source!r}: {reason}; correct the "
+            "source or name another"
+        ) from error
+
     _check_columns(rows.column_names, source, key)
-    count = len(rows) if source.limit is None else min(source.limit, len(rows))
-    return [_to_example(dict(row), source, key) for row in rows.select(range(count))]
+    if source.limit is not None:
+        rows = rows.select(range(min(source.limit, len(rows))))
+    return [_to_example(dict(row), source, key) for row in rows]
 
 
 def _read_file(path: Path, split: str, key: str) -> Any:
@@ -133,22 +149,21 @@ def _read_file(path: Path, split: str, key: str) -> Any:
         raise UserError(f"`{key}.source`: file {path} does not exist; name a data file or a hub id")
     if not path.stat().st_size:
         raise UserError(f"`{key}.source`: file {path} is empty; name another file")
-    builder, options = BUILDERS[path.suffix.lower()], dict[str, Any]()
+    builder = BUILDERS[path.suffix.lower()]
+    options: dict[str, Any] = {}
     if builder == "csv":
         # Every cell is text: pandas would read `007` as the number 7, and `null` or `NA` as an
         # empty cell.
         with path.open(newline="", encoding="utf-8") as file:
             columns = next(csv.reader(file))
-        options["features"] = datasets.Features(
-            {column: datasets.Value("string") for column in columns}
-        )
+        text = datasets.Value("string")
+        options["features"] = datasets.Features(dict.fromkeys(columns, text))
         options["keep_default_na"] = False
     return datasets.load_dataset(builder, data_files=str(path), split=split, **options)
 
 
 def _line_without_row(path: Path) -> str | None:
-    """Describe the first line that is not a JSON object, because `datasets` reports wrong line
-    numbers."""
+    """Describe the first line that is not a JSON object; `datasets` reports wrong line numbers."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -160,12 +175,17 @@ def _line_without_row(path: Path) -> str | None:
 
 
 def _check_columns(available: Sequence[str], source: DataSource, key: str) -> None:
-    """Raise `UserError` if `source.columns` names a column that the row format or the data
-    (`available`) lack."""
+    """Raise `UserError` if `source.columns` names a column that the row format or the data lack.
+
+    `available` lists the columns of the data.
+    """
     known = COLUMNS[source.format]
-    if unknown := sorted(set(source.columns) - set(known)):
-        rule = f"format {source.format} knows the keys {', '.join(known)}"
-        raise UserError(f"`{key}.columns` has the keys {', '.join(unknown)}, but {rule}")
+    unknown = sorted(set(source.columns) - set(known))
+    if unknown:
+        raise UserError(
+            f"`{key}.columns` has the keys {', '.join(unknown)}, but format {source.format} knows "
+            f"the keys {', '.join(known)}"
+        )
     for column in known:
         mapped = _mapped(source, column, available)
         if len(mapped) > 1 and column != "choices":
@@ -173,55 +193,58 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
                 f"`{key}.columns.{column}` must name one column, got {', '.join(mapped)}"
             )
         missing = [name for name in mapped if name not in available]
-        if missing and not (column == "input" and column not in source.columns):
-            why = f"the data have no column {', '.join(missing)}, only {', '.join(available)}"
-            remedy = f"name one of them, such as `columns: {{{column}: {available[0]}}}`"
-            raise UserError(f"`{key}.columns.{column}`: {why}; {remedy}")
+        is_optional = column == "input" and column not in source.columns
+        if missing and not is_optional:
+            raise UserError(
+                f"`{key}.columns.{column}`: the data have no column {', '.join(missing)}, only "
+                f"{', '.join(available)}; name one of them, such as `columns: {{{column}: "
+                f"{available[0]}}}`"
+            )
 
 
 def _mapped(source: DataSource, column: str, available: Collection[str]) -> tuple[str, ...]:
-    other = "answerKey" if column == "answer" else column  # the name in ARC
-    value = source.columns.get(
-        column, column if column in available or other not in available else other
-    )
-    return (value,) if isinstance(value, str) else tuple(value)
+    """Return the columns of the data that a column of the row format is made of."""
+    named = source.columns.get(column, column)
+    if isinstance(named, tuple):
+        return named
+    if column == "answer" and column not in source.columns and column not in available:
+        named = "answerKey" if "answerKey" in available else column  # the name in ARC
+    return (named,)
 
 
 def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
     def value(column: str) -> str:
-        found = row.get(_mapped(source, column, row)[0])
-        return "" if found is None else str(found)
+        cell = row.get(_mapped(source, column, row)[0])
+        return "" if cell is None else str(cell)
 
     if source.format == "text":
         return Example("text", "", "", value("text"))
     if source.format == "instruction":
         return Example("instruction", value("instruction"), value("input"), value("output"))
     columns = _mapped(source, "choices", row)
-    if len(columns) == 1 and not isinstance(row[columns[0]], (list, dict)):
-        why = f"column {columns[0]} must hold a list of choices, got {row[columns[0]]!r:.60}"
+    cells = row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
+    if not isinstance(cells, (list, dict)):
         raise UserError(
-            f"`{key}.columns.choices`: {why}; if each choice has its own column, list these columns"
+            f"`{key}.columns.choices`: column {columns[0]} must hold a list of choices, got "
+            f"{cells!r:.60}; if each choice has its own column, list these columns"
         )
-    choices, labels = _choices(row, columns)
+    choices, labels = _choices(cells)
     answer = row[_mapped(source, "answer", row)[0]]
     if isinstance(answer, str) and answer in labels:
         index = labels.index(answer)
     elif str(answer).isdigit() and int(answer) < len(choices):
         index = int(answer)
     else:
-        why = f"{answer!r} is none of the labels {', '.join(labels)} and no position from 0 to {len(choices) - 1}"
         raise UserError(
-            f"`{key}.columns.answer`: {why}; correct the row {value('question')[:90]!r}"
+            f"`{key}.columns.answer`: {answer!r} is none of the labels {', '.join(labels)} and no "
+            f"position from 0 to {len(choices) - 1}; correct the row {value('question')[:90]!r}"
         )
     return Example("multiple_choice", value("question"), "", choices[index])
 
 
-def _choices(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Return texts and labels of the choices from several columns, a list, or ARC's `{text,
-    label}`."""
-    found = [row[column] for column in columns] if len(columns) > 1 else row[columns[0]]
-    if isinstance(found, dict):
-        return list(found["text"]), list(found["label"])
-    return [str(text) for text in found], [
-        chr(ord("A") + position) for position in range(len(found))
-    ]
+def _choices(cells: list[Any] | dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return texts and labels of the choices, from a list of texts or ARC's `{text, label}`."""
+    if isinstance(cells, dict):
+        return list(cells["text"]), list(cells["label"])
+    letters = [chr(ord("A") + position) for position in range(len(cells))]
+    return [str(text) for text in cells], letters

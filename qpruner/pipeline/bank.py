@@ -210,7 +210,7 @@ def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
     for layout in inspection.layouts.values():
         for level in layout.levels:
             if format_of(level).is_packed:
-                size += sum(each or 0 for each in layout.group_bytes(level)) + layout.trained_bytes
+                size += sum(sizes.get(level, 0) for sizes in layout.sizes) + layout.trained_bytes
     extra = [level for level in PAPER if level not in pruned.levels]
     if (
         extra and MUTUAL_INFORMATION in config.measured_methods

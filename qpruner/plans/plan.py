@@ -7,9 +7,11 @@ import html
 import itertools
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,16 @@ from qpruner.errors import PlanRefused
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
 from qpruner.runs.records import Finalist, TrialRecord
 
-EMBEDDINGS, HEAD = "embeddings", "head"
+EMBEDDINGS = "embeddings"
+HEAD = "head"
+OUTSIDE_BLOCKS = (EMBEDDINGS, HEAD)
 """Names of the groups outside the blocks; there is no head group if the head is tied to the
 embeddings."""
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Name (full module path) and weight shape ``(rows, columns)`` of a linear layer or embedding."""
+    """Hold the module path and weight shape ``(rows, columns)`` of a linear layer or embedding."""
 
     name: str
     rows: int
@@ -45,30 +49,30 @@ def cut_title(cut: str) -> str:
     if cut == UNPRUNED:
         return "not pruned"
     kind, _, percent = cut.partition("-")
-    return f"{percent} % {'of each block ' if kind == 'layers' else ''}pruned"
+    return f"{percent} % of each block pruned" if kind == "layers" else f"{percent} % pruned"
 
 
 def formats_text(plan: Mapping[str, str]) -> str:
-    """Describe a plan in short: `40 nf4, 20 int8, embeddings q8_0`, or `nf4` for blocks of one
-    format.
+    """Describe a plan in short, such as `40 nf4, 20 int8, embeddings q8_0`.
+
+    If all groups in blocks have one format, they are described by it alone: `nf4`.
     """
-    counts = Counter(name for group, name in plan.items() if group not in (EMBEDDINGS, HEAD))
-    of_blocks = (
-        list(counts)
-        if len(counts) == 1
-        else [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
-    )
-    return ", ".join(
-        [*of_blocks, *(f"{group} {plan[group]}" for group in (EMBEDDINGS, HEAD) if group in plan)]
-    )
+    counts = Counter(name for group, name in plan.items() if group not in OUTSIDE_BLOCKS)
+    parts = [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
+    if len(counts) == 1:
+        parts = list(counts)
+    parts += [f"{group} {plan[group]}" for group in OUTSIDE_BLOCKS if group in plan]
+    return ", ".join(parts)
 
 
 def budget_text(plan_bytes: int, budget_bytes: int) -> str:
-    """Compare a plan with the budget in words: `0.75 MB left of the budget of 127.11 MB`, or `0.75
-    MB above ...`.
+    """Compare the bytes of a plan with the budget in words.
+
+    Examples are `0.75 MB left of the budget of 127.11 MB` and `0.75 MB above the budget of ...`.
     """
     left = (budget_bytes - plan_bytes) / 1e6
-    return f"{abs(left):.2f} MB {'left of' if left >= 0 else 'above'} the budget of {budget_bytes / 1e6:.2f} MB"
+    where = "left of" if left >= 0 else "above"
+    return f"{abs(left):.2f} MB {where} the budget of {budget_bytes / 1e6:.2f} MB"
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,8 @@ class Group:
 
     def packed_bytes(self, name: str, element_bytes: int) -> int:
         """Count the bytes of its weights in a format, offered or not, without biases."""
-        each = format_of(name)
-        return sum(
-            each.packed_bytes(linear.rows, linear.columns, element_bytes) for linear in self.linears
-        )
+        packed_bytes = format_of(name).packed_bytes
+        return sum(packed_bytes(item.rows, item.columns, element_bytes) for item in self.linears)
 
 
 @dataclass(frozen=True)
@@ -123,22 +125,21 @@ class PrecisionPlan:
     def runs(self) -> list[tuple[str, tuple[str, ...]]]:
         """The plan as it is drawn: each format with the neighbouring groups that have it."""
         pairs = zip(self.formats, self.groups, strict=True)
-        return [
-            (name, tuple(group for _, group in of))
-            for name, of in itertools.groupby(pairs, lambda each: each[0])
-        ]
+        runs = []
+        for name, neighbours in itertools.groupby(pairs, lambda pair: pair[0]):
+            runs.append((name, tuple(group for _, group in neighbours)))
+        return runs
 
     @property
     def bars(self) -> str:
         """Return the plan as HTML: the letter of every group's format on the format's colour."""
         spans = []
         for name, groups in self.runs:
-            each, ends = format_of(name), " to ".join(dict.fromkeys((groups[0], groups[-1])))
-            style = f"background:{each.colour};color:{each.ink}"
-            letters = html.escape(each.letter * len(groups))
-            spans.append(
-                f'<span title="{html.escape(ends)}: {name}" style="{style}">{letters}</span>'
-            )
+            drawn = format_of(name)
+            ends = html.escape(" to ".join(dict.fromkeys((groups[0], groups[-1]))))
+            style = f"background:{drawn.colour};color:{drawn.ink}"
+            letters = html.escape(drawn.letter * len(groups))
+            spans.append(f'<span title="{ends}: {name}" style="{style}">{letters}</span>')
         return "".join(spans)
 
     def _repr_html_(self) -> str:
@@ -155,28 +156,73 @@ def plan_of(record: TrialRecord | Finalist) -> PrecisionPlan:
 
 
 def in_base(groups: Sequence[str], num_blocks: int, dropped: Collection[int]) -> tuple[str, ...]:
-    """Return the groups of a cut by their names in the base model of `num_blocks`: blocks `dropped`
-    shift numbers.
+    """Return the groups of a cut by their names in the base model of `num_blocks` blocks.
+
+    The numbers of blocks differ after blocks were `dropped`.
     """
     kept = sorted(set(range(num_blocks)) - set(dropped))
-    names = {f"{new}": f"{old:0{len(str(num_blocks - 1))}d}" for new, old in enumerate(kept)}
-    return tuple(
-        re.sub(r"\d+", lambda found: names[f"{int(found[0])}"], name, count=1) for name in groups
-    )
+    num_digits = len(str(num_blocks - 1))
+
+    def number_in_base(number: re.Match[str]) -> str:
+        return f"{kept[int(number[0])]:0{num_digits}d}"
+
+    return tuple(re.sub(r"\d+", number_in_base, name, count=1) for name in groups)
 
 
 def next_format(name: str, offered: Sequence[str]) -> str:
-    """Return the format itself if it is among `offered` (smallest first), else the next larger,
-    else the largest.
+    """Return the format itself if it is offered, else the next larger one, else the largest.
+
+    `offered` is in order of size, smallest first.
     """
     order = list(formats())
-    at = order.index(format_of(name).name)
-    return next((each for each in offered if order.index(each) >= at), offered[-1])
+    least = order.index(format_of(name).name)
+    for candidate in offered:
+        if order.index(candidate) >= least:
+            return candidate
+    return offered[-1]
+
+
+class PlansOfCut(ABC):
+    """Make the plans of one cut from what each group takes in the formats that it is offered.
+
+    A layout knows the weights of the groups, and a plan space the budget.
+    """
+
+    cut: str
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the groups, in model order."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[dict[str, int], ...]:
+        """Return the bytes of each group in the formats that it is offered, smallest first."""
+
+    def plan(self, formats: Iterable[str]) -> PrecisionPlan:
+        """Return the plan with these formats, in the order of the groups."""
+        return PrecisionPlan(self.names, tuple(formats), self.cut)
+
+    def uniform(self, name: str) -> PrecisionPlan:
+        """Return the plan with every group in one format.
+
+        A group that is not offered it takes its next larger one.
+        """
+        return self.plan(next_format(name, tuple(offered)) for offered in self.sizes)
+
+    def smallest(self) -> PrecisionPlan:
+        """Return the plan with the fewest bytes."""
+        return self.plan(min(offered, key=offered.__getitem__) for offered in self.sizes)
+
+    def largest(self) -> PrecisionPlan:
+        """Return the plan with the most bytes."""
+        return self.plan(max(offered, key=offered.__getitem__) for offered in self.sizes)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The groups of a model, and the sizes of everything that is the same in all plans."""
+class Layout(PlansOfCut):
+    """Hold the groups of a model, and the sizes of everything that is the same in all plans."""
 
     groups: tuple[Group, ...]  # in model order
     ungrouped_bytes: int  # norms, biases and other weights in no group
@@ -186,10 +232,25 @@ class Layout:
     multiply_adds: int  # per token
     cut: str = UNPRUNED
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the groups, in model order."""
+        return tuple(group.name for group in self.groups)
+
+    @cached_property
+    def sizes(self) -> tuple[dict[str, int], ...]:
+        """Return the bytes of each group in the formats that it is offered, smallest first."""
+        sizes = []
+        for group in self.groups:
+            sizes.append(
+                {name: group.packed_bytes(name, self.element_bytes) for name in group.formats}
+            )
+        return tuple(sizes)
+
     @property
     def levels(self) -> tuple[str, ...]:
         """Return the formats that any group is offered, smallest first."""
-        return by_size(tuple({name for group in self.groups for name in group.formats}))
+        return by_size(tuple(set().union(*self.sizes)))
 
     @property
     def offered(self) -> dict[str, tuple[str, ...]]:
@@ -197,81 +258,57 @@ class Layout:
         return {group.name: group.formats for group in self.groups}
 
     @property
+    def fixed_bytes(self) -> int:
+        """Return the bytes of everything that is the same in all plans."""
+        return self.ungrouped_bytes + self.adapter_bytes
+
+    @property
     def trained_bytes(self) -> int:
-        """Count the bytes of the adapters in float32, as they are trained and kept in the bank and
-        in checkpoints.
+        """Count the bytes of the adapters in float32.
+
+        That is how they are trained, and kept in the bank and in checkpoints.
         """
         return self.adapter_bytes // self.element_bytes * 4
 
-    def uniform(self, name: str) -> PrecisionPlan:
-        """Return the plan with every group in one format; one that is not offered it takes its next
-        larger one.
-        """
-        return self._plan(next_format(name, group.formats) for group in self.groups)
-
     def dense(self) -> PrecisionPlan:
         """Return the plan with every group unpacked, whether that is offered or not."""
-        return self._plan(DENSE for _ in self.groups)
-
-    def smallest(self) -> PrecisionPlan:
-        """Return the plan with the fewest bytes."""
-        return self._plan(
-            min(each.formats, key=lambda name: self._bytes(each, name)) for each in self.groups
-        )
-
-    def largest(self) -> PrecisionPlan:
-        """Return the plan with the most bytes."""
-        return self._plan(
-            max(each.formats, key=lambda name: self._bytes(each, name)) for each in self.groups
-        )
-
-    def group_bytes(self, name: str) -> list[int | None]:
-        """Return the bytes of each group in a format, in model order; None where it is not offered."""
-        return [
-            self._bytes(group, name) if name in group.formats else None for group in self.groups
-        ]
+        return self.plan(DENSE for _ in self.groups)
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under `plan`: groups, all other weights and adapters."""
-        assert plan.groups == tuple(group.name for group in self.groups), (
-            "a plan names the groups in the model's order"
-        )
-        grouped = sum(
-            self._bytes(group, name) for group, name in zip(self.groups, plan.formats, strict=True)
-        )
-        return grouped + self.ungrouped_bytes + self.adapter_bytes
+        """Count the bytes of the whole model under `plan`: groups, other weights and adapters."""
+        assert plan.groups == self.names, "a plan names the groups in the model's order"
+        plan_bytes = self.fixed_bytes
+        for group, name in zip(self.groups, plan.formats, strict=True):
+            plan_bytes += group.packed_bytes(name, self.element_bytes)
+        return plan_bytes
 
     def mean_bits(self, plan: PrecisionPlan) -> float:
-        """Return the average bits of a weight in the blocks' groups; scales, embeddings and head do
-        not count.
+        """Return the average bits of a weight in the groups of blocks.
+
+        Scales, embeddings and head do not count.
         """
-        of_groups = zip(self.groups, plan.formats, strict=True)
-        counted = [
-            (group, name) for group, name in of_groups if group.name not in (EMBEDDINGS, HEAD)
-        ]
-        total = sum(group.num_weights for group, _ in counted)
-        return sum(group.num_weights * format_of(name).bits for group, name in counted) / total
-
-    def _plan(self, names: Iterable[str]) -> PrecisionPlan:
-        return PrecisionPlan(tuple(group.name for group in self.groups), tuple(names), self.cut)
-
-    def _bytes(self, group: Group, name: str) -> int:
-        return group.packed_bytes(name, self.element_bytes)
+        num_bits = 0.0
+        num_weights = 0
+        for group, name in zip(self.groups, plan.formats, strict=True):
+            if group.name not in OUTSIDE_BLOCKS:
+                num_bits += group.num_weights * format_of(name).bits
+                num_weights += group.num_weights
+        return num_bits / num_weights
 
 
 def read_plan(
     path: Path, offered: Mapping[str, Mapping[str, Sequence[str]]], only: str = ""
 ) -> PrecisionPlan:
-    """Read a plan file (see `--plan`), YAML or JSON: a mapping of groups to formats, alone or under
-    the key `plan`.
+    """Read a plan file (see `--plan`), in YAML or JSON.
 
-    A key `cut` beside the groups or the plan names the cut; without it the cut is `only`, the
-    single one of a run. `offered` has for each cut its groups with their formats (see
-    `Layout.offered`). The bit-widths of `ALIASES` stand for formats; a group with a single format
-    may be left out. Raise `PlanRefused` with all problems.
+    It is a mapping of groups to formats, alone or under the key `plan`. A key `cut` beside the
+    groups or the plan names the cut; without it the cut is `only`, the single one of a run.
+    `offered` has for each cut its groups with their formats (see `Layout.offered`). The bit-widths
+    of `ALIASES` stand for formats; a group with a single format may be left out. Raise
+    `PlanRefused` with all problems.
     """
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PlanRefused(
             f"{path} does not exist: write one with `qpruner plan RUN > {path.name}`"
@@ -280,56 +317,62 @@ def read_plan(
         raise PlanRefused(
             f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan"
         ) from error
-    cut = str(raw.pop("cut", only)) if isinstance(raw, dict) else only
+    cut, plan = only, content
+    if isinstance(content, dict):
+        cut = str(content.pop("cut", only))
+        plan = content.get("plan", content)
+
     if cut not in offered:
-        got = f"got {cut or 'none'}: `cut: NAME`, of {', '.join(offered)}"
         raise PlanRefused(
-            f"{path} must name one of the cuts of this run that `quantize.budget` allows, {got}"
+            f"{path} must name one of the cuts of this run that `quantize.budget` allows, got "
+            f"{cut or 'none'}: `cut: NAME`, of {', '.join(offered)}"
         )
-    of_groups = offered[cut]
-    plan = raw.get("plan", raw) if isinstance(raw, dict) else raw
     if not isinstance(plan, dict):
-        got = "an empty file" if raw is None else type(plan).__name__
+        got = "an empty file" if content is None else type(plan).__name__
         raise PlanRefused(
-            f"{path} must map every group to its format, got {got}; `qpruner plan RUN` prints a plan"
+            f"{path} must map every group to its format, got {got}; `qpruner plan RUN` prints a "
+            "plan"
         )
-    named: dict[Any, Any] = {
-        group: ALIASES.get(value, value) if type(value) is int else value
-        for group, value in plan.items()
-    }
-    if problems := _problems(plan, named, of_groups):
-        raise PlanRefused(
-            f"{path} is not a valid plan for this model:\n"
-            + "\n".join(f"  - {p}" for p in problems)
-        )
-    return PrecisionPlan.from_dict(
-        {group: named.get(group, levels[0]) for group, levels in of_groups.items()}, cut
-    )
+    problems = _problems(plan, offered[cut])
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise PlanRefused(f"{path} is not a valid plan for this model:\n{listed}")
+
+    formats = {}
+    for group, levels in offered[cut].items():
+        formats[group] = _format_name(plan[group]) if group in plan else levels[0]
+    return PrecisionPlan.from_dict(formats, cut)
 
 
-def _problems(
-    plan: dict[Any, Any], named: dict[Any, Any], offered: Mapping[str, Sequence[str]]
-) -> list[str]:
-    problems, groups = [], list(offered)
-    for group, value in named.items():
-        if group not in groups:
+def _format_name(value: Any) -> Any:
+    """Return the name of the format for a bit-width, and anything else as it is."""
+    return ALIASES.get(value, value) if type(value) is int else value
+
+
+def _problems(plan: Mapping[Any, Any], offered: Mapping[str, Sequence[str]]) -> list[str]:
+    """Say what is wrong with a plan as it was read, for groups with the formats `offered`."""
+    problems = []
+    groups = list(offered)
+    for group, value in plan.items():
+        if group not in offered:
             nearest = difflib.get_close_matches(str(group), groups, n=1)
-            hint = (
-                f"did you mean `{nearest[0]}`?"
-                if nearest
-                else f"the groups are {groups[0]} to {groups[-1]}"
-            )
+            hint = f"the groups are {groups[0]} to {groups[-1]}"
+            if nearest:
+                hint = f"did you mean `{nearest[0]}`?"
             problems.append(f"`{group}` is not a group of this model; {hint}")
-        elif value not in offered[group]:
-            key = "embeddings" if group in (EMBEDDINGS, HEAD) else "formats"
-            among = ("one of " if len(offered[group]) > 1 else "") + ", ".join(offered[group])
-            problems.append(f"`{group}` must be {among} (`quantize.{key}`), got {plan[group]!r}")
-    if missing := [group for group in groups if group not in plan and len(offered[group]) > 1]:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        remedy = (
-            "; `qpruner plan RUN` prints a plan with all groups"
-            if len(missing) > len(groups) / 2
-            else ""
-        )
-        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {shown}{remedy}")
+        elif _format_name(value) not in offered[group]:
+            key = "embeddings" if group in OUTSIDE_BLOCKS else "formats"
+            among = ", ".join(offered[group])
+            if len(offered[group]) > 1:
+                among = f"one of {among}"
+            problems.append(f"`{group}` must be {among} (`quantize.{key}`), got {value!r}")
+
+    missing = [group for group in groups if group not in plan and len(offered[group]) > 1]
+    if missing:
+        shown = ", ".join(missing[:5])
+        if len(missing) > 5:
+            shown += ", ..."
+        if len(missing) > len(groups) / 2:
+            shown += "; `qpruner plan RUN` prints a plan with all groups"
+        problems.append(f"{len(missing)} of {len(groups)} groups are missing: {shown}")
     return problems

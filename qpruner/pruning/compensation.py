@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qpruner.data.calibration import Samples, at_tokens, block_inputs
+from qpruner.data.calibration import Samples, at_tokens, block_inputs, block_output, run_base
 from qpruner.data.losses import batches, hooked, returning
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import family_of
@@ -26,18 +26,18 @@ class _InputsCaptured(Exception):
 
 
 class BlockStream:
-    """Run the blocks of a model one by one on the hidden states ``(batch, seq, hidden)`` of the
-    samples.
+    """Run the blocks of a model one by one on the hidden states of calibration samples.
 
     A pass in which blocks return their inputs captures masks and positions, which do not depend on
-    hidden states. Each block then runs by itself, also after its weights changed. Memory holds the
-    hidden states before one block only.
+    hidden states ``(batch, seq, hidden)``. Each block then runs by itself, also after its weights
+    changed. Memory holds the hidden states before one block only.
     """
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, samples: Samples) -> None:
         paths = map(family_of(model.config).block_path, range(model.config.num_hidden_layers))
-        self._model, self._blocks = model, list(map(model.get_submodule, paths))
+        self._model = model
+        self._blocks = list(map(model.get_submodule, paths))
         self._on_progress = samples.on_progress
         self._hidden: list[torch.Tensor] = []
         self._batches = list(
@@ -60,84 +60,82 @@ class BlockStream:
         with returning(self._blocks, map(capture_for, range(len(self._blocks)))):
             for batch in self._batches:
                 self._calls.append({})
-                self._base(batch)
+                run_base(model, batch)
 
     @torch.no_grad()
     def visit(
         self, index: int, linear: str, visit: Callable[..., None], behind: Sequence[int] = ()
     ) -> None:
-        """Run block `index` and pass the inputs ``(tokens, features)`` of a linear layer to
-        `visit`, batch by batch.
+        """Run block `index`, and give the inputs of one of its linear layers to `visit`.
 
-        `visit` also gets the sum ``(tokens, hidden)`` of what the blocks `behind` it, if any, add
-        to the hidden states.
+        `visit` is called once for each batch, with inputs ``(tokens, features)``. If `behind` names
+        blocks that follow, `visit` also gets the sum ``(tokens, hidden)`` of what they add to the
+        hidden states.
         """
         layer = self._blocks[index].get_submodule(linear)
         for batch, tokens in enumerate(self._tokens):
-            captured: list[torch.Tensor] = []
+            captured = self._captured(layer, index, batch, behind)
+            visit(*(at_tokens(states, tokens) for states in captured))
 
-            def hook(
-                module: torch.nn.Module,
-                args: tuple[Any, ...],
-                captured: list[torch.Tensor] = captured,
-            ) -> None:
-                captured.append(args[0])
-                if not behind:
-                    raise _InputsCaptured
+    def _captured(
+        self, layer: torch.nn.Module, index: int, batch: int, behind: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Return the inputs of `layer` in block `index`, and what the blocks `behind` it add."""
+        captured: list[torch.Tensor] = []
 
-            added = []
-            with hooked([layer.register_forward_pre_hook(hook)]), suppress(_InputsCaptured):
-                before = after = self._run(index, batch, self._hidden[batch])
-                for other in behind:
-                    after = self._run(other, batch, after)
-                added = [at_tokens(after.to(before.device).float() - before.float(), tokens)]
-            visit(at_tokens(captured[0], tokens), *added)
+        def capture(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            captured.append(args[0])
+            if not behind:
+                raise _InputsCaptured
+
+        with hooked([layer.register_forward_pre_hook(capture)]), suppress(_InputsCaptured):
+            before = self._run(index, batch, self._hidden[batch])
+            after = before
+            for follower in behind:
+                after = self._run(follower, batch, after)
+            captured.append(after.to(before.device).float() - before.float())
+        return captured
 
     @torch.no_grad()
     def advance(
         self, index: int, on_batch: Callable[[torch.Tensor], None] = lambda tokens: None
     ) -> None:
-        """Replace the hidden states before block `index` by those after it; give `on_batch` the
-        mask of its tokens."""
+        """Replace the hidden states before block `index` by those after it.
+
+        `on_batch` gets the mask of the tokens of each batch after the block has run on it.
+        """
         for batch, hidden in enumerate(self._hidden):
             self._hidden[batch] = self._run(index, batch, hidden)
             on_batch(self._tokens[batch])
         self._on_progress(index + 1, len(self._blocks))
 
     @torch.no_grad()
-    def _base(self, batch: dict[str, torch.Tensor]) -> Any:
-        """Run the base model without its head, because no logits are needed; return the head's
-        inputs."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        return self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-
     def head_inputs(self) -> Iterator[torch.Tensor]:
-        """After the last block, yield the inputs ``(tokens, features)`` of the head, batch by
-        batch."""
+        """Yield the inputs ``(tokens, features)`` of the head by batch, after the last block."""
         for inputs, tokens, hidden in zip(self._batches, self._tokens, self._hidden, strict=True):
             # The base model applies what lies between the blocks and the head, such as a norm.
-            with returning(
-                self._blocks, [lambda *args, hidden=hidden, **kwargs: hidden] * len(self._blocks)
-            ):
-                found = self._base(inputs)
-            yield at_tokens(found, tokens)
+            skipped = [lambda *args, hidden=hidden, **kwargs: hidden] * len(self._blocks)
+            with returning(self._blocks, skipped):
+                states = run_base(self._model, inputs)
+            yield at_tokens(states, tokens)
 
     def _run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[batch][index]
-        output = self._blocks[index](hidden, *args, **kwargs)
-        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+        return block_output(self._blocks[index](hidden, *args, **kwargs))
 
 
 class _Grams(list[torch.Tensor]):
-    """Sums in float32 of ``inputs^T inputs`` (features, features), and ``targets^T inputs``
-    (outputs, features)."""
+    """Sum products with inputs over batches, in float32.
+
+    The first sum is ``inputs^T inputs`` ``(features, features)``. If targets are added too, the
+    second is ``targets^T inputs`` ``(outputs, features)``.
+    """
 
     def add(self, *pair: torch.Tensor) -> None:
         """Add inputs ``(tokens, features)`` and perhaps targets ``(tokens, outputs)``."""
         inputs = pair[0].float()
-        for position, each in enumerate(pair):
-            factor = each.float().T.to(inputs.device)
+        for position, states in enumerate(pair):
+            factor = states.float().T.to(inputs.device)
             if position == len(self):
                 self.append(factor @ inputs)
             else:
@@ -151,20 +149,25 @@ def compensate_blocks(
     ridge: float,
     samples: Samples,
 ) -> None:
-    """Make the MLP output projection (down) before dropped blocks add what these added, if its
-    block is in `layers`.
+    """Make the MLP output projection (down) before dropped blocks add what these blocks added.
 
     Let X be its inputs over the calibration tokens, and D what the dropped blocks directly behind
     it add to the residual stream. The weights that minimize ``|X (W' - W)^T - D|^2 + lambda |W' -
     W|^2`` are ``W' = W + D^T X (X^T X + lambda I)^-1``; `ridge` is lambda relative to the mean
-    square of the inputs. Nothing changes in families where a norm follows the projection.
+    square of the inputs. Only blocks in `layers` change, and nothing changes in families where a
+    norm follows the projection.
     """
-    family, count = family_of(model.config), model.config.num_hidden_layers
-    if (factor := family.residual_factor(model.config)) is None:
+    family = family_of(model.config)
+    count = model.config.num_hidden_layers
+    factor = family.residual_factor(model.config)
+    if factor is None:
         return
+
     stream = BlockStream(model, samples)
-    for index in (index for index in range(count) if index not in dropped):
-        behind = list(itertools.takewhile(lambda other: other in dropped, range(index + 1, count)))
+    for index in range(count):
+        if index in dropped:
+            continue
+        behind = list(itertools.takewhile(dropped.__contains__, range(index + 1, count)))
         if behind and index in layers:
             linear = unit_kinds_of(model.config, [index])[index][-1].output_linear
             grams = _Grams()
@@ -179,8 +182,10 @@ def compensate_blocks(
 
 
 def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Samples) -> None:
-    """Zero the columns of removed units and compensate by least squares, on inputs of the pruned
-    model."""
+    """Zero the columns of removed units and compensate for them by least squares.
+
+    The inputs of each layer are those of the model as pruned before it.
+    """
     family = family_of(model.config)
     stream = BlockStream(model, samples)
     for index in range(model.config.num_hidden_layers):
@@ -189,56 +194,57 @@ def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Sample
         with ExitStack() as as_cut:
             # Attention comes first, because the MLP gets its inputs from the pruned attention.
             for kind in kinds:
-                units, linear = kept[index][kind.name], kind.output_linear
-                module = block.get_submodule(linear)
+                units = kept[index][kind.name]
                 if len(units) == kind.num_units:
                     continue
                 as_cut.enter_context(family.as_cut(block, kind, units))
-                output = next(item for item in kind.slices if item.parameter == f"{linear}.weight")
-                stays, weight = unit_indices(output, units), module.weight.data
-                is_removed = torch.ones(module.in_features, dtype=torch.bool)
-                is_removed[stays] = False
-                removed = is_removed.nonzero().flatten()
+                linear = kind.output_linear
                 grams = _Grams()
                 stream.visit(index, linear, grams.add)
-                _solve(
-                    weight, stays, removed, grams[0], ridge, f"{family.block_path(index)}.{linear}"
-                )
-                weight[:, removed] = 0
+
+                weight = block.get_parameter(f"{linear}.weight").data
+                output = next(item for item in kind.slices if item.parameter == f"{linear}.weight")
+                stays = unit_indices(output, units)
+                name = f"{family.block_path(index)}.{linear}"
+                _solve(weight, stays, grams[0], ridge, name)
             stream.advance(index)
 
 
 def _solve(
-    weight: torch.Tensor,
-    stays: torch.Tensor,
-    removed: torch.Tensor,
-    gram: torch.Tensor,
-    ridge: float,
-    name: str,
+    weight: torch.Tensor, stays: torch.Tensor, gram: torch.Tensor, ridge: float, name: str
 ) -> None:
-    """Replace the kept columns of `weight` by the least-squares solution; `gram` is ``G``.
+    """Replace the kept columns of `weight` by the least-squares solution, and zero the others.
 
-    With ``G = X^T X`` over the calibration tokens, S the kept columns and R the removed columns,
-    the weights ``W'`` that minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2`` are ``W_S + W_R
-    G_RS (G_SS + lambda I)^-1``.
+    With ``G = X^T X`` (`gram`) over the calibration tokens, S the kept columns (`stays`) and R the
+    removed columns, the weights ``W'`` that minimize ``|X W^T - X_S W'^T|^2 + lambda |W' - W_S|^2``
+    are ``W_S + W_R G_RS (G_SS + lambda I)^-1``.
     """
-    stays, removed = stays.to(gram.device), removed.to(gram.device)
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
+    is_removed[stays] = False
+    removed = is_removed.nonzero().flatten().to(gram.device)
+    stays = stays.to(gram.device)
+
     given = weight[:, removed].float() @ gram[removed][:, stays]
     change = _ridge_solution(gram[stays][:, stays], given, ridge, name)
     weight[:, stays] = (weight[:, stays].float() + change).to(weight.dtype)
+    weight[:, removed] = 0
 
 
 def _ridge_solution(
     gram: torch.Tensor, given: torch.Tensor, ridge: float, name: str
 ) -> torch.Tensor:
-    """Compute ``given (gram + lambda I)^-1``, where lambda is `ridge` times the mean of the
-    diagonal of `gram`."""
+    """Compute ``given (gram + lambda I)^-1``.
+
+    The penalty lambda is `ridge` times the mean of the diagonal of `gram`. Raise `TrainingDiverged`
+    if the result is NaN or infinite.
+    """
     penalty = max(ridge * float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(gram)
     change = torch.cholesky_solve(given.T, factor).T
     if failed or not torch.isfinite(change).all():
         raise TrainingDiverged(
-            f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or use more calibration text"
+            f"the least-squares weights of {name} are NaN or infinite; raise `prune.ridge` or use "
+            "more calibration text"
         )
     return change

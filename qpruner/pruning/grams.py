@@ -14,10 +14,11 @@ from qpruner.plans.plan import Layout
 from qpruner.pruning.compensation import BlockStream
 
 LOOKUPS = 0.3
-"""Weigh errors in rows that a tied head looks up: a share of the mean input, added to the diagonal
-of the Gram matrix. With 0, 0.1, 0.3, 1 and 3, GPTQ in q4_0 raised the loss of SmolLM2-135M by
-0.041, 0.038, 0.034, 0.036 and 0.044; nearest rounding by 0.077 (2026-12-01, 100 rows, only the
-embeddings packed).
+"""Share of the mean diagonal of the Gram matrix that is added to the diagonal for a tied head.
+
+It weighs errors in rows that are looked up as embeddings. With 0, 0.1, 0.3, 1 and 3, GPTQ in q4_0
+raised the loss of SmolLM2-135M by 0.041, 0.038, 0.034, 0.036 and 0.044; nearest rounding by 0.077
+(2026-12-01, 100 rows, only the embeddings packed).
 """
 Grams = dict[tuple[str, ...], torch.Tensor]
 """Paths of the layers that read an input -> float32 ``inputs^T inputs / tokens`` ``(columns,
@@ -25,14 +26,16 @@ columns)``."""
 
 
 def gather(model: PreTrainedModel, samples: Samples) -> Iterator[Grams]:
-    """Yield the Gram matrices of one block after the other, then the head's; memory holds those of
-    one block."""
-    groups, stream = group_linears(model.config, "projection").values(), BlockStream(model, samples)
+    """Yield the Gram matrices of one block after the other, then those of the head.
+
+    Memory holds the matrices of one block at a time.
+    """
+    groups = group_linears(model.config, "projection").values()
+    stream = BlockStream(model, samples)
     for index in range(model.config.num_hidden_layers):
         block = f"{family_of(model.config).block_path(index)}."
-        yield _of_block(
-            model, stream, index, [paths for paths in groups if paths[0].startswith(block)]
-        )
+        in_block = [paths for paths in groups if paths[0].startswith(block)]
+        yield _of_block(model, stream, index, in_block)
     yield {(logits_path(model.config),): _of_head(model, stream)}
 
 
@@ -40,10 +43,9 @@ def gram_bytes(layout: Layout, config: Any) -> list[int]:
     """Count the bytes of the Gram matrices of each block of a model, then of the head's."""
     columns = {linear.name: linear.columns for group in layout.groups for linear in group.linears}
     sizes: dict[str, int] = {}
-    for name, paths in group_linears(
-        config, "projection"
-    ).items():  # the layers of one share their input
+    for name, paths in group_linears(config, "projection").items():
         block = ".".join(name.split(".")[:2])
+        # The layers of a projection share their inputs.
         sizes[block] = sizes.get(block, 0) + 4 * columns[paths[0]] ** 2
     return [*sizes.values(), 4 * columns[logits_path(config)] ** 2]
 
@@ -52,8 +54,10 @@ def gram_bytes(layout: Layout, config: Any) -> list[int]:
 def _of_block(
     model: PreTrainedModel, stream: BlockStream, index: int, groups: list[tuple[str, ...]]
 ) -> Grams:
-    """Run a block once and sum the products of the inputs of each projection, whose layers share
-    them."""
+    """Run a block once, and average ``inputs^T inputs`` of each projection over tokens.
+
+    The layers of a projection share their inputs.
+    """
     inputs: dict[tuple[str, ...], torch.Tensor] = {}
     sums: Grams = {}
     count = 0
@@ -64,22 +68,28 @@ def _of_block(
     def on_batch(tokens: torch.Tensor) -> None:
         nonlocal count
         count += int(tokens.sum())
-        for paths, each in inputs.items():
-            rows = at_tokens(each, tokens).float()
-            sums[paths] = sums[paths].addmm_(rows.T, rows) if paths in sums else rows.T @ rows
+        for paths, states in inputs.items():
+            rows = at_tokens(states, tokens).float()
+            if paths in sums:
+                sums[paths].addmm_(rows.T, rows)
+            else:
+                sums[paths] = rows.T @ rows
         inputs.clear()
 
+    layers = {paths: model.get_submodule(paths[0]) for paths in groups}
     with hooked(
-        model.get_submodule(paths[0]).register_forward_pre_hook(hook_for(paths)) for paths in groups
+        layer.register_forward_pre_hook(hook_for(paths)) for paths, layer in layers.items()
     ):
         stream.advance(index, on_batch)
     return {paths: gram / count for paths, gram in sums.items()}
 
 
 def _of_head(model: PreTrainedModel, stream: BlockStream) -> torch.Tensor:
-    sums, count = torch.zeros((), device=model.device), 0
+    sums = torch.zeros((), device=model.device)
+    count = 0
     for inputs in stream.head_inputs():
-        rows, count = inputs.float(), count + len(inputs)
+        rows = inputs.float()
+        count += len(inputs)
         sums = rows.T @ rows + sums.to(rows.device)
     if model.config.tie_word_embeddings:
         sums.diagonal().add_(LOOKUPS * sums.diagonal().mean())

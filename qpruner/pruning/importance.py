@@ -31,6 +31,8 @@ from qpruner.data.calibration import (
     Samples,
     at_tokens,
     block_inputs,
+    block_output,
+    run_base,
     visit_gradients,
     visit_inputs,
     visit_mask_gradients,
@@ -40,10 +42,10 @@ from qpruner.errors import TrainingDiverged
 from qpruner.models.families import UnitKind, family_of
 from qpruner.pruning.units import unit_kinds_of
 
-Scores = dict[
-    int, dict[str, torch.Tensor]
-]  # block index -> kind of unit -> scores ``(units,)``, float64 on the CPU
-Kinds = Mapping[int, Sequence[UnitKind]]  # block index -> kinds of unit to score
+Scores = dict[int, dict[str, torch.Tensor]]
+"""Block index -> kind of unit -> scores ``(units,)``, float64 on the CPU."""
+Kinds = Mapping[int, Sequence[UnitKind]]
+"""Block index -> kinds of unit to score."""
 
 
 def score(
@@ -53,66 +55,82 @@ def score(
     samples: Samples,
     seed: int = 0,
 ) -> Scores:
-    """Score the units of the blocks in `layers` by `settings.importance`; raise `TrainingDiverged`
-    at a NaN."""
-    kinds, importance = (
-        unit_kinds_of(model.config, layers, settings.width_units),
-        settings.importance,
-    )
+    """Score the units of the blocks in `layers` by `settings.importance`.
+
+    Raise `TrainingDiverged` if a gradient or score is NaN or infinite.
+    """
+    kinds = unit_kinds_of(model.config, layers, settings.width_units)
+    importance = settings.importance
     if importance == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return {
-            index: {
-                kind.name: torch.rand(kind.num_units, generator=generator, dtype=torch.float64)
-                for kind in some
-            }
-            for index, some in kinds.items()
-        }
-    if settings.looks_at_linears:
-        return _by_output(
-            model, kinds, samples, "variance" if importance == "fluctuation" else "mean_square"
-        )
+        return _at_random(kinds, seed)
+    if importance == "fluctuation":
+        return _by_output(model, kinds, samples, "variance")
+    if importance == "activation_norm":
+        return _by_output(model, kinds, samples, "mean_square")
+
+    order = "second" if importance == "fisher" else settings.order
     if importance == "magnitude":
-        scores = UnitScores(model, kinds)
-        for name, parameter in scores.matrices.items():
-            weight = parameter.detach().float()
-            # For l2 no square root is taken, as in LLM-Pruner.
-            scores.add(name, weight.abs() if settings.norm == "l1" else weight.square())
+        scores = _by_weight(model, kinds, settings.norm)
+    elif settings.aggregation == "vector":
+        scores = _by_vector(model, kinds, samples, order)
     else:
-        order = "second" if importance == "fisher" else settings.order
-        scores = (_by_vector if settings.aggregation == "vector" else _by_element)(
-            model, kinds, samples, order
-        )
+        scores = _by_element(model, kinds, samples, order)
     return scores.reduce(settings.reduction, settings.query_heads == "modulo")
+
+
+def _at_random(kinds: Kinds, seed: int) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+    scores: Scores = {}
+    for index, of_block in kinds.items():
+        scores[index] = {}
+        for kind in of_block:
+            drawn = torch.rand(kind.num_units, generator=generator, dtype=torch.float64)
+            scores[index][kind.name] = drawn
+    return scores
+
+
+def _by_weight(model: PreTrainedModel, kinds: Kinds, norm: str) -> UnitScores:
+    """Score by absolute (l1) or squared (l2) weights."""
+    scores = UnitScores(model, kinds)
+    for name, parameter in scores.matrices.items():
+        weight = parameter.detach().float()
+        # For l2 no square root is taken, as in LLM-Pruner.
+        scores.add(name, weight.abs() if norm == "l1" else weight.square())
+    return scores
 
 
 def _by_vector(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: str) -> UnitScores:
     """Score by the gradients of masks on rows and columns, in one pass for any `order`."""
     scores = UnitScores(model, kinds)
-    dims = scores.dims.items()
-    linears: dict[str, Any] = {
-        name: (model.get_submodule(name.removesuffix(".weight")), dim) for name, dim in dims
-    }
+    linears: dict[str, Any] = {}
+    for name, dim in scores.dims.items():
+        linears[name] = (model.get_submodule(name.removesuffix(".weight")), dim)
+
     # The loss of all samples is a mean over tokens, so each sample is weighted by its number of
     # predicted tokens.
-    counts = torch.tensor(
-        [int(predicting(torch.tensor([row["labels"]])).sum()) for row in samples.rows]
-    )
+    labels = [torch.tensor([row["labels"]]) for row in samples.rows]
+    counts = torch.tensor([int(predicting(of_row).sum()) for of_row in labels])
     shares = counts / counts.sum()
     sums: Any = dict.fromkeys(linears, 0)
     squares: Any = dict.fromkeys(linears, 0)
     num_seen = dict.fromkeys(linears, 0)
 
     def visit(name: str, by_sample: torch.Tensor) -> None:
-        part = shares[num_seen[name] : num_seen[name] + len(by_sample)].to(by_sample.device)
+        start = num_seen[name]
         num_seen[name] += len(by_sample)
-        sums[name] = sums[name] + part @ by_sample
+        of_batch = shares[start : num_seen[name]].to(by_sample.device)
+        sums[name] = sums[name] + of_batch @ by_sample
         squares[name] = squares[name] + by_sample.square().sum(dim=0) / len(samples.rows)
 
     visit_mask_gradients(model, linears, samples, visit)
-    for name, dim in dims:
-        entries = sums[name] if order == "first" else sums[name] - 0.5 * squares[name]
-        scores.add(name, (squares[name] if order == "second" else entries.abs()).unsqueeze(1 - dim))
+    for name, dim in scores.dims.items():
+        if order == "first":
+            entries = sums[name].abs()
+        elif order == "second":
+            entries = squares[name]
+        else:
+            entries = (sums[name] - 0.5 * squares[name]).abs()
+        scores.add(name, entries.unsqueeze(1 - dim))
     return scores
 
 
@@ -125,8 +143,10 @@ def _by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: s
         square = _salience(parameter, gradient).square_().div_(len(samples.rows))
         if order == "second":  # all terms are positive, so samples can be added one by one
             scores.add(name, square)
+        elif name in mean_squares:
+            mean_squares[name].add_(square)
         else:
-            mean_squares[name] = mean_squares[name].add_(square) if name in mean_squares else square
+            mean_squares[name] = square
 
     def visit_batch(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         salience = _salience(parameter, gradient)
@@ -144,89 +164,96 @@ def _by_element(model: PreTrainedModel, kinds: Kinds, samples: Samples, order: s
 def _salience(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
     """Compute ``w g`` in float32; overwrite a float32 gradient, which is not needed afterwards."""
     salience = gradient.float().contiguous()
-    pieces = (
-        torch.split(each.detach().view(-1), ENTRIES_AT_ONCE)
-        for each in (salience, parameter.contiguous())
-    )
-    for piece, weights in zip(*pieces, strict=True):
-        piece.mul_(weights)  # in pieces, to hold no float32 copy of the whole matrix
+    pieces = torch.split(salience.detach().view(-1), ENTRIES_AT_ONCE)
+    weights = torch.split(parameter.contiguous().detach().view(-1), ENTRIES_AT_ONCE)
+    for piece, of_piece in zip(pieces, weights, strict=True):
+        piece.mul_(of_piece)  # in pieces, to hold no float32 copy of the whole matrix
     return salience
 
 
 def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic: str) -> Scores:
-    """Score a unit by the columns it owns in an output projection: squared column norm times an
-    input statistic.
+    """Score a unit by its columns of an output projection: squared norm times an input statistic.
 
     `variance` is the score of FLAP, ``Var(x_j) * ||W_:j||^2`` (arXiv 2312.11983, eq. 4): the output
     error when feature j is replaced by its mean. `mean_square` is the squared score of Wanda, ``|W|
     * ||x||``, summed over the column: ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1),
     the output error when feature j is replaced by zero.
     """
-    path, scores = family_of(model.config).block_path, Scores()
-    outputs = {
-        f"{path(index)}.{kind.output_linear}": (index, kind)
-        for index, some in kinds.items()
-        for kind in some
-    }
+    path = family_of(model.config).block_path
+    outputs: dict[str, tuple[int, UnitKind]] = {}
+    for index, of_block in kinds.items():
+        for kind in of_block:
+            outputs[f"{path(index)}.{kind.output_linear}"] = (index, kind)
+
     moments = {name: InputMoments() for name in outputs}
     linears = {name: model.get_submodule(name) for name in outputs}
     visit_inputs(model, linears, samples, lambda name, inputs: moments[name].add(inputs))
+
+    scores: Scores = {}
     for name, (index, kind) in outputs.items():
         weight = model.get_parameter(f"{name}.weight").detach().float()
-        salience = weight.square().sum(dim=0).cpu().double() * getattr(moments[name], statistic)
+        norms = weight.square().sum(dim=0).cpu().double()
+        salience = norms * getattr(moments[name], statistic)
         check_finite(salience, f"the importance of {name}")
         scores.setdefault(index, {})[kind.name] = salience.view(kind.num_units, -1).sum(dim=1)
     return scores
 
 
-class UnitScores:
-    """Sum scores per matrix and unit (in q and o per query head), then reduce them to one score per
-    unit.
+_Owner = tuple[int, UnitKind, int]
+"""Block index, kind of unit, and position of its slice of a matrix."""
 
-    `matrices` holds by name the matrices that units own parts of; `dims` holds the dimension that
-    units divide.
+
+class UnitScores:
+    """Sum scores for each matrix and unit, then reduce them to one score for each unit.
+
+    In the query and output projections (q, o) each query head has its own sum. `matrices` holds by
+    name the matrices that units own parts of; `dims` holds the dimension that units divide.
     """
 
     def __init__(self, model: PreTrainedModel, kinds: Kinds) -> None:
-        self._scores: dict[tuple[int, UnitKind], dict[int, torch.Tensor]] = {
-            (index, kind): {} for index, some in kinds.items() for kind in some
-        }
-        self._owners: dict[str, list[tuple[int, UnitKind, int]]] = {}
+        self._owners: dict[str, list[_Owner]] = {}
+        self._by_matrix: dict[tuple[int, UnitKind], dict[int, torch.Tensor]] = {}
         self.matrices: dict[str, torch.nn.Parameter] = {}
         self.dims: dict[str, int] = {}
         path = family_of(model.config).block_path
-        for index, kind in self._scores:
-            for position, item in enumerate(kind.slices):
-                name = f"{path(index)}.{item.parameter}"
-                parameter = model.get_parameter(name)
-                if parameter.dim() > 1:
-                    self.matrices[name] = parameter
-                    self.dims.setdefault(name, item.dim)
-                    self._owners.setdefault(name, []).append((index, kind, position))
+        for index, of_block in kinds.items():
+            for kind in of_block:
+                self._by_matrix[index, kind] = {}
+                for position, item in enumerate(kind.slices):
+                    name = f"{path(index)}.{item.parameter}"
+                    parameter = model.get_parameter(name)
+                    if parameter.dim() > 1:
+                        self.matrices[name] = parameter
+                        self.dims.setdefault(name, item.dim)
+                        self._owners.setdefault(name, []).append((index, kind, position))
 
     def add(self, name: str, entries: torch.Tensor) -> None:
         """Add the entries of a matrix ``(rows, columns)`` to the units that own them."""
         for index, kind, position in self._owners[name]:
             item = kind.slices[position]
-            owned = entries.sum(dim=1 - item.dim)[
-                item.offset : item.offset + kind.num_units * item.width
-            ]
+            end = item.offset + kind.num_units * item.width
+            owned = entries.sum(dim=1 - item.dim)[item.offset : end]
             by_head = owned.double().reshape(-1, item.width // item.heads).sum(dim=1).cpu()
             check_finite(by_head, f"the importance of {name}")
-            scores = self._scores[index, kind]
-            scores[position] = scores[position] + by_head if position in scores else by_head
+            scores = self._by_matrix[index, kind]
+            if position in scores:
+                by_head = scores[position] + by_head
+            scores[position] = by_head
 
     def reduce(self, reduction: str, modulo: bool = False) -> Scores:
-        """Reduce to one score per unit; with `modulo` query head h counts for unit ``h % units``,
-        as in LLM-Pruner."""
+        """Reduce the scores of all matrices to one score for each unit.
+
+        With `modulo` query head h counts for unit ``h % units``, as in LLM-Pruner's code; without
+        it, for the unit that serves it.
+        """
         scores: Scores = {}
-        for (index, kind), by_matrix in self._scores.items():
-            by_unit = [
-                heads.view(-1, kind.num_units).sum(dim=0)
-                if modulo
-                else heads.view(kind.num_units, -1).sum(dim=1)
-                for _, heads in sorted(by_matrix.items())
-            ]
+        for (index, kind), by_matrix in self._by_matrix.items():
+            by_unit = []
+            for _, heads in sorted(by_matrix.items()):
+                if modulo:
+                    by_unit.append(heads.view(-1, kind.num_units).sum(dim=0))
+                else:
+                    by_unit.append(heads.view(kind.num_units, -1).sum(dim=1))
             scores.setdefault(index, {})[kind.name] = REDUCTIONS[reduction](torch.stack(by_unit))
         return scores
 
@@ -245,9 +272,8 @@ projection."""
 
 def check_finite(values: torch.Tensor, what: str) -> None:
     """Raise `TrainingDiverged` if any value is NaN or infinite."""
-    least_and_most = torch.stack(
-        torch.aminmax(values.detach())
-    )  # NaN if any is; `isfinite` of all takes 5 bytes each
+    # NaN if any value is; `isfinite` of all values takes 5 bytes for each.
+    least_and_most = torch.stack(torch.aminmax(values.detach()))
     if not torch.isfinite(least_and_most).all():
         raise TrainingDiverged(f"{what} is NaN or infinite")
 
@@ -259,9 +285,11 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 def block_importance(
     model: PreTrainedModel, layers: Sequence[int], samples: Samples
 ) -> dict[int, float]:
-    """Score blocks by one minus the mean cosine between input and output (ShortGPT, arXiv
-    2403.03853, eq. 1)."""
-    family = family_of(model.config)
+    """Score blocks by one minus the mean cosine between their inputs and outputs.
+
+    This is the block influence of ShortGPT (arXiv 2403.03853, eq. 1).
+    """
+    path = family_of(model.config).block_path
     sums = dict.fromkeys(layers, 0.0)
     tokens = torch.empty(0, dtype=torch.bool)
     count = 0
@@ -270,33 +298,27 @@ def block_importance(
         def hook(
             block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            before = block_inputs(args, kwargs)
-            after = output[0] if isinstance(output, tuple) else output
+            after = block_output(output)
             # In a model spread over devices, the input may lie on the device of the block before.
-            pair = (
-                at_tokens(before.to(after.device), tokens).float(),
-                at_tokens(after, tokens).float(),
+            before = block_inputs(args, kwargs).to(after.device)
+            cosines = torch.nn.functional.cosine_similarity(
+                at_tokens(before, tokens).float(), at_tokens(after, tokens).float()
             )
-            sums[index] += float(torch.nn.functional.cosine_similarity(*pair).sum())
+            sums[index] += float(cosines.sum())
 
         return hook
 
-    hooks = (
-        model.get_submodule(family.block_path(index)).register_forward_hook(
-            hook_for(index), with_kwargs=True
-        )
-        for index in layers
-    )
-    with hooked(hooks):
+    blocks = {index: model.get_submodule(path(index)) for index in layers}
+    with hooked(
+        block.register_forward_hook(hook_for(index), with_kwargs=True)
+        for index, block in blocks.items()
+    ):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             count += int(tokens.sum())
-            model.base_model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            )
+            run_base(model, batch)
+
     scores = {index: 1.0 - total / count for index, total in sums.items()}
     for index, value in scores.items():
-        check_finite(torch.tensor(value), f"the importance of {family.block_path(index)}")
+        check_finite(torch.tensor(value), f"the importance of {path(index)}")
     return scores

@@ -1,13 +1,12 @@
-"""Select the units to keep: the least important are removed until the requested share of parameters
-is met.
+"""Select the units to keep, so that the least important are removed.
 
-It is met to within one MLP channel, or `round_to` channels; without channels, within a key/value
-group.
+The requested share of parameters is met to within one MLP channel, or `round_to` channels; without
+channels, to within a key/value group.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from qpruner.errors import UserError
 from qpruner.models.families import ATTENTION, MLP
@@ -20,9 +19,11 @@ from qpruner.pruning.units import (
     Values,
     most_removable,
     smallest_step,
+    step_of,
 )
 
-Place = tuple[int, str]  # block index and kind of unit
+Place = tuple[int, str]
+"""Block index and kind of unit."""
 
 
 def select(
@@ -39,7 +40,7 @@ def select(
     `values` are importances, -inf for units that an earlier step removed. `per_layer` removes the
     same share from every block, `global` the units of least importance per parameter from any
     block. The number of kept channels is a multiple of `round_to`, and with `uniform` the same in
-    every block.
+    every block. Raise `RateTooHigh` if so many parameters cannot be removed.
     """
     _check_round_to(sizes, round_to)
     most = most_removable(sizes, round_to)
@@ -47,9 +48,8 @@ def select(
         raise RateTooHigh(target, most)
     if selection == "global":
         return _select_global(values, sizes, round(target * progress), round_to)
-    return _keep_most_important(
-        values, sizes, counts_per_layer(sizes, target, round_to, uniform), round_to, progress
-    )
+    removed = counts_per_layer(sizes, target, round_to, uniform)
+    return _keep_most_important(values, removed, round_to, progress)
 
 
 def select_rate(
@@ -60,43 +60,53 @@ def select_rate(
     uniform: bool = False,
     progress: float = 1.0,
 ) -> Kept:
-    """Select the units to keep when every block loses the share `layer_rate` of its units, rounded
-    as in LLM-Pruner.
+    """Select the units to keep when every block loses the share `layer_rate` of its units.
 
-    Of ``C`` channels, and of ``C`` rows of the key projection, ``C - int(C * (1 - layer_rate))``
-    are removed, rounded down to whole heads (`prune_local` in the `metapruner.py` of LLM-Pruner).
+    Numbers are rounded as in LLM-Pruner: of ``C`` channels, and of ``C`` rows of the key
+    projection, ``C - int(C * (1 - layer_rate))`` are removed, rounded down to whole heads
+    (`prune_local` in the `metapruner.py` of LLM-Pruner). Raise `UserError` if that removes all
+    units of a kind or none at all, or cannot be `uniform`.
     """
     _check_round_to(sizes, round_to)
     removed: dict[int, dict[str, int]] = {index: {} for index in sizes}
     for index, kinds in sizes.items():
         for name, size in kinds.items():
-            removed[index][name] = count = units_at_rate(
-                size, layer_rate, round_to if name == MLP else 1
-            )
+            count = units_at_rate(size, layer_rate, step_of(name, round_to))
             if count > size.most:
                 raise UserError(
-                    f"`prune.layer_rate` {layer_rate:g} leaves no {name} unit in block {index}: lower it"
+                    f"`prune.layer_rate` {layer_rate:g} leaves no {name} unit in block {index}: "
+                    "lower it"
                 )
-            if uniform and size.plain and size.count - count not in size.plain:
-                left = f"{size.count - count} key/value groups in a block, not {' or '.join(map(str, size.plain))}"
-                why = f"`layer_rate` {layer_rate:g} leaves {left}, with which the model loads without qpruner"
-                raise UserError(
-                    f"`prune.uniform`: {why}: give `prune.rate` instead, or set `prune.uniform: false`"
-                )
-    if not any(count for of_block in removed.values() for count in of_block.values()):
-        remedy = "raise the rate, lower `prune.round_to`, or add mlp to `prune.units`"
-        whole = "as only whole ones, and channels in multiples of `prune.round_to`, can be"
-        raise UserError(f"`prune.layer_rate` {layer_rate:g} removes no unit, {whole}: {remedy}")
-    return _keep_most_important(values, sizes, removed, round_to, progress)
+            if uniform:
+                _check_plain(size, size.count - count, layer_rate)
+            removed[index][name] = count
+
+    if not any(any(counts.values()) for counts in removed.values()):
+        raise UserError(
+            f"`prune.layer_rate` {layer_rate:g} removes no unit, as only whole ones, and channels "
+            "in multiples of `prune.round_to`, can be: raise the rate, lower `prune.round_to`, or "
+            "add mlp to `prune.units`"
+        )
+    return _keep_most_important(values, removed, round_to, progress)
 
 
 def _check_round_to(sizes: Sizes, round_to: int) -> None:
-    narrowest = min(
-        (kinds[MLP].count for kinds in sizes.values() if MLP in kinds), default=round_to
-    )
+    widths = [kinds[MLP].count for kinds in sizes.values() if MLP in kinds]
+    narrowest = min(widths, default=round_to)
     if round_to > narrowest:
         raise UserError(
-            f"`prune.round_to` must be at most {narrowest}, the narrowest block's channels, got {round_to}"
+            f"`prune.round_to` must be at most {narrowest}, the narrowest block's channels, got "
+            f"{round_to}"
+        )
+
+
+def _check_plain(size: KindSize, left: int, layer_rate: float) -> None:
+    if size.plain and left not in size.plain:
+        allowed = " or ".join(map(str, size.plain))
+        raise UserError(
+            f"`prune.uniform`: `layer_rate` {layer_rate:g} leaves {left} key/value groups in a "
+            f"block, not {allowed}, with which the model loads without qpruner: give `prune.rate` "
+            "instead, or set `prune.uniform: false`"
         )
 
 
@@ -106,120 +116,155 @@ def units_at_rate(size: KindSize, layer_rate: float, round_to: int = 1) -> int:
     removed = (rows - int(rows * (1 - layer_rate))) // size.rows
     if round_to == 1:
         return removed
-    return max(size.count - max(round((size.count - removed) / round_to), 1) * round_to, 0)
+    bundles = max(round((size.count - removed) / round_to), 1)
+    return max(size.count - bundles * round_to, 0)
 
 
 def _keep_most_important(
-    values: Values,
-    sizes: Sizes,
-    removed: Mapping[int, Mapping[str, int]],
-    round_to: int,
-    progress: float,
+    values: Values, removed: Mapping[int, Mapping[str, int]], round_to: int, progress: float
 ) -> Kept:
-    """Keep the most important units of each block; remove only the share `progress` of the counts
-    in `removed`."""
-    bundles, num_cut = {}, {}
-    for index, by_kind in values.items():
-        for name, scores in by_kind.items():
-            size, multiple = sizes[index][name], round_to if name == MLP else 1
-            bundles[index, name] = _bundles(scores, size, 1)
-            # After every step the number of kept channels is a multiple of `round_to`.
-            stays = (
-                math.ceil((size.count - int(removed[index][name] * progress)) / multiple) * multiple
-            )
-            num_cut[index, name] = max(size.count - stays, 0)
-    return _kept_units(bundles, num_cut)
+    """Keep the most important units of each block.
 
-
-def _kept_units(
-    bundles: Mapping[Place, Sequence[Sequence[int]]], num_cut: Mapping[Place, int]
-) -> Kept:
-    """List the units that stay when each block and kind (`Place`) loses its first `num_cut` bundles
-    (`_bundles`)."""
+    Only the share `progress` of the numbers in `removed` is removed.
+    """
     kept: Kept = {}
-    for (index, name), ordered in bundles.items():
-        stays = sorted(unit for bundle in ordered[num_cut[index, name] :] for unit in bundle)
-        kept.setdefault(index, {})[name] = tuple(stays)
+    for index, by_kind in values.items():
+        kept[index] = {}
+        for name, scores in by_kind.items():
+            # After every step the number of kept channels is a multiple of `round_to`.
+            step = step_of(name, round_to)
+            num_kept = len(scores) - int(removed[index][name] * progress)
+            num_kept = math.ceil(num_kept / step) * step
+            num_removed = max(len(scores) - num_kept, 0)
+            kept[index][name] = tuple(sorted(_by_importance(scores)[num_removed:]))
     return kept
 
 
-def _bundles(scores: Sequence[float], size: KindSize, width: int) -> list[list[int]]:
-    """Group units into bundles of `width`, least important first; the first takes the remainder."""
-    order = sorted(range(size.count), key=lambda unit: (scores[unit], unit))
-    starts = [0, *range(size.count % width or width, size.count, width)]
-    return [order[a:b] for a, b in itertools.pairwise([*starts, size.count])]
+def _by_importance(scores: Sequence[float]) -> list[int]:
+    """List units, least important first."""
+    return sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))
 
 
 # ---- global selection
 
 
-class _Ranking:
-    """Rank the bundles of all blocks, least important per parameter first.
+class _Bundle(NamedTuple):
+    """Units of a place that are removed together: a key/value group, or `round_to` channels.
 
-    A bundle is a key/value group, or `round_to` channels of adjacent scores in one block. `num_cut`
-    counts those that earlier steps removed from a place; `order` lists the others by place and
-    position in `bundles[place]`.
+    Tuples are ordered by importance.
+    """
+
+    importance: float  # mean per parameter
+    block: int
+    kind: str
+    number: int  # among the bundles of its place, least important first
+    units: list[int]
+    parameters: int
+
+    @property
+    def place(self) -> Place:
+        return self.block, self.kind
+
+
+def _bundles(place: Place, scores: Sequence[float], size: KindSize, width: int) -> list[_Bundle]:
+    """Group units into bundles of `width`, least important first; the first takes the remainder."""
+    order = _by_importance(scores)
+    first = size.count % width or width
+    parts = [order[:first]]
+    for start in range(first, size.count, width):
+        parts.append(order[start : start + width])
+
+    bundles = []
+    for number, units in enumerate(parts):
+        parameters = size.parameters * len(units)
+        bundle = _Bundle(
+            importance=sum(scores[unit] for unit in units) / parameters,
+            block=place[0],
+            kind=place[1],
+            number=number,
+            units=units,
+            parameters=parameters,
+        )
+        bundles.append(bundle)
+    return bundles
+
+
+class _GlobalCut:
+    """Remove the bundles of each place in order, and count their parameters.
+
+    `order` lists the bundles that may go, least important per parameter first. The last bundle of
+    a place stays.
     """
 
     def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
-        self.parameters: dict[tuple[Place, int], int] = {}
-        self.bundles: dict[Place, list[list[int]]] = {}
-        self.num_cut: dict[Place, int] = {}
-        ranked: list[tuple[float, int, str, int]] = []
+        self.removed = 0  # parameters
+        self._bundles: dict[Place, list[_Bundle]] = {}
+        self._num_cut: dict[Place, int] = {}
+        candidates: list[_Bundle] = []
         for index, by_kind in values.items():
-            for name, scores in by_kind.items():
-                size = sizes[index][name]
-                bundles = self.bundles[index, name] = _bundles(
-                    scores, size, round_to if name == MLP else 1
-                )
-                num_cut = self.num_cut[index, name] = sum(
-                    scores[bundle[0]] == float("-inf") for bundle in bundles
-                )
-                for position, bundle in enumerate(bundles):
-                    self.parameters[(index, name), position] = size.parameters * len(bundle)
-                    if num_cut <= position < len(bundles) - 1:
-                        score = sum(scores[unit] for unit in bundle) / (
-                            size.parameters * len(bundle)
-                        )
-                        ranked.append((score, index, name, position))
-        self.order = [((index, name), position) for _, index, name, position in sorted(ranked)]
+            for kind, scores in by_kind.items():
+                place = (index, kind)
+                bundles = _bundles(place, scores, sizes[index][kind], step_of(kind, round_to))
+                # Earlier steps removed units whose score is -inf.
+                gone = [bundle for bundle in bundles if scores[bundle.units[0]] == -math.inf]
+                self.removed += sum(bundle.parameters for bundle in gone)
+                self._num_cut[place] = len(gone)
+                self._bundles[place] = bundles
+                candidates += bundles[len(gone) : -1]
+        self.order = sorted(candidates)
+
+    def is_next(self, bundle: _Bundle) -> bool:
+        """Return True if the bundle is the next that its place loses."""
+        return self._num_cut[bundle.place] == bundle.number
+
+    def is_last_removed(self, bundle: _Bundle) -> bool:
+        """Return True if the bundle is the last that its place lost."""
+        return self._num_cut[bundle.place] == bundle.number + 1
+
+    def remove(self, bundle: _Bundle) -> None:
+        """Remove a bundle."""
+        self._num_cut[bundle.place] += 1
+        self.removed += bundle.parameters
+
+    def restore(self, bundle: _Bundle) -> None:
+        """Restore a bundle that was removed."""
+        self._num_cut[bundle.place] -= 1
+        self.removed -= bundle.parameters
+
+    def kept(self) -> Kept:
+        """List the units that stay."""
+        kept: Kept = {}
+        for (index, kind), bundles in self._bundles.items():
+            stays = [
+                unit for bundle in bundles[self._num_cut[index, kind] :] for unit in bundle.units
+            ]
+            kept.setdefault(index, {})[kind] = tuple(sorted(stays))
+        return kept
 
 
 def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> Kept:
     """Remove the bundles of least importance per parameter, from any block."""
-    ranking = _Ranking(values, sizes, round_to)
-    finest, num_cut = smallest_step(sizes, round_to), dict(ranking.num_cut)
-    removed = sum(
-        ranking.parameters[place, position]
-        for place, count in num_cut.items()
-        for position in range(count)
-    )
-    for place, position in ranking.order:
-        parameters = ranking.parameters[place, position]
+    cut = _GlobalCut(values, sizes, round_to)
+    tolerance = smallest_step(sizes, round_to)
+    for bundle in cut.order:
         # The bundles of a place are removed in order, so a bundle that is too large also keeps its
         # successors.
-        if removed + parameters <= target + finest // 2 and num_cut[place] == position:
-            num_cut[place] += 1
-            removed += parameters
-    _correct_with_coarse_units(ranking, num_cut, removed, target, finest)
-    return _kept_units(ranking.bundles, num_cut)
+        fits = cut.removed + bundle.parameters <= target + tolerance // 2
+        if fits and cut.is_next(bundle):
+            cut.remove(bundle)
 
-
-def _correct_with_coarse_units(
-    ranking: _Ranking, num_cut: dict[Place, int], removed: int, target: int, tolerance: int
-) -> None:
-    """Remove coarse units until at most `tolerance` parameters are left to remove, then restore
-    surplus fine units."""
-    finest = MLP if any(name == MLP for _, name in num_cut) else ATTENTION
-    for place, position in ranking.order:
-        if target - removed <= tolerance:
+    # Coarse units go until at most `tolerance` parameters are missing.
+    kinds = {kind for by_kind in sizes.values() for kind in by_kind}
+    finest = MLP if MLP in kinds else ATTENTION
+    for bundle in cut.order:
+        if target - cut.removed <= tolerance:
             break
-        if place[1] != finest and num_cut[place] == position:
-            num_cut[place] += 1
-            removed += ranking.parameters[place, position]
-    for place, position in reversed(ranking.order):
-        parameters = ranking.parameters[place, position]
-        went_last = place[1] == finest and num_cut[place] == position + 1
-        if went_last and removed - target > parameters // 2:
-            num_cut[place] -= 1
-            removed -= parameters
+        if bundle.kind != finest and cut.is_next(bundle):
+            cut.remove(bundle)
+
+    # Fine units come back while more than the target is removed.
+    for bundle in reversed(cut.order):
+        is_surplus = cut.removed - target > bundle.parameters // 2
+        if is_surplus and bundle.kind == finest and cut.is_last_removed(bundle):
+            cut.restore(bundle)
+    return cut.kept()

@@ -11,7 +11,7 @@ from qpruner.data.calibration import OnProgress
 from qpruner.errors import UserError
 from qpruner.models import ragged
 from qpruner.models.families import UnitKind, UnitSlice, family_of, owned_parameters
-from qpruner.pruning.units import Kept
+from qpruner.pruning.units import Kept, unit_kinds_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,19 +25,17 @@ def cut(
     A cut block is rebuilt from its own config around the same tensors, so no parameter exists
     twice. Blocks and unit kinds that `kept` does not name keep all units.
     """
-    family, config = family_of(model.config), model.config
+    family = family_of(model.config)
     ragged.install(family)
+    num_units = {}
     for done, (index, by_kind) in enumerate(kept.items(), 1):
         block = model.get_submodule(family.block_path(index))
-        for kind in family.unit_kinds(config.per_layer_config[index]):
-            if kind.name in by_kind:
-                _cut_kind(block, kind, by_kind[kind.name])
+        for kind in unit_kinds_of(model.config, [index], by_kind)[index]:
+            _cut_kind(block, kind, by_kind[kind.name])
+        num_units[index] = {name: len(units) for name, units in by_kind.items()}
         on_progress(done, len(kept))
-    num_units = {
-        index: {name: len(units) for name, units in by_kind.items()}
-        for index, by_kind in kept.items()
-    }
-    ragged.set_widths(config, num_units)
+
+    ragged.set_widths(model.config, num_units)
     for index in kept:
         _rebuild_block(model, index)
     return model
@@ -58,18 +56,20 @@ def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def check_not_shared(model: PreTrainedModel) -> None:
-    """Refuse a model whose blocks share weights with other layers, because a cut of one would break
-    the other."""
+    """Refuse a model whose blocks share weights with other layers.
+
+    A cut of one layer would break the other.
+    """
     family = family_of(model.config)
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = owners.setdefault(
-            id(parameter) if parameter.is_meta else parameter.data_ptr(), name
-        )
-        if other != name and any(path.startswith(f"{family.blocks}.") for path in (name, other)):
+        memory = id(parameter) if parameter.is_meta else parameter.data_ptr()
+        owner = owners.setdefault(memory, name)
+        in_blocks = [path for path in (name, owner) if path.startswith(f"{family.blocks}.")]
+        if owner != name and in_blocks:
             raise UserError(
-                f"`model.source`: {other} and {name} are one shared (tied) weight, so cutting one would break the "
-                "other; untie them, or leave pruning out with `prune.rate: 0`"
+                f"`model.source`: {owner} and {name} are one shared (tied) weight, so cutting one "
+                "would break the other; untie them, or leave pruning out with `prune.rate: 0`"
             )
 
 
@@ -85,22 +85,19 @@ def _cut_kind(block: torch.nn.Module, kind: UnitKind, units: tuple[int, ...]) ->
     for item, _ in owned_parameters(block, kind):
         slices.setdefault(item.parameter, []).append(item)
     for path, items in slices.items():
-        parameter, dim = block.get_parameter(path), items[0].dim
+        parameter = block.get_parameter(path)
+        dim = items[0].dim
         stays = _stays(parameter.shape[dim], items, kind.num_units, units).to(parameter.device)
         data = parameter.data.index_select(dim, stays)
-        owner, _, name = path.rpartition(".")
-        setattr(
-            block.get_submodule(owner),
-            name,
-            torch.nn.Parameter(data, requires_grad=parameter.requires_grad),
-        )
+        smaller = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
+        module, _, name = path.rpartition(".")
+        setattr(block.get_submodule(module), name, smaller)
 
 
 def _stays(
     length: int, items: Sequence[UnitSlice], num_units: int, units: Sequence[int]
 ) -> torch.Tensor:
-    """List the indices of a dimension to keep: indices of kept units, and indices that no unit
-    owns."""
+    """List the indices of a dimension to keep: those of kept units, and those that no unit owns."""
     stays = torch.ones(length, dtype=torch.bool)
     for item in items:
         stays[item.offset : item.offset + num_units * item.width] = False
@@ -118,8 +115,7 @@ def _rebuild_block(model: PreTrainedModel, index: int) -> None:
     new.train(old.training)
     for parameter, before in zip(new.parameters(), old.parameters(), strict=True):
         parameter.requires_grad_(before.requires_grad)
-    # In a model that accelerate spread over devices, hooks move the inputs to the device of each
-    # module.
+    # In a model that accelerate spread over devices, hooks move inputs to the device of a module.
     for name, module in old.named_modules():
         if hasattr(module, "_hf_hook"):
             from accelerate.hooks import add_hook_to_module

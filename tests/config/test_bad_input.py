@@ -38,7 +38,8 @@ RULES = [
     ("lora.rank=eight", "`lora.rank` ... valid integer ... got 'eight'"),
     (
         "lora.rank=true",
-        "`lora.rank`: must not be a boolean, got True (YAML reads yes ... give a number, or quote a word such as 'no'",
+        "`lora.rank`: must not be a boolean, got True (YAML reads yes ... give a number, or quote "
+        "a word such as 'no'",
     ),
     ("data.train={source: x}", "`data.train`: must be a list, got {'source': 'x'}"),
     ("prune=3", "`prune`: must be a mapping of keys (a section), got 3"),
@@ -120,11 +121,13 @@ RULES = [
     ),
     (
         "quantize.rounding=gptq; quantize.bits=[4]; lora.init=plain",
-        "`quantize.rounding: gptq` changes nothing ... and the formats nf4: take one of w2 ... q5_0, or `lora",
+        "`quantize.rounding: gptq` changes nothing ... and the formats nf4: take one of w2 ... "
+        "q5_0, or `lora",
     ),
     (
         "quantize.rounding=gptq; lora.init=plain",
-        "`quantize.rounding: gptq` changes nothing ... and the formats nf4, int8: take one of w2 ... q5_0, or `lora",
+        "`quantize.rounding: gptq` changes nothing ... and the formats nf4, int8: take one of w2 "
+        "... q5_0, or `lora",
     ),
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
     (
@@ -186,7 +189,8 @@ RULES = [
     ),
     (
         "finetune.num_workers=2; training.batch_size=8; search.resources_per_trial={gpu: 2}",
-        "`finetune.num_workers` above 1 needs workers with one GPU each, got 2 with ... 2: ... not both",
+        "`finetune.num_workers` above 1 needs workers with one GPU each, got 2 with ... 2: ... not "
+        "both",
     ),
 ]
 

@@ -75,7 +75,7 @@ def test_a_header_states_the_memory_that_check_estimates(path: Path) -> None:
 
 
 def test_the_large_recipes_fit_24_or_80_gib() -> None:
-    """The comparison trains the unquantized base model, which fits 24 GiB only with checkpointing."""
+    """The comparison trains the dense base model, which fits 24 GiB only with checkpointing."""
     for path in (PAPER / "llama2_7b_bayesian.yaml", ROOT / "tune_configs" / "qwen3_8b.yaml"):
         assert re.findall(r"fits a GPU with (\d+) GiB", path.read_text()) == ["24", "80", "40"], (
             path

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 CHOICE = Example("multiple_choice", "Why?", "", "because")
@@ -61,8 +62,8 @@ def predicted(row: dict[str, list[int]]) -> list[int]:
 
 def test_the_alpaca_prompt_is_that_of_stanford() -> None:
     assert alpaca_prompt("Add them.", "2 and 3") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd them.\n\n### Input:\n2 and 3\n\n### Response:\n"
     )
 

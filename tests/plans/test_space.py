@@ -57,9 +57,7 @@ def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
     space, gains = space_of(layout, 0.47), generator.uniform(0.95, 1.05, 56)
     found = space.best_by_gain([[0.0, float(gain)] for gain in gains])
     room, best = space.budget_bytes - layout.plan_bytes(layout.uniform("nf4")), {0: 0.0}
-    for low, high, gain in zip(
-        layout.group_bytes("nf4"), layout.group_bytes("int8"), gains, strict=True
-    ):
+    for (low, high), gain in zip(space.group_bytes, gains, strict=True):
         for used, value in sorted(best.items(), reverse=True):
             weight = used + high - low
             if weight <= room and value + gain > best.get(weight, -np.inf):
@@ -70,7 +68,7 @@ def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
 
 
 def test_a_plan_one_byte_over_the_budget_is_rejected() -> None:
-    """One byte of gigabytes is far below the tolerance of the solver, but still exceeds the budget."""
+    """One byte of gigabytes is far below the solver's tolerance, but still exceeds the budget."""
     layout = layout_of([(4096, 11008)] * 12, rest=2**30)
     highest = layout.uniform("int8")
     space = PlanSpace.of(layout, layout.plan_bytes(highest) - 1)
@@ -171,7 +169,7 @@ def test_a_uniform_plan_takes_the_next_larger_format() -> None:
         group.num_weights for group in layout.groups
     )
     assert layout.levels == space.levels == ("nf4", "int8", "bf16")
-    assert layout.group_bytes("nf4")[0] is None and space.group_bytes[0][0] is None
+    assert "nf4" not in layout.sizes[0] and space.group_bytes[0][0] is None
 
 
 def test_a_plan_of_another_cut_is_outside_the_space() -> None:
@@ -200,7 +198,7 @@ def test_measured_errors_become_the_damage_of_a_space() -> None:
 
 
 def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
-    """HiGHS prints from C code, which could follow the JSON object that `--json` must print last."""
+    """HiGHS prints from C code, perhaps after the JSON object that `--json` must print last."""
     import ctypes
 
     library = ctypes.CDLL(None)
@@ -215,7 +213,7 @@ def test_the_solver_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) 
 
 
 def cuts_of(share: float = 0.4, levels: tuple[str, ...] = LEVELS) -> SearchSpace:
-    """The base model of four blocks, one cut of narrower blocks, and one without the second block."""
+    """A base model of four blocks, a cut of narrower blocks, and one without the second block."""
     base = layout_of([(64, 96), (96, 96), (64, 64), (77, 64)], levels=levels, cut=UNPRUNED)
     narrow = layout_of(
         [(64, 80), (80, 96), (60, 64), (77, 48)], 900, ("nf4", "int8", "bf16"), "cut-10"

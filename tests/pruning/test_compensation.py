@@ -70,7 +70,7 @@ def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
 
 @torch.no_grad()
 def compensated_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> PreTrainedModel:
-    """Compensate layer by layer on all activations of the model pruned so far, by ridge regression."""
+    """Compensate by ridge regression, layer by layer, on activations of the model pruned so far."""
     for index, path, stays in outputs_of(name, model):
         norms_as_cut(name, model, index)
         linear = model.get_submodule(path)

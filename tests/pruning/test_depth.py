@@ -47,7 +47,7 @@ def settings_of(**options: Any) -> PruneConfig:
 
 @torch.no_grad()
 def influence_by_hand(model: PreTrainedModel, samples: Samples) -> dict[int, float]:
-    """Compute one minus the mean cosine between block input and output, row by row without padding."""
+    """Compute one minus the mean cosine between block input and output, row by row, unpadded."""
     model.model.norm = torch.nn.Identity()  # otherwise the last hidden states are normed
     ids = [torch.tensor([row["input_ids"]]) for row in samples.rows]
     rows = [

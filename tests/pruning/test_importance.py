@@ -333,7 +333,7 @@ def test_what_is_broken_is_named(
     value: float,
     said: str,
 ) -> None:
-    """A finite weight may have an infinite square, or make the gradients of other weights infinite."""
+    """A finite weight may have an infinite square, or make other weights' gradients infinite."""
     with torch.no_grad():
         model.get_parameter(f"model.{broken}.weight").view(-1)[3] = value
     with pytest.raises(TrainingDiverged, match=said):

@@ -86,7 +86,7 @@ def published(
     ratio: float,
     query_heads: str = "modulo",
 ) -> dict[int, Any]:
-    """List the key/value heads and channels that each layer keeps when it loses the share `ratio`."""
+    """List the key/value heads and channels that a layer keeps when it loses the share `ratio`."""
     squares = accumulate(model, prompts, criterion)
     groups = model.config.num_key_value_heads
     rows = groups * HEAD_DIM
