@@ -92,18 +92,22 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._started, self._is_over, self._next_look = time.monotonic(), False, 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the parameters of the next trial; None while no more may be in flight; FINISHED at
-        the end."""
+        """Return the parameters of the next trial, or FINISHED at the end.
+
+        Return None while no more trials may be in flight, and while the next plan is being
+        proposed: Tune asks again after it has taken reports. Wait only if no trial could report.
+        """
         self._look()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
             return finished
-        if len(self._live) >= self._room(self._devices.num_held):
+        free = self._room(self._devices.num_held) - len(self._live)
+        if free <= 0:
             return None
-        if (suggestion := self._ledger.next()) is None:
-            return (
-                None if self._live else finished
-            )  # those may have to be resumed, or be tried on other devices
+        suggestion = self._ledger.poll(free) if self._live else self._ledger.next()
+        if suggestion is None:
+            # Live trials may have to be resumed, or be tried on other devices.
+            return None if self._live else finished
         if (record := self._record_of(suggestion)) is None:
             return finished
         self._live[trial_id] = suggestion
