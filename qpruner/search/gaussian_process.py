@@ -1,9 +1,9 @@
 """The searcher `gp`: Bayesian optimization of plans under a byte budget.
 
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al.,
-arXiv 2310.20708) under the model in `plan_model`. In a small space every plan is a candidate; in a
-large one the best plans of every cut for sampled effects of levels, plans improved from those, and
-neighbours of the best plans, also with other cuts.
+arXiv 2310.20708) under the model in `plan_model`. In a small space every plan is a candidate. In a
+large one the candidates are the best plans of every cut for sampled effects of levels, plans that
+improve on those, and neighbours of the best plans, also with other cuts.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ NUM_CLIMBS = 2
 """Rounds in which neighbours of the best candidates become candidates."""
 
 Row = tuple[int, ...]
+"""A plan as `SearchSpace` numbers it: the level of each group, and the cut."""
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: a proposal beside two other jobs on two cores then took 0.9 s
-    instead of 12 s."""
+    """Limit torch to one thread.
+
+    A proposal beside two other jobs on two cores then took 0.9 s instead of 12 s.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,14 +61,17 @@ def _one_thread() -> Iterator[None]:
 
 
 class GaussianProcessProposer:
-    """Proposes the plan with the largest log expected improvement over the best scored or running
-    plan."""
+    """Proposes the plan with the largest log expected improvement.
+
+    The improvement is over the plan of least expected score among those scored or running.
+    """
 
     name = "gp"
 
     def __init__(self, space: SearchSpace, seed: int, priors: Mapping[str, Prior]) -> None:
         self._seed = seed
-        self._model, self._plans = PlanModel(space, priors), Plans(space)
+        self._model = PlanModel(space, priors)
+        self._plans = Plans(space)
         self._fit: tuple[tuple[Observation, ...], Posterior] | None = None
 
     @_one_thread()
@@ -89,7 +95,7 @@ class GaussianProcessProposer:
         return plans.space.plan_of(candidates[int(values.argmax())])
 
     def _posterior(self, history: History) -> Posterior:
-        """Return the posterior of the scores, fitted anew if they are not those of the last call."""
+        """Return the posterior of the scores; fit it if they differ from those of the last call."""
         if self._fit is None or self._fit[0] != history.observations:
             steps = {item.step for item in history.observations}
             data = Data.of(self._plans.space, informative(history.observations), steps)
@@ -141,8 +147,10 @@ class GaussianProcessProposer:
 
 
 def _log_improvement(posterior: Posterior, candidates: Tensor, reference: Tensor) -> Tensor:
-    """Compute the logarithm ``(n,)`` of the expected improvement of plans over `reference` ``(1,
-    groups + 1)``."""
+    """Return the logarithm ``(n,)`` of the expected improvement of plans over the reference.
+
+    Candidates are rows ``(n, groups + 1)``, and the reference is one row ``(1, groups + 1)``.
+    """
     mean, variance = posterior.gap(candidates, reference)
     # BoTorch replaces variances below 1e-12: scale the scores so that theirs are larger.
     scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
@@ -152,11 +160,10 @@ def _log_improvement(posterior: Posterior, candidates: Tensor, reference: Tensor
 
 
 class _Marginals(Model):  # type: ignore[misc]
-    """Gives known marginals to BoTorch's acquisition functions: inputs ``(..., 1, 2)`` are mean and
-    variance.
+    """Gives known marginals to BoTorch's acquisition functions.
 
-    gpytorch's exact inference over thousands of candidates took 3 s at 500 observations, a hundred
-    times as long.
+    Inputs ``(..., 1, 2)`` are mean and variance. GPyTorch's exact inference over thousands of
+    candidates took 3 s at 500 observations, a hundred times as long.
     """
 
     @property
@@ -168,32 +175,35 @@ class _Marginals(Model):  # type: ignore[misc]
 
 
 class Plans:
-    """Plans as rows of `SearchSpace`, int64 ``(n, groups + 1)``, with the bytes of their models and
-    the budget."""
+    """Handles plans as rows of `SearchSpace`, int64 ``(n, groups + 1)``, and knows their bytes."""
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
-        sizes = torch.tensor(np.array([each.group_bytes for each in space.aligned], dtype=float))
-        last = torch.tensor([[offered[-1] for offered in each.offered] for each in space.aligned])
+        of_cuts = space.aligned
+        sizes = torch.tensor(np.array([of_cut.group_bytes for of_cut in of_cuts], dtype=float))
+        last = torch.tensor([[levels[-1] for levels in of_cut.offered] for of_cut in of_cuts])
         self.is_offered = ~sizes.isnan()  # (cuts, groups, levels)
         self.bytes = sizes.where(self.is_offered, sizes.gather(2, last[:, :, None])).long()
         """A level that a group is not offered has the bytes of the group's last level."""
-        self._fixed = torch.tensor([each.fixed_bytes for each in space.aligned])
+        self._fixed = torch.tensor([of_cut.fixed_bytes for of_cut in of_cuts])
         self.capacity = space.budget_bytes
         self._rows_of: dict[PrecisionPlan, Row] = {}
-        self._rows, self._cuts = torch.arange(len(space.groups)), torch.arange(len(space.cuts))
+        self._groups = torch.arange(len(space.groups))
+        self._cuts = torch.arange(len(space.cuts))
         smallest = self.bytes.masked_fill(~self.is_offered, torch.iinfo(torch.int64).max).argmin(2)
-        self.smallest = torch.cat([smallest, self._cuts[:, None]], 1)  # of every cut
+        self.smallest = torch.cat([smallest, self._cuts[:, None]], 1)
+        """The smallest plan of every cut."""
 
     @cached_property
     def all(self) -> Tensor | None:
         """Enumerate the plans inside the budget; None if the space has too many plans."""
-        if sum(math.prod(map(len, each.offered)) for each in self.space.aligned) > MAX_ENUMERATED:
+        of_cuts = self.space.aligned
+        if sum(math.prod(map(len, of_cut.offered)) for of_cut in of_cuts) > MAX_ENUMERATED:
             return None
-        of_cuts = [
-            itertools.product(*each.offered, [at]) for at, each in enumerate(self.space.aligned)
-        ]
-        plans = torch.tensor(list(itertools.chain(*of_cuts)))
+        rows: list[Row] = []
+        for cut, of_cut in enumerate(of_cuts):
+            rows += itertools.product(*of_cut.offered, [cut])
+        plans = torch.tensor(rows)
         return plans[self.sizes(plans) <= self.capacity]
 
     def row(self, plan: PrecisionPlan) -> Row:
@@ -209,9 +219,8 @@ class Plans:
 
     def sizes(self, plans: Tensor) -> Tensor:
         """Return the bytes ``(n,)`` of the model of each plan."""
-        return (
-            self.bytes[plans[:, -1:], self._rows, plans[:, :-1]].sum(1) + self._fixed[plans[:, -1]]
-        )
+        of_groups = self.bytes[plans[:, -1:], self._groups, plans[:, :-1]]
+        return of_groups.sum(1) + self._fixed[plans[:, -1]]
 
     def new(self, plans: Tensor, seen: set[Row]) -> Tensor:
         """Return the plans that are inside the budget and not in `seen`, and add them to `seen`."""
@@ -232,11 +241,17 @@ class Plans:
         return self.knapsacks(costs[None], cut)[0]
 
     def knapsacks(self, costs: Tensor, cuts: Tensor) -> Tensor:
-        """Find plans ``(s, groups + 1)`` of cuts ``(s,)`` of nearly least cost ``(s, groups,
-        levels)``.
+        """Find plans of nearly least cost, each inside the budget or the smallest of its cut.
 
-        Each is inside the budget, or the smallest of its cut. Bisect a price per
-        byte (Lagrange's relaxation) for a first plan, then raise groups as long as bytes are left.
+        Bisect a price per byte (Lagrange's relaxation) for a first plan, then raise groups as long
+        as bytes are left.
+
+        Args:
+            costs: What each level costs in each plan, ``(s, groups, levels)``.
+            cuts: The cut of each plan, ``(s,)``.
+
+        Returns:
+            The plans ``(s, groups + 1)``.
         """
         bytes_ = self.bytes[cuts].to(torch.float64)
         capacities = (self.capacity - self._fixed[cuts]).to(torch.float64)
@@ -244,38 +259,39 @@ class Plans:
         spread = (costs.amax((1, 2)) - costs.amin((1, 2))).clamp_min(1e-300)
         costs = costs.masked_fill(~self.is_offered[cuts], math.inf)
         least = steps[steps > 0].min() if bool((steps > 0).any()) else 1.0
-        low, high = torch.zeros_like(spread), 2 * spread / least
+        low = torch.zeros_like(spread)
+        high = 2 * spread / least
         for _ in range(30):
             price = (low + high) / 2
             plans = (costs + price[:, None, None] * bytes_).argmin(2)
             over = bytes_.gather(2, plans[:, :, None]).sum((1, 2)) > capacities
-            low, high = torch.where(over, price, low), torch.where(over, high, price)
+            low = torch.where(over, price, low)
+            high = torch.where(over, high, price)
         plans = (costs + high[:, None, None] * bytes_).argmin(2)
         while True:
             current = plans[:, :, None]
             taken = bytes_.gather(2, current)
-            room, growth = capacities - taken.sum((1, 2)), bytes_ - taken
-            gain = (
-                (costs.gather(2, current) - costs)
-                .masked_fill(growth > room[:, None, None], 0)
-                .flatten(1)
-            )
-            best, at = gain.max(1)
-            rows = torch.nonzero(best > 0)[:, 0]
+            room = capacities - taken.sum((1, 2))
+            is_too_large = bytes_ - taken > room[:, None, None]
+            gains = (costs.gather(2, current) - costs).masked_fill(is_too_large, 0)
+            gain, position = gains.flatten(1).max(1)
+            rows = torch.nonzero(gain > 0)[:, 0]
             if not len(rows):
                 return torch.cat([plans, cuts[:, None]], 1)
-            plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
+            position = position[rows]
+            plans[rows, position // costs.shape[2]] = position % costs.shape[2]
 
     def neighbours(self, plan: Tensor, costs: Tensor) -> Tensor:
-        """Return the plans of least cost near a plan ``(groups + 1,)``, by costs ``(groups, levels)``.
+        """Return the plans ``(n, groups + 1)`` of least cost near a plan ``(groups + 1,)``.
 
-        They are `NUM_NEIGHBOURS` that differ in one group, and as many in which one group has more
-        bytes and another one less. All are inside the budget if `plan` is.
+        Costs are of levels, ``(groups, levels)``. The plans are `NUM_NEIGHBOURS` that differ in one
+        group, and as many in which one group has more bytes and another one fewer. All are inside
+        the budget if `plan` is.
         """
         levels = plan[:-1]
         bytes_ = self.bytes[plan[-1]]
-        growth = bytes_ - bytes_[self._rows, levels][:, None]
-        rise = costs - costs[self._rows, levels][:, None]
+        growth = bytes_ - bytes_[self._groups, levels][:, None]
+        rise = costs - costs[self._groups, levels][:, None]
         room = self.capacity - self.sizes(plan[None])[0]
         is_other = self.is_offered[plan[-1]] & (torch.arange(costs.shape[1]) != levels[:, None])
         moves = _least(rise.masked_fill(~is_other | (growth > room), math.inf))
@@ -309,7 +325,7 @@ class Plans:
 
 
 def _least(costs: Tensor) -> Tensor:
-    """Return the positions ``(n, 2)`` of the least finite costs of a matrix, `NUM_NEIGHBOURS` at most."""
+    """Return the positions ``(n, 2)`` of the `NUM_NEIGHBOURS` least finite costs of a matrix."""
     flat = costs.flatten()
     number = min(NUM_NEIGHBOURS, int(flat.isfinite().sum()))
     positions = flat.topk(number, largest=False).indices

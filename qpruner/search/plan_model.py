@@ -123,7 +123,8 @@ class PlanModel:
         blocks = []
         for share, free in zip(self._shares, self.is_free.to(torch.float64), strict=True):
             blocks.append((eye * share - share**2) * torch.outer(free, free))
-        return torch.block_diag(*blocks)
+        covariance: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        return covariance
 
     def _mean_of_groups(self, priors: Mapping[str, Prior]) -> Tensor:
         predicted = [self._predicted_effects(prior) for prior in priors.values()]

@@ -93,7 +93,8 @@ class Posterior:
 
     def mean(self, plans: Tensor) -> Tensor:
         """Return the expected scores ``(n,)`` of plans ``(n, groups + 1)``."""
-        return self._center + self.unit * (self._model.features(plans) @ self._mean)
+        expected: Tensor = self._center + self.unit * (self._model.features(plans) @ self._mean)
+        return expected
 
     def gap(self, plans: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance ``(n,)`` of the scores of plans minus that of `reference`.
@@ -167,14 +168,16 @@ class Posterior:
         expected = ((features @ self._model.mean * values["mean"]) ** 2).sum()
         for name, part in self._model.parts.items():
             expected += values[name] * (features @ part * features).sum()
-        return center, ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
+        unit: Tensor = ((deviation**2).sum() / expected.clamp_min(1e-12)).sqrt()
+        return center, unit
 
     def _fit(self) -> Tensor:
         """Return the logarithms of the hyperparameters with the largest posterior density."""
         data = self._data
         scores = self._scores
+        medians: Tensor = self._medians
         if len(scores) < 2:
-            return self._medians
+            return medians
         if len(scores) > NUM_FITTED:
             half = NUM_FITTED // 2
             order = scores.argsort()

@@ -34,11 +34,10 @@ None where a group is not offered the format. The groups are in the order of `Se
 
 @dataclass(frozen=True)
 class Observation:
-    """The score of the plan proposed as number `index`, at the rung of `step` optimizer steps;
-    lower is better.
+    """The score at one rung of the plan with the number `index`; lower is better.
 
-    No standard error is kept: all trials answer the same questions, so drawing these adds no noise
-    between plans.
+    The rung is at `step` optimizer steps. No standard error is kept: all trials answer the same
+    questions, so drawing these adds no noise between plans.
     """
 
     index: int
@@ -49,14 +48,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class History:
-    """All that is known of the plans of a space when one is proposed, in order of the suggestions'
-    indices."""
+    """All that is known of the plans of a space, in order of their numbers."""
 
     observations: tuple[Observation, ...] = ()  # every rung of every trial, running ones included
     pending: tuple[PrecisionPlan, ...] = ()  # plans of running trials
-    failed: tuple[
-        PrecisionPlan, ...
-    ] = ()  # without a score; plans that cannot be trained have one, see `Ledger`
+    failed: tuple[PrecisionPlan, ...] = ()
+    """Plans without a score; those that cannot be trained have one, see `Ledger`."""
 
     def last(self) -> list[Observation]:
         """Return the observation at the latest rung of each trial that is over."""
@@ -83,27 +80,30 @@ class Proposer(Protocol):
         """Return the name of the searcher in the records."""
 
     def propose(self, index: int, history: History) -> PrecisionPlan:
-        """Propose a plan for suggestion `index`, feasible or not; equal arguments give equal plans."""
+        """Propose a plan, feasible or not, for suggestion `index`.
+
+        Equal arguments give equal plans. The method is called in one thread, by `Ledger`.
+        """
 
 
 def check_searcher(name: str) -> None:
     """Raise `UserError` with the command to install the package of a searcher, if it is missing."""
     if name != "bayesopt":
         return
-    found = "none"
+    version = "none"
     with suppress(importlib.metadata.PackageNotFoundError):
-        found = importlib.metadata.version("bayesian-optimization")
-    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
+        version = importlib.metadata.version("bayesian-optimization")
+    if not version.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
         raise UserError(
-            f"`search.searcher` is bayesopt, which needs bayesian-optimization 1, got {found}: run "
+            "`search.searcher` is bayesopt, which needs bayesian-optimization 1, "
+            f"got {version}: run "
             '`pip install "qpruner[bayesopt]"`'
         )
 
 
 @dataclass(frozen=True)
 class RandomProposer:
-    """Proposes a uniformly random cut, and level for each group, as the baseline of the other
-    searchers."""
+    """Proposes a uniformly random cut and levels; the baseline of the other searchers."""
 
     space: SearchSpace
     seed: int
@@ -115,9 +115,8 @@ class RandomProposer:
         cut = int(generator.integers(len(self.space.cuts)))
         offered = self.space.aligned[cut].offered
         drawn = generator.integers([len(levels) for levels in offered])
-        return self.space.plan_of(
-            (*(levels[at] for levels, at in zip(offered, drawn, strict=True)), cut)
-        )
+        levels = [of_group[at] for of_group, at in zip(offered, drawn, strict=True)]
+        return self.space.plan_of([*levels, cut])
 
 
 @dataclass
@@ -149,9 +148,8 @@ class Ledger:
 
     space: SearchSpace
     proposer: Proposer
-    controls: Sequence[
-        tuple[str, PrecisionPlan]
-    ]  # (origin, plan), handed out first; of any cut, any size
+    controls: Sequence[tuple[str, PrecisionPlan]]
+    """Origin and plan of what is handed out first; of any cut and any size."""
     max_trials: int  # suggestions in all, without trials of another search
     proposes: bool = True  # False if only the controls are run
     ended: str | None = None  # why there are no more suggestions; None before that
@@ -170,8 +168,10 @@ class Ledger:
     def recall(
         self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True
     ) -> None:
-        """Add a recorded trial, before `close` or `hand_out_again`; without `counts` it is not one
-        of `max_trials`."""
+        """Add a recorded trial; call `close` or `hand_out_again` afterwards.
+
+        Without `counts` it is not one of `max_trials`.
+        """
         self._remember(suggestion)
         for rung in rungs:
             self.observe(rung)
@@ -213,8 +213,10 @@ class Ledger:
         self._proposals.clear()
 
     def observe(self, observation: Observation) -> bool:
-        """Add the score of a rung; return False if it was known, as when a resumed trial reports it
-        again."""
+        """Add the score of a rung; return whether it is new.
+
+        A resumed trial reports its last rung again.
+        """
         key = observation.index, observation.step
         is_new = key not in self._observations
         self._observations[key] = observation
@@ -227,8 +229,10 @@ class Ledger:
             self._untrainable[suggestion.index] = suggestion.plan
 
     def hand_out_again(self, suggestion: Suggestion) -> None:
-        """Queue an unfinished trial to be handed out before new ones; it will report its last rung
-        again."""
+        """Queue an unfinished trial, to be handed out before new ones.
+
+        It will report its last rung again.
+        """
         self._live.pop(suggestion.index, None)
         self._unfinished.append(suggestion)
 
@@ -240,12 +244,14 @@ class Ledger:
         self._counted.discard(suggestion.index)
 
     def end(self, reason: str) -> None:
-        """End the search after the trials that are running or queued; only the first `reason` is
-        kept."""
+        """End the search after the trials that are running or queued.
+
+        Only the first `reason` is kept.
+        """
         self.ended = self.ended or reason
 
     def history(self) -> History:
-        """Return the observations and plans that the searcher learns from: those of its own space."""
+        """Return what the searcher learns from: the observations and plans of its own space."""
         observed = {
             key: item for key, item in self._observations.items() if item.index in self._inside
         }
