@@ -1,9 +1,10 @@
-"""Replay searches on measured tables: how fast each searcher finds the best plan, and what ASHA
-costs. No model runs.
+"""Replay searches on measured tables: how fast each searcher finds the best plan.
 
-    .venv/bin/python benchmarks/search_regret.py                                  # every file in
-    benchmarks/tables .venv/bin/python benchmarks/search_regret.py --table FILE --budgets 75 90
-    --seeds 5     # budgets in MB
+No model runs. What ASHA costs is told too. `--table` is every file in benchmarks/tables unless
+given; budgets are in MB:
+
+    .venv/bin/python benchmarks/search_regret.py
+    .venv/bin/python benchmarks/search_regret.py --table FILE --budgets 75 90 --seeds 5
 
 Every searcher gets the controls of a run first; `gp` is given the sensitivities too, which the
 others cannot use (`--blind`: neither). Regret is the loss of the plan that a run would return after
@@ -88,7 +89,7 @@ def regret_row(found: Sequence[Replay], ours: Sequence[Replay]) -> dict[str, Any
     regrets = [each.regrets() for each in found]
     num_controls = [sum(trial.control for trial in each.trials) for each in found]
     limits = [after(each, GOAL_TRIALS) for each in ours]
-    at_goal = [after(each, GOAL_TRIALS) for each in found]
+    num_at_goal = sum(after(each, GOAL_TRIALS) <= GOAL for each in found)
     return {
         "searcher": found[0].task.searcher,
         "controls": statistics.median_high(num_controls),
@@ -99,7 +100,7 @@ def regret_row(found: Sequence[Replay], ours: Sequence[Replay]) -> dict[str, Any
             f"after {number}": spread([after(each, number) for each in found])
             for number in (8, GOAL_TRIALS, 32)
         },
-        f"<= {GOAL} after {GOAL_TRIALS}": f"{sum(each <= GOAL for each in at_goal)} of {len(found)}",
+        f"<= {GOAL} after {GOAL_TRIALS}": f"{num_at_goal} of {len(found)}",
         f"trials to {GOAL}": spread([at_or_below(each, GOAL) for each in regrets], ".0f"),
         f"to gp's after {GOAL_TRIALS}": spread(
             [at_or_below(*each) for each in zip(regrets, limits, strict=True)], ".0f"
@@ -110,9 +111,14 @@ def regret_row(found: Sequence[Replay], ours: Sequence[Replay]) -> dict[str, Any
 
 
 def asha_row(stopping: Sequence[Replay], full: Sequence[Replay], number: int) -> dict[str, Any]:
-    """Describe what ASHA did in the first trials of searches, beside the same searches without it."""
-    own, stopped, spent, apart = list[float](), list[float](), list[float](), list[float]()
-    same, alike, full_steps = 0, 0, Table.read(stopping[0].task.path).steps[-1]
+    """Describe what ASHA did in the first trials of searches, beside the same ones without it."""
+    own = list[float]()
+    stopped = list[float]()
+    spent = list[float]()
+    apart = list[float]()
+    same = 0
+    alike = 0
+    full_steps = Table.read(stopping[0].task.path).steps[-1]
     for each, other in zip(stopping, full, strict=True):
         trials = each.trials[:number]
         ends = [trial for trial in trials if not trial.finished]
@@ -120,15 +126,14 @@ def asha_row(stopping: Sequence[Replay], full: Sequence[Replay], number: int) ->
         own.append(len(ends) / max(1, len(searched)))
         stopped.append(len(ends) / len(trials))
         spent.append(trials[-1].spent / full_steps / len(trials))
-        winner, ideal, elsewhere = (
-            each.returned(number),
-            each.returned(number, True),
-            other.returned(number),
-        )
+        winner = each.returned(number)
+        ideal = each.returned(number, as_if_finished=True)
+        elsewhere = other.returned(number)
         assert winner and ideal and elsewhere
         same += winner.plan == ideal.plan
         alike += winner.plan == elsewhere.plan
-        apart += [min((trial.loss for trial in ends if trial.fits), default=math.inf) - winner.loss]
+        best_stopped = min((trial.loss for trial in ends if trial.fits), default=math.inf)
+        apart.append(best_stopped - winner.loss)
     return {
         "trials": number,
         "stopped": f"{statistics.fmean(stopped):.0%}",

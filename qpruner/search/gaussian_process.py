@@ -1,9 +1,9 @@
 """The searcher `gp`: Bayesian optimization of plans under a byte budget.
 
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al.,
-arXiv 2310.20708) under the model in `plan_model`. In a small space every plan is a candidate; in a
-large one the best plans of every cut for sampled effects of levels, plans improved from those, and
-neighbours of the best plans, also with other cuts.
+arXiv 2310.20708) under the model in `plan_model`. In a small space every plan is a candidate. In a
+large one the candidates are the best plans of every cut for sampled effects of levels, plans that
+improve on those, and neighbours of the best plans, also with other cuts.
 """
 
 from __future__ import annotations
@@ -29,18 +29,29 @@ from qpruner.search.plan_model import Data, PlanModel, informative
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation, Prior
 
-MAX_ENUMERATED = 4096  # spaces of at most so many plans, over budget or not, are enumerated
-NUM_SAMPLES = 12  # samples of the effects; the knapsack of each is a candidate
-NUM_CENTERS = 6  # best plans, known ones or candidates, whose neighbours become candidates
-NUM_SWAPS = 100  # neighbours of one plan that differ from it in two groups
-NUM_ASCENTS = 4
-NUM_CLIMBS = 3
+MAX_ENUMERATED = 4096
+"""Spaces of at most so many plans, over budget or not, are enumerated."""
+NUM_SAMPLES = 12
+"""Samples of the effects; the knapsack of each is a candidate."""
+NUM_ASCENTS = 2
+"""Steps from each of these knapsacks up the expected improvement."""
+NUM_CENTERS = 4
+"""Best plans, known ones or candidates, whose neighbours become candidates."""
+NUM_NEIGHBOURS = 60
+"""Neighbours of one plan that differ in one group, and as many that differ in two."""
+NUM_CLIMBS = 2
+"""Rounds in which neighbours of the best candidates become candidates."""
+
+Row = tuple[int, ...]
+"""A plan as `SearchSpace` numbers it: the level of each group, and the cut."""
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: a proposal beside two other jobs on two cores then took 0.9 s
-    instead of 12 s."""
+    """Limit torch to one thread.
+
+    A proposal beside two other jobs on two cores then took 0.9 s instead of 12 s.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -50,94 +61,96 @@ def _one_thread() -> Iterator[None]:
 
 
 class GaussianProcessProposer:
-    """Proposes the plan with the largest log expected improvement over the best scored or running
-    plan."""
+    """Proposes the plan with the largest log expected improvement.
+
+    The improvement is over the plan of least expected score among those scored or running.
+    """
 
     name = "gp"
 
     def __init__(self, space: SearchSpace, seed: int, priors: Mapping[str, Prior]) -> None:
         self._seed = seed
-        self._model, self._plans = PlanModel(space, priors), Plans(space)
+        self._model = PlanModel(space, priors)
+        self._plans = Plans(space)
         self._fit: tuple[tuple[Observation, ...], Posterior] | None = None
 
     @_one_thread()
     def propose(self, index: int, history: History) -> PrecisionPlan:
         """Return a feasible plan that is not in `history`; if there is none, the smallest plan."""
+        plans = self._plans
         generator = np.random.default_rng([self._seed, index])
-        pending = self._plans.tensor(history.pending)
-        known = torch.cat([self._plans.tensor(item.plan for item in history.observations), pending])
-        seen = {
-            row.tobytes() for row in torch.cat([known, self._plans.tensor(history.failed)]).numpy()
-        }
-        if not len(known):
-            return self._plans.space.plan_of(self._plans.random(generator))
-        posterior = self._posterior(history, pending)
-        inside = torch.cat(
-            [known[self._plans.sizes(known) <= self._plans.capacity], self._plans.smallest]
-        )
+        pending = plans.tensor(history.pending)
+        observed = [item.plan for item in history.observations]
+        if not observed and not history.pending:
+            return plans.space.plan_of(plans.random(generator))
+
+        posterior = self._posterior(history).with_pending(pending)
+        known = posterior.plans
+        inside = torch.cat([known[plans.sizes(known) <= plans.capacity], plans.smallest])
         best = inside[posterior.mean(inside).argsort()[:NUM_CENTERS]]
+        seen = {plans.row(plan) for plan in (*observed, *history.pending, *history.failed)}
         candidates, values = self._candidates(posterior, best, seen, generator)
         if not len(candidates):
-            return self._plans.space.plan_of(self._plans.smallest[0])
-        return self._plans.space.plan_of(candidates[int(values.argmax())])
+            return plans.space.plan_of(plans.smallest[0])
+        return plans.space.plan_of(candidates[int(values.argmax())])
 
-    def _posterior(self, history: History, pending: Tensor) -> Posterior:
-        steps = {item.step for item in history.observations}
-        data = Data.of(self._plans.space, informative(history.observations), steps)
+    def _posterior(self, history: History) -> Posterior:
+        """Return the posterior of the scores; fit it if they differ from those of the last call."""
         if self._fit is None or self._fit[0] != history.observations:
-            self._fit = history.observations, Posterior(self._model, data, pending[:0])
-        return Posterior(self._model, data, pending, self._fit[1])
+            steps = {item.step for item in history.observations}
+            data = Data.of(self._plans.space, informative(history.observations), steps)
+            self._fit = history.observations, Posterior(self._model, data)
+        return self._fit[1]
 
     def _candidates(
-        self, posterior: Posterior, best: Tensor, seen: set[bytes], generator: np.random.Generator
+        self,
+        posterior: Posterior,
+        best: Tensor,
+        seen: set[Row],
+        generator: np.random.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Return new plans ``(n, groups + 1)`` and the log expected improvement ``(n,)`` of each.
 
         The improvement is over the first of the plans `best`; the neighbours of all of these are
         candidates.
         """
+        reference = best[:1]
         if self._plans.all is not None:
             candidates = self._plans.new(self._plans.all, seen)
-            return candidates, _log_improvement(posterior, candidates, best[:1])
-        tried = self._ascents(posterior, best[:1], generator)
-        effects = posterior.effects(torch.zeros(0, self._model.num_effects, dtype=torch.float64))[0]
-        centers, candidates, values = best, tried[:0], torch.zeros(0, dtype=torch.float64)
-        for _ in range(1 + NUM_CLIMBS):
-            around = [self._plans.neighbours(row, effects) for row in centers]
-            more = self._plans.new(
-                torch.cat([tried, *around, self._plans.moved(centers, effects)]), seen
-            )
-            gained = _log_improvement(posterior, more, best[:1])
-            stuck = len(values) and not (len(gained) and gained.max() > values.max())
-            candidates, values = torch.cat([candidates, more]), torch.cat([values, gained])
-            if stuck:
-                break
-            centers, tried = candidates[values.argsort(descending=True)[:NUM_CENTERS]], tried[:0]
+            return candidates, _log_improvement(posterior, candidates, reference)
+        candidates = self._plans.new(self._ascents(posterior, reference, generator), seen)
+        values = _log_improvement(posterior, candidates, reference)
+        centers = best
+        for _ in range(NUM_CLIMBS):
+            slopes = posterior.slopes(centers, reference)
+            around = [self._plans.moved(centers, slopes)]
+            for center, slope in zip(centers, slopes, strict=True):
+                around.append(self._plans.neighbours(center, slope))
+            fresh = self._plans.new(torch.cat(around), seen)
+            candidates = torch.cat([candidates, fresh])
+            values = torch.cat([values, _log_improvement(posterior, fresh, reference)])
+            centers = candidates[values.argsort(descending=True)[:NUM_CENTERS]]
         return candidates, values
 
     def _ascents(
         self, posterior: Posterior, reference: Tensor, generator: np.random.Generator
     ) -> Tensor:
-        """Find the best plan by each posterior sample of effects, and plans a few steps up the
-        expected improvement."""
-        effects = posterior.effects(
-            torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
-        )
+        """Return the best plan by each sample of the effects, and steps up the improvement."""
+        noise = torch.tensor(generator.standard_normal((NUM_SAMPLES, self._model.num_effects)))
+        effects = posterior.effects(noise)
         num_cuts = len(self._plans.bytes)
         cuts = torch.arange(num_cuts).repeat_interleave(len(effects))
-        effects = effects.repeat(num_cuts, 1, 1)
-        capacities = torch.full((len(effects),), float(self._plans.capacity), dtype=torch.float64)
-        plans = [self._plans.knapsacks(effects, capacities, cuts)]
+        plans = [self._plans.knapsacks(effects.repeat(num_cuts, 1, 1), cuts)]
         for _ in range(NUM_ASCENTS):
-            plans.append(
-                self._plans.knapsacks(posterior.slopes(plans[-1], reference), capacities, cuts)
-            )
+            plans.append(self._plans.knapsacks(posterior.slopes(plans[-1], reference), cuts))
         return torch.cat(plans)
 
 
 def _log_improvement(posterior: Posterior, candidates: Tensor, reference: Tensor) -> Tensor:
-    """Compute the logarithm ``(n,)`` of the expected improvement of plans over `reference` ``(1,
-    groups + 1)``."""
+    """Return the logarithm ``(n,)`` of the expected improvement of plans over the reference.
+
+    Candidates are rows ``(n, groups + 1)``, and the reference is one row ``(1, groups + 1)``.
+    """
     mean, variance = posterior.gap(candidates, reference)
     # BoTorch replaces variances below 1e-12: scale the scores so that theirs are larger.
     scaled = torch.stack([mean / posterior.unit, variance / posterior.unit**2], dim=-1)
@@ -147,11 +160,10 @@ def _log_improvement(posterior: Posterior, candidates: Tensor, reference: Tensor
 
 
 class _Marginals(Model):  # type: ignore[misc]
-    """Gives known marginals to BoTorch's acquisition functions: inputs ``(..., 1, 2)`` are mean and
-    variance.
+    """Gives known marginals to BoTorch's acquisition functions.
 
-    gpytorch's exact inference over thousands of candidates took 3 s at 500 observations, a hundred
-    times as long.
+    Inputs ``(..., 1, 2)`` are mean and variance. GPyTorch's exact inference over thousands of
+    candidates took 3 s at 500 observations, a hundred times as long.
     """
 
     @property
@@ -163,52 +175,62 @@ class _Marginals(Model):  # type: ignore[misc]
 
 
 class Plans:
-    """Plans as rows of `SearchSpace`, int64 ``(n, groups + 1)``, with the bytes of their models and
-    the budget."""
+    """Handles plans as rows of `SearchSpace`, int64 ``(n, groups + 1)``, and knows their bytes."""
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
-        sizes = torch.tensor(np.array([each.group_bytes for each in space.aligned], dtype=float))
-        last = torch.tensor([[offered[-1] for offered in each.offered] for each in space.aligned])
+        of_cuts = space.aligned
+        sizes = torch.tensor(np.array([of_cut.group_bytes for of_cut in of_cuts], dtype=float))
+        last = torch.tensor([[levels[-1] for levels in of_cut.offered] for of_cut in of_cuts])
         self.is_offered = ~sizes.isnan()  # (cuts, groups, levels)
         self.bytes = sizes.where(self.is_offered, sizes.gather(2, last[:, :, None])).long()
         """A level that a group is not offered has the bytes of the group's last level."""
-        self._fixed = torch.tensor([each.fixed_bytes for each in space.aligned])
+        self._fixed = torch.tensor([of_cut.fixed_bytes for of_cut in of_cuts])
         self.capacity = space.budget_bytes
-        self._rows, self._cuts = torch.arange(len(space.groups)), torch.arange(len(space.cuts))
+        self._rows_of: dict[PrecisionPlan, Row] = {}
+        self._groups = torch.arange(len(space.groups))
+        self._cuts = torch.arange(len(space.cuts))
         smallest = self.bytes.masked_fill(~self.is_offered, torch.iinfo(torch.int64).max).argmin(2)
-        self.smallest = torch.cat([smallest, self._cuts[:, None]], 1)  # of every cut
+        self.smallest = torch.cat([smallest, self._cuts[:, None]], 1)
+        """The smallest plan of every cut."""
 
     @cached_property
     def all(self) -> Tensor | None:
         """Enumerate the plans inside the budget; None if the space has too many plans."""
-        if sum(math.prod(map(len, each.offered)) for each in self.space.aligned) > MAX_ENUMERATED:
+        of_cuts = self.space.aligned
+        if sum(math.prod(map(len, of_cut.offered)) for of_cut in of_cuts) > MAX_ENUMERATED:
             return None
-        of_cuts = [
-            itertools.product(*each.offered, [at]) for at, each in enumerate(self.space.aligned)
-        ]
-        plans = torch.tensor(list(itertools.chain(*of_cuts)))
+        rows: list[Row] = []
+        for cut, of_cut in enumerate(of_cuts):
+            rows += itertools.product(*of_cut.offered, [cut])
+        plans = torch.tensor(rows)
         return plans[self.sizes(plans) <= self.capacity]
+
+    def row(self, plan: PrecisionPlan) -> Row:
+        """Return a plan as a row of `SearchSpace`; the rows of all plans so far are kept."""
+        if plan not in self._rows_of:
+            self._rows_of[plan] = self.space.indices_of(plan)
+        return self._rows_of[plan]
 
     def tensor(self, plans: Iterable[PrecisionPlan]) -> Tensor:
         """Convert plans to rows."""
-        rows = [self.space.indices_of(plan) for plan in plans]
+        rows = [self.row(plan) for plan in plans]
         return torch.tensor(rows, dtype=torch.long).reshape(-1, len(self.space.groups) + 1)
 
     def sizes(self, plans: Tensor) -> Tensor:
         """Return the bytes ``(n,)`` of the model of each plan."""
-        return (
-            self.bytes[plans[:, -1:], self._rows, plans[:, :-1]].sum(1) + self._fixed[plans[:, -1]]
-        )
+        of_groups = self.bytes[plans[:, -1:], self._groups, plans[:, :-1]]
+        return of_groups.sum(1) + self._fixed[plans[:, -1]]
 
-    def new(self, plans: Tensor, seen: set[bytes]) -> Tensor:
+    def new(self, plans: Tensor, seen: set[Row]) -> Tensor:
         """Return the plans that are inside the budget and not in `seen`, and add them to `seen`."""
         inside = plans[self.sizes(plans) <= self.capacity]
         fresh = []
-        for at, row in enumerate(inside.numpy()):
-            if (key := row.tobytes()) not in seen:
-                seen.add(key)
-                fresh.append(at)
+        for position, levels in enumerate(inside.tolist()):
+            row = tuple(levels)
+            if row not in seen:
+                seen.add(row)
+                fresh.append(position)
         return inside[fresh]
 
     def random(self, generator: np.random.Generator) -> Tensor:
@@ -216,75 +238,96 @@ class Plans:
         worth = torch.tensor(generator.exponential(size=self.bytes.shape[1:]))
         cut = self._cuts[[int(generator.integers(len(self._cuts)))]]
         costs = -worth.cumsum(1).gather(1, self.bytes[cut][0].argsort(1).argsort(1))
-        return self.knapsacks(costs[None], torch.tensor([self.capacity], dtype=torch.float64), cut)[
-            0
-        ]
+        return self.knapsacks(costs[None], cut)[0]
 
-    def knapsacks(self, costs: Tensor, capacities: Tensor, cuts: Tensor) -> Tensor:
-        """Find plans ``(s, groups + 1)`` of cuts ``(s,)`` of nearly least cost ``(s, groups,
-        levels)``.
+    def knapsacks(self, costs: Tensor, cuts: Tensor) -> Tensor:
+        """Find plans of nearly least cost, each inside the budget or the smallest of its cut.
 
-        Each is inside a capacity ``(s,)`` of bytes, or the smallest of its cut. Bisect a price per
-        byte (Lagrange's relaxation) for a first plan, then raise groups as long as bytes are left.
+        Bisect a price per byte (Lagrange's relaxation) for a first plan, then raise groups as long
+        as bytes are left.
+
+        Args:
+            costs: What each level costs in each plan, ``(s, groups, levels)``.
+            cuts: The cut of each plan, ``(s,)``.
+
+        Returns:
+            The plans ``(s, groups + 1)``.
         """
-        bytes_, capacities = self.bytes[cuts].to(torch.float64), capacities - self._fixed[cuts]
+        bytes_ = self.bytes[cuts].to(torch.float64)
+        capacities = (self.capacity - self._fixed[cuts]).to(torch.float64)
         steps = bytes_.sort(2).values.diff(dim=2)
         spread = (costs.amax((1, 2)) - costs.amin((1, 2))).clamp_min(1e-300)
         costs = costs.masked_fill(~self.is_offered[cuts], math.inf)
         least = steps[steps > 0].min() if bool((steps > 0).any()) else 1.0
-        low, high = torch.zeros_like(spread), 2 * spread / least
+        low = torch.zeros_like(spread)
+        high = 2 * spread / least
         for _ in range(30):
             price = (low + high) / 2
             plans = (costs + price[:, None, None] * bytes_).argmin(2)
             over = bytes_.gather(2, plans[:, :, None]).sum((1, 2)) > capacities
-            low, high = torch.where(over, price, low), torch.where(over, high, price)
+            low = torch.where(over, price, low)
+            high = torch.where(over, high, price)
         plans = (costs + high[:, None, None] * bytes_).argmin(2)
         while True:
             current = plans[:, :, None]
             taken = bytes_.gather(2, current)
-            room, growth = capacities - taken.sum((1, 2)), bytes_ - taken
-            gain = (
-                (costs.gather(2, current) - costs)
-                .masked_fill(growth > room[:, None, None], 0)
-                .flatten(1)
-            )
-            best, at = gain.max(1)
-            rows = torch.nonzero(best > 0)[:, 0]
+            room = capacities - taken.sum((1, 2))
+            is_too_large = bytes_ - taken > room[:, None, None]
+            gains = (costs.gather(2, current) - costs).masked_fill(is_too_large, 0)
+            gain, position = gains.flatten(1).max(1)
+            rows = torch.nonzero(gain > 0)[:, 0]
             if not len(rows):
                 return torch.cat([plans, cuts[:, None]], 1)
-            plans[rows, at[rows] // costs.shape[2]] = at[rows] % costs.shape[2]
+            position = position[rows]
+            plans[rows, position // costs.shape[2]] = position % costs.shape[2]
 
-    def neighbours(self, plan: Tensor, effects: Tensor) -> Tensor:
-        """Return all plans that differ in one group, and the `NUM_SWAPS` best that raise a group
-        and lower another."""
-        levels, bytes_ = plan[:-1], self.bytes[plan[-1]]
-        growth = bytes_ - bytes_[self._rows, levels][:, None]
-        rise = effects - effects[self._rows, levels][:, None]
+    def neighbours(self, plan: Tensor, costs: Tensor) -> Tensor:
+        """Return the plans ``(n, groups + 1)`` of least cost near a plan ``(groups + 1,)``.
+
+        Costs are of levels, ``(groups, levels)``. The plans are `NUM_NEIGHBOURS` that differ in one
+        group, and as many in which one group has more bytes and another one fewer. All are inside
+        the budget if `plan` is.
+        """
+        levels = plan[:-1]
+        bytes_ = self.bytes[plan[-1]]
+        growth = bytes_ - bytes_[self._groups, levels][:, None]
+        rise = costs - costs[self._groups, levels][:, None]
         room = self.capacity - self.sizes(plan[None])[0]
-        others = self.is_offered[plan[-1]] & (torch.arange(growth.shape[1]) != levels[:, None])
-        moves = torch.nonzero(others)
-        ups, downs = torch.nonzero(others & (growth > 0)), torch.nonzero(others & (growth < 0))
+        is_other = self.is_offered[plan[-1]] & (torch.arange(costs.shape[1]) != levels[:, None])
+        moves = _least(rise.masked_fill(~is_other | (growth > room), math.inf))
+
+        ups = torch.nonzero(is_other & (growth > 0))
+        downs = torch.nonzero(is_other & (growth < 0))
         paid = growth[tuple(ups.T)][:, None] + growth[tuple(downs.T)] <= room
         paid &= ups[:, :1] != downs[:, 0]
-        total = (
-            (rise[tuple(ups.T)][:, None] + rise[tuple(downs.T)])
-            .masked_fill(~paid, math.inf)
-            .flatten()
-        )
-        chosen = total.argsort()[: min(NUM_SWAPS, int(paid.sum()))]
-        up, down = ups[chosen // max(1, len(downs))], downs[chosen % max(1, len(downs))]
-        singles, swaps = plan.repeat(len(moves), 1), plan.repeat(len(chosen), 1)
-        singles[torch.arange(len(moves)), moves[:, 0]] = moves[:, 1]
-        for changed in (up, down):
-            swaps[torch.arange(len(chosen)), changed[:, 0]] = changed[:, 1]
-        return torch.cat([singles, swaps])
+        total = rise[tuple(ups.T)][:, None] + rise[tuple(downs.T)]
+        swaps = _least(total.masked_fill(~paid, math.inf))
 
-    def moved(self, plans: Tensor, effects: Tensor) -> Tensor:
-        """Return the plans with every other cut, with as few other levels as its bytes need."""
+        one = plan.repeat(len(moves), 1)
+        one[torch.arange(len(moves)), moves[:, 0]] = moves[:, 1]
+        two = plan.repeat(len(swaps), 1)
+        for changed in (ups[swaps[:, 0]], downs[swaps[:, 1]]):
+            two[torch.arange(len(swaps)), changed[:, 0]] = changed[:, 1]
+        return torch.cat([one, two])
+
+    def moved(self, plans: Tensor, costs: Tensor) -> Tensor:
+        """Return the plans ``(n, groups + 1)`` with every other cut, and few other levels.
+
+        Levels change as the bytes of the cut need, by the `costs` ``(n, groups, levels)``.
+        """
         cuts = self._cuts.repeat_interleave(len(plans))
-        others = cuts != plans[:, -1].repeat(len(self._cuts))
-        levels = plans[:, :-1].repeat(len(self._cuts), 1)[others]
-        changed = torch.arange(effects.shape[1]) != levels[:, :, None]
-        costs = effects + changed * (effects.max() - effects.min()) * 2
-        capacities = torch.full((len(levels),), float(self.capacity), dtype=torch.float64)
-        return self.knapsacks(costs, capacities, cuts[others])
+        is_other = cuts != plans[:, -1].repeat(len(self._cuts))
+        levels = plans[:, :-1].repeat(len(self._cuts), 1)[is_other]
+        costs = costs.repeat(len(self._cuts), 1, 1)[is_other]
+        changed = torch.arange(costs.shape[2]) != levels[:, :, None]
+        spread = (costs.amax((1, 2)) - costs.amin((1, 2)))[:, None, None]
+        return self.knapsacks(costs + changed * spread * 2, cuts[is_other])
+
+
+def _least(costs: Tensor) -> Tensor:
+    """Return the positions ``(n, 2)`` of the `NUM_NEIGHBOURS` least finite costs of a matrix."""
+    flat = costs.flatten()
+    number = min(NUM_NEIGHBOURS, int(flat.isfinite().sum()))
+    positions = flat.topk(number, largest=False).indices
+    columns = max(1, costs.shape[1])
+    return torch.stack([positions // columns, positions % columns], 1)

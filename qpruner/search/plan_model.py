@@ -1,9 +1,9 @@
 """The prior of the searcher `gp`: the expected score of a plan before any score is known.
 
-A plan's score is mostly a sum over its cut and its groups. So the prior is a Bayesian linear model
-of their effects: of the cut from the loss after it, and of groups from their sensitivities, bytes,
-sublayer and block. Groups have the same effects in all cuts. The module `posterior` adds
-interactions and rungs.
+A plan's score is a sum over its cut and its groups, so the prior is a Bayesian linear model of
+their effects: of the cut from the loss after it, and of groups from their sensitivities, bytes and
+block. Groups have the same effects in all cuts. LOG.md tells which further terms made no difference
+to searches (2026-12-03). The module `posterior` adds rungs.
 """
 
 from __future__ import annotations
@@ -20,183 +20,143 @@ from qpruner.plans.space import SearchSpace
 from qpruner.quantization.formats import format_of
 from qpruner.search.searchers import Observation, Prior
 
-NUM_FITTED = (
-    100  # observations that the hyperparameters are fitted to; more cost time and change little
-)
-NUM_RUNG_PAIRS = 24  # trials of which all rungs are kept, not the latest alone
-SHARES = {
-    "sublayer": (0.1, 1.0),
-    "size": (0.05, 1.0),
+NUM_TRIALS = 400
+"""Trials that the model is conditioned on, so that the time of a proposal has a limit."""
+NUM_FITTED = 100
+"""Observations that the hyperparameters are fitted to; more cost time and change little."""
+NUM_RUNG_PAIRS = 24
+"""Trials of which all rungs are kept, not the latest alone."""
+
+Belief = tuple[float, float]
+"""A log-normal prior: its median, and the standard deviation of the logarithm."""
+PARTS: dict[str, Belief] = {
     "depth": (0.1, 1.0),
     "group": (0.2, 1.0),
     "level": (0.001, 1.5),
-    "methods": (0.1, 1.0),
-    "sensitive": (0.1, 1.0),
     "cut": (1.0, 2.0),
     "loss": (1.0, 2.0),
 }
-"""Priors of the additive terms' variances, as shares of the scores' variance over random plans of a
-cut; see `PlanModel`. All priors here are log-normal: (median, standard deviation of the logarithm).
-"""
-OTHERS = {
-    "pairwise": (0.01, 1.5),
-    "local": (0.01, 1.5),
-    "reach": (0.2, 0.5),
+"""Variances of the parts of `PlanModel`, as shares of the scores' variance over random plans."""
+OTHERS: dict[str, Belief] = {
     "noise": (0.003, 2.0),
     "decorrelation": (0.02, 1.0),
     "mean": (0.7, 0.7),
+    "offset": (1.0, 2.0),
 }
-"""Priors of the other hyperparameters: variances of interactions (`pairwise`, `local`); share of
-differing groups over which `local` decays; variance of repeated scores; decay of correlation per
-rung; scale of the prior mean."""
-OF_CUTS = {"offset": (1.0, 2.0)}
-"""Prior of the variance of a cut's own level at each rung, if there are several cuts: one may
-recover late."""
-AMPLITUDE = (1.2, 0.4)  # prior of the size of effects at a lower rung, relative to the last rung
+"""The other hyperparameters: the variance of repeated scores, the decay of correlation per rung,
+the scale of the prior mean, and the variance of a cut's own level at each rung: one may recover
+late."""
+AMPLITUDE: Belief = (1.2, 0.4)
+"""The size of effects at a lower rung, relative to the last rung."""
 
 
 class PlanModel:
     """The prior over effects that a space and its sensitivities imply.
 
     An effect is the score that a level of a group adds, compared with the highest level that the
-    group is offered. It is 0 for that level and for levels that the group is not offered. Unless
-    said otherwise it is proportional to the `damage`: the relative squared error of the (group,
-    level) as measured (`PlanSpace.damage`), or 4^-bits, minus that of the group's highest level;
-    the largest is 1. The covariance of the effects is a sum of these parts:
+    group is offered. It is 0 for that level and for levels that the group is not offered. The
+    effects are followed by those of the cuts, if there are several, and by a constant.
 
-    - `size`: proportional to the bytes that the smallest level saves;
-    - `sublayer`: one effect for all groups of a kind, whose names differ in numbers only (`layers.#.qkv`);
-    - `depth`: effects that are similar for groups of a kind in neighbouring blocks, where names have a number;
-    - `group`: an independent effect for every group, with one variance for each kind;
-    - `sensitive`: the mean of the sensitivities times an independent factor for every group;
-    - `level`: an independent effect for every level between a group's lowest and highest;
-    - `methods`: one term for each sensitivity, proportional to it;
+    The mean effect of groups is proportional to the mean of the `priors`, each scaled to variance
+    1; if all are 0, to the bytes saved. The covariance of the effects is a sum of these parts:
+
+    - `depth`: effects that are similar for groups of a kind in neighbouring blocks; a kind is a
+      name up to its numbers (`layers.#.qkv`);
+    - `group`: an independent effect for every group;
+    - `level`: an independent effect for every level of every group, if there are several;
     - `cut`: an independent effect for every cut, if there are several;
     - `loss`: proportional to the loss after the cut (`SearchSpace.losses`).
 
-    `sublayer`, `depth` and `group` grow with the root of a group's bytes, like a sum over
-    independent weights. The mean effect is proportional to the mean of the `priors`, each scaled to
-    variance 1; if all are 0, to the bytes saved.
+    `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights,
+    and with the `damage`: the relative squared error of the (group, level) as measured
+    (`PlanSpace.damage`), or 4^-bits, minus that of the group's highest level; the largest is 1.
     """
 
     def __init__(self, whole: SearchSpace, priors: Mapping[str, Prior]) -> None:
         self.space = space = whole.whole
-        num_groups, num_levels = len(space.groups), len(space.levels)
-        self.num_groups, self.num_levels = num_groups, num_levels
+        self.num_groups = len(space.groups)
+        self.num_levels = len(space.levels)
         self.num_cuts = len(whole.cuts) if len(whole.cuts) > 1 else 0
         """Cuts that have an effect: none if there is one only."""
-        of_groups = num_groups * (num_levels - 1)
-        self.num_effects = of_groups + self.num_cuts
+        of_groups = self.num_groups * (self.num_levels - 1)
+        self.num_effects = of_groups + self.num_cuts + 1
         lower = [set(offered[:-1]) for offered in space.offered]
         self.is_free = torch.tensor(
-            [[at in levels for at in range(num_levels - 1)] for levels in lower]
+            [[level in levels for level in range(self.num_levels - 1)] for levels in lower]
         )
         """Levels ``(groups, levels - 1)`` that have an effect."""
         shares = [1.0 / len(offered) for offered in space.offered]
         self._shares = torch.tensor(shares, dtype=torch.float64)
-        # The covariance of the features of plans drawn uniformly.
-        eye, free = torch.eye(num_levels - 1, dtype=torch.float64), self.is_free.to(torch.float64)
-        drawn = [
-            (eye * share - share**2) * torch.outer(row, row)
-            for share, row in zip(shares, free, strict=True)
-        ]
-        blocks = (
-            torch.eye(num_groups, dtype=torch.float64)[:, None, :, None]
-            * torch.stack(drawn)[:, :, None, :]
-        )
-        self._feature_covariance = blocks.reshape(of_groups, of_groups)
-        unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * num_groups
+        self._feature_covariance = self._covariance_of_features()
+
+        unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * self.num_groups
         error = self._above_reference(space.damage or unmeasured)
         self._damage = error / error.abs().max().clamp_min(1e-300)
         sizes = torch.tensor([_saving(row) for row in space.group_bytes], dtype=torch.float64)
-        self._size_effects = self._unit(
-            ((sizes / sizes.mean().clamp_min(1e-300))[:, None] * self._damage).reshape(-1)
-        )
-        methods = [self._method_effects(prior) for prior in priors.values()]
-        self._methods = [
-            self._unit(effects) for effects in methods if bool(effects.abs().sum() > 0)
-        ]
-        mean = (
-            self._unit(torch.stack(self._methods).mean(0)) if self._methods else self._size_effects
-        )
-        self.mean = pad(mean, (0, self.num_cuts))
-        self.parts = {
-            name: pad(part, (0, self.num_cuts) * 2)
-            for name, part in self._covariances(sizes).items()
-        }
-        self.others = OTHERS | (OF_CUTS if self.num_cuts else {})
-        for name, part in self._covariances_of_cuts(whole).items():
-            self.parts[name] = pad(part, (of_groups, 0) * 2)
+        self._sizes = sizes / sizes.mean().clamp_min(1e-300)
+
+        self.mean = pad(self._mean_of_groups(priors), (0, self.num_cuts + 1))
+        """The mean effects ``(effects,)``, without their scale."""
+        self.parts: dict[str, Tensor] = {}
+        """The covariance ``(effects, effects)`` of each part, without its variance."""
+        for name, part in self._parts_of_groups().items():
+            self.parts[name] = pad(self._unit_covariance(part), (0, self.num_cuts + 1) * 2)
+        for name, part in self._parts_of_cuts(whole).items():
+            self.parts[name] = pad(part, (of_groups, 1) * 2)
+        self.beliefs = {name: PARTS[name] for name in self.parts} | OTHERS
 
     def features(self, plans: Tensor) -> Tensor:
-        """Convert rows ``(n, groups + 1)`` to centred one-hot features ``(n, effects)``; 0 without
-        effect."""
-        levels, cuts = plans[:, :-1, None], plans[:, -1:]
-        hot = (levels == torch.arange(self.num_levels - 1)).to(torch.float64) - self._shares[
-            :, None
-        ]
-        of_cuts = (cuts == torch.arange(self.num_cuts)).to(torch.float64) - 1 / max(
-            1, self.num_cuts
-        )
-        return torch.cat([(hot * self.is_free).flatten(1), of_cuts], 1)
+        """Convert rows ``(n, groups + 1)`` to features ``(n, effects)``, whose last is 1.
 
-    def mismatches(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the share of groups, ``(n, m)``, in which rows ``(n, groups + 1)`` and ``(m,
-        groups + 1)`` differ."""
-        left, right = left[:, :-1], right[:, :-1]
-        agree = torch.zeros(len(left), len(right), dtype=torch.float64)
-        for level in range(self.num_levels):
-            agree += (left == level).to(torch.float64) @ (right == level).to(torch.float64).T
-        return 1.0 - agree / self.num_groups
+        Those of groups and cuts are one-hot and centred, and 0 where there is no effect.
+        """
+        levels = plans[:, :-1, None]
+        hot = (levels == torch.arange(self.num_levels - 1)).to(torch.float64)
+        of_groups = (hot - self._shares[:, None]) * self.is_free
+        of_cuts = (plans[:, -1:] == torch.arange(self.num_cuts)).to(torch.float64)
+        of_cuts = of_cuts - 1 / max(1, self.num_cuts)
+        return torch.cat([of_groups.flatten(1), of_cuts, torch.ones_like(of_groups[:, 0, :1])], 1)
 
-    def _covariances(self, sizes: Tensor) -> dict[str, Tensor]:
-        kinds = [re.sub(r"\d+", "#", name) for name in self.space.groups]
-        depths = [re.search(r"\d+", name) for name in self.space.groups]
+    def _covariance_of_features(self) -> Tensor:
+        """Return the covariance of the features of groups in plans that are drawn uniformly."""
+        eye = torch.eye(self.num_levels - 1, dtype=torch.float64)
+        blocks = []
+        for share, free in zip(self._shares, self.is_free.to(torch.float64), strict=True):
+            blocks.append((eye * share - share**2) * torch.outer(free, free))
+        covariance: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        return covariance
+
+    def _mean_of_groups(self, priors: Mapping[str, Prior]) -> Tensor:
+        predicted = [self._predicted_effects(prior) for prior in priors.values()]
+        predicted = [self._unit(effects) for effects in predicted if bool(effects.any())]
+        if predicted:
+            return self._unit(torch.stack(predicted).mean(0))
+        return self._unit((self._sizes[:, None] * self._damage).flatten())
+
+    def _parts_of_groups(self) -> dict[str, Tensor]:
+        names = self.space.groups
+        kinds = [re.sub(r"\d+", "#", name) for name in names]
         if len(set(kinds)) == self.num_groups:
             kinds = [""] * self.num_groups
-        same = torch.tensor([[a == b for b in kinds] for a in kinds], dtype=torch.float64)
-        scale = torch.outer(sizes.sqrt(), sizes.sqrt()) / sizes.mean().clamp_min(1e-300)
-        eye = torch.eye(self.num_groups, dtype=torch.float64)
-        by_group = {"sublayer": same * scale}
-        numbers = [float(found.group()) for found in depths if found]
-        if len(numbers) > 1:
-            reach = max(1.0, (max(numbers) - min(numbers)) / 5)
-            number = torch.tensor(
-                [float(found.group()) if found else 0.0 for found in depths], dtype=torch.float64
-            )
-            numbered = torch.tensor(
-                [1.0 if found else 0.0 for found in depths], dtype=torch.float64
-            )
-            alike = same * scale * torch.exp(-(number[:, None] - number).abs() / reach)
-            by_group["depth"] = alike * torch.outer(numbered, numbered)
-        damage = self._damage.reshape(-1)
+        same_kind = torch.tensor([[kind == other for other in kinds] for kind in kinds])
+        same_group = torch.eye(self.num_groups, dtype=torch.float64)
+        by_group = {"group": same_group}
+        numbers = torch.tensor([_number(name) for name in names], dtype=torch.float64)
+        numbered = numbers[~numbers.isnan()]
+        if len(numbered) > 1:
+            reach = ((numbered.max() - numbered.min()) / 5).clamp_min(1.0)
+            near = torch.exp(-(numbers[:, None] - numbers).abs() / reach)
+            by_group["depth"] = (near * same_kind).nan_to_num(0.0)
+
+        scale = torch.outer(self._sizes.sqrt(), self._sizes.sqrt())
+        damage = self._damage.flatten()
         pattern = torch.outer(damage, damage)
-        parts = {name: self._by_level(part) * pattern for name, part in by_group.items()}
-        parts["size"] = torch.outer(self._size_effects, self._size_effects)
-        between = torch.tensor(
-            [
-                [at in offered[1:-1] for at in range(self.num_levels - 1)]
-                for offered in self.space.offered
-            ]
-        )
-        if bool(between.any()):
-            parts["level"] = torch.diag(between.reshape(-1).to(torch.float64))
-        if self._methods:
-            effects = torch.stack(self._methods)
-            parts["methods"] = effects.T @ effects / len(effects)
-            magnitude = effects.abs().mean(0)
-            parts["sensitive"] = self._by_level(eye) * torch.outer(magnitude, magnitude)
-        parts = {name: self._unit_covariance(part) for name, part in parts.items()}
-        alone = self._unit_covariance(self._by_level(eye * scale) * pattern)
-        for kind in dict.fromkeys(kinds):
-            of_kind = torch.tensor([other == kind for other in kinds]).repeat_interleave(
-                self.num_levels - 1
-            )
-            if bool((alone * of_kind).any()):
-                parts[f"group {kind}"] = alone * of_kind
+        parts = {name: self._by_level(part * scale) * pattern for name, part in by_group.items()}
+        if self.num_levels > 2:
+            parts["level"] = torch.diag(self.is_free.flatten().to(torch.float64))
         return parts
 
-    def _covariances_of_cuts(self, space: SearchSpace) -> dict[str, Tensor]:
+    def _parts_of_cuts(self, space: SearchSpace) -> dict[str, Tensor]:
         if not self.num_cuts:
             return {}
         parts = {"cut": torch.eye(self.num_cuts, dtype=torch.float64) / (1 - 1 / self.num_cuts)}
@@ -207,24 +167,21 @@ class PlanModel:
         return parts
 
     def _by_level(self, matrix: Tensor) -> Tensor:
-        """Repeat each entry ``(groups, groups)`` for all levels of both groups: ``(effects,
-        effects)``."""
+        """Repeat each entry of ``(groups, groups)`` for all levels of both groups."""
         num_levels = self.num_levels - 1
         return matrix.repeat_interleave(num_levels, 0).repeat_interleave(num_levels, 1)
 
-    def _method_effects(self, prior: Prior) -> Tensor:
+    def _predicted_effects(self, prior: Prior) -> Tensor:
         rows = [prior.get(name, [None] * self.num_groups) for name in self.space.levels]
-        return self._above_reference(list(zip(*rows, strict=True))).reshape(-1)
+        return self._above_reference(list(zip(*rows, strict=True))).flatten()
 
     def _above_reference(self, values: Sequence[Sequence[float | None]]) -> Tensor:
-        """Subtract from values ``(groups, levels)`` the one of each group's highest level; None
-        counts as 0.
+        """Subtract from values ``(groups, levels)`` that of each group's highest level.
 
-        Returns ``(groups, levels - 1)``, with 0 for levels that have no effect.
+        None counts as 0. Return ``(groups, levels - 1)``, with 0 for levels that have no effect.
         """
-        known = torch.tensor(
-            [[value or 0.0 for value in row] for row in values], dtype=torch.float64
-        )
+        filled = [[value or 0.0 for value in row] for row in values]
+        known = torch.tensor(filled, dtype=torch.float64)
         last = torch.tensor([offered[-1] for offered in self.space.offered])
         above = known[:, :-1] - known.gather(1, last[:, None])
         return above.masked_fill(~self.is_free, 0.0)
@@ -238,11 +195,21 @@ class PlanModel:
         return part / (part * self._feature_covariance).sum().clamp_min(1e-300)
 
 
+def _number(name: str) -> float:
+    """Return the first number in the name of a group; NaN if it has none."""
+    digits = re.search(r"\d+", name)
+    return float(digits.group()) if digits else float("nan")
+
+
 def _saving(sizes: Sequence[int | None]) -> float:
-    """Return the bytes that a group's smallest level saves; at least a tenth of all: levels may
-    have equal bytes."""
+    """Return the bytes that the smallest level of a group saves.
+
+    They are at least a tenth of its bytes, because all its levels may have equal bytes.
+    """
     offered = [size for size in sizes if size is not None]
-    return max(max(offered) - min(offered), max(offered) / 10) if len(offered) > 1 else 0.0
+    if len(offered) == 1:
+        return 0.0
+    return max(max(offered) - min(offered), max(offered) / 10)
 
 
 @dataclass(frozen=True)
@@ -259,15 +226,15 @@ class Data:
         cls, space: SearchSpace, observations: Sequence[Observation], steps: Collection[int]
     ) -> Data:
         """Convert observations to tensors; `steps` has the step of every rung."""
-        steps, plans = (
-            sorted(steps, reverse=True),
-            [space.indices_of(item.plan) for item in observations],
-        )
+        highest_first = sorted(steps, reverse=True)
+        plans = [space.indices_of(item.plan) for item in observations]
+        ranks = [highest_first.index(item.step) for item in observations]
+        scores = [item.score for item in observations]
         return cls(
-            torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups) + 1),
-            torch.tensor([steps.index(item.step) for item in observations], dtype=torch.long),
-            torch.tensor([item.score for item in observations], dtype=torch.float64),
-            len(steps),
+            plans=torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups) + 1),
+            ranks=torch.tensor(ranks, dtype=torch.long),
+            scores=torch.tensor(scores, dtype=torch.float64),
+            num_rungs=len(highest_first),
         )
 
     def subset(self, rows: Tensor) -> Data:
@@ -276,12 +243,23 @@ class Data:
 
 
 def informative(observations: Sequence[Observation]) -> list[Observation]:
-    """Keep the latest observation of every trial, and all of the last `NUM_RUNG_PAIRS` trials that
-    have several."""
-    latest = {item.index: item.step for item in observations}
-    kept = set(
-        sorted({item.index for item in observations if item.step < latest[item.index]})[
-            -NUM_RUNG_PAIRS:
-        ]
-    )
-    return [item for item in observations if item.step == latest[item.index] or item.index in kept]
+    """Select what the model is conditioned on from all observations, in their order.
+
+    Of every trial it is the latest observation, and of the last `NUM_RUNG_PAIRS` trials that have
+    several all of them. If there are more than `NUM_TRIALS` trials, half of those kept are the best
+    at the highest steps, and half are the newest others.
+    """
+    latest = {item.index: item for item in observations}
+    kept = set(latest)
+    if len(latest) > NUM_TRIALS:
+        ranked = sorted(latest.values(), key=lambda item: (-item.step, item.score))
+        best = {item.index for item in ranked[: NUM_TRIALS // 2]}
+        others = [index for index in latest if index not in best]
+        kept = {*best, *others[-(NUM_TRIALS // 2) :]}
+    several = {item.index for item in observations if item is not latest[item.index]}
+    paired = set(sorted(kept & several)[-NUM_RUNG_PAIRS:])
+
+    def is_kept(item: Observation) -> bool:
+        return item.index in paired or (item.index in kept and item is latest[item.index])
+
+    return list(filter(is_kept, observations))

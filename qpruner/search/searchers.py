@@ -1,14 +1,21 @@
-"""Proposers of plans, and the ledger that turns proposals into new plans inside the budget; Ray is
-not used here.
+"""Proposers of plans, and the ledger that turns their proposals into new plans inside the budget.
 
-Suggestion k depends only on the seed, k and the results known when it is asked for.
+Ray is not used here.
+
+What is reproducible: a proposal depends on the seed, its number and the history that it is made
+from, and on nothing else. A search of one trial at a time always proposes from all results, so it
+suggests the same plans again, and a search that is resumed goes on as if it had not stopped. With
+several trials in flight, proposals are made in batches while other trials report. A batch knows
+the results at its beginning and its own earlier plans, so the plans depend on the order of events.
 """
 
 import importlib.metadata
 import itertools
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -27,11 +34,10 @@ None where a group is not offered the format. The groups are in the order of `Se
 
 @dataclass(frozen=True)
 class Observation:
-    """The score of the plan proposed as number `index`, at the rung of `step` optimizer steps;
-    lower is better.
+    """The score at one rung of the plan with the number `index`; lower is better.
 
-    No standard error is kept: all trials answer the same questions, so drawing these adds no noise
-    between plans.
+    The rung is at `step` optimizer steps. No standard error is kept: all trials answer the same
+    questions, so drawing these adds no noise between plans.
     """
 
     index: int
@@ -42,14 +48,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class History:
-    """All that is known of the plans of a space when one is proposed, in order of the suggestions'
-    indices."""
+    """All that is known of the plans of a space, in order of their numbers."""
 
     observations: tuple[Observation, ...] = ()  # every rung of every trial, running ones included
     pending: tuple[PrecisionPlan, ...] = ()  # plans of running trials
-    failed: tuple[
-        PrecisionPlan, ...
-    ] = ()  # without a score; plans that cannot be trained have one, see `Ledger`
+    failed: tuple[PrecisionPlan, ...] = ()
+    """Plans without a score; those that cannot be trained have one, see `Ledger`."""
 
     def last(self) -> list[Observation]:
         """Return the observation at the latest rung of each trial that is over."""
@@ -76,27 +80,30 @@ class Proposer(Protocol):
         """Return the name of the searcher in the records."""
 
     def propose(self, index: int, history: History) -> PrecisionPlan:
-        """Propose a plan for suggestion `index`, feasible or not; equal arguments give equal plans."""
+        """Propose a plan, feasible or not, for suggestion `index`.
+
+        Equal arguments give equal plans. The method is called in one thread, by `Ledger`.
+        """
 
 
 def check_searcher(name: str) -> None:
     """Raise `UserError` with the command to install the package of a searcher, if it is missing."""
     if name != "bayesopt":
         return
-    found = "none"
+    version = "none"
     with suppress(importlib.metadata.PackageNotFoundError):
-        found = importlib.metadata.version("bayesian-optimization")
-    if not found.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
+        version = importlib.metadata.version("bayesian-optimization")
+    if not version.startswith("1."):  # Ray 2.60 uses `UtilityFunction`, which version 2 lacks
         raise UserError(
-            f"`search.searcher` is bayesopt, which needs bayesian-optimization 1, got {found}: run "
+            "`search.searcher` is bayesopt, which needs bayesian-optimization 1, "
+            f"got {version}: run "
             '`pip install "qpruner[bayesopt]"`'
         )
 
 
 @dataclass(frozen=True)
 class RandomProposer:
-    """Proposes a uniformly random cut, and level for each group, as the baseline of the other
-    searchers."""
+    """Proposes a uniformly random cut and levels; the baseline of the other searchers."""
 
     space: SearchSpace
     seed: int
@@ -108,14 +115,30 @@ class RandomProposer:
         cut = int(generator.integers(len(self.space.cuts)))
         offered = self.space.aligned[cut].offered
         drawn = generator.integers([len(levels) for levels in offered])
-        return self.space.plan_of(
-            (*(levels[at] for levels, at in zip(offered, drawn, strict=True)), cut)
-        )
+        levels = [of_group[at] for of_group, at in zip(offered, drawn, strict=True)]
+        return self.space.plan_of([*levels, cut])
+
+
+@dataclass
+class _Batch:
+    """Proposals that are made one after the other, in a thread, from one history."""
+
+    proposer: Proposer
+    history: History
+
+    def propose(self, index: int) -> PrecisionPlan:
+        """Propose a plan, which counts as running for the further proposals of this batch."""
+        plan = self.proposer.propose(index, self.history)
+        self.history = replace(self.history, pending=(*self.history.pending, plan))
+        return plan
 
 
 @dataclass
 class Ledger:
     """Suggests the plans of a search one by one, the controls first, and keeps their scores.
+
+    Proposals are made in a thread. All methods are called by one other thread, and only `next`
+    waits for a proposal.
 
     A proposal over budget or known already gives way to the nearest new feasible plan. A plan that
     diverges or does not fit in memory counts as bad, not as unknown: at the last step that any plan
@@ -125,40 +148,75 @@ class Ledger:
 
     space: SearchSpace
     proposer: Proposer
-    controls: Sequence[
-        tuple[str, PrecisionPlan]
-    ]  # (origin, plan), handed out first; of any cut, any size
+    controls: Sequence[tuple[str, PrecisionPlan]]
+    """Origin and plan of what is handed out first; of any cut and any size."""
     max_trials: int  # suggestions in all, without trials of another search
     proposes: bool = True  # False if only the controls are run
     ended: str | None = None  # why there are no more suggestions; None before that
     _known: dict[PrecisionPlan, int] = field(default_factory=dict)
+    _inside: set[int] = field(default_factory=set)  # numbers of the known plans of the space
     _counted: set[int] = field(default_factory=set)
     _live: dict[int, PrecisionPlan] = field(default_factory=dict)
     _unfinished: list[Suggestion] = field(default_factory=list)
     _observations: dict[tuple[int, int], Observation] = field(default_factory=dict)
     _untrainable: dict[int, PrecisionPlan] = field(default_factory=dict)
+    _proposals: deque[Future[PrecisionPlan]] = field(default_factory=deque)
+    _thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="proposer")
+    )
 
     def recall(
         self, suggestion: Suggestion, rungs: Sequence[Observation], counts: bool = True
     ) -> None:
-        """Add a recorded trial, before `close` or `hand_out_again`; without `counts` it is not one
-        of `max_trials`."""
-        self._known[suggestion.plan] = suggestion.index
+        """Add a recorded trial; call `close` or `hand_out_again` afterwards.
+
+        Without `counts` it is not one of `max_trials`.
+        """
+        self._remember(suggestion)
         for rung in rungs:
             self.observe(rung)
         if counts:
             self._counted.add(suggestion.index)
 
     def next(self) -> Suggestion | None:
-        """Return the next suggestion, or None when the search is over; `ended` then says why."""
-        suggestion = self._unfinished.pop(0) if self._unfinished else self._new()
+        """Return the next suggestion; None if the search is over, and `ended` then says why."""
+        suggestion = self.poll()
+        while suggestion is None and self._proposals:
+            self._proposals[0].exception()  # waits; `poll` raises it
+            suggestion = self.poll()
+        return suggestion
+
+    def poll(self, count: int = 1) -> Suggestion | None:
+        """Return the next suggestion without waiting.
+
+        Args:
+            count: How many suggestions are wanted now. If a proposal is needed and none is in the
+                making, up to so many are begun, from the results until now.
+
+        Returns:
+            None while a proposal is in the making (`is_proposing`), or if the search is over.
+        """
+        suggestion = self._unfinished.pop(0) if self._unfinished else self._new(count)
         if suggestion:
             self._live[suggestion.index] = suggestion.plan
         return suggestion
 
+    @property
+    def is_proposing(self) -> bool:
+        """Whether proposals are in the making, or made and not handed out yet."""
+        return bool(self._proposals)
+
+    def drop_proposals(self) -> None:
+        """Forget the proposals that were not handed out; the thread ends with its present one."""
+        for proposal in self._proposals:
+            proposal.cancel()
+        self._proposals.clear()
+
     def observe(self, observation: Observation) -> bool:
-        """Add the score of a rung; return False if it was known, as when a resumed trial reports it
-        again."""
+        """Add the score of a rung; return whether it is new.
+
+        A resumed trial reports its last rung again.
+        """
         key = observation.index, observation.step
         is_new = key not in self._observations
         self._observations[key] = observation
@@ -171,8 +229,10 @@ class Ledger:
             self._untrainable[suggestion.index] = suggestion.plan
 
     def hand_out_again(self, suggestion: Suggestion) -> None:
-        """Queue an unfinished trial to be handed out before new ones; it will report its last rung
-        again."""
+        """Queue an unfinished trial, to be handed out before new ones.
+
+        It will report its last rung again.
+        """
         self._live.pop(suggestion.index, None)
         self._unfinished.append(suggestion)
 
@@ -180,28 +240,29 @@ class Ledger:
         """Remove a trial that never started; its plan and its number may be used again."""
         self._live.pop(suggestion.index, None)
         self._known.pop(suggestion.plan, None)
+        self._inside.discard(suggestion.index)
         self._counted.discard(suggestion.index)
 
     def end(self, reason: str) -> None:
-        """End the search after the trials that are running or queued; only the first `reason` is
-        kept."""
+        """End the search after the trials that are running or queued.
+
+        Only the first `reason` is kept.
+        """
         self.ended = self.ended or reason
 
     def history(self) -> History:
-        """Return the observations and plans that the searcher learns from: those of its own space."""
+        """Return what the searcher learns from: the observations and plans of its own space."""
         observed = {
-            key: item for key, item in self._observations.items() if item.plan in self.space
+            key: item for key, item in self._observations.items() if item.index in self._inside
         }
         known = observed | self._penalties(observed.values())
-        seen = {index for index, _ in known} | self._live.keys()
-        by_index = sorted(
-            (item for item in self._known.items() if item[0] in self.space),
-            key=lambda item: item[1],
-        )
+        scored = {index for index, _ in known}
+        plans = {index: plan for plan, index in self._known.items() if index in self._inside}
+        unscored = sorted(plans.keys() - scored - self._live.keys())
         return History(
-            tuple(known[key] for key in sorted(known)),
-            tuple(plan for plan, index in by_index if index in self._live),
-            tuple(plan for plan, index in by_index if index not in seen),
+            observations=tuple(known[key] for key in sorted(known)),
+            pending=tuple(plans[index] for index in sorted(plans.keys() & self._live.keys())),
+            failed=tuple(plans[index] for index in unscored),
         )
 
     def _penalties(self, observed: Collection[Observation]) -> dict[tuple[int, int], Observation]:
@@ -215,38 +276,61 @@ class Ledger:
         untrainable = {
             index: plan
             for index, plan in self._untrainable.items()
-            if index not in self._live and plan in self.space
+            if index not in self._live and index in self._inside
         }
         return {
             (index, step): Observation(index, plan, step, score)
             for index, plan in untrainable.items()
         }
 
-    def _new(self) -> Suggestion | None:
+    def _new(self, count: int) -> Suggestion | None:
         if self.ended:
             return None
-        if len(self._counted) >= self.max_trials:
+        left = self.max_trials - len(self._counted)
+        if left <= 0:
             self.end(f"all {self.max_trials} trials were spent (`search.max_trials`)")
             return None
-        taken = set(self._known.values())
-        index = next(number for number in itertools.count() if number not in taken)
-        control = next(
-            (control for control in self.controls if control[1] not in self._known), None
-        )
-        suggestion = Suggestion(control[1], index, control[0]) if control else self._proposal(index)
+        suggestion = self._control() or self._proposal(min(count, left))
         if suggestion:
-            self._known[suggestion.plan] = index
-            self._counted.add(index)
+            self._remember(suggestion)
+            self._counted.add(suggestion.index)
         return suggestion
 
-    def _proposal(self, index: int) -> Suggestion | None:
+    def _control(self) -> Suggestion | None:
+        for origin, plan in self.controls:
+            if plan not in self._known:
+                return Suggestion(plan, self._free_numbers(1)[0], origin)
+        return None
+
+    def _proposal(self, count: int) -> Suggestion | None:
         if not self.proposes:
             self.end("only one plan was to be tried (`search.plan`, or a single one is possible)")
             return None
-        plan = self.space.nearest_feasible(
-            self.proposer.propose(index, self.history()), avoid=self._known
-        )
+        if not self._proposals:
+            batch = _Batch(self.proposer, self.history())
+            for index in self._free_numbers(count):
+                self._proposals.append(self._thread.submit(batch.propose, index))
+        if not self._proposals[0].done():
+            return None
+        plan = self._repaired(self._proposals.popleft().result())
         if plan is None:
+            self.drop_proposals()
             self.end("every plan inside the budget was tried")
             return None
-        return Suggestion(plan, index, self.proposer.name)
+        return Suggestion(plan, self._free_numbers(1)[0], self.proposer.name)
+
+    def _repaired(self, plan: PrecisionPlan) -> PrecisionPlan | None:
+        """Return the plan if it is new and inside the budget, or else the nearest one that is."""
+        if plan not in self._known and self.space.is_feasible(plan):
+            return plan
+        return self.space.nearest_feasible(plan, avoid=self._known)
+
+    def _free_numbers(self, count: int) -> list[int]:
+        taken = set(self._known.values())
+        free = (number for number in itertools.count() if number not in taken)
+        return list(itertools.islice(free, count))
+
+    def _remember(self, suggestion: Suggestion) -> None:
+        self._known[suggestion.plan] = suggestion.index
+        if suggestion.plan in self.space:
+            self._inside.add(suggestion.index)

@@ -92,7 +92,7 @@ class Session:
 
 
 def rung(step: int, value: float, metric: str = "loss") -> RungResult:
-    """A rung whose loss and error rate are both `value`; of accuracies the loss says the contrary."""
+    """A rung whose loss and error rate are both `value`; of accuracies the loss says otherwise."""
     return RungResult(
         step=step, loss=value if metric == "loss" else 1.0 - value, accuracy=1.0 - value
     )
@@ -205,7 +205,7 @@ def test_cuts_compete_once_a_rung_agrees_with_the_last() -> None:
 
 
 class Search:
-    """Trials one after the other; each rung is recorded before it is reported, as in a real search."""
+    """Trials one after the other; a rung is recorded before it is reported, as in a real search."""
 
     def __init__(
         self, config: RunConfig, values: np.ndarray, interrupted: tuple[int, int] | None = None

@@ -13,7 +13,7 @@ from made_searches import blocks, masked_space, plans_in, space_of
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.search.gaussian_process import GaussianProcessProposer, Plans
-from qpruner.search.plan_model import Data, PlanModel
+from qpruner.search.plan_model import NUM_RUNG_PAIRS, NUM_TRIALS, Data, PlanModel, informative
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation
 
@@ -43,7 +43,8 @@ def posterior_of(
 ) -> Posterior:
     whole = SearchSpace((space,))
     data = Data.of(whole, observations, {item.step for item in observations})
-    return Posterior(PlanModel(whole, priors), data, Plans(whole).tensor(pending))  # type: ignore[arg-type]
+    posterior = Posterior(PlanModel(whole, priors), data)  # type: ignore[arg-type]
+    return posterior.with_pending(Plans(whole).tensor(pending))
 
 
 def rows_of(space: PlanSpace, plans: Sequence[PrecisionPlan]) -> torch.Tensor:
@@ -100,7 +101,7 @@ def test_outlier_groups_are_found_from_few_trials() -> None:
         for index, plan in enumerate(random_plans(space, 24))
     ]
     posterior = posterior_of(space, observations)
-    found = -posterior.effects(torch.zeros(0, 60, dtype=torch.float64))[0].diff(dim=1)[:, 0]
+    found = -posterior.effects(torch.zeros(1, 61, dtype=torch.float64))[0].diff(dim=1)[:, 0]
     assert set(found.argsort(descending=True)[:2].tolist()) == {11, 40}
     assert float(found[[11, 40]].min()) > 0.8 * 0.05
 
@@ -138,8 +139,7 @@ def test_knapsacks_are_inside_the_budget_and_nearly_the_best(levels: tuple[str, 
         .sort(dim=2, descending=True)
         .values
     )
-    capacities = torch.full((5,), float(plans.capacity), dtype=torch.float64)
-    found = plans.knapsacks(costs, capacities, torch.zeros(5, dtype=torch.long))
+    found = plans.knapsacks(costs, torch.zeros(5, dtype=torch.long))
     assert (plans.sizes(found) <= plans.capacity).all()
     for cost, plan in zip(costs, found, strict=True):
         best = plans.tensor([space.best_by_gain((-cost).tolist())])[0]
@@ -212,6 +212,42 @@ def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
         assert asked.propose(over, history) == gp_of(space).propose(over, history)
 
 
+def test_pending_plans_lower_the_variance_and_leave_the_mean() -> None:
+    """Added in two steps they count as if they had been added at once."""
+    space, effects = space_of(blocks(14)), effects_of(14)
+    plans = random_plans(space, 40)
+    observations = scored(plans[:12], effects)
+    without = posterior_of(space, observations)
+    at_once = posterior_of(space, observations, plans[12:18])
+    in_steps = without.with_pending(rows_of(space, plans[12:15]))
+    in_steps = in_steps.with_pending(rows_of(space, plans[15:18]))
+    rest = rows_of(space, plans[12:])
+    reference = rows_of(space, plans[:1])
+    for posterior in (at_once, in_steps):
+        torch.testing.assert_close(posterior.mean(rest), without.mean(rest))
+        mean, variance = posterior.gap(rest, reference)
+        torch.testing.assert_close(mean, without.gap(rest, reference)[0])
+        assert (variance < without.gap(rest, reference)[1]).all()
+        torch.testing.assert_close(variance, at_once.gap(rest, reference)[1])
+        slopes = posterior.slopes(rest, reference)
+        torch.testing.assert_close(slopes, at_once.slopes(rest, reference))
+
+
+def test_the_model_knows_the_best_and_the_newest_of_many_trials() -> None:
+    space, effects = space_of(blocks(14)), effects_of(14)
+    observations = rungs_of(random_plans(space, 900), effects)
+    kept = informative(observations)
+    trials = {item.index for item in kept}
+    assert len(trials) == NUM_TRIALS and kept == [item for item in observations if item in kept]
+    assert trials >= set(range(900 - NUM_TRIALS // 2, 900))
+    finished = sorted(
+        (item for item in observations if item.step == 16), key=lambda item: item.score
+    )
+    assert trials >= {item.index for item in finished[: NUM_TRIALS // 2]}
+    steps = [[item.step for item in kept if item.index == trial] for trial in sorted(trials)]
+    assert sum(len(of_trial) > 1 for of_trial in steps) == NUM_RUNG_PAIRS
+
+
 # ---- groups that are not offered every format
 
 
@@ -227,10 +263,8 @@ def test_what_a_group_is_not_offered_has_no_effect() -> None:
         bool((part == part.T).all()) and part.isfinite().all() for part in model.parts.values()
     )
     features = model.features(rows_of(space, plans_in(space)))
-    assert features.mean(0).abs().max() < 1e-9, "centred in the plans of the space"
-    assert {"depth", "sublayer", "group embeddings"} <= set(model.parts), (
-        "blocks have a depth all the same"
-    )
+    assert features[:, :-1].mean(0).abs().max() < 1e-9, "centred in the plans of the space"
+    assert {"depth", "group", "level"} <= set(model.parts), "blocks have a depth all the same"
     observations = [
         Observation(at, plan, 8, float(index_sum(space, plan))) for at, plan in enumerate(plans)
     ]
@@ -262,7 +296,7 @@ def test_measured_damage_steers_a_search_without_scores() -> None:
         Observation(at, space.uniform(name), 8, 3.0 - at) for at, name in enumerate(space.levels)
     ]
     effects = [
-        posterior_of(each, observations).effects(torch.zeros(0, 9, dtype=torch.float64))[0][:, 0]
+        posterior_of(each, observations).effects(torch.zeros(1, 10, dtype=torch.float64))[0][:, 0]
         for each in (even, uneven)
     ]
     assert effects[1].argmax() == 4 and effects[1][4] > 3 * effects[1].median()

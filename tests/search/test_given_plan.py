@@ -48,7 +48,7 @@ def plan_file(config: Path, **changes: str) -> tuple[Path, dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
-    """The given plan wins whatever its score; the next search without it scores it beside its own."""
+    """The given plan wins whatever its score; the next search scores it beside its own plans."""
     run = searched.parent / "run"
     before = search_record(run)
     file, changed = plan_file(searched, **{"layers.0.qkv": "int8", "layers.1.o": "int8"})

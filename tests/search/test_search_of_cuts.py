@@ -164,7 +164,7 @@ def test_first_rungs_do_not_hide_a_cut_that_recovers() -> None:
                 Observation(index, plan, STEPS[rung], table.loss(plan, rung)) for rung in rungs
             ]
     model, plans = PlanModel(table.space, {"kl": table.prior}), Plans(table.space)
-    posterior = Posterior(model, Data.of(table.space, observations, STEPS), plans.tensor([]))
+    posterior = Posterior(model, Data.of(table.space, observations, STEPS))
     same = [PrecisionPlan(each.groups, ("int8",) * 8, each.cut) for each in table.space.spaces]
     expected, actual = (
         posterior.mean(plans.tensor(same)).numpy(),

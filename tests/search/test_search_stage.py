@@ -69,9 +69,14 @@ class Searching:
         self.searcher = PlanSearcher(job, self.ledger, room, devices, emit, self.halt)
 
     def suggest(self, name: str) -> int | str | None:
-        """Ask for a plan as Tune does: returns the number of its trial, or the answer that there is
-        none."""
+        """Ask for a plan as Tune does, again while one is being proposed.
+
+        Returns the number of its trial, or the answer that there is none.
+        """
         given = self.searcher.suggest(name)
+        while given is None and self.ledger.is_proposing:
+            time.sleep(0.001)
+            given = self.searcher.suggest(name)
         return int(given["trial"]) if isinstance(given, dict) else given
 
     def fail(self, name: str, **fields: Any) -> None:

@@ -1,6 +1,7 @@
 """Proposals: no plan twice, none over budget, and the same ones when a search is resumed."""
 
 import random
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -222,6 +223,80 @@ def test_a_searcher_whose_package_is_missing_names_the_command(
         check_searcher(name)
     with pytest.raises(UserError, match=r'pip install "qpruner\[bayesopt\]"'):
         maker("bayesopt")(space_of(blocks(4)), 0)
+
+
+# ---- proposals are made in a thread
+
+
+class Gated:
+    """Proposes random plans, once the gate is open, and keeps what it was asked."""
+
+    name = "gated"
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.gate = threading.Event()
+        self.asked: list[tuple[int, History]] = []
+        self._random = RandomProposer(space, 0)
+
+    def propose(self, index: int, history: History) -> PrecisionPlan:
+        self.gate.wait(60)
+        self.asked.append((index, history))
+        return self._random.propose(index, history)
+
+
+def gated_ledger(max_trials: int = 12) -> tuple[Ledger, Gated]:
+    space = space_of(blocks(9), share=1.0)
+    proposer = Gated(SearchSpace((space,)))
+    return Ledger(SearchSpace((space,)), proposer, controls_of(space), max_trials), proposer
+
+
+def test_scores_are_taken_while_a_plan_is_being_proposed() -> None:
+    ledger, proposer = gated_ledger()
+    first, second = begin(ledger, 2)
+    assert ledger.poll() is None and ledger.is_proposing and ledger.ended is None
+    finish(ledger, first)
+    assert len(ledger.history().observations) == len(STEPS), "nothing waits for the gate"
+    ledger.hand_out_again(second)
+    assert ledger.poll() == second, "what needs no proposal is handed out"
+    proposer.gate.set()
+    assert ledger.next() is not None and not ledger.is_proposing
+    (_, history), *others = proposer.asked
+    assert not others and history.observations == ()
+
+
+def test_a_batch_of_proposals_knows_its_own_plans_as_running() -> None:
+    """The batch is as large as what is wanted, and no larger than the trials that are left."""
+    ledger, proposer = gated_ledger(max_trials=6)
+    controls = begin(ledger, 2)
+    assert ledger.poll(64) is None
+    finish(ledger, controls[0])
+    proposer.gate.set()
+    proposed = begin(ledger, 4)
+    assert [item.index for item in proposed] == [index for index, _ in proposer.asked]
+    running = [item.plan for item in (*controls, *proposed)]
+    assert [list(history.pending) for _, history in proposer.asked] == [
+        running[:number] for number in range(2, 6)
+    ]
+    assert ledger.next() is None and ledger.ended is not None
+
+
+def test_proposals_that_nobody_takes_are_dropped() -> None:
+    ledger, proposer = gated_ledger()
+    begin(ledger, 2)
+    ledger.poll(8)
+    ledger.drop_proposals()
+    proposer.gate.set()
+    assert ledger.next() is not None
+    assert len(proposer.asked) <= 2, "the one that had begun, and a new one"
+
+
+def test_an_error_of_a_searcher_reaches_who_asks() -> None:
+    ledger, proposer = gated_ledger()
+    begin(ledger, 2)
+    proposer.gate.set()
+    proposer.propose = lambda *_: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        ledger.next()
 
 
 # ---- groups that are not offered every format, plans of another cut, controls over budget

@@ -159,6 +159,7 @@ def _fit(
             raise
         raise disk_error from error
     finally:
+        ledger.drop_proposals()
         devices.end_session()
     return ledger.ended
 

@@ -32,7 +32,7 @@ from qpruner.errors import QprunerError, StageError, StorageError
 from qpruner.models.memory import kernel_kills
 from qpruner.runs.events import Emit, Message, Progress, TrialChanged
 from qpruner.runs.lock import lock_lost
-from qpruner.runs.records import TrialRecord
+from qpruner.runs.records import TrialPulse, TrialRecord
 from qpruner.runs.storage import display_name, exists, remove
 from qpruner.search import trial_records
 from qpruner.search.searchers import Ledger, Observation, Suggestion
@@ -40,9 +40,8 @@ from qpruner.search.searchers import Ledger, Observation, Suggestion
 MAX_KILLS = 3
 """Worker deaths in a row that fail a trial: without a checkpoint between them, on machines that
 stay. Deaths for memory are counted apart, because they say that the plan is infeasible."""
-MAX_ERRORS = (
-    3  # trials in a row that failed with an error wherever they were tried, which end the search
-)
+MAX_ERRORS = 3
+"""Trials in a row that failed with an error wherever they were tried, which end the search."""
 KERNEL_SECONDS = 20.0
 """Time for a machine to report its kernel's kills: it was just out of memory, and has to start a
 process."""
@@ -62,8 +61,10 @@ def _ends_search(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
-    """Gives Tune the plans that a `searchers.Ledger` suggests, and writes the record of each trial
-    before it runs."""
+    """Gives Tune the plans that a `searchers.Ledger` suggests.
+
+    It writes the record of each trial before the trial runs.
+    """
 
     def __init__(
         self,
@@ -75,49 +76,62 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         halt: Halt,
     ) -> None:
         super().__init__(metric=METRIC, mode="min")
-        self._job, self._ledger, self._room, self._devices = job, ledger, room, devices
-        self._emit, self._halt = emit, halt
+        self._job = job
+        self._ledger = ledger
+        self._room = room
+        self._devices = devices
+        self._emit = emit
+        self._halt = halt
         self._live: dict[str, Suggestion] = {}
         self._deaths: dict[str, _Death] = {}
-        self._errors: list[
-            TrialRecord
-        ] = []  # trials that failed with an error since the last score
+        self._errors: list[TrialRecord] = []
+        """Trials that failed with an error since the last score."""
         recorded = trial_records.read_trials(job.trials)
         self._recorded = {record.index for record in recorded}
-        self._done = sum(
-            1 for record in recorded if job.owns(record) and record.status != "running"
-        )
+        over = [record for record in recorded if record.status != "running"]
+        self._done = sum(job.owns(record) for record in over)
         self._gpu_seconds = {record.index: record.gpu_seconds_of(job.search) for record in recorded}
         self._earlier_seconds = trial_records.read_clock(job.trials, job.search).seconds
-        self._started, self._is_over, self._next_look = time.monotonic(), False, 0.0
+        self._started = time.monotonic()
+        self._is_over = False
+        self._next_look = 0.0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the parameters of the next trial; None while no more may be in flight; FINISHED at
-        the end."""
+        """Return the parameters of the next trial, or FINISHED at the end.
+
+        Return None while no more trials may be in flight, and while the next plan is being
+        proposed: Tune asks again after it has taken reports. Wait only if no trial could report.
+        """
         self._look()
         finished: str = Searcher.FINISHED
         if self._halt.requested:
             return finished
-        if len(self._live) >= self._room(self._devices.num_held):
+        free = self._room(self._devices.num_held) - len(self._live)
+        if free <= 0:
             return None
-        if (suggestion := self._ledger.next()) is None:
-            return (
-                None if self._live else finished
-            )  # those may have to be resumed, or be tried on other devices
-        if (record := self._record_of(suggestion)) is None:
+        suggestion = self._ledger.poll(free) if self._live else self._ledger.next()
+        if suggestion is None:
+            # Live trials may have to be resumed, or be tried on other devices.
+            return None if self._live else finished
+        record = self._record_of(suggestion)
+        if record is None:
             return finished
         self._live[trial_id] = suggestion
         self._emit(TrialChanged(record))
-        about = {"cut": record.cut, "plan_bytes": record.plan_bytes, "mean_bits": record.mean_bits}
         return {
             "trial": suggestion.index,
             "origin": suggestion.origin,
-            **about,
+            "cut": record.cut,
+            "plan_bytes": record.plan_bytes,
+            "mean_bits": record.mean_bits,
             **plan_to_params(suggestion.plan),
         }
 
     def _record_of(self, suggestion: Suggestion) -> TrialRecord | None:
-        """Read or create the record of a trial; None if another process has created it meanwhile."""
+        """Read or create the record of a trial.
+
+        Return None, and end the search, if another process has created it meanwhile.
+        """
         job = self._job
         if suggestion.index in self._recorded:
             return trial_records.read_trial(job.trials, suggestion.index)
@@ -171,25 +185,26 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._save_time(record)
         if record.status == "running" and self._halt.requested:
             return
-        if (
-            not error and not record.has_begun
-        ):  # cancelled while it waited: delete it, as if it was never proposed
+        if not error and not record.has_begun:
+            # It was cancelled while it waited: delete it, as if it had never been proposed.
             remove(trial_records.trial_folder(self._job.trials, suggestion.index))
             self._recorded.discard(suggestion.index)
             self._ledger.withdraw(suggestion)
             self._emit(TrialChanged(record, is_withdrawn=True))
             return
-        before = (record.kills, record.memory_kills)
-        if record.status == "running":
+        failure = None
+        if record.status != "running":
+            if record.failure in ("infeasible", "error"):
+                failure = record.reason
+        elif not error:
+            record = _stopped(record, self._job)
+        else:
             # An error of the trial itself is in its record: here the process was killed, or never
             # started.
-            record = (
-                _after_death(record, death, self._job) if error else _stopped(record, self._job)
-            )
-            was_killed = (record.kills, record.memory_kills) != before and not record.is_over
-            failure = "its worker process died" if was_killed else None
-        else:
-            failure = record.reason if record.failure in ("infeasible", "error") else None
+            num_kills = record.kills
+            record = _after_death(record, death, self._job)
+            if record.kills > num_kills and not record.is_over:
+                failure = "its worker process died"
         if failure and self._devices.should_move(record, death.hold):
             self._move(suggestion, record, failure)
             return
@@ -210,25 +225,29 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         self._ledger.hand_out_again(suggestion)
 
     def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
-        """Queue a trial that failed, to be resumed on another device; it begins with the configured
-        micro-batch."""
-        update: dict[str, Any] = {
+        """Queue a trial that failed, to be resumed on another device.
+
+        It begins there with the configured micro-batch.
+        """
+        update = {
             "status": "running",
             "failure": None,
             "reason": None,
             "micro_batch_size": None,
+            "failed_on": (*record.failed_on, record.device),
         }
-        update |= {"kills": 0, "memory_kills": 0, "failed_on": (*record.failed_on, record.device)}
         moved = record.model_copy(update=update)
         trial_records.write_trial(self._job.trials, moved)
-        text = f"trial {record.index} failed on {record.device} ({failure}) and is tried on another device"
-        self._emit(Message("search", text))
+        text = f"trial {record.index} failed on {record.device} ({failure})"
+        self._emit(Message("search", f"{text} and is tried on another device"))
         self._emit(TrialChanged(moved))
         self._ledger.hand_out_again(suggestion)
 
     def _end_trial(self, suggestion: Suggestion, record: TrialRecord) -> None:
-        """Add the scores of an ended trial to the `Ledger`, report the trial, and delete its old
-        checkpoints."""
+        """Add the scores of an ended trial to the `Ledger` and report the trial.
+
+        Its old checkpoints are deleted.
+        """
         if record.failure != "hung":  # the worker of a hung trial may still write
             try:
                 trial_records.remove_old_checkpoints(self._job.trials, [record])
@@ -250,36 +269,38 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             self._halt_after_errors(record)
 
     def _note_score(self, record: TrialRecord) -> None:
-        """Note that a trial has reported a score, which is evidence about devices and earlier
-        errors."""
+        """Note that a trial has reported a score: its device works, and errors are not in a row."""
         self._errors.clear()
         self._devices.has_scored(record)
 
     def is_cancelled(self, trial_id: str) -> bool:
         """Return True if a trial that waits for a machine must not start any more."""
-        is_over, suggestion = self._look(), self._live.get(trial_id)
-        if (
-            is_over
-            and suggestion
-            and not trial_records.read_trial(self._job.trials, suggestion.index).has_begun
-        ):
-            return True
+        is_over = self._look()
+        suggestion = self._live.get(trial_id)
+        if is_over and suggestion:
+            record = trial_records.read_trial(self._job.trials, suggestion.index)
+            if not record.has_begun:
+                return True
         return self._halt.requested
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _save_time(self, record: TrialRecord) -> None:
-        """Count a trial's GPU seconds, and save the time of all sessions: the process may be killed
-        at any moment."""
+        """Count the GPU seconds of a trial, and save the time of all sessions.
+
+        It is saved at once, because the process may be killed at any moment.
+        """
         job = self._job
         self._gpu_seconds[record.index] = record.gpu_seconds_of(job.search)
         if not trial_records.write_seconds(job.trials, job.search, self._seconds(), job.session):
             raise lock_lost("search", "the other began a session of this search")
 
     def _look(self) -> bool:
-        """Return True after a time limit; end the search if no machine or device is left that could
-        run a trial."""
+        """Return True after a time limit.
+
+        End the search if no machine or device is left that could run a trial.
+        """
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + 1.0
@@ -290,58 +311,68 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
                 self._halt.end(error)
         if self._is_over and not self._room(0):
             cause = f"{self._ledger.ended}, and no machine is left that could run a trial"
-            remedy = "start machines again (`ray start` on them), then repeat the command: it resumes running trials"
+            remedy = (
+                "start machines again (`ray start` on them), then repeat the command: "
+                "it resumes running trials"
+            )
             self._halt.end(StageError("search", cause, remedy))
         return self._is_over
 
     def _look_at_limits(self) -> None:
         """Suggest no more trials after a time limit."""
         settings = self._job.config.search
-        for seconds, limit, unit, key in (
-            (self._seconds(), settings.max_hours, "hours", "max_hours"),
-            (sum(self._gpu_seconds.values()), settings.max_gpu_hours, "GPU hours", "max_gpu_hours"),
-        ):
-            if not self._is_over and limit is not None and seconds / 3600 >= limit:
-                self._is_over = True
-                self._ledger.end(
-                    f"{seconds / 3600:.3g} {unit} were spent (`search.{key}` is {limit:g})"
-                )
+        gpu_seconds = sum(self._gpu_seconds.values())
+        self._look_at(self._seconds() / 3600, settings.max_hours, "hours", "max_hours")
+        self._look_at(gpu_seconds / 3600, settings.max_gpu_hours, "GPU hours", "max_gpu_hours")
+
+    def _look_at(self, hours: float, limit: float | None, unit: str, key: str) -> None:
+        if self._is_over or limit is None or hours < limit:
+            return
+        self._is_over = True
+        self._ledger.end(f"{hours:.3g} {unit} were spent (`search.{key}` is {limit:g})")
 
     def on_error_text(self, trial_id: str, error: str, hold: Hold = lambda: None) -> None:
-        """Store what the error of a trial says about the death of its worker; called before
-        `on_trial_complete`."""
+        """Store what the error of a trial says about the death of its worker.
+
+        It is called before `on_trial_complete`.
+        """
         self._halt.on_error_text(error)
         death = self._deaths.setdefault(trial_id, _Death())
         death.hold = hold
         # Ray (2.60) writes `actor_id: ID` if an actor died, and `The actor ID is unavailable` if
         # its connection broke.
-        found = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
-        table = ray_private.state.actor_table(found[1]) if found else {}
-        death.node = table.get("Address", {}).get("NodeID") or death.node
-        found = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
-        death.storage = found[1] if found else death.storage
+        actor = re.search(r"\bactor(?:_id[:=])? ?([0-9a-f]{32})\b", error)
+        if actor:
+            address = ray_private.state.actor_table(actor[1]).get("Address", {})
+            death.node = address.get("NodeID") or death.node
+        storage = re.search(rf"^[\w.]*\b{StorageError.__name__}: (.+)$", error, re.MULTILINE)
+        if storage:
+            death.storage = storage[1]
         death.by_ray = death.by_ray or KILLED_FOR_MEMORY in error
 
     def on_hung(self, trial_id: str, is_running: bool) -> None:
-        """Store why a worker is killed: its trial makes no progress or, unless `is_running`, never
-        started there."""
+        """Store why a worker is killed.
+
+        Its trial makes no progress or, unless `is_running`, never started there.
+        """
         death = self._deaths.setdefault(trial_id, _Death())
-        death.hung, death.never_started = is_running, not is_running
+        death.hung = is_running
+        death.never_started = not is_running
 
     def _halt_after_errors(self, record: TrialRecord) -> None:
-        """Halt the search after `MAX_ERRORS` trials in a row have failed, with no other device left
-        to try them on.
+        """Halt the search after `MAX_ERRORS` trials in a row have failed.
 
-        The next plans would fail too. The failed trials are retried when the command is repeated.
+        No other device is left to try them on, and the next plans would fail too. The failed
+        trials are retried when the command is repeated.
         """
         self._errors.append(record)
         if len(self._errors) < MAX_ERRORS:
             return
         self._halt.requested = True
         text = f"{len(self._errors)} trials in a row failed, the last on {record.device}"
-        for each in self._errors:
-            reason = f"{text}, trial {each.index} with {each.reason}"
-            failed = each.model_copy(update={"failure": "machine", "reason": reason})
+        for trial in self._errors:
+            reason = f"{text}, trial {trial.index} with {trial.reason}"
+            failed = trial.model_copy(update={"failure": "machine", "reason": reason})
             trial_records.write_trial(self._job.trials, failed)
         self._emit(Message("search", f"warning: {text}; running trials stop at the next rung"))
 
@@ -367,24 +398,27 @@ class _Death:
 def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Return the record of a trial after its last rung: finished, or stopped by ASHA."""
     step = record.rungs[-1].step
+    if step >= job.config.search.steps:
+        return record.model_copy(update={"status": "finished"})
     stopped = {"status": "stopped", "reason": f"stopped by ASHA at step {step}"}
-    return record.model_copy(
-        update={"status": "finished"} if step >= job.config.search.steps else stopped
-    )
+    return record.model_copy(update=stopped)
 
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
-    """Return the record of a trial after the death of its worker: failed, or running, which means
-    to be resumed."""
+    """Return the record of a trial after the death of its worker.
+
+    The trial has failed, or its status is running, which means that it is to be resumed.
+    """
     if death.never_started:
         return record
     pulse = trial_records.read_pulse(job.trials, record.index)
     if pulse is not None:  # the pulse may be newer than the record
-        last = {
-            name: max(getattr(record, name), getattr(pulse, name))
-            for name in ("seconds", "gpu_seconds")
+        newest = {
+            "seconds": max(record.seconds, pulse.seconds),
+            "gpu_seconds": max(record.gpu_seconds, pulse.gpu_seconds),
+            "peak_memory_bytes": pulse.peak_memory_bytes,
         }
-        record = record.model_copy(update={"peak_memory_bytes": pulse.peak_memory_bytes} | last)
+        record = record.model_copy(update=newest)
     if death.storage:
         # The worker could not write its own record.
         return _failed(record, "storage", f"{death.storage} (on {record.node})")
@@ -399,31 +433,41 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
     node = death.node or (pulse.node if pulse else None)
     if not death.by_ray and node is not None and not is_staying(node):
         return record
-    counter, failure, reason = "kills", "lost", "its worker process died {} times in a row"
-    if death.by_ray or (
-        pulse
-        and pulse.node == node
-        and (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
-    ):
-        if (smaller := smaller_batch(record, job.config)) is not None:
-            return record.model_copy(update={"micro_batch_size": smaller})
-        by = "Ray" if death.by_ray else "the kernel"
-        counter, failure = "memory_kills", "infeasible"
-        reason = f"out of memory: {by} killed its worker {{}} times in a row"
-    kills = getattr(record, counter) + 1
-    record = record.model_copy(update={counter: kills})
-    return _failed(record, failure, reason.format(kills)) if kills >= MAX_KILLS else record
+    if not death.by_ray and not _is_kill_for_memory(pulse, node):
+        kills = record.kills + 1
+        record = record.model_copy(update={"kills": kills})
+        reason = f"its worker process died {kills} times in a row"
+        return _failed(record, "lost", reason) if kills >= MAX_KILLS else record
+    smaller = smaller_batch(record, job.config)
+    if smaller is not None:
+        return record.model_copy(update={"micro_batch_size": smaller})
+    kills = record.memory_kills + 1
+    record = record.model_copy(update={"memory_kills": kills})
+    by = "Ray" if death.by_ray else "the kernel"
+    reason = f"out of memory: {by} killed its worker {kills} times in a row"
+    return _failed(record, "infeasible", reason) if kills >= MAX_KILLS else record
+
+
+def _is_kill_for_memory(pulse: TrialPulse | None, node: str | None) -> bool:
+    """Return whether the kernel has killed processes since a worker's last pulse on a node."""
+    if pulse is None or pulse.node != node:
+        return False
+    return (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
-    """Return the record of a trial that failed; `failure` is the kind, `reason` the text for
-    people."""
+    """Return the record of a failed trial.
+
+    `failure` is the kind, and `reason` the text for people.
+    """
     return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
 
 
 def _kernel_kills_on(node_id: str) -> int | None:
-    """Count the processes that the kernel of a node has killed for memory; None if the node does
-    not answer."""
+    """Count the processes that the kernel of a node has killed for memory.
+
+    Return None if the node does not answer.
+    """
     place = NodeAffinitySchedulingStrategy(node_id, soft=False)
     asked = (
         ray.remote(num_cpus=0, max_retries=0)(kernel_kills)
