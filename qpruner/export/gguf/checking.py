@@ -1,7 +1,7 @@
 """Load GGUF files in llama.cpp, and compare them with the checkpoint they were written from.
 
 Three checks see different faults. The bytes of every tensor are read again from disk and compared.
-Token ids are compared on 1,000 texts. Predictions of llama.cpp are compared with those of
+Token ids are compared on the rows' texts. Predictions of llama.cpp are compared with those of
 transformers: this sees what is written as intended but means something else to llama.cpp, such as
 rows in a wrong order.
 
@@ -16,7 +16,7 @@ rows of embeddings 7.3, without adapter 0.13, and without that of block 15 0.005
 which is why bytes are compared too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ import torch
 from qpruner.data.losses import hooked
 from qpruner.export.compare import TOP, Compared, Rows, compare_served, export_error
 from qpruner.export.gguf.isolation import isolated
-from qpruner.export.gguf.llama_cpp import predictions
-from qpruner.export.gguf.same_tokens import token_differences
+from qpruner.export.gguf.llama_cpp import Llama, predictions
+from qpruner.export.gguf.vocabulary import NO_CHATS, differing_texts
 from qpruner.export.gguf.writing import Tensor, adapter_tensors, base_tensors
 from qpruner.models.gguf_reader import read_gguf
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress, load_tokenizer
@@ -50,7 +50,7 @@ def check(
         StageError: One of them differs.
     """
     check_bytes(checkpoint, model, adapter, on_progress)
-    for text, served, expected in isolated(token_differences, model, checkpoint):
+    for text, served, expected in isolated(token_differences, model, checkpoint, rows):
         raise export_error(
             f"llama.cpp makes other tokens of {text[:60]!r}: {served[:8]} instead of {expected[:8]}"
         )
@@ -80,6 +80,29 @@ def _check_file(file: Path, expected: Sequence[Tensor], on_progress: OnWork) -> 
         on_progress("reading the file again", done, len(expected))
     if stored:
         raise export_error(f"{file.name} has a tensor that the checkpoint lacks: `{min(stored)}`")
+
+
+def token_differences(
+    model: Path, checkpoint: Path, rows: Rows
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Compare the token ids that llama.cpp makes of the rows' texts with the tokenizer's.
+
+    Only their characters of ASCII are compared: see `vocabulary.remark` for others.
+
+    Yields:
+        A text whose ids differ, the ids of llama.cpp and those of the tokenizer.
+    """
+    tokenizer = load_tokenizer(str(checkpoint))
+    lead = " " if differing_texts(tokenizer) == NO_CHATS else ""
+    with Llama(model) as llama:
+        for row in rows:
+            decoded = tokenizer.decode(row, skip_special_tokens=True)
+            text = decoded.encode("ascii", "ignore").decode().strip()
+            found = llama.tokens(lead + text)
+            expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            # The model has no row for a larger id either.
+            if found != expected and max(expected, default=0) < llama.vocab_size:
+                yield text, found, expected
 
 
 def check_predictions(
