@@ -1,8 +1,7 @@
-"""The bank stage: pack every group (layers that share a format) of the reference cut once for all
-trials.
+"""The bank stage: pack every group of the reference cut once for all trials.
 
-It also gathers the Gram matrices by which GPTQ rounds. All other entries are made by whoever reads
-them first, see `quantization.bank.read_plan`.
+A group is the layers that share a format. It also gathers the Gram matrices by which GPTQ rounds.
+All other entries are made by whoever reads them first, see `quantization.bank.read_plan`.
 """
 
 from __future__ import annotations
@@ -34,8 +33,9 @@ Made = dict[tuple[str, str], "EntryRecord"]  # (group, format) -> its entry
 
 
 class Bank(Stage[BankRecord]):
-    """Write one entry (a file) for each group and format: packed weights and initial weights of the
-    adapter.
+    """Write one entry, a file, for each group and format.
+
+    An entry has the packed weights, and the initial weights of the adapter.
     """
 
     name = "bank"
@@ -75,14 +75,18 @@ class Bank(Stage[BankRecord]):
         return tuple(level for level in self._layout.levels if format_of(level).is_packed)
 
     def is_complete(self, folder: Path) -> bool:
-        """Return True if the Gram matrices for GPTQ are intact; whoever reads a damaged entry makes
-        it again.
+        """Return True if the Gram matrices for GPTQ are intact.
+
+        Whoever reads a damaged entry makes it again.
         """
         return all(bank.has_grams() for bank in self._banks)
 
     def detail(self) -> str:
         rounding = ", GPTQ" if self.config.quantize.rounding == "gptq" else ""
-        return f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}, {self.config.lora.init} start"
+        return (
+            f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}, "
+            f"{self.config.lora.init} start"
+        )
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
@@ -203,8 +207,9 @@ class Bank(Stage[BankRecord]):
 
 
 def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
-    """Estimate the bytes of all entries that a run may make: of each cut in every format; adapters
-    are in float32.
+    """Estimate the bytes of all entries that a run may make.
+
+    Those are the entries of each cut in every format. Adapters are in float32.
     """
     base, pruned, size = inspection.base, inspection.reference, 0
     for layout in inspection.layouts.values():
@@ -236,8 +241,9 @@ class FillJob:
 
 
 def fill(job: FillJob, emit: Emit) -> Made:
-    """Make the entries of a job, except those that a worker made before it died, and return their
-    records.
+    """Make the entries of a job, and return their records.
+
+    Those that a worker made before it died are not made again.
     """
     from qpruner.quantization.bank import make_entries
 
@@ -254,8 +260,9 @@ def fill(job: FillJob, emit: Emit) -> Made:
 
 
 def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -> None:
-    """Write the Gram matrices of the inputs of all layers in the blocks of a cut's model, and of
-    its head.
+    """Write the Gram matrices of the inputs of a model's layers.
+
+    They are those of all layers in the blocks of a cut's model, and of its head.
     """
     from qpruner.data.calibration import Samples
     from qpruner.pruning.grams import gather
@@ -273,8 +280,9 @@ def _gather_grams(bank: BankSource, config: RunConfig, data: Path, emit: Emit) -
 
 
 def _remove_stale(bank: BankSource) -> None:
-    """Remove entries of other inputs or formats, and unfinished files of killed processes, from a
-    bank's folder.
+    """Remove stale files from a bank's folder.
+
+    Those are entries of other inputs or formats, and unfinished files of killed processes.
     """
     kept = set()
     for name in (files := files_in(bank.folder)):

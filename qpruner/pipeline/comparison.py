@@ -16,8 +16,9 @@ from qpruner.wording import counted
 
 
 class Comparison(Stage[ComparisonRecord]):
-    """Fine-tune and score the models of the final table (winner and baselines); reuse the records
-    of the winner.
+    """Fine-tune and score the models of the final table, which are the winner and baselines.
+
+    The records of the winner are reused.
     """
 
     name = "comparison"
@@ -42,7 +43,10 @@ class Comparison(Stage[ComparisonRecord]):
             self.context.forget(self.name)
 
     def detail(self) -> str:
-        return f"{counted(len(distinct(self.jobs)) - 1, 'fine-tune')} beside the winner's, and their scores"
+        return (
+            f"{counted(len(distinct(self.jobs)) - 1, 'fine-tune')} beside the winner's, "
+            "and their scores"
+        )
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context, jobs, models = self.context, self.jobs, distinct(self.jobs)

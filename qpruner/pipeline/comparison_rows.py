@@ -122,8 +122,9 @@ def untuned_candidates(context: Context, winner: PrecisionPlan) -> list[Candidat
 def candidates_for(
     context: Context, wanted: Iterable[tuple[str, PrecisionPlan, int | None]]
 ) -> list[Candidate]:
-    """Make a `Candidate`, a model to fine-tune or score, for each row name, plan and training seed
-    (None: untuned).
+    """Make a `Candidate` for each row name, plan and training seed (None: untuned).
+
+    A candidate is a model to fine-tune or score.
     """
     config, run = context.config, context.run_dir
     searched, length = context.record(SearchRecord), (config.finetune.steps, config.finetune.epochs)
@@ -156,8 +157,9 @@ def job_keys(jobs: Iterable[Candidate]) -> list[tuple[str, str, int | None, str]
 
 
 def distinct(jobs: Iterable[Candidate]) -> list[Candidate]:
-    """Return one candidate per folder; rows of the final table with the same plan and fine-tune
-    share a folder.
+    """Return one candidate per folder.
+
+    Rows of the final table with the same plan and fine-tune share a folder.
     """
     return list({job.folder: job for job in jobs}.values())
 
@@ -173,10 +175,10 @@ def run_jobs(
     own_process: bool = False,
     **more: Any,
 ) -> Iterator[tuple[Candidate, Result]]:
-    """Run a function in parallel on the jobs whose folders are not in `found`, each in
-    `num_workers` processes.
+    """Run a function in parallel on the jobs whose folders are not in `found`.
 
-    Yield each job with its result as it ends, and emit the progress of all in `unit`.
+    Each runs in `num_workers` processes. Yield each job with its result as it ends, and emit the
+    progress of all in `unit`.
     """
     context, left = stage.context, [job for job in jobs if job.folder not in found]
     if not left:
@@ -205,11 +207,10 @@ def run_jobs(
 def job_progress(
     stage: Stage[Any], files: list[Path], num_jobs: int, unit: str
 ) -> Callable[[], None]:
-    """Return a callback that emits the progress of equally long jobs, summed from the progress
-    files of workers.
+    """Return a callback that emits the progress of equally long jobs.
 
-    `files` are those of the unfinished jobs, each with the text `done total`; `num_jobs` counts
-    finished jobs too.
+    It is summed from the progress files of workers. `files` are those of the unfinished jobs, each
+    with the text `done total`; `num_jobs` counts finished jobs too.
     """
     last = -1
 

@@ -75,8 +75,9 @@ class Context:
 
     @cached_property
     def _usable(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Sort the cuts that were made into those whose widths the formats can hold, and the others
-        with the reason.
+        """Sort the cuts that were made by whether the formats can hold their widths.
+
+        The first are those whose widths they can hold; the second are the others with the reason.
         """
 
         def usable(cut: str) -> str:
@@ -105,8 +106,9 @@ class Context:
         return self.run_dir.cut(cut)
 
     def bank_of(self, cut: str) -> BankSource:
-        """Describe the bank of a cut; its entries depend on all that `inputs` is a digest of, and
-        on their formats.
+        """Describe the bank of a cut.
+
+        Its entries depend on all that `inputs` is a digest of, and on their formats.
         """
         from qpruner.quantization.bank import VERSION, BankSource
 
@@ -143,8 +145,9 @@ class Context:
         )
 
     def task_digest(self, use: str) -> str:
-        """Compute the digest of the questions of `search` or `evaluate`, and of files in
-        `evaluate.include_path`.
+        """Compute the digest of what a use, `search` or `evaluate`, asks.
+
+        It covers the questions of the use, and the files in `evaluate.include_path`.
         """
         return digest_of(self.inspection.questions[use], *self.task_files)
 
@@ -169,8 +172,9 @@ class Context:
         return bool(self.trial_resources.get("gpu"))
 
     def layout_of(self, cut: str) -> Layout:
-        """Return the groups of a cut (layers that share a format), to compute the bytes of any
-        plan.
+        """Return the groups of a cut (layers that share a format).
+
+        They serve to compute the bytes of any plan.
         """
         if cut not in self._layouts:
             self._layouts[cut] = preflight.layout_for(
@@ -180,14 +184,16 @@ class Context:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Estimated bytes of a training checkpoint at most: the adapter of the base model and its
-        two Adam moments.
+        """Estimated bytes of a training checkpoint at most.
+
+        It has the adapter of the base model and its two Adam moments.
         """
         return 3 * self.inspection.base.trained_bytes
 
     def base_groups_of(self, cut: str) -> tuple[str, ...]:
-        """Return the groups of a cut by their names in the base model: blocks that were dropped
-        shift numbers.
+        """Return the groups of a cut by their names in the base model.
+
+        The names differ because blocks that were dropped shift numbers.
         """
         count = int(self.inspection.model_config.num_hidden_layers)
         groups = [group.name for group in self.layout_of(cut).groups]
@@ -212,8 +218,9 @@ class Context:
         layout: Layout | None = None,
         error: Mapping[str, Mapping[str, float]] | None = None,
     ) -> PlanSpace:
-        """Return all plans of a cut within the budget; `layout` if other formats are offered than
-        those of the run.
+        """Return all plans of a cut within the budget.
+
+        `layout` is given if other formats are offered than those of the run.
         """
         return PlanSpace.of(
             layout or self.layout_of(cut), self.budget_bytes, error, self.base_groups_of(cut)
@@ -225,8 +232,9 @@ class Context:
         return preflight.budget_bytes(self.config, self._fast_enough)
 
     def may_win(self, cut: str) -> bool:
-        """Return True if a token takes no more multiply-adds on this cut than
-        `budget.flops_fraction` allows.
+        """Return True if a token takes few enough multiply-adds on this cut.
+
+        They may be no more than `budget.flops_fraction` allows.
         """
         return preflight.is_fast(self.config, self.layout_of(cut), self.inspection.base)
 
@@ -265,15 +273,17 @@ class Context:
 
     @property
     def known_slots(self) -> Slots:
-        """The room for trials at `address`, on the machine that `check --gpu` assumes, or here;
-        does not start Ray.
+        """The room for trials at `address`, on the machine that `check --gpu` assumes, or here.
+
+        Reading it does not start Ray.
         """
         return self.slots if self.address else self.assumed or local_slots()
 
     @cached_property
     def executor(self) -> ModelExecutor:
-        """The executor of work on a single model: an actor on the cluster at `address`, otherwise
-        this process.
+        """The executor of work on a single model.
+
+        It is an actor on the cluster at `address`, otherwise this process.
 
         The actor reserves one GPU, or all GPUs of a machine if `model.device_map` is auto. Without
         GPUs it reserves all cores of a machine.
@@ -293,8 +303,9 @@ class Context:
 
     @cached_property
     def check_node(self) -> bytes:
-        """A pickled function that checks a node; every process on the cluster calls this function
-        first.
+        """A pickled function that checks a node.
+
+        Every process on the cluster calls this function first.
         """
         if not self.address:
             return packed_check({}, None)
@@ -313,8 +324,9 @@ class Context:
         return num_workers * worker_resources(self.trial_resources, num_workers).get("gpu", 0.0)
 
     def task_resources(self, num_tasks: int, num_workers: int = 1) -> tuple[dict[str, float], int]:
-        """Return a worker's resources (without GPUs tasks share the cores), and how many of
-        `num_tasks` run at once.
+        """Return a worker's resources, and how many of `num_tasks` run at once.
+
+        Without GPUs tasks share the cores.
         """
         resources, slots = worker_resources(self.trial_resources, num_workers), self.slots
         room = slots.at_most(resources)
@@ -335,8 +347,9 @@ class Context:
         own_process: bool = False,
         **more: Any,
     ) -> Iterator[tuple[int, Result]]:
-        """Run `function(job)` for all jobs on nodes that pass `check_node`; yield position and
-        result of each job.
+        """Run `function(job)` for all jobs on nodes that pass `check_node`.
+
+        Yield position and result of each job.
         """
         from qpruner.cluster.tasks import run_tasks
 
@@ -345,13 +358,15 @@ class Context:
         )
 
     def check_lock(self, stage: str) -> None:
-        """Raise an error if another driver took over the lock, for example while this process was
-        suspended.
+        """Raise an error if another driver took over the lock.
+
+        That may happen, for example, while this process was suspended.
         """
         if not self.holds_run():
             raise lock_lost(
                 stage,
-                f"{display_name(self.run_dir.root / LOCK)} belongs to another driver, or is missing",
+                f"{display_name(self.run_dir.root / LOCK)} belongs to another driver, "
+                "or is missing",
             )
 
     def forget(self, stage: str) -> None:

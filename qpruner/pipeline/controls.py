@@ -1,9 +1,12 @@
-"""The plans that a search has to beat: what a user would do without a search, within the same
-bytes.
+"""The plans that a search has to beat.
 
-- `unpruned-uniform`, `unpruned-knapsack`: the base model in its best format, and its best plan, by a sensitivity;
+They are what a user would do without a search, within the same bytes.
+
+- `unpruned-uniform`, `unpruned-knapsack`: the base model in its best format, and its best plan, by
+  a sensitivity;
 - `CUT-uniform`, `CUT-knapsack`: the same of every cut that may win;
-- `paper`: the flow of the QPruner paper: a pruned model in nf4 and int8, chosen by mutual information.
+- `paper`: the flow of the QPruner paper: a pruned model in nf4 and int8, chosen by mutual
+  information.
 
 The base and the paper's flow are tried with their fewest bytes if the budget cannot hold them; they
 cannot win.
@@ -63,11 +66,11 @@ def _can_win(context: Context, plan: PrecisionPlan) -> bool:
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan of the paper's flow on the least pruned cut on which it may win; None if it
-    cannot be made.
+    """Return the plan of the paper's flow on the least pruned cut on which it may win.
 
-    It needs the mutual information, a cut, and widths that nf4 and int8 take. Embeddings stay
-    unpacked. If it may win on no cut, it is the smallest plan of the most pruned one.
+    None is returned if it cannot be made. It needs the mutual information, a cut, and widths that
+    nf4 and int8 take. Embeddings stay unpacked. If it may win on no cut, it is the smallest plan of
+    the most pruned one.
     """
     if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None
@@ -105,13 +108,12 @@ def shared(
     levels: Sequence[str],
     factor_per_bit: float = 4.0,
 ) -> dict[str, list[float]]:
-    """Predict a sensitivity, or without a `method` the error of weights, for groups of any cut:
-    level -> by group.
+    """Predict a sensitivity for groups of any cut: level -> by group.
 
-    It was measured on the reference cut. `groups` are named as in the base model. A level that was
-    not measured takes another's value, times `factor_per_bit` for each bit less (the squared error
-    of rounding grows by four); a group that was not, the mean of the others. Unpacked weights raise
-    nothing.
+    Without a `method`, the error of weights is predicted. Either was measured on the reference cut.
+    `groups` are named as in the base model. A level that was not measured takes another's value,
+    times `factor_per_bit` for each bit less (the squared error of rounding grows by four); a group
+    that was not, the mean of the others. Unpacked weights raise nothing.
     """
     names = context.space_of(context.reference).base_groups
     known: dict[str, dict[str, float]] = {}

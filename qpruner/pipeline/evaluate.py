@@ -33,7 +33,10 @@ from qpruner.wording import counted, error_text
 
 
 class Evaluate(Stage[EvalRecord]):
-    """Score the base, pruned, quantized and fine-tuned models on tasks that the search did not use."""
+    """Score the base, pruned, quantized and fine-tuned models on tasks.
+
+    The search did not use these tasks.
+    """
 
     name = "evaluate"
     help = "Run up to the held-out evaluation."
@@ -81,8 +84,9 @@ class Evaluate(Stage[EvalRecord]):
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
-    """Encode text for perplexity into a folder; return a description and the folder, or None twice
-    without a text.
+    """Encode text for perplexity into a folder.
+
+    Return a description and the folder, or None twice without a text.
 
     Without `evaluate.text`, use the half of `data.confirmation` that judges the winner, unless a
     row has choices.
@@ -104,8 +108,9 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
 
 
 def scores_digest(context: Context) -> str:
-    """Compute the digest of everything that models are scored on: tasks, their metrics, texts and
-    settings.
+    """Compute the digest of everything that models are scored on.
+
+    That is the tasks, their metrics, texts and settings.
     """
     texts = [row.response for row in context.inspection.examples.get("text", ())]
     metrics = context.inspection.metrics["evaluate"]
@@ -121,8 +126,9 @@ def scores_digest(context: Context) -> str:
 def score_jobs(
     stage: Stage[Any], jobs: list[Candidate], text: Path | None
 ) -> dict[Path, RowScores]:
-    """Score models on `evaluate.tasks` and `text`, unless recorded; return the scores of all models
-    by job folder.
+    """Score models on `evaluate.tasks` and `text`, unless recorded.
+
+    Return the scores of all models by job folder.
     """
     context, digest = stage.context, scores_digest(stage.context)
     found: dict[Path, RowScores] = {}
@@ -156,8 +162,9 @@ def scores_line(row: RowScores) -> str:
 def rows_of(
     jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dict[Path, Inference]
 ) -> list[RowScores]:
-    """List the scores of the jobs under their row names, with memory and speed where they were
-    measured.
+    """List the scores of the jobs under their row names.
+
+    Memory and speed are added where they were measured.
     """
     return [
         scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)})
@@ -168,8 +175,9 @@ def rows_of(
 def measure_in_turns(
     stage: Stage[Any], jobs: Iterable[Candidate]
 ) -> tuple[InferenceSetting | None, dict[Path, Inference]]:
-    """Measure memory and speed of models, alternating between them; return the setting, and results
-    by job folder.
+    """Measure memory and speed of models, alternating between them.
+
+    Return the setting, and results by job folder.
 
     Nothing is measured if llama.cpp serves the winner: its speed there is what counts.
     """

@@ -32,8 +32,10 @@ it afterwards.
 
 @dataclass(frozen=True)
 class Scoring:
-    """A finalist to score on fresh rows, the file that keeps its score, and the digest of all that
-    the score depends on beside the folder of the trials.
+    """A finalist to score on fresh rows.
+
+    It has the file that keeps its score, and the digest of all that the score depends on beside the
+    folder of the trials.
     """
 
     candidate: Candidate
@@ -128,7 +130,10 @@ def with_further_seeds(
 
 
 def further_seeds(config: RunConfig) -> range:
-    """Return the seeds of `search.confirm_seeds`, which no trial and no row of the final table has."""
+    """Return the seeds of `search.confirm_seeds`.
+
+    No trial and no row of the final table has any of them.
+    """
     first = config.seed + 1 + APART
     return range(first, first + config.search.confirm_seeds)
 
