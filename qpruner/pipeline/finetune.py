@@ -1,5 +1,6 @@
-"""The finetune stage: fine-tune the adapters of the winning plan anew, and write the folder
-`final`.
+"""The finetune stage: fine-tune the adapters of the winning plan anew.
+
+It writes the folder `final`.
 """
 
 import shutil
@@ -28,8 +29,9 @@ from qpruner.wording import counted
 
 
 class Finetune(Stage[FinetuneRecord]):
-    """Fine-tune the adapters of the winning plan for `finetune.steps` or epochs, and write the
-    folder `final`.
+    """Fine-tune the adapters of the winning plan for `finetune.steps` or epochs.
+
+    The result is written to the folder `final`.
     """
 
     name = "finetune"
@@ -53,9 +55,9 @@ class Finetune(Stage[FinetuneRecord]):
         slots, resources = context.known_slots, worker_resources(context.trial_resources, wanted)
         if (fits := slots.at_most(resources)) < wanted:
             raise UserError(
-                f"`finetune.num_workers`: {wanted} workers with {resources} each must run at once, but only {fits} fit "
-                f"on {counted(len(slots.nodes), 'machine')}, the largest with {slots.largest}: use fewer workers, or "
-                "add machines"
+                f"`finetune.num_workers`: {wanted} workers with {resources} each must run at once, "
+                f"but only {fits} fit on {counted(len(slots.nodes), 'machine')}, the largest with "
+                f"{slots.largest}: use fewer workers, or add machines"
             )
 
     def begin(self) -> None:
@@ -74,7 +76,10 @@ class Finetune(Stage[FinetuneRecord]):
             if settings.steps
             else counted(settings.epochs or 0.0, "epoch")
         )
-        return f"the winner, {length}, with another training seed, and so another loss, than in its trial"
+        return (
+            f"the winner, {length}, with another training seed, and so another loss, "
+            "than in its trial"
+        )
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
@@ -104,7 +109,10 @@ def have_rows(jobs: Iterable[Candidate]) -> bool:
 
 
 def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRecord]:
-    """Run the fine-tunes that have no record, each in new processes; return a record for every job."""
+    """Run the fine-tunes that have no record, each in new processes.
+
+    Return a record for every job.
+    """
     context, models = stage.context, distinct(jobs)
     found: dict[Path, CandidateRecord] = {}
     for job, each in zip(
@@ -128,7 +136,10 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
         record = found[job.folder] = _record_of(context, job, measured)
         storage.write_json(job.folder / "record.json", record)
         storage.remove(job.checkpoints)
-        text = f"{job.label}: confirmation loss {record.confirmation_loss:.4f} after {record.steps} steps"
+        text = (
+            f"{job.label}: confirmation loss {record.confirmation_loss:.4f} after {record.steps} "
+            "steps"
+        )
         stage.notify(f"{text}, peak memory {record.peak_memory_bytes / 1e6:.0f} MB")
         for error in tracker_errors:
             stage.notify(f"warning: {job.label}: {error}")
@@ -139,8 +150,9 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
 
 
 def _recorded(folder: Path) -> CandidateRecord | str | None:
-    """Return the record in a job's folder, None if there is none, or a message if the folder is
-    damaged.
+    """Return the record in a job's folder, or None if there is none.
+
+    If the folder is damaged, a message is returned instead.
     """
     weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
@@ -175,10 +187,10 @@ def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> Ca
 
 @contextmanager
 def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
-    """Set aside the folder of an adapter that the `with` block finds damaged, and raise
-    `StageError` of this stage.
+    """Set aside the folder of an adapter that the `with` block finds damaged.
 
-    A folder that this process finds intact stays: another machine may not see it.
+    `StageError` of this stage is raised then. A folder that this process finds intact stays:
+    another machine may not see it.
     """
     try:
         yield
@@ -199,8 +211,9 @@ def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
 
 
 def write_final(winner: Candidate, folder: Path, emit: Emit) -> None:
-    """Write packed weights, adapter and tokenizer in a folder that transformers loads after `import
-    qpruner.hf`.
+    """Write packed weights, adapter and tokenizer in a folder.
+
+    Transformers loads the folder after `import qpruner.hf`.
     """
     from qpruner.quantization.assembly import assemble
 

@@ -1,5 +1,6 @@
-"""Check all nodes of the cluster before the run starts: show a table and raise an error that names
-unusable nodes.
+"""Check all nodes of the cluster before the run starts.
+
+A table is shown, and an error is raised that names unusable nodes.
 
 Nodes that join later are checked when work starts on them (`cluster.node_check.check_node`).
 """
@@ -47,8 +48,9 @@ def look_at_nodes(context: Context) -> None:
 
 @contextlib.contextmanager
 def _test_file(storage: Path) -> Iterator[tuple[Path, str]]:
-    """Write a test file to a new folder on the storage; yield the folder and the file name, then
-    remove them.
+    """Write a test file to a new folder on the storage.
+
+    Yield the folder and the file name, then remove them.
 
     The names are random because a network file system may cache that a name does not exist.
     """

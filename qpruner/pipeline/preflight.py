@@ -42,8 +42,9 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes and sizes of the base model and of all cuts, with the budget, computed without
-    weights.
+    """Shapes and sizes of the base model and of all cuts, with the budget.
+
+    They are computed without weights.
     """
 
     model_config: Any
@@ -108,14 +109,15 @@ def _check_positions(config: RunConfig, shapes: Shapes) -> None:
     for name, length in lengths.items() if family_of(model_config).has_learned_positions else ():
         if length > (most := int(model_config.max_position_embeddings)):
             raise UserError(
-                f"`{name}`: {length} tokens are more than the {most} positions that this {model_config.model_type} "
-                f"model has learned: use at most {most}"
+                f"`{name}`: {length} tokens are more than the {most} positions that this "
+                f"{model_config.model_type} model has learned: use at most {most}"
             )
 
 
 def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
-    """Compute the shapes and sizes of the base and the pruned model; check cut, budget, plan and
-    device.
+    """Compute the shapes and sizes of the base and the pruned model.
+
+    Cut, budget, plan and device are checked too.
     """
     import torch
 
@@ -154,8 +156,9 @@ def shapes_of(config: RunConfig, works_here: bool, packs: bool) -> Shapes:
 
 
 def is_fast(config: RunConfig, layout: Layout, base: Layout, margin: float = 0.0) -> bool:
-    """Return True if a token takes no more multiply-adds on a cut than `budget.flops_fraction`
-    allows.
+    """Return True if a token takes few enough multiply-adds on a cut.
+
+    They may be no more than `budget.flops_fraction` allows.
     """
     return (
         layout.multiply_adds
@@ -177,9 +180,9 @@ def fast_enough(
     ):
         share = min(layout.multiply_adds for layout in layouts.values()) / base.multiply_adds
         raise UserError(
-            f"`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned one takes "
-            f"{share:.5g} of the base model's, got {config.quantize.budget.flops_fraction:g}; raise it, or prune more "
-            "(`prune.rates`)"
+            "`quantize.budget.flops_fraction`: no cut takes so few multiply-adds, the most pruned "
+            f"one takes {share:.5g} of the base model's, got "
+            f"{config.quantize.budget.flops_fraction:g}; raise it, or prune more (`prune.rates`)"
         )
     return kept
 
@@ -187,8 +190,9 @@ def fast_enough(
 def makeable(
     wanted: Mapping[str, Asked], make: Callable[[Asked], Made]
 ) -> tuple[dict[str, Made], dict[str, str]]:
-    """Make the cuts that can be made, and map the others to the reason; raise the first error if
-    none can be made.
+    """Make the cuts that can be made, and map the others to the reason.
+
+    Raise the first error if none can be made.
     """
     cuts, errors = dict[str, Made](), dict[str, UserError]()
     for name, asked in wanted.items():
@@ -209,8 +213,9 @@ def left_out_text(name: str, reason: str) -> str:
 def plan_in_file(
     config: RunConfig, layouts: Mapping[str, Layout], base: Layout, budget_bytes: int | None
 ) -> PrecisionPlan | None:
-    """Return the plan of the file in `search.plan`, if any; raise `PlanRefused` if it does not fit
-    model or budget.
+    """Return the plan of the file in `search.plan`, if any.
+
+    Raise `PlanRefused` if it does not fit model or budget.
 
     `layouts` are those of the cuts within `budget.flops_fraction`. A plan of the base model, which
     a control may be, is accepted too, if that model is within it.
@@ -226,24 +231,29 @@ def plan_in_file(
     ):
         excess = math.ceil((plan_bytes - budget_bytes) / 100) / 1e4
         raise PlanRefused(
-            f"the plan in {file} takes {plan_bytes / 1e6:.2f} MB, {excess:.4f} MB more than the budget of "
-            f"{budget_bytes / 1e6:.2f} MB: give groups smaller formats, or raise `quantize.budget`"
+            f"the plan in {file} takes {plan_bytes / 1e6:.2f} MB, {excess:.4f} MB more than the "
+            f"budget of {budget_bytes / 1e6:.2f} MB: give groups smaller formats, "
+            "or raise `quantize.budget`"
         )
     return plan
 
 
 def _doubts(config: RunConfig, shapes: Shapes) -> Iterator[str]:
-    """Warn if all plans fit, or if the plans to beat (`pipeline/controls.py`) run first and may use
-    up all trials.
+    """Warn if all plans fit, or if the plans to beat may use up all trials.
+
+    The plans to beat (`pipeline/controls.py`) run first.
     """
     most = shapes.base.plan_bytes(shapes.base.largest())
     if config.quantize.has_choice and most <= shapes.budget_bytes:
-        yield f"`quantize.budget`: every plan fits, as the largest takes {most / 1e6:.1f} MB: ask for fewer bytes"
+        yield (
+            f"`quantize.budget`: every plan fits, as the largest takes {most / 1e6:.1f} MB: "
+            "ask for fewer bytes"
+        )
     trials, num_controls = config.search.max_trials, most_controls(config)
     if num_controls >= trials and config.is_searched:
         yield (
-            f"up to {num_controls} plans to beat (two of each cut, the paper's) run first and may leave none of "
-            f"{trials} trials (`search.max_trials`) to the searcher: allow more"
+            f"up to {num_controls} plans to beat (two of each cut, the paper's) run first and may "
+            f"leave none of {trials} trials (`search.max_trials`) to the searcher: allow more"
         )
 
 
@@ -253,8 +263,9 @@ def most_controls(config: RunConfig) -> int:
 
 
 def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
-    """List the groups of a model (layers that share a format), to compute the bytes of plans,
-    adapters included.
+    """List the groups of a model (layers that share a format).
+
+    They serve to compute the bytes of plans, adapters included.
     """
     return layout_of(
         model_config,
@@ -267,8 +278,9 @@ def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> 
 
 
 def is_pruned(model_config: Any) -> bool:
-    """Return True if the blocks differ in width, so the model was pruned earlier and is not cut
-    again.
+    """Return True if the blocks differ in width.
+
+    The model was then pruned earlier, and is not cut again.
     """
     return bool(model_config.is_heterogeneous)
 
@@ -303,15 +315,18 @@ def budget_bytes(config: RunConfig, layouts: Mapping[str, Layout]) -> int:
     if size < least:
         name, value = config.quantize.budget.size
         raise UserError(
-            f"`quantize.budget.{name}` is below the most pruned model with every group in its smallest format, "
-            f"{', '.join(by_size(tuple(set(formats))))}: {least} bytes ({-(-least * 10**4 // GIB) / 10**4} GiB), got "
-            f"{value}; raise it, or prune more"
+            f"`quantize.budget.{name}` is below the most pruned model with every group in its "
+            f"smallest format, {', '.join(by_size(tuple(set(formats))))}: {least} bytes "
+            f"({-(-least * 10**4 // GIB) / 10**4} GiB), got {value}; raise it, or prune more"
         )
     return size
 
 
 def _asked_bytes(budget: BudgetConfig, layout: Layout) -> int:
-    """Convert a budget to bytes; interpolate `fraction` or `mean_bits` between the uniform plans."""
+    """Convert a budget to bytes.
+
+    `fraction` and `mean_bits` are interpolated between the uniform plans.
+    """
     plans = [layout.uniform(level) for level in layout.levels]
     sizes = [layout.plan_bytes(plan) for plan in (layout.smallest(), *plans, layout.largest())]
     if budget.fraction is not None:
@@ -321,8 +336,8 @@ def _asked_bytes(budget: BudgetConfig, layout: Layout) -> int:
     means = [layout.mean_bits(plan) for plan in plans]
     if not means[0] <= budget.mean_bits <= means[-1]:
         raise UserError(
-            f"`quantize.budget.mean_bits` must be between the bits of the smallest and of the largest format, "
-            f"{means[0]:g} and {means[-1]:g}, got {budget.mean_bits}"
+            "`quantize.budget.mean_bits` must be between the bits of the smallest and of the "
+            f"largest format, {means[0]:g} and {means[-1]:g}, got {budget.mean_bits}"
         )
     return round(float(np.interp(budget.mean_bits, means, sizes[1:-1])))
 
@@ -338,13 +353,15 @@ def check_gpu(config: RunConfig, capability: Capability) -> None:
         if reason := format_of(name).refusal(4096, capability):
             has = ".".join(map(str, capability))
             raise UserError(
-                f"`quantize.formats`: a GPU of compute capability {has} cannot run {name}: {reason}; leave {name} out"
+                f"`quantize.formats`: a GPU of compute capability {has} cannot run {name}: "
+                f"{reason}; leave {name} out"
             )
 
 
 def check_device(capability: Capability | None, config: RunConfig, packs: bool) -> None:
-    """Raise an error if a GPU of this compute capability, or a CPU (None), cannot run type and
-    formats of a model.
+    """Raise an error if a device cannot run type and formats of a model.
+
+    The device is a GPU of this compute capability, or a CPU (None).
     """
     if capability is None and config.model.dtype == "float16":
         raise UserError(
@@ -355,8 +372,9 @@ def check_device(capability: Capability | None, config: RunConfig, packs: bool) 
 
 
 def check_cut(on_gpu: bool, config: RunConfig, cut: Cut) -> Cut:
-    """Return the cut; raise an error if the formats cannot hold the widths that it is expected to
-    leave.
+    """Return the cut, if the formats can hold its widths.
+
+    Raise an error if they cannot hold the widths that it is expected to leave.
     """
     try:
         check_offers(config, layout_for(config, cut.expected, on_gpu, UNPRUNED), on_gpu)
@@ -399,7 +417,8 @@ def _refused(
     )
     taken = [name for name in formats() if not refusals(name, linears, on_gpu)]
     return (
-        f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of {', '.join(taken)}; "
-        "or, if pruning made this width, set `prune.round_to` to that divisor for a layer that reads MLP channels, "
-        "`prune.units: [mlp]` for one that reads attention heads"
+        f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of "
+        f"{', '.join(taken)}; or, if pruning made this width, set `prune.round_to` to that divisor "
+        "for a layer that reads MLP channels, `prune.units: "
+        "[mlp]` for one that reads attention heads"
     )

@@ -1,5 +1,6 @@
-"""Check the rows and questions of a run: they exist, do not overlap between uses, and can be
-encoded.
+"""Check the rows and questions of a run.
+
+They must exist, must not overlap between uses, and must be such as can be encoded.
 """
 
 import tempfile
@@ -31,8 +32,9 @@ data."""
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by split; questions to score trials (`search`), choose the winner (`fresh`) and test
-    models (`evaluate`).
+    """Rows by split, and questions by use.
+
+    Questions score trials (`search`), choose the winner (`fresh`) and test models (`evaluate`).
     """
 
     examples: dict[str, list[Example]]
@@ -45,8 +47,9 @@ class Rows:
 
 
 def check_rows(config: RunConfig) -> Rows:
-    """Load all rows and questions of the run, with warnings; raise an error if two uses of the data
-    overlap.
+    """Load all rows and questions of the run, with warnings.
+
+    Raise an error if two uses of the data overlap.
     """
     check_cache()
     examples: dict[str, list[Example]]
@@ -83,8 +86,9 @@ def check_rows(config: RunConfig) -> Rows:
 
 
 def check_cache() -> None:
-    """Raise a `UserError` if the libraries of Hugging Face cannot write to their cache, through
-    which all rows go.
+    """Raise a `UserError` if the libraries of Hugging Face cannot write to their cache.
+
+    All rows go through that cache.
     """
     from datasets.config import HF_DATASETS_CACHE
 
@@ -93,8 +97,8 @@ def check_cache() -> None:
         tempfile.TemporaryFile(dir=HF_DATASETS_CACHE).close()
     except OSError as error:
         raise UserError(
-            f"the cache of Hugging Face libraries, {HF_DATASETS_CACHE}, cannot be written ({error.strerror}): set the "
-            "environment variable HF_HOME to a folder that can be"
+            f"the cache of Hugging Face libraries, {HF_DATASETS_CACHE}, cannot be written "
+            f"({error.strerror}): set the environment variable HF_HOME to a folder that can be"
         ) from error
 
 
@@ -114,8 +118,8 @@ def _load_splits(config: RunConfig) -> dict[str, list[Example]]:
     examples["confirmation"] = list(different.values())
     if len(examples["confirmation"]) < 2:
         raise UserError(
-            "`data.confirmation` must have at least 2 different rows, one to choose the winner and one to judge it, "
-            "got 1: name a source with more rows, or raise its `limit`"
+            "`data.confirmation` must have at least 2 different rows, one to choose the winner "
+            "and one to judge it, got 1: name a source with more rows, or raise its `limit`"
         )
     return examples
 
@@ -126,8 +130,9 @@ def _doubtful_rows(examples: dict[str, list[Example]]) -> Iterator[str]:
         rows = examples[split]
         if empty := [row for row in rows if row.format != "text" and not row.response.strip()]:
             yield (
-                f"{counted(len(empty), 'row')} of `data.{split}` of {len(rows)} have no response, such as "
-                f"{empty[0].prompt[:90]!r}: they train the model to say nothing; add responses or remove the rows"
+                f"{counted(len(empty), 'row')} of `data.{split}` of {len(rows)} have no response, "
+                f"such as {empty[0].prompt[:90]!r}: they train the model to say nothing; add "
+                "responses or remove the rows"
             )
 
 
@@ -149,8 +154,9 @@ def about_labelled(row: Example, data: DataConfig) -> int:
 
 
 def most_labelled(rows: Sequence[Example] | None, data: DataConfig) -> int:
-    """Bound the labelled tokens of every row from above, at twice the tokens per character of
-    English text.
+    """Bound the labelled tokens of every row from above.
+
+    The bound is twice the tokens per character of English text.
     """
     if not rows or data.packing or not data.response_only:
         return data.max_length
@@ -171,8 +177,8 @@ def _few_tokens(config: RunConfig, examples: dict[str, list[Example]]) -> Iterat
         tokens = sum(about_labelled(row, config.data) for row in rows)
         if tokens < FEW_TOKENS:
             yield (
-                f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell plans apart; use at "
-                f"least {FEW_TOKENS} tokens, with more rows or longer responses"
+                f"{use} on about {tokens} tokens of {counted(len(rows), 'row')}: too few to tell "
+                f"plans apart; use at least {FEW_TOKENS} tokens, with more rows or longer responses"
             )
 
 
@@ -214,7 +220,8 @@ def include_path(config: RunConfig) -> str | None:
     if not Path(path).is_dir():
         state = "is a file" if Path(path).exists() else "does not exist"
         raise UserError(
-            f"`evaluate.include_path`: {Path(path).absolute()} {state}; name a folder of lm-eval task files"
+            f"`evaluate.include_path`: {Path(path).absolute()} {state}; "
+            "name a folder of lm-eval task files"
         )
     return absolute_source(path)
 
@@ -234,8 +241,9 @@ def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
     for name, task in found["search"].items() if search.by_accuracy else ():
         if search.limit is not None and len(task.texts) < 2 * search.limit:
             raise UserError(
-                f"`search.limit` must be at most half of the questions of a task, because equally many others choose "
-                f"the winner; {name} has {len(task.texts)}, got {search.limit}; lower it to {len(task.texts) // 2}"
+                "`search.limit` must be at most half of the questions of a task, because equally "
+                f"many others choose the winner; {name} has {len(task.texts)}, got {search.limit}; "
+                f"lower it to {len(task.texts) // 2}"
             )
     return found
 
@@ -253,7 +261,8 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
     except Exception as error:  # broken tokenizer files raise many types of errors
         reason = first_line(error)
         raise UserError(
-            f"`model.source`: no tokenizer can be loaded from {source}: {reason}; name a model with a tokenizer"
+            f"`model.source`: no tokenizer can be loaded from {source}: {reason}; "
+            "name a model with a tokenizer"
         ) from error
     for rows in examples.values():
         # Encode a few rows of each format, or all rows if none of these fits.

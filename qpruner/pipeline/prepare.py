@@ -67,8 +67,9 @@ class Prepare(Stage[PrepareRecord]):
 
 
 def _provide_base(model: ModelConfig, target: Path, is_shared: bool, emit: Emit) -> Base:
-    """Load the base model; write to `target` what was converted from .gguf, or a hub model if nodes
-    share the run.
+    """Load the base model.
+
+    Write to `target` what was converted from .gguf, or a hub model if nodes share the run.
     """
     with writing_folder(target) as folder:
         base = prepare_base(model, folder, is_shared, loading_progress(emit, "prepare"))
@@ -76,8 +77,9 @@ def _provide_base(model: ModelConfig, target: Path, is_shared: bool, emit: Emit)
 
 
 def loading_progress(emit: Emit, stage: str) -> OnWork:
-    """Return a callback that reports the progress of named work, such as loading weights, as
-    progress of a stage.
+    """Return a callback that reports the progress of named work as progress of a stage.
+
+    Such work is, for example, loading weights.
     """
     return lambda what, done, total: emit(Progress(stage, done, total, what))
 

@@ -49,8 +49,9 @@ CUT_FILE = "cut.json"  # name of the record in the folder of a cut, which is wri
 
 @dataclass(frozen=True)
 class Wanted:
-    """A cut to make: its settings, its digest and its folder, which has the record alone if nothing
-    is cut.
+    """A cut to make.
+
+    It has its settings, its digest and its folder, which has the record alone if nothing is cut.
     """
 
     settings: PruneConfig
@@ -83,7 +84,10 @@ class Prune(Stage[PruneRecord]):
         return ({name: each.digest for name, each in self._wanted().items()},)
 
     def _wanted(self) -> dict[str, Wanted]:
-        """Describe the cuts, the one that removes least first; the base model is always among them."""
+        """Describe the cuts, the one that removes least first.
+
+        The base model is always among them.
+        """
         context, found = self.context, self.context.inspection
         asked = {UNPRUNED: uncut(self.config.prune)} | {
             name: cut.settings for name, cut in found.cuts.items()
@@ -127,8 +131,9 @@ class Prune(Stage[PruneRecord]):
         return {"cuts": cuts, "left_out": {**context.inspection.left_out, **left_out}}
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
-        """Return the records of the cuts that earlier commands made with equal inputs and whose
-        files are intact.
+        """Return the records of the cuts that earlier commands made.
+
+        Their inputs were equal, and their files are intact.
         """
         root, found = self.context.run_dir.root, dict[str, CutRecord]()
         for name, each in wanted.items():
@@ -189,8 +194,9 @@ def make_cuts(
     saved: Sequence[Path],
     emit: Emit,
 ) -> Made:
-    """Make the cuts of the base model, each in its folder; the importances in the folders `saved`
-    are used again.
+    """Make the cuts of the base model, each in its folder.
+
+    The importances in the folders `saved` are used again.
     """
     made, left_out = dict[str, CutRecord](), dict[str, str]()
     cutter, model = Cutter(config, base, data, saved, emit), None
@@ -246,7 +252,10 @@ class Cutter:
         return model
 
     def make(self, name: str, model: PreTrainedModel, wanted: Wanted) -> CutRecord:
-        """Cut the base model in place, save it unless it is the base itself, and return the record."""
+        """Cut the base model in place, save it, and return the record.
+
+        It is not saved if it is the base itself.
+        """
         from qpruner.pruning.prune import save_importance
 
         pruned, record = self._cut(model, wanted)
@@ -308,8 +317,9 @@ class Cutter:
 
 
 def describe(settings: PruneConfig, target: str) -> str:
-    """Describe a cut in one line, or several by their `target`, of which `settings` are those of
-    the largest.
+    """Describe a cut in one line, or several by their `target`.
+
+    If there are several, `settings` are those of the largest.
     """
     if settings.is_off:
         return target
@@ -328,13 +338,17 @@ def target_text(settings: PruneConfig) -> str:
     if settings.is_off:
         return "no cut"
     if settings.layer_rate is not None:
-        return f"target {settings.layer_rate:.2%} of each block's {' and '.join(settings.width_units)} units"
+        return (
+            f"target {settings.layer_rate:.2%} of each block's "
+            f"{' and '.join(settings.width_units)} units"
+        )
     return f"target {settings.rate or 0:.2%} of all parameters"
 
 
 def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWidths, ...]:
-    """List the kept units (indices) and parameters of each block; `before` has their parameters
-    before the cut.
+    """List the kept units (indices) and parameters of each block.
+
+    `before` has the parameters of the blocks before the cut.
     """
     from qpruner.pruning.prune import block_sizes
 
