@@ -137,8 +137,8 @@ def finetune_jobs(stage: Stage[Any], jobs: list[Candidate]) -> list[CandidateRec
         storage.write_json(job.folder / "record.json", record)
         storage.remove(job.checkpoints)
         text = (
-            f"{job.label}: confirmation loss {record.confirmation_loss:.4f} after {record.steps} "
-            "steps"
+            f"{job.label}: confirmation loss {record.confirmation_loss:.4f} "
+            f"after {record.steps} steps"
         )
         stage.notify(f"{text}, peak memory {record.peak_memory_bytes / 1e6:.0f} MB")
         for error in tracker_errors:

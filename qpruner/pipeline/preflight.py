@@ -419,6 +419,6 @@ def _refused(
     return (
         f"`quantize.formats`: {state} {', '.join(levels)} ({next(iter(reasons))}): name some of "
         f"{', '.join(taken)}; or, if pruning made this width, set `prune.round_to` to that divisor "
-        "for a layer that reads MLP channels, `prune.units: "
-        "[mlp]` for one that reads attention heads"
+        "for a layer that reads MLP channels, `prune.units: [mlp]` for one that reads attention "
+        "heads"
     )

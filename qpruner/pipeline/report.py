@@ -38,8 +38,9 @@ class Report(Stage[Record]):
 
 
 def report_unfinished(run_dir: RunDir) -> str:
-    """Write the report of an unfinished run and return a message with its path, or a warning if
-    writing fails.
+    """Write the report of an unfinished run.
+
+    Return a message with its path, or a warning if writing fails.
     """
     from qpruner.report.files import write_report
 
@@ -47,4 +48,7 @@ def report_unfinished(run_dir: RunDir) -> str:
         return f"{display_name(write_report(run_dir))} has the run so far"
     except Exception as error:
         logging.getLogger(__name__).exception("no report of the unfinished run could be written")
-        return f"warning: no report of the run so far could be written: {error}; `qpruner report` writes it again"
+        return (
+            f"warning: no report of the run so far could be written: {error}; "
+            "`qpruner report` writes it again"
+        )

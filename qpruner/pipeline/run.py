@@ -1,5 +1,6 @@
-"""Run a command: check the configuration, hold the lock of the run folder, keep `run.json`, and run
-the flow.
+"""Run a command.
+
+Check the configuration, hold the lock of the run folder, keep `run.json`, and run the flow.
 """
 
 import contextlib
@@ -169,8 +170,9 @@ def run(
 
 
 def _check_room(context: Context) -> tuple[int, int]:
-    """Raise an error if the disk is too small for the run; return the bytes needed at most, and the
-    free bytes.
+    """Raise an error if the disk is too small for the run.
+
+    Return the bytes needed at most, and the free bytes.
     """
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
@@ -194,8 +196,9 @@ def _check_room(context: Context) -> tuple[int, int]:
 
 
 def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> None:
-    """Emit the warnings of the configuration and the stages, then raise the errors of stages and
-    nodes.
+    """Emit the warnings of the configuration and the stages.
+
+    Then raise the errors of stages and nodes.
     """
     for warning in context.config.warnings:
         context.emit(Message(COMMAND, f"warning: {warning}"))
@@ -209,8 +212,9 @@ def _warn_and_check(context: Context, stages: Sequence[type[Stage[Any]]]) -> Non
 
 
 class RunProgress:
-    """Writes the state of the latest command to `run.json`, for `status` in other shells and on
-    other machines.
+    """Writes the state of the latest command to `run.json`.
+
+    `status` reads it in other shells and on other machines.
 
     Steps inside a stage are written at intervals. `has_begun` is True once a stage has started; a
     command that starts no stage keeps the file of an earlier command.
@@ -320,7 +324,8 @@ class RunProgress:
         except (OSError, StorageError) as error:
             # If the disk is full, the stage itself raises a better error.
             logger.warning(
-                "run.json could not be written: %s; `qpruner status` shows an older state until it can",
+                "run.json could not be written: %s; "
+                "`qpruner status` shows an older state until it can",
                 error,
             )
 
@@ -350,7 +355,10 @@ def _cpu_model(cpuinfo: Path) -> str:
 
 
 def _gpus() -> str:
-    """Describe the GPUs by kind, such as `2 x NVIDIA H100 80GB HBM3, 79.2 GiB`, or return `none`."""
+    """Describe the GPUs by kind, or return `none`.
+
+    An example is `2 x NVIDIA H100 80GB HBM3, 79.2 GiB`.
+    """
     import torch
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

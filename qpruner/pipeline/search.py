@@ -1,5 +1,6 @@
-"""The search stage: try plans in trials, then choose the winner on fresh rows, on which no trial
-was scored.
+"""The search stage: try plans in trials, then choose the winner on fresh rows.
+
+No trial was scored on these rows.
 
 Results of trials depend on weights, data and training (`trials_digest`); the proposed plans also
 depend on budget, searcher and sensitivities (`search_digest`). Searches with equal `trials_digest`
@@ -57,7 +58,10 @@ REMEDY = "fix the cause, delete the folders of those trials in the run's `trials
 
 
 class Search(Stage[SearchRecord]):
-    """Try plans in parallel trials, and score the best plans again on rows that no trial has used."""
+    """Try plans in parallel trials, and score the best plans again.
+
+    They are scored on rows that no trial has used.
+    """
 
     name = "search"
     help = "Run up to the precision search."
@@ -66,8 +70,9 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def given(self) -> PrecisionPlan | None:
-        """The plan to try without a search (`search.plan`, or the only one possible); None if plans
-        are searched.
+        """The plan to try without a search; None if plans are searched.
+
+        It is `search.plan`, or the only one possible.
         """
         space, method = self.context.space.spaces[0], self.config.search.plan_method
         if method:
@@ -100,10 +105,10 @@ class Search(Stage[SearchRecord]):
 
     @cached_property
     def trials_digest(self) -> str:
-        """Digest of everything that a trial's result depends on, but its plan and
-        `TrialRecord.model`.
+        """Digest of everything that a trial's result depends on.
 
-        So a further cut starts from the trials of the others.
+        The trial's plan and `TrialRecord.model` are not part of it. So a further cut starts from
+        the trials of the others.
         """
         context, config, settings = self.context, self.config, self.config.search
         scored = (
@@ -159,14 +164,15 @@ class Search(Stage[SearchRecord]):
         check_searcher(settings.searcher)
         if not self.context.trial_resources.get("gpu") and settings.max_gpu_hours is not None:
             raise UserError(
-                f"`search.max_gpu_hours` has no effect if trials use no GPU, got {settings.max_gpu_hours:g}; use "
-                "`search.max_hours`"
+                "`search.max_gpu_hours` has no effect if trials use no GPU, got "
+                f"{settings.max_gpu_hours:g}; use `search.max_hours`"
             )
         check_trackers(self.config.trackers)
 
     def begin(self) -> None:
-        """Emit the recorded trials; delete the record of the search if one of its trials is set
-        aside or not over.
+        """Emit the recorded trials.
+
+        Delete the record of the search if one of its trials is set aside or not over.
         """
         context, settings = self.context, self.config.search
         set_aside_damaged(self.folder, self.search_digest, self.notify)
@@ -213,7 +219,10 @@ class Search(Stage[SearchRecord]):
             if self.given
             else f"{counted(settings.max_trials, 'trial')}, {settings.searcher}"
         )
-        return f"{trials}, {counted(settings.steps, 'step')} each, budget {self.context.budget_bytes / 1e6:.1f} MB"
+        return (
+            f"{trials}, {counted(settings.steps, 'step')} each, budget "
+            f"{self.context.budget_bytes / 1e6:.1f} MB"
+        )
 
     def run(self, scratch: Path) -> dict[str, Any]:
         job, banks = self._job(), self.context.run_dir.root / "banks"
@@ -334,9 +343,9 @@ class Search(Stage[SearchRecord]):
 
     def summary(self, record: SearchRecord) -> str:
         return (
-            f"{record.num_finished} finished, {record.num_stopped} stopped early, {record.num_failed} failed; "
-            f"winner: trial {record.best_index} [{PrecisionPlan.from_dict(record.best_plan, record.best_cut)}] "
-            f"({record.best_origin})"
+            f"{record.num_finished} finished, {record.num_stopped} stopped early, "
+            f"{record.num_failed} failed; winner: trial {record.best_index} "
+            f"[{PrecisionPlan.from_dict(record.best_plan, record.best_cut)}] ({record.best_origin})"
         )
 
     def unfinished(self) -> Iterable[Path]:
@@ -367,7 +376,8 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
         remedy = SETTING_REMEDIES.get(kinds.pop() or "", REMEDY) if len(kinds) == 1 else REMEDY
         raise StageError(
             "search",
-            f"none of {counted(len(trials), 'trial')} finished; the first reason: {[*reasons, 'unknown'][0]}",
+            f"none of {counted(len(trials), 'trial')} finished; the first reason: "
+            f"{[*reasons, 'unknown'][0]}",
             f"{remedy} and repeat the command",
         )
     scores = [trial.rungs[-1].cost(job.config.search.metric) for trial in finished]
@@ -378,8 +388,9 @@ def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[Tria
 
 
 def lost_controls(job: SearchJob, trials: Sequence[TrialRecord], ended: str) -> dict[str, str]:
-    """Return the controls in the budget without a finished trial, and the reasons; `ended` is why
-    the search ended.
+    """Return the controls in the budget without a finished trial, and the reasons.
+
+    `ended` is why the search ended.
     """
     by_plan = {plan_of(trial): trial for trial in trials}
     lost = {}

@@ -1,5 +1,6 @@
-"""The sensitivity stage: score by several methods the harm to the model if one group gets a smaller
-format.
+"""The sensitivity stage: score the harm to the model if one group gets a smaller format.
+
+Several methods score it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ FOLDER = "sensitivities"
 
 
 class Sensitivity(Stage[SensitivityRecord]):
-    """Score for each group the harm to the model by every format; reuse earlier scores of the same
-    inputs.
+    """Score for each group the harm to the model by every format.
+
+    Earlier scores of the same inputs are reused.
     """
 
     name = "sensitivity"
@@ -91,8 +93,9 @@ class Sensitivity(Stage[SensitivityRecord]):
 
 
 def _range(method: str, scores: MethodScores) -> str:
-    """Format the smallest and largest difference of any group: its score in its smallest format
-    minus the largest.
+    """Format the smallest and largest difference of any group.
+
+    The difference is a group's score in its smallest format minus that in its largest.
     """
     offered = [
         [value for value in of_group if value is not None]
@@ -105,8 +108,9 @@ def _range(method: str, scores: MethodScores) -> str:
 def _scored(
     context: Context, missing: set[str], known: Mapping[str, MethodScores]
 ) -> Iterator[tuple[str, MethodScores]]:
-    """Yield the scores of the missing methods, and of other methods that the same passes over the
-    data compute.
+    """Yield the scores of the missing methods.
+
+    Scores of other methods that the same passes over the data compute are yielded too.
 
     `known` has the scores by KL and loss that are there already. Without them, packed embeddings
     are measured alone.
@@ -150,8 +154,9 @@ def _scored(
 def _on_model(
     context: Context, subject: Subject, methods: Sequence[str], score: Score[Result]
 ) -> Result:
-    """Score groups on the pruned model in the executor, and report progress under the names of the
-    methods.
+    """Score groups on the pruned model in the executor.
+
+    Progress is reported under the names of the methods.
     """
     work = partial(
         _score,

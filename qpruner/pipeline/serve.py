@@ -1,5 +1,6 @@
-"""The serve stage: write the final model for other servers, and measure its size, loss and speed as
-they serve it.
+"""The serve stage: write the final model for other servers, and measure it.
+
+Its size, loss and speed are measured as they serve it.
 """
 
 from collections.abc import Iterator
@@ -31,8 +32,9 @@ written from."""
 
 
 class Serve(Stage[ServeRecord]):
-    """Write the forms in `serve.to`, and measure them beside the base model, in turns in one
-    process.
+    """Write the forms in `serve.to`, and measure them beside the base model.
+
+    They are measured in turns in one process.
     """
 
     name = "serve"
@@ -52,7 +54,10 @@ class Serve(Stage[ServeRecord]):
         quantize = self.config.quantize
         for name in dict.fromkeys((*quantize.levels, *quantize.embedding_levels)):
             if (nearest := llama_cpp_format(name, COLUMNS)) != name:
-                yield f"`serve.to`: llama.cpp has no format {name}: its layers get {nearest}, and are scored anew"
+                yield (
+                    f"`serve.to`: llama.cpp has no format {name}: its layers get {nearest}, "
+                    "and are scored anew"
+                )
         if said := remark(self.context.inspection.model_config):
             yield f"`serve.to`: {said}"
 
@@ -65,8 +70,9 @@ class Serve(Stage[ServeRecord]):
             self._check_tokenizer()
 
     def _refusal(self, form: ServedForm) -> str | None:
-        """Say why the base model or a cut cannot have this form, and what would work; None if all
-        can.
+        """Say why the base model or a cut cannot have this form, and what would work.
+
+        None is returned if all can.
         """
         from qpruner.export.forms import refusal
 
@@ -112,8 +118,9 @@ class Serve(Stage[ServeRecord]):
 
     @cached_property
     def _rival(self) -> tuple[Candidate, float] | None:
-        """The winner's rival, with the winner's training seed, and its mean bits; None if it had no
-        fine-tune.
+        """The winner's rival, with the winner's training seed, and its mean bits.
+
+        It is None if the rival had no fine-tune.
         """
         results = self.context.records
         if not (results.comparison and (name := rival_row(results))):
@@ -160,8 +167,9 @@ class Serve(Stage[ServeRecord]):
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the packages that write and run the files; those that are missing are
-    left out.
+    """Return the versions of the packages that write and run the files.
+
+    Those that are missing are left out.
     """
     found = {}
     for name in ("gguf", "xllamacpp", "vllm"):

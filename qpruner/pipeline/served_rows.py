@@ -1,4 +1,7 @@
-"""Write models for other servers, and measure the rows of stage serve in turns in one new process."""
+"""Write models for other servers, and measure the rows of stage serve.
+
+They are measured in turns in one new process.
+"""
 
 import math
 import os
@@ -50,8 +53,9 @@ class Served:
 
 @dataclass(frozen=True)
 class ServeJob:
-    """The work of the stage: folders, the winner, and the best simple alternative with its mean
-    bits (`rival`).
+    """The work of the stage.
+
+    It has folders, the winner, and the best simple alternative with its mean bits (`rival`).
     """
 
     config: RunConfig
@@ -122,8 +126,9 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
 
 
 def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
-    """Return the mean bits of the blocks' weights in files in which some layers have another
-    format.
+    """Return the mean bits of the blocks' weights in files.
+
+    Some layers have another format in the files.
     """
     bits, total = 0.0, 0
     for group in job.layout.groups:
@@ -157,8 +162,9 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
 def write_rival(
     rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork
 ) -> list[Served]:
-    """Write the best simple alternative, fine-tuned, as GGUF files; return no row if llama.cpp
-    lacks its formats.
+    """Write the best simple alternative, fine-tuned, as GGUF files.
+
+    No row is returned if llama.cpp lacks its formats.
     """
     from qpruner.export.gguf import writing
 
@@ -185,8 +191,9 @@ def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -
 def measure_in_turns(
     job: ServeJob, served: Sequence[Served]
 ) -> Iterator[tuple[int, int] | dict[str, Any]]:
-    """Measure speed, and the loss in the first turn; yield done and total turns, then the setting
-    and all rows.
+    """Measure speed, and the loss in the first turn.
+
+    Yield done and total turns, then the setting and all rows.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llama.cpp may be a build for GPUs
     from qpruner.data.encoding import load_confirmation, load_encoded

@@ -93,8 +93,9 @@ class Stage(ABC, Generic[RecordType]):
         return self.disk_bytes() if is_recorded else sum(map(disk_bytes_in, self.unfinished()))
 
     def matching_record(self, digest: str) -> RecordType | None:
-        """Return the record if its digest matches and its folder exists; raise `CorruptFile` for a
-        damaged record.
+        """Return the record if its digest matches and its folder exists.
+
+        Raise `CorruptFile` for a damaged record.
         """
         run = self.context.run_dir
         record = run.read_record(self.name, self.record) if self.record else None
@@ -104,8 +105,9 @@ class Stage(ABC, Generic[RecordType]):
         return record if record and record.digest == digest and is_there else None
 
     def is_complete(self, folder: Path) -> bool:
-        """Return True if the checksums of a folder and its subfolders match; else set the damaged
-        folder aside.
+        """Return True if the checksums of a folder and its subfolders match.
+
+        Otherwise set the damaged folder aside.
         """
         inner = [
             folder / name.removesuffix(FILES) for name in files_in(folder) if name.endswith(FILES)
@@ -126,8 +128,9 @@ class Stage(ABC, Generic[RecordType]):
     def read_intact(
         self, file: Path, kind: type[FileType], place: Path, remedy: str
     ) -> FileType | None:
-        """Read a JSON file; return None if it is missing or damaged. Set a damaged file aside in
-        `place`.
+        """Read a JSON file; return None if it is missing or damaged.
+
+        A damaged file is set aside in `place`.
         """
         try:
             return read_json(file, kind)
