@@ -27,8 +27,9 @@ PICTURES = "pictures"
 
 
 def write_report(run_dir: RunDir) -> Path:
-    """Write all report files from the run's records, also of an unfinished run; return the path of
-    `report.html`.
+    """Write all report files from the run's records, also of an unfinished run.
+
+    Returns the path of `report.html`.
     """
     run, scratch = read_snapshot(run_dir), run_dir.scratch(PICTURES)
     listed = sections(run)

@@ -1,5 +1,6 @@
-"""Builds the first screen: the winner beside the base and the best simple alternative, and how sure
-that is.
+"""Builds the first screen: the winner beside the base and the best simple alternative.
+
+It also tells how sure the differences are.
 """
 
 import math
@@ -30,8 +31,9 @@ Figures = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class _Rival:
-    """A column: a model's figures, the winner's differences from it, and the number of training
-    seeds behind them.
+    """A column of the first screen: a model's figures and the winner's differences from it.
+
+    It also has the number of training seeds behind them.
     """
 
     heading: str
@@ -50,8 +52,9 @@ class _Rival:
 
 
 def overview(results: Results) -> Iterator[Paragraph | Table]:
-    """Yield the winner's plan, the table of its figures beside those of its rivals, and how sure
-    they are.
+    """Yield the winner's plan, its figures beside those of its rivals, and how sure they are.
+
+    The figures are in one table.
     """
     assert results.search and results.evaluate
     search, row = results.search, next(row for row in rows(results) if row.name == SEARCHED)
@@ -78,8 +81,10 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
 
 
 def _rivals(results: Results) -> Iterator[_Rival]:
-    """Yield the base and the winner's rival: after the same fine-tune if they had it, else the
-    rival as a trial.
+    """Yield the base and the winner's rival.
+
+    They are compared after the same fine-tune if they had it; else the rival is compared as a
+    trial.
     """
     assert results.search and results.prune and results.evaluate
     tuned = {"base\nsame fine-tune": BASE}

@@ -47,8 +47,9 @@ def sections(run: Snapshot) -> list[Section]:
 
 
 def answer(run: Snapshot) -> Iterator[Part]:
-    """Yield the first screen: what the winner is beside its rivals, or how far the search is, and
-    the picture.
+    """Yield the first screen: the winner beside its rivals, or how far the search is.
+
+    The picture follows.
     """
     parts: list[Part | None] = [*map(Paragraph, _unfinished_search(run))]
     if run.is_complete:

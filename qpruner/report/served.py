@@ -1,5 +1,6 @@
-"""Tells of a run's files for other servers: their size, loss and speed as served, and the commands
-that use them.
+"""Tells of a run's files for other servers, and the commands that use them.
+
+Of each file it tells the size, and the loss and speed as served.
 """
 
 import statistics
@@ -26,8 +27,9 @@ HEADINGS = (
 
 
 def served(results: Results) -> Table | None:
-    """Build the table of the final model and the base model as they are served; None without stage
-    serve.
+    """Build the table of the final model and the base model as they are served.
+
+    Returns None without stage serve.
     """
     if (record := results.serve) is None:
         return None

@@ -1,7 +1,7 @@
-"""Reads a run from its folder, finished or not, for reports and for commands such as `qpruner
-status`.
+"""Reads a run from its folder, finished or not.
 
-The run's state file and its lock show whether the latest command is still running.
+Reports use it, and commands such as `qpruner status`. The run's state file and its lock show
+whether the latest command is still running.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ GONE = "most likely gone"  # outcome of a command on another machine whose heart
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment: its latest command's state and records, its driver, and all trials in
-    its search's folder.
+    """A run at one moment.
 
-    The driver is the process that holds the lock of the run, if any.
+    It has the state and records of the run's latest command, its driver, and all trials in its
+    search's folder. The driver is the process that holds the lock of the run, if any.
     """
 
     run_dir: RunDir
@@ -59,15 +59,17 @@ class Snapshot:
 
     @property
     def process(self) -> Holder | RunState:
-        """The living process that holds the lock, whose command may be newer than `state`; else
-        that of `state`.
+        """The living process that holds the lock; without one, the process of `state`.
+
+        The command of the former may be newer than `state`.
         """
         return self.driver.holder if self.driver and self.driver.state == "alive" else self.state
 
     @property
     def outcome(self) -> str:
-        """The recorded outcome; else `RUNNING`, `CUT_OFF` (process died), or `GONE` (no heartbeat
-        from its machine).
+        """The recorded outcome or, without one, `RUNNING`, `CUT_OFF` or `GONE`.
+
+        `CUT_OFF` means that the process died, `GONE` that no heartbeat comes from its machine.
         """
         is_newer = (self.process.host, self.process.pid) != (self.state.host, self.state.pid)
         if self.state.outcome != RUNNING and not is_newer:
@@ -80,22 +82,25 @@ class Snapshot:
 
     @property
     def last_sign(self) -> float:
-        """Time of the driver's last heartbeat or, without a lock, of the last state update, in Unix
-        seconds.
+        """Time of the driver's last heartbeat or, without a lock, of the last state update.
+
+        It is in Unix seconds.
         """
         return self.driver.beat if self.driver else self.state.updated
 
     @property
     def is_complete(self) -> bool:
-        """Whether the winner is fine-tuned and evaluated; other plans to compare it with may still
-        be missing.
+        """Whether the winner is fine-tuned and evaluated.
+
+        Other plans to compare it with may still be missing.
         """
         return self.results.evaluate is not None
 
     @property
     def how_to_compare(self) -> str | None:
-        """How to compare the winner with other plans; None if `finetune.compare` is set, or the run
-        is not finished.
+        """How to compare the winner with other plans.
+
+        It is None if `finetune.compare` is set, or the run is not finished.
         """
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         how = (
@@ -106,8 +111,9 @@ class Snapshot:
 
     @property
     def plan(self) -> PrecisionPlan | None:
-        """The plan of the winner or, before the search is over, of the best finished trial;
-        notebooks draw it.
+        """The plan of the winner or, before the search is over, of the best finished trial.
+
+        Notebooks draw it.
         """
         if record := self.results.search:
             return PrecisionPlan.from_dict(record.best_plan, record.best_cut)
@@ -125,8 +131,9 @@ class Snapshot:
 
     @property
     def best_trial(self) -> TrialRecord | None:
-        """The winner; before the search is over, the finished trial in the budget with the best
-        last score.
+        """The winner's trial or, before the search is over, the best of the finished trials.
+
+        The best is the one in the budget with the best last score.
         """
         if self.results.search:
             best = self.results.search.best_index
@@ -199,8 +206,9 @@ class Snapshot:
 
 
 def read_snapshot(run: RunDir) -> Snapshot:
-    """Read a run's folder; raise `UserError` if it holds no run, and `CorruptFile` if a record
-    cannot be read.
+    """Read a run's folder.
+
+    Raises `UserError` if it holds no run, and `CorruptFile` if a record cannot be read.
     """
     # The lock is read first, because a command writes its last state before it releases the lock.
     driver, state = driver_of(run.root), run.read_state(RunState)
@@ -247,8 +255,9 @@ def driver_text(run: RunDir) -> str | None:
 
 
 def warning_of_driver(run: RunDir) -> str | None:
-    """Return a warning that a running command may replace the run's models; None if no command is
-    running.
+    """Return a warning that a running command may replace the run's models.
+
+    Returns None if no command is running.
     """
     driver = driver_text(run)
     return driver and f"warning: {driver} and may replace its models meanwhile"

@@ -101,8 +101,9 @@ def final_tables(results: Results) -> list[Table]:
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
-    """Build one part of the final table; the caption names the metrics of the accuracy if tasks
-    differ in them.
+    """Build one part of the final table.
+
+    The caption names the metrics of the accuracy if tasks differ in them.
     """
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
@@ -120,7 +121,10 @@ def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:
 
 
 def legend(results: Results) -> Table:
-    """Build the legend of the final table: its rows, its figures, and what they were measured on."""
+    """Build the legend of the final table.
+
+    It explains its rows, its figures, and what they were measured on.
+    """
     terms, setting = list(TERMS.items()), results.inference
     if setting:
         about = (
@@ -133,8 +137,9 @@ def legend(results: Results) -> Table:
 
 
 def by_task(results: Results) -> Table:
-    """Build the table of every model, before and after its fine-tune: accuracy by task, losses over
-    all tasks.
+    """Build the table of every model, before and after its fine-tune.
+
+    It has the accuracy by task, and the losses over all tasks.
     """
     models: dict[str, list[RowScores]] = {}
     for row in results.scores:
@@ -155,8 +160,9 @@ def by_task(results: Results) -> Table:
 
 
 def _accuracy(scores: Sequence[TaskScore]) -> str:
-    """Format a model's accuracy on a task: the mean over training seeds and its standard error over
-    questions.
+    """Format a model's accuracy on a task.
+
+    It is the mean over training seeds, with its standard error over questions.
     """
     value = statistics.fmean(score.value for score in scores)
     stderr = measures.over_tasks(measures.averaged([[score.correct] for score in scores])).stderr
@@ -173,8 +179,9 @@ def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
 
 
 def cuts(record: PruneRecord) -> Table:
-    """Build the table of the cuts: what each removed, what it computes, and its loss before any
-    fine-tune.
+    """Build the table of the cuts.
+
+    It tells what each cut removed, what it computes, and its loss before any fine-tune.
     """
     base, last = record.cuts[UNPRUNED], list(record.cuts.values())[-1]
     body = [
@@ -248,11 +255,10 @@ def trials(run: Snapshot) -> Table:
 
 
 def fresh_scores(search: SearchRecord) -> Table:
-    """Build the table of the finalists: the winner, the controls and the best trials, as trials on
-    fresh rows.
+    """Build the table of the finalists, as trials on fresh rows.
 
-    Most of a loss's own standard error comes from the choice of rows; pairing the losses by row
-    removes this part.
+    They are the winner, the controls and the best trials. Most of a loss's own standard error comes
+    from the choice of rows; pairing the losses by row removes this part.
     """
     body = [_finalist(finalist, search) for finalist in finalists(search)]
     of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
@@ -300,8 +306,9 @@ def _finalist(finalist: Finalist, search: SearchRecord) -> tuple[str | Compared,
 
 
 def rungs(search: SearchRecord) -> Table:
-    """Build the table that tells how far early scores can be trusted: each rung's order of the
-    trials.
+    """Build the table that tells how far early scores can be trusted.
+
+    It has each rung's order of the trials.
     """
     body = [
         (f"{each.step}", f"{each.num_trials}", _tau(each.within), _tau(each.across))
@@ -318,8 +325,9 @@ def _tau(value: float | None) -> str:
 
 
 def stages(run: Snapshot) -> Table:
-    """Build the table of the stages that were begun, with state, seconds and GPU seconds, and the
-    sums.
+    """Build the table of the stages that were begun, with state, seconds and GPU seconds.
+
+    It also has the sums.
     """
     # Trials of other searches count, too.
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
