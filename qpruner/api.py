@@ -29,7 +29,8 @@ def run(
         raise UserError(f"`until` must be one of {', '.join(verbs)}, got {until!r}")
     if not isinstance(config, str | Path):
         raise UserError(
-            f"`config` must be the path of a YAML file, got {type(config).__name__}: keys are overrides"
+            f"`config` must be the path of a YAML file, got {type(config).__name__}: keys are "
+            "overrides"
         )
     loaded = load_config(Path(config), list(overrides))
     quiet_libraries()

@@ -11,13 +11,14 @@ from typing import Any
 from qpruner.wording import counted
 
 DEFECT = (
-    "this is most likely a defect of qpruner, not a mistake in your input; the command can be repeated and continues "
-    "after the last recorded step"
+    "this is most likely a defect of qpruner, not a mistake in your input; the command can be "
+    "repeated and continues after the last recorded step"
 )
 """Remedy for an unexpected error."""
 NODE_REMEDY = (
-    "install the same versions there and mount the same storage (`launch/up.sh` or `launch/setup.sh`), or remove that "
-    "node from the cluster (`ray stop` on it); then repeat the command to continue"
+    "install the same versions there and mount the same storage (`launch/up.sh` or "
+    "`launch/setup.sh`), or remove that node from the cluster (`ray stop` on it); then repeat the "
+    "command to continue"
 )
 
 

@@ -49,9 +49,10 @@ def model_card(run: Snapshot) -> str:
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
     about = (
-        f"{code(base)}, {cut_title(search.best_cut)}, quantized to {winner.mean_bits:.2f} mean bits by a plan from "
-        f"{winner.origin} (`{winner.title}` below), fine-tuned by qpruner {run.state.environment['qpruner']} with "
-        f"training seed {winner.seeds[0]}: {winner.measured_bytes / 1e6:.1f} MB. The table below has every seed."
+        f"{code(base)}, {cut_title(search.best_cut)}, quantized to {winner.mean_bits:.2f} mean "
+        f"bits by a plan from {winner.origin} (`{winner.title}` below), fine-tuned by qpruner "
+        f"{run.state.environment['qpruner']} with training seed {winner.seeds[0]}: "
+        f"{winner.measured_bytes / 1e6:.1f} MB. The table below has every seed."
     )
     head = f"---\n{data.to_yaml()}\n---"
     title, parts = f"# {prose(run.name)}", markdown(measured(run.results))

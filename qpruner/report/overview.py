@@ -58,7 +58,10 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
     """
     assert results.search and results.evaluate
     search, row = results.search, next(row for row in rows(results) if row.name == SEARCHED)
-    about = f"{row.title.capitalize()} ({row.origin}): {cut_title(row.cut)}, {formats_text(search.best_plan)}"
+    about = (
+        f"{row.title.capitalize()} ({row.origin}): {cut_title(row.cut)}, "
+        f"{formats_text(search.best_plan)}"
+    )
     yield Paragraph(
         f"{about}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter included.", is_note=True
     )
@@ -154,6 +157,7 @@ def _how_sure(rivals: Sequence[_Rival]) -> str:
     )
     behind = ", ".join([*(counted(number, noun) for noun, number in numbers.items()), seeds])
     return (
-        "How sure: a bar is this model's difference with its 95 % interval, on its own scale: right of the line is "
-        f"better. Behind them: {behind}. The factors are this model's figure over the other's."
+        "How sure: a bar is this model's difference with its 95 % interval, on its own scale: "
+        f"right of the line is better. Behind them: {behind}. The factors are this model's figure "
+        "over the other's."
     )

@@ -147,8 +147,8 @@ def winner(run: Snapshot) -> TrialRecord:
     if run.results.search:
         return trial(run, run.results.search.best_index)
     raise UserError(
-        f"the search of {run.run_dir.place} is not over, so there is no winner yet: `qpruner status` shows the "
-        "progress, and `qpruner plan --trial NUMBER` prints any plan"
+        f"the search of {run.run_dir.place} is not over, so there is no winner yet: `qpruner "
+        "status` shows the progress, and `qpruner plan --trial NUMBER` prints any plan"
     )
 
 
@@ -156,8 +156,8 @@ def trial(run: Snapshot, index: int) -> TrialRecord:
     """Return the trial with a number; raise `UserError` if there is none."""
     if (found := next((each for each in run.trials if each.index == index), None)) is None:
         raise UserError(
-            f"{run.run_dir.place} has no trial {index}, only {counted(len(run.trials), 'trial')}: `qpruner trials` "
-            "lists them"
+            f"{run.run_dir.place} has no trial {index}, only {counted(len(run.trials), 'trial')}: "
+            "`qpruner trials` lists them"
         )
     return found
 

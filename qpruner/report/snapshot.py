@@ -50,7 +50,10 @@ class Snapshot:
 
     def __repr__(self) -> str:
         recorded = ", ".join(name for name, record in self.results if record is not None)
-        return f"<{type(self).__name__} of the run {self.name!r}: {counted(len(self.trials), 'trial')}; {recorded}>"
+        return (
+            f"<{type(self).__name__} of the run {self.name!r}: "
+            f"{counted(len(self.trials), 'trial')}; {recorded}>"
+        )
 
     @property
     def name(self) -> str:
@@ -104,8 +107,9 @@ class Snapshot:
         """
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         how = (
-            "To compare the winner with the base, the controls and random plans after the same fine-tune, run "
-            f"`{self.state.command} --set finetune.compare=true`; the winner's own fine-tune is kept."
+            "To compare the winner with the base, the controls and random plans after the same "
+            f"fine-tune, run `{self.state.command} --set finetune.compare=true`; the winner's own "
+            "fine-tune is kept."
         )
         return how if is_finished else None
 
@@ -177,7 +181,10 @@ class Snapshot:
     def standing(self) -> str:
         """How far the run has come, in one or two sentences."""
         if self.missing is None:
-            resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
+            resumed = (
+                f"; resumed {counted(self.state.resumed, 'time')} after a command that did not "
+                "finish"
+            )
             return f"Finished{resumed if self.state.resumed else ''}."
         at_work = next(
             (name for name, stage in self.state.stages.items() if stage.state == "running"), None
@@ -193,7 +200,10 @@ class Snapshot:
                 return f"Ended after stage {self.state.until}, as asked."
             case "running":
                 process = self.process
-                was = f"it was running on {process.host} (process {process.pid}) when this was written"
+                was = (
+                    f"it was running on {process.host} (process {process.pid}) when this was "
+                    "written"
+                )
                 return f"Unfinished{stage}: {was}; `qpruner status` shows whether it still is."
         return f"Unfinished{stage}: its process is {self.outcome}; repeat the command to resume."
 
@@ -235,7 +245,10 @@ def _no_run(run: RunDir) -> str:
         process = (
             f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
         )
-        return f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again soon"
+        return (
+            f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again "
+            "soon"
+        )
     what = (
         f"is not a run folder, because it has no {STATE}"
         if children(run.root)

@@ -53,7 +53,10 @@ class Difference:
         about.append(counted(self.num_pairs, self.noun))
         ends = "no interval"
         if self.half_width is not None:
-            ends = f"95 % interval {self.mean - self.half_width:+.4f} to {self.mean + self.half_width:+.4f}"
+            ends = (
+                f"95 % interval {self.mean - self.half_width:+.4f} to "
+                f"{self.mean + self.half_width:+.4f}"
+            )
             ends += self.condition
         verdict = f", {self.verdict}" if self.verdict else ""
         return f"{self.measure} {self.mean:+.4f}{self.unit} ({', '.join([*about, ends])}){verdict}"

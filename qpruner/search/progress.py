@@ -133,7 +133,10 @@ def search_lines(
             f"{score_title(search)} {best.rungs[-1].value(search.metric):.4f}, trial {best.index}"
         )
         yield (
-            f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, {best.plan_bytes / 1e6:.1f} MB",
+            (
+                f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, "
+                f"{best.plan_bytes / 1e6:.1f} MB"
+            ),
             best,
         )
 
@@ -170,7 +173,10 @@ def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 def trial_line(trial: TrialRecord, steps: int) -> str:
     """Describe a trial in one line: number, plan, cut, last score, status."""
-    line = f"trial {trial.index:>3} [{plan_of(trial)}] {cut_title(trial.cut)}, {trial.plan_bytes / 1e6:.1f} MB"
+    line = (
+        f"trial {trial.index:>3} [{plan_of(trial)}] {cut_title(trial.cut)}, "
+        f"{trial.plan_bytes / 1e6:.1f} MB"
+    )
     if trial.rungs:
         last = trial.rungs[-1]
         accuracy = "" if last.accuracy is None else f" accuracy {last.accuracy:.3f}"

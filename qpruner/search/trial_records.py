@@ -30,13 +30,22 @@ SETTING_REMEDIES = {
     "hung": "raise `search.trial_timeout_seconds`",
 }
 REMEDIES = SETTING_REMEDIES | {
-    "lost": "the usual cause is too little memory: lower `data.max_length`, or `search.max_concurrent`",
-    "storage": "make room or bring the storage back, then repeat the command: the trial resumes where it was saved",
+    "lost": (
+        "the usual cause is too little memory: lower `data.max_length`, or `search.max_concurrent`"
+    ),
+    "storage": (
+        "make room or bring the storage back, then repeat the command: the trial resumes where it "
+        "was saved"
+    ),
     "damaged": "repeat the command: it builds damaged files again",
-    "machine": "repair that machine or remove it from the cluster (`ray stop` on it), then repeat the command: its "
-    "trials are retried",
-    "error": "the search continues without this plan; to retry it, fix the cause, delete the trial's folder and the "
-    "run's `records/search.json`, then repeat the command",
+    "machine": (
+        "repair that machine or remove it from the cluster (`ray stop` on it), then repeat the "
+        "command: its trials are retried"
+    ),
+    "error": (
+        "the search continues without this plan; to retry it, fix the cause, delete the trial's "
+        "folder and the run's `records/search.json`, then repeat the command"
+    ),
 }
 """What to do about each kind of failure."""
 

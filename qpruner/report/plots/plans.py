@@ -43,8 +43,8 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
     mark = {"type": "rect", "stroke": "var(--page)", "strokeWidth": 0.5}
     drawn = _panel(bars, {"step": ROW_HEIGHT}, mark, {"x": _along(groups), "y": rows} | color)
     caption = (
-        "A row per plan: a bar per group in model order, in the colour of its format, and the cut beside it. Blocks "
-        "are numbered as in the base model."
+        "A row per plan: a bar per group in model order, in the colour of its format, and the cut "
+        "beside it. Blocks are numbered as in the base model."
     )
     methods = measured.methods if measured else {}
     if measured is None or not methods:
@@ -54,7 +54,10 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
     return Chart(
         "plans",
         "Sensitivity and formats by group",
-        f"Above: the predicted cost of a group's smallest format instead of its largest, by {first}. {caption}",
+        (
+            "Above: the predicted cost of a group's smallest format instead of its largest, by "
+            f"{first}. {caption}"
+        ),
         {"vconcat": [_costs(groups, measured.groups, methods[first]), drawn], "spacing": 8},
     )
 

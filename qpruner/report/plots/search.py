@@ -96,8 +96,11 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     return Chart(
         "pareto",
         "What the search tried",
-        "Each trial by its plan's bytes and last score. Diamonds are what one would do instead, crosses were stopped "
-        f"early; the line is the best at its bytes.{edge}{fresh if run.results.search else ''}",
+        (
+            "Each trial by its plan's bytes and last score. Diamonds are what one would do "
+            "instead, crosses were stopped early; the line is the best at its "
+            f"bytes.{edge}{fresh if run.results.search else ''}"
+        ),
         {"height": HEIGHT, "data": {"values": points}, "layer": layers},
     )
 

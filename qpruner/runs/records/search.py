@@ -237,7 +237,8 @@ class Finalist(Recorded):
     index: int
     """Number of the trial."""
     origin: str
-    """Name of the control or of the searcher; that of a reused trial ends in `of another search`."""
+    """Name of the control or of the searcher; that of a reused trial ends in `of another search`.
+    """
     control: bool
     """Whether users would try the plan instead of a search."""
     reused: bool
