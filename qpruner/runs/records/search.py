@@ -237,8 +237,8 @@ class Finalist(Recorded):
     index: int
     """Number of the trial."""
     origin: str
-    """Name of the control or of the searcher; that of a reused trial ends in `of another search`.
-    """
+    """Name of the control or of the searcher; that of a reused trial ends in
+    `of another search`."""
     control: bool
     """Whether users would try the plan instead of a search."""
     reused: bool
@@ -363,7 +363,7 @@ class SearchRecord(Record):
 
     @property
     def confirmation_gpu_seconds(self) -> float:
-        """GPU seconds spent on finalists: on scores of fresh rows and training under more seeds."""
+        """GPU seconds spent on finalists: scores on fresh rows, and training under more seeds."""
         scores = (score for finalist in self.finalists for score in finalist.scores.values())
         return sum(score.gpu_seconds for score in scores)
 
