@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 def run(
     config: str | Path, *overrides: str, until: str = "report", address: str | None = None
 ) -> Snapshot:
-    """Start or continue the run of a configuration file, as `qpruner run` does; return a snapshot
-    of its folder.
+    """Start or continue the run of a configuration file, as `qpruner run` does.
 
     An override is `section.key=value`, `until` the last stage, `address` a Ray cluster to join.
-    Raises UserError if the input is invalid, StageError if a stage fails.
+    Returns a snapshot of the run's folder. Raises UserError if the input is invalid, StageError if
+    a stage fails.
     """
     from qpruner.config.load import load_config
     from qpruner.errors import UserError
@@ -29,7 +29,8 @@ def run(
         raise UserError(f"`until` must be one of {', '.join(verbs)}, got {until!r}")
     if not isinstance(config, str | Path):
         raise UserError(
-            f"`config` must be the path of a YAML file, got {type(config).__name__}: keys are overrides"
+            f"`config` must be the path of a YAML file, got {type(config).__name__}: keys are "
+            "overrides"
         )
     loaded = load_config(Path(config), list(overrides))
     quiet_libraries()
@@ -53,8 +54,10 @@ def run(
 
 
 def read_run(folder: str | Path) -> Snapshot:
-    """Return a snapshot of a run folder, complete or not; raise a `UserError` if the folder holds
-    no run."""
+    """Return a snapshot of a run folder, complete or not.
+
+    Raises UserError if the folder holds no run.
+    """
     from qpruner.report.snapshot import read_snapshot
     from qpruner.runs.run_dir import RunDir
 

@@ -1,5 +1,7 @@
-"""Define the errors that users can meet: a `UserError` (exit code 2) is a mistake in the input;
-others exit with 1."""
+"""Define the errors that users can meet.
+
+A `UserError` (exit code 2) is a mistake in the input; others exit with 1.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -9,13 +11,14 @@ from typing import Any
 from qpruner.wording import counted
 
 DEFECT = (
-    "this is most likely a defect of qpruner, not a mistake in your input; the command can be repeated and continues "
-    "after the last recorded step"
+    "this is most likely a defect of qpruner, not a mistake in your input; the command can be "
+    "repeated and continues after the last recorded step"
 )
 """Remedy for an unexpected error."""
 NODE_REMEDY = (
-    "install the same versions there and mount the same storage (`launch/up.sh` or `launch/setup.sh`), or remove that "
-    "node from the cluster (`ray stop` on it); then repeat the command to continue"
+    "install the same versions there and mount the same storage (`launch/up.sh` or "
+    "`launch/setup.sh`), or remove that node from the cluster (`ray stop` on it); then repeat the "
+    "command to continue"
 )
 
 
@@ -32,8 +35,10 @@ class UserError(QprunerError):
 
 
 class ConfigError(UserError):
-    """One or more problems in a configuration, listed in one message; `source` is the configuration
-    file."""
+    """One or more problems in a configuration, listed in one message.
+
+    `source` is the configuration file.
+    """
 
     def __init__(self, problems: Iterable[str], source: str | None = None) -> None:
         self.problems, self.source = tuple(problems), source
@@ -45,8 +50,10 @@ class ConfigError(UserError):
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
-    """Run independent checks and return their results; raise the mistakes of all at once as one
-    `ConfigError`."""
+    """Run independent checks and return their results.
+
+    The mistakes of all checks are raised at once, as one `ConfigError`.
+    """
     found, errors = [], []
     for check in checks:
         try:
@@ -64,7 +71,7 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type if the message is empty."""
+    """Return the first line of an error's message, or the name of its type if that is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -98,8 +105,10 @@ class StageError(RemediableError):
 
 
 class StorageError(RemediableError):
-    """The run's storage cannot be used, even after repeated attempts; it may be full or
-    unreachable."""
+    """The run's storage cannot be used, even after repeated attempts.
+
+    It may be full or unreachable.
+    """
 
 
 class OutOfMemory(RemediableError):
@@ -114,8 +123,10 @@ class NodeDiffers(RemediableError):
 
 
 def note_defect(error: Exception, evidence: str = "the output above") -> str:
-    """Add to an unexpected error, unless present, the note that it is a likely defect to report;
-    return the note."""
+    """Add to an unexpected error the note that it is a likely defect to report.
+
+    The note is added once only, and returned.
+    """
     for note in getattr(error, "__notes__", ()):
         if DEFECT in note:
             return str(note)
@@ -125,7 +136,7 @@ def note_defect(error: Exception, evidence: str = "the output above") -> str:
 
 
 class TrainingDiverged(QprunerError):
-    """The training or validation loss became NaN, infinite or worse than that of random guessing."""
+    """The training or validation loss became NaN, infinite or worse than by random guessing."""
 
 
 class SolverFailed(QprunerError):
@@ -141,8 +152,10 @@ class WorkerDied(QprunerError):
 
 
 class TakenOver(QprunerError):
-    """Another process has taken over this trial or fine-tune, because this machine was unreachable
-    for a while."""
+    """Another process has taken over this trial or fine-tune.
+
+    It did so because this machine was unreachable for a while.
+    """
 
 
 class CorruptFile(QprunerError):

@@ -20,15 +20,19 @@ cpu.install()
 
 
 def weights_folder(folder: Path) -> Path:
-    """Return the folder with the weights of a model: the subfolder `base` of a peft export, else
-    the folder itself."""
+    """Return the folder with the weights of a model.
+
+    It is the subfolder `base` of a peft export, or else the folder itself.
+    """
     base = folder / PEFT_BASE
     return base if base.is_dir() and not (folder / "config.json").exists() else folder
 
 
 def load(folder: Path, on_progress: OnWork = ignore_progress) -> Any:
-    """Load a final model, an export or any other transformers model onto the best device; loads no
-    tokenizer."""
+    """Load a final model, an export or any other transformers model onto the best device.
+
+    No tokenizer is loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     weights = weights_folder(folder)

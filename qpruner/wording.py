@@ -17,16 +17,20 @@ def counted(number: float, noun: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str], heading: str) -> str:
-    """Suggest the known word that is most like a misspelt one; if none is like it, list all known
-    words."""
+    """Suggest the known word that is most like a misspelt one.
+
+    If none is like it, all known words are listed.
+    """
     words = list(known)
     near = difflib.get_close_matches(word, words, n=1)
     return f"did you mean `{near[0]}`?" if near else f"{heading} {', '.join(words)}"
 
 
 def error_text(stderr: float | None, digits: int) -> str:
-    """Format a standard error to follow its mean, as `` (se 0.048)``; empty if there is no standard
-    error."""
+    """Format a standard error to follow its mean, as `` (se 0.048)``.
+
+    The text is empty if there is no standard error.
+    """
     return "" if stderr is None or math.isnan(stderr) else f" (se {stderr:.{digits}f})"
 
 
@@ -40,8 +44,10 @@ def without_nan(value: Any) -> Any:
 
 
 def as_called() -> str:
-    """Return the command line of this process for a shell, with the path of a program that is not
-    on PATH."""
+    """Return the command line of this process for a shell.
+
+    A program that is not on PATH is named with its path.
+    """
     called, *arguments = sys.argv
     name = Path(called).name
     program = (

@@ -25,8 +25,9 @@ METRICS = {
 
 
 def model_card(run: Snapshot) -> str:
-    """Return the final model's card; if `card.license` is not set, the licence comes from the base
-    model's card.
+    """Return the final model's card.
+
+    If `card.license` is not set, the licence comes from the base model's card.
     """
     assert run.results.evaluate and run.results.search and run.results.prepare
     config, search = run.state.config, run.results.search
@@ -48,9 +49,10 @@ def model_card(run: Snapshot) -> str:
     )
     winner = next(row for row in rows(run.results) if row.name == SEARCHED)
     about = (
-        f"{code(base)}, {cut_title(search.best_cut)}, quantized to {winner.mean_bits:.2f} mean bits by a plan from "
-        f"{winner.origin} (`{winner.title}` below), fine-tuned by qpruner {run.state.environment['qpruner']} with "
-        f"training seed {winner.seeds[0]}: {winner.measured_bytes / 1e6:.1f} MB. The table below has every seed."
+        f"{code(base)}, {cut_title(search.best_cut)}, quantized to {winner.mean_bits:.2f} mean "
+        f"bits by a plan from {winner.origin} (`{winner.title}` below), fine-tuned by qpruner "
+        f"{run.state.environment['qpruner']} with training seed {winner.seeds[0]}: "
+        f"{winner.measured_bytes / 1e6:.1f} MB. The table below has every seed."
     )
     head = f"---\n{data.to_yaml()}\n---"
     title, parts = f"# {prose(run.name)}", markdown(measured(run.results))
@@ -61,8 +63,9 @@ def model_card(run: Snapshot) -> str:
 
 
 def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
-    """Yield the final model's score on each task; the final model is the winner under the first
-    training seed.
+    """Yield the final model's score on each task.
+
+    The final model is the winner under the first training seed.
     """
     assert run.results.evaluate
     row = next(
@@ -80,8 +83,9 @@ def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
 
 
 def _is_hub_id(source: str, folder: Path) -> bool:
-    """Return True if a source is the id of a model or data set on a hub, not a local path (relative
-    to `folder`).
+    """Return True if a source is the id of a model or data set on a hub, not a local path.
+
+    Local paths are relative to `folder`.
     """
     return (
         source.count("/") == 1
@@ -92,8 +96,9 @@ def _is_hub_id(source: str, folder: Path) -> bool:
 
 
 def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, Any]:
-    """Return card metadata known without the section `card`: hub ids of base model and data sets,
-    and the licence.
+    """Return the card metadata that is known without the section `card`.
+
+    These are the hub ids of the base model and of the data sets, and the licence.
     """
     source = config["model"]["source"]
     base = source if _is_hub_id(source, folder) else None

@@ -1,5 +1,6 @@
-"""Writes the claim: how the winner compares with others, as far as the measured spread allows a
-verdict.
+"""Writes the claim about how the winner compares with others.
+
+It goes as far as the measured spread allows a verdict.
 """
 
 from dataclasses import dataclass
@@ -28,11 +29,10 @@ from qpruner.wording import counted
 
 @dataclass(frozen=True)
 class Comparison:
-    """The row `searched` of the final table compared with `other`, the row of its rival or
-    `random`.
+    """The winner's row of the final table, `searched`, compared with the row `other`.
 
-    `origin` says what suggested the plan of `other`. `more_bytes` is how many bytes more `other`
-    takes, as a share of the bytes of `searched`.
+    `other` is the row of its rival, or `random`. `origin` says what suggested the plan of `other`.
+    `more_bytes` is how many bytes more `other` takes, as a share of the bytes of `searched`.
     """
 
     other: str
@@ -55,10 +55,10 @@ def comparisons(results: Results) -> list[Comparison]:
 
 
 def compared(results: Results, other: str) -> Comparison:
-    """Compare the winner with another row of the final table, over the training seeds that both
-    have.
+    """Compare the winner with another row of the final table, over the seeds that both have.
 
-    The verdict is by what the search minimized: the loss or, in a search by accuracy, the accuracy.
+    These are training seeds. The verdict is by what the search minimized: the loss or, in a search
+    by accuracy, the accuracy.
     """
     assert results.search and results.evaluate
     by_name = fine_tunes(results)

@@ -1,5 +1,6 @@
-"""The parts of a report (paragraph, list, table, code, section), and their Markdown; `html` renders
-the page.
+"""The parts of a report and their Markdown.
+
+A part is a paragraph, a list, a table, code or a section. `html` renders the page.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ BAR_WIDTH = 15  # characters of an interval that is drawn without graphics
 
 @dataclass(frozen=True)
 class Compared:
-    """A cell with another model's figure and the winner's difference from it, which is drawn with
-    its 95 % interval.
+    """A cell with another model's figure and the winner's difference from it.
 
-    `times` is the winner's figure as a multiple, for what has no interval.
+    The difference is drawn with its 95 % interval. `times` is the winner's figure as a multiple,
+    for what has no interval.
     """
 
     figure: str
@@ -38,8 +39,9 @@ class Compared:
         return f"{self.figure} ({about})" if about else self.figure
 
     def __str__(self) -> str:
-        """Draw the interval in plain characters: `|` is no difference, `o` the mean, and to the
-        right is better.
+        """Draw the interval in plain characters.
+
+        `|` is no difference and `o` the mean; to the right is better.
         """
         if not (self.difference and self.difference.bar):
             return f"{self.figure}  {self.times}"
@@ -128,8 +130,9 @@ class Section:
 
 
 def report_md(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
-    """Render `report.md` from its sections; `pictures` is the relative path of the folder with the
-    plots' PNG files.
+    """Render `report.md` from its sections.
+
+    `pictures` is the relative path of the folder with the plots' PNG files.
     """
     blocks = [f"# qpruner: {prose(run.name)}", prose(run.standing), *filter(None, [run.missing])]
     for section in listed:
@@ -138,8 +141,9 @@ def report_md(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
 
 
 def markdown(parts: Iterable[Part], pictures: str = "") -> list[str]:
-    """Render parts as Markdown blocks, to be joined by empty lines; plots need `pictures`, the
-    folder of PNG files.
+    """Render parts as Markdown blocks, to be joined by empty lines.
+
+    Plots need `pictures`, the folder of PNG files.
     """
     return [block for part in parts for block in _part(part, pictures)]
 
@@ -174,7 +178,7 @@ def pipe_table(headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> str:
 
 
 def prose(text: str) -> str:
-    """Escape a paragraph, so that text between backticks is code and everything else is plain text."""
+    """Escape a paragraph so that text between backticks is code and everything else plain text."""
     # Lists, headings, rules and quotations are marked at the start of a paragraph only.
     return re.sub(r"^(\d+(?=[.)](?:\s|$))|(?=[-+](?:\s|$)|--|#|>))", r"\1\\", _inline(text).strip())
 

@@ -27,8 +27,9 @@ PICTURES = "pictures"
 
 
 def write_report(run_dir: RunDir) -> Path:
-    """Write all report files from the run's records, also of an unfinished run; return the path of
-    `report.html`.
+    """Write all report files from the run's records, also of an unfinished run.
+
+    Returns the path of `report.html`.
     """
     run, scratch = read_snapshot(run_dir), run_dir.scratch(PICTURES)
     listed = sections(run)
@@ -64,8 +65,8 @@ class Summary(BaseModel):
     table: tuple[Row, ...]
     """The final table: means over training seeds, with losses in nats per token."""
     finalist_differences: dict[int, Difference | None]
-    """Trial number of each of `records.search.finalists`, the winner first -> the winner's loss less
-    its own, as trials on the fresh rows that chose the winner; null for the winner itself.
+    """Trial number of each of `records.search.finalists`, the winner first -> the winner's loss
+    less its own, as trials on the fresh rows that chose the winner; null for the winner itself.
     """
     records: Results
     """The records of all stages."""

@@ -1,5 +1,6 @@
-"""Builds the first screen: the winner beside the base and the best simple alternative, and how sure
-that is.
+"""Builds the first screen: the winner beside the base and the best simple alternative.
+
+It also tells how sure the differences are.
 """
 
 import math
@@ -30,8 +31,9 @@ Figures = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class _Rival:
-    """A column: a model's figures, the winner's differences from it, and the number of training
-    seeds behind them.
+    """A column of the first screen: a model's figures and the winner's differences from it.
+
+    It also has the number of training seeds behind them.
     """
 
     heading: str
@@ -50,12 +52,16 @@ class _Rival:
 
 
 def overview(results: Results) -> Iterator[Paragraph | Table]:
-    """Yield the winner's plan, the table of its figures beside those of its rivals, and how sure
-    they are.
+    """Yield the winner's plan, its figures beside those of its rivals, and how sure they are.
+
+    The figures are in one table.
     """
     assert results.search and results.evaluate
     search, row = results.search, next(row for row in rows(results) if row.name == SEARCHED)
-    about = f"{row.title.capitalize()} ({row.origin}): {cut_title(row.cut)}, {formats_text(search.best_plan)}"
+    about = (
+        f"{row.title.capitalize()} ({row.origin}): {cut_title(row.cut)}, "
+        f"{formats_text(search.best_plan)}"
+    )
     yield Paragraph(
         f"{about}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter included.", is_note=True
     )
@@ -78,8 +84,10 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
 
 
 def _rivals(results: Results) -> Iterator[_Rival]:
-    """Yield the base and the winner's rival: after the same fine-tune if they had it, else the
-    rival as a trial.
+    """Yield the base and the winner's rival.
+
+    They are compared after the same fine-tune if they had it; else the rival is compared as a
+    trial.
     """
     assert results.search and results.prune and results.evaluate
     tuned = {"base\nsame fine-tune": BASE}
@@ -149,6 +157,7 @@ def _how_sure(rivals: Sequence[_Rival]) -> str:
     )
     behind = ", ".join([*(counted(number, noun) for noun, number in numbers.items()), seeds])
     return (
-        "How sure: a bar is this model's difference with its 95 % interval, on its own scale: right of the line is "
-        f"better. Behind them: {behind}. The factors are this model's figure over the other's."
+        "How sure: a bar is this model's difference with its 95 % interval, on its own scale: "
+        f"right of the line is better. Behind them: {behind}. The factors are this model's figure "
+        "over the other's."
     )

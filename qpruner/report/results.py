@@ -25,13 +25,12 @@ Speed = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the final table: a plan (`random`: several plans), fine-tuned under one or more
-    training seeds.
+    """One row of the final table: a plan, fine-tuned under one or more training seeds.
 
-    Figures are means over these fine-tunes with their standard deviations, `..._spread`; memory is
-    a maximum. Losses are in nats per token, answer losses in nats per answer (None if a task has no
-    choices). `accuracy_stderr` is the standard error over questions. Records use `name`, reports
-    use `title`. Each plan has one character per group.
+    The row `random` has several plans. Figures are means over these fine-tunes with their standard
+    deviations, `..._spread`; memory is a maximum. Losses are in nats per token, answer losses in
+    nats per answer (None if a task has no choices). `accuracy_stderr` is the standard error over
+    questions. Records use `name`, reports use `title`. Each plan has one character per group.
     """
 
     name: str
@@ -66,8 +65,9 @@ def rows(results: Results) -> list[Row]:
 
 
 def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
-    """Group the run's fine-tunes by the name of their row; rows and fine-tunes keep the order of
-    the records.
+    """Group the run's fine-tunes by the name of their row.
+
+    Rows and fine-tunes keep the order of the records.
     """
     scored = [row for row in results.scores if row.seed is not None]
     by_name: dict[str, list[FineTune]] = {}

@@ -1,5 +1,6 @@
-"""Computes what `qpruner status`, `trials`, `plan` and `compare` show of a run, without heavy
-imports.
+"""Computes what `qpruner status`, `trials`, `plan` and `compare` show of a run.
+
+It needs no heavy imports.
 """
 
 from collections.abc import Sequence
@@ -31,8 +32,9 @@ from qpruner.wording import counted
 
 
 def status(run: Snapshot, now: float) -> dict[str, Any]:
-    """Return what `qpruner status` shows: stages with state and time, and the search; `now` is in
-    Unix seconds.
+    """Return what `qpruner status` shows: stages with state and time, and the search.
+
+    `now` is in Unix seconds.
     """
     stages: list[dict[str, Any]] = []
     for name in run.state.asked:
@@ -138,14 +140,15 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
 
 
 def winner(run: Snapshot) -> TrialRecord:
-    """Return the winner's trial, or that of a given plan (`--plan`); raise `UserError` before the
-    search is over.
+    """Return the winner's trial, or that of a given plan (`--plan`).
+
+    Raises `UserError` before the search is over.
     """
     if run.results.search:
         return trial(run, run.results.search.best_index)
     raise UserError(
-        f"the search of {run.run_dir.place} is not over, so there is no winner yet: `qpruner status` shows the "
-        "progress, and `qpruner plan --trial NUMBER` prints any plan"
+        f"the search of {run.run_dir.place} is not over, so there is no winner yet: `qpruner "
+        "status` shows the progress, and `qpruner plan --trial NUMBER` prints any plan"
     )
 
 
@@ -153,8 +156,8 @@ def trial(run: Snapshot, index: int) -> TrialRecord:
     """Return the trial with a number; raise `UserError` if there is none."""
     if (found := next((each for each in run.trials if each.index == index), None)) is None:
         raise UserError(
-            f"{run.run_dir.place} has no trial {index}, only {counted(len(run.trials), 'trial')}: `qpruner trials` "
-            "lists them"
+            f"{run.run_dir.place} has no trial {index}, only {counted(len(run.trials), 'trial')}: "
+            "`qpruner trials` lists them"
         )
     return found
 
@@ -236,10 +239,10 @@ def _by_place(setting: Any) -> Any:
 
 @dataclass(frozen=True)
 class Against:
-    """The figures of one run's fine-tuned winner minus those of another's, over the training seeds
-    that both runs have.
+    """The figures of one run's fine-tuned winner minus those of another's.
 
-    `no_figures` says why nothing can be compared.
+    They are taken over the training seeds that both runs have. `no_figures` says why nothing can be
+    compared.
     """
 
     seeds: tuple[int, ...]
@@ -249,8 +252,9 @@ class Against:
 
 
 def against(run: Results, other: Results) -> Against:
-    """Compare the fine-tuned winners of two runs on the data that both share, paired by training
-    seed and data row.
+    """Compare the fine-tuned winners of two runs on the data that both share.
+
+    The comparison is paired by training seed and data row.
     """
     if (
         run.finetune is None

@@ -47,8 +47,9 @@ def sections(run: Snapshot) -> list[Section]:
 
 
 def answer(run: Snapshot) -> Iterator[Part]:
-    """Yield the first screen: what the winner is beside its rivals, or how far the search is, and
-    the picture.
+    """Yield the first screen: the winner beside its rivals, or how far the search is.
+
+    The picture follows.
     """
     parts: list[Part | None] = [*map(Paragraph, _unfinished_search(run))]
     if run.is_complete:
@@ -124,8 +125,9 @@ def search_text(search: SearchRecord) -> str:
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     gpus = f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else ""
     text = (
-        f"{by} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: {counted(search.num_trials, 'trial')}, "
-        f"{search.num_finished} finished, {search.num_stopped} stopped early, {search.num_failed} failed, in "
+        f"{by} on {what}, budget {search.budget_bytes / 1e6:.1f} MB: "
+        f"{counted(search.num_trials, 'trial')}, {search.num_finished} finished, "
+        f"{search.num_stopped} stopped early, {search.num_failed} failed, in "
         f"{duration(search.total_seconds)}{gpus}. It ended because {search.ended}."
     )
     if search.num_reused:

@@ -1,5 +1,6 @@
-"""Tells of a run's files for other servers: their size, loss and speed as served, and the commands
-that use them.
+"""Tells of a run's files for other servers, and the commands that use them.
+
+Of each file it tells the size, and the loss and speed as served.
 """
 
 import statistics
@@ -26,8 +27,9 @@ HEADINGS = (
 
 
 def served(results: Results) -> Table | None:
-    """Build the table of the final model and the base model as they are served; None without stage
-    serve.
+    """Build the table of the final model and the base model as they are served.
+
+    Returns None without stage serve.
     """
     if (record := results.serve) is None:
         return None
@@ -53,10 +55,10 @@ def served(results: Results) -> Table | None:
         caption = "As served: sizes alone, as loss and speed in vLLM are not measured"
         return Table(caption, HEADINGS, body).without_empty_columns()
     caption = (
-        f"As served, on {counted(setting.threads, 'CPU thread')} each, measured in turns in one process: "
-        f"{setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written (decode), loss on "
-        f"{counted(setting.num_rows, 'confirmation row')}. The base has no fine-tune; recoded layers cannot "
-        "have the plan's format"
+        f"As served, on {counted(setting.threads, 'CPU thread')} each, measured in turns in one "
+        f"process: {setting.prompt_tokens} tokens read (prefill), {setting.new_tokens} written "
+        f"(decode), loss on {counted(setting.num_rows, 'confirmation row')}. The base has no "
+        "fine-tune; recoded layers cannot have the plan's format"
     )
     return Table(caption, HEADINGS, body).without_empty_columns()
 

@@ -1,7 +1,7 @@
-"""Reads a run from its folder, finished or not, for reports and for commands such as `qpruner
-status`.
+"""Reads a run from its folder, finished or not.
 
-The run's state file and its lock show whether the latest command is still running.
+Reports use it, and commands such as `qpruner status`. The run's state file and its lock show
+whether the latest command is still running.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ GONE = "most likely gone"  # outcome of a command on another machine whose heart
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment: its latest command's state and records, its driver, and all trials in
-    its search's folder.
+    """A run at one moment.
 
-    The driver is the process that holds the lock of the run, if any.
+    It has the state and records of the run's latest command, its driver, and all trials in its
+    search's folder. The driver is the process that holds the lock of the run, if any.
     """
 
     run_dir: RunDir
@@ -50,7 +50,10 @@ class Snapshot:
 
     def __repr__(self) -> str:
         recorded = ", ".join(name for name, record in self.results if record is not None)
-        return f"<{type(self).__name__} of the run {self.name!r}: {counted(len(self.trials), 'trial')}; {recorded}>"
+        return (
+            f"<{type(self).__name__} of the run {self.name!r}: "
+            f"{counted(len(self.trials), 'trial')}; {recorded}>"
+        )
 
     @property
     def name(self) -> str:
@@ -59,15 +62,17 @@ class Snapshot:
 
     @property
     def process(self) -> Holder | RunState:
-        """The living process that holds the lock, whose command may be newer than `state`; else
-        that of `state`.
+        """The living process that holds the lock; without one, the process of `state`.
+
+        The command of the former may be newer than `state`.
         """
         return self.driver.holder if self.driver and self.driver.state == "alive" else self.state
 
     @property
     def outcome(self) -> str:
-        """The recorded outcome; else `RUNNING`, `CUT_OFF` (process died), or `GONE` (no heartbeat
-        from its machine).
+        """The recorded outcome or, without one, `RUNNING`, `CUT_OFF` or `GONE`.
+
+        `CUT_OFF` means that the process died, `GONE` that no heartbeat comes from its machine.
         """
         is_newer = (self.process.host, self.process.pid) != (self.state.host, self.state.pid)
         if self.state.outcome != RUNNING and not is_newer:
@@ -80,34 +85,39 @@ class Snapshot:
 
     @property
     def last_sign(self) -> float:
-        """Time of the driver's last heartbeat or, without a lock, of the last state update, in Unix
-        seconds.
+        """Time of the driver's last heartbeat or, without a lock, of the last state update.
+
+        It is in Unix seconds.
         """
         return self.driver.beat if self.driver else self.state.updated
 
     @property
     def is_complete(self) -> bool:
-        """Whether the winner is fine-tuned and evaluated; other plans to compare it with may still
-        be missing.
+        """Whether the winner is fine-tuned and evaluated.
+
+        Other plans to compare it with may still be missing.
         """
         return self.results.evaluate is not None
 
     @property
     def how_to_compare(self) -> str | None:
-        """How to compare the winner with other plans; None if `finetune.compare` is set, or the run
-        is not finished.
+        """How to compare the winner with other plans.
+
+        It is None if `finetune.compare` is set, or the run is not finished.
         """
         is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
         how = (
-            "To compare the winner with the base, the controls and random plans after the same fine-tune, run "
-            f"`{self.state.command} --set finetune.compare=true`; the winner's own fine-tune is kept."
+            "To compare the winner with the base, the controls and random plans after the same "
+            f"fine-tune, run `{self.state.command} --set finetune.compare=true`; the winner's own "
+            "fine-tune is kept."
         )
         return how if is_finished else None
 
     @property
     def plan(self) -> PrecisionPlan | None:
-        """The plan of the winner or, before the search is over, of the best finished trial;
-        notebooks draw it.
+        """The plan of the winner or, before the search is over, of the best finished trial.
+
+        Notebooks draw it.
         """
         if record := self.results.search:
             return PrecisionPlan.from_dict(record.best_plan, record.best_cut)
@@ -125,8 +135,9 @@ class Snapshot:
 
     @property
     def best_trial(self) -> TrialRecord | None:
-        """The winner; before the search is over, the finished trial in the budget with the best
-        last score.
+        """The winner's trial or, before the search is over, the best of the finished trials.
+
+        The best is the one in the budget with the best last score.
         """
         if self.results.search:
             best = self.results.search.best_index
@@ -170,7 +181,10 @@ class Snapshot:
     def standing(self) -> str:
         """How far the run has come, in one or two sentences."""
         if self.missing is None:
-            resumed = f"; resumed {counted(self.state.resumed, 'time')} after a command that did not finish"
+            resumed = (
+                f"; resumed {counted(self.state.resumed, 'time')} after a command that did not "
+                "finish"
+            )
             return f"Finished{resumed if self.state.resumed else ''}."
         at_work = next(
             (name for name, stage in self.state.stages.items() if stage.state == "running"), None
@@ -186,7 +200,10 @@ class Snapshot:
                 return f"Ended after stage {self.state.until}, as asked."
             case "running":
                 process = self.process
-                was = f"it was running on {process.host} (process {process.pid}) when this was written"
+                was = (
+                    f"it was running on {process.host} (process {process.pid}) when this was "
+                    "written"
+                )
                 return f"Unfinished{stage}: {was}; `qpruner status` shows whether it still is."
         return f"Unfinished{stage}: its process is {self.outcome}; repeat the command to resume."
 
@@ -199,8 +216,9 @@ class Snapshot:
 
 
 def read_snapshot(run: RunDir) -> Snapshot:
-    """Read a run's folder; raise `UserError` if it holds no run, and `CorruptFile` if a record
-    cannot be read.
+    """Read a run's folder.
+
+    Raises `UserError` if it holds no run, and `CorruptFile` if a record cannot be read.
     """
     # The lock is read first, because a command writes its last state before it releases the lock.
     driver, state = driver_of(run.root), run.read_state(RunState)
@@ -227,7 +245,10 @@ def _no_run(run: RunDir) -> str:
         process = (
             f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
         )
-        return f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again soon"
+        return (
+            f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again "
+            "soon"
+        )
     what = (
         f"is not a run folder, because it has no {STATE}"
         if children(run.root)
@@ -247,8 +268,9 @@ def driver_text(run: RunDir) -> str | None:
 
 
 def warning_of_driver(run: RunDir) -> str | None:
-    """Return a warning that a running command may replace the run's models; None if no command is
-    running.
+    """Return a warning that a running command may replace the run's models.
+
+    Returns None if no command is running.
     """
     driver = driver_text(run)
     return driver and f"warning: {driver} and may replace its models meanwhile"

@@ -29,14 +29,13 @@ each question."""
 
 @dataclass(frozen=True)
 class Difference:
-    """How much one row of the final table exceeds another in a measure: `mean` ± `half_width`, a 95
-    % interval.
+    """How much one row of the final table exceeds another in a measure.
 
-    `seeds` are the training seeds behind it; with one of them the interval holds for this seed
-    alone. `spread` is the standard deviation over seeds, `num_pairs` counts questions or
-    `data.confirmation` rows. `verdict` is `better` or `worse` if the interval excludes zero, else
-    `not distinguishable`. Only the measure that decides has a verdict: with three of them, every
-    seventh comparison of equal models would find a difference.
+    It is `mean` ± `half_width`, a 95 % interval. `seeds` are the training seeds behind it; with one
+    of them the interval holds for this seed alone. `spread` is the standard deviation over seeds,
+    `num_pairs` counts questions or `data.confirmation` rows. `verdict` is `better` or `worse` if
+    the interval excludes zero, else `not distinguishable`. Only the measure that decides has a
+    verdict: with three of them, every seventh comparison of equal models would find a difference.
     """
 
     measure: str
@@ -54,7 +53,10 @@ class Difference:
         about.append(counted(self.num_pairs, self.noun))
         ends = "no interval"
         if self.half_width is not None:
-            ends = f"95 % interval {self.mean - self.half_width:+.4f} to {self.mean + self.half_width:+.4f}"
+            ends = (
+                f"95 % interval {self.mean - self.half_width:+.4f} to "
+                f"{self.mean + self.half_width:+.4f}"
+            )
             ends += self.condition
         verdict = f", {self.verdict}" if self.verdict else ""
         return f"{self.measure} {self.mean:+.4f}{self.unit} ({', '.join([*about, ends])}){verdict}"
@@ -84,8 +86,9 @@ class Difference:
 
     @property
     def bar(self) -> tuple[float, float, float] | None:
-        """Low end, mean and high end of the interval, as shares of its far end; those that are
-        better are positive.
+        """Low end, mean and high end of the interval, as shares of its far end.
+
+        Those that are better are positive.
         """
         if not self.half_width:
             return None
@@ -97,8 +100,9 @@ class Difference:
 
 
 def verdict_of(measure: str, found: Interval) -> str:
-    """Say whether the first model is better or worse than the second, as far as the interval
-    allows.
+    """Say whether the first model is better or worse than the second.
+
+    It says so as far as the interval allows.
     """
     if not found.excludes_zero:
         return SAME
@@ -106,9 +110,7 @@ def verdict_of(measure: str, found: Interval) -> str:
 
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
-    """Pair each fine-tune of one row with each fine-tune of the other that has the same training
-    seed.
-    """
+    """Pair each fine-tune of one row with each one of the other that has the same training seed."""
     return [(one, other) for one in ours for other in theirs if one[0].seed == other[0].seed]
 
 
@@ -118,16 +120,18 @@ def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
 
 
 def more_bytes(pairs: Sequence[Pair]) -> float:
-    """Return (second - first) / first of the models' bytes, in the pair with the largest absolute
-    share.
+    """Return (second - first) / first of the models' bytes.
+
+    It is that of the pair with the largest absolute share.
     """
     sizes = [(ours.measured_bytes, theirs.measured_bytes) for (ours, _), (theirs, _) in pairs]
     return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
 
 
 def over_questions(pairs: Sequence[Pair]) -> Measured:
-    """Return first minus second model's accuracies and, if every task has choices, answer losses,
-    by question.
+    """Return the first minus the second model's accuracies, by question.
+
+    If every task has choices, the differences of the answer losses are returned too.
     """
     (_, scored), _ = pairs[0]
     accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})

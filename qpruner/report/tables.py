@@ -29,7 +29,10 @@ from qpruner.wording import counted, error_text
 TEST_ACCURACY = "test accuracy"
 FINAL = (
     (
-        "Test results after the fine-tune, which is the same for every row; no plan was chosen by these results",
+        (
+            "Test results after the fine-tune, which is the same for every row; no plan was chosen "
+            "by these results"
+        ),
         ("row", "seeds", "bytes", "mean bits", TEST_ACCURACY, "test answer loss", "perplexity"),
     ),
     ("The fine-tune of each row", ("row", "cut", "from", "seeds", "confirmation loss")),
@@ -47,22 +50,45 @@ FINAL = (
 )
 """Caption and columns of each part of the final table; each part fits 120 characters of width."""
 TERMS = {
-    "..., uniform": "a cut, or the base model (not pruned), with every group in the format that fits best.",
+    "..., uniform": (
+        "a cut, or the base model (not pruned), with every group in the format that fits best."
+    ),
     "..., knapsack": "the same with the best plan by a sensitivity.",
     "the paper's flow": "what the flow of the QPruner paper gives at the same bytes.",
     "best searched plan": "the best plan of the searcher, if a control won.",
     RANDOM: f"plans drawn at random, within {SAME_BYTES:.0%} of the winner's bytes.",
-    SEARCHED: "the plan that was best on fresh rows: `winner (...)` if it is a control, `given plan` if you gave it.",
-    "seeds": "how many training seeds, and which; none is the trials'. Of several: means ± standard deviation.",
-    "bytes": "packed tensors, scales, unquantized tensors and adapters. Mean bits are of the blocks' weights.",
-    TEST_ACCURACY: "the share of right answers on held-out tasks, a mean over tasks; se is over questions.",
-    "answer loss": "negative log-likelihood of the right answer, in nats per answer, a mean over tasks.",
-    "selection loss": "in nats per token, on the fresh rows that chose the winner: half of the confirmation rows.",
-    "confirmation loss": "in nats per token, on the other half of the confirmation rows, by which nothing was chosen.",
+    SEARCHED: (
+        "the plan that was best on fresh rows: `winner (...)` if it is a control, `given plan` if "
+        "you gave it."
+    ),
+    "seeds": (
+        "how many training seeds, and which; none is the trials'. Of several: means ± standard "
+        "deviation."
+    ),
+    "bytes": (
+        "packed tensors, scales, unquantized tensors and adapters. Mean bits are of the blocks' "
+        "weights."
+    ),
+    TEST_ACCURACY: (
+        "the share of right answers on held-out tasks, a mean over tasks; se is over questions."
+    ),
+    "answer loss": (
+        "negative log-likelihood of the right answer, in nats per answer, a mean over tasks."
+    ),
+    "selection loss": (
+        "in nats per token, on the fresh rows that chose the winner: half of the confirmation rows."
+    ),
+    "confirmation loss": (
+        "in nats per token, on the other half of the confirmation rows, by which nothing was "
+        "chosen."
+    ),
     "perplexity": "the exponential of the mean loss per token on `evaluate.text`.",
-    "interval": "at 95 %, from the effects of questions or rows and of training seeds; with one seed it holds for this "
-    "seed alone. Against random plans it is that of one more random plan. What the search minimized decides whether "
-    "the winner is better or worse; other measures have no verdict, as one of several may exclude zero by chance.",
+    "interval": (
+        "at 95 %, from the effects of questions or rows and of training seeds; with one seed it "
+        "holds for this seed alone. Against random plans it is that of one more random plan. What "
+        "the search minimized decides whether the winner is better or worse; other measures have "
+        "no verdict, as one of several may exclude zero by chance."
+    ),
 }
 STATES = {"done": "done", "recorded": "recorded before", "running": "begun"}
 
@@ -79,7 +105,9 @@ def cells(row: Row) -> dict[str, str]:
         "seeds": f"{len(row.seeds)} ({first}-{others[-1]})" if others else f"1 ({first})",
         "bytes": f"{row.measured_bytes / 1e6:.1f} MB",
         "mean bits": f"{row.mean_bits:.2f}",
-        TEST_ACCURACY: f"{_figure(row.accuracy, row.accuracy_spread, 3)}{error_text(row.accuracy_stderr, 3)}",
+        TEST_ACCURACY: (
+            f"{_figure(row.accuracy, row.accuracy_spread, 3)}{error_text(row.accuracy_stderr, 3)}"
+        ),
         "test answer loss": _figure(row.answer_loss, row.answer_loss_spread),
         "perplexity": _figure(row.perplexity, row.perplexity_spread, 2),
         "cut": cut_title(row.cut),
@@ -101,8 +129,9 @@ def final_tables(results: Results) -> list[Table]:
 
 
 def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
-    """Build one part of the final table; the caption names the metrics of the accuracy if tasks
-    differ in them.
+    """Build one part of the final table.
+
+    The caption names the metrics of the accuracy if tasks differ in them.
     """
     assert results.evaluate
     name = measures.accuracy_name(results.evaluate.metrics)
@@ -120,21 +149,25 @@ def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:
 
 
 def legend(results: Results) -> Table:
-    """Build the legend of the final table: its rows, its figures, and what they were measured on."""
+    """Build the legend of the final table.
+
+    It explains its rows, its figures, and what they were measured on.
+    """
     terms, setting = list(TERMS.items()), results.inference
     if setting:
         about = (
-            f"of one sequence on {setting.device}, with the adapter: {setting.prompt_tokens} tokens read (prefill), "
-            f"{setting.new_tokens} written (decode); medians of turns, in brackets minimum and maximum. The memory is "
-            f"the {setting.memory_counter}."
+            f"of one sequence on {setting.device}, with the adapter: {setting.prompt_tokens} "
+            f"tokens read (prefill), {setting.new_tokens} written (decode); medians of turns, in "
+            f"brackets minimum and maximum. The memory is the {setting.memory_counter}."
         )
         terms.append(("inference memory and tokens/s", about))
     return Table("How to read the table", ("term", "meaning"), terms)
 
 
 def by_task(results: Results) -> Table:
-    """Build the table of every model, before and after its fine-tune: accuracy by task, losses over
-    all tasks.
+    """Build the table of every model, before and after its fine-tune.
+
+    It has the accuracy by task, and the losses over all tasks.
     """
     models: dict[str, list[RowScores]] = {}
     for row in results.scores:
@@ -155,8 +188,9 @@ def by_task(results: Results) -> Table:
 
 
 def _accuracy(scores: Sequence[TaskScore]) -> str:
-    """Format a model's accuracy on a task: the mean over training seeds and its standard error over
-    questions.
+    """Format a model's accuracy on a task.
+
+    It is the mean over training seeds, with its standard error over questions.
     """
     value = statistics.fmean(score.value for score in scores)
     stderr = measures.over_tasks(measures.averaged([[score.correct] for score in scores])).stderr
@@ -173,8 +207,9 @@ def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
 
 
 def cuts(record: PruneRecord) -> Table:
-    """Build the table of the cuts: what each removed, what it computes, and its loss before any
-    fine-tune.
+    """Build the table of the cuts.
+
+    It tells what each cut removed, what it computes, and its loss before any fine-tune.
     """
     base, last = record.cuts[UNPRUNED], list(record.cuts.values())[-1]
     body = [
@@ -201,8 +236,9 @@ def cuts(record: PruneRecord) -> Table:
         "seconds",
     )
     caption = (
-        f"Cuts (importance {last.importance}, selection {last.selection}, compensation {last.compensation}); "
-        "multiply-adds are a token's, against the base's; the loss is right after the cut, on rows for sensitivities"
+        f"Cuts (importance {last.importance}, selection {last.selection}, compensation "
+        f"{last.compensation}); multiply-adds are a token's, against the base's; the loss is right "
+        "after the cut, on rows for sensitivities"
     )
     return Table(caption, headings, body).without_empty_columns()
 
@@ -243,23 +279,26 @@ def trials(run: Snapshot) -> Table:
     )
     used = by_size(tuple({name for trial in run.trials for name in trial.plan.values()}))
     letters = ", ".join(f"{format_of(name).letter} is {name}" for name in used)
-    caption = f"Every trial. A plan has one character per group, in model order: {letters}. The score is from the last rung."
+    caption = (
+        f"Every trial. A plan has one character per group, in model order: {letters}. The score is "
+        "from the last rung."
+    )
     return Table(caption, headings, body, is_on_page_only=True).without_empty_columns()
 
 
 def fresh_scores(search: SearchRecord) -> Table:
-    """Build the table of the finalists: the winner, the controls and the best trials, as trials on
-    fresh rows.
+    """Build the table of the finalists, as trials on fresh rows.
 
-    Most of a loss's own standard error comes from the choice of rows; pairing the losses by row
-    removes this part.
+    They are the winner, the controls and the best trials. Most of a loss's own standard error comes
+    from the choice of rows; pairing the losses by row removes this part.
     """
     body = [_finalist(finalist, search) for finalist in finalists(search)]
     of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
     caption = (
-        f"The winner, every control (what one would do instead) and the best trials: all as trials{of_steps}, on the "
-        "fresh rows that chose the winner; beside a loss the winner's difference from it, on the training seeds that "
-        "both have, with intervals that hold all pairs of finalists together"
+        "The winner, every control (what one would do instead) and the best trials: all as "
+        f"trials{of_steps}, on the fresh rows that chose the winner; beside a loss the winner's "
+        "difference from it, on the training seeds that both have, with intervals that hold all "
+        "pairs of finalists together"
     )
     accuracy = f"selection {measures.accuracy_name(search.metrics)}"
     headings = (
@@ -300,14 +339,18 @@ def _finalist(finalist: Finalist, search: SearchRecord) -> tuple[str | Compared,
 
 
 def rungs(search: SearchRecord) -> Table:
-    """Build the table that tells how far early scores can be trusted: each rung's order of the
-    trials.
+    """Build the table that tells how far early scores can be trusted.
+
+    It has each rung's order of the trials.
     """
     body = [
         (f"{each.step}", f"{each.num_trials}", _tau(each.within), _tau(each.across))
         for each in search.rungs
     ]
-    caption = "Order of the finished trials at a rung against that at the last one: Kendall's tau, from -1 to 1"
+    caption = (
+        "Order of the finished trials at a rung against that at the last one: Kendall's tau, from "
+        "-1 to 1"
+    )
     return Table(
         caption, ("step", "trials", "within a cut", "between cuts"), body
     ).without_empty_columns()
@@ -318,8 +361,9 @@ def _tau(value: float | None) -> str:
 
 
 def stages(run: Snapshot) -> Table:
-    """Build the table of the stages that were begun, with state, seconds and GPU seconds, and the
-    sums.
+    """Build the table of the stages that were begun, with state, seconds and GPU seconds.
+
+    It also has the sums.
     """
     # Trials of other searches count, too.
     gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}

@@ -1,5 +1,7 @@
-"""Computes the progress of a search from its trials' records: counts, best scores and the time
-left."""
+"""Computes the progress of a search from its trials' records.
+
+The progress is the counts, the best scores and the time left.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,11 +19,11 @@ Line = tuple[str, TrialRecord | None]
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """The progress of a search: its trials in order of their numbers, and `best`, the best finished
-    searched plan.
+    """The progress of a search.
 
-    `best_control` is the best finished plan that no searcher proposed. `seconds_left` assumes a
-    trial's mean time.
+    It has the search's trials in order of their numbers, and `best`, the best finished searched
+    plan. `best_control` is the best finished plan that no searcher proposed. `seconds_left` assumes
+    a trial's mean time.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -76,26 +78,36 @@ def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
 
 
 def score_name(search: SearchState | SearchRecord) -> str:
-    """Return the name of the score that compares trials: `loss`, or lm-eval's name of the accuracy."""
+    """Return the name of the score that compares trials.
+
+    It is `loss`, or lm-eval's name of the accuracy.
+    """
     return "loss" if search.metric == "loss" else accuracy_name(search.metrics)
 
 
 def score_title(search: SearchState | SearchRecord) -> str:
-    """Return the heading over trials' scores: `validation loss`, or lm-eval's name of the accuracy."""
+    """Return the heading over trials' scores.
+
+    It is `validation loss`, or lm-eval's name of the accuracy.
+    """
     return f"{'validation ' if search.metric == 'loss' else ''}{score_name(search)}"
 
 
 def score_with_step(score_text: str, scored_step: int, current_step: int) -> str:
-    """Append `@` and the step at which the score was measured, if the trial has since reached a
-    later step."""
+    """Append `@` and the step at which the score was measured.
+
+    Only a trial that has since reached a later step gets them.
+    """
     return score_text if scored_step == current_step else f"{score_text} @{scored_step}"
 
 
 def search_lines(
     search: SearchState, now: SearchProgress, is_running: bool = True
 ) -> Iterator[Line]:
-    """Describe a search for the live view and `qpruner status`: counts and time left, then the best
-    trials."""
+    """Describe a search for the live view and `qpruner status`.
+
+    The counts and the time left come first, then the best trials.
+    """
     counts = ", ".join(
         f"{now.count(status)} {status}" for status in ("finished", "stopped", "failed")
     )
@@ -121,7 +133,10 @@ def search_lines(
             f"{score_title(search)} {best.rungs[-1].value(search.metric):.4f}, trial {best.index}"
         )
         yield (
-            f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, {best.plan_bytes / 1e6:.1f} MB",
+            (
+                f"{name:<12}  {reached} ({best.origin}), {cut_title(best.cut)}, "
+                f"{best.plan_bytes / 1e6:.1f} MB"
+            ),
             best,
         )
 
@@ -158,7 +173,10 @@ def in_order_of_end(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 def trial_line(trial: TrialRecord, steps: int) -> str:
     """Describe a trial in one line: number, plan, cut, last score, status."""
-    line = f"trial {trial.index:>3} [{plan_of(trial)}] {cut_title(trial.cut)}, {trial.plan_bytes / 1e6:.1f} MB"
+    line = (
+        f"trial {trial.index:>3} [{plan_of(trial)}] {cut_title(trial.cut)}, "
+        f"{trial.plan_bytes / 1e6:.1f} MB"
+    )
     if trial.rungs:
         last = trial.rungs[-1]
         accuracy = "" if last.accuracy is None else f" accuracy {last.accuracy:.3f}"

@@ -1,5 +1,4 @@
-"""Decides which finalist the winner of a search is compared with, and compares finalists on fresh
-rows.
+"""Decides which finalist a winner is compared with, and compares finalists on fresh rows.
 
 Finalists are trials of equally many steps. Some are trained again under further seeds
 (`search.confirm_seeds`), and another seed moves the losses of all plans together, so two finalists
@@ -26,8 +25,9 @@ from qpruner.search.choice import winner_position
 
 
 class Paired(NamedTuple):
-    """The mean loss of one finalist less that of another on the same rows, and the training seeds
-    behind it.
+    """The mean loss of one finalist less that of another on the same rows.
+
+    It also has the training seeds behind the difference.
     """
 
     seeds: tuple[int, ...]
@@ -35,8 +35,9 @@ class Paired(NamedTuple):
 
 
 def best_of(finalists: Sequence[Finalist], metric: str) -> Finalist | None:
-    """Return the finalist with the best score, see `choice.winner_position`; None without
-    finalists.
+    """Return the finalist with the best score; None without finalists.
+
+    `choice.winner_position` tells which score is the best.
     """
     scores = [each.mean.cost(metric) for each in finalists]
     position = winner_position(
@@ -67,10 +68,10 @@ def compared_as_trials(ours: Finalist, theirs: Finalist, num_finalists: int) -> 
 
 
 def is_beaten(finalist: Finalist, search: SearchRecord) -> bool:
-    """Return True if a finalist's loss was above the winner's, beyond the interval of their
-    difference.
+    """Return True if a finalist's loss was above the winner's by more than the interval allows.
 
-    In a search by accuracy no loss says that a finalist is worse.
+    The interval is that of their difference. In a search by accuracy no loss says that a finalist
+    is worse.
     """
     if search.by_accuracy:
         return False
@@ -96,8 +97,9 @@ def rival_row(results: Results) -> str | None:
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
-    """Return a row's name in reports; it tells if the winner, the row `searched`, is a given plan
-    or a control.
+    """Return a row's name in reports.
+
+    It tells if the winner, the row `searched`, is a given plan or a control.
     """
     if name != SEARCHED or search is None:
         return control_title(name)

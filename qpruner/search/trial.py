@@ -1,5 +1,7 @@
-"""Run one trial: fine-tune a plan for a few steps and score it at every rung. Nothing here knows of
-Ray."""
+"""Run one trial: fine-tune a plan for a few steps and score it at every rung.
+
+Nothing here knows of Ray.
+"""
 
 import threading
 from pathlib import Path
@@ -24,8 +26,10 @@ from qpruner.training.finetune import Listener, Schedule, finetune, step_losses
 def run_trial(
     job: TrialJob, start: Path | None, report: Report, progress: Progress = lambda step: None
 ) -> None:
-    """Assemble the plan's model, fine-tune it (from `start`, if any), score rungs, and report them
-    and checkpoints."""
+    """Assemble the plan's model, fine-tune it and score it at every rung.
+
+    The fine-tune begins from `start`, if any. Rungs and checkpoints are reported.
+    """
     config, materials = job.config, job.materials
     one_at_a_time = threading.Lock()  # several threads read files
 

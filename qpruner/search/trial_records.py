@@ -30,13 +30,22 @@ SETTING_REMEDIES = {
     "hung": "raise `search.trial_timeout_seconds`",
 }
 REMEDIES = SETTING_REMEDIES | {
-    "lost": "the usual cause is too little memory: lower `data.max_length`, or `search.max_concurrent`",
-    "storage": "make room or bring the storage back, then repeat the command: the trial resumes where it was saved",
+    "lost": (
+        "the usual cause is too little memory: lower `data.max_length`, or `search.max_concurrent`"
+    ),
+    "storage": (
+        "make room or bring the storage back, then repeat the command: the trial resumes where it "
+        "was saved"
+    ),
     "damaged": "repeat the command: it builds damaged files again",
-    "machine": "repair that machine or remove it from the cluster (`ray stop` on it), then repeat the command: its "
-    "trials are retried",
-    "error": "the search continues without this plan; to retry it, fix the cause, delete the trial's folder and the "
-    "run's `records/search.json`, then repeat the command",
+    "machine": (
+        "repair that machine or remove it from the cluster (`ray stop` on it), then repeat the "
+        "command: its trials are retried"
+    ),
+    "error": (
+        "the search continues without this plan; to retry it, fix the cause, delete the trial's "
+        "folder and the run's `records/search.json`, then repeat the command"
+    ),
 }
 """What to do about each kind of failure."""
 
@@ -77,8 +86,10 @@ trial, if any."""
 
 
 def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
-    """Read every recorded trial, in order of index; raise `CorruptFile` for a damaged one unless
-    `skip_damaged`."""
+    """Read every recorded trial, in order of index.
+
+    Raises `CorruptFile` for a damaged one unless `skip_damaged`.
+    """
     found = list(_records(folder).values())
     damaged = [each for each in found if isinstance(each, CorruptFile)]
     if damaged and not skip_damaged:
@@ -87,12 +98,11 @@ def read_trials(folder: Path, skip_damaged: bool = False) -> list[TrialRecord]:
 
 
 def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) -> None:
-    """Move damaged records of trials, and damaged checkpoints of unfinished trials, into
-    `damaged/`.
+    """Move damaged files of trials into `damaged/`.
 
-    The number of a damaged record gets another plan; the other trials restart. If the clock of
-    `search` is damaged, its time counts from zero again. `notify` gets one line about each damaged
-    file.
+    These are damaged records, and damaged checkpoints of unfinished trials. The number of a damaged
+    record gets another plan; the other trials restart. If the clock of `search` is damaged, its
+    time counts from zero again. `notify` gets one line about each damaged file.
     """
     for path, record in _records(folder).items():
         if isinstance(record, CorruptFile):
@@ -110,10 +120,10 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
 def set_aside_others(
     folder: Path, models: Mapping[str, str], notify: Callable[[str], None]
 ) -> None:
-    """Move trials of other weights into `damaged/`: a cut that was made again may differ, as on
-    another machine.
+    """Move trials of other weights into `damaged/`.
 
-    `models` maps cuts to their present digests (see `TrialRecord.model`).
+    A cut that was made again may differ, as on another machine. `models` maps cuts to their present
+    digests (see `TrialRecord.model`).
     """
     for record in read_trials(folder):
         if record.model and record.model != models.get(record.cut, record.model):
@@ -123,8 +133,10 @@ def set_aside_others(
 
 
 def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str], None]) -> bool:
-    """If a trial's last checkpoint is damaged, set it aside, restart the trial from its start and
-    return True."""
+    """Restart a trial from its start if its last checkpoint is damaged.
+
+    The damaged checkpoint is set aside. Returns True if it was damaged.
+    """
     if (checkpoint := checkpoint_of(folder, record)) is None:
         return False
     read_trial(folder, record.index)  # waits if the storage is away, where all files seem missing
@@ -151,7 +163,10 @@ def restart_if_damaged(folder: Path, record: TrialRecord, notify: Callable[[str]
 
 
 def _records(trials: Path) -> dict[Path, TrialRecord | CorruptFile | None]:
-    """Read the records of all trials, in order of index; a damaged record is returned as its error."""
+    """Read the records of all trials, in order of index.
+
+    A damaged record is returned as its error.
+    """
     paths = [trials / name / "trial.json" for name in storage.children(trials) if name.isdigit()]
     return dict(zip(paths, storage.for_each(_record_or_error, paths), strict=True))
 
@@ -174,8 +189,10 @@ def write_trial(folder: Path, record: TrialRecord, patience_seconds: float | Non
 
 
 def read_pulse(folder: Path, index: int) -> TrialPulse | None:
-    """Read a trial's last pulse; None if there is none yet, the storage is away, or a crash damaged
-    the file."""
+    """Read a trial's last pulse.
+
+    Returns None if there is none yet, the storage is away, or a crash damaged the file.
+    """
     text = storage.read_progress(trial_folder(folder, index) / "pulse.json")
     with contextlib.suppress(ValidationError):
         return TrialPulse.model_validate_json(text) if text else None
@@ -207,8 +224,10 @@ def checkpoint_of(trials: Path, record: TrialRecord) -> Path | None:
 
 
 def remove_old_checkpoints(trials: Path, records: Sequence[TrialRecord]) -> None:
-    """Remove all checkpoints but the last recorded one of each trial; killed workers may have left
-    others."""
+    """Remove all checkpoints but the last recorded one of each trial.
+
+    Killed workers may have left others.
+    """
     last = {trial_folder(trials, record.index): checkpoint_of(trials, record) for record in records}
 
     def clean(folder: Path) -> None:
@@ -228,8 +247,10 @@ def read_clock(trials: Path, search: str) -> SearchClock:
 
 
 def write_seconds(trials: Path, search: str, seconds: float, session: int | None = None) -> bool:
-    """Save the time that a search has taken; return False if another session than `session` has
-    begun since."""
+    """Save the time that a search has taken.
+
+    Returns False if another session than `session` has begun since.
+    """
     clock = read_clock(trials, search)
     if session is not None and clock.sessions > session:
         return False
@@ -247,8 +268,10 @@ def begin_session(trials: Path, search: str) -> int:
 
 
 def wait_for_storage(trials: Path, search: str) -> None:
-    """Wait until the clock of a search can be read: a storage that is away may show an empty
-    folder."""
+    """Wait until the clock of a search can be read.
+
+    A storage that is away may show an empty folder.
+    """
     storage.read_existing(_clock_path(trials, search), SearchClock)
 
 

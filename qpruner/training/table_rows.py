@@ -43,12 +43,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the final table: the model of a bank quantized by a plan; `folder` is for the
-    fine-tune's files.
+    """A row of the final table: the model of a bank quantized by a plan.
 
-    `name` is used in records, `title` in the table; `origin` says where the plan comes from. `seed`
-    sets data order and dropout of the fine-tune. A row without a seed is scored without a
-    fine-tune, with its initial adapters.
+    `folder` is for the fine-tune's files. `name` is used in records, `title` in the table; `origin`
+    says where the plan comes from. `seed` sets data order and dropout of the fine-tune. A row
+    without a seed is scored without a fine-tune, with its initial adapters.
     """
 
     name: str
@@ -77,23 +76,24 @@ class Candidate:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the fine-tune's checkpoints, which is removed once the fine-tune is recorded."""
+        """Folder of the fine-tune's checkpoints, removed once the fine-tune is recorded."""
         return self.folder / "checkpoints"
 
     @property
     def progress(self) -> Path:
-        """File with `done total`: of steps during the fine-tune, of lm-eval requests during the
-        evaluation.
+        """File with `done total`, the progress of the row.
+
+        It counts steps during the fine-tune, and lm-eval requests during the evaluation.
         """
         return self.folder / "progress"
 
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """A worker's job for one row; `text` is a folder with windows of held-out text, which
-    `evaluate_candidate` scores.
+    """A worker's job for one row.
 
-    For `confirm_trial` the row is a finished trial, and the row's folder is the trial's last
+    `text` is a folder with windows of held-out text, which `evaluate_candidate` scores. For
+    `confirm_trial` the row is a finished trial, and the row's folder is the trial's last
     checkpoint.
     """
 
@@ -106,12 +106,12 @@ class CandidateJob:
 
 
 def finetune_candidate(job: CandidateJob) -> tuple[dict[str, Any], list[str]]:
-    """Fine-tune a candidate on all training rows, from its initial adapters or latest checkpoint,
-    and save the adapter.
+    """Fine-tune a candidate on all training rows, and save the adapter.
 
-    Return the measured fields of the candidate's record, and errors of experiment trackers. Peak
-    memory is that of this process. If another process starts the same fine-tune, this process
-    raises `TakenOver` before its next write.
+    The fine-tune begins from the initial adapters or the latest checkpoint. Return the measured
+    fields of the candidate's record, and errors of experiment trackers. Peak memory is that of this
+    process. If another process starts the same fine-tune, this process raises `TakenOver` before
+    its next write.
     """
     from qpruner.data.losses import mean_loss
     from qpruner.quantization.assembly import cast_adapters, measured_bytes
@@ -189,18 +189,19 @@ def _train(
 
 
 def _remove_staging(candidate: Candidate) -> None:
-    """Remove the checkpoints of a finished fine-tune from this machine, if they were written here
-    to be uploaded.
+    """Remove the checkpoints of a finished fine-tune from this machine.
+
+    They are here only if they were written to be uploaded.
     """
     if (staging := storage_at(candidate.checkpoints).staging) != candidate.checkpoints:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def evaluate_candidate(job: CandidateJob) -> tuple[dict[str, Any], float]:
-    """Score a row on held-out tasks and text; raise `CorruptFile` if a fine-tuned adapter cannot be
-    read.
+    """Score a row on held-out tasks and text.
 
-    Return `scores` and `text_loss` of the row's record, and the seconds that both took.
+    Return `scores` and `text_loss` of the row's record, and the seconds that both took. Raises
+    `CorruptFile` if a fine-tuned adapter cannot be read.
     """
     from qpruner.data.losses import mean_loss
     from qpruner.training.evaluate import score_tasks
@@ -235,10 +236,10 @@ def confirm_trial(job: CandidateJob) -> FreshScore:
 
 
 def confirm_seed(job: CandidateJob) -> FreshScore:
-    """Train a finalist as long as a trial, under the candidate's seed, and score it as
-    `confirm_trial` does.
+    """Train a finalist as long as a trial, under the candidate's seed, and score it.
 
-    A training that diverges counts as a loss at which it is found to diverge, and no right answer.
+    It is scored as `confirm_trial` does. A training that diverges counts as a loss at which it is
+    found to diverge, and no right answer.
     """
     from qpruner.quantization.assembly import cast_adapters
     from qpruner.training.finetune import DIVERGED_BY

@@ -1,9 +1,8 @@
-"""Defines a plot as a Vega-Lite specification, with the settings and encodings that all plots
-share.
+"""Defines a plot as a Vega-Lite specification, with the settings that all plots share.
 
-Colours are variables of the page's style sheet (``var(--searched)``), so that a drawn plot follows
-the light, dark and print themes. `Chart.png` replaces them by the light theme's values. Formats
-have one colour in all themes.
+They share encodings too. Colours are variables of the page's style sheet (``var(--searched)``), so
+that a drawn plot follows the light, dark and print themes. `Chart.png` replaces them by the light
+theme's values. Formats have one colour in all themes.
 """
 
 import json
@@ -61,8 +60,9 @@ class Chart:
 
     @property
     def complete(self) -> Spec:
-        """The specification with the shared settings; a plot of one panel gets the full width of
-        its container.
+        """The specification with the shared settings.
+
+        A plot of one panel gets the full width of its container.
         """
         one_panel = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
         panels = {
@@ -106,14 +106,18 @@ def quantity(field: str, title: str, zero: bool = False, **axis: Any) -> Spec:
 
 
 def by_word(field: str, values: dict[str, str], title: str | None = None) -> Spec:
-    """Encode a field of words by colour or shape; `values` maps each word to its colour or shape."""
+    """Encode a field of words by colour or shape.
+
+    `values` maps each word to its colour or shape.
+    """
     scale = {"domain": list(values), "range": list(values.values())}
     return {"field": field, "type": "nominal", "scale": scale, "legend": {"title": title}}
 
 
 def tooltip(**fields: str) -> list[Spec]:
-    """Encode a tooltip: field -> title, with a number format after `|` if the field needs one:
-    ``loss="loss|.4f"``.
+    """Encode a tooltip from pairs of a field and its title.
+
+    A number format follows the title after `|` if the field needs one: ``loss="loss|.4f"``.
     """
     shown = []
     for field, text in fields.items():

@@ -1,4 +1,7 @@
-"""Plots of the plans, a bar per group coloured by format, and of what each cut kept of every block."""
+"""Plots the plans, and what each cut kept of every block.
+
+A plan has a bar per group, coloured by format.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +17,10 @@ NO_TITLE = {"title": None, "labelLimit": 320}
 
 
 def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | None) -> Chart:
-    """Draw plans below each other by their names, and above them what a sensitivity predicts of
-    every group.
+    """Draw plans below each other by their names.
 
-    Groups have their names in the base model, so that the same block of two cuts is in one column.
+    Above them is what a sensitivity predicts of every group. Groups have their names in the base
+    model, so that the same block of two cuts is in one column.
     """
     bars = [
         {
@@ -40,8 +43,8 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
     mark = {"type": "rect", "stroke": "var(--page)", "strokeWidth": 0.5}
     drawn = _panel(bars, {"step": ROW_HEIGHT}, mark, {"x": _along(groups), "y": rows} | color)
     caption = (
-        "A row per plan: a bar per group in model order, in the colour of its format, and the cut beside it. Blocks "
-        "are numbered as in the base model."
+        "A row per plan: a bar per group in model order, in the colour of its format, and the cut "
+        "beside it. Blocks are numbered as in the base model."
     )
     methods = measured.methods if measured else {}
     if measured is None or not methods:
@@ -51,7 +54,10 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
     return Chart(
         "plans",
         "Sensitivity and formats by group",
-        f"Above: the predicted cost of a group's smallest format instead of its largest, by {first}. {caption}",
+        (
+            "Above: the predicted cost of a group's smallest format instead of its largest, by "
+            f"{first}. {caption}"
+        ),
         {"vconcat": [_costs(groups, measured.groups, methods[first]), drawn], "spacing": 8},
     )
 
@@ -86,8 +92,9 @@ def _costs(groups: list[str], measured: Sequence[str], method: MethodScores) -> 
 
 
 def costs_of(method: MethodScores) -> list[float | None]:
-    """Return for each group the predicted cost of its smallest format instead of its largest; None
-    if it has one.
+    """Return for each group the predicted cost of its smallest format instead of its largest.
+
+    The cost is None for a group that has one format.
     """
     ordered = [method.values[name] for name in by_size(tuple(method.values))]
     found = (

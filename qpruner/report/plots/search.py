@@ -35,8 +35,9 @@ REACH = (
 
 
 def score_by_bytes(run: Snapshot) -> Chart | None:
-    """Draw score against bytes, the Pareto front of the finished trials and the budget; None
-    without scored trials.
+    """Draw score against bytes, the Pareto front of the finished trials and the budget.
+
+    Returns None if no trial is scored.
     """
     scored = [trial for trial in run.trials if trial.rungs and trial.is_over]
     if not scored or not run.state.search:
@@ -95,15 +96,19 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
     return Chart(
         "pareto",
         "What the search tried",
-        "Each trial by its plan's bytes and last score. Diamonds are what one would do instead, crosses were stopped "
-        f"early; the line is the best at its bytes.{edge}{fresh if run.results.search else ''}",
+        (
+            "Each trial by its plan's bytes and last score. Diamonds are what one would do "
+            "instead, crosses were stopped early; the line is the best at its "
+            f"bytes.{edge}{fresh if run.results.search else ''}"
+        ),
         {"height": HEIGHT, "data": {"values": points}, "layer": layers},
     )
 
 
 def _point(run: Snapshot, trial: TrialRecord, is_best: bool) -> Spec:
-    """Return the fields that the plot and its tooltips show of a trial, with the score of its last
-    rung.
+    """Return the fields that the plot and its tooltips show of a trial.
+
+    The score is that of its last rung.
     """
     name = control_title(trial.origin).rpartition(", ")[2] if kind_of(trial) == CONTROL else ""
     return {
@@ -123,8 +128,9 @@ def _point(run: Snapshot, trial: TrialRecord, is_best: bool) -> Spec:
 
 
 def kind_of(trial: TrialRecord) -> str:
-    """Return a trial's legend: `stopped early`, `failed`, `given plan`, `control` (needs no search)
-    or `searched`.
+    """Return a trial's kind, as the legend names it.
+
+    It is `stopped early`, `failed`, `given plan`, `control` (needs no search) or `searched`.
     """
     if trial.status in ("stopped", "failed"):
         return STOPPED if trial.status == "stopped" else FAILED
@@ -134,8 +140,9 @@ def kind_of(trial: TrialRecord) -> str:
 
 
 def _score_axis(metric: str, title: str, points: Values) -> Spec:
-    """Encode the score on an axis that has each cut's best, and ends before the outliers, drawn at
-    the axis's end.
+    """Encode the score on an axis that has each cut's best and ends before the outliers.
+
+    Outliers are drawn at the axis's end.
     """
     sign = -1 if metric == "accuracy" else 1
     costs = sorted(sign * point["score"] for point in points)
@@ -160,8 +167,9 @@ def _score_axis(metric: str, title: str, points: Values) -> Spec:
 
 
 def _space_names(points: Values, ends: Sequence[float]) -> None:
-    """Choose how many pixels below its point each name stands, the winner's first, so that names do
-    not overlap.
+    """Choose how many pixels below its point each name stands, so that names do not overlap.
+
+    The winner's name is placed first.
     """
     sizes, taken = [point["megabytes"] for point in points], list[tuple[float, float]]()
     for point in sorted(

@@ -163,8 +163,9 @@ class TrialRecord(Recorded):
 
     @property
     def is_control(self) -> bool:
-        """Whether no searcher proposed the plan: it is one that users would try instead, or that
-        they gave.
+        """Whether no searcher proposed the plan.
+
+        It is one that users would try instead, or that they gave.
         """
         return self.is_given or is_control(self.origin)
 
@@ -175,15 +176,17 @@ class TrialRecord(Recorded):
 
     @property
     def infrastructure_failed(self) -> bool:
-        """Whether the trial failed because of the storage, a damaged file or a machine, and not
-        because of the plan.
+        """Whether the trial failed because of its infrastructure, and not because of the plan.
+
+        The cause is then the storage, a damaged file or a machine.
         """
         return self.failure in ("storage", "damaged", "machine")
 
     @property
     def should_retry(self) -> bool:
-        """Whether the next session runs the trial again: its infrastructure failed, or it hung
-        before any rung.
+        """Whether the next session runs the trial again.
+
+        It does if the trial's infrastructure failed, or if the trial hung before any rung.
         """
         return self.infrastructure_failed or (self.failure == "hung" and not self.rungs)
 
@@ -205,8 +208,9 @@ class TrialPulse(Recorded):
 
 
 class SearchClock(Recorded):
-    """The time that a search took, and its number of sessions; each command that runs its trials
-    begins a session.
+    """The time that a search took, and its number of sessions.
+
+    Each command that runs its trials begins a session.
     """
 
     seconds: float
@@ -233,7 +237,8 @@ class Finalist(Recorded):
     index: int
     """Number of the trial."""
     origin: str
-    """Name of the control or of the searcher; that of a reused trial ends in `of another search`."""
+    """Name of the control or of the searcher; that of a reused trial ends in
+    `of another search`."""
     control: bool
     """Whether users would try the plan instead of a search."""
     reused: bool
@@ -274,8 +279,9 @@ class Finalist(Recorded):
 
 
 class RungAgreement(Recorded):
-    """How a rung orders finished trials, against the last rung: Kendall's tau over their pairs,
-    from -1 to 1.
+    """How a rung orders finished trials, against the last rung.
+
+    The figures are Kendall's tau over pairs of trials, from -1 to 1.
     """
 
     step: int
@@ -357,7 +363,7 @@ class SearchRecord(Record):
 
     @property
     def confirmation_gpu_seconds(self) -> float:
-        """GPU seconds spent on finalists: scores on fresh rows, and training under further seeds."""
+        """GPU seconds spent on finalists: scores on fresh rows, and training under more seeds."""
         scores = (score for finalist in self.finalists for score in finalist.scores.values())
         return sum(score.gpu_seconds for score in scores)
 
