@@ -228,10 +228,7 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Read the pulses of running trials, and kill workers whose pulse has long not changed.
-
-        How long is `search.trial_timeout_seconds`.
-        """
+        """Read running trials' pulses; kill workers whose pulse has not changed for too long."""
         now = time.monotonic()
         if now < self._next_look:
             return

@@ -19,7 +19,7 @@ from qpruner.runs.events import Emit, Message
 from qpruner.runs.records import TrialRecord
 
 MAX_FAILURES = 2
-"""After this many trials that failed on a device and ran on another one it gets no more trials."""
+"""A device gets no more trials once so many have failed on it and have run on another one."""
 MAX_TRIES = 3
 """Failures of one trial after which its plan is blamed. Those on a device count that has failed no
 other trial which then ran elsewhere, and every further one on the same device."""
