@@ -57,7 +57,7 @@ def train_ours(setup: Setup, model: Any, rows: Rows) -> float:
 
 
 def plain_model(setup: Setup, bits: int, checkpointing: bool = True) -> Any:
-    """The pruned model by transformers and peft alone.
+    """Make the pruned model by transformers and peft alone.
 
     At 4 bits it is trained by QLoRA, at 16 bits by LoRA on bf16 weights.
     """
