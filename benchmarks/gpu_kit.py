@@ -144,10 +144,12 @@ def main() -> None:
         print(f"{path.stat().st_size / 1e6:6.1f} MB  {path.name}")
     if size > LARGEST_BYTES:
         raise SystemExit(
-            f"{packed} has {size / 1e6:.1f} MB, more than {LARGEST_BYTES / 1e6:.0f}: see what is large above"
+            f"{packed} has {size / 1e6:.1f} MB, more than {LARGEST_BYTES / 1e6:.0f}: "
+            "see what is large above"
         )
     print(
-        f"{size / 1e6:6.1f} MB  {packed}: there, unpack it and run `bash {folder.name}/install.sh PYTHON`"
+        f"{size / 1e6:6.1f} MB  {packed}: there, unpack it and run "
+        f"`bash {folder.name}/install.sh PYTHON`"
     )
 
 

@@ -89,7 +89,10 @@ def bank(setup: Setup) -> Figures:
 
 
 def one_trial(setup: Setup) -> Figures:
-    """Blocks in two formats in turns: assembled, trained for 8 steps, scored after 4 and after 8."""
+    """Run a trial whose blocks are in two formats in turns.
+
+    They are assembled, trained for 8 steps, and scored after 4 and after 8 steps.
+    """
     rows = {"train": setup.train_rows, "validation": setup.validation_rows}
     # A trial reads its rows by datasets, whose pyarrow alone is most of what the kit may weigh.
     trial.load_encoded = lambda folder: rows[folder.name]  # type: ignore[attr-defined]

@@ -57,7 +57,10 @@ def train_ours(setup: Setup, model: Any, rows: Rows) -> float:
 
 
 def plain_model(setup: Setup, bits: int, checkpointing: bool = True) -> Any:
-    """The pruned model by transformers and peft alone: QLoRA at 4 bits, LoRA on bf16 weights at 16."""
+    """Make the pruned model by transformers and peft alone.
+
+    At 4 bits it is trained by QLoRA, at 16 bits by LoRA on bf16 weights.
+    """
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -145,7 +145,10 @@ def run_ours(model: Path, tokens: Path, query_heads: str, keys: dict[str, str]) 
 
 
 def make_models(folder: Path, evaldata: Path) -> dict[str, Path]:
-    """SmolLM2 as it is and with a key/value head for each query head, and ten samples of 64 tokens."""
+    """Make two models and ten samples of 64 tokens.
+
+    The models are SmolLM2 as it is, and with a key/value head for each query head.
+    """
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
 

@@ -220,7 +220,10 @@ class Bench:
         return [name for name in ("same text", "web text") if name in self.windows]
 
     def samples(self, calibration: str, seed: int = 0) -> Samples:
-        """A calibration text's samples: its first windows, or, with another seed, others at random."""
+        """Return a calibration text's samples.
+
+        They are its first windows, or, with another seed, others at random.
+        """
         size, _, text = calibration.rpartition(", ")
         if size:
             number, length = map(int, size.split(" x "))
@@ -317,7 +320,10 @@ class Bench:
 
 
 def evaluated_text(evaldata: Path) -> str:
-    """Name of the text that perplexities are of: public where its folder is, else the demo's own."""
+    """Return the name of the text that perplexities are of.
+
+    It is the public text where its folder is, else the demo's own.
+    """
     return PUBLIC if (evaldata / "text").is_dir() else OWN
 
 
@@ -383,7 +389,10 @@ def recipe(criterion: str, selection: str, compensation: str, rate: float = 0.2)
 
 
 def quality(texts: Sequence[str]) -> list[Task]:
-    """Every criterion and selection at 20 %, calibrated on each text; and LLM-Pruner's own setting."""
+    """Return the tasks of every criterion and selection at 20 %, calibrated on each text.
+
+    LLM-Pruner's own setting is among them.
+    """
     return (
         peers("quality", texts)
         + [
@@ -504,8 +513,8 @@ def _finetune(bench: Bench, model: Any) -> Any:
 def say(row: Row) -> None:
     """One row of the table, as soon as it is known."""
     print(
-        f"{row.part:12} {row.criterion:20} {row.selection:14} {row.compensation:13} {row.rate:4.0%} "
-        f"(achieved {row.achieved_rate:.2%})  {row.calibration:20} seed {row.seed} "
+        f"{row.part:12} {row.criterion:20} {row.selection:14} {row.compensation:13} "
+        f"{row.rate:4.0%} (achieved {row.achieved_rate:.2%})  {row.calibration:20} seed {row.seed} "
         f"perplexity {row.perplexity:9.2f} = {row.ratio:7.3f} x base {row.seconds:5.1f} s",
         flush=True,
     )
@@ -700,7 +709,8 @@ def arguments_of(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scratch",
         type=Path,
-        help="keep importance and the models that are fine-tuned (a quarter GB each) here, for another run",
+        help="keep importance and the models that are fine-tuned (a quarter GB each) here, "
+        "for another run",
     )
     return parser.parse_args(given)
 

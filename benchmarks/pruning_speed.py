@@ -105,7 +105,10 @@ def _make_random(folders: dict[str, Path], evaldata: Path, scratch: Path) -> Non
 
 
 def bytes_read(model: Any) -> int:
-    """Bytes of the weights that a token reads: all but the embedding table, unless it is the head."""
+    """Return the bytes of the weights that a token reads.
+
+    They are all but the embedding table, which counts only if it is the head.
+    """
     embeddings = model.get_input_embeddings().weight
     is_head = model.get_output_embeddings().weight is embeddings
     read = num_parameters(model) - (0 if is_head else embeddings.numel())
@@ -224,9 +227,12 @@ def measure(
                 told = f"; possible {row['possible']:.3f}, fixed {row['fixed_share']:.0%}"
             rows.append(row)
             print(
-                f"{row['workload']:16} {name:18} removed {row['removed']:.3f} promised {row['promised']:.3f}: "
-                f"{row['tokens_per_second']:8.1f} tokens/s {row['milliseconds']:7.1f} ms a step {row['ratio']:.3f} x "
-                f"base ({row['quartiles'][0]:.3f}-{row['quartiles'][1]:.3f}), fastest {row['fastest']:.3f}{told}",
+                f"{row['workload']:16} {name:18} removed {row['removed']:.3f} "
+                f"promised {row['promised']:.3f}: "
+                f"{row['tokens_per_second']:8.1f} tokens/s {row['milliseconds']:7.1f} ms a step "
+                f"{row['ratio']:.3f} x base "
+                f"({row['quartiles'][0]:.3f}-{row['quartiles'][1]:.3f}), "
+                f"fastest {row['fastest']:.3f}{told}",
                 flush=True,
             )
     return rows

@@ -85,8 +85,8 @@ def measure(job: Job) -> dict[str, Any]:
     """Fine-tune, serve and score one row under one seed; under the first one time it too."""
     bench, row, config = job.bench, ROWS[job.name], job.bench.config
     candidate = Candidate(
-        row.tuned, row.title, job.start.bank, job.start.plan, bench.asked.out / "tuned" / f"{row.tuned}-{job.seed}",
-        job.seed, cut=job.start.cut,
+        row.tuned, row.title, job.start.bank, job.start.plan,
+        bench.asked.out / "tuned" / f"{row.tuned}-{job.seed}", job.seed, cut=job.start.cut,
     )  # fmt: skip
     known = candidate.folder / "measured.json"
     if not known.exists():

@@ -1,4 +1,4 @@
-"""The rows of the table of record (record.py): what each fine-tunes, and how its model is served."""
+"""Rows of the table of record (record.py): what each fine-tunes, and how its model is served."""
 
 import argparse
 import ctypes
@@ -66,7 +66,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Files:
-    """The folder that is served, the model that transformers loads to score it, and its GGUF files."""
+    """The folder that is served, the model that transformers loads to score it, its GGUF files."""
 
     folder: Path
     loaded: Path
@@ -265,7 +265,10 @@ def source_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
 
 
 def one_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
-    """A GGUF file of our own formats, the adapter merged into weights that GPTQ rounds once more."""
+    """Write a GGUF file of our own formats.
+
+    The adapter is merged into the weights, which GPTQ rounds once more.
+    """
     bank, config, packed = start.bank, checkpoint_config(final), final.with_name("packed")
     recode(
         final, packed, lambda name, columns: name, True,
@@ -313,7 +316,8 @@ def llama_quantize(place: Path | None, source: Path, target: Path, kind: str) ->
     found = sorted(place.rglob("linux-x64/libllama.*so")) if place else []
     if not found:
         raise SystemExit(
-            f"`--libllama`: no libllama.*.so below {place}: `npm install --prefix` it, as --help says"
+            f"`--libllama`: no libllama.*.so below {place}: `npm install --prefix` it, "
+            "as --help says"
         )
     library = ctypes.CDLL(str(found[0]))
     ctypes.CDLL(str(next(found[0].parent.glob("libggml.*so")))).ggml_backend_load_all_from_path(

@@ -59,8 +59,11 @@ def run(commit: str, place: Path, config: str, overrides: list[str]) -> Path:
     """Run a commit's code in a checkout of its own; return its run folder, which is reused if
     `place` has it."""
     parsed = subprocess.run(
-        ["git", "rev-parse", commit], check=True, capture_output=True, text=True
-    )  # noqa: S607
+        ["git", "rev-parse", commit],  # noqa: S607
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     folder = place / parsed.stdout.strip()
     code, output = folder / "code", folder / "run"
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,10 @@ def run(commit: str, place: Path, config: str, overrides: list[str]) -> Path:
 
 
 def tensors(run: Path) -> dict[str, str]:
-    """Stage, file and tensor -> digest of its bytes; folders named by digests count by their order."""
+    """Map stage, file and tensor to the digest of the tensor's bytes.
+
+    Folders that are named by digests count by their order.
+    """
     found: dict[str, str] = {}
     for stage in ("cuts", "bank", "banks", "final"):
         for file in sorted((run / stage).rglob("*.safetensors")):
@@ -122,7 +128,8 @@ def compare(kind: str, old: dict[str, Any], new: dict[str, Any]) -> int:
             print(f"{name}: {key}")
     stages = Counter(key.split(".")[0].split("/")[0] for key in both)
     print(
-        f"{kind}: {len(both) - len(different)} of {len(both)} equal ({dict(sorted(stages.items()))})"
+        f"{kind}: {len(both) - len(different)} of {len(both)} equal "
+        f"({dict(sorted(stages.items()))})"
     )
     return len(different)
 

@@ -53,7 +53,10 @@ Plans = list[tuple[dict[str, str], str]]
 def search_seconds(
     config: RunConfig, run: Path, num_raylets: int, work: Path
 ) -> tuple[float, Path, Plans]:
-    """Seconds of the search, Tune's and its workers' start included, its run folder, and the plans."""
+    """Run a search; return its seconds, its run folder, and the plans.
+
+    The seconds include the start of Tune and of its workers.
+    """
     from ray.cluster_utils import Cluster
 
     from qpruner.search.trial_records import read_trials
@@ -98,10 +101,13 @@ from qpruner.runs.records import PrepareRecord, PruneRecord, Results
 from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
-run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), json.loads(sys.argv[3])
+run, config, plans = Path(sys.argv[1]), validate_config(json.loads(sys.argv[2])), \
+json.loads(sys.argv[3])
 folder = RunDir(str(run))
-prepared, pruned = folder.read_record("prepare", PrepareRecord), folder.read_record("prune", PruneRecord)
-context = Context(config, folder, print, None, None, records=Results(prepare=prepared, prune=pruned))
+prepared, pruned = folder.read_record("prepare", PrepareRecord), \
+folder.read_record("prune", PruneRecord)
+context = Context(config, folder, print, None, None, \
+records=Results(prepare=prepared, prune=pruned))
 banks = {cut: context.bank_of(cut) for cut in pruned.cuts}
 for plan, cut in plans:
     job = TrialJob(config, Materials(banks, run / "prepare" / "data"), plan, cut)
@@ -208,8 +214,9 @@ def main() -> None:
                 bares.append(alone / both)
                 ratios.append(searches[-1] / bares[-1])
                 print(
-                    f"search {one:.1f} s on one raylet, {two:.1f} s on two: {one / two:.2f}x; bare {alone:.1f} s in "
-                    f"one process, {both:.1f} s in two: {alone / both:.2f}x; share {ratios[-1]:.2f}",
+                    f"search {one:.1f} s on one raylet, {two:.1f} s on two: {one / two:.2f}x; "
+                    f"bare {alone:.1f} s in one process, {both:.1f} s in two: {alone / both:.2f}x; "
+                    f"share {ratios[-1]:.2f}",
                     flush=True,
                 )
             found["speed_up"] = {

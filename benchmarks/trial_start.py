@@ -119,7 +119,10 @@ def make_rows(count: int, folder: Path) -> None:
 
 
 def read_rows(folder: Path) -> tuple[float, float, float]:
-    """Wall-clock and processor seconds until the first batch is there, and the megabytes that stay."""
+    """Return what it costs to read rows until the first batch is there.
+
+    It is wall-clock seconds, processor seconds, and the megabytes that stay.
+    """
     freeze_libraries()
     kept: list[Any] = []
 
@@ -144,7 +147,8 @@ def measure_rows(count: int, repeats: int) -> None:
     columns = dict(zip(("s", "s of processor time", "MB"), zip(*found, strict=True), strict=True))
     for name, values in columns.items():
         print(
-            f"{count} rows {statistics.median(values):8.3f} {name} ({min(values):.3f} to {max(values):.3f})"
+            f"{count} rows {statistics.median(values):8.3f} {name} "
+            f"({min(values):.3f} to {max(values):.3f})"
         )
     print(json.dumps({"rows": count, "repeats": repeats, **columns}))
 

@@ -75,7 +75,8 @@ def measure(slots: int, mean_seconds: float, num_trials: int, searcher: str) -> 
     first, last = all_busy(slept, slots), max(trial.times[0] for trial in outcome.trials)
     if first >= last:
         raise SystemExit(
-            f"the {slots} slots were not all busy before the last suggestion: give more trials a slot"
+            f"the {slots} slots were not all busy before the last suggestion: "
+            "give more trials a slot"
         )
     busy = sum(max(0.0, min(each.end, last) - max(each.start, first)) for each in slept)
     return Usage(
@@ -136,7 +137,8 @@ def main() -> None:
         ((options.slots, options.seconds, options.trials_per_slot),) if options.slots else SETTINGS
     )
     print(
-        "slots  mean s  trials  busy   window s  ramp s  tail s  rung gap ms (95 %)  trial gap ms (95 %)  driver ms"
+        "slots  mean s  trials  busy   window s  ramp s  tail s  "
+        "rung gap ms (95 %)  trial gap ms (95 %)  driver ms"
     )
     found = []
     for slots, seconds, trials_per_slot in settings:
@@ -146,8 +148,9 @@ def main() -> None:
             f"{median:.0f} ({high:.0f})" for median, high in (usage.rung_gap_ms, usage.trial_gap_ms)
         )
         print(
-            f"{slots:5}  {seconds:6g}  {usage.trials:6}  {100 * usage.busy:4.1f}%  {usage.window_seconds:8.0f}  "
-            f"{usage.ramp_seconds:6.1f}  {usage.tail_seconds:6.1f}  {rung:>18}  {trial:>19}  {usage.driver_ms:9.1f}",
+            f"{slots:5}  {seconds:6g}  {usage.trials:6}  {100 * usage.busy:4.1f}%  "
+            f"{usage.window_seconds:8.0f}  {usage.ramp_seconds:6.1f}  {usage.tail_seconds:6.1f}  "
+            f"{rung:>18}  {trial:>19}  {usage.driver_ms:9.1f}",
             flush=True,
         )
     print(json.dumps({"searcher": options.searcher, "rows": [asdict(usage) for usage in found]}))

@@ -39,14 +39,16 @@ def shapes() -> dict[str, PretrainedConfig]:
         "vocab_size": 32000,
     }
     return {
-        "meta-llama/Llama-2-7b-hf": LlamaConfig(**llama, intermediate_size=11008, num_hidden_layers=32),
+        "meta-llama/Llama-2-7b-hf": LlamaConfig(
+            **llama, intermediate_size=11008, num_hidden_layers=32
+        ),
         "Qwen/Qwen3-8B": Qwen3Config(
-            vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-            num_key_value_heads=8, head_dim=128, tie_word_embeddings=False
+            vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False
         ),
         "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, tie_word_embeddings=True
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True
         ),
     }  # fmt: skip
 

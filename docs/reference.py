@@ -37,9 +37,9 @@ def commands() -> str:
     }
     lines = [
         *("# Commands", "", MADE, ""),
-        "After this page you know what each verb and option does; `qpruner VERB --help` says the same. Exit codes: 0 "
-        "success, 1 a failure of qpruner or the machine, 2 a mistake in the input, 130 after Ctrl-C. With `--json` the "
-        "last line of stdout is one JSON object.",
+        "After this page you know what each verb and option does; `qpruner VERB --help` says the "
+        "same. Exit codes: 0 success, 1 a failure of qpruner or the machine, 2 a mistake in the "
+        "input, 130 after Ctrl-C. With `--json` the last line of stdout is one JSON object.",
         *("", "## Options of several verbs", ""),
         *(f"{line} Of {_named(names, of_config)}." for line, names in shared.items()),
     ]
@@ -86,11 +86,11 @@ def configuration() -> str:
     schema = RunConfig.model_json_schema()
     lines = [
         *("# Configuration", "", MADE, ""),
-        "After this page you can set every key of a configuration: its type, rule and default. An unknown key is an "
-        "error. So is a value "
-        "that cannot work; `qpruner check` names it. On the command line `--set SECTION.KEY=VALUE` overrides a key, "
-        "`--set data.train.0.limit=8` one in an item of a list, counted from 0. `--set SECTION.KEY=` takes a key out, "
-        "so that its default holds. Editors complete the file with `tune_configs/schema.json`.",
+        "After this page you can set every key of a configuration: its type, rule and default. An "
+        "unknown key is an error. So is a value that cannot work; `qpruner check` names it. On the "
+        "command line `--set SECTION.KEY=VALUE` overrides a key, `--set data.train.0.limit=8` one "
+        "in an item of a list, counted from 0. `--set SECTION.KEY=` takes a key out, so that its "
+        "default holds. Editors complete the file with `tune_configs/schema.json`.",
         "",
         *_section("", schema, schema["$defs"], {}),
     ]
@@ -114,7 +114,10 @@ def _section(
         keys = f"[keys](#{shown[target].replace('.', '')})" if target else ""
         if target and not about:
             continue  # a section of its own, which follows
-        yield f"- `{path}{name}` ({', '.join(filter(None, (rule, keys)))}){': ' if about else ''}{about}"
+        yield (
+            f"- `{path}{name}` ({', '.join(filter(None, (rule, keys)))})"
+            f"{': ' if about else ''}{about}"
+        )
     yield ""
     for target in inner:
         yield from _section(f"{shown[target]}.", defined[target], defined, shown)

@@ -29,11 +29,15 @@ from qpruner.runs.run_dir import RunDir  # noqa: E402
 PAGE = FOLDER / "served_table.md"
 HEAD = """# Formats, families and servers
 
-<!-- Made by `python docs/served.py`: each cell is an export of a tiny model that the server has loaded again. -->
+<!-- Made by `python docs/served.py`: each cell is an export of a tiny model \
+that the server has loaded again. -->
 
-After this page you know what becomes of a format in llama.cpp and vLLM. Each cell was tried: a tiny random model with
-an adapter was exported, loaded there and compared with transformers. `yes`: packed weights stay as they are. A format:
-layers become that. `no`: refused ([why](serve.md#what-cannot-be-written)). (compressed-tensors): in transformers, as
+After this page you know what becomes of a format in llama.cpp and vLLM. Each cell was tried: \
+a tiny random model with
+an adapter was exported, loaded there and compared with transformers. `yes`: \
+packed weights stay as they are. A format:
+layers become that. `no`: refused ([why](serve.md#what-cannot-be-written)). \
+(compressed-tensors): in transformers, as
 vLLM on a CPU takes 4 bits only.
 """
 FORMS: dict[Form, str] = {"gguf": "`--to gguf`", "vllm": "`--to vllm`"}
@@ -92,7 +96,8 @@ def page(tokenizer: Path) -> str:
     return "\n".join(
         [
             HEAD,
-            f"## Formats, in a Llama\n\n{_table(('formats', *FORMS.values()), _rows(cells, names))}\n",
+            "## Formats, in a Llama\n\n"
+            f"{_table(('formats', *FORMS.values()), _rows(cells, names))}\n",
             f"## Families, in {' and '.join(TRIED.values())}\n\n"
             "Blocks are alike, or ragged: of different widths.\n\n"
             f"{_table(('families', *headings), _rows(cells, FAMILIES))}\n",

@@ -1,4 +1,4 @@
-"""A two-layer Llama with its tokenizer, built once a session, and a complete configuration for it."""
+"""A two-layer Llama with its tokenizer, built once a session, and a whole configuration for it."""
 
 from __future__ import annotations
 

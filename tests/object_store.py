@@ -135,7 +135,10 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture
 def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Switch to a machine of some name, with its own cache, and return the run of the test there."""
+    """Return a function that switches to a machine of some name, with its own cache.
+
+    The function returns the run of the test there.
+    """
     talk_to(store, monkeypatch)
 
     def go(name: str) -> RunDir:

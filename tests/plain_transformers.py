@@ -36,12 +36,15 @@ def answer(folder):
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"}
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(info[kind] \
+for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        found = {"logits": model(ids, use_cache=False).logits.tolist(), "layers": model.config.num_hidden_layers}
+        found = {"logits": model(ids, use_cache=False).logits.tolist(), \
+"layers": model.config.num_hidden_layers}
     for key, use_cache in (("made", True), ("made without cache", False)):
-        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "use_cache": use_cache}
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, \
+"use_cache": use_cache}
         made = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
         found |= {key: made.sequences.tolist(), f"logits {key}": torch.stack(made.logits).tolist()}
     return found

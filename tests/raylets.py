@@ -1,4 +1,4 @@
-"""Several raylets on loopback, each a node that tests can kill; their GPUs exist only as numbers."""
+"""Raylets on loopback, each of them a node that tests can kill; GPUs exist only as numbers."""
 
 import ctypes
 import os
@@ -64,7 +64,10 @@ class Raylets:
         self.nodes.remove(node)
 
     def drain(self, node_id: str, seconds: float) -> None:
-        """Announce to Ray that a node will end in some seconds, as a cloud does for spot instances."""
+        """Announce to Ray that a node will end in some seconds.
+
+        A cloud does so for spot instances.
+        """
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -95,7 +98,7 @@ class Raylets:
 
 @contextmanager
 def raylets(number: int, **resources: Any) -> Iterator[Raylets]:
-    """Run a head and some nodes with one core or the given resources, until the end of the block."""
+    """Run a head and some nodes with one core or the given resources, until the block ends."""
     import ray
     from ray.cluster_utils import Cluster
 

@@ -1,4 +1,4 @@
-"""The benchmark of pruning: which rows it measures, and the demo text it uses without public data."""
+"""Benchmark of pruning: which rows it measures, and the demo text it uses without public data."""
 
 import json
 from dataclasses import asdict

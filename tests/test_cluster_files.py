@@ -152,7 +152,10 @@ def check(
 
 
 def filled(path: Path, folder: Path, **changes: str) -> Path:
-    """Write a cluster file with its placeholders replaced, and a key that gives access to nothing."""
+    """Write a cluster file with its placeholders replaced.
+
+    Also write a key that gives access to nothing.
+    """
     values = {
         AWS: {
             "NAME": "tested",

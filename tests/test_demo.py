@@ -1,4 +1,4 @@
-"""The demo as `launch/demo.sh` runs it: a real pretrained model through the whole flow, in minutes."""
+"""The demo as `launch/demo.sh` runs it: in minutes, a real pretrained model in the whole flow."""
 
 import importlib.util
 import json

@@ -31,9 +31,15 @@ RUN = ("bash", "python")
 LANGUAGES = (*RUN, "yaml", "text")
 """`yaml` is validated as part of a configuration; `text` is not run."""
 
-AWS = "needs an AWS account; tests/test_cluster_files.py checks the file against Ray's schema and AWS's client"
+AWS = (
+    "needs an AWS account; "
+    "tests/test_cluster_files.py checks the file against Ray's schema and AWS's client"
+)
 RECIPE = "needs an AWS account; tests/test_aws_recipe.py runs it against a stand-in of AWS"
-MACHINES = "needs machines of one's own; tests/cluster/test_ray_up.py runs these scripts on hosts made of namespaces"
+MACHINES = (
+    "needs machines of one's own; "
+    "tests/cluster/test_ray_up.py runs these scripts on hosts made of namespaces"
+)
 SLURM = "needs SLURM; tests/cluster/test_slurm.py runs the file under a real one"
 CLUSTER = "needs a cluster; tests/faults/test_search_faults.py drains a node of one"
 INDEX = (
@@ -75,13 +81,17 @@ NOT_RUN = {
 INLINE_NOT_RUN = {
     "qpruner run my.yaml --address auto": MACHINES,
     "qpruner check CONFIG --address auto": MACHINES,
-    "tensorboard --logdir mine/tensorboard": "the folder comes from a cluster; `runs/demo` is opened",
+    "tensorboard --logdir mine/tensorboard": (
+        "the folder comes from a cluster; `runs/demo` is opened"
+    ),
     "bash launch/setup.sh": INDEX,
     "bash launch/demo.sh": "tests/test_demo.py runs it",
     "pip install": INDEX,
     "pytest": TESTS,
     "python -m pytest": TESTS,
-    "python docs/pictures.py": "needs Chromium; tests/cli/test_terminal.py has its picture of the terminal",
+    "python docs/pictures.py": (
+        "needs Chromium; tests/cli/test_terminal.py has its picture of the terminal"
+    ),
     "python benchmarks/": HOURS,
     "benchmarks/": HOURS,
     "bash launch/": MACHINES,
@@ -355,7 +365,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 
 
 def smallest_config(model: Path, output: Path) -> dict[str, Any]:
-    """Make the configuration with the shortest run: three plans of two blocks, and no comparison."""
+    """Make the configuration of the shortest run: three plans of two blocks, and no comparison."""
     raw = raw_config(model, output)
     raw["sensitivity"] |= {"methods": ["fisher"]}
     raw["quantize"] |= {"group": "block"}
@@ -445,7 +455,10 @@ def test_mixed_models_load_after_our_import_only(folder: str, demo: Path) -> Non
         execute(
             demo, "bash", f"[ -d runs/demo/export/{form} ] || qpruner export runs/demo --to {form}"
         )
-    load = f'from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained("runs/demo/{folder}")'
+    load = (
+        "from transformers import AutoModelForCausalLM\n"
+        f'AutoModelForCausalLM.from_pretrained("runs/demo/{folder}")'
+    )
     execute(demo, "python", f"import qpruner.hf\n{load}")
     are_alike = "per_layer_config" not in (demo / f"runs/demo/{folder}/config.json").read_text()
     with (

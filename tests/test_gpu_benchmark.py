@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ABSENT = "ray datasets pyarrow pandas lm_eval scipy sklearn botorch gpytorch hyperopt matplotlib tensorboardX boto3"
+ABSENT = (
+    "ray datasets pyarrow pandas lm_eval scipy sklearn botorch gpytorch hyperopt "
+    "matplotlib tensorboardX boto3"
+)
 """Dependencies of qpruner that a machine with the kit lacks."""
 
 

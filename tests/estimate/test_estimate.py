@@ -319,7 +319,8 @@ sys.path.insert(0, "tests")
 from mixed_models import bank_of_run, groups_of
 config = load_config(Path(sys.argv[1]))
 run, bank = RunDir(Path(config.output)), bank_of_run(config)
-plan = {"embeddings": "bf16"} | {name: ("nf4", "int8")[at % 2] for at, name in enumerate(groups_of(bank))}
+plan = {"embeddings": "bf16"} \
+| {name: ("nf4", "int8")[at % 2] for at, name in enumerate(groups_of(bank))}
 row = Candidate("searched", "searched", bank, plan, Path(sys.argv[2]), 0)
 done, _ = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))
 print(json.dumps({"peak": done["peak_memory_bytes"], "seconds": done["seconds"]}))

@@ -76,7 +76,10 @@ def rows_of(
 
 
 def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Path]:
-    """Return the folders by row and training seed; for the random row the folder of its last plan."""
+    """Return the folders by row and training seed.
+
+    For the random row it is the folder of its last plan.
+    """
     wanted = [(name, plan, seed) for name, row in rows.items() for seed, plan in row.plans]
     found = candidates_for(context, wanted)
     return {(name, seed): job.folder for (name, _, seed), job in zip(wanted, found, strict=True)}

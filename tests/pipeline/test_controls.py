@@ -1,4 +1,4 @@
-"""The plans to beat: what one would do with the base model and with each cut, and the paper's flow."""
+"""Plans to beat: what one would do with the base model and with each cut, and the paper's flow."""
 
 import json
 import shutil
@@ -76,7 +76,10 @@ def test_a_base_of_other_widths_is_no_control(context: Context) -> None:
 
 
 def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context, tmp_path: Path) -> None:
-    """It is not searched, has no controls, and is not the paper's cut; no plan of it can be given."""
+    """It is not searched, has no controls, and is not the paper's cut.
+
+    No plan of it can be given.
+    """
     pruned, inspection = context.record(PruneRecord), context.inspection
     share = pruned.cuts["cut-20"].multiply_adds / pruned.cuts[UNPRUNED].multiply_adds
     budget = context.config.quantize.budget.model_copy(update={"flops_fraction": share})

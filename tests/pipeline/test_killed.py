@@ -122,7 +122,8 @@ def test_a_comparison_is_added_to_a_finished_run(
     assert {each["index"] for each in search_record(root)["finalists"] if each["control"]} == {
         index for index, trial in trials_of(root).items() if is_control(trial["origin"])
     }, (
-        "controls are trials, and scored on fresh rows, also where nothing is compared after a fine-tune"
+        "controls are trials, and scored on fresh rows, "
+        "also where nothing is compared after a fine-tune"
     )
     assert table() == ["searched"] and len(list(root.glob("candidates/*/record.json"))) == 1
     kill_when(

@@ -124,7 +124,10 @@ def test_gpus_that_ray_hides_are_seen() -> None:
 def test_no_stage_runs_more_jobs_at_once_than_asked(
     limit: int | None, num_workers: int, expected: int, changed: Callable[[str, Any], Context]
 ) -> None:
-    """On eight GPUs, of six jobs; troubleshooting advises a smaller number where memory is short."""
+    """Six jobs run on eight GPUs.
+
+    Troubleshooting advises a smaller number where memory is short.
+    """
     context = changed("search.max_concurrent", limit)
     eight = Slots((Node(64, 8),))
     context.__dict__["cluster"] = SimpleNamespace(slots=lambda: eight)

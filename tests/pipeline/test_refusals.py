@@ -97,7 +97,8 @@ MODEL = [
 ON_CPU = [
     (
         "prune.round_to=32; quantize.bits=[4]",
-        "`quantize.formats`: group layers.0.down takes none of nf4 ... 160 columns ... int8 ... round_to",
+        "`quantize.formats`: group layers.0.down takes none of nf4 ... "
+        "160 columns ... int8 ... round_to",
     ),
     ("model.dtype=float16", "`model.dtype`: float16 cannot be trained on a CPU; use bfloat16"),
 ]
@@ -403,7 +404,10 @@ def test_a_task_without_accuracy_is_refused(
         yaml.safe_dump(task).replace("FUNCTION", "!function rows.load")
     )
     change = {f"{section}.tasks": ["likelihood"], "evaluate.include_path": str(demo_tasks)}
-    message = "one of acc_norm, acc, exact_match, but reports bits_per_byte ... name a task that reports an accuracy"
+    message = (
+        "one of acc_norm, acc, exact_match, but reports bits_per_byte ... "
+        "name a task that reports an accuracy"
+    )
     refused_with(f"`{section}.tasks` ... {message}", change, tiny_raw)
 
 
@@ -468,7 +472,8 @@ def warned(inspected: Any) -> Callable[[str | dict[str, Any], str], list[str]]:
             "half of `data.confirmation` chooses the winner ... least 500 tokens",
         ),
         (
-            "quantize.group=block; sensitivity.methods=[mutual_information, kl]; search.max_trials=3",
+            "quantize.group=block; sensitivity.methods=[mutual_information, kl]; "
+            "search.max_trials=3",
             "`search.max_trials`",
             "up to 5 plans to beat ... none of 3 trials ... allow more",
         ),

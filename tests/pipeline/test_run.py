@@ -155,7 +155,10 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (undisturbed / "records").iterdir()}
     shown = {path.name for path in (undisturbed / "tensorboard").iterdir()}
     shutil.rmtree(undisturbed / "tensorboard")
-    lacking = "the model card does not state: base model, {}; set `card.base_model`, {} and repeat `qpruner run`"
+    lacking = (
+        "the model card does not state: base model, {}; "
+        "set `card.base_model`, {} and repeat `qpruner run`"
+    )
     told = []
     for stated in ((), ("license=mit",), ("license=mit", "base_model=someone/base", "datasets=[]")):
         events: list[Event] = []

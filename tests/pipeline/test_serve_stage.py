@@ -1,4 +1,4 @@
-"""The serve stage: files for llama.cpp beside the base model, and what it refuses before the run."""
+"""The serve stage: files for llama.cpp beside the base model, and its refusals before the run."""
 
 import re
 import shutil

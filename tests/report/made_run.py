@@ -228,7 +228,10 @@ def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[Score
 
 
 def with_figures(results: Results) -> Results:
-    """Return the run with losses on a text, and with timings: three turns for each training seed."""
+    """Return the run with losses on a text, and with timings.
+
+    The timings are of three turns for each training seed.
+    """
     assert results.evaluate
     rows = []
     for row in results.evaluate.rows:
@@ -279,7 +282,10 @@ def finalist_of(trial: TrialRecord, loss: float) -> Finalist:
 
 NOISES = {"mutual_information": 1.5, "first_order": 0.6, "kl": 0.3}
 """Sensitivity method -> noise that is added to the true sensitivities."""
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & `| `"
+HOSTILE = (
+    "</script><script>document.title='owned'</script>"
+    "<img src=x onerror=\"document.title='owned'\"> & `| `"
+)
 """A name that would act as markup if a report did not escape it."""
 BUDGET = 93_000_000
 CONTROLS = {"unpruned-uniform": 0.0, RIVAL: 0.5, "paper": 0.48}

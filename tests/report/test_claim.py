@@ -144,7 +144,10 @@ def test_a_search_by_accuracy_is_never_judged_by_its_loss(is_tuned: bool) -> Non
     results = results_of(rows, metric="accuracy", finalists=(rival, winner))
     said = "better than the best simple alternative (+0.250 ± "
     if not is_tuned:
-        said = "accuracy 0.800 as a trial, that of the best simple alternative 0.500, on the questions that chose"
+        said = (
+            "accuracy 0.800 as a trial, that of the best simple alternative 0.500, "
+            "on the questions that chose"
+        )
     assert f"; {said}" in headline(results) and "worse" not in claim(results)
     assert (
         results.search
@@ -357,7 +360,7 @@ def test_an_interval_is_drawn_with_better_to_the_right(
 
 
 def test_one_random_plan_says_nothing_of_random_plans() -> None:
-    """With one random plan, the row is in the table, but the claim says nothing about random plans."""
+    """With one random plan, the row is in the table, but the claim says nothing of random plans."""
     losses = [2.0, 2.1, 1.9]
     results = results_of(
         [*row_of(RIVAL, losses), *random_rows(losses, [0.0]), *searched_row([1.0, 1.11, 0.9])]

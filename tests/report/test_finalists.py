@@ -127,17 +127,23 @@ def as_a_trial(results: Results) -> str:
     shown = {"better": "better than", "not distinguishable": "not distinguishable from"}
     alternative = "compared with no other plan"
     if item:
-        alternative = f"{shown[verdict]} the best simple alternative, both as trials on the rows that chose the winner"
+        alternative = (
+            f"{shown[verdict]} the best simple alternative, "
+            "both as trials on the rows that chose the winner"
+        )
     assert lead.partition(" (")[0].rstrip(".") == f"3.0 times smaller than the base; {alternative}"
     return item
 
 
 def test_without_its_fine_tune_the_rival_is_compared_as_a_trial() -> None:
     width = half_width(GAIN, 4)
-    ends = f"16 rows, 95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f} under training seed 0 alone"
+    ends = (
+        f"16 rows, 95 % interval {-0.3 - width:+.4f} to {-0.3 + width:+.4f} "
+        "under training seed 0 alone"
+    )
     assert as_a_trial(searched(UNIFORM, KNAPSACK, OVER)) == (
-        "- Against not pruned, knapsack, as trials on the rows that chose the winner: selection loss -0.3000 nats "
-        f"({ends}), better."
+        "- Against not pruned, knapsack, as trials on the rows that chose the winner: "
+        f"selection loss -0.3000 nats ({ends}), better."
     )
     assert as_a_trial(searched(PAPER)).endswith(", not distinguishable.")
     assert as_a_trial(searched(OVER)) == as_a_trial(searched()) == "", (
@@ -229,7 +235,8 @@ def test_a_control_that_won_without_a_search_is_compared_with_the_next() -> None
     assert rows(results)[0].title == "winner (not pruned, knapsack)"
     about, table, _ = overview(results)
     assert about == Paragraph(
-        "Winner (not pruned, knapsack) (gp, trial 11): 20 % pruned, nf4. Budget 101.5 MB, adapter included.",
+        "Winner (not pruned, knapsack) (gp, trial 11): 20 % pruned, nf4. "
+        "Budget 101.5 MB, adapter included.",
         True,
     )
     assert (

@@ -51,7 +51,8 @@ def opened(browser: Any) -> Iterator[Any]:
         )
         page.goto(path.as_uri())
         page.wait_for_function(
-            "document.querySelectorAll('figure[data-plot]').length === document.querySelectorAll('[data-drawn]').length"
+            "document.querySelectorAll('figure[data-plot]').length === "
+            "document.querySelectorAll('[data-drawn]').length"
         )
         return page
 

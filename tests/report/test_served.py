@@ -25,9 +25,11 @@ def row(name: str, form: Any, format: str, bits: float, decode: float, **changes
 ROWS = (
     row(BASE, "gguf", "f16", 16.0, 20.0),
     row("unpruned-uniform", "gguf", "plan", 4.0, 80.0),
-    row(SEARCHED, "gguf", "plan", 6.0, 50.0, files=("serve/gguf/my run-adapter.gguf", "serve/gguf/my run.gguf")),
+    row(SEARCHED, "gguf", "plan", 6.0, 50.0,
+        files=("serve/gguf/my run-adapter.gguf", "serve/gguf/my run.gguf")),
     row(SEARCHED, "gguf_merged", "plan", 6.0, 64.0, loss=2.6, files=("serve/gguf_merged/a.gguf",)),
-    row(SEARCHED, "vllm", "plan", 6.0, 2.0, prefill_tokens_per_second=(), decode_tokens_per_second=(), loss=None,
+    row(SEARCHED, "vllm", "plan", 6.0, 2.0, prefill_tokens_per_second=(),
+        decode_tokens_per_second=(), loss=None,
         recoded={"model.embed_tokens": "bf16"}, check="loaded by transformers"),
 )  # fmt: skip
 
@@ -87,7 +89,10 @@ def test_the_speed_is_that_of_the_best_file_and_of_the_others(results: Results) 
 
 def test_commands_name_the_best_files_of_the_run(results: Results) -> None:
     assert commands(results.serve, "runs/my run") == [
-        "llama-cli -m 'runs/my run/serve/gguf/my run.gguf' --lora 'runs/my run/serve/gguf/my run-adapter.gguf'",
+        (
+            "llama-cli -m 'runs/my run/serve/gguf/my run.gguf' "
+            "--lora 'runs/my run/serve/gguf/my run-adapter.gguf'"
+        ),
         "ollama create my-run -f 'runs/my run/serve/gguf/Modelfile'",
     ]
     assert commands(None, "runs/mine") == []

@@ -104,7 +104,7 @@ def test_a_driver_is_named_before_its_first_stage(tmp_path: Path) -> None:
 
 
 def test_without_its_process_a_command_is_cut_off_or_done(tmp_path: Path) -> None:
-    """The process released its lock, but its disk was full; or another process now has its number."""
+    """The process released its lock, but its disk was full; or its number is another process's."""
     root = recorded_run(tmp_path / "run")
     assert status(root)[0].endswith(f"cut off; {GO_ON}")
     (root / NAME).write_text(this_process().model_copy(update={"started": 1}).model_dump_json())

@@ -197,14 +197,14 @@ def test_the_report_tells_of_search_pruning_and_sensitivities(whole: Results) ->
     assert "It ended because all 16 trials were spent (`search.max_trials`)." in text
     assert "reused 5 trials of earlier searches" in text
     assert (
-        "It ran in 2 sessions; the last began with 3 trials already recorded. Failed: 1 diverged (lower"
-        in text
-    )
+        "It ran in 2 sessions; the last began with 3 trials already recorded. "
+        "Failed: 1 diverged (lower"
+    ) in text
     assert "\n| row | trial | cut | formats | bytes | selection loss |\n" in text
     assert (
-        "\n| not pruned, knapsack, reused | 2 | 20 % pruned | 1 nf4, 1 int8 | 100.0 MB | 2.1250 (selection"
-        in text
-    )
+        "\n| not pruned, knapsack, reused | 2 | 20 % pruned | 1 nf4, 1 int8 | 100.0 MB "
+        "| 2.1250 (selection"
+    ) in text
     assert (
         "Cuts (importance taylor, selection global, compensation none); multiply-adds are" in text
     )

@@ -19,7 +19,8 @@ ROWS = f'''
 import datasets
 
 def load(**_):
-    """Make questions whose long first choice is right in two of three, so that acc and acc_norm differ."""
+    """Make questions whose long first choice is right in two of three, \
+so that acc and acc_norm differ."""
     rows = [
         {{"question": f"What is {{n}}?", "choices": [f"the one that comes after {{n - 1}}", str(n)],
           "answer": int(n % 3 == 0), "text": "[invalid]"}}
@@ -158,6 +159,6 @@ def test_a_metric_that_a_task_does_not_report_is_refused(folder: str) -> None:
     with pytest.raises(UserError) as caught:
         task_questions(["toy_both", "toy_acc"], folder, "search.tasks", 6, "acc_norm")
     assert str(caught.value) == (
-        "`search.metric` must be a metric that every task of `search.tasks` reports, got acc_norm, but `toy_acc` "
-        "reports acc: set one that all report, or `accuracy`"
+        "`search.metric` must be a metric that every task of `search.tasks` reports, "
+        "got acc_norm, but `toy_acc` reports acc: set one that all report, or `accuracy`"
     )

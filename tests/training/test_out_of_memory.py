@@ -54,7 +54,10 @@ def write_zeros(file: Path, shapes: Mapping[str, Sequence[int]]) -> None:
 
 @pytest.fixture
 def wide(tiny_model: Path, tmp_path: Path) -> Path:
-    """Write a model of one block with 154 MB of weights, which needs 800 MB to process 1000 tokens."""
+    """Write a model of one block with 154 MB of weights.
+
+    It needs 800 MB to process 1000 tokens.
+    """
     folder = Path(shutil.copytree(tiny_model, tmp_path / "wide"))
     config = LlamaConfig.from_pretrained(folder)
     config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings = (
@@ -76,7 +79,7 @@ def wide(tiny_model: Path, tmp_path: Path) -> Path:
 def test_a_command_out_of_memory_names_a_remedy(
     wide: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The system refuses address space to the loading of a model, to an export and to a generation."""
+    """The system refuses address space when a model is loaded, exported or asked to generate."""
     run = finished_run(tiny_model, tmp_path / "run")
     write_zeros(run / "final" / "adapter_model.safetensors", {"wide": [64, 3 * WIDTH]})
     asked = ["--max-tokens", "2"]

@@ -291,7 +291,7 @@ DAMAGES: tuple[Callable[[Path], object], ...] = (
 def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
     copied: CandidateJob, damage: Callable[[Path], object]
 ) -> None:
-    """Otherwise the table would show the untuned model's accuracy as that of the fine-tuned model."""
+    """Else the table would show the untuned model's accuracy as that of the fine-tuned model."""
     damage(copied.candidate.adapter)
     with pytest.raises(CorruptFile) as caught:
         evaluate_candidate(copied)

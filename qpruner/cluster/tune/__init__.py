@@ -106,8 +106,10 @@ def _fit(
     halt: Halt,
     trackers: Trackers | None,
 ) -> str | None:
-    """Run one session of Ray Tune; return why there are no more trials, or None if there may be
-    more."""
+    """Run one session of Ray Tune.
+
+    Return why there are no more trials, or None if there may be more.
+    """
     settings = job.config.search
     has_more = (
         job.config.is_searched and job.config.quantize.has_choice
@@ -165,8 +167,9 @@ def _fit(
 
 
 def _disk_error(text: str) -> OSError | None:
-    """Return the disk error at the end of a TuneError's traceback; None if the last error is
-    another one.
+    """Return the disk error at the end of a TuneError's traceback.
+
+    The result is None if the last error is another one.
 
     The error names no file if Tune (2.60) failed to write to Ray's folder on this machine.
     """
@@ -181,8 +184,11 @@ def _disk_error(text: str) -> OSError | None:
 
 
 def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
-    """Return the outcome of a search from its trials' records; raise `StageError` if its
-    infrastructure failed."""
+    """Return the outcome of a search from its trials' records.
+
+    Raises:
+        StageError: If the infrastructure of the search failed.
+    """
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]

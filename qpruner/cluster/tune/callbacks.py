@@ -38,13 +38,16 @@ class Holding(NamedTuple):
 
 
 Hold = Callable[[], Holding | None]
-"""Holds the device of a worker that has failed (see `ActorManager.hold`); returns None if its node
-leaves."""
+"""Holds the device of a worker that has failed (see `ActorManager.hold`).
+
+It returns None if the node of the device leaves.
+"""
 
 
 class ActorManager(RayActorManager):  # type: ignore[misc]
-    """Fails only the trial whose worker Ray killed for memory; Tune (2.60) would end the whole
-    session.
+    """Fails only the trial whose worker Ray killed for memory.
+
+    Tune (2.60) would end the whole session.
 
     The device of a worker that has failed can be held: the process ends, but its placement group
     stays, and keeps the device from other trials. Ray has no other way to leave out one GPU of a
@@ -60,8 +63,10 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
         self._held: dict[Any, Any] = {}  # resources by Tune's tracked actor
 
     def hold(self, tracked_actor: Any) -> Holding | None:
-        """Hold the device of a worker whose trial has failed; Tune no longer knows a worker whose
-        process has ended."""
+        """Hold the device of a worker whose trial has failed.
+
+        Tune no longer knows a worker whose process has ended.
+        """
         worker = tracked_actor or self._failing
         _, live = self._live_actors_to_ray_actors_resources.get(worker, (None, None))
         if (resources := self._held.get(worker, live)) is None:
@@ -110,8 +115,10 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
 
 
 class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
-    """Ends the session of Tune on Ctrl-C or on request once running rungs are done; on a second
-    Ctrl-C at once."""
+    """Ends the session of Tune on Ctrl-C or on request, once running rungs are done.
+
+    On a second Ctrl-C it ends the session at once.
+    """
 
     def __init__(self, emit: Emit) -> None:
         self.requested = False  # the session is to end
@@ -121,8 +128,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C within this block, if it runs in the main thread; no other thread receives
-        signals."""
+        """Handle Ctrl-C within this block, if it runs in the main thread.
+
+        No other thread receives signals.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -137,8 +146,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         return self.requested
 
     def on_error_text(self, error: str) -> None:
-        """End the search if a trial's error says that its node is unusable: the next trials would
-        fail there too."""
+        """End the search if a trial's error says that its node is unusable.
+
+        The next trials would fail there too.
+        """
         found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
         if found and self.trouble is None:
             self.end(NodeDiffers(found[1]))
@@ -147,8 +158,9 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
             )
 
     def end(self, trouble: QprunerError, at_once: bool = False) -> None:
-        """End the search with this error, or with an earlier one; wait for running rungs, unless
-        `at_once`.
+        """End the search with this error, or with an earlier one.
+
+        Running rungs are waited for, unless `at_once`.
 
         The error is stored, because Tune (2.60) would wrap an error raised here and report the
         trial's end twice.
@@ -161,8 +173,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         return self.requested and not self._num_running
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Raise the error that was given to `end` with `at_once`; tell the user once that a Ctrl-C
-        is being handled."""
+        """Raise the error that was given to `end` with `at_once`.
+
+        The user is told once that a Ctrl-C is being handled.
+        """
         if self.trouble and self._at_once:
             raise self.trouble
         self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
@@ -184,8 +198,9 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
 
 
 class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
-    """Kills a trial's worker if its pulse (see `TrialPulse`) has not changed for too long; emits
-    the steps of trials.
+    """Kills a trial's worker if its pulse (see `TrialPulse`) has not changed for too long.
+
+    It also emits the steps of trials.
 
     Time does not count while the driver waits for the storage, or while trials cannot write pulses.
     Ray kills a worker with SIGKILL if it does not end within 5 s (Ray 2.60). Before the kill,
@@ -213,7 +228,7 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Read the pulses of running trials; kill workers whose pulse has not changed for too long."""
+        """Read running trials' pulses; kill workers whose pulse has not changed for too long."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -242,8 +257,10 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Delete Tune's averages of every metric: half of the driver's memory for a trial (Ray
-        2.60)."""
+        """Delete Tune's averages of every metric.
+
+        They are half of the driver's memory for a trial (Ray 2.60).
+        """
         trial.run_metadata.metric_analysis = {}
         trial.run_metadata.metric_n_steps = {}
 

@@ -1,5 +1,4 @@
-"""Decides whether a trial that failed is tried on another device, and which devices get no more
-trials.
+"""Decides whether a failed trial is tried on another device, and which devices get no more trials.
 
 A device is a GPU, or a machine if trials use no GPU. A failure may be the plan's fault (it is too
 large for any device) or the device's (it is smaller than others, another program uses its memory,
@@ -20,8 +19,7 @@ from qpruner.runs.events import Emit, Message
 from qpruner.runs.records import TrialRecord
 
 MAX_FAILURES = 2
-"""Trials that failed on a device and ran on another one, after which the device gets no more
-trials."""
+"""A device gets no more trials once so many have failed on it and have run on another one."""
 MAX_TRIES = 3
 """Failures of one trial after which its plan is blamed. Those on a device count that has failed no
 other trial which then ran elsewhere, and every further one on the same device."""
@@ -32,8 +30,7 @@ TO_COME = "to come"
 
 @dataclass
 class _Held:
-    """A device that gets no trials, the node that it is part of, and the function that ends this
-    (see `Holding`)."""
+    """A device that gets no trials, its node, and the function that ends this (see `Holding`)."""
 
     device: str
     node: str
@@ -64,8 +61,10 @@ class Devices:
         return len(self._left_out) + sum(map(len, self._suspects.values()))
 
     def should_move(self, record: TrialRecord, hold: Hold) -> bool:
-        """Return True if a trial that failed is to be tried on another device; its own is held,
-        unless it leaves."""
+        """Return True if a trial that failed is to be tried on another device.
+
+        If so, its own device is held, unless the device's node leaves.
+        """
         if record.device is None:
             return False
         tried = self._tried[record.index]
@@ -79,14 +78,15 @@ class Devices:
         return True
 
     def release(self, index: int) -> None:
-        """Let go of the devices on which a trial has failed that is over and has told nothing about
-        them."""
+        """Let go of the devices on which a trial has failed.
+
+        This trial is over and has told nothing about them.
+        """
         for held in self._suspects.pop(index, []):
             held.let_go()
 
     def has_scored(self, record: TrialRecord) -> None:
-        """Decide on the devices on which a trial had failed before it reported a score, if there
-        are any."""
+        """Decide on the devices, if any, on which a trial had failed before it reported a score."""
         for held in self._suspects.pop(record.index, []):
             if held.device == record.device:
                 held.let_go()
@@ -96,15 +96,17 @@ class Devices:
                 held.let_go()
                 continue
             if held.device not in {each.device for each in self._left_out}:
-                text = f"{self._failures[held.device]} trials failed on {held.device} and ran on other devices"
+                text = (
+                    f"{self._failures[held.device]} trials failed on {held.device} "
+                    "and ran on other devices"
+                )
                 self._emit(
                     Message("search", f"warning: {text}: it gets no more trials of this search")
                 )
             self._left_out.append(held)
 
     def look(self) -> None:
-        """Let go of the devices of nodes that have left, and of suspects if no other device is
-        left.
+        """Let go of the devices of nodes that have left, and of suspects if no other is left.
 
         Raises:
             StageError: If all devices that are left were left out.
@@ -118,14 +120,19 @@ class Devices:
             return
         self._release_all()
         if len(names := self._names()) >= total:
-            cause = f"no other device is left than {', '.join(sorted(names))}, where trials failed that ran elsewhere"
+            cause = (
+                f"no other device is left than {', '.join(sorted(names))}, "
+                "where trials failed that ran elsewhere"
+            )
             raise StageError(
                 "search", cause, "add a machine, or repair these and repeat the command: it resumes"
             )
 
     def end_session(self) -> None:
-        """Forget all devices, which Tune lets go of at the end of its session; failures stay
-        counted."""
+        """Forget all devices, which Tune lets go of at the end of its session.
+
+        Failures stay counted.
+        """
         self._release_all()
         self._left_out.clear()
 
@@ -138,8 +145,10 @@ class Devices:
         return {each.device for held in (self._left_out, *self._suspects.values()) for each in held}
 
     def _leaves_another(self, tried: Collection[str], device: str) -> bool:
-        """Return True if another device may run a trial while this one is held; let go of other
-        suspects if needed."""
+        """Return True if another device may run a trial while this one is held.
+
+        Other suspects are let go of if that is needed.
+        """
         total = sum(self._count().values())
         while len({*self._names(), device}) >= total:
             suspects = [(index, held) for index, each in self._suspects.items() for held in each]
@@ -155,8 +164,10 @@ class Devices:
 
 
 def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
-    """Return those whose node is still in the cluster, and let go of the others: Ray would hold
-    another device."""
+    """Return those whose node is still in the cluster, and let go of the others.
+
+    For a node that has left, Ray would hold another device.
+    """
     for each in held:
         if each.node not in count:
             each.let_go()
@@ -164,8 +175,9 @@ def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
 
 
 def count_devices(resources: Mapping[str, float], room: Callable[[int], int]) -> dict[str, int]:
-    """Count the devices that have room for a trial: of each node in the cluster, by its id, and
-    those `TO_COME`.
+    """Count the devices that have room for a trial.
+
+    They are those of each node in the cluster, by its id, and those `TO_COME`.
 
     `room` returns for how many trials there is room if so many slots are held, also on machines
     that may be started.
