@@ -1,13 +1,13 @@
 # ruff: noqa: RUF001
 """Compare the token ids of llama.cpp with the tokenizer's own, on 1,000 texts made here."""
 
-import itertools
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -59,18 +59,22 @@ def token_differences(model: Path, folder: Path) -> Iterator[tuple[str, list[int
     `model` is a GGUF file, `folder` has the tokenizer.
     """
     tokenizer = load_tokenizer(str(folder))
-    (as_served, _), encode = _as_served(tokenizer), tokenizer.backend_tokenizer.encode
-    comparable = (
-        (each, asked) for each in texts(tokenizer) if (asked := as_served(each[0])) is not None
-    )
+    encode = tokenizer.backend_tokenizer.encode
+    as_served, _ = _as_served(tokenizer)
+    num_compared = 0
     with Llama(model) as llama:
-        for (text, is_chat), asked in itertools.islice(comparable, NUM_TEXTS):
-            theirs = llama.tokens(asked, add_special=not is_chat)
+        for text, is_chat in texts(tokenizer):
+            served_text = as_served(text)
+            if served_text is None:
+                continue
+            theirs = llama.tokens(served_text, add_special=not is_chat)
             ours = encode(text, add_special_tokens=not is_chat).ids
-            if (
-                ours != theirs and max(ours, default=0) < llama.vocab_size
-            ):  # the model has no row for others either
+            # The model has no row for larger ids either.
+            if ours != theirs and max(ours, default=0) < llama.vocab_size:
                 yield text, theirs, ours
+            num_compared += 1
+            if num_compared == NUM_TEXTS:
+                return
 
 
 def texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
@@ -78,33 +82,35 @@ def texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
 
     The texts are the same each time.
     """
-    randomly, plain = random.Random(0), (*PIECES, *CODE, *SENTENCES)
+    randomly = random.Random(0)
+    plain = (*PIECES, *CODE, *SENTENCES)
     added = sorted(token.content for token in tokenizer.added_tokens_decoder.values())
 
-    def mixed(most: int = 12) -> str:
-        chosen = randomly.choices((*PIECES, *plain), k=randomly.randint(2, most))
-        chosen = [
-            randomly.choice(added) if added and randomly.random() < 0.1 else each for each in chosen
-        ]
-        return randomly.choice(("", " ", " ", "\n")).join(chosen)
+    def part(piece: str) -> str:
+        return randomly.choice(added) if added and randomly.random() < 0.1 else piece
 
-    for index in range(NUM_CHATS if tokenizer.chat_template else 0):
-        yield (
-            _chat(tokenizer, [mixed(6) for _ in range(randomly.randint(2, 8))], index % 3 == 0),
-            True,
-        )
-    yield from ((text, False) for text in ("", *plain))
+    def mixed(most: int = 12) -> str:
+        pieces = randomly.choices((*PIECES, *plain), k=randomly.randint(2, most))
+        parts = [part(piece) for piece in pieces]
+        return randomly.choice(("", " ", " ", "\n")).join(parts)
+
+    if tokenizer.chat_template:
+        for index in range(NUM_CHATS):
+            said = [mixed(6) for _ in range(randomly.randint(2, 8))]
+            yield _chat(tokenizer, said, has_system=index % 3 == 0), True
+    for text in ("", *plain):
+        yield text, False
     while True:
         yield mixed(), False
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, said: list[str], has_system: bool) -> str:
     """Render a chat; if it is the user's turn that is last, it asks for an answer."""
+    turns = []
+    for index, text in enumerate(said[1:]):
+        role = "assistant" if index % 2 else "user"
+        turns.append({"role": role, "content": text})
     first = [{"role": "system", "content": said[0]}] if has_system else []
-    turns = [
-        {"role": ("user", "assistant")[index % 2], "content": text}
-        for index, text in enumerate(said[1:])
-    ]
     options = {"tokenize": False, "add_generation_prompt": len(turns) % 2 == 1}
     try:
         return str(tokenizer.apply_chat_template([*first, *turns], **options))
@@ -129,30 +135,17 @@ def _as_served(
     definition = backend(tokenizer)
     added = [token["content"] for token in definition["added_tokens"]]
     if not definition["model"]["byte_fallback"]:
-        if definition["normalizer"]:
-            return partial(
-                unicodedata.normalize, "NFC"
-            ), "letters whose accents are characters of their own (not NFC)"
-        if pre_tokenizer(definition) == "tekken":
-            has_mark = "words with combining marks (Hindi, Bengali, some emoji)"
-            return (
-                lambda text: (
-                    None if any(unicodedata.category(each)[0] == "M" for each in text) else text
-                ),
-                has_mark,
-            )
-        return lambda text: text, None
+        return _byte_level_as_served(definition)
     where = space_prefix(definition)
-    if (
-        where == "never" or definition["normalizer"]
-    ):  # Gemma has runs of the sign, which is taken for a space
-        if not any(set(token) == {"▁"} for token in added):
-            return lambda text: text, None
-        return lambda text: None if "▁" in text else text, "texts with the sign ▁"
-    split = re.compile(
-        "|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)"
-    ).split
-    only_first, spaces = where == "first", (" ", "▁")
+    if where == "never" or definition["normalizer"]:
+        # Gemma has runs of the sign, which is taken for a space.
+        if any(set(token) == {"▁"} for token in added):
+            return (lambda text: None if "▁" in text else text), "texts with the sign ▁"
+        return _unchanged, None
+
+    longest_first = sorted(added, key=len, reverse=True)
+    split = re.compile("|".join(map(re.escape, longest_first)) or "(?!)").split
+    spaces = (" ", "▁")
 
     def with_space(text: str) -> str:
         # llama.cpp puts no space before a text, as a chat begins with a special token.
@@ -161,17 +154,34 @@ def _as_served(
 
     def alike(text: str) -> str | None:
         # llama.cpp puts a space at the start and after special tokens, even where there is one.
-        begin, *others = split(text)
-        differs = any(each.startswith(spaces) for each in (begin, *others)) or (
-            only_first and any(others)
-        )
-        return None if differs else text
+        parts = split(text)
+        if any(part.startswith(spaces) for part in parts):
+            return None
+        return None if where == "first" and any(parts[1:]) else text
 
-    if only_first and tokenizer.chat_template:
+    if where != "first":
+        return alike, "texts with a space at the begin or after a special token"
+    if tokenizer.chat_template:
         return with_space, "texts that are no chat: begin them with a space"
-    return (
-        alike,
-        "texts that begin with a space, or have special tokens and then text"
-        if only_first
-        else ("texts with a space at the begin or after a special token"),
-    )
+    return alike, "texts that begin with a space, or have special tokens and then text"
+
+
+def _byte_level_as_served(
+    definition: Mapping[str, Any],
+) -> tuple[Callable[[str], str | None], str | None]:
+    """Return what `_as_served` does, for a byte-level BPE."""
+    if definition["normalizer"]:
+        differing = "letters whose accents are characters of their own (not NFC)"
+        return partial(unicodedata.normalize, "NFC"), differing
+    if pre_tokenizer(definition) == "tekken":
+        return _without_marks, "words with combining marks (Hindi, Bengali, some emoji)"
+    return _unchanged, None
+
+
+def _without_marks(text: str) -> str | None:
+    has_mark = any(unicodedata.category(character)[0] == "M" for character in text)
+    return None if has_mark else text
+
+
+def _unchanged(text: str) -> str | None:
+    return text
