@@ -18,12 +18,18 @@ from plain_transformers import run_python
 
 from qpruner.errors import PlanRefused
 from qpruner.plans.plan import read_plan
-from qpruner.report import results as table
 from qpruner.report.html import render
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import read_snapshot
 from qpruner.runs.lock import hold_run
-from qpruner.runs.records import EvalRecord, RunState, SearchRecord, TrialPulse, TrialRecord
+from qpruner.runs.records import (
+    SEARCHED,
+    EvalRecord,
+    RunState,
+    SearchRecord,
+    TrialPulse,
+    TrialRecord,
+)
 from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import REMEDIES, write_pulse, write_trial
 
@@ -337,7 +343,7 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
 
     rows = list(better.record("comparison").rows)
     for place, row in enumerate(rows):
-        if row.name == table.SEARCHED:
+        if row.name == SEARCHED:
             scores = [
                 each.model_copy(
                     update={
