@@ -86,7 +86,8 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
     """Replace characters that a terminal's encoding lacks: `±` by `+-`, any other by `?`."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end]
-    return "".join("+-" if character == "±" else "?" for character in lacking), error.end
+    plain = ["+-" if character == "±" else "?" for character in lacking]
+    return "".join(plain), error.end
 
 
 def _guarded(
@@ -194,10 +195,11 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
 
         return flow_verbs.run(loaded, address, last.name, quiet)
 
-    options = [*_config_options(LOCAL_RAY if last.starts_ray else NO_RAY)]
+    options = list(_config_options(LOCAL_RAY if last.starts_ray else NO_RAY))
     if Search in stages_until(last.name):
         options.append(_plan_option("Use this plan instead of searching for one"))
-    _verb(*options, name=name, help=text)(verb)
+    register = _verb(*options, name=name, help=text)
+    register(verb)
 
 
 for _name, (_last, _text) in VERBS.items():
