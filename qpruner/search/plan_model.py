@@ -110,12 +110,12 @@ class PlanModel:
 
         Those of groups and cuts are one-hot and centred, and 0 where there is no effect.
         """
-        levels = plans[:, :-1, None]
-        hot = (levels == torch.arange(self.num_levels - 1)).to(torch.float64)
-        of_groups = (hot - self._shares[:, None]) * self.is_free
-        of_cuts = (plans[:, -1:] == torch.arange(self.num_cuts)).to(torch.float64)
-        of_cuts = of_cuts - 1 / max(1, self.num_cuts)
-        return torch.cat([of_groups.flatten(1), of_cuts, torch.ones_like(of_groups[:, 0, :1])], 1)
+        has_level = plans[:, :-1, None] == torch.arange(self.num_levels - 1)
+        of_groups = (has_level.to(torch.float64) - self._shares[:, None]) * self.is_free
+        has_cut = plans[:, -1:] == torch.arange(self.num_cuts)
+        of_cuts = has_cut.to(torch.float64) - 1 / max(1, self.num_cuts)
+        constant = torch.ones(len(plans), 1, dtype=torch.float64)
+        return torch.cat([of_groups.flatten(1), of_cuts, constant], 1)
 
     def _covariance_of_features(self) -> Tensor:
         """Return the covariance of the features of groups in plans that are drawn uniformly."""
@@ -227,11 +227,12 @@ class Data:
     ) -> Data:
         """Convert observations to tensors; `steps` has the step of every rung."""
         highest_first = sorted(steps, reverse=True)
-        plans = [space.indices_of(item.plan) for item in observations]
+        rows = [space.indices_of(item.plan) for item in observations]
+        plans = torch.tensor(rows, dtype=torch.long).reshape(-1, len(space.groups) + 1)
         ranks = [highest_first.index(item.step) for item in observations]
         scores = [item.score for item in observations]
         return cls(
-            plans=torch.tensor(plans, dtype=torch.long).reshape(-1, len(space.groups) + 1),
+            plans=plans,
             ranks=torch.tensor(ranks, dtype=torch.long),
             scores=torch.tensor(scores, dtype=torch.float64),
             num_rungs=len(highest_first),
@@ -256,10 +257,12 @@ def informative(observations: Sequence[Observation]) -> list[Observation]:
         best = {item.index for item in ranked[: NUM_TRIALS // 2]}
         others = [index for index in latest if index not in best]
         kept = {*best, *others[-(NUM_TRIALS // 2) :]}
-    several = {item.index for item in observations if item is not latest[item.index]}
-    paired = set(sorted(kept & several)[-NUM_RUNG_PAIRS:])
+    earlier = {item.index for item in observations if item is not latest[item.index]}
+    paired = sorted(kept & earlier)[-NUM_RUNG_PAIRS:]
 
     def is_kept(item: Observation) -> bool:
-        return item.index in paired or (item.index in kept and item is latest[item.index])
+        if item is latest[item.index]:
+            return item.index in kept
+        return item.index in paired
 
     return list(filter(is_kept, observations))

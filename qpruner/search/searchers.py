@@ -12,7 +12,7 @@ the results at its beginning and its own earlier plans, so the plans depend on t
 import importlib.metadata
 import itertools
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -252,36 +252,37 @@ class Ledger:
 
     def history(self) -> History:
         """Return what the searcher learns from: the observations and plans of its own space."""
-        observed = {
-            key: item for key, item in self._observations.items() if item.index in self._inside
-        }
-        known = observed | self._penalties(observed.values())
-        scored = {index for index, _ in known}
-        plans = {index: plan for plan, index in self._known.items() if index in self._inside}
-        unscored = sorted(plans.keys() - scored - self._live.keys())
-        return History(
-            observations=tuple(known[key] for key in sorted(known)),
-            pending=tuple(plans[index] for index in sorted(plans.keys() & self._live.keys())),
-            failed=tuple(plans[index] for index in unscored),
-        )
+        measured = [item for item in self._observations.values() if item.index in self._inside]
+        scores = {(item.index, item.step): item for item in measured}
+        for penalty in self._penalties(measured):
+            scores[penalty.index, penalty.step] = penalty
+        observations = tuple(scores[key] for key in sorted(scores))
 
-    def _penalties(self, observed: Collection[Observation]) -> dict[tuple[int, int], Observation]:
+        scored = {item.index for item in observations}
+        pending = []
+        failed = []
+        for plan, index in sorted(self._known.items(), key=lambda item: item[1]):
+            if index not in self._inside:
+                continue
+            if index in self._live:
+                pending.append(plan)
+            elif index not in scored:
+                failed.append(plan)
+        return History(observations, tuple(pending), tuple(failed))
+
+    def _penalties(self, observed: Sequence[Observation]) -> list[Observation]:
         """Return bad scores for the plans that cannot be trained; none before the first score."""
         if not observed:
-            return {}
+            return []
         step = max(item.step for item in observed)
         scores = [item.score for item in observed if item.step == step]
-        worst, best = max(scores), min(scores)
-        score = worst + ((worst - best) or abs(worst) / 100)
-        untrainable = {
-            index: plan
-            for index, plan in self._untrainable.items()
-            if index not in self._live and index in self._inside
-        }
-        return {
-            (index, step): Observation(index, plan, step, score)
-            for index, plan in untrainable.items()
-        }
+        worst = max(scores)
+        score = worst + ((worst - min(scores)) or abs(worst) / 100)
+        penalties = []
+        for index, plan in self._untrainable.items():
+            if index in self._inside and index not in self._live:
+                penalties.append(Observation(index, plan, step, score))
+        return penalties
 
     def _new(self, count: int) -> Suggestion | None:
         if self.ended:

@@ -68,10 +68,7 @@ echo 0x10de > vendor; echo 0x030200 > class
 
 
 def with_a_gpu_that_torch_does_not_see(cluster: Raylets, folder: Path) -> Any:
-    """Add a node that has a card.
-
-    The other nodes only claim to have GPUs, which the check accepts.
-    """
+    """Add a node that has a card; on others the check accepts GPUs that do not exist."""
     return cluster.add_apart(CARD, num_gpus=1)
 
 
