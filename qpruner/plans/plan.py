@@ -317,7 +317,8 @@ def read_plan(
         raise PlanRefused(
             f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan"
         ) from error
-    cut, plan = only, content
+    cut = only
+    plan = content
     if isinstance(content, dict):
         cut = str(content.pop("cut", only))
         plan = content.get("plan", content)
