@@ -85,8 +85,8 @@ def visit_gradients(
     with _gradients_of(model, parameters.values()):
         hooks = []
         for name, parameter in parameters.items():
-            hook = parameter.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
-            hooks.append(hook)
+            register = parameter.register_post_accumulate_grad_hook
+            hooks.append(register(hook_for(name)))  # type: ignore[no-untyped-call]
         with hooked(hooks):
             for batch in samples.batches(model.device):
                 _backward(model, batch, mean)

@@ -58,9 +58,9 @@ def formats_text(plan: Mapping[str, str]) -> str:
     If all groups in blocks have one format, they are described by it alone: `nf4`.
     """
     counts = Counter(name for group, name in plan.items() if group not in OUTSIDE_BLOCKS)
-    parts = [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
-    if len(counts) == 1:
-        parts = list(counts)
+    parts = list(counts)
+    if len(counts) > 1:
+        parts = [f"{counts[name]} {name}" for name in by_size(tuple(counts))]
     parts += [f"{group} {plan[group]}" for group in OUTSIDE_BLOCKS if group in plan]
     return ", ".join(parts)
 
@@ -317,7 +317,8 @@ def read_plan(
         raise PlanRefused(
             f"{path} is no readable YAML or JSON: {error}; `qpruner plan RUN` prints a plan"
         ) from error
-    cut, plan = only, content
+    cut = only
+    plan = content
     if isinstance(content, dict):
         cut = str(content.pop("cut", only))
         plan = content.get("plan", content)

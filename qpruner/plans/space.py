@@ -85,12 +85,8 @@ class PlanSpace(PlansOfCut):
         levels = layout.levels
         damage = []
         if error:
-            for group, name in zip(layout.groups, base_groups or layout.names, strict=True):
-                of_group: dict[str, float | None] = {}
-                for level in group.formats:
-                    is_packed = format_of(level).is_packed
-                    of_group[level] = error.get(level, {}).get(name) if is_packed else 0.0
-                damage.append(_row(of_group, levels))
+            for name, offered in zip(base_groups or layout.names, layout.sizes, strict=True):
+                damage.append(_row(_damage(name, offered, error), levels))
         return cls(
             groups=layout.names,
             levels=levels,
@@ -410,6 +406,16 @@ class SearchSpace:
             budget_bytes=space.budget_bytes,
             cut=space.cut,
         )
+
+
+def _damage(
+    group: str, levels: Iterable[str], error: Mapping[str, Mapping[str, float]]
+) -> dict[str, float | None]:
+    """Return the measured error of a group in each level; unpacked weights have none."""
+    damage: dict[str, float | None] = {}
+    for level in levels:
+        damage[level] = error.get(level, {}).get(group) if format_of(level).is_packed else 0.0
+    return damage
 
 
 def _row(by_level: Mapping[str, Value], levels: Iterable[str]) -> tuple[Value | None, ...]:

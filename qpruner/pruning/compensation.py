@@ -224,9 +224,11 @@ def _solve(
     removed = is_removed.nonzero().flatten().to(gram.device)
     stays = stays.to(gram.device)
 
-    given = weight[:, removed].float() @ gram[removed][:, stays]
-    change = _ridge_solution(gram[stays][:, stays], given, ridge, name)
-    weight[:, stays] = (weight[:, stays].float() + change).to(weight.dtype)
+    gram_of_stays = gram[:, stays]
+    given = weight[:, removed].float() @ gram_of_stays[removed]
+    change = _ridge_solution(gram_of_stays[stays], given, ridge, name)
+    compensated = weight[:, stays].float() + change
+    weight[:, stays] = compensated.to(weight.dtype)
     weight[:, removed] = 0
 
 

@@ -1,5 +1,6 @@
 """Gather the Gram matrices of layers' and the head's inputs, by which GPTQ rounds weights."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from qpruner.data.calibration import Samples, at_tokens
 from qpruner.data.losses import hooked
 from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears, logits_path
-from qpruner.plans.plan import Layout
+from qpruner.plans.plan import HEAD, Layout
 from qpruner.pruning.compensation import BlockStream
 
 LOOKUPS = 0.3
@@ -42,12 +43,13 @@ def gather(model: PreTrainedModel, samples: Samples) -> Iterator[Grams]:
 def gram_bytes(layout: Layout, config: Any) -> list[int]:
     """Count the bytes of the Gram matrices of each block of a model, then of the head's."""
     columns = {linear.name: linear.columns for group in layout.groups for linear in group.linears}
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for name, paths in group_linears(config, "projection").items():
-        block = ".".join(name.split(".")[:2])
+        layers, number, *_ = name.split(".")
         # The layers of a projection share their inputs.
-        sizes[block] = sizes.get(block, 0) + 4 * columns[paths[0]] ** 2
-    return [*sizes.values(), 4 * columns[logits_path(config)] ** 2]
+        sizes[f"{layers}.{number}"] += 4 * columns[paths[0]] ** 2
+    sizes[HEAD] = 4 * columns[logits_path(config)] ** 2
+    return list(sizes.values())
 
 
 @torch.no_grad()
