@@ -111,7 +111,7 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
 
 def _winner_line(state: SearchState, search: dict[str, Any]) -> str:
     winner = search["winner"]
-    confirmed = next(row for row in search["confirmations"] if row["index"] == winner)
+    confirmed = next(row for row in search["finalists"] if row["index"] == winner)
     score = f"{score_title(state).removeprefix('validation ')} {confirmed[state.metric]:.4f}"
     unbeaten = ", a control that no searched plan beat" if search["control_won"] else ""
     return (
