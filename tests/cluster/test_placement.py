@@ -223,8 +223,9 @@ def on_gpus(folder: Path, trial: Trial, **settings: Any) -> SearchJob:
 
 
 @pytest.fixture(scope="module")
-def one_machine(joined: tuple[Raylets, Cluster]) -> Iterator[str]:
-    """Only the machine with two GPUs, which has four cores, can run a trial of two cores."""
+def two_gpus(joined: tuple[Raylets, Cluster]) -> Iterator[None]:
+    """Only the machine with two GPUs, which has four cores, can run a trial that takes two cores.
+    """
     joined[0].cluster.remove_node(joined[0].nodes.pop())
     yield
     joined[0].add(num_cpus=4, num_gpus=GPUS[1])
