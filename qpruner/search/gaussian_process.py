@@ -3,7 +3,7 @@
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al.,
 arXiv 2310.20708) under the model in `plan_model`. In a small space every plan is a candidate. In a
 large one the candidates are the best plans of every cut for sampled effects of levels, plans that
-improve on those, and neighbours of the best known plans.
+improve on those, and neighbours of the best known plans and of the best candidates.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ NUM_SAMPLES = 12
 NUM_ASCENTS = 2
 """Steps from each of these knapsacks up the expected improvement."""
 NUM_CENTERS = 4
-"""Best known plans whose neighbours become candidates."""
-
-NUM_NEIGHBOURS = 60
+"""Best plans whose neighbours become candidates."""
+NUM_NEIGHBOURS = 30
 """Neighbours of one plan that differ in one group, and as many that differ in two."""
+NUM_CLIMBS = 2
+"""Rounds of neighbours: of the best known plans, then of the best candidates."""
 Row = tuple[int, ...]
 """A plan as `SearchSpace` numbers it: the level of each group, and the cut."""
 
@@ -116,11 +117,17 @@ class GaussianProcessProposer:
         if self._plans.all is not None:
             candidates = self._plans.new(self._plans.all, seen)
             return candidates, _log_improvement(posterior, candidates, reference)
-        plans = [self._ascents(posterior, reference, generator)]
-        for center, slope in zip(best, posterior.slopes(best, reference), strict=True):
-            plans.append(self._plans.neighbours(center, slope))
-        candidates = self._plans.new(torch.cat(plans), seen)
-        return candidates, _log_improvement(posterior, candidates, reference)
+        candidates = self._plans.new(self._ascents(posterior, reference, generator), seen)
+        values = _log_improvement(posterior, candidates, reference)
+        centers = best
+        for _ in range(NUM_CLIMBS):
+            slopes = posterior.slopes(centers, reference)
+            around = map(self._plans.neighbours, centers, slopes)
+            fresh = self._plans.new(torch.cat(list(around)), seen)
+            candidates = torch.cat([candidates, fresh])
+            values = torch.cat([values, _log_improvement(posterior, fresh, reference)])
+            centers = candidates[values.argsort(descending=True)[:NUM_CENTERS]]
+        return candidates, values
 
     def _ascents(
         self, posterior: Posterior, reference: Tensor, generator: np.random.Generator
