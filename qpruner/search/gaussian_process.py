@@ -3,7 +3,7 @@
 It proposes the new plan inside the budget with the largest log expected improvement (Ament et al.,
 arXiv 2310.20708) under the model in `plan_model`. In a small space every plan is a candidate. In a
 large one the candidates are the best plans of every cut for sampled effects of levels, plans that
-improve on those, and neighbours of the best plans, also with other cuts.
+improve on those, and neighbours of the best known plans and of the best candidates.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ NUM_SAMPLES = 12
 NUM_ASCENTS = 2
 """Steps from each of these knapsacks up the expected improvement."""
 NUM_CENTERS = 4
-"""Best plans, known ones or candidates, whose neighbours become candidates."""
-NUM_NEIGHBOURS = 60
+"""Best plans whose neighbours become candidates."""
+NUM_NEIGHBOURS = 30
 """Neighbours of one plan that differ in one group, and as many that differ in two."""
 NUM_CLIMBS = 2
-"""Rounds in which neighbours of the best candidates become candidates."""
-
+"""Rounds of neighbours: of the best known plans, then of the best candidates."""
 Row = tuple[int, ...]
 """A plan as `SearchSpace` numbers it: the level of each group, and the cut."""
 
@@ -123,10 +122,8 @@ class GaussianProcessProposer:
         centers = best
         for _ in range(NUM_CLIMBS):
             slopes = posterior.slopes(centers, reference)
-            around = [self._plans.moved(centers, slopes)]
-            for center, slope in zip(centers, slopes, strict=True):
-                around.append(self._plans.neighbours(center, slope))
-            fresh = self._plans.new(torch.cat(around), seen)
+            around = map(self._plans.neighbours, centers, slopes)
+            fresh = self._plans.new(torch.cat(list(around)), seen)
             candidates = torch.cat([candidates, fresh])
             values = torch.cat([values, _log_improvement(posterior, fresh, reference)])
             centers = candidates[values.argsort(descending=True)[:NUM_CENTERS]]
@@ -309,19 +306,6 @@ class Plans:
         for changed in (ups[swaps[:, 0]], downs[swaps[:, 1]]):
             two[torch.arange(len(swaps)), changed[:, 0]] = changed[:, 1]
         return torch.cat([one, two])
-
-    def moved(self, plans: Tensor, costs: Tensor) -> Tensor:
-        """Return the plans ``(n, groups + 1)`` with every other cut, and few other levels.
-
-        Levels change as the bytes of the cut need, by the `costs` ``(n, groups, levels)``.
-        """
-        cuts = self._cuts.repeat_interleave(len(plans))
-        is_other = cuts != plans[:, -1].repeat(len(self._cuts))
-        levels = plans[:, :-1].repeat(len(self._cuts), 1)[is_other]
-        costs = costs.repeat(len(self._cuts), 1, 1)[is_other]
-        changed = torch.arange(costs.shape[2]) != levels[:, :, None]
-        spread = (costs.amax((1, 2)) - costs.amin((1, 2)))[:, None, None]
-        return self.knapsacks(costs + changed * spread * 2, cuts[is_other])
 
 
 def _least(costs: Tensor) -> Tensor:
