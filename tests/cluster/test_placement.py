@@ -224,7 +224,7 @@ def on_gpus(folder: Path, trial: Trial, **settings: Any) -> SearchJob:
 
 @pytest.fixture(scope="module")
 def two_gpus(joined: tuple[Raylets, Cluster]) -> Iterator[None]:
-    """Only the machine with two GPUs, which has four cores, can run a trial that takes two cores."""
+    """Only the machine with two GPUs and four cores can run a trial that takes two cores."""
     joined[0].cluster.remove_node(joined[0].nodes.pop())
     yield
     joined[0].add(num_cpus=4, num_gpus=GPUS[1])
