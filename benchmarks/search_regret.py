@@ -195,6 +195,8 @@ def knapsacks(table: Table) -> Iterator[dict[str, Any]]:
             table.space_of(cut, budget)
             for budget in range(STEP * -(-min(sizes) // STEP), max(sizes), STEP)
         ]
+        if not spaces:  # all plans of this cut are within 5 MB of each other
+            continue
         best = [
             min(table.loss(plan) for plan in table.plans if space.is_feasible(plan))
             for space in spaces
