@@ -64,7 +64,7 @@ def compared_as_trials(ours: Finalist, theirs: Finalist, num_finalists: int) -> 
     """
     seeds = tuple(seed for seed in ours.losses if seed in theirs.losses)
     by_seed = [[less(ours.losses[seed], theirs.losses[seed])] for seed in seeds]
-    return Paired(seeds, interval(by_seed, num_finalists * (num_finalists - 1) // 2))
+    return Paired(seeds, interval(by_seed, max(1, num_finalists * (num_finalists - 1) // 2)))
 
 
 def is_beaten(finalist: Finalist, search: SearchRecord) -> bool:

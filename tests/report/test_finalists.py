@@ -20,7 +20,7 @@ from qpruner.report.overview import overview
 from qpruner.report.results import rows
 from qpruner.report.sections import sections
 from qpruner.runs.records import BEST_SEARCHED, Finalist, FreshScore, Results, RungAgreement
-from qpruner.search.roles import control_title, finalist_title
+from qpruner.search.roles import control_title, finalist_title, is_beaten
 
 BUDGET = 101_500_000
 NF4 = dict.fromkeys(PLAN, "nf4")
@@ -314,3 +314,9 @@ def test_a_plan_is_told_in_short_by_its_formats() -> None:
     assert formats_text({"embeddings": "int8"} | blocks | {"head": "bf16"}) == (
         "1 nf4, 2 int8, embeddings int8, head bf16"
     )
+
+
+def test_a_winner_without_other_finalists_is_beaten_by_none() -> None:
+    """As after a given plan: there is no pair, and the table is of one row."""
+    search = searched().search
+    assert search and not is_beaten(search.winner, search)
