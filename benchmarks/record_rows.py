@@ -259,9 +259,8 @@ def source_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     model, adapter = folder / "model.gguf", folder / "adapter.gguf"
     shutil.copy(resolve_source(bench.config.model.source, "model.source"), model)
     write_adapter(final, adapter)
-    return Files(
-        folder, final, (model, adapter)
-    )  # the weights that transformers unpacks, rounded to bf16
+    # the weights that transformers unpacks, rounded to bf16
+    return Files(folder, final, (model, adapter))
 
 
 def one_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:

@@ -37,11 +37,12 @@ MOST_GROUPS = {"bayesopt": 40}  # above so many groups a proposal takes it minut
 GOAL = 0.02  # nats
 STEP = 5_000_000  # bytes between the budgets of `knapsacks`
 GOAL_TRIALS = 16  # after which the goal counts
+# budgets by default: so far from the smallest plan's bytes to the largest's
 FRACTIONS = (
     0.25,
     0.5,
     0.75,
-)  # budgets by default: so far from the smallest plan's bytes to the largest's
+)
 
 
 def budgets_of(table: Table, megabytes: Sequence[float], flops_fraction: float) -> list[int]:

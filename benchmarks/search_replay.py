@@ -197,9 +197,8 @@ class EndedTrial:
 
     plan: PrecisionPlan
     loss: float  # at the last rung, also of a stopped trial, without noise
-    scores: tuple[
-        float, float
-    ]  # at the last rung under the seed of the trials and under a further one
+    # at the last rung under the seed of the trials and under a further one
+    scores: tuple[float, float]
     control: bool
     fits: bool  # may win
     finished: bool

@@ -81,9 +81,8 @@ def account(tmp_path: Path) -> Iterator[Account]:
     }
     images.write_text(json.dumps([image]))
     bin.mkdir()
-    (bin / "curl").write_text(
-        "#!/bin/sh\necho 198.51.100.7\n"
-    )  # the public address of this machine
+    # the public address of this machine
+    (bin / "curl").write_text("#!/bin/sh\necho 198.51.100.7\n")
     (bin / "curl").chmod(0o755)
     with object_store(MOTO_AMIS_PATH=str(images), MOTO_IAM_LOAD_MANAGED_POLICIES="true") as store:
         own = {"PATH": f"{bin}:{tools}", "HOME": str(tmp_path), "AWS_PAGER": ""}
@@ -106,9 +105,8 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
     names, edited = (file.read_text() for file in files)
     assert "None" not in names, "the AWS CLI prints None for missing things"
     files[1].write_text(edited.replace("ami-0123456789abcdef0", "").replace("subnet-", "None-"))
-    account.follow(
-        "export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=()
-    )  # without -e, as in a terminal
+    # without -e, as in a terminal
+    account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=())
     assert [file.read_text() for file in files] == [names, edited], "a second time gives the same"
     if shutil.which("rsync"):  # the script needs it
         account.run(sys.executable, "launch/check_cluster.py", "cluster.yaml")

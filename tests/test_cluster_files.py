@@ -78,9 +78,10 @@ def test_a_token_becomes_readable_for_its_owner_only(tmp_path: Path) -> None:
     token.parent.mkdir()
     token.write_text("a" * 64)
     token.chmod(0o644)
+    # as Ray does
     subprocess.run(
         ["bash", "-c", f"({command})"], env={"HOME": str(tmp_path), "PATH": PATH}, check=True
-    )  # as Ray does
+    )
     assert (token.read_text(), f"{token.stat().st_mode & 0o777:o}") == ("a" * 64, "600")
 
 
@@ -108,9 +109,8 @@ def ec2_complaints(node_config: dict[str, Any]) -> str:
     from botocore.session import get_session
     from botocore.validate import ParamValidator
 
-    given = {
-        key: value for key, value in node_config.items() if key != "SubnetIds"
-    }  # a key of Ray, not of AWS
+    # a key of Ray, not of AWS
+    given = {key: value for key, value in node_config.items() if key != "SubnetIds"}
     run_instances = get_session().get_service_model("ec2").operation_model("RunInstances")
     report = ParamValidator().validate(
         {**given, "MinCount": 1, "MaxCount": 1}, run_instances.input_shape

@@ -44,9 +44,8 @@ def test_rows_are_compared_with_ours_of_as_many_bytes(capsys: pytest.CaptureFixt
         [line.split(" | ") for line in part.split("\n")]
         for part in capsys.readouterr().out.split("\n\n")
     )
-    assert (
-        len({len(row) for row in shown}) == 2
-    )  # all rows as the heading; the rule below it has no spaces
+    # all rows as the heading; the rule below it has no spaces
+    assert len({len(row) for row in shown}) == 2
     rows = [row[0].removeprefix("| ").partition(":")[0] for row in shown[2:]]
     assert rows == ["ours-60", "ours-91.7", "q4_0", "ours-112.1", "nf4"]
     assert [(row[0], row[1], row[-1]) for row in compared[2:] if row[0]] == [

@@ -66,9 +66,8 @@ class Exported(Compared):
     form: Form
     folder: Path
     is_plain: bool  # whether it loads without qpruner
-    recoded: Mapping[
-        str, str
-    ]  # layers that the server cannot take in the plan's format, each with its format here
+    # layers that the server cannot take in the plan's format, each with its format here
+    recoded: Mapping[str, str]
     remarks: tuple[str, ...]  # what differs from the final model, for people
     file_bytes: int  # of all files that a server reads
     tensor_bytes: int  # of weights and adapter in these formats; the rest is tokenizer and metadata

@@ -92,10 +92,11 @@ class Bank(Stage[BankRecord]):
         context = self.context
         for cut, reason in context.unfit.items():
             self.notify(f"warning: {left_out_text(cut, reason)}")
+        # raise errors, now that the widths are known
         _ = (
             context.budget_bytes,
             context.plan_in_file,
-        )  # raise errors, now that the widths are known
+        )
         for bank in self._banks:
             _remove_stale(bank)
             if not bank.has_grams():
@@ -217,9 +218,8 @@ def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
             if format_of(level).is_packed:
                 size += sum(sizes.get(level, 0) for sizes in layout.sizes) + layout.trained_bytes
     extra = [level for level in PAPER if level not in pruned.levels]
-    if (
-        extra and MUTUAL_INFORMATION in config.measured_methods
-    ):  # one plan of formats that are not the run's
+    # one plan of formats that are not the run's
+    if extra and MUTUAL_INFORMATION in config.measured_methods:
         blocks = [group for group in pruned.groups if group.name not in (EMBEDDINGS, HEAD)]
         size += (
             sum(group.packed_bytes(extra[-1], pruned.element_bytes) for group in blocks)

@@ -137,9 +137,8 @@ def score_jobs(
         record = stage.read_intact(file, RowScores, place, f"{job.label} is scored again")
         if record and record.digest == digest:
             found[job.folder] = record
-    for_each(
-        remove, [job.progress for job in jobs if job.folder not in found]
-    )  # files of an interrupted command
+    # files of an interrupted command
+    for_each(remove, [job.progress for job in jobs if job.folder not in found])
     for job, (scores, seconds) in run_jobs(
         stage, evaluate_candidate, jobs, found, "answers", text=text
     ):

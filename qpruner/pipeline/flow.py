@@ -118,9 +118,8 @@ def recorded(context: Context) -> None:
         stage = kind(context)
         record = None
         with suppress(CorruptFile):
-            if exists(
-                context.run_dir.record_path(stage.name)
-            ):  # computing the digest of the inputs takes time
+            # computing the digest of the inputs takes time
+            if exists(context.run_dir.record_path(stage.name)):
                 record = stage.matching_record(stage.digest)
         if record is None:
             return
@@ -179,9 +178,8 @@ def _damage_remedy(path: Path | None, root: Path | None) -> str:
     parts = path.relative_to(root).parts
     if parts[0] in ("trials", "cuts", "banks", "sensitivities", Prepare.name):
         return "repeat the command: the damaged file is set aside, and only that file is made again"
-    doomed = root.joinpath(
-        *parts[: 2 if parts[0] == "candidates" else 1]
-    )  # each candidate has its own folder
+    # each candidate has its own folder
+    doomed = root.joinpath(*parts[: 2 if parts[0] == "candidates" else 1])
     if parts[0] in Results.model_fields:  # without its record the stage runs again
         doomed = RunDir(root, create=False).record_path(parts[0])
     return f"delete {display_name(doomed)}, then repeat the command: its contents are made again"

@@ -49,9 +49,8 @@ class Shapes:
 
     model_config: Any
     base: Layout
-    cuts: Mapping[
-        str, Cut
-    ]  # the cuts that the search may choose, by name, the one that removes least first
+    # the cuts that the search may choose, by name, the one that removes least first
+    cuts: Mapping[str, Cut]
     layouts: Mapping[str, Layout]  # the groups of each of these cuts
     left_out: Mapping[str, str]  # name of a cut that cannot be made -> the reason
     # whether the pruned shapes depend on scores, as with global selection or dropped blocks

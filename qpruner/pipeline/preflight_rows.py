@@ -39,9 +39,8 @@ class Rows:
 
     examples: dict[str, list[Example]]
     questions: dict[str, list[str]]
-    num_questions: dict[
-        str, dict[str, int]
-    ]  # number of questions by use (`search`, `fresh`, `test`) and task
+    # number of questions by use (`search`, `fresh`, `test`) and task
+    num_questions: dict[str, dict[str, int]]
     metrics: dict[str, dict[str, str]]
     warnings: tuple[str, ...]
 

@@ -164,9 +164,8 @@ class Prune(Stage[PruneRecord]):
 
     def is_complete(self, folder: Path) -> bool:
         cuts = [self.context.run_dir.cut(name) for name in self.context.inspection.cuts]
-        are_intact = [
-            super(Prune, self).is_complete(each) for each in cuts
-        ]  # each damaged one is set aside
+        # each damaged one is set aside
+        are_intact = [super(Prune, self).is_complete(each) for each in cuts]
         return all(are_intact)
 
     def unfinished(self) -> Iterable[Path]:

@@ -152,9 +152,8 @@ def run(
         except BaseException as error:
             # A report would wait again for a storage that does not answer.
             is_away = isinstance(error, StorageError) or isinstance(error.__cause__, StorageError)
-            if (
-                progress.has_begun and not is_away and holds_run()
-            ):  # else keep the report of an earlier command
+            # else keep the report of an earlier command
+            if progress.has_begun and not is_away and holds_run():
                 report_unfinished(run_dir)
             raise
         finally:

@@ -193,9 +193,8 @@ class Search(Stage[SearchRecord]):
                 and all(trial.is_over for trial in own)
                 and over.issuperset(each.index for each in record.finalists)
             ):
-                context.forget(
-                    "search"
-                )  # a damaged trial has to run again, or its number gets another plan
+                # a damaged trial has to run again, or its number gets another plan
+                context.forget("search")
         state = SearchState(
             trials_digest=self.trials_digest,
             search=self.search_digest,

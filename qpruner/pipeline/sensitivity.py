@@ -119,9 +119,8 @@ def _scored(
     from qpruner.sensitivity import methods as scoring
 
     config = context.config
-    rows = list(
-        load_encoded(context.data / "sensitivity")
-    )  # a mapped file cannot be sent to other machines
+    # a mapped file cannot be sent to other machines
+    rows = list(load_encoded(context.data / "sensitivity"))
     pad_id = int(load_tokenizer(str(context.checkpoint_of(context.reference))).pad_token_id)
     subject = scoring.Subject(
         samples=Samples(rows, pad_id, config.sensitivity.batch_size),

@@ -37,9 +37,8 @@ UNPACKED = "f16"  # format of the base model's file
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 128, 32, 16
 NUM_TURNS = 3
 PLAN = "plan"  # `ServedRow.format` of a fine-tuned model
-Turn = tuple[
-    float, float, float | None
-]  # tokens per second of prefill and of decode, and the loss in the first turn
+# tokens per second of prefill and of decode, and the loss in the first turn
+Turn = tuple[float, float, float | None]
 
 
 @dataclass(frozen=True)

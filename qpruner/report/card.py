@@ -18,10 +18,11 @@ from qpruner.runs.records import SEARCHED
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
+# metric's name in lm-eval -> its name on the hub
 METRICS = {
     "acc": "accuracy",
     "acc_norm": "accuracy",
-}  # metric's name in lm-eval -> its name on the hub
+}
 
 
 def model_card(run: Snapshot) -> str:
@@ -35,9 +36,8 @@ def model_card(run: Snapshot) -> str:
     stated = {name: value for name, value in config.get("card", {}).items() if value is not None}
     base_card = ""
     if "license" not in stated:
-        with contextlib.suppress(
-            OSError, UnicodeDecodeError
-        ):  # an unreadable card must not fail the report
+        # an unreadable card must not fail the report
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             base_card = read_text(run.run_dir.base_model(run.results.prepare) / "README.md") or ""
     data = ModelCardData(
         **_known(config, Path(run.state.folder), base_card) | stated,

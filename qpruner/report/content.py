@@ -57,9 +57,8 @@ class Compared:
         return f"{self.figure}  [{''.join(line)}]"
 
 
-Cell = (
-    str | PrecisionPlan | Compared
-)  # a plan is drawn as a bar, or written with a letter per group
+# a plan is drawn as a bar, or written with a letter per group
+Cell = str | PrecisionPlan | Compared
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,8 @@ def code(text: str) -> str:
 
 def _inline(text: str) -> str:
     parts = re.split(r"(?<!`)(`[^`\n]+`)(?!`)", text)
-    for index in range(
-        0, len(parts), 2
-    ):  # the text outside code; an underscore inside a word needs no escape
+    # the text outside code; an underscore inside a word needs no escape
+    for index in range(0, len(parts), 2):
         marked = re.sub(r"[\\`*~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", parts[index])
         parts[index] = marked.replace("&", "&amp;").replace("<", "&lt;")
     return "".join(parts).replace("\n", " ")

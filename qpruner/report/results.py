@@ -16,9 +16,8 @@ from qpruner.runs.records import (
 )
 from qpruner.search.roles import title_of
 
-FineTune = tuple[
-    CandidateRecord, RowScores
-]  # the record of one fine-tune, and the scores of its model
+# the record of one fine-tune, and the scores of its model
+FineTune = tuple[CandidateRecord, RowScores]
 Speed = tuple[float, float, float]
 """Median, minimum and maximum of a row's repeated speed measurements, in tokens per second."""
 

@@ -123,9 +123,8 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
         "plan": str(plan_of(trial)),
-        "step": max(
-            last.step if last else 0, pulse.step if pulse else 0
-        ),  # may be later than the last rung
+        # may be later than the last rung
+        "step": max(last.step if last else 0, pulse.step if pulse else 0),
         "rung": last.step if last else None,
         "loss": last.loss if last else None,
         "accuracy": last.accuracy if last else None,

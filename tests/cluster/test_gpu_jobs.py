@@ -151,10 +151,11 @@ def test_a_process_keeps_no_memory_of_a_finished_job(four_gpus: None) -> None:
 
         class Model:
             def __init__(self) -> None:
+                # as Trainer, model and callbacks form cycles
                 self.weights, self.itself = (
                     torch.ones(2**27),
                     self,
-                )  # as Trainer, model and callbacks form cycles
+                )
 
         Model()
         return os.getpid()

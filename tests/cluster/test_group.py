@@ -123,9 +123,8 @@ def run() -> Iterator[Run]:
 
     from qpruner.cluster.group import run_groups
 
-    ray.cloudpickle.register_pickle_by_value(
-        sys.modules[__name__]
-    )  # workers cannot import this file
+    # workers cannot import this file
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     if connect(None).slots().fits({"cpu": 1.0}) < 2:
         pytest.skip("two processes need two cores")
 

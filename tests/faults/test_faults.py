@@ -122,10 +122,11 @@ def test_only_damaged_files_are_set_aside_and_made_again(
 ) -> None:
     root = copy_of(banked, tiny_raw)
     folder, stage = root / place, place.partition("/")[0].replace("cuts", "prune")
+    # it has the seconds
     before, measured = (
         folder_digests(folder),
         {"cut.json": ""} if stage == "prune" else {},
-    )  # it has the seconds
+    )
     damage(folder)
     _, events = go(tiny_raw, "bank")
     (told,) = [

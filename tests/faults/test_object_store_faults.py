@@ -137,9 +137,8 @@ def test_only_damaged_objects_are_set_aside_and_made_again(
         store.damage(f"{run}/{name}")
     store.delete(f"{run}/records/sensitivity.json")
     config = config_at(store.uri(run), tmp_path / "a", tiny_model)
-    raw = with_key(
-        yaml.safe_load(config.read_text()), "sensitivity.methods", ["first_order"]
-    )  # it reads the bank
+    # it reads the bank
+    raw = with_key(yaml.safe_load(config.read_text()), "sensitivity.methods", ["first_order"])
     config.write_text(yaml.safe_dump(raw))
     said = ended(config, "sensitivity").said()
     (aside,) = [key for key in store.keys(f"{run}/damaged") if key.endswith("/model.safetensors")]

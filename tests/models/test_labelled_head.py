@@ -95,9 +95,8 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str, dtype: str) -> 
     assert_same_gradients(model, found.sum(), expected.sum(), tolerance, 1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", sorted({*FAMILY_NAMES} - {"opt"})
-)  # whose positions ignore `position_ids`
+# The positions of opt ignore `position_ids`.
+@pytest.mark.parametrize("name", sorted({*FAMILY_NAMES} - {"opt"}))
 def test_rows_that_are_joined_do_not_see_each_other(name: str) -> None:
     model, padded, joined = family_model(name).eval(), collate(rows(), PAD), _collate(rows(), PAD)
     expected = reference_losses(model, padded)

@@ -41,12 +41,13 @@ from qpruner.runs.events import Event
 from qpruner.runs.records import GIVEN, FreshScore, SearchRecord, SensitivityRecord
 from qpruner.search.choice import seed_plan
 
+# of the base one plan fits
 CONTROLS = (
     "unpruned-uniform",
     "cut-20-uniform",
     "cut-20-knapsack",
     "paper",
-)  # of the base one plan fits
+)
 
 
 def test_random_plans_have_equal_bytes_and_all_seeds(

@@ -58,9 +58,8 @@ def test_an_interrupted_comparison_is_completed(
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "adapter_model.safetensors").touch()
         write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
-    (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(
-        parents=True
-    )  # its driver was killed just then
+    # its driver was killed just then
+    (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(parents=True)
     with writing_folder(jobs["random", 2] / "checkpoints" / "checkpoint-2") as checkpoint:
         checkpoint.mkdir(parents=True)
         (checkpoint / "optimizer.pt").write_bytes(b"moments")

@@ -43,15 +43,15 @@ def test_progress_of_long_steps_counts_up_once(sensed: tuple[dict[str, Any], lis
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for event in sensed[1]:
         if isinstance(event, Progress):
-            work = (
-                "groups" if event.stage == "bank" else event.detail
-            )  # the detail is the name of a group
+            # the detail is the name of a group
+            work = "groups" if event.stage == "bank" else event.detail
             found.setdefault((event.stage, work), []).append((event.done, event.total))
     for work, steps in found.items():
+        # by the passes of two kinds of methods
         is_repeated = work == (
             "sensitivity",
             "loading weights",
-        )  # by the passes of two kinds of methods
+        )
         assert steps[-1] == (steps[0][1],) * 2 and (is_repeated or steps == sorted(set(steps))), (
             work
         )

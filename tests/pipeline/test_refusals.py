@@ -147,9 +147,8 @@ def _second_shard_missing(folder: Path) -> None:
 
 
 def _index_not_json(folder: Path) -> None:
-    (folder / "model.safetensors").rename(
-        folder / "model-00001-of-00001.safetensors"
-    )  # else no index is read
+    # else no index is read
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"wei')
 
 

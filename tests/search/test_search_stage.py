@@ -64,7 +64,8 @@ class Searching:
         self.job, self.room, self.events = job, 2, list[Event]()
         self.ledger, _ = resume_search(job, proposer or RandomProposer(job.space, seed=0))
         self.halt = Halt(self.events.append)
-        devices = Devices(lambda: {"node": 1}, self.events.append)
+        self.num_devices = 1
+        devices = Devices(lambda: {"node": self.num_devices}, self.events.append)
         room, emit = lambda held: self.room - held, self.events.append
         self.searcher = PlanSearcher(job, self.ledger, room, devices, emit, self.halt)
 
@@ -194,10 +195,11 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
         (trial(0, "888848", [3.5], ANOTHER, status="running"), False),  # does not fit
         (trial(0, "484444", [3.5], status="failed", failure="storage"), True),
         (trial(0, "484444", [3.5], status="failed", failure="diverged"), False),
+        # it may have waited for its files
         (
             trial(0, "484444", [], status="failed", failure="hung"),
             True,
-        ),  # it may have waited for its files
+        ),
         (trial(0, "484444", [3.5], status="failed", failure="hung"), False),
     ],
 )
@@ -280,6 +282,20 @@ def test_deaths_for_memory_are_counted_apart(tmp_path: Path) -> None:
         search.searcher.on_trial_complete("a", error=True)
     record = read_trial(search.job.trials, 0)
     assert (record.status, record.kills, record.memory_kills) == ("running", 2, 1)
+
+
+@pytest.mark.parametrize("text", ["", KILLED_FOR_MEMORY])
+def test_a_trial_whose_worker_died_is_tried_on_another_device(text: str, tmp_path: Path) -> None:
+    """Another machine may have more memory, and another GPU no defect."""
+    own = {"device": "bad", "micro_batch_size": 1, "kills": 1, "memory_kills": 1}
+    search = Searching(job_of(tmp_path), trial(0, "444444", [], status="running", **own))
+    search.num_devices = 2
+    assert search.suggest("a") == 0
+    search.searcher.on_error_text("a", text)
+    search.searcher.on_trial_complete("a", error=True)
+    record = read_trial(search.job.trials, 0)
+    assert (record.status, record.failed_on, record.micro_batch_size) == ("running", ("bad",), None)
+    assert (record.kills, record.memory_kills) == (0, 0), "they would blame the plan"
 
 
 def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> None:

@@ -111,9 +111,8 @@ def _fit(
     Return why there are no more trials, or None if there may be more.
     """
     settings = job.config.search
-    has_more = (
-        job.config.is_searched and job.config.quantize.has_choice
-    )  # with one format all plans are controls
+    # with one format all plans are controls
+    has_more = job.config.is_searched and job.config.quantize.has_choice
     name = settings.searcher if has_more else "random"
     proposer = make_proposer(name, job.space, job.config.seed, job.priors)
     wait_for_storage(job.trials, job.search)
@@ -215,9 +214,8 @@ def make_proposer(
     `UserError`.
     """
     check_searcher(name)
-    if (
-        name == "gp"
-    ):  # imported here, because every worker imports this module and it is slow to import
+    # imported here, because every worker imports this module and it is slow to import
+    if name == "gp":
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
         return GaussianProcessProposer(space, seed, priors)

@@ -56,9 +56,8 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
 
     def __init__(self, resource_manager: Any) -> None:
         super().__init__(resource_manager)
-        self._failing: Any = (
-            None  # the worker whose process has just ended, while Tune handles that
-        )
+        # The worker whose process has just ended, while Tune handles that.
+        self._failing: Any = None
         self._to_hold: set[Any] = set()
         self._held: dict[Any, Any] = {}  # resources by Tune's tracked actor
 

@@ -46,12 +46,10 @@ class Devices:
 
     def __init__(self, count: Callable[[], Mapping[str, int]], emit: Emit) -> None:
         self._count, self._emit = count, emit
-        self._suspects: defaultdict[int, list[_Held]] = defaultdict(
-            list
-        )  # by the number of the trial that failed
-        self._tried: defaultdict[int, list[str]] = defaultdict(
-            list
-        )  # devices on which a trial failed in this command
+        # By the number of the trial that failed.
+        self._suspects: defaultdict[int, list[_Held]] = defaultdict(list)
+        # The devices on which a trial failed in this command, by its number.
+        self._tried: defaultdict[int, list[str]] = defaultdict(list)
         self._failures: Counter[str] = Counter()  # of trials that ran on another device
         self._left_out: list[_Held] = []  # several of one device, if trials share it
 
@@ -78,9 +76,9 @@ class Devices:
         return True
 
     def release(self, index: int) -> None:
-        """Let go of the devices on which a trial has failed.
+        """Let go of the devices on which a trial has failed that is over.
 
-        This trial is over and has told nothing about them.
+        It has told nothing about them.
         """
         for held in self._suspects.pop(index, []):
             held.let_go()

@@ -201,9 +201,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         else:
             # An error of the trial itself is in its record: here the process was killed, or never
             # started.
-            num_kills = record.kills
+            num_kills = record.kills + record.memory_kills
             record = _after_death(record, death, self._job)
-            if record.kills > num_kills and not record.is_over:
+            if record.kills + record.memory_kills > num_kills and not record.is_over:
                 failure = "its worker process died"
         if failure and self._devices.should_move(record, death.hold):
             self._move(suggestion, record, failure)
@@ -227,13 +227,15 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
     def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
         """Queue a trial that failed, to be resumed on another device.
 
-        It begins there with the configured micro-batch.
+        It begins there with the configured micro-batch, and its deaths count from 0.
         """
         update = {
             "status": "running",
             "failure": None,
             "reason": None,
             "micro_batch_size": None,
+            "kills": 0,
+            "memory_kills": 0,
             "failed_on": (*record.failed_on, record.device),
         }
         moved = record.model_copy(update=update)

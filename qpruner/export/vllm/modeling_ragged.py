@@ -28,8 +28,7 @@ class _Ragged:
         decoder: Any = getattr(self, self.base_model_prefix, self)  # type: ignore[attr-defined]
         for index, alike in enumerate(decoder.layers):
             block = type(alike)(config.per_layer_config[index], index)
-            block.self_attn.config = (
-                config  # not the layer's copy, as the attention's kind may be chosen later
-            )
+            # Not the layer's copy, as the attention's kind may be chosen later.
+            block.self_attn.config = config
             decoder.layers[index] = block
         self.post_init()  # type: ignore[attr-defined]

@@ -65,9 +65,8 @@ class Chart:
         A plot of one panel gets the full width of its container.
         """
         one_panel = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-        panels = {
-            "autosize": {"type": "pad", "resize": True}
-        }  # another choice may have a longer title
+        # another choice may have a longer title
+        panels = {"autosize": {"type": "pad", "resize": True}}
         return {
             "description": f"{self.title}. {self.caption}",
             "config": CONFIG,

@@ -32,9 +32,8 @@ def plan_bars(plans: Mapping[str, PrecisionPlan], measured: SensitivityRecord | 
         for title in (cut_title(plan.cut),)
         for group, format_name in plan.as_dict().items()
     ]
-    longest = sorted(
-        plans.values(), key=lambda plan: -len(plan.groups)
-    )  # in which no block is lacking
+    # in which no block is lacking
+    longest = sorted(plans.values(), key=lambda plan: -len(plan.groups))
     groups = list(dict.fromkeys(group for plan in longest for group in plan.groups))
     used = by_size(tuple({bar["format"] for bar in bars}))
     colours = by_word("format", {name: format_of(name).colour for name in used})

@@ -65,9 +65,10 @@ def test_an_error_comes_after_what_was_found(
 def test_a_file_that_is_cut_while_it_is_read_crashes_llama_cpp_alone(
     tiny_model: Path, tmp_path: Path
 ) -> None:
+    # the child imports this file too, and torch takes seconds
     from qpruner.export.gguf.writing import (
         write_gguf,
-    )  # the child imports this file too, and torch takes seconds
+    )
 
     model = tmp_path / "tiny.gguf"
     write_gguf(tiny_model, model, "tiny")
