@@ -1,5 +1,6 @@
-"""Which way of pruning loses least? SmolLM2-135M, before and after a short fine-tune. (Is it
-faster: pruning_speed.py.)
+"""Compare ways of pruning by what SmolLM2-135M loses, before and after a short fine-tune.
+
+Whether a pruned model is faster is measured by pruning_speed.py.
 
     .venv/bin/python benchmarks/pruning.py    # all of it: some hours on two cores
     .venv/bin/python benchmarks/pruning.py --minutes 20 --scratch FOLDER   # a piece of it

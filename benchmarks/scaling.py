@@ -1,5 +1,4 @@
-"""What does the orchestrator cost? A real search on one raylet and on two, and 2,000 trials that do
-nothing.
+"""Measure what the orchestrator costs, by a real search and by 2,000 trials that do nothing.
 
     .venv/bin/qpruner sensitivity tune_configs/demo_smollm2_cpu.yaml
     .venv/bin/python benchmarks/scaling.py runs/demo --config tune_configs/demo_smollm2_cpu.yaml

@@ -1,7 +1,7 @@
 """Replay searches on measured tables: how fast each searcher finds the best plan.
 
-No model runs. What ASHA costs is told too. `--table` is every file in benchmarks/tables unless
-given; budgets are in MB:
+No model runs. It also measures what ASHA costs. Without `--table` it reads every file in
+benchmarks/tables. Budgets are in MB:
 
     .venv/bin/python benchmarks/search_regret.py
     .venv/bin/python benchmarks/search_regret.py --table FILE --budgets 75 90 --seeds 5

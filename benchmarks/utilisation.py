@@ -1,5 +1,6 @@
-"""What share of the accelerators' time does a search keep them busy? Trials that sleep, on GPUs
-that are only counted.
+"""Measure for what share of the time a search keeps its GPUs busy.
+
+Trials only sleep, on GPUs that Ray only counts.
 
     .venv/bin/python benchmarks/utilisation.py                          # about 35 minutes
     .venv/bin/python benchmarks/utilisation.py --slots 4 --seconds 10 --trials-per-slot 8
@@ -9,7 +10,7 @@ log-normal, sigma 1, with the given mean for a trial that runs to its end; ASHA 
 them at a quarter of it and half of the others at the half. Busy is asleep: a report, a checkpoint,
 a decision, a new plan, a process that starts are idle time. The share counts from the moment at
 which every slot has been busy at once to the last suggestion; the ramp before and the tail after it
-are told apart. Prints a table and a JSON line.
+are reported separately. Prints a table and a JSON line.
 """
 
 import argparse

@@ -146,7 +146,10 @@ def visit_linear_gradients(
 
 
 class _Place(NamedTuple):
-    """What to visit of a linear layer: values and gradients at its inputs (True) or outputs."""
+    """Says whether the values, and the gradients, of a linear layer are visited at its inputs.
+
+    Those that are False are visited at its outputs.
+    """
 
     linear: torch.nn.Linear
     values: bool

@@ -172,10 +172,7 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         return self.requested and not self._num_running
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Raise the error that was given to `end` with `at_once`.
-
-        The user is told once that a Ctrl-C is being handled.
-        """
+        """Raise the error that was given to `end` with `at_once`; after a Ctrl-C, say so once."""
         if self.trouble and self._at_once:
             raise self.trouble
         self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)

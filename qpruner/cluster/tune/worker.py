@@ -55,13 +55,13 @@ def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
         traceback.clear_frames(error.__traceback__)  # they hold the model
         raise
     finally:
-        release()  # this process may wait for its next trial, or keep its device from others
+        release()  # this process may wait for its next trial
 
 
 def leave_if_drained() -> None:
     """End this process if its node is about to leave.
 
-    Its trial resumes on another node from its last checkpoint. Ray starts no new actors on such a
+    The trial is then resumed on another node, from its last checkpoint. Ray starts no new actors on such a
     node, but Tune (2.60) would give this actor one trial after the other.
     """
     if not is_staying(ray.get_runtime_context().get_node_id()):
