@@ -61,8 +61,8 @@ def run_recorded(params: dict[str, Any], job: SearchJob) -> None:
 def leave_if_drained() -> None:
     """End this process if its node is about to leave.
 
-    The trial is then resumed on another node, from its last checkpoint. Ray starts no new actors on such a
-    node, but Tune (2.60) would give this actor one trial after the other.
+    The trial is then resumed on another node, from its last checkpoint. Ray starts no new actors on
+    such a node, but Tune (2.60) would give this actor one trial after the other.
     """
     if not is_staying(ray.get_runtime_context().get_node_id()):
         os._exit(0)
