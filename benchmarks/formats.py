@@ -132,7 +132,7 @@ class Rows:
         start_seconds = time.monotonic() - started
         pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
         train, validation = (load_encoded(self.data / name) for name in ("train", "validation"))
-        fresh = load_confirmation(self.data, "judge")
+        fresh = load_confirmation(self.data, CONFIRMATION)
         before = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as work:

@@ -127,7 +127,7 @@ def measure(job: Job) -> dict[str, Any]:
 def scores(bench: Bench, model: Any) -> dict[str, Any]:
     """Losses by row and window, and right answers by question."""
     config, tokenizer = bench.config, load_tokenizer(str(bench.model))
-    texts = {"confirmation": load_confirmation(bench.data, "judge")}
+    texts = {"confirmation": load_confirmation(bench.data, CONFIRMATION)}
     for source in config.evaluate.text or ():
         examples = load_examples([source], "evaluate.text")
         windows = text_windows(

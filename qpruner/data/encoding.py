@@ -11,11 +11,12 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
 from qpruner.errors import CorruptFile, UserError
+from qpruner.runs.records import CONFIRMATION, SELECTION, Half
 from qpruner.runs.storage import fetch, retry_storage, writing_folder
 from qpruner.wording import counted
 
@@ -272,13 +273,14 @@ def load_encoded(folder: Path) -> EncodedRows:
         ) from error
 
 
-def load_confirmation(data: Path, part: Literal["choose", "judge"]) -> list[Row]:
-    """Load the half of the confirmation rows that chooses the winner, or the one that judges it.
+def load_confirmation(data: Path, half: Half) -> list[Row]:
+    """Load the half of the confirmation rows that selects the winner, or the one that judges it.
 
     No trial is scored on either half.
     """
-    half: list[Row] = load_encoded(data / "confirmation")[("choose", "judge").index(part) :: 2]
-    return half
+    first = (SELECTION, CONFIRMATION).index(half)
+    rows: list[Row] = load_encoded(data / "confirmation")[first::2]
+    return rows
 
 
 class EncodedRows(Sequence[Row]):

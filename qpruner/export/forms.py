@@ -145,7 +145,7 @@ def _grams_of(run: RunDir, final: Path) -> GramOf:
     It returns None for every layer if the model was rounded without GPTQ.
     """
     tuned = run.read_record("finetune", FinetuneRecord)
-    winner = tuned.candidates[0] if tuned else None
+    winner = tuned.winner if tuned else None
     if winner is None or not winner.bank:
         return lambda path: None
     bank = run.bank(winner.cut)

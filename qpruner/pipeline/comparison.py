@@ -1,17 +1,40 @@
 """The comparison stage: fine-tune and score baselines in the same way as the winning plan."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.pipeline.comparison_rows import distinct, job_keys, jobs_of, table_rows
-from qpruner.pipeline.evaluate import measure_in_turns, rows_of, score_jobs
-from qpruner.pipeline.finetune import finetune_jobs, have_rows, setting_aside_damaged_adapter
+from qpruner.pipeline.context import Context
+from qpruner.pipeline.controls import controls
+from qpruner.pipeline.evaluate import held_out, measure_in_turns, unquantized
+from qpruner.pipeline.finetune import final_job, first_seed, winner_origin, winning_plan
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.stage import Stage
-from qpruner.runs.records import ComparisonRecord, EvalRecord, FinetuneRecord
-from qpruner.training.table_rows import Candidate
+from qpruner.pipeline.tuning import (
+    are_recorded,
+    distinct,
+    job_keys,
+    score_all,
+    setting_aside_damaged_adapter,
+    tune_all,
+)
+from qpruner.plans.plan import PrecisionPlan, plan_of
+from qpruner.runs.records import (
+    BEST_SEARCHED,
+    PAPER,
+    RANDOM,
+    SEARCHED,
+    ComparisonRecord,
+    EvalRecord,
+    FinetuneRecord,
+    SearchRecord,
+)
+from qpruner.search.choice import random_plans
+from qpruner.search.roles import is_beaten
+from qpruner.training.jobs import FineTuneJob
 from qpruner.wording import counted
 
 
@@ -31,15 +54,15 @@ class Comparison(Stage[ComparisonRecord]):
         return config.finetune.compare
 
     @cached_property
-    def jobs(self) -> list[Candidate]:
+    def jobs(self) -> list[FineTuneJob]:
         """One job for each fine-tune of each row of the table."""
-        return jobs_of(self.context, table_rows(self.context))
+        return final_jobs(self.context)
 
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(EvalRecord).digest, job_keys(self.jobs))
 
     def begin(self) -> None:
-        if not have_rows(self.jobs):
+        if not are_recorded(self.jobs):
             self.context.forget(self.name)
 
     def detail(self) -> str:
@@ -49,39 +72,79 @@ class Comparison(Stage[ComparisonRecord]):
         )
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, jobs, models = self.context, self.jobs, distinct(self.jobs)
+        context = self.context
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
-        text = (
-            context.run_dir.stage("evaluate") / "text" if context.record(EvalRecord).text else None
-        )
+        text = None
+        if context.record(EvalRecord).text:
+            text = context.run_dir.stage("evaluate") / "text"
+        scoring = held_out(context, text)
         with setting_aside_damaged_adapter(context.run_dir, self.name):
-            tuned = finetune_jobs(self, jobs)
-            scored = score_jobs(self, models, text)
+            tuned = tune_all(self, self.jobs, self.config.finetune.num_workers, own_process=True)
+            jobs = [
+                replace(job, record=record, scoring=scoring)
+                for job, record in zip(self.jobs, tuned, strict=True)
+            ]
+            rows = score_all(self, jobs, "answers")
             before = context.gpu_time.seconds
-            setting, taken = measure_in_turns(self, models)
-        own = {each.digest for each in context.record(FinetuneRecord).candidates}
-        held = {each.digest: each.gpu_seconds for each in tuned if each.digest not in own}
-        scoring = sum(
-            scored[job.folder].gpu_seconds for job in models if job.folder.name not in own
-        )
+            setting, rows = measure_in_turns(self, jobs, rows)
+        winner = context.record(FinetuneRecord).winner.digest
+        held = {row.digest: row.gpu_seconds for row in rows if row.digest != winner}
         return {
-            "candidates": tuned,
-            "rows": rows_of(jobs, scored, taken),
+            "rows": rows,
             "inference": setting,
-            "gpu_seconds": sum(held.values()) + scoring + context.gpu_time.seconds - before,
+            "gpu_seconds": sum(held.values()) + context.gpu_time.seconds - before,
         }
 
     def summary(self, record: ComparisonRecord) -> str:
-        titles, first = (
-            {job.name: job.title for job in self.jobs},
-            min(each.seed for each in record.candidates),
-        )
+        titles = {job.record.name: job.title for job in self.jobs}
+        first = first_seed(self.config)
         losses = [
-            f"{titles[row.name]} {row.confirmation_loss:.4f}"
-            for row in record.candidates
+            f"{titles[row.name]} {row.confirmation.mean:.4f}"
+            for row in record.rows
             if row.seed == first
         ]
         return f"training seed {first}: confirmation loss {', '.join(losses)}"
 
     def disk_bytes(self) -> int:
         return 6 * self.context.checkpoint_bytes
+
+
+def final_jobs(context: Context) -> list[FineTuneJob]:
+    """Make the jobs of the final table, in the order of its rows.
+
+    Controls that the winner beat as trials are left out, but its rival and the paper's flow stay.
+    If a control won, the rival is the best searched plan. Random plans have about the winner's
+    bytes, and its cut. The winner, its rival and the random plans get `finetune.seeds` training
+    seeds each, the other rows get one.
+    """
+    config = context.config
+    search = context.record(SearchRecord)
+    winner = winning_plan(search)
+    first = first_seed(config)
+    seeds = range(first, first + config.finetune.seeds)
+    rival = search.rival_as_trial
+    beaten = [plan_of(finalist) for finalist in search.finalists if is_beaten(finalist, search)]
+    jobs = []
+
+    def add(name: str, origin: str, plans: Iterable[PrecisionPlan], seeds: Iterable[int]) -> None:
+        plans = list(plans)
+        for seed in seeds:
+            jobs.extend(final_job(context, name, origin, plan, seed) for plan in plans)
+
+    dense = unquantized(context, winner)
+    for name, plan in dense.items():
+        add(name, "unquantized", [plan], seeds[:1])
+    for name, plan in controls(context):
+        is_rival = rival is not None and plan_of(rival) == plan
+        is_needed = is_rival or name == PAPER or plan not in beaten
+        if is_needed and plan not in dense.values():
+            add(name, name, [plan], seeds if is_rival else seeds[:1])
+    if rival is not None and not rival.control:
+        add(BEST_SEARCHED, f"{rival.origin}, trial {rival.index}", [plan_of(rival)], seeds)
+
+    space = context.space_of(winner.cut)
+    if winner in space:
+        drawn = random_plans(space, winner, config.finetune.random_plans, config.seed)
+        add(RANDOM, counted(len(drawn), "random plan"), drawn, seeds)
+    add(SEARCHED, winner_origin(search), [winner], seeds)
+    return jobs

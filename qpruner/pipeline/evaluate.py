@@ -1,35 +1,37 @@
 """The evaluate stage: measure accuracies on held-out tasks, memory and speed."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
 from qpruner.models.loading import load_tokenizer
-from qpruner.pipeline.comparison_rows import (
-    candidates_for,
-    job_progress,
-    run_jobs,
-    untuned_candidates,
-)
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finetune import setting_aside_damaged_adapter
+from qpruner.pipeline.finetune import final_job
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.pipeline.tuning import (
+    job_progress,
+    score_all,
+    setting_aside_damaged_adapter,
+    tasks_text,
+)
+from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
 from qpruner.runs.records import (
     BASE,
+    CONFIRMATION,
+    PRUNED,
     SEARCHED,
     EvalRecord,
+    FineTune,
     FinetuneRecord,
-    Inference,
     InferenceSetting,
-    RowScores,
     digest_of,
 )
-from qpruner.runs.storage import for_each, remove, write_json
-from qpruner.training.table_rows import Candidate, evaluate_candidate
-from qpruner.wording import counted, error_text
+from qpruner.runs.storage import remove
+from qpruner.training.jobs import FineTuneJob, Scoring
+from qpruner.wording import counted
 
 
 class Evaluate(Stage[EvalRecord]):
@@ -44,12 +46,16 @@ class Evaluate(Stage[EvalRecord]):
     memory_keys = "`evaluate.batch_size` or `data.max_length`"
 
     @cached_property
-    def jobs(self) -> list[Candidate]:
+    def jobs(self) -> list[FineTuneJob]:
         """The base, pruned and quantized models without a fine-tune, and the fine-tuned winner."""
-        [winner] = self.context.record(FinetuneRecord).candidates
-        plan = PrecisionPlan.from_dict(winner.plan, winner.cut)
-        untuned = untuned_candidates(self.context, plan)
-        return [*untuned, *candidates_for(self.context, [(winner.name, plan, winner.seed)])]
+        context = self.context
+        winner = context.record(FinetuneRecord).winner
+        plan = plan_of(winner)
+        dense = unquantized(context, plan)
+        jobs = [final_job(context, name, "unquantized", dense[name], None) for name in dense]
+        jobs.append(final_job(context, SEARCHED, winner.origin, plan, None))
+        tuned = final_job(context, SEARCHED, winner.origin, plan, winner.seed)
+        return [*jobs, replace(tuned, record=winner)]
 
     def inputs(self) -> tuple[Any, ...]:
         return (self.context.record(FinetuneRecord).digest, scores_digest(self.context))
@@ -58,29 +64,58 @@ class Evaluate(Stage[EvalRecord]):
         return f"{', '.join(self.config.evaluate.tasks)} for {counted(len(self.jobs), 'model')}"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, jobs = self.context, self.jobs
+        context = self.context
         about, text = held_out_text(context, scratch / "text")
-        inspection, settings = context.inspection, self.config.evaluate
-        questions, metrics = inspection.questions["evaluate"], inspection.metrics["evaluate"]
-        asked = (settings.tasks, settings.limit, settings.num_fewshot)
+        inspection = context.inspection
+        settings = self.config.evaluate
+        scoring = held_out(context, text)
+        jobs = [replace(job, scoring=scoring) for job in self.jobs]
         with setting_aside_damaged_adapter(context.run_dir, self.name):
-            scored = score_jobs(self, jobs, text)
+            rows = score_all(self, jobs, "answers")
             before = context.gpu_time.seconds
-            setting, taken = measure_in_turns(self, [job for job in jobs if job.seed is not None])
-        rows = rows_of(jobs, scored, taken)
+            setting, rows = measure_in_turns(self, jobs, rows)
+        tested = digest_of(
+            inspection.questions["evaluate"],
+            inspection.metrics["evaluate"],
+            settings.tasks,
+            settings.limit,
+            settings.num_fewshot,
+            *context.task_files,
+        )
+        scoring_seconds = sum(row.gpu_seconds for row in rows) - jobs[-1].record.gpu_seconds
         return {
             "rows": rows,
             "text": about,
             "inference": setting,
-            "tested": digest_of(questions, metrics, *asked, *context.task_files),
-            "gpu_seconds": sum(row.gpu_seconds for row in rows) + context.gpu_time.seconds - before,
+            "tested": tested,
+            "gpu_seconds": scoring_seconds + context.gpu_time.seconds - before,
         }
 
     def summary(self, record: EvalRecord) -> str:
-        scores = {(row.name, row.seed is None): scores_line(row) for row in record.rows}
-        return (
-            f"{self.jobs[-1].label} {scores[SEARCHED, False]}; base as it is {scores[BASE, True]}"
-        )
+        [winner] = record.tuned
+        base = next(row for row in record.untuned if row.name == BASE)
+        ours = ", ".join(tasks_text(winner))
+        return f"{self.jobs[-1].label} {ours}; base as it is {', '.join(tasks_text(base))}"
+
+
+def unquantized(context: Context, winner: PrecisionPlan) -> dict[str, PrecisionPlan]:
+    """Return the base model, and the pruned model that the winner quantizes, without formats."""
+    dense = {BASE: context.layout_of(UNPRUNED).dense()}
+    if winner.cut != UNPRUNED:
+        dense[PRUNED] = context.layout_of(winner.cut).dense()
+    return dense
+
+
+def held_out(context: Context, text: Path | None) -> Scoring:
+    """Return what the models of the final table are scored on, with the folder of a text."""
+    settings = context.config.evaluate
+    return Scoring(
+        digest=scores_digest(context),
+        tasks=settings.tasks,
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+        text=text,
+    )
 
 
 def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | None]:
@@ -99,7 +134,7 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
         return f"`evaluate.text` in {len(rows)} windows of {length} tokens", folder
     if any(row.format == "multiple_choice" for row in examples["confirmation"]):
         return None, None
-    rows = load_confirmation(context.data, "judge")
+    rows = load_confirmation(context.data, CONFIRMATION)
     save_encoded(rows, folder)
     part = "responses" if context.config.data.response_only else "whole rows"
     if all(row.format == "text" for row in examples["confirmation"]):
@@ -123,82 +158,35 @@ def scores_digest(context: Context) -> str:
     )
 
 
-def score_jobs(
-    stage: Stage[Any], jobs: list[Candidate], text: Path | None
-) -> dict[Path, RowScores]:
-    """Score models on `evaluate.tasks` and `text`, unless recorded.
-
-    Return the scores of all models by job folder.
-    """
-    context, digest = stage.context, scores_digest(stage.context)
-    found: dict[Path, RowScores] = {}
-    for job in jobs:
-        file, place = job.folder / "scores.json", job.folder.parent
-        record = stage.read_intact(file, RowScores, place, f"{job.label} is scored again")
-        if record and record.digest == digest:
-            found[job.folder] = record
-    # files of an interrupted command
-    for_each(remove, [job.progress for job in jobs if job.folder not in found])
-    for job, (scores, seconds) in run_jobs(
-        stage, evaluate_candidate, jobs, found, "answers", text=text
-    ):
-        held = seconds * context.gpus_held()
-        record = RowScores(digest=digest, name=job.name, seed=job.seed, gpu_seconds=held, **scores)
-        write_json(job.folder / "scores.json", record)
-        found[job.folder] = record
-        stage.notify(f"{job.label}: {scores_line(record)}")
-    return found
-
-
-def scores_line(row: RowScores) -> str:
-    """Format the score of a row on every task, such as `arc_easy acc_norm 0.650 (se 0.048)`."""
-    return ", ".join(
-        f"{each.task} {each.metric} {each.value:.3f}{error_text(each.stderr, 3)}"
-        for each in row.scores
-    )
-
-
-def rows_of(
-    jobs: Iterable[Candidate], scored: dict[Path, RowScores], taken: dict[Path, Inference]
-) -> list[RowScores]:
-    """List the scores of the jobs under their row names.
-
-    Memory and speed are added where they were measured.
-    """
-    return [
-        scored[job.folder].model_copy(update={"name": job.name, "inference": taken.get(job.folder)})
-        for job in jobs
-    ]
-
-
 def measure_in_turns(
-    stage: Stage[Any], jobs: Iterable[Candidate]
-) -> tuple[InferenceSetting | None, dict[Path, Inference]]:
-    """Measure memory and speed of models, alternating between them.
-
-    Return the setting, and results by job folder.
+    stage: Stage[Any], jobs: Sequence[FineTuneJob], rows: Sequence[FineTune]
+) -> tuple[InferenceSetting | None, list[FineTune]]:
+    """Measure memory and speed of the fine-tuned models, alternating between them.
 
     Nothing is measured if llama.cpp serves the winner: its speed there is what counts.
+
+    Returns:
+        The setting, and the rows with what was measured; they are those of the jobs.
     """
     from qpruner.training.inference import InferenceJob, measure_inference
 
     context = stage.context
     if context.config.serve.uses_llama_cpp:
-        return None, {}
+        return None, list(rows)
     # Fine-tunes of a plan that differ only in the training seed are measured once.
-    models: dict[tuple[Any, ...], list[Candidate]] = {}
-    for job in sorted(jobs, key=lambda job: job.cut):
-        models.setdefault((job.cut, *job.plan.items()), []).append(job)
+    models: dict[PrecisionPlan, FineTuneJob] = {}
+    for job in sorted(jobs, key=lambda job: job.record.cut):
+        if job.record.seed is not None:
+            models.setdefault(plan_of(job.record), job)
+
     resources, _ = context.task_resources(1)
-    alone = tuple(same[0] for same in models.values())
-    stage.notify(f"{counted(len(alone), 'model')} in turns: memory and tokens a second")
+    stage.notify(f"{counted(len(models), 'model')} in turns: memory and tokens a second")
     progress = context.run_dir.candidates / "turns"
-    task = InferenceJob(
-        context.worker_config, alone, context.data, int(resources.get("cpu", 1)), progress
-    )
+    threads = int(resources.get("cpu", 1))
+    task = InferenceJob(tuple(models.values()), context.data, threads, progress)
     remove(progress)  # the file of an earlier command
     on_tick = job_progress(stage, [progress], 1, "memory and tokens a second")
-    [(_, (setting, found))] = context.run_tasks(
+    [(_, (setting, figures))] = context.run_tasks(
         measure_inference,
         [task],
         resources,
@@ -207,8 +195,9 @@ def measure_in_turns(
         on_tick=on_tick,
         on_held=context.gpu_time.add,
     )
-    return setting, {
-        job.folder: taken
-        for same, taken in zip(models.values(), found, strict=True)
-        for job in same
-    }
+    of_plan = dict(zip(models, figures, strict=True))
+    measured = []
+    for row in rows:
+        taken = None if row.seed is None else of_plan[plan_of(row)]
+        measured.append(row.model_copy(update={"inference": taken}))
+    return setting, measured

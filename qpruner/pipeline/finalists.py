@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.measures import accuracy_name, over_questions
-from qpruner.pipeline.comparison_rows import run_jobs
 from qpruner.pipeline.stage import Stage
+from qpruner.pipeline.tuning import make_job, score_all, tune_all
 from qpruner.plans.plan import plan_of
-from qpruner.runs.events import Progress
-from qpruner.runs.records import GIVEN, Finalist, FreshScore, TrialRecord, digest_of
-from qpruner.runs.storage import for_each, remove, write_json
+from qpruner.runs.records import GIVEN, SELECTION, Finalist, TrialRecord, digest_of
 from qpruner.search import choice
-from qpruner.search.trial_records import checkpoint_of, trial_folder
-from qpruner.training.table_rows import Candidate, confirm_seed, confirm_trial
-from qpruner.wording import counted, error_text
+from qpruner.search.trial_records import checkpoint_of
+from qpruner.training.checkpoints import ADAPTER_WEIGHTS
+from qpruner.training.jobs import FineTuneJob, Scoring
+from qpruner.wording import counted
 
 if TYPE_CHECKING:
     from qpruner.cluster.tune import SearchJob
@@ -30,60 +27,85 @@ it afterwards.
 """
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """A finalist to score on fresh rows.
-
-    It has the file that keeps its score, and the digest of all that the score depends on beside the
-    folder of the trials.
-    """
-
-    candidate: Candidate
-    file: Path
-    digest: str
-
-
 def score_finalists(
     stage: Stage[Any], trials: Sequence[TrialRecord], job: SearchJob
 ) -> list[Finalist]:
     """Score finished trials on rows that no trial has used."""
-    seed = stage.config.seed
-    wanted = []
-    for trial in trials:
-        checkpoint = checkpoint_of(job.trials, trial)
-        assert checkpoint is not None, "a finished trial has a checkpoint"
-        file = trial_folder(job.trials, trial.index) / "fresh.json"
-        wanted.append(_scoring(stage, trial, checkpoint, seed, file, trial.checkpoint))
-
-    finalists = []
-    for trial, score in zip(trials, kept_scores(stage, wanted, trains=False), strict=True):
-        control = job.control_of(plan_of(trial))
-        reused = not job.owns(trial)
-        finalist = Finalist(
+    jobs = [_trial_job(stage, trial, job) for trial in trials]
+    scores = score_all(stage, jobs, UNIT)
+    return [
+        Finalist(
             index=trial.index,
-            origin=control or (f"{trial.origin} of another search" if reused else trial.origin),
-            control=control not in (None, GIVEN),
-            reused=reused,
-            cut=trial.cut,
-            plan=trial.plan,
-            plan_bytes=trial.plan_bytes,
+            control=job.control_of(plan_of(trial)) not in (None, GIVEN),
+            reused=not job.owns(trial),
             fits=job.fits(trial.cut, trial.plan_bytes),
-            scores={seed: score},
+            fine_tunes=(score,),
         )
-        _tell(stage, finalist)
-        finalists.append(finalist)
-    return finalists
+        for trial, score in zip(trials, scores, strict=True)
+    ]
 
 
-def _tell(stage: Stage[Any], finalist: Finalist) -> None:
-    score = finalist.of_trial
-    loss = f"selection loss {score.loss:.4f}{error_text(over_questions(score.losses).stderr, 4)}"
-    text = f"finalist: trial {finalist.index} ({finalist.origin}), {loss}"
-    if score.accuracy is not None:
-        name = accuracy_name(stage.context.inspection.metrics["search"])
-        accuracy = f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
-        text += f", selection {name} {accuracy}"
-    stage.notify(text)
+def _trial_job(stage: Stage[Any], trial: TrialRecord, job: SearchJob) -> FineTuneJob:
+    """Make the job that scores the last checkpoint of a finished trial."""
+    checkpoint = checkpoint_of(job.trials, trial)
+    assert checkpoint is not None, "a finished trial has a checkpoint"
+    # Another session may leave another checkpoint of the same trial.
+    of_trial = _job(stage, trial, stage.config.seed, job, trial.checkpoint)
+    last = trial.rungs[-1]
+    known = {
+        "steps": last.step,
+        "train_loss": last.train_loss,
+        "peak_memory_bytes": trial.peak_memory_bytes or 0,
+        "memory_counter": trial.memory_counter or "",
+        "adapter_sha256": trial.checkpoint[ADAPTER_WEIGHTS],
+    }
+    return replace(of_trial, record=of_trial.record.model_copy(update=known), adapter=checkpoint)
+
+
+def _job(
+    stage: Stage[Any],
+    trial: TrialRecord,
+    seed: int,
+    job: SearchJob,
+    checkpoint: Mapping[str, str] | None = None,
+) -> FineTuneJob:
+    """Make the job that trains the plan of a trial as long as a trial, and scores it.
+
+    If the trial itself is scored, `checkpoint` has the sha256 of its files.
+    """
+    config = stage.context.worker_config
+    search = config.search
+    length = config.finetune.model_copy(update={"steps": search.steps, "epochs": None})
+    training = config.training
+    if trial.micro_batch_size:
+        training = training.model_copy(update={"micro_batch_size": trial.micro_batch_size})
+    questions = stage.context.inspection.questions["fresh"]
+    digest = digest_of(search.metric, questions, checkpoint)
+    scoring = Scoring(digest=digest, half=SELECTION)
+    if search.by_accuracy:
+        assert search.limit is not None
+        scoring = replace(
+            scoring,
+            tasks=search.tasks,
+            limit=search.limit,
+            skip=search.limit,  # the questions after those of the trials
+            metric=search.named_metric,
+        )
+    plan = plan_of(trial)
+    origin = job.control_of(plan) or trial.origin
+    if origin == trial.origin and not job.owns(trial):
+        origin += " of another search"
+    made = make_job(
+        stage.context,
+        plan,
+        seed,
+        scoring,
+        name=origin,
+        title=f"finalist trial {trial.index} ({origin})",
+        origin=origin,
+        config=config.model_copy(update={"finetune": length, "training": training}),
+    )
+    return replace(made, survives_divergence=True)
 
 
 def with_further_seeds(
@@ -102,7 +124,7 @@ def with_further_seeds(
         [finalist.mean.cost(settings.metric) for finalist in able],
         [finalist.control for finalist in able],
         settings.confirm,
-        [] if settings.by_accuracy else [finalist.of_trial.losses for finalist in able],
+        [] if settings.by_accuracy else [finalist.losses[stage.config.seed] for finalist in able],
     )
     chosen = {able[position].index for position in positions}
     seeds = further_seeds(job.config)
@@ -113,20 +135,21 @@ def with_further_seeds(
         f"{counted(len(chosen), 'finalist')} cannot be told apart: each is trained again under "
         f"{counted(len(seeds), 'further seed')} (`search.confirm_seeds`)"
     )
-    wanted = {}
-    for trial in trials:
-        for seed in seeds if trial.index in chosen else ():
-            folder = trial_folder(job.trials, trial.index) / f"seed-{seed}"
-            depends_on = (trial.cut, trial.plan, seed)
-            file = folder.with_suffix(".json")
-            wanted[trial.index, seed] = _scoring(stage, trial, folder, seed, file, *depends_on)
-    scores = dict(zip(wanted, kept_scores(stage, list(wanted.values()), trains=True), strict=True))
-
-    confirmed = []
-    for finalist in finalists:
-        more = {seed: score for (index, seed), score in scores.items() if index == finalist.index}
-        confirmed.append(finalist.model_copy(update={"scores": finalist.scores | more}))
-    return confirmed
+    contenders = [trial for trial in trials if trial.index in chosen]
+    jobs = [_job(stage, trial, seed, job) for trial in contenders for seed in seeds]
+    tuned = tune_all(stage, jobs)
+    jobs = [replace(job, record=record) for job, record in zip(jobs, tuned, strict=True)]
+    tuned = score_all(stage, jobs, UNIT)  # those whose questions have changed since
+    more = {
+        trial.index: tuple(tuned[place * len(seeds) : (place + 1) * len(seeds)])
+        for place, trial in enumerate(contenders)
+    }
+    return [
+        finalist.model_copy(
+            update={"fine_tunes": finalist.fine_tunes + more.get(finalist.index, ())}
+        )
+        for finalist in finalists
+    ]
 
 
 def further_seeds(config: RunConfig) -> range:
@@ -136,55 +159,3 @@ def further_seeds(config: RunConfig) -> range:
     """
     first = config.seed + 1 + APART
     return range(first, first + config.search.confirm_seeds)
-
-
-def _scoring(
-    stage: Stage[Any], trial: TrialRecord, folder: Path, seed: int, file: Path, *depends_on: Any
-) -> Scoring:
-    candidate = Candidate(
-        name=trial.origin,
-        title=f"trial {trial.index}",
-        bank=stage.context.bank_of(trial.cut),
-        plan=trial.plan,
-        folder=folder,
-        seed=seed,
-        cut=trial.cut,
-        micro_batch_size=trial.micro_batch_size,
-    )
-    questions = stage.context.inspection.questions["fresh"]
-    digest = digest_of(*depends_on, stage.config.search.metric, questions)
-    return Scoring(candidate, file, digest)
-
-
-def kept_scores(stage: Stage[Any], wanted: Sequence[Scoring], trains: bool) -> list[FreshScore]:
-    """Score finalists on fresh rows, after a training or not; reuse scores that are kept."""
-
-    def read(scoring: Scoring) -> FreshScore | None:
-        trials = scoring.file.parents[1]
-        return stage.read_intact(scoring.file, FreshScore, trials, "the finalist is scored again")
-
-    by_folder = {scoring.candidate.folder: scoring for scoring in wanted}
-    scores = {}
-    for scoring, score in zip(wanted, for_each(read, wanted), strict=True):
-        if score and score.scored == scoring.digest:
-            scores[scoring.candidate.folder] = score
-    if trains:
-        for_each(remove, list(scores))  # a killed driver may have left them
-    else:
-        stage.context.emit(Progress(stage.name, len(scores), len(wanted), UNIT))
-
-    function = confirm_seed if trains else confirm_trial
-    unit = "steps of finalists" if trains else UNIT
-    jobs = [scoring.candidate for scoring in wanted]
-    held: list[float] = []
-    for job, score in run_jobs(stage, function, jobs, scores, unit, on_held=held.append):
-        scoring = by_folder[job.folder]
-        measured = {"scored": scoring.digest, "gpu_seconds": held[-1]}
-        scores[job.folder] = score.model_copy(update=measured)
-        write_json(scoring.file, scores[job.folder])
-        if trains:
-            remove(job.folder)
-            stage.notify(f"finalist: {job.label}, selection loss {score.loss:.4f}")
-        else:
-            stage.context.emit(Progress(stage.name, len(scores), len(wanted), UNIT))
-    return [scores[scoring.candidate.folder] for scoring in wanted]

@@ -14,16 +14,16 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
 from qpruner.export.commands import commands
 from qpruner.models.loading import check_source, load_tokenizer
-from qpruner.pipeline.comparison_rows import candidates_for
+from qpruner.pipeline.finetune import final_job
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
+from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, plan_of
 from qpruner.pruning.settings import uniform_remedy
 from qpruner.runs.records import SEARCHED, FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
 from qpruner.search.roles import rival_row
-from qpruner.training.table_rows import Candidate
+from qpruner.training.jobs import FineTuneJob
 
 COLUMNS = 4096  # columns that every format takes
 BASE_BYTES = 6
@@ -110,24 +110,18 @@ class Serve(Stage[ServeRecord]):
 
     def inputs(self) -> tuple[Any, ...]:
         prepared, tuned = self.context.record(PrepareRecord), self.context.record(FinetuneRecord)
-        about = (
-            [each.adapter_sha256 for each in tuned.candidates],
-            self._rival and self._rival[0].folder.name,
-        )
+        about = ([tuned.winner.adapter_sha256], self._rival and self._rival.record.digest)
         return (prepared.digest, tuned.digest, about, self.config.serve, _versions())
 
     @cached_property
-    def _rival(self) -> tuple[Candidate, float] | None:
-        """The winner's rival, with the winner's training seed, and its mean bits.
-
-        It is None if the rival had no fine-tune.
-        """
+    def _rival(self) -> FineTuneJob | None:
+        """The winner's rival, with the winner's training seed; None if it had no fine-tune."""
         results = self.context.records
-        if not (results.comparison and (name := rival_row(results))):
+        name = rival_row(results)
+        if results.comparison is None or name is None:
             return None
-        found = next(each for each in results.comparison.candidates if each.name == name)
-        plan = PrecisionPlan.from_dict(found.plan, found.cut)
-        return candidates_for(self.context, [(name, plan, found.seed)])[0], found.mean_bits
+        row = next(row for row in results.comparison.rows if row.name == name)
+        return final_job(self.context, name, row.origin, plan_of(row), row.seed)
 
     def detail(self) -> str:
         return f"{', '.join(self.config.serve.to)}{self.config.serve.how}"
@@ -135,7 +129,7 @@ class Serve(Stage[ServeRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
-        [winner] = context.record(FinetuneRecord).candidates
+        winner = context.record(FinetuneRecord).winner
         job = ServeJob(
             config=context.worker_config,
             root=context.run_dir.root,

@@ -22,15 +22,16 @@ from qpruner.quantization.formats import format_of
 from qpruner.runs.events import Emit, Message, Progress
 from qpruner.runs.records import (
     BASE,
+    CONFIRMATION,
     SEARCHED,
-    CandidateRecord,
+    FineTune,
     ServedForm,
     ServedRow,
     ServeSetting,
 )
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import empty_folder, fetch, remove, storage_at, writing_folder
-from qpruner.training.table_rows import Candidate
+from qpruner.training.jobs import FineTuneJob
 from qpruner.wording import counted
 
 UNPACKED = "f16"  # format of the base model's file
@@ -54,7 +55,7 @@ class Served:
 class ServeJob:
     """The work of the stage.
 
-    It has folders, the winner, and the best simple alternative with its mean bits (`rival`).
+    It has folders, the winner, and the best simple alternative (`rival`).
     """
 
     config: RunConfig
@@ -64,8 +65,8 @@ class ServeJob:
     scratch: Path
     threads: int
     layout: Layout
-    winner: CandidateRecord
-    rival: tuple[Candidate, float] | None = None
+    winner: FineTune
+    rival: FineTuneJob | None = None
 
 
 def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
     work = storage_at(job.scratch / "base").staging
     try:
         rows = [write_base(job.config, fetch(job.base), empty_folder(work), on_progress)]
-        rows += write_rival(*job.rival, work, on_progress) if job.rival else []
+        rows += write_rival(job.rival, work, on_progress) if job.rival else []
         for each in isolated(measure_in_turns, job, [*rows, *forms]):
             if isinstance(each, dict):
                 return each
@@ -158,22 +159,22 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
     return _in_llama_cpp(BASE, UNPACKED, 16.0, file)
 
 
-def write_rival(
-    rival: Candidate, mean_bits: float, folder: Path, on_progress: OnWork
-) -> list[Served]:
+def write_rival(rival: FineTuneJob, folder: Path, on_progress: OnWork) -> list[Served]:
     """Write the best simple alternative, fine-tuned, as GGUF files.
 
     No row is returned if llama.cpp lacks its formats.
     """
     from qpruner.export.gguf import writing
 
-    if any(each.is_packed and not each.ggml_type for each in map(format_of, rival.plan.values())):
+    if any(
+        each.is_packed and not each.ggml_type for each in map(format_of, rival.record.plan.values())
+    ):
         return []
     write_final(rival, folder / PLAN, lambda event: None)
     model, adapter = folder / "rival.gguf", folder / "rival-adapter.gguf"
     writing.write_gguf(folder / PLAN, model, model.stem, on_progress)
     writing.write_adapter(folder / PLAN, adapter, on_progress)
-    return [_in_llama_cpp(rival.name, PLAN, mean_bits, model, adapter)]
+    return [_in_llama_cpp(rival.record.name, PLAN, rival.record.mean_bits, model, adapter)]
 
 
 def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -> Served:
@@ -200,7 +201,7 @@ def measure_in_turns(
 
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
-    judging = load_confirmation(job.data, "judge")
+    judging = load_confirmation(job.data, CONFIRMATION)
     measured = [each for each in served if each.model]
     turns: list[list[Turn]] = [[] for _ in measured]
     total = NUM_TURNS * len(measured)

@@ -21,7 +21,7 @@ from qpruner.config.load import parse_yaml
 from qpruner.config.pruning import UNPRUNED as UNPRUNED
 from qpruner.errors import PlanRefused
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
-from qpruner.runs.records import Finalist, TrialRecord
+from qpruner.runs.records import Finalist, FineTune, TrialRecord
 
 EMBEDDINGS = "embeddings"
 HEAD = "head"
@@ -150,8 +150,8 @@ class PrecisionPlan:
         return "".join(format_of(name).letter for name in self.formats)
 
 
-def plan_of(record: TrialRecord | Finalist) -> PrecisionPlan:
-    """Return a trial's plan."""
+def plan_of(record: TrialRecord | Finalist | FineTune) -> PrecisionPlan:
+    """Return the plan of a record."""
     return PrecisionPlan.from_dict(record.plan, record.cut)
 
 

@@ -68,10 +68,8 @@ def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
     The final model is the winner under the first training seed.
     """
     assert run.results.evaluate
-    row = next(
-        row for row in run.results.evaluate.rows if row.name == SEARCHED and row.seed is not None
-    )
-    for score in row.scores:
+    [winner] = run.results.evaluate.tuned
+    for score in winner.tasks:
         yield EvalResult(
             task_type="text-generation",
             dataset_type=score.task,

@@ -6,8 +6,8 @@ It goes as far as the measured spread allows a verdict.
 from dataclasses import dataclass
 
 from qpruner.data.measures import accuracy_name
-from qpruner.plans.plan import UNPRUNED
-from qpruner.report.results import fine_tunes
+from qpruner.plans.plan import UNPRUNED, plan_of
+from qpruner.report.results import by_row
 from qpruner.report.statistics import (
     CONFIRMATION_LOSS,
     SAME,
@@ -22,7 +22,15 @@ from qpruner.report.statistics import (
     seeds_of,
     verdict_of,
 )
-from qpruner.runs.records import BEST_SEARCHED, RANDOM, SEARCHED, Finalist, Results, SearchRecord
+from qpruner.runs.records import (
+    BEST_SEARCHED,
+    RANDOM,
+    SEARCHED,
+    SELECTION,
+    Finalist,
+    Results,
+    SearchRecord,
+)
 from qpruner.search.roles import compared_as_trials, control_title, rival_row
 from qpruner.wording import counted
 
@@ -45,13 +53,9 @@ class Comparison:
 def comparisons(results: Results) -> list[Comparison]:
     """Compare the winner with its rival, then with random plans of equal bytes."""
     # The spread of random plans needs at least two of them.
-    several = (
-        len({tuple(record.plan.items()) for record, _ in fine_tunes(results).get(RANDOM, ())}) > 1
-    )
-    return [
-        compared(results, other)
-        for other in filter(None, (rival_row(results), RANDOM if several else None))
-    ]
+    random_plans = {plan_of(tuned) for tuned in by_row(results).get(RANDOM, ())}
+    others = [rival_row(results), RANDOM if len(random_plans) > 1 else None]
+    return [compared(results, other) for other in others if other]
 
 
 def compared(results: Results, other: str) -> Comparison:
@@ -61,13 +65,19 @@ def compared(results: Results, other: str) -> Comparison:
     by accuracy, the accuracy.
     """
     assert results.search and results.evaluate
-    by_name = fine_tunes(results)
-    pairs = paired(by_name[SEARCHED], by_name[other])
+    tuned = by_row(results)
+    pairs = paired(tuned[SEARCHED], tuned[other])
     decisive = (
         accuracy_name(results.evaluate.metrics) if results.search.by_accuracy else CONFIRMATION_LOSS
     )
-    found = differences(pairs, {**over_questions(pairs), **over_confirmation_rows(pairs)}, decisive)
-    return Comparison(other, pairs[0][1][0].origin, seeds_of(pairs), more_bytes(pairs), found)
+    measured = {**over_questions(pairs), **over_confirmation_rows(pairs)}
+    return Comparison(
+        other=other,
+        origin=tuned[other][0].origin,
+        seeds=seeds_of(pairs),
+        more_bytes=more_bytes(pairs),
+        differences=differences(pairs, measured, decisive),
+    )
 
 
 def finalists(search: SearchRecord) -> list[Finalist]:
@@ -75,7 +85,7 @@ def finalists(search: SearchRecord) -> list[Finalist]:
 
     def key(finalist: Finalist) -> tuple[bool, bool, float, int]:
         is_other = finalist.index != search.best_index
-        return is_other, not finalist.fits, finalist.of_trial.loss, finalist.index
+        return is_other, not finalist.fits, finalist.as_trial.selection.loss, finalist.index
 
     return sorted(search.finalists, key=key)
 
@@ -93,7 +103,7 @@ def difference_from(finalist: Finalist, search: SearchRecord) -> Difference | No
         mean=less.mean,
         spread=None,
         half_width=less.half_width,
-        num_pairs=len(finalist.of_trial.losses),
+        num_pairs=len(finalist.as_trial.losses[SELECTION].by_row),
         seeds=seeds,
         verdict=None if search.by_accuracy else verdict_of(SELECTION_LOSS, less),
     )
@@ -108,7 +118,7 @@ def headline(results: Results) -> str:
     """Say how small the winner is, and how it compares with its rival, no surer than the spread."""
     assert results.search and results.prune
     search = results.search
-    winner, _ = fine_tunes(results)[SEARCHED][0]
+    winner = by_row(results)[SEARCHED][0]
     ratio = results.prune.cuts[UNPRUNED].bytes_before / winner.measured_bytes
     smaller = f"{ratio:.1f} times smaller than the base"
     if search.control_won:
@@ -125,8 +135,8 @@ def _beside_rival(results: Results, search: SearchRecord) -> str:
     row = rival_row(results)
     if row is None and search.by_accuracy:
         name = accuracy_name(search.metrics)
-        ours = f"{name} {search.winner.of_trial.accuracy:.3f} as a trial"
-        theirs = f"that of {which} {rival.of_trial.accuracy:.3f}"
+        ours = f"{name} {search.winner.as_trial.accuracy:.3f} as a trial"
+        theirs = f"that of {which} {rival.as_trial.accuracy:.3f}"
         return f"{ours}, {theirs}, on the questions that chose the winner"
 
     if row is None:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qpruner.data.measures import accuracy_name, over_tasks
+from qpruner.data.measures import accuracy_name
 from qpruner.plans.plan import UNPRUNED, cut_title, formats_text
 from qpruner.report.claim import compared, difference_from
 from qpruner.report.content import Compared, Paragraph, Table
@@ -66,7 +66,7 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
         f"{about}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter included.", is_note=True
     )
     rivals = list(_rivals(results))
-    ours = {**_figures(row, results), SELECTION_LOSS: search.winner.of_trial.loss}
+    ours = {**_figures(row, results), SELECTION_LOSS: search.winner.as_trial.selection.loss}
     metric, body = accuracy_name(results.evaluate.metrics), []
     for measure, value in ours.items():
         cells = [rival.cell(measure, value) for rival in rivals] if value is not None else []
@@ -100,16 +100,11 @@ def _rivals(results: Results) -> Iterator[_Rival]:
     if row not in (None, BASE):
         tuned[heading] = row
     by_name = {row.name: row for row in rows(results)}
-    for base in (
-        row
-        for row in results.scores
-        if row.name == BASE and row.seed is None and BASE not in by_name
-    ):
+    if BASE not in by_name:
+        base = next(row for row in results.evaluate.untuned if row.name == BASE)
         figures = {
             SIZE: results.prune.cuts[UNPRUNED].bytes_before / 1e6,
-            accuracy_name(results.evaluate.metrics): over_tasks(
-                [score.correct for score in base.scores]
-            ).mean,
+            accuracy_name(results.evaluate.metrics): base.accuracy,
             PERPLEXITY: None if base.text_loss is None else math.exp(base.text_loss),
             LLAMA_CPP: decode_in_llama_cpp(results, BASE),
         }
@@ -121,7 +116,7 @@ def _rivals(results: Results) -> Iterator[_Rival]:
                 title, _figures(by_name[name], results), found.differences, len(found.seeds)
             )
     if row is None and rival and (difference := difference_from(rival, results.search)):
-        figures = {SIZE: rival.plan_bytes / 1e6, SELECTION_LOSS: rival.of_trial.loss}
+        figures = {SIZE: rival.plan_bytes / 1e6, SELECTION_LOSS: rival.as_trial.selection.loss}
         yield _Rival(f"{heading}, as a trial", figures, (difference,), len(difference.seeds))
 
 

@@ -4,20 +4,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from qpruner.data import measures
-from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.records import (
-    CandidateRecord,
-    Results,
-    RowScores,
-    StandardError,
-)
+from qpruner.plans.plan import plan_of
+from qpruner.runs.records import FineTune, Results, StandardError
 from qpruner.search.roles import title_of
 
-# the record of one fine-tune, and the scores of its model
-FineTune = tuple[CandidateRecord, RowScores]
 Speed = tuple[float, float, float]
 """Median, minimum and maximum of a row's repeated speed measurements, in tokens per second."""
 
@@ -57,64 +50,86 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """Compute the rows of the final table, in the order of `fine_tunes`."""
-    return [
-        _row(title_of(name, results.search), tuned) for name, tuned in fine_tunes(results).items()
-    ]
+    """Compute the rows of the final table, in the order of `by_row`."""
+    return [_row(title_of(name, results.search), tuned) for name, tuned in by_row(results).items()]
 
 
-def fine_tunes(results: Results) -> dict[str, list[FineTune]]:
+def by_row(results: Results) -> dict[str, list[FineTune]]:
     """Group the run's fine-tunes by the name of their row.
 
     Rows and fine-tunes keep the order of the records.
     """
-    scored = [row for row in results.scores if row.seed is not None]
-    by_name: dict[str, list[FineTune]] = {}
-    for each in zip(results.candidates, scored, strict=True):
-        by_name.setdefault(each[0].name, []).append(each)
-    return by_name
+    rows: dict[str, list[FineTune]] = {}
+    for tuned in results.fine_tunes:
+        rows.setdefault(tuned.name, []).append(tuned)
+    return rows
 
 
-def _row(title: str, found: list[FineTune]) -> Row:
-    tuned, evaluated = [record for record, _ in found], [row for _, row in found]
-    correct = [[score.correct for score in row.scores] for row in evaluated]
-    answer_losses = [[score.answer_loss for score in row.scores] for row in evaluated]
-    have_choices = all(all(tasks) for tasks in answer_losses)
-    timings = list(dict.fromkeys(row.inference for row in evaluated if row.inference))
-    spread: dict[str, Any] = {}
-    for name, values in {
-        "confirmation_loss": [record.confirmation_loss for record in tuned],
-        "accuracy": [measures.over_tasks(tasks).mean for tasks in correct],
-        "answer_loss": [measures.over_tasks(tasks).mean for tasks in answer_losses]
-        if have_choices
-        else [],
-        "perplexity": [math.exp(row.text_loss) for row in evaluated if row.text_loss is not None],
-    }.items():
-        spread[name] = statistics.fmean(values) if values else None
-        spread[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+def _row(title: str, tuned: Sequence[FineTune]) -> Row:
+    first = tuned[0]
+    correct = [[task.correct for task in record.tasks] for record in tuned]
+    accuracy = _over_seeds([measures.over_tasks(tasks).mean for tasks in correct])
+    confirmation_loss = _over_seeds([record.confirmation.mean for record in tuned])
+    answer_loss = _over_seeds(answer_losses(tuned))
+    perplexity = _over_seeds(perplexities(tuned))
+    # Fine-tunes of the same plan share their measurement.
+    timings = list(dict.fromkeys(record.inference for record in tuned if record.inference))
+    assert accuracy.mean is not None and confirmation_loss.mean is not None
     return Row(
-        name=tuned[0].name,
+        name=first.name,
         title=title,
-        origin=tuned[0].origin,
-        cut=tuned[0].cut,
-        seeds=tuple(dict.fromkeys(record.seed for record in tuned)),
-        plans=tuple(
-            dict.fromkeys(str(PrecisionPlan.from_dict(record.plan, record.cut)) for record in tuned)
-        ),
-        num_parameters=tuned[0].num_parameters,
+        origin=first.origin,
+        cut=first.cut,
+        seeds=tuple(dict.fromkeys(record.seed for record in tuned if record.seed is not None)),
+        plans=tuple(dict.fromkeys(str(plan_of(record)) for record in tuned)),
+        num_parameters=first.num_parameters,
         measured_bytes=round(statistics.fmean(record.measured_bytes for record in tuned)),
         mean_bits=statistics.fmean(record.mean_bits for record in tuned),
         peak_memory_bytes=max(record.peak_memory_bytes for record in tuned),
+        confirmation_loss=confirmation_loss.mean,
+        confirmation_loss_spread=confirmation_loss.spread,
+        accuracy=accuracy.mean,
+        accuracy_spread=accuracy.spread,
         accuracy_stderr=measures.over_tasks(measures.averaged(correct)).stderr,
-        inference_memory_bytes=max((each.memory_bytes for each in timings), default=None),
+        answer_loss=answer_loss.mean,
+        answer_loss_spread=answer_loss.spread,
+        perplexity=perplexity.mean,
+        perplexity_spread=perplexity.spread,
+        inference_memory_bytes=max((timing.memory_bytes for timing in timings), default=None),
         prefill_tokens_per_second=_speed(
-            [turn for each in timings for turn in each.prefill_tokens_per_second]
+            [turn for timing in timings for turn in timing.prefill_tokens_per_second]
         ),
         decode_tokens_per_second=_speed(
-            [turn for each in timings for turn in each.decode_tokens_per_second]
+            [turn for timing in timings for turn in timing.decode_tokens_per_second]
         ),
-        **spread,
     )
+
+
+class _OverSeeds(NamedTuple):
+    """Mean and standard deviation of a figure over fine-tunes, None where there are too few."""
+
+    mean: float | None
+    spread: float | None
+
+
+def _over_seeds(values: Sequence[float]) -> _OverSeeds:
+    return _OverSeeds(
+        mean=statistics.fmean(values) if values else None,
+        spread=statistics.stdev(values) if len(values) > 1 else None,
+    )
+
+
+def answer_losses(tuned: Sequence[FineTune]) -> list[float]:
+    """Return the answer loss of each model, a mean over tasks; none if a task has no choices."""
+    losses = [[task.answer_loss for task in record.tasks] for record in tuned]
+    if not all(all(tasks) for tasks in losses):
+        return []
+    return [measures.over_tasks(tasks).mean for tasks in losses]
+
+
+def perplexities(tuned: Sequence[FineTune]) -> list[float]:
+    """Return the perplexity of each model that was scored on a text."""
+    return [math.exp(record.text_loss) for record in tuned if record.text_loss is not None]
 
 
 def speed_text(turns: Sequence[float] | None) -> str:

@@ -13,7 +13,7 @@ from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.plans.plan import formats_text, plan_of
 from qpruner.report.claim import finalists
-from qpruner.report.results import fine_tunes, rows
+from qpruner.report.results import by_row, rows
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
     Difference,
@@ -100,8 +100,14 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
 
 def finalist_row(finalist: Finalist) -> dict[str, Any]:
     """Return a finalist with the means of its scores over training seeds."""
-    about: dict[str, Any] = finalist.model_dump(exclude={"scores", "plan"})
-    return about | finalist.mean.model_dump() | {"seeds": list(finalist.scores)}
+    return {
+        **finalist.model_dump(exclude={"fine_tunes"}),
+        "origin": finalist.origin,
+        "cut": finalist.cut,
+        "plan_bytes": finalist.plan_bytes,
+        **finalist.mean.model_dump(),
+        "seeds": list(finalist.losses),
+    }
 
 
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
@@ -262,7 +268,7 @@ def against(run: Results, other: Results) -> Against:
         or other.evaluate is None
     ):
         return Against((), None, "one of the runs has no final table yet")
-    pairs = paired(fine_tunes(run)[SEARCHED], fine_tunes(other)[SEARCHED])
+    pairs = paired(by_row(run)[SEARCHED], by_row(other)[SEARCHED])
     prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
     measured = (
         dict(over_questions(pairs))

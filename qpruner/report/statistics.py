@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from qpruner.data import measures
 from qpruner.data.measures import Answers, Interval, less
-from qpruner.report.results import FineTune
-from qpruner.runs.records import RANDOM
+from qpruner.runs.records import RANDOM, FineTune
 from qpruner.wording import counted
 
 SAME = "not distinguishable"
@@ -111,12 +110,12 @@ def verdict_of(measure: str, found: Interval) -> str:
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
     """Pair each fine-tune of one row with each one of the other that has the same training seed."""
-    return [(one, other) for one in ours for other in theirs if one[0].seed == other[0].seed]
+    return [(one, other) for one in ours for other in theirs if one.seed == other.seed]
 
 
 def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
     """Return the training seeds of the pairs."""
-    return tuple(dict.fromkeys(ours.seed for (ours, _), _ in pairs))
+    return tuple(dict.fromkeys(ours.seed for ours, _ in pairs if ours.seed is not None))
 
 
 def more_bytes(pairs: Sequence[Pair]) -> float:
@@ -124,8 +123,8 @@ def more_bytes(pairs: Sequence[Pair]) -> float:
 
     It is that of the pair with the largest absolute share.
     """
-    sizes = [(ours.measured_bytes, theirs.measured_bytes) for (ours, _), (theirs, _) in pairs]
-    return max(((theirs - ours) / ours for ours, theirs in sizes), key=abs)
+    shares = [theirs.measured_bytes / ours.measured_bytes - 1 for ours, theirs in pairs]
+    return max(shares, key=abs)
 
 
 def over_questions(pairs: Sequence[Pair]) -> Measured:
@@ -133,25 +132,19 @@ def over_questions(pairs: Sequence[Pair]) -> Measured:
 
     If every task has choices, the differences of the answer losses are returned too.
     """
-    (_, scored), _ = pairs[0]
-    accuracy = measures.accuracy_name({score.task: score.metric for score in scored.scores})
-    found = {}
-    for measure, values in ((accuracy, "correct"), (ANSWER_LOSS, "answer_loss")):
-        by_pair = []
-        for (_, ours), (_, theirs) in pairs:
-            tasks = zip(ours.scores, theirs.scores, strict=True)
-            by_pair.append([(getattr(one, values), getattr(other, values)) for one, other in tasks])
-        if all(one and other for tasks in by_pair for one, other in tasks):
-            found[measure] = [[less(*both) for both in tasks] for tasks in by_pair]
-    return found
+    accuracy = measures.accuracy_name({task.task: task.metric for task in pairs[0][0].tasks})
+    correct, answer_loss = [], []
+    for ours, theirs in pairs:
+        tasks = list(zip(ours.tasks, theirs.tasks, strict=True))
+        correct.append([less(one.correct, other.correct) for one, other in tasks])
+        answer_loss.append([less(one.answer_loss, other.answer_loss) for one, other in tasks])
+    have_choices = all(all(tasks) for tasks in answer_loss)
+    return {accuracy: correct} | ({ANSWER_LOSS: answer_loss} if have_choices else {})
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Measured:
     """Return first minus second model's confirmation losses by row."""
-    rows = [
-        [less(ours.confirmation_losses, theirs.confirmation_losses)]
-        for (ours, _), (theirs, _) in pairs
-    ]
+    rows = [[less(ours.confirmation.by_row, theirs.confirmation.by_row)] for ours, theirs in pairs]
     return {CONFIRMATION_LOSS: rows}
 
 
@@ -165,9 +158,9 @@ def differences(pairs: Sequence[Pair], measured: Measured, decisive: str) -> tup
     found = []
     for measure, by_pair in measured.items():
         means = [measures.over_tasks(tasks).mean for tasks in by_pair]
-        by_seed = _means(means, [theirs.seed for _, (theirs, _) in pairs])
-        if pairs[0][1][0].name == RANDOM:
-            by_plan = _means(means, [tuple(theirs.plan.values()) for _, (theirs, _) in pairs])
+        by_seed = _means(means, [theirs.seed for _, theirs in pairs])
+        if pairs[0][1].name == RANDOM:
+            by_plan = _means(means, [tuple(theirs.plan.values()) for _, theirs in pairs])
             interval = measures.prediction_interval(by_plan)
         else:
             interval = measures.interval(by_pair)

@@ -1,6 +1,5 @@
 """Builds the tables of a run's figures, which the terminal, `report.md` and `report.html` show."""
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -9,15 +8,15 @@ from qpruner.plans.plan import UNPRUNED, cut_title, formats_text, plan_of
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.claim import difference_from, finalists
 from qpruner.report.content import Compared, Table
-from qpruner.report.results import Row, rows, speed_text
+from qpruner.report.results import Row, answer_losses, perplexities, rows, speed_text
 from qpruner.report.snapshot import STATUSES, Snapshot
 from qpruner.runs.records import (
     RANDOM,
     SEARCHED,
     Finalist,
+    FineTune,
     PruneRecord,
     Results,
-    RowScores,
     SearchRecord,
     TaskScore,
 )
@@ -169,16 +168,17 @@ def by_task(results: Results) -> Table:
 
     It has the accuracy by task, and the losses over all tasks.
     """
-    models: dict[str, list[RowScores]] = {}
-    for row in results.scores:
+    assert results.evaluate
+    models: dict[str, list[FineTune]] = {}
+    for row in (*results.evaluate.untuned, *results.fine_tunes):
         title = title_of(row.name, results.search) + (" (no fine-tune)" if row.seed is None else "")
         models.setdefault(title, []).append(row)
     tasks = [
         f"{each.task} {each.metric} ({counted(each.num_questions, 'question')})"
-        for each in results.scores[0].scores
+        for each in results.evaluate.rows[0].tasks
     ]
     body = [
-        (title, *map(_accuracy, zip(*(row.scores for row in found), strict=True)), *_losses(found))
+        (title, *map(_accuracy, zip(*(row.tasks for row in found), strict=True)), *_losses(found))
         for title, found in models.items()
     ]
     caption = "Accuracy by held-out task (se: standard error over questions)"
@@ -197,13 +197,12 @@ def _accuracy(scores: Sequence[TaskScore]) -> str:
     return f"{value:.3f}{error_text(stderr, 3)}"
 
 
-def _losses(found: Sequence[RowScores]) -> tuple[str, str]:
-    losses = [[score.answer_loss for score in row.scores] for row in found]
-    answer_loss = "-"
-    if all(map(all, losses)):
-        answer_loss = f"{statistics.fmean(measures.over_tasks(tasks).mean for tasks in losses):.4f}"
-    texts = [math.exp(row.text_loss) for row in found if row.text_loss is not None]
-    return answer_loss, f"{statistics.fmean(texts):.2f}" if texts else "-"
+def _losses(models: Sequence[FineTune]) -> tuple[str, str]:
+    answers, texts = answer_losses(models), perplexities(models)
+    return (
+        f"{statistics.fmean(answers):.4f}" if answers else "-",
+        f"{statistics.fmean(texts):.2f}" if texts else "-",
+    )
 
 
 def cuts(record: PruneRecord) -> Table:
@@ -320,12 +319,12 @@ def _finalist(finalist: Finalist, search: SearchRecord) -> tuple[str | Compared,
     if not finalist.fits:
         is_large = finalist.plan_bytes > search.budget_bytes
         size += ", exceeds the budget" if is_large else ", computes more than the budget"
-    num_seeds = len(finalist.scores)
+    num_seeds = len(finalist.fine_tunes)
     mean = finalist.mean
     accuracy = "-"
     if mean.accuracy is not None:
         accuracy = f"{mean.accuracy:.3f}{error_text(mean.accuracy_stderr, 3)}"
-    loss = f"{finalist.of_trial.loss:.4f}"
+    loss = f"{finalist.as_trial.selection.loss:.4f}"
     return (
         finalist_title(finalist, search) + (", reused" if finalist.reused else ""),
         str(finalist.index),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qpruner.data.measures import Interval, interval, less
-from qpruner.plans.plan import UNPRUNED, cut_title
+from qpruner.plans.plan import UNPRUNED, cut_title, plan_of
 from qpruner.runs.records import (
     BEST_SEARCHED,
     GIVEN,
@@ -39,9 +39,10 @@ def best_of(finalists: Sequence[Finalist], metric: str) -> Finalist | None:
 
     `choice.winner_position` tells which score is the best.
     """
-    scores = [each.mean.cost(metric) for each in finalists]
     position = winner_position(
-        scores, [each.control for each in finalists], [len(each.losses) for each in finalists]
+        [finalist.mean.cost(metric) for finalist in finalists],
+        [finalist.control for finalist in finalists],
+        [len(finalist.fine_tunes) for finalist in finalists],
     )
     return None if position is None else finalists[position]
 
@@ -85,13 +86,11 @@ def rival_row(results: Results) -> str | None:
     The search chose the rival, on other rows than those that judge it there.
     """
     assert results.search
-    if (rival := results.search.rival_as_trial) is None:
+    rival = results.search.rival_as_trial
+    if rival is None:
         return None
-    for tuned in results.candidates:
-        if tuned.name not in (SEARCHED, RANDOM) and (tuned.cut, tuned.plan) == (
-            rival.cut,
-            rival.plan,
-        ):
+    for tuned in results.fine_tunes:
+        if tuned.name not in (SEARCHED, RANDOM) and plan_of(tuned) == plan_of(rival):
             return tuned.name
     return None
 

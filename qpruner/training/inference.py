@@ -14,13 +14,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from qpruner.config.schema import RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.models.memory import PeakMemory, begin_job, read_weights, release
 from qpruner.quantization.assembly import measured_bytes
 from qpruner.runs.records import Inference, InferenceSetting
 from qpruner.training.checkpoints import load_adapter
-from qpruner.training.table_rows import Candidate, ProgressFile, build
+from qpruner.training.jobs import FineTuneJob, ProgressFile, build
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
@@ -34,10 +33,9 @@ NUM_TURNS = 3  # number of timed generations per row of the final table
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """Rows of the final table whose fine-tuned models one process times in turns."""
+    """Fine-tuned models that one process times in turns."""
 
-    config: RunConfig
-    candidates: tuple[Candidate, ...]
+    models: tuple[FineTuneJob, ...]
     data: Path
     """The folder of encoded rows; the confirmation rows give the prompt."""
     threads: int
@@ -46,23 +44,23 @@ class InferenceJob:
 
 
 def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inference]]:
-    """Measure memory and speed of the fine-tuned model of each row.
+    """Measure memory and speed of each model.
 
     Returns:
-        How it was measured, and the figures of the rows in their order.
+        How it was measured, and the figures of the models in their order.
     """
     begin_job(job.threads)
     has_gpu = torch.cuda.is_available()
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
-    turns: list[list[tuple[float, float, int]]] = [[] for _ in job.candidates]
+    turns: list[list[tuple[float, float, int]]] = [[] for _ in job.models]
     progress = ProgressFile(job.progress)
-    num_turns = NUM_TURNS * len(job.candidates)
+    num_turns = NUM_TURNS * len(job.models)
     progress.write(0, num_turns)
     for turn in range(num_turns):
         position = turn % len(turns)
         release()  # the model of the turn before
-        turns[position].append(take_turn(_fine_tuned(job.candidates[position]), prompt, NEW_TOKENS))
+        turns[position].append(take_turn(_fine_tuned(job.models[position]), prompt, NEW_TOKENS))
         progress.write(turn + 1, num_turns)
 
     counter = PeakMemory().counter
@@ -85,9 +83,9 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     return setting, figures
 
 
-def _fine_tuned(candidate: Candidate) -> Any:
-    model = build(candidate)
-    load_adapter(model, candidate.adapter)
+def _fine_tuned(job: FineTuneJob) -> Any:
+    model = build(job)
+    load_adapter(model, job.adapter)
     return model
 
 

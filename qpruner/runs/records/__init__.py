@@ -15,6 +15,15 @@ from qpruner.runs.records.base import Recorded as Recorded
 from qpruner.runs.records.base import StandardError as StandardError
 from qpruner.runs.records.base import digest_of as digest_of
 from qpruner.runs.records.base import flat as flat
+from qpruner.runs.records.finetunes import CONFIRMATION as CONFIRMATION
+from qpruner.runs.records.finetunes import SELECTION as SELECTION
+from qpruner.runs.records.finetunes import FineTune as FineTune
+from qpruner.runs.records.finetunes import Half as Half
+from qpruner.runs.records.finetunes import Inference as Inference
+from qpruner.runs.records.finetunes import InferenceSetting as InferenceSetting
+from qpruner.runs.records.finetunes import RowLosses as RowLosses
+from qpruner.runs.records.finetunes import Score as Score
+from qpruner.runs.records.finetunes import TaskScore as TaskScore
 from qpruner.runs.records.search import BASE as BASE
 from qpruner.runs.records.search import BEST_SEARCHED as BEST_SEARCHED
 from qpruner.runs.records.search import GIVEN as GIVEN
@@ -25,7 +34,6 @@ from qpruner.runs.records.search import RANDOM as RANDOM
 from qpruner.runs.records.search import SEARCHED as SEARCHED
 from qpruner.runs.records.search import Begun as Begun
 from qpruner.runs.records.search import Finalist as Finalist
-from qpruner.runs.records.search import FreshScore as FreshScore
 from qpruner.runs.records.search import RungAgreement as RungAgreement
 from qpruner.runs.records.search import RungResult as RungResult
 from qpruner.runs.records.search import SearchClock as SearchClock
@@ -141,92 +149,10 @@ class BankRecord(Record):
     """Format -> group -> squared norm of W - Q - BA (as above), divided by that of W."""
 
 
-class CandidateRecord(Record):
-    """One fine-tune, under one training seed, of a model in the run's final table."""
-
-    name: str
-    origin: str
-    """Source of the plan, such as a searcher and its trial, or a sensitivity."""
-    seed: int
-    cut: str = "base"
-    plan: dict[str, str]
-    plan_bytes: int
-    """Bytes of the whole quantized model with its adapter, computed from the plan."""
-    measured_bytes: int
-    """Bytes of the packed tensors of the model with its adapter, as measured."""
-    mean_bits: float
-    num_parameters: int
-    steps: int
-    train_loss: float
-    confirmation_loss: float
-    """Nats per token on the half of the `data.confirmation` rows that did not select the winner."""
-    confirmation_losses: tuple[float, ...]
-    """Loss of each row behind `confirmation_loss`, to compare two models row by row."""
-    peak_memory_bytes: int
-    memory_counter: str
-    adapter_sha256: str = ""
-    bank: str = ""
-    """Digest of the inputs of the bank by whose Gram matrices GPTQ rounded the weights; empty
-    without GPTQ."""
-
-
 class FinetuneRecord(Record):
     """The fine-tune of the winner, whose adapter is part of the final model."""
 
-    winner: str
-    candidates: tuple[CandidateRecord, ...]
-
-
-class TaskScore(Recorded):
-    """The accuracy on an lm-eval task.
-
-    It has the values of all questions, to compare two models question by question.
-    """
-
-    task: str
-    metric: str
-    """The first of `acc_norm`, `acc` and `exact_match` that the task reports; `METRIC,FILTER` if it
-    filters answers."""
-    value: float
-    stderr: StandardError
-    num_questions: int
-    correct: tuple[float, ...]
-    """1 or 0 for each question by `metric`, in the order of the task."""
-    answer_loss: tuple[float, ...] = ()
-    """Negative log-likelihood of the right choice for each question, in nats; empty if the task has
-    no choices."""
-
-
-class Inference(Recorded):
-    """Memory and speed of a model with its adapter while it generates one sequence."""
-
-    memory_bytes: int
-    prefill_tokens_per_second: tuple[float, ...]
-    """One value per turn; in every turn each model is measured once."""
-    decode_tokens_per_second: tuple[float, ...]
-
-
-class InferenceSetting(Recorded):
-    """How the values of `Inference` were measured."""
-
-    device: str
-    prompt_tokens: int
-    new_tokens: int
-    memory_counter: str
-
-
-class RowScores(Recorded):
-    """Scores of one model on the held-out tasks."""
-
-    digest: str
-    name: str
-    seed: int | None
-    """The training seed; None if the model was not fine-tuned."""
-    scores: tuple[TaskScore, ...]
-    text_loss: float | None = None
-    """Loss on the held-out text, in nats per token; None if there is no such text."""
-    inference: Inference | None = None
-    gpu_seconds: float = 0.0
+    winner: FineTune
 
 
 class EvalRecord(Record):
@@ -235,9 +161,9 @@ class EvalRecord(Record):
     The former are the base, the pruned and the quantized model.
     """
 
-    rows: tuple[RowScores, ...]
+    rows: tuple[FineTune, ...]
     text: str | None = None
-    """Description of the held-out text behind `RowScores.text_loss`."""
+    """Description of the held-out text behind `FineTune.text_loss`."""
     inference: InferenceSetting | None = None
     tested: str
     """Digest of the questions and their prompts."""
@@ -245,7 +171,17 @@ class EvalRecord(Record):
     @property
     def metrics(self) -> dict[str, str]:
         """Task -> the metric of its scores."""
-        return {score.task: score.metric for score in self.rows[-1].scores}
+        return {score.task: score.metric for score in self.rows[-1].tasks}
+
+    @property
+    def untuned(self) -> tuple[FineTune, ...]:
+        """The models before any fine-tune."""
+        return tuple(row for row in self.rows if row.seed is None)
+
+    @property
+    def tuned(self) -> tuple[FineTune, ...]:
+        """The fine-tuned winner."""
+        return tuple(row for row in self.rows if row.seed is not None)
 
 
 class ComparisonRecord(Record):
@@ -254,9 +190,7 @@ class ComparisonRecord(Record):
     They are sorted by model, then by training seed.
     """
 
-    candidates: tuple[CandidateRecord, ...]
-    rows: tuple[RowScores, ...]
-    """Scores of `candidates`, in the same order."""
+    rows: tuple[FineTune, ...]
     inference: InferenceSetting | None = None
 
 
@@ -365,25 +299,18 @@ class Results(Recorded):
         return {**pruning, **packing}
 
     @property
-    def candidates(self) -> tuple[CandidateRecord, ...]:
-        """The fine-tuned models: the winner and, after stage comparison, those compared with it."""
-        record = self.comparison or self.finetune
-        return record.candidates if record else ()
+    def fine_tunes(self) -> tuple[FineTune, ...]:
+        """The fine-tuned models that are scored on the held-out tasks.
 
-    @property
-    def scores(self) -> tuple[RowScores, ...]:
-        """Scores on the held-out tasks.
-
-        Models without a fine-tune come first, then the `candidates`.
+        These are the winner and, after stage comparison, the models compared with it.
         """
-        rows = self.evaluate.rows if self.evaluate else ()
-        if self.comparison is None:
-            return rows
-        return (*(row for row in rows if row.seed is None), *self.comparison.rows)
+        if self.comparison:
+            return self.comparison.rows
+        return self.evaluate.tuned if self.evaluate else ()
 
     @property
     def inference(self) -> InferenceSetting | None:
-        """The settings with which the memory and speed of the `candidates` were measured."""
+        """The settings with which the memory and speed of the `fine_tunes` were measured."""
         record = self.comparison or self.evaluate
         return record.inference if record else None
 

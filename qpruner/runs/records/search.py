@@ -4,25 +4,7 @@ from statistics import fmean
 from typing import Literal
 
 from qpruner.runs.records.base import Record, Recorded
-
-
-class Score(Recorded):
-    """A loss, in nats per token, and the accuracy on tasks, None in a search without tasks."""
-
-    loss: float
-    accuracy: float | None = None
-    accuracy_stderr: float | None = None
-
-    def value(self, metric: str) -> float:
-        """Return the loss or the accuracy: what the search compares, as reports show it."""
-        if metric == "loss":
-            return self.loss
-        assert self.accuracy is not None, "a search by accuracy measures it wherever it compares"
-        return self.accuracy
-
-    def cost(self, metric: str) -> float:
-        """Return what the search minimizes: the loss, or one minus the accuracy."""
-        return self.loss if metric == "loss" else 1.0 - self.value(metric)
+from qpruner.runs.records.finetunes import SELECTION, FineTune, Score
 
 
 class RungResult(Score):
@@ -217,61 +199,69 @@ class SearchClock(Recorded):
     sessions: int = 0
 
 
-class FreshScore(Score):
-    """The score of a plan on fresh rows and questions, after a fine-tune as long as a trial.
-
-    The search itself scores no trial on them. The fresh rows are the half of the
-    `data.confirmation` rows that selects the winner.
-    """
-
-    losses: tuple[float, ...]
-    """Loss of each fresh row, in nats per token."""
-    scored: str = ""
-    """Digest of the scored weights and of the fresh rows and questions."""
-    gpu_seconds: float = 0.0
-
-
 class Finalist(Recorded):
-    """One of the best trials or a control, with its scores on fresh rows."""
+    """One of the best trials or a control, with its scores on fresh rows.
+
+    The search itself scores no trial on them.
+    """
 
     index: int
     """Number of the trial."""
-    origin: str
-    """Name of the control or of the searcher; that of a reused trial ends in
-    `of another search`."""
     control: bool
     """Whether users would try the plan instead of a search."""
     reused: bool
     """Whether another search ran the trial."""
-    cut: str = "base"
-    plan: dict[str, str]
-    plan_bytes: int
     fits: bool = True
     """Whether the plan is within the budget; a control may exceed it, and is then no winner."""
-    scores: dict[int, FreshScore]
-    """Score by training seed: the trial's own seed first, then those of `search.confirm_seeds`,
-    under which finalists are trained that cannot be told apart.
+    fine_tunes: tuple[FineTune, ...]
+    """The trial first, then its plan under the seeds of `search.confirm_seeds`.
 
-    The winner is one of the finalists that have most seeds. Two finalists are compared on the seeds
-    that both have.
+    Only finalists that cannot be told apart are trained under more seeds. The winner is one of the
+    finalists that have most seeds. Two finalists are compared on the seeds that both have.
     """
+
+    @property
+    def as_trial(self) -> FineTune:
+        """The trial itself, under the training seed of all trials."""
+        return self.fine_tunes[0]
+
+    @property
+    def origin(self) -> str:
+        """Name of the control or of the searcher; that of a reused trial ends in
+        `of another search`.
+        """
+        return self.as_trial.origin
+
+    @property
+    def cut(self) -> str:
+        """Name of the cut."""
+        return self.as_trial.cut
+
+    @property
+    def plan(self) -> dict[str, str]:
+        """Group -> name of its format."""
+        return self.as_trial.plan
+
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes of the quantized model with its adapter."""
+        return self.as_trial.plan_bytes
 
     @property
     def losses(self) -> dict[int, tuple[float, ...]]:
         """Training seed -> loss of each fresh row, in nats per token."""
-        return {seed: score.losses for seed, score in self.scores.items()}
-
-    @property
-    def of_trial(self) -> FreshScore:
-        """The score under the training seed of all trials."""
-        return next(iter(self.scores.values()))
+        return {
+            tuned.seed: tuned.losses[SELECTION].by_row
+            for tuned in self.fine_tunes
+            if tuned.seed is not None
+        }
 
     @property
     def mean(self) -> Score:
         """The means over the training seeds."""
-        scores = self.scores.values()
+        scores = [tuned.selection for tuned in self.fine_tunes]
         loss = fmean(score.loss for score in scores)
-        if self.of_trial.accuracy is None:
+        if self.as_trial.accuracy is None:
             return Score(loss=loss)
         accuracy = fmean(score.value("accuracy") for score in scores)
         stderr = fmean(score.accuracy_stderr or 0.0 for score in scores)
@@ -364,8 +354,9 @@ class SearchRecord(Record):
     @property
     def confirmation_gpu_seconds(self) -> float:
         """GPU seconds spent on finalists: scores on fresh rows, and training under more seeds."""
-        scores = (score for finalist in self.finalists for score in finalist.scores.values())
-        return sum(score.gpu_seconds for score in scores)
+        return sum(
+            tuned.gpu_seconds for finalist in self.finalists for tuned in finalist.fine_tunes
+        )
 
     @property
     def total_gpu_seconds(self) -> float:
