@@ -124,7 +124,7 @@ def final_jobs(context: Context) -> list[FineTuneJob]:
     seeds = range(first, first + config.finetune.seeds)
     rival = search.rival_as_trial
     beaten = [plan_of(finalist) for finalist in search.finalists if is_beaten(finalist, search)]
-    jobs = []
+    jobs: list[FineTuneJob] = []
 
     def add(name: str, origin: str, plans: Iterable[PrecisionPlan], seeds: Iterable[int]) -> None:
         plans = list(plans)

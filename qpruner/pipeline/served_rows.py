@@ -166,9 +166,8 @@ def write_rival(rival: FineTuneJob, folder: Path, on_progress: OnWork) -> list[S
     """
     from qpruner.export.gguf import writing
 
-    if any(
-        each.is_packed and not each.ggml_type for each in map(format_of, rival.record.plan.values())
-    ):
+    formats = map(format_of, rival.record.plan.values())
+    if any(chosen.is_packed and not chosen.ggml_type for chosen in formats):
         return []
     write_final(rival, folder / PLAN, lambda event: None)
     model, adapter = folder / "rival.gguf", folder / "rival-adapter.gguf"

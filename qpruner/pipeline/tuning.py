@@ -300,15 +300,14 @@ def _run_jobs(
     else:
         from qpruner.cluster.group import run_groups
 
-        scratch = context.run_dir.scratch("train")
         results = run_groups(
             function,
             tasks,
             resources,
             num_workers,
             concurrent,
-            scratch,
-            context.check_node,
+            scratch=context.run_dir.scratch("train"),
+            check_node=context.check_node,
             **hooks,
         )
     for position, result in results:

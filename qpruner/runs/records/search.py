@@ -227,9 +227,7 @@ class Finalist(Recorded):
 
     @property
     def origin(self) -> str:
-        """Name of the control or of the searcher; that of a reused trial ends in
-        `of another search`.
-        """
+        """Name of the control or searcher; that of a reused trial ends in `of another search`."""
         return self.as_trial.origin
 
     @property
