@@ -1,15 +1,22 @@
 """Records of a search and of pruning as stages write them; tests change single fields."""
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from qpruner.data.measures import over_tasks
+from qpruner.quantization.formats import format_of
 from qpruner.runs.records import (
+    SELECTION,
     CutRecord,
     Finalist,
-    FreshScore,
+    FineTune,
+    Half,
     LayerWidths,
     PruneRecord,
+    RowLosses,
     SearchRecord,
+    TaskScore,
 )
 from qpruner.runs.records.search import is_control
 from qpruner.search.roles import rival_of
@@ -58,26 +65,62 @@ def made_finalist(
     losses: dict[int, tuple[float, ...]] | None = None,
     accuracy: float | None = None,
     accuracy_stderr: float | None = None,
+    cut: str = "cut-20",
+    plan: dict[str, str] | None = None,
+    plan_bytes: int = 100_000_000,
     **changes: Any,
 ) -> Finalist:
     """Make a finalist with this loss on both of two rows, or with other `losses` by seed and row.
 
     It is a control if its origin is the name of one.
     """
-    scores = {
-        seed: FreshScore(
-            loss=fmean(of_seed), losses=of_seed, accuracy=accuracy, accuracy_stderr=accuracy_stderr
+    fine_tunes = tuple(
+        made_fine_tune(
+            origin,
+            plan or {"layers.0": "nf4", "layers.1": "int8"},
+            seed,
+            {SELECTION: of_seed},
+            cut=cut,
+            plan_bytes=plan_bytes,
+            accuracy=accuracy,
+            accuracy_stderr=accuracy_stderr,
         )
         for seed, of_seed in (losses or {0: (loss, loss)}).items()
-    }
+    )
+    fields = {"control": is_control(origin), "reused": False, **changes}
+    return Finalist(index=index, fine_tunes=fine_tunes, **fields)
+
+
+def made_fine_tune(
+    name: str,
+    plan: dict[str, str],
+    seed: int | None = 0,
+    losses: dict[Half, Sequence[float]] | None = None,
+    tasks: Sequence[TaskScore] = (),
+    **changes: Any,
+) -> FineTune:
+    """Make a fine-tune with these losses by row and these scores on tasks."""
     fields: dict[str, Any] = {
-        "control": is_control(origin),
+        "digest": "0" * 16,
+        "origin": name,
         "cut": "cut-20",
-        "reused": False,
-        "plan": {"layers.0": "nf4", "layers.1": "int8"},
         "plan_bytes": 100_000_000,
+        "measured_bytes": 100_000_000,
+        "mean_bits": fmean(format_of(level).bits for level in plan.values()),
+        "num_parameters": 120_000_000,
+        "steps": 40,
+        "train_loss": 1.9,
+        "peak_memory_bytes": 900_000_000,
+        "memory_counter": "rss",
     }
-    return Finalist(index=index, origin=origin, scores=scores, **fields | changes)
+    if tasks:
+        mean, stderr = over_tasks([task.correct for task in tasks])
+        fields |= {"tasks": tuple(tasks), "accuracy": mean, "accuracy_stderr": stderr}
+    by_half = {
+        half: RowLosses(mean=fmean(by_row), by_row=tuple(by_row))
+        for half, by_row in (losses or {}).items()
+    }
+    return FineTune(name=name, plan=plan, seed=seed, losses=by_half, **fields | changes)
 
 
 def made_layer(index: int, groups: int, channels: int) -> LayerWidths:

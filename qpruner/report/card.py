@@ -11,7 +11,7 @@ from qpruner.data.sources import BUILDERS
 from qpruner.export.card import front_matter, loading_section
 from qpruner.plans.plan import cut_title
 from qpruner.report.content import code, markdown, prose
-from qpruner.report.results import rows
+from qpruner.report.results import by_row, rows
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import SEARCHED
@@ -68,7 +68,7 @@ def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
     The final model is the winner under the first training seed.
     """
     assert run.results.evaluate
-    [winner] = run.results.evaluate.tuned
+    winner = by_row(run.results)[SEARCHED][0]
     for score in winner.tasks:
         yield EvalResult(
             task_type="text-generation",

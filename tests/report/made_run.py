@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from conftest import raw_config, with_keys
-from made_records import made_finalist, made_layer, made_prune, made_search
+from made_records import made_finalist, made_fine_tune, made_layer, made_prune, made_search
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
@@ -26,22 +26,23 @@ from qpruner.report.snapshot import Snapshot
 from qpruner.runs.events import SearchPlanned
 from qpruner.runs.records import (
     BASE,
+    CONFIRMATION,
     PRUNED,
     RANDOM,
     SEARCHED,
     BankRecord,
-    CandidateRecord,
     ComparisonRecord,
     EvalRecord,
     Finalist,
+    FineTune,
     FinetuneRecord,
+    Half,
     Inference,
     InferenceSetting,
     MethodScores,
     PrepareRecord,
     Record,
     Results,
-    RowScores,
     RungResult,
     RunState,
     SearchRecord,
@@ -96,38 +97,21 @@ def made_methods(
 
 # ---- a finished run with given losses and answers
 
-Scored = tuple[CandidateRecord, tuple[TaskScore, ...]]
-
 
 def candidate(
     name: str,
     plan: dict[str, str],
     measured_bytes: int = 100_000_000,
-    seed: int = 0,
+    seed: int | None = 0,
     confirmation_loss: float = 2.0,
-) -> CandidateRecord:
-    mean_bits = sum(format_of(each).bits for each in plan.values()) / len(plan)
-    sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes, "mean_bits": mean_bits}
-    losses = {"train_loss": 1.9, "confirmation_loss": confirmation_loss}
-    losses |= {"confirmation_losses": (confirmation_loss,) * 2}
-    costs = {
-        "num_parameters": 120_000_000,
-        "steps": 40,
-        "peak_memory_bytes": 900_000_000,
-        "memory_counter": "rss",
-    }
+    tasks: Sequence[TaskScore] = (),
+    **changes: Any,
+) -> FineTune:
+    """Make a fine-tune of a row with this loss on both of two rows."""
     origin = (dict.fromkeys((BASE, PRUNED), "unquantized") | ORIGINS).get(name, name)
-    return CandidateRecord(
-        **STAGE,
-        cut="cut-20",
-        name=name,
-        origin=origin,
-        seed=seed,
-        plan=plan,
-        **sizes,
-        **losses,
-        **costs,
-    )
+    sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes}
+    losses: dict[Half, Sequence[float]] = {CONFIRMATION: (confirmation_loss,) * 2}
+    return made_fine_tune(name, plan, seed, losses, tasks, origin=origin, **sizes, **changes)
 
 
 def score(
@@ -149,11 +133,11 @@ def answers(num_questions: int, num_correct: int) -> list[float]:
 
 
 def results_of(
-    scored: Sequence[Scored],
+    tuned: Sequence[FineTune],
     untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (),
     **changes: Any,
 ) -> Results:
-    """Return a finished run with the rows `scored`, the searched one last; `changes` update the
+    """Return a finished run with the rows `tuned`, the searched one last; `changes` update the
     search's record.
 
     The winner's rival is the row `RIVAL`, if there is one.
@@ -166,14 +150,12 @@ def results_of(
         "failures": {"diverged": 1},
     }
     told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
-    plans = {record.name: {"plan": record.plan, "cut": record.cut} for record, _ in scored}
+    plans: dict[str, Any] = {row.name: {"plan": row.plan, "cut": row.cut} for row in tuned}
     control = made_finalist(2, RIVAL, 2.125, reused=True, **plans.get(RIVAL, {}))
     best = made_finalist(11, "gp", 2.0625, losses={0: (2.03125, 2.09375)}, **plans[SEARCHED])
     search = STAGE | trials | told | {"finalists": (control, best), "best_index": 11} | changes
-    rows = [RowScores(digest="0", name=name, seed=None, scores=scores) for name, scores in untuned]
-    rows += [
-        RowScores(digest="0", name=row.name, seed=row.seed, scores=scores) for row, scores in scored
-    ]
+    winner = next(row for row in tuned if row.name == SEARCHED)
+    before = [candidate(name, winner.plan, seed=None, tasks=scores) for name, scores in untuned]
     kl = made_methods({"nf4": (0.5125, 0.25), "int8": (0.0125, 0.0)}, "kl")
     return Results(
         prepare=PrepareRecord(
@@ -181,11 +163,9 @@ def results_of(
         ),
         prune=made_prune(made_layer(0, 2, 100)),
         sensitivity=SensitivityRecord(**STAGE, groups=tuple(PLAN), methods=kl),
-        search=made_search(scored[-1][0].plan, **search),
-        finetune=FinetuneRecord(
-            **STAGE, winner=SEARCHED, candidates=tuple(row for row, _ in scored)
-        ),
-        evaluate=EvalRecord(**STAGE, rows=tuple(rows), tested="asked"),
+        search=made_search(winner.plan, **search),
+        finetune=FinetuneRecord(**STAGE, winner=winner),
+        evaluate=EvalRecord(**STAGE, rows=(*before, *tuned), tested="asked"),
     )
 
 
@@ -201,23 +181,23 @@ def row_of(
     scores: Sequence[TaskScore] | None = None,
     plan: dict[str, str] = SEED_PLAN,
     measured_bytes: int = 100_000_000,
-) -> list[Scored]:
+) -> list[FineTune]:
     """Return a row with one training seed per confirmation loss; without `scores` all seeds answer
     alike."""
     scores = scores or [score(answers(50, 20), [1.0] * 50)] * len(losses)
     return [
-        (candidate(name, plan, measured_bytes, seed, confirmation_loss=loss), (scored,))
+        candidate(name, plan, measured_bytes, seed, loss, [scored])
         for seed, (loss, scored) in enumerate(zip(losses, scores, strict=True))
     ]
 
 
 def searched_row(
     losses: Sequence[float], scores: Sequence[TaskScore] | None = None, **changes: Any
-) -> list[Scored]:
+) -> list[FineTune]:
     return row_of(SEARCHED, losses, scores, **({"plan": PLAN} | changes))
 
 
-def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[Scored]:
+def random_rows(losses: Sequence[float], by_plan: Sequence[float]) -> list[FineTune]:
     """Return one random plan per distance from the losses, with one training seed per loss."""
     plans = [{"layers.0": "nf4", "layers.1": name} for name in OF_LETTER.values()]
     return [
@@ -258,14 +238,15 @@ def whole_results() -> Results:
     seeds."""
     plans = {name: dict.fromkeys(PLAN, level) for name, level in LEVELS.items()}
     plans |= dict.fromkeys((RIVAL, RANDOM), SEED_PLAN) | {SEARCHED: PLAN}
-    scored: list[Scored] = []
+    scored: list[FineTune] = []
     for number, (name, plan) in enumerate(plans.items()):
         for seed in range(2 if name in ORIGINS else 1):
             # Every random plan is another one.
             own = PLAN if name == RANDOM and seed else plan
-            row = candidate(name, own, 100_000_000 + 100_000 * (number + seed), seed, 2.0 + seed)
+            size = 100_000_000 + 100_000 * (number + seed)
             right = score(answers(50, 10 + number + 5 * seed), [1.0 + seed] * 50)
-            scored.append((row, (right, score(answers(40, 30), [2.0] * 40, "piqa"))))
+            tasks = (right, score(answers(40, 30), [2.0] * 40, "piqa"))
+            scored.append(candidate(name, own, size, seed, 2.0 + seed, tasks))
     untuned = [
         (name, (score(answers(50, 5)), score(answers(40, 6), task="piqa"))) for name in UNTUNED
     ]
@@ -376,9 +357,8 @@ class MadeRun:
         search = self.run.read_record("search", SearchRecord)
         assert search
         first, *others = search.finalists
-        score = first.of_trial.model_copy(update={"gpu_seconds": gpu_seconds})
-        scores = dict.fromkeys(list(first.scores)[:1], score)
-        first = first.model_copy(update={"scores": first.scores | scores})
+        scored = first.as_trial.model_copy(update={"gpu_seconds": gpu_seconds})
+        first = first.model_copy(update={"fine_tunes": (scored, *first.fine_tunes[1:])})
         self.change("search", finalists=(first, *others))
 
     def win(self, best: TrialRecord, **changes: Any) -> None:
@@ -495,26 +475,22 @@ class MadeRun:
         untuned = [(name, self._scores(name)) for name in UNTUNED]
         made = with_figures(results_of(self._scored(best.plan), untuned, **search, **self._stage))
         assert made.search and made.finetune and made.evaluate
-        tuned, rows = made.finetune.candidates, made.evaluate.rows
-        before = len(UNTUNED)
-        compared = {
-            "candidates": tuned,
-            "rows": rows[before:],
-            "inference": made.evaluate.inference,
-        }
-        alone = {"rows": (*rows[:before], rows[-3]), **self._stage}
+        rows = made.evaluate.rows
+        before = rows[: len(UNTUNED)]
+        compared = rows[len(UNTUNED) :]
+        winner = compared[-3]
         return {
             "search": made.search,
-            "finetune": made.finetune.model_copy(
-                update={"candidates": tuned[-3:-2], **self._stage}
+            "finetune": FinetuneRecord(winner=winner, **self._stage),
+            "evaluate": made.evaluate.model_copy(update={"rows": (*before, winner), **self._stage}),
+            "comparison": ComparisonRecord(
+                rows=compared, inference=made.evaluate.inference, **self._stage
             ),
-            "evaluate": made.evaluate.model_copy(update=alone),
-            "comparison": ComparisonRecord(**compared, **self._stage),
         }
 
-    def _scored(self, best: dict[str, str]) -> list[Scored]:
+    def _scored(self, best: dict[str, str]) -> list[FineTune]:
         """Return the fine-tunes of every row; the searched row comes last and has three."""
-        found: list[Scored] = []
+        found: list[FineTune] = []
         for name in (*LEVELS, RIVAL, RANDOM, SEARCHED):
             plan = dict.fromkeys(self.groups, LEVELS[name]) if name in LEVELS else best
             if name == RIVAL:
@@ -529,10 +505,10 @@ class MadeRun:
                     + self._random.normal(0, 0.02)
                     + {"nf4": 0.3, "int8": 0.1}.get(LEVELS.get(name, ""), 0.0)
                 )
-                row = candidate(name, plan, SIZES.get(name, 92_000_000), seed, loss - 0.05)
-                found.append(
-                    (row.model_copy(update={"digest": f"{len(found):016d}"}), self._scores(name))
-                )
+                size = SIZES.get(name, 92_000_000)
+                digest = f"{len(found):016d}"
+                tasks = self._scores(name)
+                found.append(candidate(name, plan, size, seed, loss - 0.05, tasks, digest=digest))
         return found
 
     def _scores(self, name: str) -> tuple[TaskScore, ...]:

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made_finalist, made_search
+from made_records import made_finalist, made_fine_tune, made_search
 from made_run import (
     PLAN,
     RIVAL,
     SEED_PLAN,
-    Scored,
     answers,
     candidate,
     random_rows,
@@ -29,7 +28,15 @@ from qpruner.report.results import rows
 from qpruner.report.sections import search_text
 from qpruner.report.statistics import SAME, Difference
 from qpruner.report.tables import by_task
-from qpruner.runs.records import BEST_SEARCHED, GIVEN, RANDOM, SEARCHED, Results
+from qpruner.runs.records import (
+    BEST_SEARCHED,
+    CONFIRMATION,
+    GIVEN,
+    RANDOM,
+    SEARCHED,
+    FineTune,
+    Results,
+)
 from qpruner.search.roles import is_beaten
 
 
@@ -156,21 +163,20 @@ def test_a_search_by_accuracy_is_never_judged_by_its_loss(is_tuned: bool) -> Non
     )
 
 
-def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> Scored:
+def scored(name: str, seed: int, plan: int, margins: Mapping[str, Any]) -> FineTune:
     """Return a fine-tune: task -> margins of the right answer per question; `rows` -> losses of
     confirmation rows."""
     losses = margins.get("rows", np.zeros(2))
     formats = {f"layers.{bit}": "int8" if plan >> bit & 1 else "nf4" for bit in range(4)}
-    tuned = candidate(name, formats, seed=seed, confirmation_loss=float(losses.mean()))
-    tasks = (
+    tasks = [
         score(list((each > 0).astype(float)), list(-each), task)
         for task, each in margins.items()
         if task != "rows"
-    )
-    return tuned.model_copy(update={"confirmation_losses": tuple(losses.tolist())}), tuple(tasks)
+    ]
+    return made_fine_tune(name, formats, seed, {CONFIRMATION: losses.tolist()}, tasks)
 
 
-def better_by(gains: np.ndarray) -> list[Scored]:
+def better_by(gains: np.ndarray) -> list[FineTune]:
     """Return the best seed and the searched plan, which under each of three seeds gains as much on
     each row."""
     theirs, questions = 2.0 + np.arange(len(gains)), {"arc": np.ones(2)}
@@ -333,7 +339,7 @@ def over_rows(gains: Sequence[float]) -> float:
 def test_a_verdict_needs_a_difference_beyond_its_interval(
     case: str, measure: str, verdict: str | None, mean: float, half_width: float | None, said: str
 ) -> None:
-    other, results = ROWS[case][0][0].name, results_of(ROWS[case])
+    other, results = ROWS[case][0].name, results_of(ROWS[case])
     found = differences(results, other)[measure]
     assert (found.verdict, found.mean) == (verdict, pytest.approx(mean))
     assert said in line_about(results, other)
@@ -382,7 +388,7 @@ def test_a_task_without_choices_leaves_the_answer_loss_out(lacking: int) -> None
         score([1.0, 0.0, 1.0, 0.0], each, f"task-{number}") for number, each in enumerate(losses)
     )
     results = results_of(
-        [(candidate(RIVAL, SEED_PLAN), scores), (candidate(SEARCHED, PLAN), scores)]
+        [candidate(RIVAL, SEED_PLAN, tasks=scores), candidate(SEARCHED, PLAN, tasks=scores)]
     )
     assert "answer loss" not in claim(results)
     assert differences(results)["acc"].num_pairs == 8

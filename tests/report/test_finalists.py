@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made_finalist, made_search
-from made_run import PLAN, RIVAL, Scored, results_of, row_of, searched_row, snapshot
+from made_records import made_finalist, made_fine_tune, made_search
+from made_run import PLAN, RIVAL, results_of, row_of, searched_row, snapshot
 from scipy import stats
 
 from qpruner.plans.plan import formats_text
@@ -19,7 +19,14 @@ from qpruner.report.content import Compared, Paragraph, Table, report_md
 from qpruner.report.overview import overview
 from qpruner.report.results import rows
 from qpruner.report.sections import sections
-from qpruner.runs.records import BEST_SEARCHED, Finalist, FreshScore, Results, RungAgreement
+from qpruner.runs.records import (
+    BEST_SEARCHED,
+    SELECTION,
+    Finalist,
+    FineTune,
+    Results,
+    RungAgreement,
+)
 from qpruner.search.roles import control_title, finalist_title, is_beaten
 
 BUDGET = 101_500_000
@@ -90,7 +97,7 @@ def test_scored_accuracies_and_seeds_have_columns() -> None:
     }
     about = {"accuracy": 0.5, "accuracy_stderr": 0.1, "losses": losses, "reused": True}
     scored = made_finalist(9, "gp", 0.0, plan=PLAN, plan_bytes=90_000_000, **about)
-    of_trial = scored.of_trial.loss
+    of_trial = scored.as_trial.selection.loss
     found = tables.fresh_scores(searched(scored).search)  # type: ignore[arg-type]
     told = [dict(zip(found.headings, row, strict=True)) for row in found.rows]
     assert [each["selection accuracy"] for each in told] == ["-", "0.500 (se 0.100)"]
@@ -153,9 +160,9 @@ def test_without_its_fine_tune_the_rival_is_compared_as_a_trial() -> None:
 
 def trained_again(found: Finalist, shift: float = 0.2) -> Finalist:
     """Return a finalist that was trained under a further seed, which shifts its losses."""
-    losses = tuple(each + shift for each in found.of_trial.losses)
-    further = FreshScore(loss=found.of_trial.loss + shift, losses=losses)
-    return found.model_copy(update={"scores": {**found.scores, 1001: further}})
+    losses = [loss + shift for loss in found.losses[0]]
+    further = made_fine_tune(found.origin, found.plan, 1001, {SELECTION: losses})
+    return found.model_copy(update={"fine_tunes": (*found.fine_tunes, further)})
 
 
 def test_a_further_seed_of_the_winner_turns_no_verdict() -> None:
@@ -246,10 +253,10 @@ def test_a_control_that_won_without_a_search_is_compared_with_the_next() -> None
     assert "`me/base`, not pruned, quantized to" in model_card(snapshot(results))
 
 
-def tuned(name: str, confirmation: float, size: int, cut: str = "base") -> list[Scored]:
+def tuned(name: str, confirmation: float, size: int, cut: str = "base") -> list[FineTune]:
     return [
-        (record.model_copy(update={"cut": cut}), scores)
-        for record, scores in row_of(name, [confirmation], plan=NF4, measured_bytes=size)
+        row.model_copy(update={"cut": cut})
+        for row in row_of(name, [confirmation], plan=NF4, measured_bytes=size)
     ]
 
 
@@ -261,7 +268,9 @@ def test_full_fine_tunes_are_compared_with_the_rival_that_the_search_chose() -> 
         *tuned(RIVAL, 1.0, 90_000_000),
         *tuned("paper", 1.2, 80_000_000, "cut-20"),
     ]
-    paper = PAPER.model_copy(update={"plan": NF4})
+    paper = finalist(
+        5, "paper", WINNER + np.array([1.0, -0.9, 1.0, -1.0] * 4), 99_000_000, plan=NF4
+    )
     results = results_of(
         [*others, *searched_row([1.5])], finalists=(KNAPSACK, paper, finalist(11, "gp", WINNER))
     )

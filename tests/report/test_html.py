@@ -318,7 +318,7 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
     results = alone.results
     assert results.finetune and results.evaluate and results.search
     scored = results.evaluate.rows
-    base, _, _, winner = (sum(score.value for score in row.scores) / 2 for row in scored)
+    base, _, _, winner = (row.accuracy for row in scored)
     lead, nothing, as_trial = claim(results).splitlines()
     alternative = "the best simple alternative, both as trials on the rows that chose the winner"
     assert lead == f"3.0 times smaller than the base; not distinguishable from {alternative}."
@@ -364,8 +364,7 @@ def test_without_its_comparison_the_winner_is_complete(tmp_path: Path) -> None:
 
     compared = read_snapshot(MadeRun(tmp_path / "compared", num_trials=6, num_blocks=2).run)
     found = compared.results
-    assert found.comparison and found.evaluate and found.candidates == found.comparison.candidates
-    assert found.scores == (*found.evaluate.rows[:3], *found.comparison.rows)
+    assert found.comparison and found.evaluate and found.fine_tunes == found.comparison.rows
     assert found.inference == found.comparison.inference, (
         "memory and speed as measured beside the others"
     )

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_records import made_finalist
-from made_run import RIVAL, Scored, answers, candidate, results_of, score
+from made_records import made_finalist, made_fine_tune
+from made_run import RIVAL, answers, results_of, score
 
 from qpruner.report.claim import comparisons, finalist_differences, headline
-from qpruner.runs.records import BEST_SEARCHED, SEARCHED, Finalist, Results
+from qpruner.runs.records import BEST_SEARCHED, CONFIRMATION, SEARCHED, Finalist, FineTune, Results
 from qpruner.search.choice import contenders
 from qpruner.search.roles import best_of, rival_of
 
@@ -126,16 +126,13 @@ def _plan(at: int) -> dict[str, str]:
     return {f"layers.{bit}": "int8" if at >> bit & 1 else "nf4" for bit in range(4)}
 
 
-def _tuned(name: str, finalist: Finalist, losses: np.ndarray, seeds: Sequence[int]) -> list[Scored]:
-    rows: list[Scored] = []
+def _tuned(
+    name: str, finalist: Finalist, losses: np.ndarray, seeds: Sequence[int]
+) -> list[FineTune]:
+    rows: list[FineTune] = []
     for seed, of_rows in zip(seeds, losses[finalist.index].tolist(), strict=True):
-        tuned = candidate(name, finalist.plan, seed=seed, confirmation_loss=float(np.mean(of_rows)))
-        rows.append(
-            (
-                tuned.model_copy(update={"confirmation_losses": tuple(of_rows)}),
-                (score(answers(4, 2)),),
-            )
-        )
+        tasks = [score(answers(4, 2))]
+        rows.append(made_fine_tune(name, finalist.plan, seed, {CONFIRMATION: of_rows}, tasks))
     return rows
 
 

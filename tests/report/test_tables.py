@@ -106,7 +106,7 @@ def test_every_accuracy_is_shown_with_the_metric_it_is(
         *row_of(RIVAL, [2.0]),
         *searched_row([1.0]),
     ]
-    results = results_of([(row, scores) for row, _ in tuned])
+    results = results_of([row.model_copy(update={"tasks": scores}) for row in tuned])
     first = tables.final_tables(results)[0]
     assert f"test {name}" in first.headings and first.caption.endswith(f"; {in_full}") == (
         name == "accuracy"
@@ -144,7 +144,7 @@ def test_each_model_stands_with_its_tasks_and_losses(whole: Results) -> None:
         )
 
     untuned = [("base", of_losses(30, 11.0, 12.0)), ("pruned", of_losses(31, 12.0, 13.0))]
-    results = results_of([(candidate(SEARCHED, PLAN), of_losses(33, 8.0, 9.0))], untuned)
+    results = results_of([candidate(SEARCHED, PLAN, tasks=of_losses(33, 8.0, 9.0))], untuned)
     found, with_text = tables.by_task(results), tables.by_task(with_figures(results))
     assert found.headings[3:] == ("answer loss",), "no text, no perplexity"
     losses = {
@@ -156,9 +156,9 @@ def test_each_model_stands_with_its_tasks_and_losses(whole: Results) -> None:
     assert (
         with_text.headings[4] == "perplexity" and [row[4] for row in with_text.rows] == ["8.00"] * 3
     )
-    wordless = results_of([(candidate(SEARCHED, PLAN), of_losses(33, 0.0, 1.0))])
+    wordless = results_of([candidate(SEARCHED, PLAN, tasks=of_losses(33, 0.0, 1.0))])
     assert len(tables.by_task(wordless).headings) == 3, "of some tasks alone it is no mean over all"
-    one = results_of([(candidate(SEARCHED, PLAN), (score([1.0]),))])
+    one = results_of([candidate(SEARCHED, PLAN, tasks=[score([1.0])])])
     assert tables.by_task(one).rows[0][1] == "1.000", "one question has no standard error"
     [random] = [row for row in tables.by_task(whole).rows if row[0] == RANDOM]
     assert random[1:] == ("0.350 (se 0.064)", "0.750 (se 0.069)", "1.7500"), (
