@@ -14,7 +14,7 @@ from made_records import made_finalist, made_search
 
 from qpruner.config.load import validate_config
 from qpruner.pipeline import preflight
-from qpruner.pipeline.comparison_rows import Row, candidates_for, table_rows
+from qpruner.pipeline.comparison import final_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import recorded
 from qpruner.pipeline.run import run
@@ -22,6 +22,7 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.runs.events import Event, Message, Progress
 from qpruner.runs.records import Record, SearchRecord
 from qpruner.runs.run_dir import RunDir
+from qpruner.training.jobs import FineTuneJob
 
 
 def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
@@ -71,18 +72,20 @@ def progress_of(events: Sequence[Event], stage: str) -> dict[str, list[tuple[int
 
 def rows_of(
     context: Context, winner: PrecisionPlan, losses: dict[str, float] | None = None
-) -> dict[str, Row]:
-    return {row.name: row for row in table_rows(with_winner(context, winner, losses))}
+) -> dict[str, list[FineTuneJob]]:
+    """Return the jobs of the final table by row."""
+    rows: dict[str, list[FineTuneJob]] = {}
+    for job in final_jobs(with_winner(context, winner, losses)):
+        rows.setdefault(job.record.name, []).append(job)
+    return rows
 
 
-def folders(context: Context, rows: dict[str, Row]) -> dict[tuple[str, int], Path]:
+def folders(rows: dict[str, list[FineTuneJob]]) -> dict[tuple[str, int | None], Path]:
     """Return the folders by row and training seed.
 
     For the random row it is the folder of its last plan.
     """
-    wanted = [(name, plan, seed) for name, row in rows.items() for seed, plan in row.plans]
-    found = candidates_for(context, wanted)
-    return {(name, seed): job.folder for (name, _, seed), job in zip(wanted, found, strict=True)}
+    return {(name, job.record.seed): job.folder for name, jobs in rows.items() for job in jobs}
 
 
 @pytest.fixture(scope="session")
