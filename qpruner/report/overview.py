@@ -100,8 +100,9 @@ def _rivals(results: Results) -> Iterator[_Rival]:
     if row not in (None, BASE):
         tuned[heading] = row
     by_name = {row.name: row for row in rows(results)}
-    if BASE not in by_name:
-        base = next(row for row in results.evaluate.untuned if row.name == BASE)
+    for base in results.evaluate.untuned:
+        if base.name != BASE or BASE in by_name:
+            continue
         figures = {
             SIZE: results.prune.cuts[UNPRUNED].bytes_before / 1e6,
             accuracy_name(results.evaluate.metrics): base.accuracy,

@@ -133,13 +133,15 @@ def over_questions(pairs: Sequence[Pair]) -> Measured:
     If every task has choices, the differences of the answer losses are returned too.
     """
     accuracy = measures.accuracy_name({task.task: task.metric for task in pairs[0][0].tasks})
-    correct, answer_loss = [], []
-    for ours, theirs in pairs:
-        tasks = list(zip(ours.tasks, theirs.tasks, strict=True))
-        correct.append([less(one.correct, other.correct) for one, other in tasks])
-        answer_loss.append([less(one.answer_loss, other.answer_loss) for one, other in tasks])
-    have_choices = all(all(tasks) for tasks in answer_loss)
-    return {accuracy: correct} | ({ANSWER_LOSS: answer_loss} if have_choices else {})
+    tasks = [list(zip(ours.tasks, theirs.tasks, strict=True)) for ours, theirs in pairs]
+    measured = {
+        accuracy: [[less(one.correct, other.correct) for one, other in both] for both in tasks]
+    }
+    if all(one.answer_loss and other.answer_loss for both in tasks for one, other in both):
+        measured[ANSWER_LOSS] = [
+            [less(one.answer_loss, other.answer_loss) for one, other in both] for both in tasks
+        ]
+    return measured
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Measured:

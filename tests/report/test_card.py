@@ -48,7 +48,7 @@ def test_the_final_model_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> No
         for row in results["records"]["evaluate"]["rows"]
         if (row["name"], row["seed"]) == ("searched", 0)
     ]
-    assert scored == {score["task"]: round(score["value"], 4) for score in row["scores"]}
+    assert scored == {score["task"]: round(score["value"], 4) for score in row["tasks"]}
     assert results["claim"].splitlines()[0] in card.text and "import qpruner.hf" in card.text
 
 
