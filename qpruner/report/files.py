@@ -100,6 +100,6 @@ def summary_schema() -> str:
     schema = Summary.model_json_schema(mode="serialization")
     about = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": "urn:qpruner:results:3",
+        "$id": "urn:qpruner:results:4",
     }
     return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"
