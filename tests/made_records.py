@@ -3,6 +3,8 @@
 from statistics import fmean
 from typing import Any
 
+from conftest import Raw
+
 from qpruner.runs.records import (
     CutRecord,
     Finalist,
@@ -18,7 +20,7 @@ from qpruner.search.roles import rival_of
 def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     """Make a search of nine trials by `gp`, in which trial 7 with this plan beat the control of
     trial 2."""
-    fields: dict[str, Any] = {
+    fields: Raw = {
         "digest": "c" * 16,
         "trials_digest": "1" * 16,
         "searcher": "gp",
@@ -70,7 +72,7 @@ def made_finalist(
         )
         for seed, of_seed in (losses or {0: (loss, loss)}).items()
     }
-    fields: dict[str, Any] = {
+    fields: Raw = {
         "control": is_control(origin),
         "cut": "cut-20",
         "reused": False,
@@ -94,7 +96,7 @@ def made_layer(index: int, groups: int, channels: int) -> LayerWidths:
 
 def made_cut(*layers: LayerWidths, **changes: Any) -> CutRecord:
     """Make a record of a cut from 150 to 120.24 million parameters."""
-    fields: dict[str, Any] = {
+    fields: Raw = {
         "digest": "0" * 16,
         "seconds": 1.5,
         "dropped_blocks": (),

@@ -59,7 +59,8 @@ def scored(plans: Sequence[PrecisionPlan], effects: np.ndarray, step: int = 8) -
 
 @pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
 def test_scores_that_add_up_are_predicted_from_few(levels: tuple[str, ...]) -> None:
-    space, effects = space_of(blocks(12), levels), effects_of(12)
+    space = space_of(blocks(12), levels)
+    effects = effects_of(12)
     plans = random_plans(space, 60)
     posterior = posterior_of(space, scored(plans[:24], effects))
     expected = posterior.mean(rows_of(space, plans[24:])).numpy()
@@ -68,12 +69,11 @@ def test_scores_that_add_up_are_predicted_from_few(levels: tuple[str, ...]) -> N
 
 
 def test_true_sensitivities_help_and_false_ones_do_little_harm() -> None:
-    space, effects = space_of(blocks(20)), effects_of(20)
+    space = space_of(blocks(20))
+    effects = effects_of(20)
     plans = random_plans(space, 100)
-    rest, actual = (
-        rows_of(space, plans[10:]),
-        np.array([loss_of(plan, effects) for plan in plans[10:]]),
-    )
+    rest = rows_of(space, plans[10:])
+    actual = np.array([loss_of(plan, effects) for plan in plans[10:]])
     rises = {
         "none": {},
         "true": {"first": {"nf4": (30 * effects).tolist(), "int8": (0.6 * effects).tolist()}},
@@ -93,7 +93,8 @@ def test_true_sensitivities_help_and_false_ones_do_little_harm() -> None:
 
 
 def test_outlier_groups_are_found_from_few_trials() -> None:
-    space, effects = space_of(blocks(60)), np.full(60, 0.002)
+    space = space_of(blocks(60))
+    effects = np.full(60, 0.002)
     effects[[11, 40]] = 0.05
     noise = 0.004 * np.random.default_rng(3).standard_normal(24)
     observations = [
@@ -109,17 +110,16 @@ def test_outlier_groups_are_found_from_few_trials() -> None:
 def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
     """24 trials have a score at step 4, on another scale; 4 of them also have one at the last step,
     8."""
-    space, effects = space_of(blocks(14)), effects_of(14)
+    space = space_of(blocks(14))
+    effects = effects_of(14)
     plans = random_plans(space, 80)
     low = [
         Observation(index, plan, 4, 0.5 + 1.4 * loss_of(plan, effects))
         for index, plan in enumerate(plans[:24])
     ]
     high = scored(plans[:4], effects)
-    rest, actual = (
-        rows_of(space, plans[24:]),
-        np.array([loss_of(plan, effects) for plan in plans[24:]]),
-    )
+    rest = rows_of(space, plans[24:])
+    actual = np.array([loss_of(plan, effects) for plan in plans[24:]])
     together = (
         posterior_of(space, sorted([*low, *high], key=lambda item: (item.index, item.step)))
         .mean(rest)
@@ -133,7 +133,8 @@ def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
 @pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
 def test_knapsacks_are_inside_the_budget_and_nearly_the_best(levels: tuple[str, ...]) -> None:
     space = space_of(blocks(40), levels, share=0.37)
-    plans, rows = Plans(SearchSpace((space,))), torch.arange(40)
+    plans = Plans(SearchSpace((space,)))
+    rows = torch.arange(40)
     costs = (
         torch.tensor(np.random.default_rng(2).normal(size=(5, 40, len(levels))))
         .sort(dim=2, descending=True)
@@ -163,7 +164,8 @@ def search(
 
 
 def test_a_blind_search_finds_the_best_of_a_thousand_plans() -> None:
-    space, effects = space_of(blocks(10)), effects_of(10)
+    space = space_of(blocks(10))
+    effects = effects_of(10)
     losses = sorted(
         loss_of(plan, effects)
         for plan in (space.plan_of(row) for row in itertools.product(range(2), repeat=10))
@@ -179,7 +181,8 @@ def test_large_spaces_too_get_only_new_plans_inside_the_budget() -> None:
         for index in range(12)
         for kind in ("qkv", "o", "gate_up", "down")
     ]
-    space, effects = space_of(names), effects_of(48)
+    space = space_of(names)
+    effects = effects_of(48)
     ran = search(space, effects, 14)
     assert len(set(ran)) == 14
     assert all(space.is_feasible(plan) for plan in ran)
@@ -202,7 +205,8 @@ def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Obser
 
 def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
     """A resumed search asks a new process, which has no fit from before."""
-    space, effects = space_of(blocks(20)), effects_of(20)
+    space = space_of(blocks(20))
+    effects = effects_of(20)
     plans = random_plans(space, 140)
     observations = rungs_of(plans, effects)
     asked = gp_of(space)
@@ -214,7 +218,8 @@ def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
 
 def test_pending_plans_lower_the_variance_and_leave_the_mean() -> None:
     """Added in two steps they count as if they had been added at once."""
-    space, effects = space_of(blocks(14)), effects_of(14)
+    space = space_of(blocks(14))
+    effects = effects_of(14)
     plans = random_plans(space, 40)
     observations = scored(plans[:12], effects)
     without = posterior_of(space, observations)
@@ -234,11 +239,13 @@ def test_pending_plans_lower_the_variance_and_leave_the_mean() -> None:
 
 
 def test_the_model_knows_the_best_and_the_newest_of_many_trials() -> None:
-    space, effects = space_of(blocks(14)), effects_of(14)
+    space = space_of(blocks(14))
+    effects = effects_of(14)
     observations = rungs_of(random_plans(space, 900), effects)
     kept = informative(observations)
     trials = {item.index for item in kept}
-    assert len(trials) == NUM_TRIALS and kept == [item for item in observations if item in kept]
+    assert len(trials) == NUM_TRIALS
+    assert kept == [item for item in observations if item in kept]
     assert trials >= set(range(900 - NUM_TRIALS // 2, 900))
     finished = sorted(
         (item for item in observations if item.step == 16), key=lambda item: item.score
@@ -263,8 +270,10 @@ def test_what_a_group_is_not_offered_has_no_effect() -> None:
         bool((part == part.T).all()) and part.isfinite().all() for part in model.parts.values()
     )
     features = model.features(rows_of(space, plans_in(space)))
-    assert features[:, :-1].mean(0).abs().max() < 1e-9, "centred in the plans of the space"
-    assert {"depth", "group", "level"} <= set(model.parts), "blocks have a depth all the same"
+    # Centred in the plans of the space.
+    assert features[:, :-1].mean(0).abs().max() < 1e-9
+    # Blocks have a depth all the same.
+    assert {"depth", "group", "level"} <= set(model.parts)
     observations = [
         Observation(at, plan, 8, float(index_sum(space, plan))) for at, plan in enumerate(plans)
     ]
@@ -299,7 +308,8 @@ def test_measured_damage_steers_a_search_without_scores() -> None:
         posterior_of(each, observations).effects(torch.zeros(1, 10, dtype=torch.float64))[0][:, 0]
         for each in (even, uneven)
     ]
-    assert effects[1].argmax() == 4 and effects[1][4] > 3 * effects[1].median()
+    assert effects[1].argmax() == 4
+    assert effects[1][4] > 3 * effects[1].median()
     assert effects[1][4] / effects[1].sum() > 3 * effects[0][4] / effects[0].sum()
     first = gp_of(uneven).propose(2, History(tuple(observations)))
     assert first.formats[4] == "int8"
