@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import ray
 
-from qpruner.cluster.slots import size_of
+from qpruner.cluster.slots import Resources, size_of
 from qpruner.cluster.tune.callbacks import Hold
 from qpruner.errors import StageError
 from qpruner.runs.events import Emit, Message
@@ -170,7 +170,7 @@ def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
     return present
 
 
-def count_devices(resources: Mapping[str, float], room: Callable[[int], int]) -> dict[str, int]:
+def count_devices(resources: Resources, room: Callable[[int], int]) -> dict[str, int]:
     """Count the devices that have room for a trial.
 
     They are those of each node in the cluster, by its id, and those `TO_COME`.
