@@ -2,8 +2,8 @@
 proposes."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -39,9 +39,10 @@ def posterior_of(
     space: PlanSpace,
     observations: Sequence[Observation],
     pending: Sequence[PrecisionPlan] = (),
+    errors: Mapping[str, Sequence[float]] = MappingProxyType({}),
     **priors: object,
 ) -> Posterior:
-    whole = SearchSpace((space,))
+    whole = SearchSpace((space,), errors=errors)
     data = Data.of(whole, observations, {item.step for item in observations})
     posterior = Posterior(PlanModel(whole, priors), data)  # type: ignore[arg-type]
     return posterior.with_pending(Plans(whole).tensor(pending))
@@ -297,21 +298,21 @@ def index_sum(space: PlanSpace, plan: PrecisionPlan) -> float:
 def test_measured_damage_steers_a_search_without_scores() -> None:
     """One group is harmed eight times as much by the smallest format: it is the one to raise."""
     space = space_of(blocks(9), share=0.4)
-    even = replace(space, damage=((0.01, 0.0001),) * 9)
-    uneven = replace(
-        space, damage=tuple((0.08 if group == 4 else 0.01, 0.0001) for group in range(9))
-    )
+    even = {"nf4": [0.01] * 9, "int8": [0.0001] * 9}
+    uneven = even | {"nf4": [0.01] * 4 + [0.08] + [0.01] * 4}
     observations = [
         Observation(at, space.uniform(name), 8, 3.0 - at) for at, name in enumerate(space.levels)
     ]
+    no_noise = torch.zeros(1, 10, dtype=torch.float64)
     effects = [
-        posterior_of(each, observations).effects(torch.zeros(1, 10, dtype=torch.float64))[0][:, 0]
-        for each in (even, uneven)
+        posterior_of(space, observations, errors=errors).effects(no_noise)[0][:, 0]
+        for errors in (even, uneven)
     ]
     assert effects[1].argmax() == 4
     assert effects[1][4] > 3 * effects[1].median()
     assert effects[1][4] / effects[1].sum() > 3 * effects[0][4] / effects[0].sum()
-    first = gp_of(uneven).propose(2, History(tuple(observations)))
+    proposer = GaussianProcessProposer(SearchSpace((space,), errors=uneven), 0, {})
+    first = proposer.propose(2, History(tuple(observations)))
     assert first.formats[4] == "int8"
 
 

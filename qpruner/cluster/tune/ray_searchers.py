@@ -32,7 +32,7 @@ class _Columns:
 
     def __init__(self, space: SearchSpace) -> None:
         self._space = space
-        self._offered = dict(zip(space.groups, space.whole.offered, strict=True))
+        self._offered = dict(zip(space.groups, space.offered, strict=True))
         self._offered["cut"] = tuple(range(len(space.cuts)))
         self.counts = {
             name: len(offered) for name, offered in self._offered.items() if len(offered) > 1
