@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import raw_config, texts, with_key
 from mixed_models import row_job
 from object_store import Store, talk_to
 
@@ -23,7 +23,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import Finetune, setting_aside_damaged_adapter
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import run
-from qpruner.runs.events import Event, Message
+from qpruner.runs.events import Event
 from qpruner.runs.records import RungResult
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import (
@@ -70,7 +70,8 @@ def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen
         try:
             deadline = time.monotonic() + 240
             while not any(name.endswith(FILES) for name in children(checkpoints)):
-                assert process.poll() is None and time.monotonic() < deadline
+                assert process.poll() is None
+                assert time.monotonic() < deadline
                 time.sleep(0.02)
             yield process
         finally:
@@ -118,7 +119,8 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: P
         process.kill()
     job = machine("third")
     sent = [path.name for path in published_folders(job.candidate.checkpoints)]
-    assert sent and "checkpoint-12" not in sent
+    assert sent
+    assert "checkpoint-12" not in sent
     found, _ = finetune_candidate(job)
     assert found["steps"] == 12
     assert all(found[name] == whole[name] for name in ("train_loss", "confirmation_loss"))
@@ -146,14 +148,13 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(
     store.damage(f"run/candidates/0123abcd/adapter/{ADAPTER_WEIGHTS}")
     with pytest.raises(StageError) as caught, setting_aside_damaged_adapter(run_dir, "evaluate"):
         fetch(adapter)
-    (aside,) = children(run_dir.candidates / "damaged")
+    [aside] = children(run_dir.candidates / "damaged")
     place = f"{run_dir.place}/candidates"
     assert f"{place}/0123abcd/adapter/{ADAPTER_WEIGHTS} is damaged" in caught.value.cause
     assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
     assert caught.value.remedy == "repeat the command: only that row is fine-tuned again"
-    assert not files_in(adapter.parent) and "record.json" in children(
-        run_dir.candidates / "damaged" / aside
-    )
+    assert not files_in(adapter.parent)
+    assert "record.json" in children(run_dir.candidates / "damaged" / aside)
     with pytest.raises(CorruptFile), setting_aside_damaged_adapter(run_dir, "evaluate"):
         fetch(run_dir.stage("nowhere"))
 
@@ -162,7 +163,8 @@ def test_a_final_model_with_a_missing_object_is_incomplete(
     machine: Machine, store: Store, tmp_path: Path
 ) -> None:
     """Somebody may have deleted a damaged object."""
-    config, events = machine("looking").config, list[Event]()
+    config = machine("looking").config
+    events = list[Event]()
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
     final = context.run_dir.root / "final"
     assert final not in published_folders(context.run_dir.root)
@@ -170,18 +172,14 @@ def test_a_final_model_with_a_missing_object_is_incomplete(
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
     storage_at(final).put_folder(folder)
-    assert (
-        final in published_folders(context.run_dir.root)
-        and Finetune(context).is_complete(final)
-        and not events
-    )
+    assert final in published_folders(context.run_dir.root)
+    assert Finetune(context).is_complete(final)
+    assert not events
     store.delete("run/final/model.safetensors")
     assert not Finetune(context).is_complete(final)
-    (text,) = [event.text for event in events if isinstance(event, Message)]
-    assert (
-        f"{context.run_dir.place}/final/model.safetensors is missing" in text
-        and "set aside in" in text
-    )
+    [text] = texts(events)
+    assert f"{context.run_dir.place}/final/model.safetensors is missing" in text
+    assert "set aside in" in text
 
 
 def test_a_fine_tune_taken_over_writes_nothing_more(machine: Machine, config_file: Path) -> None:

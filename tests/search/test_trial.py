@@ -41,7 +41,8 @@ def test_a_trial_resumed_between_rungs_scores_the_same(job: TrialJob, tmp_path: 
     whole = rungs_from(None, job, tmp_path / "whole")
     assert [(rung.step, len(rung.train_losses)) for rung in whole] == [(3, 3), (6, 3)]
     between = tmp_path / "whole" / "checkpoint-1"
-    assert between.exists(), "saved before the first rung"
+    # Saved before the first rung.
+    assert between.exists()
     assert rungs_from(between, job, tmp_path / "resumed") == whole
 
 
@@ -49,7 +50,8 @@ def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_pa
     """So a further seed differs by its seed alone, though the final fine-tune is longer and takes
     larger batches."""
     rungs_from(None, job, tmp_path)
-    config, materials = job.config, job.materials
+    config = job.config
+    materials = job.materials
 
     def candidate(folder: Path, seed: int, size: int | None = None) -> CandidateJob:
         bank = materials.banks[job.cut]
@@ -63,6 +65,7 @@ def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_pa
     trial = confirm_trial(candidate(tmp_path / "checkpoint-6", seed))
     assert confirm_seed(candidate(tmp_path / "again", seed)) == trial
     other = confirm_seed(candidate(tmp_path / "other", seed + 1))
-    assert other.losses != trial.losses and other.loss == pytest.approx(trial.loss, abs=0.3)
+    assert other.losses != trial.losses
+    assert other.loss == pytest.approx(trial.loss, abs=0.3)
     smaller = confirm_seed(candidate(tmp_path / "smaller", seed, size=2))
     assert smaller.loss == pytest.approx(trial.loss, abs=1e-3)
