@@ -144,7 +144,8 @@ def test_logits_are_counted_at_labelled_tokens(
     inspection: Inspection, changed: Changed, tiny_model: Path
 ) -> None:
     """The count is an upper bound for real rows; packed or unknown rows count with full length."""
-    config, tokenizer = changed(), load_tokenizer(str(tiny_model))
+    config = changed()
+    tokenizer = load_tokenizer(str(tiny_model))
     for rows in inspection.examples.values():
         encoded = encode(rows, tokenizer, 64, config.data.template, response_only=True)
         longest = max(sum(label != -100 for label in row["labels"]) for row in encoded)
@@ -156,7 +157,8 @@ def test_logits_are_counted_at_labelled_tokens(
         return [work(changed(**keys), found).parts["logits"] for work in works]
 
     training, scoring = logits(inspection)
-    assert training < every[0] and scoring < every[1]
+    assert training < every[0]
+    assert scoring < every[1]
     assert (
         every
         == logits(inspection, data__response_only=False)
@@ -185,7 +187,8 @@ def test_the_comparison_trains_the_base_model_unpacked(
     ), "in float32"
     trial = memory.training_memory(config, inspection).parts
     assert parts["activations"] == trial["activations"], "the search tries the base model too"
-    assert "unpacked weights" in trial and "unpacked weights" not in parts
+    assert "unpacked weights" in trial
+    assert "unpacked weights" not in parts
     most = max(
         each["total"]
         for name, each in found["memory"].items()
@@ -200,9 +203,11 @@ def test_the_cut_counts_gradients_and_samples(
 ) -> None:
     """Gradients count only if importance needs them; compensation counts all samples; the larger
     one is the peak."""
-    by_gradient, by_weights = cut(), cut(prune__importance="magnitude")
+    by_gradient = cut()
+    by_weights = cut(prune__importance="magnitude")
     assert by_weights.total < by_gradient.total
-    assert "logits" in by_gradient.parts and "logits" not in by_weights.parts
+    assert "logits" in by_gradient.parts
+    assert "logits" not in by_weights.parts
     assert (
         "logits"
         not in cut(prune__units=["block"], prune__rate=0.5, prune__compensation="none").parts
@@ -212,10 +217,8 @@ def test_the_cut_counts_gradients_and_samples(
     short = {"prune__importance": "magnitude", "calibration__max_length": 48}
     solved = cut(**short, prune__compensation="least_squares")
     assert solved.parts["hidden states"] == samples * 48 * (64 * 2 + 48)
-    assert (
-        solved.parts["Gram matrix"] == 2 * 4 * 256**2
-        and solved.parts["solution"] == 3 * 4 * 64 * 256
-    )
+    assert solved.parts["Gram matrix"] == 2 * 4 * 256**2
+    assert solved.parts["solution"] == 3 * 4 * 64 * 256
     assert "hidden states" not in cut(**short, prune__compensation="none").parts
     mixed = {"prune__importance": "taylor", "prune__order": "mixed"}
     assert cut(**mixed).parts["mean squares"] == 4 * sum(
@@ -234,11 +237,9 @@ def test_expected_steps_match_asha(changed: Changed) -> None:
         search__max_trials=400, search__steps=16, search__first_rung=2, sensitivity__methods=[]
     )
     controls = preflight.most_controls(config)
-    generator, seen, steps = (
-        np.random.default_rng(0),
-        {rung: [] for rung in config.search.rungs},
-        16.0 * controls,
-    )
+    generator = np.random.default_rng(0)
+    seen = {rung: [] for rung in config.search.rungs}
+    steps = 16.0 * controls
     for score in generator.random(400 - controls):
         for rung in config.search.rungs:
             seen[rung].append(score)
@@ -277,28 +278,25 @@ def test_hours_follow_the_configuration(inspection: Inspection, changed: Changed
 
 def test_gpu_hours_count_the_gpus_of_a_trial(inspection: Inspection, changed: Changed) -> None:
     """Half a GPU is half as fast; two GPUs are no faster but count twice."""
-    half, whole, two = (
-        estimate.facts(changed(), inspection, RATES, 2, gpus)["hours"] for gpus in (0.5, 1.0, 2.0)
-    )
-    assert half["wall"] == pytest.approx(2 * whole["wall"]) and half["total"] == pytest.approx(
-        whole["total"]
-    )
-    assert two["wall"] == pytest.approx(whole["wall"]) and two["total"] == pytest.approx(
-        2 * whole["total"]
-    )
-    alone, four = (
-        estimate.facts(changed(), inspection, RATES, slots, None)["hours"] for slots in (1, 4)
-    )
-    assert alone["total"] == pytest.approx(alone["wall"]) and four["wall"] < alone["wall"]
+    half = estimate.facts(changed(), inspection, RATES, 2, 0.5)["hours"]
+    whole = estimate.facts(changed(), inspection, RATES, 2, 1.0)["hours"]
+    two = estimate.facts(changed(), inspection, RATES, 2, 2.0)["hours"]
+    assert half["wall"] == pytest.approx(2 * whole["wall"])
+    assert half["total"] == pytest.approx(whole["total"])
+    assert two["wall"] == pytest.approx(whole["wall"])
+    assert two["total"] == pytest.approx(2 * whole["total"])
+    alone = estimate.facts(changed(), inspection, RATES, 1, None)["hours"]
+    four = estimate.facts(changed(), inspection, RATES, 4, None)["hours"]
+    assert alone["total"] == pytest.approx(alone["wall"])
+    assert four["wall"] < alone["wall"]
 
 
 def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(
     inspection: Inspection, changed: Changed
 ) -> None:
     """The first fine-tune of the winner is not part of the comparison."""
-    asked, alone = (
-        hours_of(changed(**keys), inspection) for keys in ({}, {"finetune": {"steps": 4}})
-    )
+    asked = hours_of(changed(), inspection)
+    alone = hours_of(changed(finetune={"steps": 4}), inspection)
     assert {name: each for name, each in asked.items() if name != "comparison"} == alone
     one = alone["finetune"] + alone["evaluate"] / (1 + hours.UNTUNED)
     assert asked["comparison"] == pytest.approx(hours.num_compared(changed()) * one)
@@ -371,10 +369,8 @@ def test_a_fine_tune_takes_the_estimated_memory_and_time(real: Path, tmp_path: P
 
     took = last_line("-c", FINETUNE, str(real), str(tmp_path / "row"))
     facts = last_line("-m", "qpruner", "check", str(real), "--measure", "--json")
-    expected, seconds = (
-        facts["memory"]["trial, training"]["total"],
-        facts["hours"]["stages"]["finetune"] * 3600,
-    )
+    expected = facts["memory"]["trial, training"]["total"]
+    seconds = facts["hours"]["stages"]["finetune"] * 3600
     print(f"memory: told {expected / 1e6:.0f} MB, took {took['peak'] / 1e6:.0f} MB")
     print(f"time: told {seconds:.1f} s, took {took['seconds']:.1f} s; {facts['hours']['rates']}")
     assert expected / 1.25 < took["peak"] < expected * 1.25

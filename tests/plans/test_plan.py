@@ -13,10 +13,8 @@ from qpruner.quantization.formats import format_of
 def test_plan_bytes_are_groups_and_fixed_bytes() -> None:
     layout = layout_of([(77, 64), (96, 77)], rest=12345)
     plan = PrecisionPlan(("layers.0", "layers.1"), ("nf4", "int8"))
-    first, second = (
-        format_of("nf4").packed_bytes(77, 64, 2),
-        format_of("int8").packed_bytes(96, 77, 2),
-    )
+    first = format_of("nf4").packed_bytes(77, 64, 2)
+    second = format_of("int8").packed_bytes(96, 77, 2)
     assert layout.plan_bytes(plan) == first + second + 12345 + 6172
     weights = 77 * 64 + 96 * 77
     assert layout.mean_bits(plan) == pytest.approx((77 * 64 * 4 + 96 * 77 * 8) / weights)
@@ -38,7 +36,8 @@ def test_a_plan_in_a_notebook_can_be_read() -> None:
     plan = PrecisionPlan(("a", "b", '"><script>'), ("nf4", "int8", "bf16"))
     page = plan._repr_html_()
     assert [part[:4] for part in page.split(";color:")[1:]] == ["#000", "#fff", "#fff"]
-    assert "a: nf4" in page and "<script>" not in page
+    assert "a: nf4" in page
+    assert "<script>" not in page
 
 
 @pytest.mark.parametrize(

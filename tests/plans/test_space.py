@@ -18,7 +18,8 @@ from qpruner.plans.space import PlanSpace, SearchSpace
 def space_of(layout: Layout, share: float) -> PlanSpace:
     """Make the plan space for a budget between the smallest (share 0) and the largest plan (share
     1)."""
-    lowest, highest = layout.plan_bytes(layout.smallest()), layout.plan_bytes(layout.largest())
+    lowest = layout.plan_bytes(layout.smallest())
+    highest = layout.plan_bytes(layout.largest())
     return PlanSpace.of(layout, lowest + int(share * (highest - lowest)))
 
 
@@ -54,9 +55,11 @@ def test_the_knapsack_is_exact_for_blocks_of_many_widths(seed: int) -> None:
     """
     generator = np.random.default_rng(seed)
     layout = layout_of([(64, int(columns)) for columns in generator.integers(2, 40, 56) * 8])
-    space, gains = space_of(layout, 0.47), generator.uniform(0.95, 1.05, 56)
+    space = space_of(layout, 0.47)
+    gains = generator.uniform(0.95, 1.05, 56)
     found = space.best_by_gain([[0.0, float(gain)] for gain in gains])
-    room, best = space.budget_bytes - layout.plan_bytes(layout.uniform("nf4")), {0: 0.0}
+    room = space.budget_bytes - layout.plan_bytes(layout.uniform("nf4"))
+    best = {0: 0.0}
     for (low, high), gain in zip(space.group_bytes, gains, strict=True):
         for used, value in sorted(best.items(), reverse=True):
             weight = used + high - low
@@ -73,7 +76,8 @@ def test_a_plan_one_byte_over_the_budget_is_rejected() -> None:
     highest = layout.uniform("int8")
     space = PlanSpace.of(layout, layout.plan_bytes(highest) - 1)
     for found in (space.best_by_gain([[0.0, 1.0]] * 12), space.nearest_feasible(highest)):
-        assert found is not None and sorted(str(found)) == ["4"] + ["8"] * 11
+        assert found is not None
+        assert sorted(str(found)) == ["4"] + ["8"] * 11
 
 
 def test_a_plan_of_exactly_the_budget_is_found() -> None:
@@ -149,12 +153,11 @@ def test_a_repaired_plan_differs_in_the_fewest_groups(levels: tuple[str, ...], s
         }
         found = space.nearest_feasible(wanted, avoid=[*known, replace(wanted, cut=UNPRUNED)])
         candidates = [plan for plan in feasible if plan not in known]
-        assert found is not None and found in candidates
+        assert found is not None
+        assert found in candidates
         best = max(candidates, key=lambda plan: (agreement(plan), layout.plan_bytes(plan)))
-        assert (agreement(found), layout.plan_bytes(found)) == (
-            agreement(best),
-            layout.plan_bytes(best),
-        )
+        assert agreement(found) == agreement(best)
+        assert layout.plan_bytes(found) == layout.plan_bytes(best)
 
 
 def test_a_uniform_plan_takes_the_next_larger_format() -> None:
@@ -164,19 +167,26 @@ def test_a_uniform_plan_takes_the_next_larger_format() -> None:
         assert str(layout.uniform(name)) == str(space.uniform(name)) == text
     assert str(layout.smallest()) == str(space.smallest()) == "844444F"
     assert str(layout.largest()) == "F8F4F8F"
-    assert str(layout.dense()) == "FFFFFFF" and layout.dense() not in space
+    assert str(layout.dense()) == "FFFFFFF"
+    assert layout.dense() not in space
     assert layout.plan_bytes(layout.dense()) - 1500 == 2 * sum(
         group.num_weights for group in layout.groups
     )
     assert layout.levels == space.levels == ("nf4", "int8", "bf16")
-    assert "nf4" not in layout.sizes[0] and space.group_bytes[0][0] is None
+    assert "nf4" not in layout.sizes[0]
+    assert space.group_bytes[0][0] is None
 
 
 def test_a_plan_of_another_cut_is_outside_the_space() -> None:
-    pruned, base = layout_of([(64, 64)] * 2), layout_of([(64, 80)] * 2, cut=UNPRUNED)
-    space, plan = space_of(pruned, 1.0), base.uniform("nf4")
-    assert plan.cut == UNPRUNED and space_of(base, 1.0).is_feasible(plan)
-    assert plan not in space and not space.is_feasible(plan) and space.uniform("nf4") in space
+    pruned = layout_of([(64, 64)] * 2)
+    base = layout_of([(64, 80)] * 2, cut=UNPRUNED)
+    space = space_of(pruned, 1.0)
+    plan = base.uniform("nf4")
+    assert plan.cut == UNPRUNED
+    assert space_of(base, 1.0).is_feasible(plan)
+    assert plan not in space
+    assert not space.is_feasible(plan)
+    assert space.uniform("nf4") in space
     with pytest.raises(ValueError, match="of the cut base is not in the space of the cut cut-20"):
         space.plan_bytes(plan)
 
@@ -203,11 +213,10 @@ def cuts_of(share: float = 0.4, levels: tuple[str, ...] = LEVELS) -> SearchSpace
         [(64, 80), (80, 96), (60, 64), (77, 48)], 900, ("nf4", "int8", "bf16"), "cut-10"
     )
     short = layout_of([(64, 96), (64, 64), (77, 64)], 800, levels, "layers-25")
-    lowest, highest = base.plan_bytes(base.smallest()), base.plan_bytes(base.largest())
-    budget, kept = (
-        lowest + int(share * (highest - lowest)),
-        tuple(f"layers.{at}" for at in (0, 2, 3)),
-    )
+    lowest = base.plan_bytes(base.smallest())
+    highest = base.plan_bytes(base.largest())
+    budget = lowest + int(share * (highest - lowest))
+    kept = tuple(f"layers.{at}" for at in (0, 2, 3))
     spaces = [
         PlanSpace.of(base, budget),
         PlanSpace.of(narrow, budget),
@@ -220,11 +229,14 @@ def test_a_plan_of_any_cut_is_a_row_of_indices() -> None:
     """Groups go by their names in the base model; the group that a cut has lost takes nothing."""
     space = cuts_of()
     assert space.cuts == (UNPRUNED, "cut-10", "layers-25")
-    assert space.levels == ("nf4", "int8", "bf16") and len(space.groups) == 4
+    assert space.levels == ("nf4", "int8", "bf16")
+    assert len(space.groups) == 4
     for at, each in enumerate(space.spaces):
         for plan in plans_in(each):
             row = space.indices_of(plan)
-            assert space.plan_of(row) == plan and row[-1] == at and plan in space
+            assert space.plan_of(row) == plan
+            assert row[-1] == at
+            assert plan in space
             of_groups = space.tables[at, range(4), row[:-1]]
             assert of_groups.sum() + each.fixed_bytes == space.plan_bytes(plan)
     assert space.indices_of(space.spaces[2].uniform("nf4")) == (0, 2, 0, 0, 2)
@@ -233,7 +245,8 @@ def test_a_plan_of_any_cut_is_a_row_of_indices() -> None:
         "what it is offered"
     )
     other = replace(dense, cut="cut-20")
-    assert other not in space and not space.is_feasible(other)
+    assert other not in space
+    assert not space.is_feasible(other)
     with pytest.raises(
         ValueError, match="the cut cut-20 is not searched, only base, cut-10, layers-25"
     ):
@@ -242,14 +255,14 @@ def test_a_plan_of_any_cut_is_a_row_of_indices() -> None:
 
 def test_a_cut_without_new_plans_hands_on_to_the_next() -> None:
     """Nothing over the budget, nothing twice, and None when every plan of every cut is known."""
-    space, known = cuts_of(), list[PrecisionPlan]()
+    space = cuts_of()
+    known = list[PrecisionPlan]()
     wanted = space.spaces[1].uniform("bf16")
     while (found := space.nearest_feasible(wanted, known)) is not None:
         known.append(found)
     every = [list(filter(each.is_feasible, plans_in(each))) for each in space.spaces]
-    assert len(known) == len(set(known)) and set(known) == {
-        plan for plans in every for plan in plans
-    }
+    assert len(known) == len(set(known))
+    assert set(known) == {plan for plans in every for plan in plans}
     order = [len(every[1]), len(every[2]), len(every[0])]
     assert [plan.cut for plan in known] == ["cut-10"] * order[0] + ["layers-25"] * order[1] + [
         UNPRUNED

@@ -117,31 +117,29 @@ def test_tables_prefer_acc_norm_and_know_acc(
     lengths = np.array([[len(choice) for choice in row["choices"]] for row in rows])
     likelihood = np.array([each for each, _ in found]).reshape(lengths.shape)
     right = np.array([int(number % 3 == 0) for number in range(NUM_QUESTIONS)])
-    acc, acc_norm = (each.argmax(axis=1) == right for each in (likelihood, likelihood / lengths))
+    acc = likelihood.argmax(axis=1) == right
+    acc_norm = (likelihood / lengths).argmax(axis=1) == right
     assert acc.mean() != acc_norm.mean(), "else the test could not tell them apart"
     both = scores["toy_both"]
-    assert (
-        both.metric == "acc_norm"
-        and both.correct == tuple(acc_norm)
-        and both.value == acc_norm.mean()
-    )
+    assert both.metric == "acc_norm"
+    assert both.correct == tuple(acc_norm)
+    assert both.value == acc_norm.mean()
     assert both.stderr == pytest.approx(acc_norm.std(ddof=1) / math.sqrt(NUM_QUESTIONS))
     assert scores["toy_acc"].value == acc.mean()
     losses = -likelihood[range(NUM_QUESTIONS), right]
     assert both.answer_loss == scores["toy_acc"].answer_loss == pytest.approx(losses, rel=1e-5)
     assert ours < 0.8 * (sum(positions) - ours)
 
-    assert scores["toy_norm"].metric == "acc_norm" and scores["toy_norm"].correct == both.correct
+    assert scores["toy_norm"].metric == "acc_norm"
+    assert scores["toy_norm"].correct == both.correct
 
 
 def test_answers_that_a_task_filters_count_once(scores: dict[str, TaskScore]) -> None:
     """lm-eval logs a question once for each filter; the first filter counts."""
     written = scores["toy_written"]
-    assert (written.metric, written.value, written.num_questions) == (
-        "exact_match,strict",
-        1.0,
-        NUM_QUESTIONS,
-    )
+    assert written.metric == "exact_match,strict"
+    assert written.value == 1.0
+    assert written.num_questions == NUM_QUESTIONS
 
 
 @pytest.mark.parametrize(("wanted", "metric"), [("acc", "acc"), (None, "acc_norm")])

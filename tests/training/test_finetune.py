@@ -33,10 +33,8 @@ def losses(
 ) -> list[float]:
     """Train for six steps, and keep the first checkpoint in `output` / `first`."""
     seen: list[float] = []
-    schedule, settings = (
-        Schedule(6, rungs=(3, 6), save_seconds=save_seconds),
-        SETTINGS.model_copy(update=changes),
-    )
+    schedule = Schedule(6, rungs=(3, 6), save_seconds=save_seconds)
+    settings = SETTINGS.model_copy(update=changes)
 
     def on_save(checkpoint: Path) -> None:
         if not (output / "first").exists():
@@ -57,7 +55,8 @@ def test_a_resumed_training_repeats_the_uninterrupted_run(
     assert len(whole) == 6
     first = tmp_path / "whole" / "first"
     resumed = losses(fresh(dropout=0.1), rows, tmp_path / "resumed", first)
-    assert resumed == whole[step:] and step_losses(first) == whole[:step]
+    assert resumed == whole[step:]
+    assert step_losses(first) == whole[:step]
     paths = (tmp_path / name / "checkpoint-6" / "optimizer.pt" for name in ("whole", "resumed"))
     one, other = (torch.load(path, weights_only=True)["state"] for path in paths)
     torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -71,7 +70,8 @@ def test_rungs_have_full_checkpoints_and_only_adapters_change(
     def on_rung(step: int, checkpoint: Path, loss: float) -> None:
         called.append((step, (checkpoint / "adapter_model.safetensors").is_file()))
 
-    model, schedule = fresh(), Schedule(steps=4, rungs=(1, 2, 4))
+    model = fresh()
+    schedule = Schedule(steps=4, rungs=(1, 2, 4))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     finetune(
         model,
@@ -87,7 +87,8 @@ def test_rungs_have_full_checkpoints_and_only_adapters_change(
     changed = {
         name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
     }
-    assert changed and all("lora_" in name for name in changed)
+    assert changed
+    assert all("lora_" in name for name in changed)
 
 
 def test_gradient_checkpointing_changes_no_loss(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
@@ -104,7 +105,8 @@ def test_processes_share_the_batches_of_a_random_order(num_rows: int, processes:
     In each turn of a batch, all rows of all processes are at least as long as any row of the next
     turn.
     """
-    size, batch = 2, 12
+    size = 2
+    batch = 12
     settings = TrainingConfig(batch_size=batch, micro_batch_size=size)
     lengths = (
         np.random.default_rng(1).lognormal(3.5, 0.8, num_rows).astype(int).clip(4, 200).tolist()
@@ -184,7 +186,9 @@ def test_only_the_rows_of_a_step_are_read(
     fresh: Fresh, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_encoded(rows, tmp_path / "rows")
-    mapped, read, get = load_encoded(tmp_path / "rows"), list[int](), EncodedRows.__getitem__
+    mapped = load_encoded(tmp_path / "rows")
+    read = list[int]()
+    get = EncodedRows.__getitem__
     monkeypatch.setattr(
         EncodedRows, "__getitem__", lambda self, index: read.append(index) or get(self, index)
     )
@@ -205,14 +209,18 @@ def test_no_two_epochs_of_any_seeds_share_an_order() -> None:
 
 
 def test_every_epoch_has_its_own_order(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
-    model, seen = fresh(), []
+    model = fresh()
+    seen = []
     model.register_forward_pre_hook(
         lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True
     )
     one_each = SETTINGS.model_copy(update={"micro_batch_size": 1})
     finetune(model, rows[:8], one_each, Schedule(steps=4), tmp_path, seed=5, pad_id=1)
-    first, second = seen[:8], seen[8:]
-    assert len(second) == 8 and sorted(first) == sorted(second) and first != second
+    first = seen[:8]
+    second = seen[8:]
+    assert len(second) == 8
+    assert sorted(first) == sorted(second)
+    assert first != second
 
 
 def test_a_loss_far_above_the_first_stops_the_run(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:
