@@ -57,7 +57,7 @@ class Comparison(Stage[ComparisonRecord]):
         with setting_aside_damaged_adapter(context.run_dir, self.name):
             tuned = finetune_jobs(self, jobs)
             scored = score_jobs(self, models, text)
-            before = context.gpu_time.seconds
+            before = context.machines.gpu_time.seconds
             setting, taken = measure_in_turns(self, models)
         own = {each.digest for each in context.record(FinetuneRecord).candidates}
         held = {each.digest: each.gpu_seconds for each in tuned if each.digest not in own}
@@ -68,7 +68,10 @@ class Comparison(Stage[ComparisonRecord]):
             "candidates": tuned,
             "rows": rows_of(jobs, scored, taken),
             "inference": setting,
-            "gpu_seconds": sum(held.values()) + scoring + context.gpu_time.seconds - before,
+            "gpu_seconds": sum(held.values())
+            + scoring
+            + context.machines.gpu_time.seconds
+            - before,
         }
 
     def summary(self, record: ComparisonRecord) -> str:
@@ -84,4 +87,4 @@ class Comparison(Stage[ComparisonRecord]):
         return f"training seed {first}: confirmation loss {', '.join(losses)}"
 
     def disk_bytes(self) -> int:
-        return 6 * self.context.checkpoint_bytes
+        return 6 * self.context.inspection.shapes.checkpoint_bytes

@@ -91,7 +91,7 @@ def table_rows(context: Context) -> list[Row]:
         rows.append(
             same(BEST_SEARCHED, f"{rival.origin}, trial {rival.index}", plan_of(rival), seeds)
         )
-    space = context.space_of(plan.cut)
+    space = context.shapes.space_of(plan.cut)
     drawn = (
         random_plans(space, plan, config.finetune.random_plans, config.seed)
         if plan in space
@@ -106,9 +106,11 @@ def table_rows(context: Context) -> list[Row]:
 
 def _unquantized(context: Context, winner: PrecisionPlan) -> list[tuple[str, PrecisionPlan]]:
     """List the base model, and the pruned model that the winner quantizes, without formats."""
-    rows = [(BASE, context.layout_of(UNPRUNED).dense())]
+    rows = [(BASE, context.shapes.layout_of(UNPRUNED).dense())]
     return (
-        rows if winner.cut == UNPRUNED else [*rows, (PRUNED, context.layout_of(winner.cut).dense())]
+        rows
+        if winner.cut == UNPRUNED
+        else [*rows, (PRUNED, context.shapes.layout_of(winner.cut).dense())]
     )
 
 
@@ -131,7 +133,7 @@ def candidates_for(
     settings = (config.lora, config.training, length, config.seed, config.evaluate.batch_size)
     found = []
     for name, plan, seed in wanted:
-        bank, formats = context.bank_of(plan.cut), plan.as_dict()
+        bank, formats = context.places.bank_of(plan.cut), plan.as_dict()
         # Everything that a fine-tune depends on.
         digest = digest_of(
             bank.inputs, bank.digests(formats.values()), *settings, plan.cut, formats, seed
@@ -185,18 +187,22 @@ def run_jobs(
         return
     more["on_tick"] = job_progress(stage, [job.progress for job in left], len(jobs), unit)
     more["progress"] = lambda position: sorted(published_folders(left[position].checkpoints))
-    resources, concurrent = context.task_resources(len(left), num_workers)
+    resources, concurrent = context.machines.task_resources(len(left), num_workers)
     threads = int(resources.get("cpu", 1))
     tasks = [
-        CandidateJob(context.worker_config, job, context.data, threads, text, context.trackers)
+        CandidateJob(
+            context.worker_config, job, context.places.data, threads, text, context.trackers
+        )
         for job in left
     ]
     if num_workers == 1:
-        results = context.run_tasks(function, tasks, resources, concurrent, own_process, **more)
+        results = context.machines.run_tasks(
+            function, tasks, resources, concurrent, own_process, **more
+        )
     else:
         from qpruner.cluster.group import run_groups
 
-        scratch, check = context.run_dir.scratch("train"), context.check_node
+        scratch, check = context.run_dir.scratch("train"), context.machines.check_node
         results = run_groups(
             function, tasks, resources, num_workers, concurrent, scratch, check, **more
         )

@@ -61,11 +61,12 @@ class Evaluate(Stage[EvalRecord]):
         context, jobs = self.context, self.jobs
         about, text = held_out_text(context, scratch / "text")
         inspection, settings = context.inspection, self.config.evaluate
-        questions, metrics = inspection.questions["evaluate"], inspection.metrics["evaluate"]
+        questions = inspection.rows.questions["evaluate"]
+        metrics = inspection.rows.metrics["evaluate"]
         asked = (settings.tasks, settings.limit, settings.num_fewshot)
         with setting_aside_damaged_adapter(context.run_dir, self.name):
             scored = score_jobs(self, jobs, text)
-            before = context.gpu_time.seconds
+            before = context.machines.gpu_time.seconds
             setting, taken = measure_in_turns(self, [job for job in jobs if job.seed is not None])
         rows = rows_of(jobs, scored, taken)
         return {
@@ -73,7 +74,9 @@ class Evaluate(Stage[EvalRecord]):
             "text": about,
             "inference": setting,
             "tested": digest_of(questions, metrics, *asked, *context.task_files),
-            "gpu_seconds": sum(row.gpu_seconds for row in rows) + context.gpu_time.seconds - before,
+            "gpu_seconds": sum(row.gpu_seconds for row in rows)
+            + context.machines.gpu_time.seconds
+            - before,
         }
 
     def summary(self, record: EvalRecord) -> str:
@@ -91,15 +94,15 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
     Without `evaluate.text`, use the half of `data.confirmation` that judges the winner, unless a
     row has choices.
     """
-    examples, length = context.inspection.examples, context.config.data.max_length
+    examples, length = context.inspection.rows.examples, context.config.data.max_length
     if "text" in examples:
-        tokenizer = load_tokenizer(str(context.checkpoint_of(context.reference)))
+        tokenizer = load_tokenizer(str(context.places.checkpoint_of(context.shapes.reference.cut)))
         rows = text_windows((row.response for row in examples["text"]), tokenizer, length)
         save_encoded(rows, folder)
         return f"`evaluate.text` in {len(rows)} windows of {length} tokens", folder
     if any(row.format == "multiple_choice" for row in examples["confirmation"]):
         return None, None
-    rows = load_confirmation(context.data, "judge")
+    rows = load_confirmation(context.places.data, "judge")
     save_encoded(rows, folder)
     part = "responses" if context.config.data.response_only else "whole rows"
     if all(row.format == "text" for row in examples["confirmation"]):
@@ -112,8 +115,8 @@ def scores_digest(context: Context) -> str:
 
     That is the tasks, their metrics, texts and settings.
     """
-    texts = [row.response for row in context.inspection.examples.get("text", ())]
-    metrics = context.inspection.metrics["evaluate"]
+    texts = [row.response for row in context.inspection.rows.examples.get("text", ())]
+    metrics = context.inspection.rows.metrics["evaluate"]
     return digest_of(
         context.config.evaluate,
         context.task_digest("evaluate"),
@@ -142,7 +145,7 @@ def score_jobs(
     for job, (scores, seconds) in run_jobs(
         stage, evaluate_candidate, jobs, found, "answers", text=text
     ):
-        held = seconds * context.gpus_held()
+        held = seconds * context.machines.gpus_held()
         record = RowScores(digest=digest, name=job.name, seed=job.seed, gpu_seconds=held, **scores)
         write_json(job.folder / "scores.json", record)
         found[job.folder] = record
@@ -189,23 +192,23 @@ def measure_in_turns(
     models: dict[tuple[Any, ...], list[Candidate]] = {}
     for job in sorted(jobs, key=lambda job: job.cut):
         models.setdefault((job.cut, *job.plan.items()), []).append(job)
-    resources, _ = context.task_resources(1)
+    resources, _ = context.machines.task_resources(1)
     alone = tuple(same[0] for same in models.values())
     stage.notify(f"{counted(len(alone), 'model')} in turns: memory and tokens a second")
     progress = context.run_dir.candidates / "turns"
     task = InferenceJob(
-        context.worker_config, alone, context.data, int(resources.get("cpu", 1)), progress
+        context.worker_config, alone, context.places.data, int(resources.get("cpu", 1)), progress
     )
     remove(progress)  # the file of an earlier command
     on_tick = job_progress(stage, [progress], 1, "memory and tokens a second")
-    [(_, (setting, found))] = context.run_tasks(
+    [(_, (setting, found))] = context.machines.run_tasks(
         measure_inference,
         [task],
         resources,
         1,
         own_process=True,
         on_tick=on_tick,
-        on_held=context.gpu_time.add,
+        on_held=context.machines.gpu_time.add,
     )
     return setting, {
         job.folder: taken

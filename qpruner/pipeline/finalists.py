@@ -80,7 +80,7 @@ def _tell(stage: Stage[Any], finalist: Finalist) -> None:
     loss = f"selection loss {score.loss:.4f}{error_text(over_questions(score.losses).stderr, 4)}"
     text = f"finalist: trial {finalist.index} ({finalist.origin}), {loss}"
     if score.accuracy is not None:
-        name = accuracy_name(stage.context.inspection.metrics["search"])
+        name = accuracy_name(stage.context.inspection.rows.metrics["search"])
         accuracy = f"{score.accuracy:.3f}{error_text(score.accuracy_stderr, 3)}"
         text += f", selection {name} {accuracy}"
     stage.notify(text)
@@ -144,14 +144,14 @@ def _scoring(
     candidate = Candidate(
         name=trial.origin,
         title=f"trial {trial.index}",
-        bank=stage.context.bank_of(trial.cut),
+        bank=stage.context.places.bank_of(trial.cut),
         plan=trial.plan,
         folder=folder,
         seed=seed,
         cut=trial.cut,
         micro_batch_size=trial.micro_batch_size,
     )
-    questions = stage.context.inspection.questions["fresh"]
+    questions = stage.context.inspection.rows.questions["fresh"]
     digest = digest_of(*depends_on, stage.config.search.metric, questions)
     return Scoring(candidate, file, digest)
 

@@ -52,7 +52,8 @@ class Finetune(Stage[FinetuneRecord]):
         context, wanted = self.context, self.config.finetune.num_workers
         if context.assumed or wanted == 1:
             return
-        slots, resources = context.known_slots, worker_resources(context.trial_resources, wanted)
+        slots = context.machines.known_slots
+        resources = worker_resources(context.machines.trial_resources, wanted)
         if (fits := slots.at_most(resources)) < wanted:
             raise UserError(
                 f"`finetune.num_workers`: {wanted} workers with {resources} each must run at once, "
@@ -86,12 +87,12 @@ class Finetune(Stage[FinetuneRecord]):
         tuned = finetune_jobs(self, self.jobs)
         [winner] = self.jobs
         context.forget(self.name)  # because the final folder is about to be overwritten
-        before = context.gpu_time.seconds
+        before = context.machines.gpu_time.seconds
         write = partial(write_final, winner, context.run_dir.root / "final")
         with setting_aside_damaged_adapter(context.run_dir, self.name):
-            context.executor.run(write, context.emit)
+            context.machines.executor.run(write, context.emit)
         # An earlier command may have run the fine-tune.
-        held = sum(each.gpu_seconds for each in tuned) + context.gpu_time.seconds - before
+        held = sum(each.gpu_seconds for each in tuned) + context.machines.gpu_time.seconds - before
         return {"winner": SEARCHED, "candidates": tuned, "gpu_seconds": held}
 
     def summary(self, record: FinetuneRecord) -> str:
@@ -99,7 +100,7 @@ class Finetune(Stage[FinetuneRecord]):
         return f"confirmation loss {tuned.confirmation_loss:.4f}, training seed {tuned.seed}"
 
     def disk_bytes(self) -> int:
-        return 2 * self.context.checkpoint_bytes
+        return 2 * self.context.inspection.shapes.checkpoint_bytes
 
 
 def have_rows(jobs: Iterable[Candidate]) -> bool:
@@ -167,7 +168,8 @@ def _recorded(folder: Path) -> CandidateRecord | str | None:
 
 def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> CandidateRecord:
     """Make the record of a finished fine-tune; `measured` has the fields that its worker knows."""
-    plan, layout = PrecisionPlan.from_dict(dict(job.plan), job.cut), context.layout_of(job.cut)
+    plan = PrecisionPlan.from_dict(dict(job.plan), job.cut)
+    layout = context.shapes.layout_of(job.cut)
     assert job.seed is not None
     return CandidateRecord(
         digest=job.folder.name,
@@ -178,7 +180,8 @@ def _record_of(context: Context, job: Candidate, measured: dict[str, Any]) -> Ca
         cut=job.cut,
         plan_bytes=layout.plan_bytes(plan),
         mean_bits=layout.mean_bits(plan),
-        gpu_seconds=measured["seconds"] * context.gpus_held(context.config.finetune.num_workers),
+        gpu_seconds=measured["seconds"]
+        * context.machines.gpus_held(context.config.finetune.num_workers),
         num_parameters=layout.num_parameters,
         bank=job.bank.inputs if job.bank.uses_grams else "",
         **measured,

@@ -58,8 +58,10 @@ def changed(raw: dict[str, Any]) -> Changed:
 
 def inspected(config: RunConfig, inspection: Inspection) -> tuple[RunConfig, Inspection]:
     """Return a configuration and the inspection changed to its settings of the cut."""
-    cuts = {inspection.reference.cut: Cut(config.prune, inspection.expected)}
-    return config, replace(inspection, cuts=cuts)
+    shapes = inspection.shapes
+    reference = shapes.reference.cut
+    cuts = {reference: Cut(config.prune, shapes.cuts[reference].model_config)}
+    return config, replace(inspection, shapes=replace(shapes, cuts=cuts))
 
 
 @pytest.fixture
@@ -130,12 +132,12 @@ def test_memory_grows_with_length_and_batch(inspection: Inspection, changed: Cha
     def training(**keys: Any) -> Any:
         return memory.training_memory(changed(**keys), inspection).parts
 
-    base = inspection.base
+    base = inspection.shapes.base
     before = training()
     assert training(data__max_length=128)["activations"] == 2 * before["activations"]
     assert before["optimizer"] == 2 * before["adapters"] == 4 * base.adapter_bytes
     smallest = base.plan_bytes(base.smallest())
-    assert before["weights"] + base.adapter_bytes == max(inspection.budget_bytes, smallest)
+    assert before["weights"] + base.adapter_bytes == max(inspection.shapes.budget_bytes, smallest)
     thrifty = training(training__gradient_checkpointing=True)
     assert thrifty["activations"] < before["activations"]
     scoring = memory.scoring_memory(changed(), inspection)
@@ -149,7 +151,7 @@ def test_labelled_tokens_are_not_underestimated(
 ) -> None:
     data = changed().data
     tokenizer = load_tokenizer(str(tiny_model))
-    for rows in inspection.examples.values():
+    for rows in inspection.rows.examples.values():
         encoded = encode(rows, tokenizer, 64, data.template, response_only=True)
         longest = max(sum(label != -100 for label in row["labels"]) for row in encoded)
         assert longest <= most_labelled(rows, data) < 64
@@ -169,7 +171,7 @@ def test_logits_are_counted_at_labelled_tokens(inspection: Inspection, changed: 
     assert scoring < every[1]
     assert logits(inspection, data__response_only=False) == every
     assert logits(inspection, data__packing=True) == every
-    assert logits(replace(inspection, examples={})) == every
+    assert logits(replace(inspection, rows=replace(inspection.rows, examples={}))) == every
     tasks = ["qpruner_everyday_validation"]
     accuracy = {"search__tasks": tasks, "search__limit": 4, "search__metric": "accuracy"}
     assert logits(inspection, **accuracy) == [training, every[1]], "lm-eval pads answers"
@@ -178,12 +180,12 @@ def test_logits_are_counted_at_labelled_tokens(inspection: Inspection, changed: 
 def test_the_comparison_trains_the_base_model_unpacked(
     inspection: Inspection, changed: Changed
 ) -> None:
-    base = inspection.base
+    base = inspection.shapes.base
     facts = estimate.facts(changed(), inspection, RATES, 2, 0.5)
     parts = facts["memory"]["comparison"]["parts"]
     assert parts["weights"] == base.num_parameters * 2
     assert parts["adapters"] == 2 * base.adapter_bytes, "in float32"
-    assert base.adapter_bytes > inspection.reference.adapter_bytes
+    assert base.adapter_bytes > inspection.shapes.reference.adapter_bytes
     trial = memory.training_memory(changed(), inspection).parts
     assert parts["activations"] == trial["activations"], "the search tries the base model too"
     assert "unpacked weights" in trial
@@ -221,7 +223,7 @@ def test_mixed_order_counts_the_mean_of_squares(
     inspection: Inspection, cut: Callable[..., dict[str, int]]
 ) -> None:
     mixed = {"prune__importance": "taylor", "prune__order": "mixed"}
-    weights = {group.name: group.num_weights for group in inspection.base.groups}
+    weights = {group.name: group.num_weights for group in inspection.shapes.base.groups}
     del weights[EMBEDDINGS]
     assert cut(**mixed)["mean squares"] == 4 * sum(weights.values())
     assert "mean squares" not in cut(**mixed, prune__aggregation="vector")

@@ -204,7 +204,7 @@ def test_the_config_is_known_without_weights(options: str) -> None:
     """`qpruner check` counts bytes on the planned config."""
     model = decoder()
     settings = settings_of(**keys(options))
-    planned = skeleton(planned_cut(model.config, settings).expected)
+    planned = skeleton(planned_cut(model.config, settings).model_config)
     prune(model, settings, samples_of())
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in planned.state_dict().items()}
@@ -213,7 +213,7 @@ def test_the_config_is_known_without_weights(options: str) -> None:
 def test_a_planned_config_has_average_widths_if_scores_decide() -> None:
     model = decoder()
     settings = settings_of(rate=0.3, selection="global")
-    planned = skeleton(planned_cut(model.config, settings).expected)
+    planned = skeleton(planned_cut(model.config, settings).model_config)
     pruned = prune(model, settings, samples_of())
     assert abs(num_parameters(planned) - pruned.parameters_after) <= CHANNEL
     channels = [block.mlp.up_proj.out_features for block in planned.model.layers]

@@ -107,7 +107,14 @@ def test_check_predicts_the_memory(
     )
     own = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
     inspection = replace(
-        inspection, model_config=subject.model.config, base=own, layouts={"base": own}, examples={}
+        inspection,
+        shapes=replace(
+            inspection.shapes,
+            model_config=subject.model.config,
+            base=own,
+            layouts={"base": own},
+        ),
+        rows=replace(inspection.rows, examples={}),
     )
     config = validate_config(raw)
     if method == "scoring":
