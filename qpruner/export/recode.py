@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.models.checkpoint import RENAMED, read_tensors
@@ -25,7 +26,7 @@ from qpruner.runs.storage import retry_storage
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_BYTES = 10**9
 
-GramOf = Callable[[str], torch.Tensor | None]
+GramOf = Callable[[str], Tensor | None]
 """Maps a layer to the Gram matrix of its inputs, if GPTQ rounds it."""
 NewFormat = Callable[[str, int], str]
 """Maps a packed layer's format and its columns to the format that it shall get."""
@@ -136,30 +137,28 @@ def columns_of(config: Any) -> dict[str, int]:
     }
 
 
-def take_weight(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+def take_weight(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     """Remove a layer's weight from the state; return its tensors by their names in the layer."""
     names = [name for name in state if name.startswith(f"{path}.weight")]
     return {name.removeprefix(f"{path}."): state.pop(name) for name in names}
 
 
-def _adapter(final: Path) -> dict[str, Callable[[], torch.Tensor]]:
+def _adapter(final: Path) -> dict[str, Callable[[], Tensor]]:
     """Map the paths of layers to functions that compute what the adapter adds to their weights."""
     settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     tensors = read_tensors(final, lambda name: name.startswith(PEFT_PREFIX))
     scale = settings["lora_alpha"] / settings["r"]
 
-    def added(path: str) -> torch.Tensor:
-        lora_a = tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"].float()
-        lora_b = tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"].float()
-        product: torch.Tensor = scale * (lora_b @ lora_a)
+    def added(lora_a: str) -> Tensor:
+        lora_b = lora_a.replace(".lora_A.", ".lora_B.")
+        product: Tensor = scale * (tensors[lora_b].float() @ tensors[lora_a].float())
         return product
 
-    functions: dict[str, Callable[[], torch.Tensor]] = {}
-    for name in tensors:
-        if name.endswith(".lora_A.weight"):
-            path = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
-            functions[path] = partial(added, path)
-    return functions
+    return {
+        name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight"): partial(added, name)
+        for name in tensors
+        if name.endswith(".lora_A.weight")
+    }
 
 
 def copy_other_files(final: Path, folder: Path, also: Sequence[str] = ()) -> None:
@@ -191,7 +190,7 @@ def write_settings(settings: Mapping[str, Any], file: Path) -> None:
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
+def write_tensors(state: dict[str, Tensor], folder: Path) -> None:
     """Write tensors as transformers names their files, with an index if there are several."""
     retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)
 
