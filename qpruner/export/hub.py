@@ -153,20 +153,20 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
 
 def _folder(run: RunDir, what: What) -> Path:
     """Return the folder to upload; raise `UserError` if it is missing or of an earlier model."""
-    is_final = what == "final"
-    folder = run.root / "final" if is_final else run.root / "export" / what
+    folder = run.root / "export" / what
+    remedy = f"run `qpruner export {run.root} --to {what}`"
+    if what == "final":
+        folder = run.root / "final"
+        remedy = "repeat `qpruner run`"
     if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
-        remedy = f"run `qpruner export {run.root} --to {what}`"
-        if is_final:
-            remedy = "repeat `qpruner run`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")
-    if is_final:
+    if what == "final":
         return folder
     record = read_json(folder / MARK, ExportRecord)
     if not record or record.final != run.final_digests():
-        remedy = f"delete this folder, then repeat `qpruner export {run.root} --to {what}`"
         raise UserError(
-            f"{folder} was exported from an earlier final model than the card describes: {remedy}"
+            f"{folder} was exported from an earlier final model than the card describes: delete "
+            f"this folder, then repeat `qpruner export {run.root} --to {what}`"
         )
     return folder
 
