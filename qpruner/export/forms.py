@@ -6,7 +6,6 @@ nearest one (`recode`), and `Exported.remarks` lists them.
 """
 
 import importlib.util
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +31,7 @@ from qpruner.export.recode import (
     copy_adapter,
     dense,
     formats_of,
+    read_settings,
     recode,
     tensor_bytes,
 )
@@ -274,7 +274,7 @@ def _merged(work: _Work) -> Exported:
     if not for_vllm.needs_modeling(config):
         return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
 
-    described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
+    described = read_settings(work.folder / "config.json")
     retry_storage(lambda: for_vllm.write_config(described, config, work.folder), work.folder)
     compared = in_vllm.check(
         work.final, work.folder, work.samples, work.on_progress, server="transformers"

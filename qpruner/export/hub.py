@@ -11,6 +11,7 @@ from typing import Literal
 
 from qpruner.errors import StageError, UserError, first_line
 from qpruner.export.card import Form, missing_keys, with_loading_section
+from qpruner.export.recode import read_settings
 from qpruner.models.loading import checkpoint_config
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
@@ -144,7 +145,7 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
         if name == ADAPTER:
             # transformers 5.24 loads the base model from this entry; a path on this machine would
             # be useless there.
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = read_settings(path)
             settings["base_model_name_or_path"] = repo_id
             yield ADAPTER, (json.dumps(settings, indent=2) + "\n").encode()
         elif path.is_file() and name not in (CARD, MARK):

@@ -73,7 +73,7 @@ def recode(
     copy_other_files(final, folder, () if merge else ADAPTER_FILES)
     _write_config(final, folder, new)
 
-    state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))
+    state = weights_of(final)
     todo = [path for path in widths if path in changed or path in adapter]
     work = "merging the adapter" if merge else "packing layers"
     for done, path in enumerate(todo, 1):
@@ -102,7 +102,7 @@ def recode(
 
 def _write_config(final: Path, folder: Path, formats: Mapping[str, str]) -> None:
     """Write config.json with the description of the packed layers, if there are any."""
-    described = json.loads((final / "config.json").read_text(encoding="utf-8"))
+    described = read_settings(final / "config.json")
     quantization = described.pop("quantization_config", None) or {"quant_method": "qpruner"}
     packed = {path: name for path, name in formats.items() if format_of(name).is_packed}
     if packed:
@@ -145,8 +145,8 @@ def take_weight(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
 
 def _adapter(final: Path) -> dict[str, Callable[[], Tensor]]:
     """Map the paths of layers to functions that compute what the adapter adds to their weights."""
-    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    tensors = read_tensors(final, lambda name: name.startswith(PEFT_PREFIX))
+    settings = read_settings(final / ADAPTER_FILES[0])
+    tensors = adapter_of(final)
     scale = settings["lora_alpha"] / settings["r"]
 
     def added(lora_a: str) -> Tensor:
@@ -155,7 +155,7 @@ def _adapter(final: Path) -> dict[str, Callable[[], Tensor]]:
         return product
 
     return {
-        name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight"): partial(added, name)
+        name.removesuffix(".lora_A.weight"): partial(added, name)
         for name in tensors
         if name.endswith(".lora_A.weight")
     }
@@ -174,7 +174,7 @@ def copy_other_files(final: Path, folder: Path, also: Sequence[str] = ()) -> Non
 
 def copy_adapter(final: Path, folder: Path, base: Path) -> None:
     """Copy the adapter as peft loads it, with the path of its base model."""
-    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    settings = read_settings(final / ADAPTER_FILES[0])
     settings["base_model_name_or_path"] = str(base.resolve())
 
     def copy() -> None:
@@ -183,6 +183,23 @@ def copy_adapter(final: Path, folder: Path, base: Path) -> None:
         shutil.copy2(final / ADAPTER_FILES[1], folder)
 
     retry_storage(copy, folder)
+
+
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint without those of its adapter."""
+    return read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX))
+
+
+def adapter_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter by their names in the model, without peft's prefix."""
+    tensors = read_tensors(checkpoint, lambda name: name.startswith(PEFT_PREFIX))
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read a JSON file of transformers or peft."""
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
 
 
 def write_settings(settings: Mapping[str, Any], file: Path) -> None:
