@@ -3,7 +3,6 @@ parts measured."""
 
 import json
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from gpu_setup import Figures, Setup
 
 from qpruner.data.sources import Example
 from qpruner.estimate import hours, memory
-from qpruner.pipeline import preflight
-from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN
-from qpruner.plans.plan import UNPRUNED
+from qpruner.pipeline.preflight import Inspection, check_device
+from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, Rows
+from qpruner.pipeline.shapes import shapes_of
 from qpruner.pruning.prune import planned_cut
 
 
@@ -43,25 +42,14 @@ def estimates(setup: Setup) -> Figures:
     } | {f"{name}_memory": {"check": size, "measured": peak} for name, (size, peak) in held.items()}
 
 
-def inspected(setup: Setup) -> Any:
-    """Stands for a `preflight.Inspection` in the estimates, with rows of the benchmark's lengths
-    and no task."""
-    config, base = setup.config, setup.base()
+def inspected(setup: Setup) -> Inspection:
+    """The shapes of the benchmark's model, with rows of the benchmark's lengths and no task."""
+    config = setup.config
+    base = setup.base()
+    has_gpu = torch.cuda.is_available()
+    check_device(torch.cuda.get_device_capability() if has_gpu else None, config, packs=True)
     cuts = {name: planned_cut(base, each) for name, each in config.prune.cuts.items()}
-    [(name, cut)], on_gpu = cuts.items(), torch.cuda.is_available()
-    pruned = preflight.layout_for(config, cut.expected, on_gpu, name)
-    shapes = preflight.Shapes(
-        model_config=base,
-        base=preflight.layout_for(config, base, on_gpu, UNPRUNED),
-        cuts=cuts,
-        layouts={name: pruned},
-        left_out={},
-        is_estimate=cut.settings.selection == "global" or cut.settings.drops_blocks,
-        budget_bytes=preflight.budget_bytes(config, {name: pruned}),
-        plan=None,
-        packs=True,
-    )
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    shapes = shapes_of(config, base, cuts, cuts.__getitem__, on_gpu=has_gpu, packs=True)
     train, validation = setup.train_rows, setup.validation_rows
     splits = {
         "train": train,
@@ -72,10 +60,8 @@ def inspected(setup: Setup) -> Any:
     texts = {
         name: [as_text(len(row["input_ids"])) for row in rows] for name, rows in splits.items()
     }
-    preflight.check_device(capability, config, packs=True)
-    preflight.check_cut(on_gpu, config, cut)
-    derived = {"reference": shapes.reference, "expected": shapes.expected}
-    return SimpleNamespace(**vars(shapes), **derived, examples=texts, questions={})
+    rows = Rows(examples=texts, questions={}, num_questions={}, metrics={}, warnings=())
+    return Inspection(shapes, rows)
 
 
 def as_text(length: int) -> Example:

@@ -55,7 +55,7 @@ def opened(config: RunConfig) -> Context:
 def members(context: Context, groups: int) -> dict[str, tuple[str, ...]]:
     """Map each group of the table to the run's groups in it: consecutive blocks, and embeddings
     with the head."""
-    names = [group.name for group in context.layout_of(context.reference).groups]
+    names = [group.name for group in context.shapes.reference.groups]
     blocks = [name for name in names if name not in (EMBEDDINGS, HEAD)]
     parts = [part.tolist() for part in np.array_split(np.array(blocks), groups)]
     found = {f"{part[0]}-{part[-1].rpartition('.')[2]}": tuple(part) for part in parts}
@@ -66,7 +66,7 @@ def every_plan(context: Context, of: dict[str, tuple[str, ...]]) -> Iterator[Pla
     """List the plans of the table: all cuts with all formats."""
     quantize = context.config.quantize
     levels = [quantize.embedding_levels if name == EMBEDDINGS else quantize.levels for name in of]
-    yield from itertools.product(context.cuts, *levels)
+    yield from itertools.product(context.shapes.cuts, *levels)
 
 
 def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines: str) -> None:
@@ -76,14 +76,17 @@ def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines:
     torch.set_num_threads(1)
     context = opened(config)
     of = members(context, groups)
-    materials = Materials({cut: context.bank_of(cut) for cut in context.cuts}, context.data)
+    materials = Materials(
+        {cut: context.places.bank_of(cut) for cut in context.shapes.cuts}, context.places.data
+    )
     for plan, seed in todo:
         cut, *levels = plan
         formats = {
             name: level for each, level in zip(of.values(), levels, strict=True) for name in each
         }
         ordered = {
-            name: formats[name] for name in (group.name for group in context.layout_of(cut).groups)
+            name: formats[name]
+            for name in (group.name for group in context.shapes.layout_of(cut).groups)
         }
         losses, started = dict[int, float](), time.monotonic()
 
@@ -121,8 +124,8 @@ def table(
         sorted({level for plan in first for level in plan[1:]}),
         dict[str, Any](),
     )
-    for cut in context.cuts:
-        layout = context.layout_of(cut)
+    for cut in context.shapes.cuts:
+        layout = context.shapes.layout_of(cut)
         sizes[cut] = {
             "fixed_bytes": layout.ungrouped_bytes + layout.adapter_bytes,
             "group_bytes": {},
@@ -141,8 +144,8 @@ def table(
     return {
         "groups": names,
         "cuts": sizes,
-        "multiply_adds": {cut: made[cut].multiply_adds for cut in context.cuts},
-        "after_cut": {cut: round(made[cut].loss, 6) for cut in context.cuts},
+        "multiply_adds": {cut: made[cut].multiply_adds for cut in context.shapes.cuts},
+        "after_cut": {cut: round(made[cut].loss, 6) for cut in context.shapes.cuts},
         "plans": list(first),
         "rungs": {
             step: [round(losses[step], 6) for losses in first.values()]

@@ -70,7 +70,8 @@ def tuned(
     files = {each.folder.name: out / f"{each.folder.name}.json" for each in candidates}
     left = {each.folder.name: each for each in candidates if not files[each.folder.name].exists()}
     jobs = [
-        CandidateJob(context.worker_config, each, context.data, threads=1) for each in left.values()
+        CandidateJob(context.worker_config, each, context.places.data, threads=1)
+        for each in left.values()
     ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for name, (measured, _) in zip(left, pool.map(finetune_candidate, jobs), strict=True):
@@ -105,7 +106,8 @@ def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
         "origins": {name: origin for name, (origin, _) in named.items()},
         "plans": {name: str(plan) for name, (_, plan) in named.items()},
         "bytes": {
-            name: context.layout_of(plan.cut).plan_bytes(plan) for name, (_, plan) in named.items()
+            name: context.shapes.layout_of(plan.cut).plan_bytes(plan)
+            for name, (_, plan) in named.items()
         },
         "losses": {name: [sum(each) / len(each) for each in own] for name, own in by_name.items()},
         # To compare settings.

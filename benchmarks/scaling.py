@@ -95,7 +95,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from qpruner.config.load import validate_config
-from qpruner.pipeline.context import Context
+from qpruner.pipeline.places import Places
 from qpruner.runs.records import PrepareRecord, PruneRecord, Results
 from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial import run_trial
@@ -105,9 +105,8 @@ json.loads(sys.argv[3])
 folder = RunDir(str(run))
 prepared, pruned = folder.read_record("prepare", PrepareRecord), \
 folder.read_record("prune", PruneRecord)
-context = Context(config, folder, print, None, None, \
-records=Results(prepare=prepared, prune=pruned))
-banks = {cut: context.bank_of(cut) for cut in pruned.cuts}
+places = Places(config, folder, Results(prepare=prepared, prune=pruned))
+banks = {cut: places.bank_of(cut) for cut in pruned.cuts}
 for plan, cut in plans:
     job = TrialJob(config, Materials(banks, run / "prepare" / "data"), plan, cut)
     run_trial(job, None, lambda result, checkpoint: None)

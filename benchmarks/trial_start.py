@@ -1,42 +1,28 @@
 """How long a trial takes to start: from scratch and from the bank.
 
     .venv/bin/python benchmarks/trial_start.py RUN --config CONFIG      # after qpruner bank CONFIG
-    .venv/bin/python benchmarks/trial_start.py --rows 48760             # only the training rows, as
-    many as Alpaca's
 
-From scratch is load, quantize, LoftQ and adapters, as every trial of a search without a bank does
-it. Every repeat is two processes of its own, one from scratch and one from the bank, in turns, the
-libraries imported and settled before as in a worker, the files in the page cache. Wall-clock and
-processor seconds. Prints a table and a JSON line.
-
-With `--rows` it makes a training set with lengths like Alpaca's (110 tokens in the mean), and a
-process of its own for every repeat loads it and pads the first batch of 64 rows. Memory is what the
-process has more of after that.
+From scratch means to load, quantize, start by LoftQ and attach adapters, as every trial of a search
+without a bank would. Each repeat is two processes, one from scratch and one from the bank. Their
+libraries are imported before the clock starts, as in a worker, and the files are in the page cache.
+Prints wall-clock and processor seconds, and a JSON line.
 """
 
-import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import datasets  # noqa: F401
-import numpy as np
 import peft  # noqa: F401
-import psutil
 import torch
-import yaml
+from harness import command_line, median_and_range, run_for_record
 
+from qpruner.config.load import load_config
 from qpruner.config.schema import RunConfig
-from qpruner.data.encoding import collate, load_encoded, save_encoded
 from qpruner.models.layout import group_linears, table_paths
 from qpruner.models.loading import checkpoint_config, load_dense
 from qpruner.models.memory import freeze_libraries
@@ -46,9 +32,12 @@ from qpruner.quantization.bank import BankSource, build_entries, read_plan
 from qpruner.quantization.formats import DENSE, format_of
 from qpruner.quantization.mixed import packed_layer
 
+SCRATCH = "scratch"
+BANK = "bank"
+
 
 def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, str]) -> torch.nn.Module:
-    """The model of a plan without a bank; embeddings stay unpacked."""
+    """Build the model of a plan without a bank; embeddings stay unpacked."""
     dtype = getattr(torch, config.model.dtype)
     model = load_dense(str(checkpoint), config.model.dtype)
     starts: dict[str, torch.Tensor] = {}
@@ -61,24 +50,16 @@ def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, str]) -> t
                 for key, value in entry.tensors.items()
                 if key.startswith(path)
             }
-            starts |= {f"{path}.{key}": own.pop(key) for key in ("lora_A", "lora_B")}
+            for key in ("lora_A", "lora_B"):
+                starts[f"{path}.{key}"] = own.pop(key)
             linear: Any = model.get_submodule(path)
             model.set_submodule(path, packed_layer(linear, plan[name], own, dtype))
     return attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
 
 
-def seconds(work: Callable[[], Any]) -> tuple[float, float]:
-    """Wall-clock and processor seconds."""
-    started, busy = time.monotonic(), time.process_time()
-    work()
-    return time.monotonic() - started, time.process_time() - busy
-
-
-def measure(
-    config: RunConfig, run: Path, turn: int, banked: bool
-) -> dict[str, tuple[float, float]]:
+def measure(config: RunConfig, run: Path, turn: int, kind: str) -> dict[str, float]:
     """Time how a trial starts in this process, which must not have built a model before."""
-    cut, offered = next(iter(config.prune.cuts)), banked_formats(config, run)
+    cut = next(iter(config.prune.cuts))
     checkpoint = run / ("prepare/model" if cut == UNPRUNED else f"cuts/{cut}")
     bank = BankSource(
         run / "starts",
@@ -88,131 +69,63 @@ def measure(
         config.lora,
         config.seed,
     )
-    freeze_libraries()
+    offered = banked_formats(run, cut)
+    for name in table_paths(checkpoint_config(checkpoint)):
+        offered[name] = [DENSE]
     generator = random.Random(turn)
-    offered |= {name: [DENSE] for name in table_paths(checkpoint_config(checkpoint))}
     plan = {name: generator.choice(levels) for name, levels in offered.items()}
-    if not banked:
-        return {"from scratch": seconds(lambda: from_scratch(config, checkpoint, plan))}
-    read_plan(bank, plan)  # makes its entries
-    return {"bank": seconds(lambda: plan_model(bank, plan, config.seed))}
-
-
-def make_rows(count: int, folder: Path) -> None:
-    """Save rows whose prompts are about as long as Alpaca's, template included, and their
-    responses, too."""
-    generator = np.random.default_rng(0)
-    prompts = generator.lognormal(np.log(45), 0.25, count).astype(int).clip(38, 200)
-    responses = generator.lognormal(np.log(42), 0.95, count).astype(int).clip(2, 400)
-    ids = [
-        generator.integers(0, 32000, prompt + rest).tolist()
-        for prompt, rest in zip(prompts, responses, strict=True)
-    ]
-    masks = [[-100] * prompt for prompt in prompts]
-    save_encoded(
-        [
-            {"input_ids": row, "labels": mask + row[len(mask) :]}
-            for row, mask in zip(ids, masks, strict=True)
-        ],
-        folder,
-    )
-
-
-def read_rows(folder: Path) -> tuple[float, float, float]:
-    """Return what it costs to read rows until the first batch is there.
-
-    It is wall-clock seconds, processor seconds, and the megabytes that stay.
-    """
     freeze_libraries()
-    kept: list[Any] = []
+    if kind == BANK:
+        read_plan(bank, plan)  # makes its entries
 
-    def start() -> None:
-        rows = load_encoded(folder)
-        kept.extend(
-            (rows, collate([rows[index] for index in range(0, len(rows), len(rows) // 64)], 0))
-        )
-
-    before = psutil.Process().memory_info().rss
-    return *seconds(start), (psutil.Process().memory_info().rss - before) / 1e6
-
-
-def measure_rows(count: int, repeats: int) -> None:
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "train"
-        make_rows(count, folder)
-        found = []
-        for _ in range(repeats):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                found.append(pool.submit(read_rows, folder).result())
-    columns = dict(zip(("s", "s of processor time", "MB"), zip(*found, strict=True), strict=True))
-    for name, values in columns.items():
-        print(
-            f"{count} rows {statistics.median(values):8.3f} {name} "
-            f"({min(values):.3f} to {max(values):.3f})"
-        )
-    print(json.dumps({"rows": count, "repeats": repeats, **columns}))
+    started = time.monotonic()
+    processor_started = time.process_time()
+    if kind == BANK:
+        plan_model(bank, plan, config.seed)
+    else:
+        from_scratch(config, checkpoint, plan)
+    return {
+        "s": time.monotonic() - started,
+        "s of processor time": time.process_time() - processor_started,
+    }
 
 
-def banked_formats(config: RunConfig, run: Path) -> dict[str, list[str]]:
-    """The packed formats of each group in a block."""
-    found: dict[str, list[str]] = {}
-    for path in sorted(
-        (run / "banks" / next(iter(config.prune.cuts))).glob("*/layers.*.safetensors")
-    ):
-        found.setdefault(path.stem, []).append(path.parent.name)
-    return found
+def banked_formats(run: Path, cut: str) -> dict[str, list[str]]:
+    """List the packed formats of each group in a block."""
+    formats: dict[str, list[str]] = {}
+    for path in sorted((run / "banks" / cut).glob("*/layers.*.safetensors")):
+        formats.setdefault(path.stem, []).append(path.parent.name)
+    return formats
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, nargs="?")
-    parser.add_argument("--config", type=Path, help="the run's configuration file")
-    parser.add_argument("--rows", type=int, help="measure reading so many training rows instead")
+    """Start processes in turns, and print their times."""
+    parser = command_line(__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--config", type=Path, required=True, help="the run's configuration file")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--only",
-        nargs=2,
-        metavar=("TURN", "KIND"),
-        help="one repeat in this process: bank or scratch",
+        "--only", nargs=2, metavar=("TURN", "KIND"), help="one repeat in this process"
     )
     arguments = parser.parse_args()
-    if arguments.rows:
-        measure_rows(arguments.rows, arguments.repeats)
-        return
-    if not (arguments.run and arguments.config):
-        parser.error("name RUN and --config CONFIG, or --rows NUMBER")
-    config = RunConfig.model_validate(yaml.safe_load(arguments.config.read_text()))
     if arguments.only:
         turn, kind = arguments.only
-        print(json.dumps(measure(config, arguments.run, int(turn), kind == "bank")))
+        config = load_config(arguments.config)
+        print(json.dumps(measure(config, arguments.run, int(turn), kind)))
         return
-    found: dict[str, list[tuple[float, float]]] = {}
+
+    command = [sys.executable, __file__, str(arguments.run), "--config", str(arguments.config)]
+    taken: dict[str, list[dict[str, float]]] = {SCRATCH: [], BANK: []}
     for turn in range(arguments.repeats):
-        for part in ("scratch", "bank"):
-            command = [
-                sys.executable,
-                __file__,
-                str(arguments.run),
-                "--config",
-                str(arguments.config),
-            ]
-            done = subprocess.run(
-                [*command, "--only", str(turn), part], check=True, stdout=subprocess.PIPE
-            )
-            for kind, taken in json.loads(done.stdout.splitlines()[-1]).items():
-                found.setdefault(kind, []).append(taken)
-    slowest = [statistics.median(each) for each in zip(*found["from scratch"], strict=True)]
-    for kind, values in found.items():
-        for name, column, scratch in zip(
-            ("s", "s of processor time"), zip(*values, strict=True), slowest, strict=True
-        ):
-            middle = statistics.median(column)
-            told = f"{middle:7.2f} {name} ({min(column):.2f} to {max(column):.2f})"
-            print(f"{kind:22} {told:44} {scratch / middle:6.1f}x")
-    groups = len(banked_formats(config, arguments.run))
-    print(json.dumps({"groups": groups, "repeats": arguments.repeats, "seconds": found}))
+        for kind, repeats in taken.items():
+            repeats.append(run_for_record([*command, "--only", str(turn), kind]))
+    for kind, repeats in taken.items():
+        for unit in repeats[0]:
+            seconds = [repeat[unit] for repeat in repeats]
+            from_scratch_seconds = [repeat[unit] for repeat in taken[SCRATCH]]
+            times = statistics.median(from_scratch_seconds) / statistics.median(seconds)
+            print(f"{kind:10} {median_and_range(seconds)} {unit}, {times:.1f}x")
+    print(json.dumps({"repeats": arguments.repeats, "seconds": taken}))
 
 
 if __name__ == "__main__":

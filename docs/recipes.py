@@ -19,8 +19,9 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from qpruner import estimate
 from qpruner.config.load import load_config
 from qpruner.config.schema import RunConfig
-from qpruner.pipeline.preflight import GIB, Inspection, shapes_of
+from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import Rows
+from qpruner.pipeline.shapes import GIB, expected_shapes
 
 FOLDER = Path(__file__).resolve().parent.parent / "tune_configs"
 COMMAND, MEMORY = "# Command:", "# Memory:"
@@ -66,8 +67,9 @@ def peaks(config: RunConfig) -> dict[str, int]:
         shape.save_pretrained(folder)
         save_file({"none": torch.zeros(1)}, f"{folder}/model.safetensors")
         local = config.model.model_copy(update={"source": folder})
-        found = shapes_of(config.model_copy(update={"model": local}), works_here=False, packs=True)
-    inspection = Inspection(**vars(found), **vars(Rows({}, {}, {}, {}, ())))
+        config_here = config.model_copy(update={"model": local})
+        found = expected_shapes(config_here, on_gpu=True, packs=True)
+    inspection = Inspection(found, Rows({}, {}, {}, {}, ()))
     return {name: work(config, inspection).total for name, work in estimate.works(config).items()}
 
 

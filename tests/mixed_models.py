@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,7 +15,7 @@ from qpruner.data.encoding import save_encoded
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.layout import group_linears
 from qpruner.models.loading import load_tokenizer
-from qpruner.pipeline.context import Context
+from qpruner.pipeline.places import Places
 from qpruner.plans.plan import EMBEDDINGS
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import BankSource
@@ -54,11 +54,8 @@ def bank_of_run(config: RunConfig) -> BankSource:
     prepared = run_dir.read_record("prepare", PrepareRecord)
     pruned = run_dir.read_record("prune", PruneRecord)
     assert pruned
-    records = Results(prepare=prepared, prune=pruned)
-    unknown = cast(Any, None)
-    return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(
-        list(pruned.cuts)[-1]
-    )
+    places = Places(config, run_dir, Results(prepare=prepared, prune=pruned))
+    return places.bank_of(list(pruned.cuts)[-1])
 
 
 def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:

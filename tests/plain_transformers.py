@@ -44,7 +44,7 @@ for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
         found = {"logits": model(ids, use_cache=False).logits.tolist(), \
 "layers": model.config.num_hidden_layers}
     for key, use_cache in (("made", True), ("made without cache", False)):
-        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, \
+        options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, \
 "use_cache": use_cache}
         made = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
         found |= {key: made.sequences.tolist(), f"logits {key}": torch.stack(made.logits).tolist()}

@@ -19,15 +19,26 @@ def pruning_benchmark() -> Any:
 def test_rows_of_any_commit_are_reused(tmp_path: Path, pruning_benchmark: Any) -> None:
     """Recorded rows need not be measured again, unless they are of other data."""
     bench = pruning_benchmark
-    tasks = bench.ends_kept(["same text"])
-    assert {task.settings.first_layer for task in tasks} == {4}
-    assert len(set(tasks)) == 16
-    rows = [bench.Row(*task.key, 0.2, 40.0, 1.0, 1.0, "a commit", bench.PUBLIC) for task in tasks]
+    tasks = bench.compensated([bench.SAME_TEXT])
+    assert len(set(tasks)) == len(tasks)
+    assert len(tasks) > 10
+    figures = {"achieved_rate": 0.2, "perplexity": 40.0, "ratio": 1.0, "seconds": 1.0}
+    rows = [
+        bench.Row(**asdict(task), **figures, commit="a commit", evaluated=bench.PUBLIC)
+        for task in tasks
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-    assert bench.Measurements(None, file, 0.0, bench.PUBLIC).rows(tasks) == rows
-    with pytest.raises(bench.OutOfTime, match="16 rows"):
-        bench.Measurements(None, file, 0.0, bench.OWN).rows(tasks)
+    assert list(bench.known_rows(file, bench.PUBLIC).items()) == list(zip(tasks, rows, strict=True))
+    assert bench.known_rows(file, bench.OWN) == {}
+
+
+def test_the_published_rows_are_those_of_the_tables(pruning_benchmark: Any) -> None:
+    bench = pruning_benchmark
+    known = bench.known_rows(bench.ROWS, bench.PUBLIC)
+    texts = bench.calibration_texts(bench.PUBLIC)
+    for part, tasks_of in bench.PARTS.items():
+        assert [task for task in tasks_of(texts) if task not in known] == [], part
 
 
 def test_without_public_data_the_demo_text_is_divided(pruning_benchmark: Any) -> None:
@@ -36,13 +47,12 @@ def test_without_public_data_the_demo_text_is_divided(pruning_benchmark: Any) ->
     bench.evaluated = pruning_benchmark.OWN
     bench.pad_id = 0
     bench.tokenizer = load_tokenizer(resolve_source(pruning_benchmark.SOURCE, "model.source"))
-    assert bench.texts == ["same text"]
     parts = {
         name: {tuple(row["input_ids"]) for row in rows} for name, rows in bench.windows.items()
     }
-    assert all(len(rows) >= 10 for rows in parts.values()), {
-        name: len(rows) for name, rows in parts.items()
-    }
+    assert parts.keys() == {"evaluated", "training", "same text"}
+    sizes = {name: len(rows) for name, rows in parts.items()}
+    assert min(sizes.values()) >= 10, sizes
     assert parts["evaluated"].isdisjoint(parts["training"] | parts["same text"])
     assert parts["training"].isdisjoint(parts["same text"])
     assert len(bench.samples("same text", 0).rows) >= 10

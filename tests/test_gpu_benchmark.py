@@ -1,7 +1,7 @@
 """`benchmarks/gpu_7b.py` and its kit with a tiny model on the CPU, through the same functions as on
 a GPU."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Raw
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
 ABSENT = (
     "ray datasets pyarrow pandas lm_eval scipy sklearn botorch gpytorch hyperopt "
     "matplotlib tensorboardX boto3"
@@ -23,12 +24,7 @@ ABSENT = (
 
 def script(name: str) -> Any:
     """Import a script of benchmarks/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec.loader
-    # dataclasses look their module up
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:

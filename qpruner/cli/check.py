@@ -13,11 +13,12 @@ from qpruner.errors import UserError
 from qpruner.estimate import hours
 from qpruner.models.layout import refusals
 from qpruner.models.memory import free_bytes
-from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount, is_pruned
+from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount
 from qpruner.pipeline.preflight_rows import SPLITS, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout, budget_text, cut_title
+from qpruner.pipeline.shapes import is_pruned
+from qpruner.plans.plan import OUTSIDE_BLOCKS, Layout, budget_text, cut_title
 from qpruner.quantization.formats import by_size
 from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
@@ -95,14 +96,15 @@ def _warnings(config: RunConfig, inspection: Inspection, facts: dict[str, Any]) 
 
 
 def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
-    layout = inspection.reference
-    base = inspection.base
+    shapes = inspection.shapes
+    layout = shapes.reference
+    base = shapes.base
     cuts = {}
-    for name, cut in inspection.cuts.items():
-        of_cut = inspection.layouts[name]
+    for name, cut in shapes.cuts.items():
+        of_cut = shapes.layouts[name]
         cuts[name] = {
             "parameters": of_cut.num_parameters,
-            "blocks": cut.expected.num_hidden_layers,
+            "blocks": cut.model_config.num_hidden_layers,
             "multiply_adds": of_cut.multiply_adds / base.multiply_adds,
         }
 
@@ -111,28 +113,27 @@ def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, A
         "num_groups": len(layout.groups),
         "parameters_base": base.num_parameters,
         "cuts": cuts,
-        "left_out": dict(inspection.left_out),
-        "blocks_base": inspection.model_config.num_hidden_layers,
-        "is_pruned_earlier": is_pruned(inspection.model_config),
-        "is_estimate": inspection.is_estimate,
+        "left_out": dict(shapes.left_out),
+        "blocks_base": shapes.model_config.num_hidden_layers,
+        "is_pruned_earlier": is_pruned(shapes.model_config),
+        "is_estimate": shapes.is_estimate,
         "formats": {name: _offered(config, layout, name) for name in levels},
     }
     for name in config.quantize.levels:
         facts[f"bytes_all_{name}"] = layout.plan_bytes(layout.uniform(name))
-    facts["bytes_budget"] = inspection.budget_bytes
+    facts["bytes_budget"] = shapes.budget_bytes
     facts["bytes_plan"] = None
-    plan = inspection.plan
+    plan = shapes.plan
     if plan is not None:
-        of_plan = base if plan.cut == UNPRUNED else inspection.layouts[plan.cut]
-        facts["bytes_plan"] = of_plan.plan_bytes(plan)
+        facts["bytes_plan"] = shapes.layout_of(plan.cut).plan_bytes(plan)
 
     facts["concurrent_trials"] = min(slots, config.num_trials)
     facts["rungs"] = list(config.search.rungs)
-    facts["rows"] = {name: len(rows) for name, rows in inspection.examples.items()}
+    facts["rows"] = {name: len(rows) for name, rows in inspection.rows.examples.items()}
     facts["rows_cut"] = {
-        name: num_cut(inspection.examples[name], config.data.max_length) for name in SPLITS
+        name: num_cut(inspection.rows.examples[name], config.data.max_length) for name in SPLITS
     }
-    facts["questions"] = inspection.num_questions
+    facts["questions"] = inspection.rows.num_questions
     return facts
 
 
@@ -142,7 +143,7 @@ def _offered(config: RunConfig, layout: Layout, name: str) -> dict[str, Any]:
     lacking = {}
     for group in layout.groups:
         levels = config.quantize.levels
-        if group.name in (EMBEDDINGS, HEAD):
+        if group.name in OUTSIDE_BLOCKS:
             levels = config.quantize.embedding_levels
         if name in group.formats:
             having.append(group.name)

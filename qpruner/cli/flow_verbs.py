@@ -2,8 +2,8 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
+from qpruner.cli import Facts
 from qpruner.cli.terminal import Terminal
 from qpruner.config.schema import RunConfig
 from qpruner.export.commands import commands as served_commands
@@ -22,7 +22,7 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import export_command, run_root, storage_at
 
 
-def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict[str, Any]:
+def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> Facts:
     """Run all stages up to the stage `until` and print the result of that stage."""
     root = run_root(config.output)
     with logging_to(root):
@@ -40,7 +40,7 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> dict
             for command in served_commands(results.serve, storage_at(root).address):
                 terminal.say(f"Talk to it, once its program is installed: `{command}`")
 
-    figures: dict[str, Any] = {
+    figures: Facts = {
         "status": "ok",
         "run": storage_at(root).address,
         "seconds": results.seconds,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpruner.cli import run_verbs
+from qpruner.cli import Facts, run_verbs
 from qpruner.config.load import config_schema, load_config
 from qpruner.errors import CorruptFile, QprunerError, note_defect
 from qpruner.pipeline.flow import STAGES, stages_until
@@ -90,9 +90,7 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
     return "".join(plain), error.end
 
 
-def _guarded(
-    as_json: bool, work: Callable[[], dict[str, Any]], plan_file: Path | None = None
-) -> None:
+def _guarded(as_json: bool, work: Callable[[], Facts], plan_file: Path | None = None) -> None:
     """Run a verb, and turn its errors into messages and exit codes.
 
     If `plan_file` is given, messages name the option `--plan` and not the key `search.plan`.
@@ -100,22 +98,22 @@ def _guarded(
     code = 0
     try:
         outcome = work()
-    except QprunerError as error:
-        code = error.exit_code
-        text = str(error)
-        if plan_file:
-            text = text.replace("`search.plan`", "`--plan`")  # the option that was given
-        remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
-        click.echo(f"error: {text}{remedy}", err=True)
-        outcome = {"status": "error", "kind": type(error).__name__, "error": text}
     except BrokenPipeError:
         # click exits quietly if the reader closes the pipe, as in `qpruner trials RUN | head`
         raise
     except Exception as error:
-        code = 1
-        text = f"{error}\n{note_defect(error)}"
+        if isinstance(error, QprunerError):
+            code = error.exit_code
+            text = str(error)
+            if plan_file:
+                text = text.replace("`search.plan`", "`--plan`")  # the option that was given
+            remedy = f"\n  remedy: {ABOUT_DAMAGE}" if isinstance(error, CorruptFile) else ""
+            click.echo(f"error: {text}{remedy}", err=True)
+        else:
+            code = 1
+            text = f"{error}\n{note_defect(error)}"
+            traceback.print_exc()
         outcome = {"status": "error", "kind": type(error).__name__, "error": text}
-        traceback.print_exc()
     except KeyboardInterrupt:
         code = 130
         outcome = {"status": "interrupted", "resume": as_called()}
@@ -126,13 +124,13 @@ def _guarded(
         sys.exit(code)
 
 
-def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., dict[str, Any]]], None]:
+def _verb(*options: Any, **about: Any) -> Callable[[Callable[..., Facts]], None]:
     """Register a function as a verb with these options.
 
     The function returns the object that `--json` prints.
     """
 
-    def register(function: Callable[..., dict[str, Any]]) -> None:
+    def register(function: Callable[..., Facts]) -> None:
         @functools.wraps(function)
         def verb(**given: Any) -> None:
             _guarded(given["as_json"], functools.partial(function, **given), given.get("plan_file"))
@@ -189,7 +187,7 @@ def _add_flow_verb(name: str, last: type[Stage[Any]], text: str) -> None:
         as_json: bool,
         quiet: bool,
         plan_file: Path | None = None,
-    ) -> dict[str, Any]:
+    ) -> Facts:
         loaded = _load(config, overrides, plan_file)
         from qpruner.cli import flow_verbs
 
@@ -235,7 +233,7 @@ def check(
     as_json: bool,
     quiet: bool,
     **options: Any,
-) -> dict[str, Any]:
+) -> Facts:
     """Validate a configuration and estimate what its run would need; loads no weights."""
     loaded = _load(config, overrides, plan_file)
     if not (quiet or as_json):
@@ -300,7 +298,7 @@ def schema(results: bool) -> None:
     click.option("--out", type=click.Path(), help="Folder to write; by default RUN/export/FORM."),
     _json_last,
 )
-def export(**options: Any) -> dict[str, Any]:
+def export(**options: Any) -> Facts:
     """Export the final model for llama.cpp, vLLM, transformers or peft.
 
     Files are kept only if they predict what the final model predicts.
@@ -350,7 +348,7 @@ _verb(
     click.option("--template", type=click.Choice(TEMPLATES), default="chat", help=ABOUT_TEMPLATE),
     _json,
 )
-def generate(**options: Any) -> dict[str, Any]:
+def generate(**options: Any) -> Facts:
     """Print answers to a prompt from the models of a run or of a folder.
 
     The models of a run are its base, its pruned models and the final one.

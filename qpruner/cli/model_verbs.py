@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import click
 
+from qpruner.cli import Facts
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
 from qpruner.export import forms
@@ -29,7 +30,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def generate(
     place: str, which: str | None, prompts: Sequence[str], as_json: bool, **sampling: Any
-) -> dict[str, Any]:
+) -> Facts:
     """Print the answer of every model of a run or folder to every prompt.
 
     `sampling` has the fields of `Sampling`.
@@ -64,9 +65,7 @@ def _warn_of_driver(run: RunDir) -> None:
         click.echo(warning, err=True)
 
 
-def _print_answers(
-    prompts: Sequence[str], answers: Sequence[dict[str, Any]], has_headings: bool
-) -> None:
+def _print_answers(prompts: Sequence[str], answers: Sequence[Facts], has_headings: bool) -> None:
     for number, prompt in enumerate(prompts):
         if len(prompts) > 1:
             click.echo(f"> {printable(prompt)}")
@@ -76,7 +75,7 @@ def _print_answers(
                 click.echo(f"{heading}{printable(answer['text'])}")
 
 
-def _answers(source: Source, prompts: Sequence[str], sampling: Sampling) -> list[dict[str, Any]]:
+def _answers(source: Source, prompts: Sequence[str], sampling: Sampling) -> list[Facts]:
     click.echo(f"{source.name} ({source.weight_bytes / 1e6:.1f} MB) ...", err=True)
     with Terminal(quiet=False, stderr=True) as terminal:
         generator = source.load(loading_progress(terminal.emit, "generate"))
@@ -96,7 +95,7 @@ def printable(text: str) -> str:
     return CONTROL.sub("\ufffd", text)
 
 
-def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> dict[str, Any]:
+def export(run: str, form: str, merge: bool, out: str | None, as_json: bool) -> Facts:
     """Write the final model for another program, and print where it is and what differs."""
     if merge and form not in MERGEABLE:
         remedy = "for a merged model use `--to merged`"

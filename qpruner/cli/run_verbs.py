@@ -5,16 +5,17 @@ Every docstring is the help of its verb. The figures come from `report.run_views
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import click
 import yaml
 
+from qpruner.cli import Facts
 from qpruner.cli.terminal import Terminal
 from qpruner.errors import UserError
-from qpruner.plans.plan import budget_text, cut_title, plan_of
+from qpruner.plans.plan import PrecisionPlan, budget_text, cut_title, plan_of
 from qpruner.report import run_views
 from qpruner.report.content import Cell
 from qpruner.report.snapshot import GONE, RUNNING, Snapshot, read_snapshot
@@ -47,7 +48,7 @@ MOST_LINES = 10
 """Maximum number of running, and of failed, trials that `status` lists; `trials` lists all."""
 
 
-def status(run: str, as_json: bool) -> dict[str, Any]:
+def status(run: str, as_json: bool) -> Facts:
     """Show the state of a run: its stages, its trials and the best trial so far.
 
     It can be called in any shell, and on any machine that sees the run folder.
@@ -72,7 +73,7 @@ def status(run: str, as_json: bool) -> dict[str, Any]:
     return {"status": "ok", **facts}
 
 
-def _headline(facts: dict[str, Any]) -> str:
+def _headline(facts: Facts) -> str:
     outcome = facts["outcome"]
     text = f"{facts['run']}: {outcome}"
     if outcome == "done":
@@ -88,7 +89,7 @@ def _headline(facts: dict[str, Any]) -> str:
     return f"{text}; repeat the command to go on, in {facts['folder']}: {facts['command']}"
 
 
-def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
+def _search_lines(run: Snapshot, facts: Facts) -> list[str]:
     """Format the search: its counts, the trials under way, failures and the winner."""
     state = run.state.search
     if state is None:
@@ -109,7 +110,7 @@ def _search_lines(run: Snapshot, facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _winner_line(state: SearchState, search: dict[str, Any]) -> str:
+def _winner_line(state: SearchState, search: Facts) -> str:
     winner = search["winner"]
     confirmed = next(row for row in search["finalists"] if row["index"] == winner)
     score = f"{score_title(state).removeprefix('validation ')} {confirmed[state.metric]:.4f}"
@@ -120,13 +121,13 @@ def _winner_line(state: SearchState, search: dict[str, Any]) -> str:
     )
 
 
-def _failed(trial: dict[str, Any]) -> str:
+def _failed(trial: Facts) -> str:
     failure = trial["failure"]
     text = f"failed        trial {trial['trial']} ({trial['from']}), {failure}: {trial['reason']}"
     return f"{text}\n  remedy: {REMEDIES[failure]}" if failure else text
 
 
-def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
+def trials(run: str, sort: str, as_json: bool) -> Facts:
     """List the trials of a run and mark the winner."""
     snapshot = read_snapshot(RunDir(run, create=False))
     rows = [run_views.trial_row(snapshot, trial) for trial in snapshot.trials]
@@ -141,29 +142,26 @@ def trials(run: str, sort: str, as_json: bool) -> dict[str, Any]:
     return {"status": "ok", "trials": rows}
 
 
-def _print_trials(run: Snapshot, rows: Sequence[dict[str, Any]]) -> None:
+def _print_trials(run: Snapshot, rows: Sequence[Facts]) -> None:
     if not rows:
         click.echo("there are no trials yet")
         return
     plans = {trial.index: plan_of(trial) for trial in run.trials}
     shown = [name for name in SHOWN if any(row[name] is not None for row in rows)]
-    body = []
-    for row in rows:
-        cells: list[Cell] = [_cell(name, row) for name in shown]
-        if "plan" in shown:
-            cells[shown.index("plan")] = plans[row["trial"]]
-        body.append(cells)
+    body = [[_cell(name, row, plans) for name in shown] for row in rows]
     Terminal(quiet=False).table(shown, body)
 
 
-def _cell(name: str, row: dict[str, Any]) -> str:
+def _cell(name: str, row: Facts, plans: Mapping[int, PrecisionPlan]) -> Cell:
+    if name == "plan":
+        return plans[row["trial"]]
     figure = _figure(name, row[name])
     if name in ("loss", "accuracy") and row["rung"]:
         return score_with_step(figure, row["rung"], row["step"])
     return figure
 
 
-def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
+def plan(run: str, index: int | None, as_json: bool) -> Facts:
     """Print a trial's plan as YAML, by default the winner's.
 
     The plan can be edited and used in another run with `--plan`.
@@ -193,7 +191,7 @@ def plan(run: str, index: int | None, as_json: bool) -> dict[str, Any]:
     }
 
 
-def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
+def compare(runs: Sequence[str], as_json: bool) -> Facts:
     """Compare runs by their figures, the scores of their winners, and their settings.
 
     Scores are compared as paired differences; only settings that differ are printed.
@@ -217,10 +215,11 @@ def compare(runs: Sequence[str], as_json: bool) -> dict[str, Any]:
         elif others:
             terminal.say("All settings are the same.")
 
-    differences = []
-    for of_run, against in zip(facts[1:], against_first, strict=True):
-        ends = {"run": of_run["run"], "other": facts[0]["run"]}
-        differences.append(ends | asdict(against))
+    other = facts[0]["run"]
+    differences = [
+        {"run": of_run["run"], "other": other, **asdict(against)}
+        for of_run, against in zip(facts[1:], against_first, strict=True)
+    ]
     return {
         "status": "ok",
         "runs": facts,
@@ -236,12 +235,10 @@ def _run_names(snapshots: Sequence[Snapshot]) -> list[str]:
     return names if len(set(names)) == len(set(places)) else places
 
 
-def _print_figures(headings: Sequence[str], facts: Sequence[dict[str, Any]]) -> None:
-    keys = dict.fromkeys(itertools.chain.from_iterable(facts))
-    body = []
-    for key in keys:
-        if key != "run":
-            body.append([key, *(_figure(key, of_run.get(key)) for of_run in facts)])
+def _print_figures(headings: Sequence[str], facts: Sequence[Facts]) -> None:
+    keys = dict.fromkeys(itertools.chain(*facts))
+    del keys["run"]
+    body = [[key, *(_figure(key, of_run.get(key)) for of_run in facts)] for key in keys]
     Terminal(quiet=False).table(["", *headings], body)
 
 
@@ -265,7 +262,7 @@ def _figure(name: str, value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def report(run: str, as_json: bool) -> dict[str, Any]:
+def report(run: str, as_json: bool) -> Facts:
     """Write the report of a run folder again, finished or not."""
     from qpruner.report.files import write_report  # draws pictures
 
@@ -275,7 +272,7 @@ def report(run: str, as_json: bool) -> dict[str, Any]:
     return {"status": "ok", "run": folder.storage.address, "page": page}
 
 
-def push(run: str, repo_id: str, what: Any, is_public: bool, as_json: bool) -> dict[str, Any]:
+def push(run: str, repo_id: str, what: Any, is_public: bool, as_json: bool) -> Facts:
     """Upload the final model and its card to a model hub; no other verb publishes a model."""
     quiet_libraries()
     from qpruner.export import hub

@@ -224,11 +224,9 @@ def _growth() -> Slots:
     option = "--autoscaling-config="
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        is_of_session = any(f"/{session}/" in argument for argument in command)
-        for argument in command:
-            if is_of_session and argument.startswith(option):
-                file = Path(argument.removeprefix(option)).expanduser()
-                return read_growth(file, size_of(heads[0]))
+        files = [text.removeprefix(option) for text in command if text.startswith(option)]
+        if files and f"/{session}/" in " ".join(command):
+            return read_growth(Path(files[0]).expanduser(), size_of(heads[0]))
     return Slots(())
 
 
@@ -249,7 +247,7 @@ def read_growth(file: Path, head: Node) -> Slots:
 
     max_workers = int(config.get("max_workers", 0))
     node_types = config.get("available_node_types") or {}
-    workers: list[Node] = []
+    workers = []
     for name, node_type in node_types.items():
         node = size_of({"Resources": node_type.get("resources") or {}})
         default = 0 if name == config.get("head_node_type") else max_workers

@@ -106,10 +106,9 @@ def _run(
         return trainer.fit().return_value
     except WorkerGroupError as error:
         cause = _first_cause(error.worker_failures)
-        if isinstance(cause, RayActorError):
-            node_ids = (read_progress(nodes) or "").split()
-            if not all(is_staying(node_id) for node_id in node_ids):
-                raise NodeDiedError(str(cause)) from error
+        node_ids = (read_progress(nodes) or "").split()
+        if isinstance(cause, RayActorError) and not all(map(is_staying, node_ids)):
+            raise NodeDiedError(str(cause)) from error
         raise cause from error
     except ControllerError as error:
         raise error.controller_failure from error
@@ -164,12 +163,10 @@ def _first_cause(failures: Mapping[int, Exception]) -> Exception:
     causes: list[Exception] = [
         getattr(failure, "health_check_failure", failure) for failure in failures.values()
     ]
-    deaths: list[Exception] = [cause for cause in causes if isinstance(cause, RayActorError)]
-    if deaths:
-        return deaths[0]
+    causes.sort(key=lambda cause: not isinstance(cause, RayActorError))  # deaths first
     for cause in causes:
         is_connection = type(cause).__name__ == "DistBackendError" or "/gloo/" in str(cause)
-        if not is_connection:
+        if isinstance(cause, RayActorError) or not is_connection:
             return cause
     return RayActorError(error_msg=str(causes[0]))  # type: ignore[no-any-return]
 

@@ -24,6 +24,8 @@ from qpruner.runs.run_dir import RunDir
 ANSWER_SECONDS = 120.0
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 MISSING = "not installed"
+NVIDIA = "0x10de"  # a vendor of PCI devices
+DISPLAY = "0x03"  # a class of them
 REFUSAL = "NodeDiffers: "
 """The start of the error of an unusable node.
 
@@ -261,12 +263,11 @@ def _has_hardware() -> bool:
     """
     if Path("/proc/driver/nvidia/gpus").exists():  # containers may hide the cards
         return True
-    nvidia = "0x10de"
-    display = "0x03"
     for device in Path("/sys/bus/pci/devices").glob("*"):
         with contextlib.suppress(OSError):
-            is_display = (device / "class").read_text().startswith(display)
-            if is_display and (device / "vendor").read_text().strip() == nvidia:
+            kind = (device / "class").read_text()
+            vendor = (device / "vendor").read_text()
+            if kind.startswith(DISPLAY) and vendor.startswith(NVIDIA):
                 return True
     return False
 
@@ -323,7 +324,8 @@ def _storage_trouble(
         from qpruner.runs.storage import retry_storage, storage_at
 
         path = folder / driver
-        if retry_storage(storage_at(path).read, path, seconds, was_there=True).decode() != text:
+        content = retry_storage(storage_at(path).read, path, seconds, was_there=True)
+        if content != text.encode():
             return "has other content there than the driver wrote"
         action = "written"
         if own:
@@ -333,7 +335,6 @@ def _storage_trouble(
     except FileNotFoundError:
         return "is not shared with this node: a file that the driver wrote is missing there"
     except Exception as error:  # of a file system, of credentials, or of another qpruner
-        system_error = getattr(error, "strerror", None)
-        why = system_error or f"{type(error).__name__}: {_first_line(error)}"
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {_first_line(error)}"
         return f"cannot be {action} there ({why})"
     return ""

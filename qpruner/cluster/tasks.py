@@ -1,5 +1,6 @@
 """Runs functions as Ray tasks, and runs a task again if its worker or node dies."""
 
+import contextlib
 import logging
 import math
 import socket
@@ -220,8 +221,8 @@ class DeathCounter:
         death = error.cause if isinstance(error, RayTaskError) else error
         saved = self._progress(position)
         if saved != self._saved.get(position):
-            self._saved[position] = saved
             self._in_a_row[position] = 0
+        self._saved[position] = saved
         if not isinstance(death, NodeDiedError) and (node is None or is_staying(node)):
             self._in_a_row[position] += 1
 
@@ -240,16 +241,15 @@ def is_staying(node_id: str) -> bool:
 
     Ray (2.60) lists a killed node as alive for up to 15 s.
     """
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    if node_id not in nodes or node_id in ray_private.state.get_draining_nodes():
+    if node_id in ray_private.state.get_draining_nodes():
         return False
-    node = nodes[node_id]
-    address = (node["NodeManagerAddress"], node["NodeManagerPort"])
-    try:
-        socket.create_connection(address, ANSWER_SECONDS).close()
-    except OSError:
-        return False
-    return True
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] == node_id:
+            address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+            with contextlib.suppress(OSError):
+                socket.create_connection(address, ANSWER_SECONDS).close()
+                return True
+    return False
 
 
 def original_error(error: Any) -> Exception:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from qpruner.data.losses import Rows, batches, hooked, predicted_logits, predicting, token_losses
 from qpruner.errors import TrainingDiverged
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[int, int], None]
 """Callback for progress: it gets the number of finished steps and the total number."""
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 """Function that computes the loss of a batch from token losses ``(samples, seq)``.
 
 Its second argument is the number of labelled tokens of each sample.
@@ -44,7 +45,7 @@ class Samples:
         """The same samples sorted by length, which keeps padding small."""
         return replace(self, rows=sorted(self.rows, key=lambda row: len(row["input_ids"])))
 
-    def batches(self, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
         """Yield padded batches on a device, in order, and report progress after each."""
         total = -(-len(self.rows) // self.batch_size)
         for done, batch in enumerate(batches(self.rows, self.batch_size, self.pad_id, device), 1):
@@ -54,9 +55,9 @@ class Samples:
 
 def visit_gradients(
     model: PreTrainedModel,
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     samples: Samples,
-    visit: Callable[[str, torch.nn.Parameter, torch.Tensor], None],
+    visit: Callable[[str, nn.Parameter, Tensor], None],
 ) -> None:
     """Visit each parameter with its gradient of the mean loss of each batch.
 
@@ -64,23 +65,17 @@ def visit_gradients(
     infinite.
     """
 
-    def hook_for(name: str) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
+    def hook_for(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
             gradient = parameter.grad
             parameter.grad = None
             assert gradient is not None
             # A NaN or infinity makes the sum NaN or infinite; testing each entry takes a tenth of a
             # pass on a CPU.
-            if not gradient.sum(dtype=torch.float32).isfinite():
-                raise TrainingDiverged(
-                    f"the gradient of {name} is NaN or infinite on the calibration samples"
-                )
+            _require_finite(gradient.sum(dtype=torch.float32), f"gradient of {name}")
             visit(name, parameter, gradient)  # type: ignore[arg-type]
 
         return hook
-
-    def mean(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        return losses.sum() / counts.sum()
 
     with _gradients_of(model, parameters.values()):
         hooks = []
@@ -89,14 +84,14 @@ def visit_gradients(
             hooks.append(register(hook_for(name)))  # type: ignore[no-untyped-call]
         with hooked(hooks):
             for batch in samples.batches(model.device):
-                _backward(model, batch, mean)
+                _backward(model, batch, lambda losses, counts: losses.sum() / counts.sum())
 
 
 def visit_mask_gradients(
     model: PreTrainedModel,
-    linears: Mapping[str, tuple[torch.nn.Linear, int]],
+    linears: Mapping[str, tuple[nn.Linear, int]],
     samples: Samples,
-    visit: Callable[[str, torch.Tensor], None],
+    visit: Callable[[str, Tensor], None],
 ) -> None:
     """Visit ``sum w_ij dL/dw_ij`` over the rows or columns of linear layers, for each sample.
 
@@ -106,34 +101,30 @@ def visit_mask_gradients(
     and 0 (rows) or 1 (columns). Raise `TrainingDiverged` if a value is NaN or infinite.
     """
 
-    def visit_both(name: str, values: torch.Tensor, gradients: torch.Tensor) -> None:
+    def visit_both(name: str, values: Tensor, gradients: Tensor) -> None:
         linear, dim = linears[name]
         masked = values.float()
         if dim == 0 and linear.bias is not None:
             masked = masked - linear.bias.float()
         by_sample = (masked * gradients.float()).sum(dim=1)
-        if not torch.isfinite(by_sample).all():
-            raise TrainingDiverged(
-                f"the gradient at {name} is NaN or infinite on the calibration samples"
-            )
+        _require_finite(by_sample, f"gradient at {name}")
         visit(name, by_sample)
+
+    def sum_of_means(losses: Tensor, counts: Tensor) -> Tensor:
+        return (losses.sum(dim=1) / counts).sum()
 
     places = {}
     for name, (linear, dim) in linears.items():
         is_of_inputs = dim == 1
         places[name] = _Place(linear, values=is_of_inputs, gradients=is_of_inputs)
-    _visit_activations(model, places, samples, _sum_of_means, visit_both)
-
-
-def _sum_of_means(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    return (losses.sum(dim=1) / counts).sum()
+    _visit_activations(model, places, samples, sum_of_means, visit_both)
 
 
 def visit_linear_gradients(
     model: PreTrainedModel,
-    linears: Mapping[str, torch.nn.Linear],
+    linears: Mapping[str, nn.Linear],
     samples: Samples,
-    visit: Callable[[str, torch.Tensor, torch.Tensor], None],
+    visit: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """Visit the inputs of linear layers, and the gradients of the loss at their outputs.
 
@@ -151,7 +142,7 @@ class _Place(NamedTuple):
     Those that are False are visited at its outputs.
     """
 
-    linear: torch.nn.Linear
+    linear: nn.Linear
     values: bool
     gradients: bool
 
@@ -161,23 +152,21 @@ def _visit_activations(
     places: Mapping[str, _Place],
     samples: Samples,
     loss: Loss,
-    visit: Callable[[str, torch.Tensor, torch.Tensor], None],
+    visit: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """Visit activations and gradients ``(samples, seq, features)`` of linear layers."""
     num_rows = 0
 
-    def by_row(states: torch.Tensor) -> torch.Tensor:
+    def by_row(states: Tensor) -> Tensor:
         return states.reshape(num_rows, -1, states.shape[-1])
 
     def hook_for(name: str, place: _Place) -> Callable[..., None]:
-        def listen(
-            module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-        ) -> None:
+        def listen(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # Detached: a hook with a reference to its own tensor would keep the graph alive until
             # garbage collection.
             values = (inputs[0] if place.values else output).detach()
 
-            def on_gradient(gradient: torch.Tensor) -> None:
+            def on_gradient(gradient: Tensor) -> None:
                 visit(name, by_row(values), by_row(gradient))
 
             visited = inputs[0] if place.gradients else output
@@ -196,7 +185,12 @@ def _visit_activations(
             _backward(model, batch, loss)
 
 
-def _backward(model: PreTrainedModel, batch: dict[str, torch.Tensor], loss: Loss) -> None:
+def _require_finite(values: Tensor, what: str) -> None:
+    if not values.isfinite().all():
+        raise TrainingDiverged(f"the {what} is NaN or infinite on the calibration samples")
+
+
+def _backward(model: PreTrainedModel, batch: dict[str, Tensor], loss: Loss) -> None:
     """Run one forward and backward pass; all activations are freed on return."""
     losses = token_losses(model, batch)
     counts = predicting(batch["labels"]).sum(dim=1).to(losses.device)
@@ -204,15 +198,13 @@ def _backward(model: PreTrainedModel, batch: dict[str, torch.Tensor], loss: Loss
 
 
 @contextmanager
-def _gradients_of(
-    model: PreTrainedModel, parameters: Iterable[torch.nn.Parameter]
-) -> Iterator[None]:
+def _gradients_of(model: PreTrainedModel, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Enable gradients for these parameters only, and restore all flags afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wanted = {id(parameter) for parameter in parameters}
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in wanted)
+        model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_()
         yield
     finally:
         for parameter, flag in flags:
@@ -230,24 +222,24 @@ class InputMoments:
         self._sum = torch.zeros(())
         self._squares = torch.zeros(())
 
-    def add(self, inputs: torch.Tensor) -> None:
+    def add(self, inputs: Tensor) -> None:
         """Add the inputs ``(tokens, features)`` of a batch."""
         self._count += len(inputs)
         self._sum = self._sum + inputs.sum(dim=0, dtype=torch.float32).double().cpu()
         self._squares = self._squares + inputs.float().square().sum(dim=0).double().cpu()
 
     @property
-    def mean(self) -> torch.Tensor:
+    def mean(self) -> Tensor:
         """Mean of each feature, ``(features,)``."""
         return self._sum / self._count
 
     @property
-    def mean_square(self) -> torch.Tensor:
+    def mean_square(self) -> Tensor:
         """Mean square of each feature, ``(features,)``."""
         return self._squares / self._count
 
     @property
-    def variance(self) -> torch.Tensor:
+    def variance(self) -> Tensor:
         """Variance of each feature, ``(features,)``; rounding cannot make it negative."""
         return (self.mean_square - self.mean.square()).clamp(min=0)
 
@@ -255,9 +247,9 @@ class InputMoments:
 @torch.no_grad()
 def visit_inputs(
     model: PreTrainedModel,
-    modules: Mapping[str, torch.nn.Module],
+    modules: Mapping[str, nn.Module],
     samples: Samples,
-    visit: Callable[[str, torch.Tensor], None],
+    visit: Callable[[str, Tensor], None],
 ) -> None:
     """Run the samples forward and visit the inputs ``(tokens, features)`` of each module.
 
@@ -268,34 +260,35 @@ def visit_inputs(
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, inputs: visit(name, at_tokens(inputs[0], tokens))
 
-    hooks = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
-    with hooked(hooks):
+    with hooked(
+        module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()
+    ):
         for batch in samples.batches(model.device):
             tokens = batch["attention_mask"].bool()
             run_base(model, batch)
 
 
-def run_base(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def run_base(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Run a batch without the head of a model, and return the inputs of the head."""
-    states: torch.Tensor = model.base_model(
+    states: Tensor = model.base_model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     )[0]
     return states
 
 
-def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+def block_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the hidden states ``(batch, seq, hidden)`` from the arguments of a decoder block."""
-    states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
     return states
 
 
-def block_output(output: Any) -> torch.Tensor:
+def block_output(output: Any) -> Tensor:
     """Return the hidden states ``(batch, seq, hidden)`` from the output of a decoder block."""
-    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
-def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def at_tokens(inputs: Tensor, tokens: Tensor) -> Tensor:
     """Select the rows of `inputs` where `tokens` ``(batch, seq)`` is True.
 
     `inputs` are ``(batch, seq, features)`` or ``(batch * seq, features)``; the result is ``(tokens,
@@ -307,20 +300,20 @@ def at_tokens(inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def visit_outputs(
     model: PreTrainedModel,
-    modules: Mapping[str, torch.nn.Module],
+    modules: Mapping[str, nn.Module],
     samples: Samples,
-    visit: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
+    visit: Callable[[dict[str, Tensor], Tensor], None],
 ) -> None:
     """Visit the outputs of modules and the likeliest tokens, where the next token has a label.
 
     Outputs are float32 ``(positions, features)`` on the CPU. Raise `TrainingDiverged` if one of
     them or a logit is NaN or infinite.
     """
-    outputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     positions = torch.empty(0, dtype=torch.bool)
 
     def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: object, output: Any) -> None:
+        def hook(module: nn.Module, inputs: object, output: Any) -> None:
             states = block_output(output)
             outputs[name] = states[positions.to(states.device)].float().cpu()
 
@@ -332,9 +325,6 @@ def visit_outputs(
             logits = predicted_logits(model, batch)
             checked = outputs | {"model.lm_head": logits}
             for name, output in checked.items():
-                if not torch.isfinite(output).all():
-                    raise TrainingDiverged(
-                        f"the output of {name} is NaN or infinite on the calibration samples"
-                    )
+                _require_finite(output, f"output of {name}")
             visit(outputs, logits.argmax(dim=-1).cpu())
             outputs.clear()

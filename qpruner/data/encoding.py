@@ -104,13 +104,11 @@ def _calibration_samples(
     The keys `count_key` and `length_key` of the configuration give their number and length. Raise
     `UserError` if the rows give too few samples.
     """
-    count = attrgetter(count_key)(config)
-    length = attrgetter(length_key)(config)
+    count, length = attrgetter(count_key, length_key)(config)
     shuffled = list(examples)
     random.Random(config.seed).shuffle(shuffled)
-    rows = (
-        _labelled(example, tokenizer, config.data.template, response_only) for example in shuffled
-    )
+    template = config.data.template
+    rows = (_labelled(example, tokenizer, template, response_only) for example in shuffled)
     samples = _joined(rows, length) if packing else _cut(rows, length)
     taken = list(itertools.islice(samples, count))
     if len(taken) < count:
@@ -199,10 +197,10 @@ def pack(rows: Sequence[Row], length: int) -> list[Row]:
     ids = [token for row in rows for token in row["input_ids"]]
     # The first token of a row has no label: it would be predicted from the previous row.
     labels = [label for row in rows for label in (IGNORED_LABEL, *row["labels"][1:])]
-    chunks = []
-    for start in range(0, len(ids), length):
-        end = start + length
-        chunks.append((ids[start:end], labels[start:end]))
+    chunks = [
+        (ids[start : start + length], labels[start : start + length])
+        for start in range(0, len(ids), length)
+    ]
     return list(_cut(chunks, length))
 
 
@@ -231,17 +229,13 @@ def collate(rows: Sequence[Mapping[str, list[int]]], pad_id: int) -> dict[str, A
 
     longest = max(len(row["input_ids"]) for row in rows)
 
-    ids, mask, labels = [], [], []
-    for row in rows:
-        length = len(row["input_ids"])
-        missing = longest - length
-        ids.append(row["input_ids"] + [pad_id] * missing)
-        mask.append([1] * length + [0] * missing)
-        labels.append(row["labels"] + [IGNORED_LABEL] * missing)
+    def padded(sequences: Iterable[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([ids + [filler] * (longest - len(ids)) for ids in sequences])
+
     return {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": torch.tensor(mask),
-        "labels": torch.tensor(labels),
+        "input_ids": padded((row["input_ids"] for row in rows), pad_id),
+        "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
+        "labels": padded((row["labels"] for row in rows), IGNORED_LABEL),
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from qpruner.data import measures
 from qpruner.data.encoding import IGNORED_LABEL, collate, row_lengths
@@ -36,7 +37,7 @@ class LossResult:
 
 
 @torch.no_grad()
-def mean_loss(model: torch.nn.Module, rows: Rows, pad_id: int, batch_size: int) -> LossResult:
+def mean_loss(model: nn.Module, rows: Rows, pad_id: int, batch_size: int) -> LossResult:
     """Compute the mean cross entropy on the labelled tokens of rows, in nats.
 
     Raise `TrainingDiverged` if it is NaN or infinite.
@@ -74,14 +75,14 @@ def loss_result(sums: Sequence[float], counts: Sequence[int]) -> LossResult:
 
 def batches(
     rows: Rows, batch_size: int, pad_id: int, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, Tensor]]:
     """Yield padded batches on a device, in order."""
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size], pad_id)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Compute the cross entropy of each next token in nats, float32 ``(batch, seq)``.
 
     It is zero where the next token has no label.
@@ -90,23 +91,23 @@ def token_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> t
     labels = batch["labels"].to(logits.device)
     positions = predicting(labels)
     losses = torch.zeros(positions.shape, device=logits.device)
-    losses[positions] = torch.nn.functional.cross_entropy(
+    losses[positions] = nn.functional.cross_entropy(
         logits.float(), predicted_labels(labels), reduction="none"
     )
     return losses
 
 
-def predicted_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def predicted_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Compute logits ``(positions, vocabulary)`` where the next token of the batch has a label."""
     ids = batch["input_ids"]
     mask = batch["attention_mask"]
     with labelled_only(model, batch["labels"]):
-        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits
 
 
 @contextmanager
-def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None]:
+def labelled_only(model: nn.Module, labels: Tensor) -> Iterator[None]:
     """Make the head run only at positions whose next token has a label.
 
     Logits then are ``(positions, vocabulary)``.
@@ -114,7 +115,7 @@ def labelled_only(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[None
     positions = predicting(labels)
     head = model.get_output_embeddings()  # type: ignore[operator]
 
-    def select(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0][positions.to(inputs[0].device)]
 
     with hooked([head.register_forward_pre_hook(select)]):
@@ -134,7 +135,7 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def returning(
-    modules: Sequence[torch.nn.Module], outputs: Iterable[Callable[..., Any]]
+    modules: Sequence[nn.Module], outputs: Iterable[Callable[..., Any]]
 ) -> Iterator[None]:
     """Make each module return the output of a function instead of running."""
     before = [vars(module).get("forward") for module in modules]
@@ -149,11 +150,11 @@ def returning(
                 module.forward = forward
 
 
-def predicting(labels: torch.Tensor) -> torch.Tensor:
+def predicting(labels: Tensor) -> Tensor:
     """Return a mask of the positions whose next token has a label, bool ``(batch, seq)``."""
-    return torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
+    return nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
 
 
-def predicted_labels(labels: torch.Tensor) -> torch.Tensor:
+def predicted_labels(labels: Tensor) -> Tensor:
     """Return the labels ``(positions,)`` that belong to the rows of `predicted_logits`."""
     return labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]

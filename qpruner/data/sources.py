@@ -71,9 +71,9 @@ def normalized(text: str) -> str:
 
 def load_examples(sources: Sequence[DataSource], key: str) -> list[Example]:
     """Read the rows of all sources under the configuration key `key`, and map their columns."""
-    reads = []
-    for index, source in enumerate(sources):
-        reads.append(partial(_examples_of, source, f"{key}.{index}"))
+    reads = [
+        partial(_examples_of, source, f"{key}.{index}") for index, source in enumerate(sources)
+    ]
     examples = list(itertools.chain(*together(*reads)))
     if not examples:
         raise UserError(
@@ -204,12 +204,11 @@ def _check_columns(available: Sequence[str], source: DataSource, key: str) -> No
 
 def _mapped(source: DataSource, column: str, available: Collection[str]) -> tuple[str, ...]:
     """Return the columns of the data that a column of the row format is made of."""
-    named = source.columns.get(column, column)
-    if isinstance(named, tuple):
-        return named
-    if column == "answer" and column not in source.columns and column not in available:
-        named = "answerKey" if "answerKey" in available else column  # the name in ARC
-    return (named,)
+    default = column
+    if column == "answer" and column not in available and "answerKey" in available:
+        default = "answerKey"  # the name in ARC
+    named = source.columns.get(column, default)
+    return named if isinstance(named, tuple) else (named,)
 
 
 def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
@@ -223,12 +222,17 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
         return Example("instruction", value("instruction"), value("input"), value("output"))
     columns = _mapped(source, "choices", row)
     cells = row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
-    if not isinstance(cells, (list, dict)):
+    if isinstance(cells, dict):  # ARC's `{text, label}`
+        choices = list(cells["text"])
+        labels = list(cells["label"])
+    elif isinstance(cells, list):
+        choices = [str(text) for text in cells]
+        labels = [chr(ord("A") + position) for position in range(len(cells))]
+    else:
         raise UserError(
             f"`{key}.columns.choices`: column {columns[0]} must hold a list of choices, got "
             f"{cells!r:.60}; if each choice has its own column, list these columns"
         )
-    choices, labels = _choices(cells)
     answer = row[_mapped(source, "answer", row)[0]]
     if isinstance(answer, str) and answer in labels:
         index = labels.index(answer)
@@ -240,11 +244,3 @@ def _to_example(row: dict[str, Any], source: DataSource, key: str) -> Example:
             f"position from 0 to {len(choices) - 1}; correct the row {value('question')[:90]!r}"
         )
     return Example("multiple_choice", value("question"), "", choices[index])
-
-
-def _choices(cells: list[Any] | dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return texts and labels of the choices, from a list of texts or ARC's `{text, label}`."""
-    if isinstance(cells, dict):
-        return list(cells["text"]), list(cells["label"])
-    letters = [chr(ord("A") + position) for position in range(len(cells))]
-    return [str(text) for text in cells], letters

@@ -48,10 +48,12 @@ class Rates:
 
 def measured_rates(config: RunConfig, inspection: Inspection, threads: int, machine: str) -> Rates:
     """Time a micro-batch on this machine, with every block in its smallest format."""
-    examples = inspection.examples["train"]
+    examples = inspection.rows.examples["train"]
     labelled = sum(about_labelled(row, config.data) for row in examples)
     share_labelled = min(1.0, labelled / sum(_lengths(config, examples)))
-    training, scoring = measure(config, inspection.expected, share_labelled, threads)
+    shapes = inspection.shapes
+    model_config = shapes.cuts[shapes.reference.cut].model_config
+    training, scoring = measure(config, model_config, share_labelled, threads)
 
     rows = config.training.micro_batch_size
     length = config.data.max_length
@@ -166,7 +168,7 @@ class _Tokens:
         self._config = config
         self._inspection = inspection
         self._lengths = {
-            name: _lengths(config, examples) for name, examples in inspection.examples.items()
+            name: _lengths(config, examples) for name, examples in inspection.rows.examples.items()
         }
 
     def training(self, steps: float) -> float:
@@ -213,7 +215,7 @@ class _Tokens:
         """
         passes = 0
         is_first = True
-        for cut in self._inspection.cuts.values():
+        for cut in self._inspection.shapes.cuts.values():
             settings = cut.settings
             if settings.is_off:
                 continue
@@ -231,7 +233,7 @@ class _Tokens:
 
     def _questions(self, section: str) -> float:
         """Count the tokens of questions; every answer is a separate row."""
-        texts = self._inspection.questions.get(section, [])
+        texts = self._inspection.rows.questions.get(section, [])
         tokens = sum(len(text) for text in texts) / CHARACTERS_A_TOKEN
         rows_a_question = CHOICES * (1 + self._config.evaluate.num_fewshot)
         return rows_a_question * (tokens + ANSWER_TOKENS * len(texts))

@@ -16,6 +16,7 @@ from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConf
 from qpruner.models.layout import skeleton
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
+from qpruner.pipeline.shapes import Shapes
 from qpruner.plans.plan import EMBEDDINGS, HEAD, Group, Layout, LinearShape
 from qpruner.pruning.grams import gram_bytes
 from qpruner.pruning.settings import cuttable_layers
@@ -60,8 +61,9 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
     These are trials of the unpruned model, with a plan as large as the budget.
     """
-    layout = _largest_trial(config, inspection)
-    plan_bytes = _trial_bytes(layout, inspection)
+    shapes = inspection.shapes
+    layout = _largest_trial(config, shapes)
+    plan_bytes = _trial_bytes(layout, shapes)
     about = "(`training.micro_batch_size`), in the final fine-tune too"
     return _step(config, inspection, layout, plan_bytes, about)
 
@@ -71,7 +73,8 @@ def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
     Its largest step trains the base model, neither pruned nor quantized.
     """
-    base = inspection.base
+    shapes = inspection.shapes
+    base = shapes.base
     about = "of the base model, unpacked (`finetune.compare`, `training.micro_batch_size`)"
     return _step(config, inspection, base, base.plan_bytes(base.dense()), about)
 
@@ -80,50 +83,54 @@ def _step(
     config: RunConfig, inspection: Inspection, layout: Layout, plan_bytes: int, about: str
 ) -> Memory:
     """Estimate a training step of a model whose weights and adapters take `plan_bytes`."""
+    shapes = inspection.shapes
     training = config.training
     rows = training.micro_batch_size
     length = config.data.max_length
-    labelled = rows * most_labelled(inspection.examples.get("train"), config.data)
+    labelled = rows * most_labelled(inspection.rows.examples.get("train"), config.data)
     parts = _held(layout, plan_bytes)
     parts["activations"] = activation_bytes(
         layout,
-        hidden_size=int(inspection.model_config.hidden_size),
+        hidden_size=int(shapes.model_config.hidden_size),
         tokens=rows * length,
         rank=config.lora.rank,
         checkpointing=training.gradient_checkpointing,
     )
-    parts["logits"] = logit_bytes(inspection, labelled)
+    parts["logits"] = logit_bytes(shapes, labelled)
     parts |= _unpacked(layout, plan_bytes)
     return Memory(f"a step of {rows} rows x {length} tokens {about}", parts)
 
 
 def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the scoring of a trial at a rung, beside the state of its optimizer."""
-    layout = _largest_trial(config, inspection)
-    plan_bytes = _trial_bytes(layout, inspection)
+    shapes = inspection.shapes
+    layout = _largest_trial(config, shapes)
+    plan_bytes = _trial_bytes(layout, shapes)
     rows = config.evaluate.batch_size
     length = config.data.max_length
     labelled = length  # of tasks: lm-eval pads answers
     if not config.search.tasks:
-        labelled = max(most_labelled(inspection.examples.get(name), config.data) for name in SCORED)
+        labelled = max(
+            most_labelled(inspection.rows.examples.get(name), config.data) for name in SCORED
+        )
 
-    num_logits = rows * labelled * int(inspection.model_config.vocab_size)
+    num_logits = rows * labelled * int(shapes.model_config.vocab_size)
     parts = _held(layout, plan_bytes)
     parts["activations"] = _widest(layout, rows * length)
-    parts["logits"] = num_logits * (inspection.base.element_bytes + 2 * FLOAT32_BYTES)
+    parts["logits"] = num_logits * (shapes.base.element_bytes + 2 * FLOAT32_BYTES)
     parts |= _unpacked(layout, plan_bytes)
     return Memory(f"scoring {rows} rows x {length} tokens (`evaluate.batch_size`)", parts)
 
 
-def _largest_trial(config: RunConfig, inspection: Inspection) -> Layout:
-    return inspection.base if config.is_searched else inspection.reference
+def _largest_trial(config: RunConfig, shapes: Shapes) -> Layout:
+    return shapes.base if config.is_searched else shapes.reference
 
 
-def _trial_bytes(layout: Layout, inspection: Inspection) -> int:
+def _trial_bytes(layout: Layout, shapes: Shapes) -> int:
     """Return the bytes of the largest plan within the budget."""
     smallest = layout.plan_bytes(layout.smallest())
     largest = layout.plan_bytes(layout.largest())
-    return min(max(inspection.budget_bytes, smallest), largest)
+    return min(max(shapes.budget_bytes, smallest), largest)
 
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
@@ -152,32 +159,33 @@ def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
 
 def prune_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the cut: the dense model, and the larger of importance and compensation."""
+    shapes = inspection.shapes
     works = []
     compensations = []
-    for cut in inspection.cuts.values():
+    for cut in shapes.cuts.values():
         if cut.settings.is_off:
             continue
-        works.append(_importance_memory(config, inspection, cut.settings))
+        works.append(_importance_memory(config, shapes, cut.settings))
         if cut.settings.compensates_by != "none":
-            compensations.append(_compensation_memory(config, inspection, cut.settings))
+            compensations.append(_compensation_memory(config, shapes, cut.settings))
     if not works:
-        return Memory("the base model", _weights(inspection.base))
+        return Memory("the base model", _weights(shapes.base))
     return max([*works, *compensations], key=lambda memory: memory.total)
 
 
-def _importance_memory(config: RunConfig, inspection: Inspection, settings: PruneConfig) -> Memory:
+def _importance_memory(config: RunConfig, shapes: Shapes, settings: PruneConfig) -> Memory:
     """Estimate the memory of importance.
 
     Gradients are counted if the criterion needs them, and a float32 per weight for `order: mixed`
     with `aggregation: element`.
     """
-    base = inspection.base
+    base = shapes.base
     parts = _weights(base)
     if not settings.width_units or settings.importance not in ("fisher", "taylor"):
         return Memory(f"the base model, importance by {settings.criterion}", parts)
     if settings.order == "mixed" and settings.aggregation == "element":
-        layers = cuttable_layers(inspection.model_config, settings)
-        sizes = unit_sizes(skeleton(inspection.model_config), layers, settings.width_units)
+        layers = cuttable_layers(shapes.model_config, settings)
+        sizes = unit_sizes(skeleton(shapes.model_config), layers, settings.width_units)
         parts["mean squares"] = FLOAT32_BYTES * available(sizes)
 
     rows = config.calibration.batch_size
@@ -185,20 +193,18 @@ def _importance_memory(config: RunConfig, inspection: Inspection, settings: Prun
     # Only one parameter's gradient is held at a time.
     parts["gradient"] = FLOAT32_BYTES * _largest(_blocks(base))
     parts["activations"] = _kept_dense(base, rows * length)
-    parts["logits"] = logit_bytes(inspection, rows * length)
+    parts["logits"] = logit_bytes(shapes, rows * length)
     return Memory(
         f"gradients of {rows} rows x {length} tokens (`calibration.batch_size`)",
         parts,
     )
 
 
-def _compensation_memory(
-    config: RunConfig, inspection: Inspection, settings: PruneConfig
-) -> Memory:
-    parts = _by_block(config, inspection)
+def _compensation_memory(config: RunConfig, shapes: Shapes, settings: PruneConfig) -> Memory:
+    parts = _by_block(config, shapes)
     if settings.compensates_by == "least_squares":
-        widest = _widest_input(inspection.base)
-        hidden_size = int(inspection.model_config.hidden_size)
+        widest = _widest_input(shapes.base)
+        hidden_size = int(shapes.model_config.hidden_size)
         parts["Gram matrix"] = 2 * FLOAT32_BYTES * widest**2
         # The output that the projection should have, the change of its weights, and its weights in
         # float32.
@@ -208,23 +214,24 @@ def _compensation_memory(
 
 def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate how the Gram matrices of GPTQ are gathered: all matrices of one block at a time."""
-    base = inspection.base
+    shapes = inspection.shapes
+    base = shapes.base
     tokens = config.calibration.batch_size * config.calibration.max_length
-    parts = _by_block(config, inspection)
+    parts = _by_block(config, shapes)
     parts["activations"] += FLOAT32_BYTES * tokens * _widest_input(base)
-    parts["Gram matrices"] = 2 * max(gram_bytes(base, inspection.model_config))
+    parts["Gram matrices"] = 2 * max(gram_bytes(base, shapes.model_config))
     return Memory(f"inputs of {_samples(config)} (`quantize.rounding`)", parts)
 
 
-def _by_block(config: RunConfig, inspection: Inspection) -> dict[str, int]:
+def _by_block(config: RunConfig, shapes: Shapes) -> dict[str, int]:
     """Count a pass of all samples through one block after the other.
 
     Attention masks take one byte per pair of tokens.
     """
-    base = inspection.base
+    base = shapes.base
     calibration = config.calibration
     length = calibration.max_length
-    bytes_a_token = int(inspection.model_config.hidden_size) * base.element_bytes
+    bytes_a_token = int(shapes.model_config.hidden_size) * base.element_bytes
     bytes_a_sample = length * (bytes_a_token + length)
     parts = _weights(base)
     parts["hidden states"] = calibration.num_samples * bytes_a_sample
@@ -242,23 +249,24 @@ def _widest_input(layout: Layout) -> int:
 
 def sensitivity_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the sensitivities: the dense pruned model, and the largest pass of any method."""
-    dense = inspection.reference
+    shapes = inspection.shapes
+    dense = shapes.reference
     settings = config.sensitivity
     methods = set(settings.methods)
     tokens = settings.batch_size * config.data.max_length
     weights = _weights(dense)
     passes = [weights]
     if methods.intersection(INFORMATION):
-        passes.append(weights | _by_information(config, inspection, tokens))
+        passes.append(weights | _by_information(config, shapes, tokens))
     if methods.intersection(EXPANSION):
         # The gradients of the logits are freed before those of the layers are needed.
         gradients = BYTES_A_WEIGHT * _largest(_blocks(dense))
         activations = _kept_dense(dense, tokens)
-        largest = max(logit_bytes(inspection, tokens), gradients)
+        largest = max(logit_bytes(shapes, tokens), gradients)
         passes.append(weights | {"activations": activations, "logits or gradients": largest})
     measured = _measured_groups(dense, is_all=bool(methods.intersection(MEASUREMENT)))
     if measured and methods.intersection([*MEASUREMENT, *EXPANSION]):
-        passes.append(weights | _by_measurement(inspection, measured, tokens))
+        passes.append(weights | _by_measurement(shapes, measured, tokens))
     about = (
         f"passes of {settings.batch_size} rows x {config.data.max_length} tokens "
         "(`sensitivity.batch_size`)"
@@ -275,20 +283,20 @@ def _measured_groups(dense: Layout, is_all: bool) -> list[Group]:
     return [group for group in groups if any(format_of(name).is_packed for name in group.formats)]
 
 
-def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> dict[str, int]:
+def _by_information(config: RunConfig, shapes: Shapes, tokens: int) -> dict[str, int]:
     """Count the memory of mutual information by part.
 
     The outputs of all groups are kept at all drawn positions; those of one batch are in float32.
     """
-    dense = inspection.reference
+    dense = shapes.reference
     blocks = _blocks(dense)
-    widths = [int(inspection.model_config.hidden_size)] * len(blocks)
+    widths = [int(shapes.model_config.hidden_size)] * len(blocks)
     if config.quantize.group == "projection":
         widths = [sum(linear.rows for linear in group.linears) for group in blocks]
 
     positions = config.sensitivity.max_positions
     drawn = min(tokens, positions)
-    logits = PREDICTION_BYTES * drawn * int(inspection.model_config.vocab_size)
+    logits = PREDICTION_BYTES * drawn * int(shapes.model_config.vocab_size)
     components = COMPONENT_BYTES * positions * max(widths)
     bytes_an_output = positions * dense.element_bytes + drawn * FLOAT32_BYTES
     return {
@@ -298,14 +306,14 @@ def _by_information(config: RunConfig, inspection: Inspection, tokens: int) -> d
     }
 
 
-def _by_measurement(inspection: Inspection, groups: Sequence[Group], tokens: int) -> dict[str, int]:
+def _by_measurement(shapes: Shapes, groups: Sequence[Group], tokens: int) -> dict[str, int]:
     """Count the memory of measuring KL and loss by part.
 
     `quantized group` includes the largest layer of the group, unpacked. `log-probabilities` is the
     larger of two peaks: when those of the unquantized model are made, or compared.
     """
-    dense = inspection.reference
-    config = inspection.model_config
+    dense = shapes.reference
+    config = shapes.model_config
     element_bytes = dense.element_bytes
     quantized = [
         element_bytes * group.num_weights + (2 * FLOAT32_BYTES + 1) * _largest([group])
@@ -338,9 +346,9 @@ def activation_bytes(
     return inputs + max(kept)
 
 
-def logit_bytes(inspection: Inspection, tokens: int) -> int:
+def logit_bytes(shapes: Shapes, tokens: int) -> int:
     """Count the bytes of the logits and of their gradients in a training step."""
-    return LOGIT_BYTES * tokens * int(inspection.model_config.vocab_size)
+    return LOGIT_BYTES * tokens * int(shapes.model_config.vocab_size)
 
 
 def _kept(linears: Iterable[LinearShape], tokens: int, element_bytes: int, rank: int | None) -> int:

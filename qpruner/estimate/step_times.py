@@ -19,7 +19,7 @@ from qpruner.models import cpu, ragged
 from qpruner.models.families import family_of
 from qpruner.models.loading import device
 from qpruner.models.memory import limit_threads, release
-from qpruner.pipeline.preflight import layout_for
+from qpruner.pipeline.shapes import layout_for
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.quantization.formats import format_of

@@ -6,14 +6,14 @@ nearest one (`recode`), and `Exported.remarks` lists them.
 """
 
 import importlib.util
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
@@ -31,6 +31,7 @@ from qpruner.export.recode import (
     copy_adapter,
     dense,
     formats_of,
+    read_settings,
     recode,
     tensor_bytes,
 )
@@ -145,13 +146,11 @@ def _grams_of(run: RunDir, final: Path) -> GramOf:
     It returns None for every layer if the model was rounded without GPTQ.
     """
     tuned = run.read_record("finetune", FinetuneRecord)
-    winner = tuned.winner if tuned else None
-    if winner is None or not winner.bank:
+    if tuned is None or not tuned.winner.bank:
         return lambda path: None
-    bank = run.bank(winner.cut)
-    key = winner.bank
+    winner = tuned.winner
     config = checkpoint_config(final)
-    return lambda path: read_grams(bank, key, config, [path]).get(path)
+    return lambda path: read_grams(run.bank(winner.cut), winner.bank, config, [path]).get(path)
 
 
 @contextmanager
@@ -227,33 +226,23 @@ class _Work:
     def exported(
         self,
         compared: Compared,
-        checkpoint: Path | None = None,
-        recoded: Mapping[str, str] | None = None,
+        recoded: Mapping[str, str] = MappingProxyType({}),
         remarks: Iterable[str | None] = (),
     ) -> Exported:
         """Describe the finished folder; the recoded checkpoint that it was made from goes."""
         loss_before = compared.loss_before
-        if checkpoint not in (None, self.final):
+        if (self.folder / RECODED).exists():
             loss_before = loss_of(load(self.final).eval(), self.samples)
-        shutil.rmtree(self.folder / RECODED, ignore_errors=True)
-
-        recoded = recoded or {}
-        old_formats = formats_of(checkpoint_config(self.final))
-        changes_told = _format_changes(old_formats, recoded)
-        others_told = [remark for remark in remarks if remark]
+            shutil.rmtree(self.folder / RECODED, ignore_errors=True)
+        format_changes = _format_changes(formats_of(checkpoint_config(self.final)), recoded)
         files = [file for file in self.folder.rglob("*") if file.is_file()]
         return Exported(
-            divergence=compared.divergence,
-            agreement=compared.agreement,
-            num_positions=compared.num_positions,
-            loss_before=loss_before,
-            loss=compared.loss,
-            by=compared.by,
+            **vars(replace(compared, loss_before=loss_before)),
             form=self.form,
             folder=self.target,
             is_plain=self._is_plain(),
             recoded=recoded,
-            remarks=(*changes_told, *others_told),
+            remarks=tuple(filter(None, [*format_changes, *remarks])),
             file_bytes=sum(file.stat().st_size for file in files),
             tensor_bytes=tensor_bytes(self.folder),
             plan_bytes=tensor_bytes(self.final),
@@ -285,7 +274,7 @@ def _merged(work: _Work) -> Exported:
     if not for_vllm.needs_modeling(config):
         return work.exported(compare(work.final, work.folder, work.samples, work.on_progress))
 
-    described = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
+    described = read_settings(work.folder / "config.json")
     retry_storage(lambda: for_vllm.write_config(described, config, work.folder), work.folder)
     compared = in_vllm.check(
         work.final, work.folder, work.samples, work.on_progress, server="transformers"
@@ -339,7 +328,7 @@ def _gguf(work: _Work) -> Exported:
 
     compared = checking.check(checkpoint, model, adapter, work.samples, work.on_progress)
     remarks = [architectures.remark(config), vocabulary.remark(tokenizer)]
-    return work.exported(compared, checkpoint, recoded, remarks)
+    return work.exported(compared, recoded, remarks)
 
 
 def _vllm(work: _Work) -> Exported:
@@ -348,4 +337,4 @@ def _vllm(work: _Work) -> Exported:
     checkpoint, recoded = work.recoded(for_vllm.vllm_format, dense_paths)
     for_vllm.write_vllm(checkpoint, work.folder, work.target, work.on_progress)
     compared = in_vllm.check(checkpoint, work.folder, work.samples, work.on_progress)
-    return work.exported(compared, checkpoint, recoded)
+    return work.exported(compared, recoded)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from qpruner.errors import StageError, UserError, first_line
 from qpruner.export.card import Form, missing_keys, with_loading_section
+from qpruner.export.recode import read_settings
 from qpruner.models.loading import checkpoint_config
 from qpruner.runs.records import MARK, ExportRecord
 from qpruner.runs.run_dir import RunDir
@@ -144,7 +145,7 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
         if name == ADAPTER:
             # transformers 5.24 loads the base model from this entry; a path on this machine would
             # be useless there.
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = read_settings(path)
             settings["base_model_name_or_path"] = repo_id
             yield ADAPTER, (json.dumps(settings, indent=2) + "\n").encode()
         elif path.is_file() and name not in (CARD, MARK):
@@ -153,20 +154,20 @@ def _files(run: RunDir, what: What, repo_id: str) -> Iterator[tuple[str, Path | 
 
 def _folder(run: RunDir, what: What) -> Path:
     """Return the folder to upload; raise `UserError` if it is missing or of an earlier model."""
-    is_final = what == "final"
-    folder = run.root / "final" if is_final else run.root / "export" / what
+    folder = run.root / "export" / what
+    remedy = f"run `qpruner export {run.root} --to {what}`"
+    if what == "final":
+        folder = run.root / "final"
+        remedy = "repeat `qpruner run`"
     if not (folder / (ADAPTER if what == "peft" else "config.json")).is_file():
-        remedy = f"run `qpruner export {run.root} --to {what}`"
-        if is_final:
-            remedy = "repeat `qpruner run`"
         raise UserError(f"{run.root} has no {what} model: {remedy}")
-    if is_final:
+    if what == "final":
         return folder
     record = read_json(folder / MARK, ExportRecord)
     if not record or record.final != run.final_digests():
-        remedy = f"delete this folder, then repeat `qpruner export {run.root} --to {what}`"
         raise UserError(
-            f"{folder} was exported from an earlier final model than the card describes: {remedy}"
+            f"{folder} was exported from an earlier final model than the card describes: delete "
+            f"this folder, then repeat `qpruner export {run.root} --to {what}`"
         )
     return folder
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from qpruner.export.compare import PEFT_PREFIX
 from qpruner.models.checkpoint import RENAMED, read_tensors
@@ -25,7 +26,7 @@ from qpruner.runs.storage import retry_storage
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_BYTES = 10**9
 
-GramOf = Callable[[str], torch.Tensor | None]
+GramOf = Callable[[str], Tensor | None]
 """Maps a layer to the Gram matrix of its inputs, if GPTQ rounds it."""
 NewFormat = Callable[[str, int], str]
 """Maps a packed layer's format and its columns to the format that it shall get."""
@@ -72,7 +73,7 @@ def recode(
     copy_other_files(final, folder, () if merge else ADAPTER_FILES)
     _write_config(final, folder, new)
 
-    state = read_tensors(final, lambda name: not name.startswith(PEFT_PREFIX))
+    state = weights_of(final)
     todo = [path for path in widths if path in changed or path in adapter]
     work = "merging the adapter" if merge else "packing layers"
     for done, path in enumerate(todo, 1):
@@ -101,7 +102,7 @@ def recode(
 
 def _write_config(final: Path, folder: Path, formats: Mapping[str, str]) -> None:
     """Write config.json with the description of the packed layers, if there are any."""
-    described = json.loads((final / "config.json").read_text(encoding="utf-8"))
+    described = read_settings(final / "config.json")
     quantization = described.pop("quantization_config", None) or {"quant_method": "qpruner"}
     packed = {path: name for path, name in formats.items() if format_of(name).is_packed}
     if packed:
@@ -136,30 +137,28 @@ def columns_of(config: Any) -> dict[str, int]:
     }
 
 
-def take_weight(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+def take_weight(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     """Remove a layer's weight from the state; return its tensors by their names in the layer."""
     names = [name for name in state if name.startswith(f"{path}.weight")]
     return {name.removeprefix(f"{path}."): state.pop(name) for name in names}
 
 
-def _adapter(final: Path) -> dict[str, Callable[[], torch.Tensor]]:
+def _adapter(final: Path) -> dict[str, Callable[[], Tensor]]:
     """Map the paths of layers to functions that compute what the adapter adds to their weights."""
-    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
-    tensors = read_tensors(final, lambda name: name.startswith(PEFT_PREFIX))
+    settings = read_settings(final / ADAPTER_FILES[0])
+    tensors = adapter_of(final)
     scale = settings["lora_alpha"] / settings["r"]
 
-    def added(path: str) -> torch.Tensor:
-        lora_a = tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"].float()
-        lora_b = tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"].float()
-        product: torch.Tensor = scale * (lora_b @ lora_a)
+    def added(lora_a: str) -> Tensor:
+        lora_b = lora_a.replace(".lora_A.", ".lora_B.")
+        product: Tensor = scale * (tensors[lora_b].float() @ tensors[lora_a].float())
         return product
 
-    functions: dict[str, Callable[[], torch.Tensor]] = {}
-    for name in tensors:
-        if name.endswith(".lora_A.weight"):
-            path = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
-            functions[path] = partial(added, path)
-    return functions
+    return {
+        name.removesuffix(".lora_A.weight"): partial(added, name)
+        for name in tensors
+        if name.endswith(".lora_A.weight")
+    }
 
 
 def copy_other_files(final: Path, folder: Path, also: Sequence[str] = ()) -> None:
@@ -175,7 +174,7 @@ def copy_other_files(final: Path, folder: Path, also: Sequence[str] = ()) -> Non
 
 def copy_adapter(final: Path, folder: Path, base: Path) -> None:
     """Copy the adapter as peft loads it, with the path of its base model."""
-    settings = json.loads((final / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    settings = read_settings(final / ADAPTER_FILES[0])
     settings["base_model_name_or_path"] = str(base.resolve())
 
     def copy() -> None:
@@ -186,12 +185,29 @@ def copy_adapter(final: Path, folder: Path, base: Path) -> None:
     retry_storage(copy, folder)
 
 
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint without those of its adapter."""
+    return read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX))
+
+
+def adapter_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter by their names in the model, without peft's prefix."""
+    tensors = read_tensors(checkpoint, lambda name: name.startswith(PEFT_PREFIX))
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read a JSON file of transformers or peft."""
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
+
+
 def write_settings(settings: Mapping[str, Any], file: Path) -> None:
     """Write JSON as transformers and peft do."""
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(state: dict[str, torch.Tensor], folder: Path) -> None:
+def write_tensors(state: dict[str, Tensor], folder: Path) -> None:
     """Write tensors as transformers names their files, with an index if there are several."""
     retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)
 

@@ -16,10 +16,10 @@ from qpruner.cluster.executor import run_streamed
 from qpruner.config.schema import MUTUAL_INFORMATION, RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.pipeline.preflight import Inspection, left_out_text
 from qpruner.pipeline.prepare import loading_progress
+from qpruner.pipeline.shapes import Shapes, left_out_text
 from qpruner.pipeline.stage import Stage, disk_bytes_in
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Layout
+from qpruner.plans.plan import OUTSIDE_BLOCKS, UNPRUNED, Layout
 from qpruner.quantization.formats import PAPER, format_of
 from qpruner.runs.events import Emit, Event, GroupPacked, Progress
 from qpruner.runs.records import BankRecord
@@ -45,11 +45,11 @@ class Bank(Stage[BankRecord]):
 
     @property
     def _layout(self) -> Layout:
-        return self.context.layout_of(self.context.reference)
+        return self.context.shapes.reference
 
     @property
     def _bank(self) -> BankSource:
-        return self.context.bank_of(self.context.reference)
+        return self.context.places.bank_of(self.context.shapes.reference.cut)
 
     @property
     def _wanted(self) -> Wanted:
@@ -62,13 +62,21 @@ class Bank(Stage[BankRecord]):
     @property
     def _banks(self) -> list[BankSource]:
         """The banks of all cuts that the search or its controls use."""
-        return [self.context.bank_of(cut) for cut in dict.fromkeys((*self.context.cuts, UNPRUNED))]
+        cuts = dict.fromkeys((*self.context.shapes.cuts, UNPRUNED))
+        return [self.context.places.bank_of(cut) for cut in cuts]
+
+    @property
+    def _unfit(self) -> dict[str, str]:
+        """The cuts that were made, but whose widths the formats cannot hold, and the reason."""
+        shapes = self.context.shapes
+        expected = self.context.inspection.shapes.cuts
+        unfit = [cut for cut in expected if cut in shapes.made and cut not in shapes.cuts]
+        return {cut: shapes.left_out[cut] for cut in unfit}
 
     def inputs(self) -> tuple[Any, ...]:
-        context = self.context
         # The trials of controls depend on this digest too, and need entries of other formats.
-        levels = {*self._layout.levels, *context.layout_of(UNPRUNED).levels, *PAPER}
-        return (self._bank.inputs, self._wanted, self._bank.digests(levels), context.unfit)
+        levels = {*self._layout.levels, *self.context.shapes.base.levels, *PAPER}
+        return (self._bank.inputs, self._wanted, self._bank.digests(levels), self._unfit)
 
     @property
     def _levels(self) -> tuple[str, ...]:
@@ -90,20 +98,16 @@ class Bank(Stage[BankRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
-        for cut, reason in context.unfit.items():
+        for cut, reason in self._unfit.items():
             self.notify(f"warning: {left_out_text(cut, reason)}")
-        # raise errors, now that the widths are known
-        _ = (
-            context.budget_bytes,
-            context.plan_in_file,
-        )
+        context.shapes.check_budget()  # the widths are known now
         for bank in self._banks:
             _remove_stale(bank)
             if not bank.has_grams():
-                context.executor.run(
-                    partial(_gather_grams, bank, self.config, context.data), context.emit
-                )
-        bank, entries = self._bank, self._fill()
+                gather = partial(_gather_grams, bank, self.config, context.places.data)
+                context.machines.executor.run(gather, context.emit)
+        bank = self._bank
+        entries = self._fill()
         files = {
             str(bank.file(*key).relative_to(bank.folder)): entry.sha256
             for key, entry in entries.items()
@@ -114,8 +118,8 @@ class Bank(Stage[BankRecord]):
             for level in self._levels
         }
         return {
-            "cut": context.reference,
-            "left_out": context.unfit,
+            "cut": context.shapes.reference.cut,
+            "left_out": self._unfit,
             "files": files,
             "bytes": sum(sizes[name] for name in files),
             "residual_ratio": {
@@ -130,10 +134,8 @@ class Bank(Stage[BankRecord]):
 
     def _fill(self) -> Made:
         """Make the wanted entries that the bank lacks, and return all wanted."""
-        bank, wanted = (
-            self._bank,
-            [(group, level) for group, levels in self._wanted.items() for level in levels],
-        )
+        bank = self._bank
+        wanted = [(group, level) for group, levels in self._wanted.items() for level in levels]
         found = for_each(lambda key: bank.entry(*key), wanted)
         entries: Made = {key: entry for key, entry in zip(wanted, found, strict=True) if entry}
         missing = {
@@ -150,7 +152,9 @@ class Bank(Stage[BankRecord]):
         """Make the missing entries, on several workers if that saves time."""
         from qpruner.quantization.bank import FEW_WEIGHTS
 
-        context, done = self.context, 0
+        context = self.context
+        machines = context.machines
+        done = 0
 
         def emit(event: Event) -> None:
             nonlocal done
@@ -161,9 +165,12 @@ class Bank(Stage[BankRecord]):
 
         sizes = {group.name: group.num_weights for group in self._layout.groups}
         is_small = sum(sizes.values()) < FEW_WEIGHTS and not context.address
-        resources, concurrent = ({}, 1) if is_small else context.task_resources(len(missing))
+        resources: dict[str, float] = {}
+        concurrent = 1
+        if not is_small:
+            resources, concurrent = machines.task_resources(len(missing))
         if concurrent <= 1:
-            return context.executor.run(partial(fill, FillJob(self._bank, missing)), emit)
+            return machines.executor.run(partial(fill, FillJob(self._bank, missing)), emit)
         # Each worker gets as many large groups as the others: a process with a GPU serves one job.
         by_size = sorted(missing, key=sizes.__getitem__, reverse=True)
         shares = [
@@ -173,8 +180,13 @@ class Bank(Stage[BankRecord]):
         streamed = partial(run_streamed, int(resources.get("cpu", 1)))
         jobs = [partial(fill, FillJob(self._bank, share)) for share in shares]
         made: Made = {}
-        ran = context.run_tasks(
-            streamed, jobs, resources, concurrent, on_held=context.gpu_time.add, on_event=emit
+        ran = machines.run_tasks(
+            streamed,
+            jobs,
+            resources,
+            concurrent,
+            on_held=machines.gpu_time.add,
+            on_event=emit,
         )
         for _, entries in ran:
             made |= entries
@@ -197,37 +209,40 @@ class Bank(Stage[BankRecord]):
     def disk_bytes(self) -> int:
         from qpruner.pruning.grams import gram_bytes
 
-        found, size = self.context.inspection, bank_bytes(self.config, self.context.inspection)
+        shapes = self.context.inspection.shapes
+        size = bank_bytes(self.config, shapes)
         if self.config.quantize.rounding == "gptq":
-            of_cuts = {
-                name: (found.layouts[name], cut.expected) for name, cut in found.cuts.items()
-            }
-            of_cuts[UNPRUNED] = (found.base, found.model_config)
-            size += sum(sum(gram_bytes(*each)) for each in of_cuts.values())
+            model_configs = {name: cut.model_config for name, cut in shapes.cuts.items()}
+            model_configs[UNPRUNED] = shapes.model_config
+            for name, model_config in model_configs.items():
+                size += sum(gram_bytes(shapes.layout_of(name), model_config))
         return size
 
 
-def bank_bytes(config: RunConfig, inspection: Inspection) -> int:
+def bank_bytes(config: RunConfig, shapes: Shapes) -> int:
     """Estimate the bytes of all entries that a run may make.
 
     Those are the entries of each cut in every format. Adapters are in float32.
     """
-    base, pruned, size = inspection.base, inspection.reference, 0
-    for layout in inspection.layouts.values():
+    base = shapes.base
+    pruned = shapes.reference
+    size = 0
+    for layout in shapes.layouts.values():
         for level in layout.levels:
             if format_of(level).is_packed:
                 size += sum(sizes.get(level, 0) for sizes in layout.sizes) + layout.trained_bytes
     extra = [level for level in PAPER if level not in pruned.levels]
     # one plan of formats that are not the run's
     if extra and MUTUAL_INFORMATION in config.measured_methods:
-        blocks = [group for group in pruned.groups if group.name not in (EMBEDDINGS, HEAD)]
+        blocks = [group for group in pruned.groups if group.name not in OUTSIDE_BLOCKS]
         size += (
             sum(group.packed_bytes(extra[-1], pruned.element_bytes) for group in blocks)
             + pruned.trained_bytes
         )
-    if UNPRUNED not in inspection.layouts:  # two plans, each in the budget or the smallest
-        smallest, largest = base.plan_bytes(base.smallest()), base.plan_bytes(base.largest())
-        plan_bytes = max(smallest, min(inspection.budget_bytes, largest))
+    if UNPRUNED not in shapes.layouts:  # two plans, each in the budget or the smallest
+        smallest = base.plan_bytes(base.smallest())
+        largest = base.plan_bytes(base.largest())
+        plan_bytes = max(smallest, min(shapes.budget_bytes, largest))
         size += 2 * (plan_bytes - base.adapter_bytes + base.trained_bytes)
     return size
 
@@ -285,7 +300,8 @@ def _remove_stale(bank: BankSource) -> None:
     Those are entries of other inputs or formats, and unfinished files of killed processes.
     """
     kept = set()
-    for name in (files := files_in(bank.folder)):
+    files = files_in(bank.folder)
+    for name in files:
         path = bank.folder / name
         if (
             path.suffix == ".safetensors"

@@ -85,14 +85,14 @@ class Comparison(Stage[ComparisonRecord]):
                 for job, record in zip(self.jobs, tuned, strict=True)
             ]
             rows = score_all(self, jobs, "answers")
-            before = context.gpu_time.seconds
+            before = context.machines.gpu_time.seconds
             setting, rows = measure_in_turns(self, jobs, rows)
         winner = context.record(FinetuneRecord).winner.digest
         held = {row.digest: row.gpu_seconds for row in rows if row.digest != winner}
         return {
             "rows": rows,
             "inference": setting,
-            "gpu_seconds": sum(held.values()) + context.gpu_time.seconds - before,
+            "gpu_seconds": sum(held.values()) + context.machines.gpu_time.seconds - before,
         }
 
     def summary(self, record: ComparisonRecord) -> str:
@@ -106,7 +106,7 @@ class Comparison(Stage[ComparisonRecord]):
         return f"training seed {first}: confirmation loss {', '.join(losses)}"
 
     def disk_bytes(self) -> int:
-        return 6 * self.context.checkpoint_bytes
+        return 6 * self.context.inspection.shapes.checkpoint_bytes
 
 
 def final_jobs(context: Context) -> list[FineTuneJob]:
@@ -142,7 +142,7 @@ def final_jobs(context: Context) -> list[FineTuneJob]:
     if rival is not None and not rival.control:
         add(BEST_SEARCHED, f"{rival.origin}, trial {rival.index}", [plan_of(rival)], seeds)
 
-    space = context.space_of(winner.cut)
+    space = context.shapes.space_of(winner.cut)
     if winner in space:
         drawn = random_plans(space, winner, config.finetune.random_plans, config.seed)
         add(RANDOM, counted(len(drawn), "random plan"), drawn, seeds)

@@ -19,7 +19,8 @@ from dataclasses import replace
 from qpruner.config.schema import MUTUAL_INFORMATION
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
+from qpruner.pipeline.shapes import Shapes
+from qpruner.plans.plan import OUTSIDE_BLOCKS, UNPRUNED, Group, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.runs.records import BankRecord, SensitivityRecord
@@ -33,36 +34,35 @@ def controls(context: Context) -> list[Control]:
 
     Those that cannot win come last, and leave at least one trial to a plan that can.
     """
-    found, method = (
-        [],
-        next(
-            (name for name in BEST_FIRST if name in context.record(SensitivityRecord).methods), None
-        ),
-    )
-    for cut in dict.fromkeys((UNPRUNED, *context.cuts)):
-        layout = context.layout_of(cut)
-        if any(
-            refusals(level, group.linears, context.on_gpu)
-            for group in layout.groups
-            for level in group.formats
-        ):
+    shapes = context.shapes
+    measured = context.record(SensitivityRecord).methods
+    method = next((name for name in BEST_FIRST if name in measured), None)
+    plans: list[Control] = []
+    for cut in dict.fromkeys((UNPRUNED, *shapes.cuts)):
+        if not all(_takes(group, group.formats, shapes) for group in shapes.layout_of(cut).groups):
             continue  # the base of a model whose cut takes other formats
-        space = context.space_of(cut)
-        if cut == UNPRUNED or (context.may_win(cut) and space.is_feasible(space.smallest())):
-            found += controls_of(space, shared(context, method, space.base_groups, space.levels))
-    if paper := paper_plan(context):
-        found.append(("paper", paper))
-    able = [each for each in found if _can_win(context, each[1])]
-    others = [each for each in found if each not in able]
-    return [*able, *others[: max(0, context.config.search.max_trials - max(1, len(able)))]]
+        space = shapes.space_of(cut)
+        if cut == UNPRUNED or (shapes.may_win(cut) and space.is_feasible(space.smallest())):
+            plans += controls_of(space, shared(context, method, space.base_groups, space.levels))
+    paper = paper_plan(context)
+    if paper:
+        plans.append(("paper", paper))
+
+    able = [control for control in plans if _can_win(shapes, control[1])]
+    others = [control for control in plans if control not in able]
+    num_left = context.config.search.max_trials - max(1, len(able))
+    return [*able, *others[: max(0, num_left)]]
 
 
-def _can_win(context: Context, plan: PrecisionPlan) -> bool:
+def _takes(group: Group, levels: Sequence[str], shapes: Shapes) -> bool:
+    """Return True if all layers of a group take all these formats."""
+    return not any(refusals(level, group.linears, shapes.on_gpu) for level in levels)
+
+
+def _can_win(shapes: Shapes, plan: PrecisionPlan) -> bool:
     """Return True if a plan is within the budget, by bytes and by multiply-adds."""
-    return (
-        context.may_win(plan.cut)
-        and context.layout_of(plan.cut).plan_bytes(plan) <= context.budget_bytes
-    )
+    plan_bytes = shapes.layout_of(plan.cut).plan_bytes(plan)
+    return shapes.may_win(plan.cut) and plan_bytes <= shapes.budget_bytes
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
@@ -74,31 +74,31 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
     """
     if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None
-    spaces = [
-        space for cut in context.cuts if cut != UNPRUNED and (space := _paper_space(context, cut))
-    ]
+    shapes = context.shapes
+    of_cuts = [_paper_space(shapes, cut) for cut in shapes.cuts if cut != UNPRUNED]
+    spaces = [space for space in of_cuts if space]
     for space in spaces:
-        if context.may_win(space.cut) and space.is_feasible(space.smallest()):
+        if shapes.may_win(space.cut) and space.is_feasible(space.smallest()):
             level = space.levels[0]  # the information is the same in all formats
-            shares = shared(
+            information = shared(
                 context, MUTUAL_INFORMATION, space.base_groups, (level,), factor_per_bit=1.0
-            )[level]
-            return seed_plan(
-                {**dict.fromkeys((*PAPER, DENSE), [0.0] * len(shares)), PAPER[0]: shares}, space
             )
+            rises = {name: [0.0] * len(space.groups) for name in (*PAPER, DENSE)}
+            rises[PAPER[0]] = information[level]
+            return seed_plan(rises, space)
     return spaces[-1].smallest() if spaces else None
 
 
-def _paper_space(context: Context, cut: str) -> PlanSpace | None:
+def _paper_space(shapes: Shapes, cut: str) -> PlanSpace | None:
     """Return the plans of a cut in the paper's formats; None if a layer takes none of them."""
-    layout = context.layout_of(cut)
+    layout = shapes.layout_of(cut)
     groups = []
     for group in layout.groups:
-        levels = (DENSE,) if group.name in (EMBEDDINGS, HEAD) else PAPER
-        if any(refusals(level, group.linears, context.on_gpu) for level in levels):
+        levels = (DENSE,) if group.name in OUTSIDE_BLOCKS else PAPER
+        if not _takes(group, levels, shapes):
             return None
         groups.append(replace(group, formats=levels))
-    return context.space_of(cut, replace(layout, groups=tuple(groups)))
+    return shapes.space_of(cut, replace(layout, groups=tuple(groups)))
 
 
 def shared(
@@ -115,33 +115,26 @@ def shared(
     times `factor_per_bit` for each bit less (the squared error of rounding grows by four); a group
     that was not, the mean of the others. Unpacked weights raise nothing.
     """
-    names = context.space_of(context.reference).base_groups
-    known: dict[str, dict[str, float]] = {}
+    reference = context.shapes.reference
+    names = context.shapes.base_groups_of(reference.cut)
+    measured: dict[str, dict[str, float]] = {}
     if method is None:
-        of_base = dict(
-            zip(
-                (group.name for group in context.layout_of(context.reference).groups),
-                names,
-                strict=True,
-            )
-        )
-        for level, of in context.record(BankRecord).error.items():
-            known[level] = {of_base[name]: value for name, value in of.items()}
+        in_base = dict(zip(reference.names, names, strict=True))
+        for level, errors in context.record(BankRecord).error.items():
+            measured[level] = {in_base[name]: error for name, error in errors.items()}
     else:
         for level, values in context.record(SensitivityRecord).methods[method].values.items():
-            known[level] = {
-                name: each for name, each in zip(names, values, strict=True) if each is not None
-            }
+            by_group = zip(names, values, strict=True)
+            measured[level] = {name: value for name, value in by_group if value is not None}
+    packed = [level for level, values in measured.items() if values and format_of(level).is_packed]
 
     def value(group: str, level: str) -> float:
-        if not format_of(level).is_packed:
+        if not packed or not format_of(level).is_packed:
             return 0.0
-        for other in sorted(known, key=lambda name: name != level):
-            if format_of(other).is_packed and known[other]:
-                factor = math.pow(factor_per_bit, format_of(other).bits - format_of(level).bits)
-                return factor * known[other].get(
-                    group, sum(known[other].values()) / len(known[other])
-                )
-        return 0.0
+        nearest = level if level in packed else packed[0]
+        values = measured[nearest]
+        mean = sum(values.values()) / len(values)
+        factor = math.pow(factor_per_bit, format_of(nearest).bits - format_of(level).bits)
+        return factor * values.get(group, mean)
 
     return {level: [value(group, level) for group in groups] for level in levels}

@@ -72,11 +72,11 @@ class Evaluate(Stage[EvalRecord]):
         jobs = [replace(job, scoring=scoring) for job in self.jobs]
         with setting_aside_damaged_adapter(context.run_dir, self.name):
             rows = score_all(self, jobs, "answers")
-            before = context.gpu_time.seconds
+            before = context.machines.gpu_time.seconds
             setting, rows = measure_in_turns(self, jobs, rows)
         tested = digest_of(
-            inspection.questions["evaluate"],
-            inspection.metrics["evaluate"],
+            inspection.rows.questions["evaluate"],
+            inspection.rows.metrics["evaluate"],
             settings.tasks,
             settings.limit,
             settings.num_fewshot,
@@ -88,7 +88,7 @@ class Evaluate(Stage[EvalRecord]):
             "text": about,
             "inference": setting,
             "tested": tested,
-            "gpu_seconds": scoring_seconds + context.gpu_time.seconds - before,
+            "gpu_seconds": scoring_seconds + context.machines.gpu_time.seconds - before,
         }
 
     def summary(self, record: EvalRecord) -> str:
@@ -100,9 +100,9 @@ class Evaluate(Stage[EvalRecord]):
 
 def unquantized(context: Context, winner: PrecisionPlan) -> dict[str, PrecisionPlan]:
     """Return the base model, and the pruned model that the winner quantizes, without formats."""
-    dense = {BASE: context.layout_of(UNPRUNED).dense()}
+    dense = {BASE: context.shapes.layout_of(UNPRUNED).dense()}
     if winner.cut != UNPRUNED:
-        dense[PRUNED] = context.layout_of(winner.cut).dense()
+        dense[PRUNED] = context.shapes.layout_of(winner.cut).dense()
     return dense
 
 
@@ -126,15 +126,15 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
     Without `evaluate.text`, use the half of `data.confirmation` that judges the winner, unless a
     row has choices.
     """
-    examples, length = context.inspection.examples, context.config.data.max_length
+    examples, length = context.inspection.rows.examples, context.config.data.max_length
     if "text" in examples:
-        tokenizer = load_tokenizer(str(context.checkpoint_of(context.reference)))
+        tokenizer = load_tokenizer(str(context.places.checkpoint_of(context.shapes.reference.cut)))
         rows = text_windows((row.response for row in examples["text"]), tokenizer, length)
         save_encoded(rows, folder)
         return f"`evaluate.text` in {len(rows)} windows of {length} tokens", folder
     if any(row.format == "multiple_choice" for row in examples["confirmation"]):
         return None, None
-    rows = load_confirmation(context.data, CONFIRMATION)
+    rows = load_confirmation(context.places.data, CONFIRMATION)
     save_encoded(rows, folder)
     part = "responses" if context.config.data.response_only else "whole rows"
     if all(row.format == "text" for row in examples["confirmation"]):
@@ -147,8 +147,8 @@ def scores_digest(context: Context) -> str:
 
     That is the tasks, their metrics, texts and settings.
     """
-    texts = [row.response for row in context.inspection.examples.get("text", ())]
-    metrics = context.inspection.metrics["evaluate"]
+    texts = [row.response for row in context.inspection.rows.examples.get("text", ())]
+    metrics = context.inspection.rows.metrics["evaluate"]
     return digest_of(
         context.config.evaluate,
         context.task_digest("evaluate"),
@@ -179,21 +179,21 @@ def measure_in_turns(
         if job.record.seed is not None:
             models.setdefault(plan_of(job.record), job)
 
-    resources, _ = context.task_resources(1)
+    resources, _ = context.machines.task_resources(1)
     stage.notify(f"{counted(len(models), 'model')} in turns: memory and tokens a second")
     progress = context.run_dir.candidates / "turns"
     threads = int(resources.get("cpu", 1))
-    task = InferenceJob(tuple(models.values()), context.data, threads, progress)
+    task = InferenceJob(tuple(models.values()), context.places.data, threads, progress)
     remove(progress)  # the file of an earlier command
     on_tick = job_progress(stage, [progress], 1, "memory and tokens a second")
-    [(_, (setting, figures))] = context.run_tasks(
+    [(_, (setting, figures))] = context.machines.run_tasks(
         measure_inference,
         [task],
         resources,
         1,
         own_process=True,
         on_tick=on_tick,
-        on_held=context.gpu_time.add,
+        on_held=context.machines.gpu_time.add,
     )
     of_plan = dict(zip(models, figures, strict=True))
     measured = []

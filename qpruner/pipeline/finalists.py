@@ -79,7 +79,7 @@ def _job(
     training = config.training
     if trial.micro_batch_size:
         training = training.model_copy(update={"micro_batch_size": trial.micro_batch_size})
-    questions = stage.context.inspection.questions["fresh"]
+    questions = stage.context.inspection.rows.questions["fresh"]
     digest = digest_of(search.metric, questions, checkpoint)
     scoring = Scoring(digest=digest, half=SELECTION)
     if search.by_accuracy:

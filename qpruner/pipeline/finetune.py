@@ -64,7 +64,10 @@ class Finetune(Stage[FinetuneRecord]):
         context, wanted = self.context, self.config.finetune.num_workers
         if context.assumed or wanted == 1:
             return
-        slots, resources = context.known_slots, worker_resources(context.trial_resources, wanted)
+        slots, resources = (
+            context.machines.known_slots,
+            worker_resources(context.machines.trial_resources, wanted),
+        )
         if (fits := slots.at_most(resources)) < wanted:
             raise UserError(
                 f"`finetune.num_workers`: {wanted} workers with {resources} each must run at once, "
@@ -98,12 +101,12 @@ class Finetune(Stage[FinetuneRecord]):
         num_workers = self.config.finetune.num_workers
         [winner] = tune_all(self, [self.job], num_workers, own_process=True)
         context.forget(self.name)  # because the final folder is about to be overwritten
-        before = context.gpu_time.seconds
+        before = context.machines.gpu_time.seconds
         write = partial(write_final, self.job, context.run_dir.root / "final")
         with setting_aside_damaged_adapter(context.run_dir, self.name):
-            context.executor.run(write, context.emit)
+            context.machines.executor.run(write, context.emit)
         # An earlier command may have run the fine-tune.
-        held = winner.gpu_seconds + context.gpu_time.seconds - before
+        held = winner.gpu_seconds + context.machines.gpu_time.seconds - before
         return {"winner": winner, "gpu_seconds": held}
 
     def summary(self, record: FinetuneRecord) -> str:
@@ -111,7 +114,7 @@ class Finetune(Stage[FinetuneRecord]):
         return f"confirmation loss {winner.confirmation.mean:.4f}, training seed {winner.seed}"
 
     def disk_bytes(self) -> int:
-        return 2 * self.context.checkpoint_bytes
+        return 2 * self.context.inspection.shapes.checkpoint_bytes
 
 
 def winning_plan(search: SearchRecord) -> PrecisionPlan:

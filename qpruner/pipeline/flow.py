@@ -89,7 +89,7 @@ def run_stage(stage: Stage[Any]) -> None:
         return
     context.emit(StageStarted(stage.name, stage.detail()))
     started = time.monotonic()
-    held = context.gpu_time.seconds
+    held = context.machines.gpu_time.seconds
     with explained(type(stage), run.root):
         if stage.record is None:
             stage.run(run.root)
@@ -97,7 +97,7 @@ def run_stage(stage: Stage[Any]) -> None:
             context.check_lock(stage.name)
             scratch = run.begin(stage.name)
             fields = stage.run(scratch)
-            fields = {"gpu_seconds": context.gpu_time.seconds - held} | fields
+            fields = {"gpu_seconds": context.machines.gpu_time.seconds - held} | fields
             record = stage.record(digest=digest, seconds=time.monotonic() - started, **fields)
             context.check_lock(stage.name)
             run.commit(stage.name, scratch, record, stage.keeps_files)
@@ -153,7 +153,8 @@ def explained(stage: type[Stage[Any]], root: Path | None = None) -> Iterator[Non
     except QprunerError:
         raise
     except Exception as error:
-        if trouble := storage_error(error, root):
+        trouble = storage_error(error, root)
+        if trouble:
             raise StageError(stage.name, trouble.cause, trouble.remedy) from error
         if is_out_of_memory(error):
             raise StageError(

@@ -22,20 +22,20 @@ from qpruner.wording import counted
 
 def look_at_nodes(context: Context) -> None:
     """Check every node and show the results in a table; raise an error if a node has a problem."""
-    config, resources, inspection = context.config, context.trial_resources, context.inspection
+    config = context.config
+    resources = context.machines.trial_resources
     root = context.run_dir.root
     with _test_file(root) as (folder, driver):
         reports = look_at_all(folder, driver)
         unseen = {report.id for report in reports if read_progress(folder / report.id) != report.id}
-    found = {
-        report.id: troubles(report, config, resources, root, report.id in unseen)
-        for report in reports
-    }
-    rows = tuple(row(report, found[report.id]) for report in reports)
-    context.emit(TableMade(("node", "CPUs", "GPUs", "state"), rows))
-    if problems := [
-        f"{report.name}: {text}" for report in reports for text in found[report.id].values()
-    ]:
+    rows = []
+    problems = []
+    for report in reports:
+        of_node = troubles(report, config, resources, root, report.id in unseen)
+        rows.append(row(report, of_node))
+        problems += [f"{report.name}: {text}" for text in of_node.values()]
+    context.emit(TableMade(("node", "CPUs", "GPUs", "state"), tuple(rows)))
+    if problems:
         lines = "\n".join(f"  - {line}" for line in problems)
         raise UserError(f"{counted(len(problems), 'problem')} with the cluster's nodes:\n{lines}")
     # Ray finds no GPUs on a node without a GPU driver, so these GPUs were declared by hand.
@@ -43,7 +43,7 @@ def look_at_nodes(context: Context) -> None:
         report for report in reports if report.size.gpus and not report.gpus and not report.has_left
     ]
     if not resources.get("gpu") or (declared and not any(report.gpus for report in reports)):
-        check_device(None, config, inspection.packs)
+        check_device(None, config, context.inspection.shapes.packs)
 
 
 @contextlib.contextmanager
@@ -83,32 +83,32 @@ def troubles(
 
     `is_unseen` is True if the driver cannot see the file that the node wrote to the storage.
     """
-    found = {} if report.has_left else dict(report.problems)
-    if report.has_left or "no answer" in found:
-        return found
+    problems = {} if report.has_left else dict(report.problems)
+    if report.has_left or "no answer" in problems:
+        return problems
     if not (report.size.fits(resources) and resources.get("gpu")):
-        found.pop("GPUs", None)
-    elif "GPUs" not in found:
+        problems.pop("GPUs", None)
+    elif "GPUs" not in problems:
         for kind, _, capability in report.gpus:
             try:
                 check_gpu(config, capability)
             except UserError as error:
-                found["GPUs"] = f"{kind}: {error}, or remove the node from the cluster"
+                problems["GPUs"] = f"{kind}: {error}, or remove the node from the cluster"
     if is_unseen:
-        found.setdefault(
+        problems.setdefault(
             "storage",
             "is not shared with this node: the driver cannot see the file that the node wrote",
         )
-    if "storage" in found:
+    if "storage" in problems:
         place = storage_at(storage)
-        found["storage"] = f"`output`: {place.name} {found['storage']}; {place.access_remedy}"
-    return found
+        problems["storage"] = f"`output`: {place.name} {problems['storage']}; {place.access_remedy}"
+    return problems
 
 
-def row(report: NodeReport, found: Mapping[str, str]) -> tuple[str, ...]:
+def row(report: NodeReport, problems: Mapping[str, str]) -> tuple[str, ...]:
     """Return the table row of a node: name, CPUs, GPUs and the keywords of its problems."""
     kinds = dict.fromkeys(f"x {kind}, {amount(memory)}" for kind, memory, _ in report.gpus)
-    if report.size.gpus and not kinds and "no answer" not in found:
+    if report.size.gpus and not kinds and "no answer" not in problems:
         kinds = {"(none seen by torch)": None}
-    state = "left the cluster" if report.has_left else ", ".join(found) or "ok"
+    state = "left the cluster" if report.has_left else ", ".join(problems) or "ok"
     return report.name, f"{report.size.cpus:g}", " ".join([f"{report.size.gpus:g}", *kinds]), state

@@ -48,7 +48,7 @@ class Prepare(Stage[PrepareRecord]):
         # Other machines see the storage of the run, but not the hub cache of this machine.
         is_shared = bool(context.address) or not context.run_dir.storage.fills_this_disk
         provide = partial(_provide_base, context.worker_config.model, folder, is_shared)
-        base = context.executor.run(provide, context.emit)
+        base = context.machines.executor.run(provide, context.emit)
         if base.converted:
             require_arrived(folder)
         return {
@@ -62,7 +62,7 @@ class Prepare(Stage[PrepareRecord]):
         return ", ".join(f"{count} {name}" for name, count in record.num_rows.items()) + " rows"
 
     def disk_bytes(self) -> int:
-        base = self.context.inspection.base
+        base = self.context.inspection.shapes.base
         return base.num_parameters * base.element_bytes
 
 
@@ -87,7 +87,7 @@ def loading_progress(emit: Emit, stage: str) -> OnWork:
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; return the number of rows by split."""
     config, settings = context.config, context.config.data
-    tokenizer, examples = load_tokenizer(model_path), context.inspection.examples
+    tokenizer, examples = load_tokenizer(model_path), context.inspection.rows.examples
     splits = {
         name: encode(
             examples[name],

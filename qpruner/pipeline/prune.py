@@ -19,8 +19,9 @@ from qpruner.models.families import ATTENTION, MLP, family_of
 from qpruner.models.layout import multiply_adds
 from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.models.memory import PeakMemory, copy_weights, release
-from qpruner.pipeline.preflight import DTYPE_BYTES, PRUNED_EARLIER, is_pruned, left_out_text, uncut
+from qpruner.pipeline.preflight import PRUNED_EARLIER
 from qpruner.pipeline.prepare import loading_progress
+from qpruner.pipeline.shapes import DTYPE_BYTES, Shapes, is_pruned, left_out_text, uncut
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import UNPRUNED, cut_title
 from qpruner.pruning.settings import settled
@@ -77,8 +78,12 @@ class Prune(Stage[PruneRecord]):
     starts_ray = False
     memory_keys = "`calibration.batch_size` or `calibration.max_length`"
 
+    @property
+    def _expected(self) -> Shapes:
+        return self.context.inspection.shapes
+
     def warnings(self) -> Iterable[str]:
-        return [left_out_text(*each) for each in self.context.inspection.left_out.items()]
+        return [left_out_text(*each) for each in self._expected.left_out.items()]
 
     def inputs(self) -> tuple[Any, ...]:
         return ({name: each.digest for name, each in self._wanted().items()},)
@@ -88,54 +93,54 @@ class Prune(Stage[PruneRecord]):
 
         The base model is always among them.
         """
-        context, found = self.context, self.context.inspection
-        asked = {UNPRUNED: uncut(self.config.prune)} | {
-            name: cut.settings for name, cut in found.cuts.items()
-        }
-        prepared = context.record(PrepareRecord).digest
-        digests = {
-            name: digest_of("cut", prepared, settled(found.model_config, each))
-            for name, each in asked.items()
-        }
-        return {
-            name: Wanted(each, digests[name], context.run_dir.cut(name))
-            for name, each in asked.items()
-        }
+        expected = self._expected
+        prepared = self.context.record(PrepareRecord).digest
+        planned = {UNPRUNED: uncut(self.config.prune)}
+        planned |= {name: cut.settings for name, cut in expected.cuts.items()}
+        wanted = {}
+        for name, settings in planned.items():
+            digest = digest_of("cut", prepared, settled(expected.model_config, settings))
+            wanted[name] = Wanted(settings, digest, self.context.run_dir.cut(name))
+        return wanted
 
     def detail(self) -> str:
-        cuts = self.context.inspection.cuts
+        cuts = self._expected.cuts
         most = list(cuts.values())[-1].settings
         return describe(
             most, ", ".join(map(cut_title, cuts)) if len(cuts) > 1 else target_text(most)
         )
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, wanted = self.context, self._wanted()
-        if is_pruned(context.inspection.model_config):
+        context = self.context
+        places = context.places
+        wanted = self._wanted()
+        if is_pruned(self._expected.model_config):
             self.notify(f"the model was {PRUNED_EARLIER}")
-        made, left_out = self._made_earlier(wanted), dict[str, str]()
-        if missing := {name: each for name, each in wanted.items() if name not in made}:
+        made = self._made_earlier(wanted)
+        left_out: dict[str, str] = {}
+        missing = {name: cut for name, cut in wanted.items() if name not in made}
+        if missing:
             saved = [wanted[name].folder for name in made if name != UNPRUNED]
-            work = partial(
-                make_cuts, self.config, context.model_folder(UNPRUNED), context.data, missing, saved
-            )
-            new, left_out = context.executor.run(work, context.emit)
+            base = places.model_folder(UNPRUNED)
+            work = partial(make_cuts, self.config, base, places.data, missing, saved)
+            new, left_out = context.machines.executor.run(work, context.emit)
             for name in new:
                 require_arrived(wanted[name].folder)
             made |= new
-        if not made.keys() & context.inspection.cuts.keys():
+        if not made.keys() & self._expected.cuts.keys():
             raise UserError(next(iter(left_out.values())))
         for name, reason in left_out.items():
             self.notify(f"warning: {left_out_text(name, reason)}")
         cuts = {name: made[name] for name in wanted if name in made}
-        return {"cuts": cuts, "left_out": {**context.inspection.left_out, **left_out}}
+        return {"cuts": cuts, "left_out": {**self._expected.left_out, **left_out}}
 
     def _made_earlier(self, wanted: Mapping[str, Wanted]) -> dict[str, CutRecord]:
         """Return the records of the cuts that earlier commands made.
 
         Their inputs were equal, and their files are intact.
         """
-        root, found = self.context.run_dir.root, dict[str, CutRecord]()
+        root = self.context.run_dir.root
+        found: dict[str, CutRecord] = {}
         for name, each in wanted.items():
             if super().is_complete(each.folder) and storage_at(each.folder).read_list():
                 record = self.read_intact(
@@ -146,7 +151,7 @@ class Prune(Stage[PruneRecord]):
         return found
 
     def summary(self, record: PruneRecord) -> str:
-        shown = [cut for name, cut in record.cuts.items() if name in self.context.cuts]
+        shown = [cut for name, cut in record.cuts.items() if name in self.context.shapes.cuts]
         sizes = ", ".join(f"{each.parameters_after / 1e6:.1f}M" for each in shown)
         before = record.cuts[UNPRUNED].parameters_before
         if len(shown) > 1:
@@ -154,28 +159,29 @@ class Prune(Stage[PruneRecord]):
         return f"{before / 1e6:.1f}M -> {sizes} parameters ({shown[0].target}, {shown[0].achieved})"
 
     def matching_record(self, digest: str) -> PruneRecord | None:
-        record, cut = super().matching_record(digest), self.context.run_dir.cut
+        record = super().matching_record(digest)
+        if record is None:
+            return None
         # A killed command may have made other cuts since.
-        return (
-            record
-            if record and all(read_cut(cut(name)) == each for name, each in record.cuts.items())
-            else None
-        )
+        folder = self.context.run_dir.cut
+        is_same = all(read_cut(folder(name)) == cut for name, cut in record.cuts.items())
+        return record if is_same else None
 
     def is_complete(self, folder: Path) -> bool:
-        cuts = [self.context.run_dir.cut(name) for name in self.context.inspection.cuts]
         # each damaged one is set aside
-        are_intact = [super(Prune, self).is_complete(each) for each in cuts]
+        are_intact = [super(Prune, self).is_complete(cut) for cut in self._folders]
         return all(are_intact)
 
     def unfinished(self) -> Iterable[Path]:
-        return [*super().unfinished(), *map(self.context.run_dir.cut, self.context.inspection.cuts)]
+        return [*super().unfinished(), *self._folders]
+
+    @property
+    def _folders(self) -> list[Path]:
+        return [self.context.run_dir.cut(name) for name in self._expected.cuts]
 
     def disk_bytes(self) -> int:
-        layouts = self.context.inspection.layouts.values()
-        return sum(
-            each.num_parameters * each.element_bytes for each in layouts if each.cut != UNPRUNED
-        )
+        layouts = [each for each in self._expected.layouts.values() if each.cut != UNPRUNED]
+        return sum(layout.num_parameters * layout.element_bytes for layout in layouts)
 
 
 def read_cut(folder: Path) -> CutRecord | None:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import starmap
 from pathlib import Path
@@ -25,13 +25,14 @@ from qpruner.cluster.slots import assumed_slots, num_cores
 from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, QprunerError, StorageError, UserError, note_defect
 from qpruner.models.memory import freeze_libraries
-from qpruner.pipeline import preflight
 from qpruner.pipeline.bank import Bank
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import STAGES, names_of, recorded, run_flow, stages_until, wanted_stages
 from qpruner.pipeline.nodes import look_at_nodes
+from qpruner.pipeline.preflight import Inspection, amount, inspect
 from qpruner.pipeline.report import Report, report_unfinished
 from qpruner.pipeline.serve import Serve
+from qpruner.pipeline.shapes import left_out_text
 from qpruner.pipeline.stage import Stage
 from qpruner.runs import events
 from qpruner.runs.events import COMMAND, Emit, Event, Message
@@ -62,7 +63,7 @@ SMALL_FILES = 2**20  # bytes that every command needs for records, log and repor
 class Checked:
     """What a run would do, as `check` found it."""
 
-    inspection: preflight.Inspection  # describes the recorded pruned model, if there is one
+    inspection: Inspection  # of the recorded cuts, if the model was pruned
     slots: int  # trials or fine-tunes that run at once
     resources: dict[str, float]  # of one trial
     disk: tuple[int, int]  # needed bytes at most, and free bytes
@@ -76,36 +77,36 @@ def check(
     Without an `address` the run is planned for this machine. With `gpu_is_elsewhere` it is planned
     for a machine with the GPUs that a trial asks for.
     """
-    inspection = preflight.inspect(config, works_here=not (address or gpu_is_elsewhere))
-    run_dir, asked = RunDir(config.output, create=False), config.search.resources_per_trial
-    assumed = assumed_slots(asked.model_dump() if asked else None) if gpu_is_elsewhere else None
-    with contextlib.closing(
-        Context(config, run_dir, emit, address, inspection, assumed=assumed)
-    ) as context:
+    inspection = inspect(config, works_here=not (address or gpu_is_elsewhere))
+    run_dir = RunDir(config.output, create=False)
+    assumed = None
+    if gpu_is_elsewhere:
+        requested = config.search.resources_per_trial
+        assumed = assumed_slots(requested.model_dump() if requested else None)
+    context = Context(config, run_dir, emit, address, inspection, assumed)
+    with contextlib.closing(context):
         disk = _check_room(context)
         for stage in STAGES:
             stage(context).check()
         if address:
             look_at_nodes(context)
         recorded(context)
-        inspection, known = context.inspection, dict[str, Any]()
-        if pruned := context.records.prune:
-            cuts = {
-                cut: replace(inspection.cuts[cut], expected=context.config_of(cut))
-                for cut in context.cuts
-            }
-            layouts = {cut: context.layout_of(cut) for cut in context.cuts}
-            known = {"left_out": pruned.left_out | context.unfit}
-            known |= {"cuts": cuts, "layouts": layouts, "is_estimate": False}
-            known |= {"budget_bytes": context.budget_bytes, "plan": context.plan_in_file}
-        inspection = replace(inspection, **known)
-        told = starmap(preflight.left_out_text, inspection.left_out.items())
-        inspection = replace(
-            inspection, warnings=(*inspection.warnings, *told, *Serve(context).warnings())
+        shapes = inspection.shapes
+        if context.records.prune:
+            shapes = context.shapes
+            shapes.check_budget()
+        warnings = [*inspection.warnings, *starmap(left_out_text, shapes.left_out.items())]
+        warnings += Serve(context).warnings()
+        machines = context.machines
+        slots = machines.known_slots.concurrent(
+            machines.trial_resources, config.search.max_concurrent
         )
-        resources = context.trial_resources
-        slots = context.known_slots.concurrent(resources, config.search.max_concurrent)
-        return Checked(inspection, slots, resources, disk)
+        return Checked(
+            Inspection(shapes, inspection.rows, tuple(warnings)),
+            slots=slots,
+            resources=machines.trial_resources,
+            disk=disk,
+        )
 
 
 def run(
@@ -123,10 +124,9 @@ def run(
     from qpruner.search.tensorboard import FOLDER, Board  # loads torch
 
     stages = stages_until(until)
-    inspection = preflight.inspect(config, works_here=address is None, packs=Bank in stages)
-    with contextlib.closing(
-        Context(config, RunDir(config.output, create=False), emit, address, inspection)
-    ) as planned:
+    inspection = inspect(config, works_here=address is None, packs=Bank in stages)
+    planned = Context(config, RunDir(config.output, create=False), emit, address, inspection)
+    with contextlib.closing(planned):
         _check_room(planned)
     run_dir = RunDir(config.output)
     with (
@@ -138,7 +138,8 @@ def run(
         board = Board(run_dir.root, config)
 
         def on_event(event: Event) -> None:
-            if line := event_line(event, config.search.steps):
+            line = event_line(event, config.search.steps)
+            if line:
                 logger.info(line)
             for listen in (progress.listen, board.listen, uploader.listen, emit):
                 listen(event)
@@ -176,10 +177,8 @@ def _check_room(context: Context) -> tuple[int, int]:
     run = context.run_dir
     existing = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
     wanted = [stage(context) for stage in wanted_stages(context.config) if stage.record]
-    free, needed = (
-        shutil.disk_usage(existing).free,
-        SMALL_FILES + sum(stage.disk_bytes() for stage in wanted),
-    )
+    free = shutil.disk_usage(existing).free
+    needed = SMALL_FILES + sum(stage.disk_bytes() for stage in wanted)
     if free < needed:  # subtract existing files, which takes time to find
         recorded(context)
         needed = SMALL_FILES + sum(
@@ -188,8 +187,8 @@ def _check_room(context: Context) -> tuple[int, int]:
     if free < needed:
         other = "" if run.storage.fills_this_disk else f" by {CACHE}"
         raise UserError(
-            f"`output`: the run needs about {preflight.amount(needed)} more in {existing}, where "
-            f"{preflight.amount(free)} are free: make room or name another folder{other}"
+            f"`output`: the run needs about {amount(needed)} more in {existing}, where "
+            f"{amount(free)} are free: make room or name another folder{other}"
         )
     return needed, free
 
@@ -227,10 +226,15 @@ class RunProgress:
         command: str | None,
         holds_run: Callable[[], bool],
     ) -> None:
-        now, before = time.time(), None
+        now = time.time()
+        num_resumed = 0
         with contextlib.suppress(CorruptFile):
             before = run.read_state(RunState)
-        self._run, self._holds_run, self._written = run, holds_run, 0.0
+            if before:
+                num_resumed = before.resumed + (before.outcome != "done")
+        self._run = run
+        self._holds_run = holds_run
+        self._written = 0.0
         self.has_begun = False
         self._state = RunState(
             config=config.model_dump(mode="json"),
@@ -245,7 +249,7 @@ class RunProgress:
             started=now,
             updated=now,
             outcome="running",
-            resumed=before.resumed + (before.outcome != "done") if before else 0,
+            resumed=num_resumed,
         )
 
     def listen(self, event: events.Event) -> None:
@@ -269,9 +273,10 @@ class RunProgress:
                 search = self._state.search.model_copy(update={"slots": slots})
                 self._state = self._state.model_copy(update={"search": search})
             case events.Progress(stage, done, total, detail):
-                self._update(
-                    stage, {"done": done, "total": total} | ({"text": detail} if detail else {})
-                )
+                update: dict[str, object] = {"done": done, "total": total}
+                if detail:
+                    update["text"] = detail
+                self._update(stage, update)
         is_small = isinstance(
             event, events.Progress | events.Message | events.TrialChanged | events.StepsSeen
         )
@@ -286,18 +291,21 @@ class RunProgress:
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
         """Write to `run.json` how the command in the `with` block ended."""
-        outcome, text = "interrupted", None  # by Ctrl-C, for example
+        outcome = "interrupted"  # by Ctrl-C, for example
+        text = None
         try:
             yield
             outcome = "done"
         except QprunerError as error:
-            outcome, text = "failed", str(error)
+            outcome = "failed"
+            text = str(error)
             raise
         except Exception as error:
             note = note_defect(
                 error, f"{self._run.place.rstrip('/')}/{LOG}, which has the whole traceback"
             )
-            outcome, text = "failed", f"{type(error).__name__}: {error}\n{note}"
+            outcome = "failed"
+            text = f"{type(error).__name__}: {error}\n{note}"
             raise
         finally:
             if self.has_begun:
@@ -346,10 +354,10 @@ def _environment() -> dict[str, str]:
 def _cpu_model(cpuinfo: Path) -> str:
     """Return the CPU name from the kernel, or from Python on ARM and other systems."""
     with contextlib.suppress(OSError):
-        if found := re.search(
-            r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE
-        ):
-            return found[1]
+        text = cpuinfo.read_text(errors="replace")
+        name = re.search(r"^model name\s*:\s*(\S.*?)\s*$", text, re.MULTILINE)
+        if name:
+            return name[1]
     return platform.processor() or platform.machine()
 
 

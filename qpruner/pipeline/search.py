@@ -75,13 +75,13 @@ class Search(Stage[SearchRecord]):
 
         It is `search.plan`, or the only one possible.
         """
-        space, method = self.context.space.spaces[0], self.config.search.plan_method
+        space, method = self.context.shapes.space.spaces[0], self.config.search.plan_method
         if method:
             return choice.seed_plan(
                 shared(self.context, method, space.base_groups, space.levels), space
             )
-        if self.context.plan_in_file or self.config.has_choice:
-            return self.context.plan_in_file
+        if self.context.shapes.plan or self.config.has_choice:
+            return self.context.shapes.plan
         return space.smallest()
 
     @cached_property
@@ -95,9 +95,9 @@ class Search(Stage[SearchRecord]):
         settings, given = self.config.search, self.given
         return digest_of(
             self.context.record(SensitivityRecord).digest,
-            [self.context.bank_of(cut).inputs for cut in self.context.cuts],
+            [self.context.places.bank_of(cut).inputs for cut in self.context.shapes.cuts],
             self.config.quantize.budget,
-            self.context.budget_bytes,
+            self.context.shapes.budget_bytes,
             settings.searcher,
             settings.metric,
             self.config.seed,
@@ -119,7 +119,7 @@ class Search(Stage[SearchRecord]):
             settings.limit,
             config.evaluate.batch_size,
         )
-        quantize, base = config.quantize, context.bank_of(UNPRUNED)
+        quantize, base = config.quantize, context.places.bank_of(UNPRUNED)
         return digest_of(
             "trials",
             [
@@ -131,7 +131,7 @@ class Search(Stage[SearchRecord]):
             config.lora,
             config.seed,
             scored,
-            (context.task_digest("search"), context.inspection.metrics["search"])
+            (context.task_digest("search"), context.inspection.rows.metrics["search"])
             if settings.tasks
             else "",
         )
@@ -139,7 +139,7 @@ class Search(Stage[SearchRecord]):
     @property
     def _cuts(self) -> tuple[str, ...]:
         """The cuts of all trials: the candidates, and the base model, which controls use."""
-        return tuple(dict.fromkeys((*self.context.cuts, UNPRUNED)))
+        return tuple(dict.fromkeys((*self.context.shapes.cuts, UNPRUNED)))
 
     @property
     def folder(self) -> Path:
@@ -163,7 +163,8 @@ class Search(Stage[SearchRecord]):
     def check(self) -> None:
         settings = self.config.search
         check_searcher(settings.searcher)
-        if not self.context.trial_resources.get("gpu") and settings.max_gpu_hours is not None:
+        on_gpu = self.context.machines.on_gpu  # raises an error if no machine can run a trial
+        if settings.max_gpu_hours is not None and not on_gpu:
             raise UserError(
                 "`search.max_gpu_hours` has no effect if trials use no GPU, got "
                 f"{settings.max_gpu_hours:g}; use `search.max_hours`"
@@ -178,7 +179,9 @@ class Search(Stage[SearchRecord]):
         context, settings = self.context, self.config.search
         set_aside_damaged(self.folder, self.search_digest, self.notify)
         set_aside_others(
-            self.folder, {cut: context.bank_of(cut).inputs for cut in self._cuts}, self.notify
+            self.folder,
+            {cut: context.places.bank_of(cut).inputs for cut in self._cuts},
+            self.notify,
         )
         trials = read_trials(self.folder)
         own = [trial for trial in trials if trial.search == self.search_digest][
@@ -200,9 +203,9 @@ class Search(Stage[SearchRecord]):
             trials_digest=self.trials_digest,
             search=self.search_digest,
             metric=self._metric,
-            metrics=context.inspection.metrics["search"],
-            budget_bytes=context.budget_bytes,
-            may_win=tuple(filter(context.may_win, self._cuts)),
+            metrics=context.inspection.rows.metrics["search"],
+            budget_bytes=context.shapes.budget_bytes,
+            may_win=tuple(filter(context.shapes.may_win, self._cuts)),
             max_trials=self.config.num_trials,
             steps=settings.steps,
         )
@@ -221,14 +224,14 @@ class Search(Stage[SearchRecord]):
         )
         return (
             f"{trials}, {counted(settings.steps, 'step')} each, budget "
-            f"{self.context.budget_bytes / 1e6:.1f} MB"
+            f"{self.context.shapes.budget_bytes / 1e6:.1f} MB"
         )
 
     def run(self, scratch: Path) -> dict[str, Any]:
         job, banks = self._job(), self.context.run_dir.root / "banks"
         parts = [banks / name for name in files_in(banks) if Path(name).name.startswith(".")]
         for_each(remove, parts)  # of entries that killed workers were writing
-        _ = self.context.cluster  # connects to Ray
+        _ = self.context.machines.cluster  # connects to Ray
         own = [job.owns(trial) for trial in read_trials(job.trials) if trial.rungs]
         if resumed := own.count(True):
             self.notify(f"resuming with {counted(resumed, 'recorded trial')}")
@@ -261,8 +264,8 @@ class Search(Stage[SearchRecord]):
             "trials_digest": self.trials_digest,
             "searcher": self.config.search.searcher if self.config.is_searched else "none",
             "metric": self._metric,
-            "metrics": self.context.inspection.metrics["search"],
-            "budget_bytes": self.context.budget_bytes,
+            "metrics": self.context.inspection.rows.metrics["search"],
+            "budget_bytes": self.context.shapes.budget_bytes,
             "steps": self.config.search.steps,
             "num_trials": len(outcome.trials),
             "num_finished": statuses.count("finished"),
@@ -292,7 +295,7 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        space = context.space
+        space = context.shapes.space
         if context.record(BankRecord).error:
             errors = shared(context, None, space.groups, space.levels)
             space = replace(space, errors=errors)
@@ -300,10 +303,12 @@ class Search(Stage[SearchRecord]):
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
-            materials=Materials({cut: context.bank_of(cut) for cut in self._cuts}, context.data),
-            layouts={cut: context.layout_of(cut) for cut in self._cuts},
+            materials=Materials(
+                {cut: context.places.bank_of(cut) for cut in self._cuts}, context.places.data
+            ),
+            layouts={cut: context.shapes.layout_of(cut) for cut in self._cuts},
             space=space,
-            may_win=list(filter(context.may_win, self._cuts)),
+            may_win=list(filter(context.shapes.may_win, self._cuts)),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors={
                 method: shared(context, method, space.groups, space.levels) for method in measured
@@ -312,8 +317,8 @@ class Search(Stage[SearchRecord]):
             scratch=context.run_dir.tune,
             digest=self.trials_digest,
             search=self.search_digest,
-            resources=context.trial_resources,
-            check_node=context.check_node,
+            resources=context.machines.trial_resources,
+            check_node=context.machines.check_node,
         )
 
     def _finalists(self, job: SearchJob) -> tuple[SearchOutcome, list[TrialRecord]]:
@@ -323,7 +328,10 @@ class Search(Stage[SearchRecord]):
 
         context = self.context
         room = Room(
-            lambda: context.slots, job.resources, self.config.search.max_concurrent, context.emit
+            lambda: context.machines.slots,
+            job.resources,
+            self.config.search.max_concurrent,
+            context.emit,
         )
         while True:
             outcome = tune.search(job, room, context.emit, context.trackers)
@@ -352,7 +360,11 @@ class Search(Stage[SearchRecord]):
     def disk_bytes(self) -> int:
         are_here, settings = self.context.run_dir.storage.fills_this_disk, self.config.search
         again = (settings.confirm + 1) * settings.confirm_seeds if self.config.is_searched else 0
-        return self.context.checkpoint_bytes * (self.config.num_trials + again) if are_here else 0
+        return (
+            self.context.inspection.shapes.checkpoint_bytes * (self.config.num_trials + again)
+            if are_here
+            else 0
+        )
 
 
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:

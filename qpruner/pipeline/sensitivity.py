@@ -51,14 +51,11 @@ class Sensitivity(Stage[SensitivityRecord]):
         config = self.config
         return digest_of(
             "scores",
-            self.context.record(PruneRecord).cuts[self.context.reference].digest,
+            self.context.record(PruneRecord).cuts[self.context.shapes.reference.cut].digest,
             self.context.record(BankRecord).digest,
             config.sensitivity.model_copy(update={"methods": ()}),
             config.quantize.group,
-            {
-                group.name: group.formats
-                for group in self.context.layout_of(self.context.reference).groups
-            },
+            self.context.shapes.reference.offered,
             config.seed,
         )
 
@@ -83,7 +80,7 @@ class Sensitivity(Stage[SensitivityRecord]):
             write_json(folder / f"{method}{ending}", scores)
             found[method] = scores
             self.notify(f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s")
-        groups = tuple(group.name for group in context.layout_of(context.reference).groups)
+        groups = context.shapes.reference.names
         return {"groups": groups, "methods": {method: found[method] for method in methods}}
 
     def summary(self, record: SensitivityRecord) -> str:
@@ -120,12 +117,14 @@ def _scored(
 
     config = context.config
     # a mapped file cannot be sent to other machines
-    rows = list(load_encoded(context.data / "sensitivity"))
-    pad_id = int(load_tokenizer(str(context.checkpoint_of(context.reference))).pad_token_id)
+    rows = list(load_encoded(context.places.data / "sensitivity"))
+    reference = context.shapes.reference
+    checkpoint = context.places.checkpoint_of(reference.cut)
+    pad_id = int(load_tokenizer(str(checkpoint)).pad_token_id)
     subject = scoring.Subject(
         samples=Samples(rows, pad_id, config.sensitivity.batch_size),
-        groups=context.layout_of(context.reference).groups,
-        bank=context.bank_of(context.reference),
+        groups=reference.groups,
+        bank=context.places.bank_of(reference.cut),
     )
     few_rows = replace(subject.samples, rows=rows[: config.sensitivity.num_measured_samples])
     measured = replace(subject, samples=few_rows.by_length)
@@ -159,13 +158,13 @@ def _on_model(
     """
     work = partial(
         _score,
-        context.checkpoint_of(context.reference),
+        context.places.checkpoint_of(context.shapes.reference.cut),
         context.config.model.dtype,
         subject,
         ", ".join(methods),
         score,
     )
-    return context.executor.run(work, context.emit)
+    return context.machines.executor.run(work, context.emit)
 
 
 def _score(

@@ -18,7 +18,7 @@ from qpruner.pipeline.finetune import final_job
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, plan_of
+from qpruner.plans.plan import OUTSIDE_BLOCKS, UNPRUNED, plan_of
 from qpruner.pruning.settings import uniform_remedy
 from qpruner.runs.records import SEARCHED, FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
@@ -58,8 +58,9 @@ class Serve(Stage[ServeRecord]):
                     f"`serve.to`: llama.cpp has no format {name}: its layers get {nearest}, "
                     "and are scored anew"
                 )
-        if said := remark(self.context.inspection.model_config):
-            yield f"`serve.to`: {said}"
+        reservation = remark(self.context.inspection.shapes.model_config)
+        if reservation:
+            yield f"`serve.to`: {reservation}"
 
     def check(self) -> None:
         for form in self.config.serve.to:
@@ -76,18 +77,18 @@ class Serve(Stage[ServeRecord]):
         """
         from qpruner.export.forms import refusal
 
-        inspection = self.context.inspection
-        reasons = [refusal(form, inspection.model_config)]
-        for settings, expected in (
-            (cut.settings, cut.expected) for cut in inspection.cuts.values()
-        ):
+        shapes = self.context.inspection.shapes
+        reasons = [refusal(form, shapes.model_config)]
+        for cut in shapes.cuts.values():
+            settings = cut.settings
             is_free = (
                 settings.selection == "global"
                 and not settings.uniform
                 and bool(settings.width_units)
             )
-            remedy = uniform_remedy(inspection.model_config, settings)
-            reasons.append(refusal(form, expected, is_free and not settings.is_off, remedy))
+            remedy = uniform_remedy(shapes.model_config, settings)
+            is_free = is_free and not settings.is_off
+            reasons.append(refusal(form, cut.model_config, is_free, remedy))
         return next(filter(None, reasons), None)
 
     def _check_tokenizer(self) -> None:
@@ -96,10 +97,8 @@ class Serve(Stage[ServeRecord]):
         source = check_source(self.config.model)
         if source.endswith(".gguf"):  # takes 15 s to convert, and comes from llama.cpp
             return
-        tokenizer, config = (
-            load_tokenizer(source, self.config.model),
-            self.context.inspection.model_config,
-        )
+        tokenizer = load_tokenizer(source, self.config.model)
+        config = self.context.inspection.shapes.model_config
         ends = config.eos_token_id
         try:
             vocabulary(
@@ -130,18 +129,21 @@ class Serve(Stage[ServeRecord]):
         context = self.context
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
         winner = context.record(FinetuneRecord).winner
+        threads = self.config.serve.threads
+        if threads is None:
+            threads = max(1, int(context.machines.trial_resources["cpu"]))
         job = ServeJob(
             config=context.worker_config,
             root=context.run_dir.root,
-            base=context.model_folder(UNPRUNED),
-            data=context.data,
+            base=context.places.model_folder(UNPRUNED),
+            data=context.places.data,
             scratch=scratch,
-            threads=self.config.serve.threads or max(1, int(context.trial_resources["cpu"])),
-            layout=context.layout_of(winner.cut),
+            threads=threads,
+            layout=context.shapes.layout_of(winner.cut),
             winner=winner,
             rival=self._rival,
         )
-        return context.executor.run(partial(serve, job), context.emit)
+        return context.machines.executor.run(partial(serve, job), context.emit)
 
     def summary(self, record: ServeRecord) -> str:
         found = [row for row in record.rows if row.name == SEARCHED]
@@ -149,15 +151,15 @@ class Serve(Stage[ServeRecord]):
         return "; ".join([*sizes, *commands(record, display_name(self.context.run_dir.root))[:1]])
 
     def disk_bytes(self) -> int:
-        inspection = self.context.inspection
-        forms = 2 * len(self.config.serve.to) * inspection.budget_bytes
+        shapes = self.context.inspection.shapes
+        forms = 2 * len(self.config.serve.to) * shapes.budget_bytes
         # For vLLM embeddings and head are unpacked, in the recoded checkpoint too.
-        tables = [each for each in inspection.base.groups if each.name in (EMBEDDINGS, HEAD)]
-        unpacked = 2 * sum(linear.num_weights for group in tables for linear in group.linears)
+        tables = [group for group in shapes.base.groups if group.name in OUTSIDE_BLOCKS]
+        unpacked = 2 * sum(group.num_weights for group in tables)
         forms += 2 * unpacked * sum(form.startswith("vllm") for form in self.config.serve.to)
-        return (
-            forms + self.config.serve.uses_llama_cpp * BASE_BYTES * inspection.base.num_parameters
-        )
+        if self.config.serve.uses_llama_cpp:
+            forms += BASE_BYTES * shapes.base.num_parameters
+        return forms
 
 
 def _versions() -> dict[str, str]:

@@ -12,10 +12,9 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile
 from qpruner.pipeline.context import Context
 from qpruner.runs.events import Message
-from qpruner.runs.records import Record, digest_of
+from qpruner.runs.records import RecordType, digest_of
 from qpruner.runs.storage import FILES, Storage, files_in, quarantine, read_json, storage_at
 
-RecordType = TypeVar("RecordType", bound=Record)
 FileType = TypeVar("FileType", bound=BaseModel)
 
 

@@ -51,8 +51,8 @@ def make_job(
         config: A configuration with another length of the fine-tune than that of the run.
     """
     config = config or context.worker_config
-    bank = context.bank_of(plan.cut)
-    layout = context.layout_of(plan.cut)
+    bank = context.places.bank_of(plan.cut)
+    layout = context.shapes.layout_of(plan.cut)
     formats = plan.as_dict()
     digest = digest_of(
         bank.inputs,
@@ -86,7 +86,7 @@ def make_job(
         folder=folder,
         adapter=folder / "adapter",
         config=config,
-        data=context.data,
+        data=context.places.data,
         scoring=scoring,
         trackers=context.trackers,
     )
@@ -182,7 +182,7 @@ def _record(
 ) -> FineTune:
     """Write the record of a job that is done, with the GPU seconds that it held."""
     seconds = record.seconds - job.record.seconds
-    held = seconds * stage.context.gpus_held(num_workers)
+    held = seconds * stage.context.machines.gpus_held(num_workers)
     record = record.model_copy(update={"gpu_seconds": job.record.gpu_seconds + held})
     storage.write_json(job.folder / "record.json", record)
     return record
@@ -288,7 +288,7 @@ def _run_jobs(
     if not jobs:
         return
     context = stage.context
-    resources, concurrent = context.task_resources(len(jobs), num_workers)
+    resources, concurrent = context.machines.task_resources(len(jobs), num_workers)
     threads = int(resources.get("cpu", 1))
     tasks = [replace(job, threads=threads) for job in jobs]
     hooks: dict[str, Any] = {
@@ -296,7 +296,9 @@ def _run_jobs(
         "progress": lambda place: sorted(storage.published_folders(jobs[place].checkpoints)),
     }
     if num_workers == 1:
-        results = context.run_tasks(function, tasks, resources, concurrent, own_process, **hooks)
+        results = context.machines.run_tasks(
+            function, tasks, resources, concurrent, own_process, **hooks
+        )
     else:
         from qpruner.cluster.group import run_groups
 
@@ -307,7 +309,7 @@ def _run_jobs(
             num_workers,
             concurrent,
             scratch=context.run_dir.scratch("train"),
-            check_node=context.check_node,
+            check_node=context.machines.check_node,
             **hooks,
         )
     for position, result in results:

@@ -14,10 +14,10 @@ from qpruner.pruning.units import plain_counts, unit_kinds_of
 
 @dataclass(frozen=True)
 class Cut:
-    """Hold the settings of a planned cut, and the model config that is expected after it."""
+    """Hold the settings of a cut, and the config of its model, expected or as it was made."""
 
     settings: PruneConfig
-    expected: Any
+    model_config: Any
 
 
 def settled(model_config: Any, settings: PruneConfig) -> PruneConfig:

@@ -125,10 +125,9 @@ class Uploader:
                     storage_at(path).put(path)
                     self._uploaded[path] = state
             if is_last and self._folder.is_dir():
-                for name in files_in(self._folder):
-                    path = self._folder / name
-                    if path not in self._uploaded:
-                        remove(path)
+                stored = {self._folder / name for name in files_in(self._folder)}
+                for path in stored - self._uploaded.keys():
+                    remove(path)
         except (OSError, StorageError) as error:  # no result depends on these files
             logger.warning(
                 "TensorBoard files and log could not be uploaded, which is tried again: %s", error

@@ -99,26 +99,25 @@ def score_tasks(
 def _counting_model(on_progress: OnProgress) -> Any:
     """Derive a class from lm-eval's model that counts answers and computes only their logits.
 
-    Answers are counted by lm-eval's cache hook, which gets every answer.
+    It is its own cache hook, which lm-eval calls with every answer.
     """
     import torch
-    from lm_eval.api.model import CacheHook
     from lm_eval.models.huggingface import HFLM
 
-    class Counter(CacheHook):  # type: ignore[misc]
-        done = total = 0
+    class CountingModel(HFLM):  # type: ignore[misc]
+        done = 0
+        total = 0
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.set_cache_hook(self)
 
         def add_partial(self, attr: str, req: Any, res: Any) -> None:
             self.done += 1
             on_progress(self.done, max(self.done, self.total))
 
-    class CountingModel(HFLM):  # type: ignore[misc]
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.counter = Counter(None)
-            self.set_cache_hook(self.counter)
-
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.total += len(requests)
             self.longest_answer = max((len(answer) for _, _, answer in requests), default=0)
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
@@ -130,12 +129,8 @@ def _counting_model(on_progress: OnProgress) -> Any:
             with torch.no_grad():
                 return self.model(inps, logits_to_keep=padding + self.longest_answer).logits
 
-        def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.counter.total += len(requests)
-            return super().loglikelihood(requests, *args, **kwargs)
-
         def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.counter.total += len(requests)
+            self.total += len(requests)
             return super().generate_until(requests, *args, **kwargs)
 
     return CountingModel

@@ -5,6 +5,7 @@ Models take turns, because the speed of a machine drifts over minutes.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     """
     begin_job(job.threads)
     has_gpu = torch.cuda.is_available()
-    ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
-    prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
+    prompt = prompt_of(job.data)
     turns: list[list[tuple[float, float, int]]] = [[] for _ in job.models]
     progress = ProgressFile(job.progress)
     num_turns = NUM_TURNS * len(job.models)
@@ -81,6 +81,13 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
             )
         )
     return setting, figures
+
+
+def prompt_of(data: Path) -> list[int]:
+    """Return the tokens of a prompt: the first of the confirmation rows, again if they are few."""
+    rows = load_encoded(data / "confirmation")
+    tokens = itertools.chain.from_iterable(row["input_ids"] for row in rows)
+    return list(itertools.islice(itertools.cycle(tokens), PROMPT_TOKENS))
 
 
 def _fine_tuned(job: FineTuneJob) -> Any:

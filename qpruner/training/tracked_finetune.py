@@ -19,43 +19,44 @@ class Tracked(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self._guards: dict[str, Guard] = {}
-        self._callbacks: dict[str, TrainerCallback] = {}
+        self._runs: list[tuple[str, Guard, TrainerCallback]] = []
 
     def open(self, trackers: Trackers, label: str, parameters: dict[str, Any]) -> None:
         """Open a run in every tracker."""
         for name in trackers.names:
             guard = Guard(name, self.errors.append)
-            self._guards[name] = guard
-            guard.call(self._open, name, trackers.run, label, parameters)
+            guard.call(self._open, name, guard, trackers.run, label, parameters)
 
-    def _open(self, tracker: str, group: str, label: str, parameters: dict[str, Any]) -> None:
+    def _open(
+        self, tracker: str, guard: Guard, group: str, label: str, parameters: dict[str, Any]
+    ) -> None:
         if tracker == "wandb":
             import wandb
 
             wandb.init(name=label, group=group, job_type="fine-tune", config=parameters)
-            self._callbacks[tracker] = WandbCallback()
+            callback = WandbCallback()
         else:
             import mlflow
 
             mlflow.start_run(run_name=label)
             mlflow.log_params(parameters)
-            self._callbacks[tracker] = MLflowCallback()
+            callback = MLflowCallback()
+        self._runs.append((tracker, guard, callback))
 
     def on_train_begin(self, *event: Any, **state: Any) -> None:
         """Tell every tracker that the training begins."""
-        for name, callback in self._callbacks.items():
-            self._guards[name].call(callback.on_train_begin, *event, **state)
+        for _, guard, callback in self._runs:
+            guard.call(callback.on_train_begin, *event, **state)
 
     def on_log(self, *event: Any, **state: Any) -> None:
         """Log the training's figures to every tracker."""
-        for name, callback in self._callbacks.items():
-            self._guards[name].call(callback.on_log, *event, **state)
+        for _, guard, callback in self._runs:
+            guard.call(callback.on_log, *event, **state)
 
     def close(self) -> None:
         """Close the run in every tracker."""
-        for name in self._callbacks:
-            self._guards[name].call(_close, name)
+        for name, guard, _ in self._runs:
+            guard.call(_close, name)
 
 
 @contextmanager

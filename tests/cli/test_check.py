@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -173,14 +174,14 @@ def test_a_running_command_and_an_earlier_cut_are_named(tiny_raw: Raw, tmp_path:
     assert re.search(r"parameters: +(\S+ M) -> \1 \(pruned earlier: the cut is skipped\)\n", said)
 
 
-def all_in(name: str, groups: list[str]) -> dict[str, str]:
+def all_in(name: str, groups: Iterable[str]) -> dict[str, str]:
     """Return the plan with every block in one format."""
     return {group: "bf16" if group in (EMBEDDINGS, HEAD) else name for group in groups}
 
 
 def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: Raw) -> None:
     """With global selection the widths are known only after the cut."""
-    groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).reference.groups]
+    groups = preflight.inspect(validate_config(tiny_raw)).shapes.reference.names
     for name, size in (("nf4", "4"), ("int8", "8")):
         Path(f"{size}.yaml").write_text(yaml.safe_dump(all_in(name, groups)))
     said = check(tiny_raw, "--plan", "8.yaml")
@@ -218,14 +219,14 @@ def test_a_plan_is_read_if_the_number_of_blocks_is_known(tiny_raw: Raw, tmp_path
     inspection = preflight.inspect(validate_config(raw))
     before, after = (
         [group.name for group in layout.groups]
-        for layout in (inspection.base, inspection.reference)
+        for layout in (inspection.shapes.base, inspection.shapes.reference)
     )
     assert len(set(before) - set(after)) == len(set(after) - {EMBEDDINGS, HEAD})
     assert set(after) < set(before)
     plan = tmp_path / "plan.yaml"
     raw = with_key(raw, "search.plan", str(plan))
     plan.write_text(yaml.safe_dump(all_in("nf4", after)))
-    read = preflight.inspect(validate_config(raw)).plan
+    read = preflight.inspect(validate_config(raw)).shapes.plan
     assert read.as_dict() == all_in("nf4", after)
     plan.write_text(yaml.safe_dump(all_in("nf4", before)))
     with pytest.raises(
@@ -244,14 +245,14 @@ def test_a_plan_over_the_budget_is_refused(
     raw = with_key(tiny_raw, "prune.selection", "per_layer")
     inspection = preflight.inspect(validate_config(raw))
     plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump(inspection.reference.uniform("int8").as_dict()))
+    plan.write_text(yaml.safe_dump(inspection.shapes.reference.uniform("int8").as_dict()))
     options = (key, str(plan)) if key == "--plan" else ("--set", f"search.plan={plan}")
     said = check(raw, *options, code=2, verb=verb)
     assert f"error: `{key}`: the plan in {plan} takes " in said
     told = re.search(r"takes [\d.]+ MB, ([\d.]+) MB more than the budget of", said)
     over = (
-        inspection.reference.plan_bytes(inspection.reference.uniform("int8"))
-        - inspection.budget_bytes
+        inspection.shapes.reference.plan_bytes(inspection.shapes.reference.uniform("int8"))
+        - inspection.shapes.budget_bytes
     )
     # Rounded up, never down.
     assert 0 <= float(told[1]) * 1e6 - over < 101
@@ -262,7 +263,7 @@ def test_a_plan_s_bytes_are_those_of_its_cut(tiny_raw: Raw, tmp_path: Path) -> N
     budget = {"bytes": 200_000, "flops_fraction": 0.9}
     keys = {"prune__rate": None, "prune__rates": [0, 0.2], "prune__selection": "per_layer"}
     raw = changed(tiny_raw, **keys, quantize__budget=budget)
-    layout = preflight.inspect(validate_config(raw)).layouts["cut-20"]
+    layout = preflight.inspect(validate_config(raw)).shapes.layouts["cut-20"]
     plan = tmp_path / "plan.yaml"
     small = layout.smallest()
     plan.write_text(yaml.safe_dump({"cut": "cut-20", **small.as_dict()}))

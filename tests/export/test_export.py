@@ -35,11 +35,12 @@ def test_a_merged_model_predicts_the_same(finished: Path) -> None:
     assert done.exit_code == 0, done.output
     outcome = json.loads(done.output.splitlines()[-1])
     folder = finished / "export" / "merged"
-    assert (
-        outcome["folder"] == str(folder) and outcome["is_plain"] and outcome["num_positions"] == 46
-    )
+    assert outcome["folder"] == str(folder)
+    assert outcome["is_plain"]
+    assert outcome["num_positions"] == 46
     config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config and "per_layer_config" not in config
+    assert "quantization_config" not in config
+    assert "per_layer_config" not in config
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
         torch.bfloat16
     }
@@ -88,19 +89,13 @@ def test_damage_is_noticed(
     damage: Callable[..., torch.Tensor], message: str, finished: Path, tmp_path: Path
 ) -> None:
     done = export(RunDir(finished), "merged", tmp_path / "merged")
-    weights, adapter = (
-        load_file(done.folder / "model.safetensors"),
-        load_file(finished / "final" / ADAPTER),
-    )
+    weights = load_file(done.folder / "model.safetensors")
+    adapter = load_file(finished / "final" / ADAPTER)
     for name in [name for name in adapter if name.endswith(".lora_A.weight")]:
-        lora_a, lora_b = (
-            adapter[name].float(),
-            adapter[name.replace(".lora_A.", ".lora_B.")].float(),
-        )
-        added, path = (
-            LORA.alpha / LORA.rank * lora_b @ lora_a,
-            name.removeprefix("base_model.model."),
-        )
+        lora_a = adapter[name].float()
+        lora_b = adapter[name.replace(".lora_A.", ".lora_B.")].float()
+        added = LORA.alpha / LORA.rank * lora_b @ lora_a
+        path = name.removeprefix("base_model.model.")
         weight = weights[path.replace(".lora_A.", ".")]
         weight.copy_(damage(weight.float() - added, added))
     save_file(weights, done.folder / "model.safetensors", {"format": "pt"})

@@ -56,16 +56,18 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def test_a_plan_of_llama_cpp_keeps_its_formats(searched: Path) -> None:
-    before, folder = digests(searched), searched / "export" / "gguf"
+    before = digests(searched)
+    folder = searched / "export" / "gguf"
     done = command("export", searched, "--to", "gguf", "--json")
     assert done.exit_code == 0, done.output
     outcome = json.loads(done.output.splitlines()[-1])
     names = {"demo.gguf", "demo-adapter.gguf", "Modelfile", "qpruner_export.json"}
     assert {path.name for path in folder.iterdir()} == names
-    assert (
-        not outcome["recoded"] and not outcome["remarks"] and outcome["by"].startswith("xllamacpp")
-    )
-    files, stored = list(folder.glob("*.gguf")), read_tensors(searched / "final", lambda name: True)
+    assert not outcome["recoded"]
+    assert not outcome["remarks"]
+    assert outcome["by"].startswith("xllamacpp")
+    files = list(folder.glob("*.gguf"))
+    stored = read_tensors(searched / "final", lambda name: True)
     assert outcome["tensor_bytes"] == sum(
         each.n_bytes for file in files for each in GGUFReader(file).tensors
     )
@@ -93,16 +95,17 @@ def test_layers_that_llama_cpp_lacks_are_told(tiny_model: Path, tmp_path: Path) 
         "Modelfile",
         "qpruner_export.json",
     }
-    assert outcome["remarks"] == ["15 layers from nf4 to q4_0"] and set(
-        outcome["recoded"].values()
-    ) == {"q4_0"}
-    assert "15 layers from nf4 to q4_0" in done.output and "as served" in done.output
+    assert outcome["remarks"] == ["15 layers from nf4 to q4_0"]
+    assert set(outcome["recoded"].values()) == {"q4_0"}
+    assert "15 layers from nf4 to q4_0" in done.output
+    assert "as served" in done.output
 
 
 @pytest.mark.parametrize("form", ["merged", "peft"])
 def test_only_packed_forms_can_be_merged(searched: Path, form: str) -> None:
     done = command("export", searched, "--to", form, "--merge")
-    assert done.exit_code == 2 and "`--merge` goes with `--to gguf` and `--to vllm`" in done.output
+    assert done.exit_code == 2
+    assert "`--merge` goes with `--to gguf` and `--to vllm`" in done.output
 
 
 @pytest.mark.parametrize("form", ["gguf", "vllm"])
@@ -123,7 +126,8 @@ def test_a_full_disk_leaves_nothing(searched: Path, form: str, tmp_path: Path) -
         filler = fill(disk, leave=100_000)
         with pytest.raises(StorageError, match="no space left"):
             export(RunDir(searched), form, disk / "out")  # type: ignore[arg-type]
-        assert list(disk.iterdir()) == [filler] and digests(searched) == before
+        assert list(disk.iterdir()) == [filler]
+        assert digests(searched) == before
 
 
 @pytest.mark.slow
@@ -132,11 +136,11 @@ def test_a_killed_export_is_not_there(searched: Path, tmp_path: Path) -> None:
     before = digests(run)
     killed = subprocess.run([sys.executable, "-c", KILLED, run, "writing GGUF"], env=os.environ)
     assert killed.returncode == -signal.SIGKILL
-    assert not (run / "out").exists() and (run / HIDDEN / "out" / "run.gguf").exists(), (
-        "it was killed too early"
-    )
+    assert not (run / "out").exists()
+    assert (run / HIDDEN / "out" / "run.gguf").exists(), "it was killed too early"
     export(RunDir(run), "merged", run / "out")
-    assert not (run / HIDDEN).exists() and not list((run / "out").rglob("*.gguf"))
+    assert not (run / HIDDEN).exists()
+    assert not list((run / "out").rglob("*.gguf"))
     shutil.rmtree(run / "out")
     assert digests(run) == before
 
@@ -179,22 +183,19 @@ def test_a_folder_of_two_exports_is_refused_and_neighbours_stay(
             refused.append(str(error.value))
 
     export(RunDir(searched), "peft", tmp_path / "out", again)
-    assert refused and {path.name for path in tmp_path.iterdir()} == {".out", "out"}
+    assert refused
+    assert {path.name for path in tmp_path.iterdir()} == {".out", "out"}
     assert (tmp_path / ".out" / "precious").exists()
 
 
 def test_a_place_that_cannot_be_a_folder_is_refused(searched: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = command("export", searched, "--to", "peft", "--out", tmp_path / "file" / "out")
-    assert (
-        done.exit_code == 2
-        and "out cannot be made (Not a directory): name another folder" in done.output
-    )
+    assert done.exit_code == 2
+    assert "out cannot be made (Not a directory): name another folder" in done.output
     done = command("export", searched, "--to", "peft", "--out", "s3://bucket/out")
-    assert (
-        done.exit_code == 2
-        and "`--out` must be a folder on this machine, got s3://bucket/out" in done.output
-    )
+    assert done.exit_code == 2
+    assert "`--out` must be a folder on this machine, got s3://bucket/out" in done.output
 
 
 def test_files_of_a_run_at_a_uri_have_its_last_name(

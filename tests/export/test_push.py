@@ -79,8 +79,10 @@ def test_the_final_model_is_pushed_to_a_private_repository(
     finished: Path, hub: Hub, tmp_path: Path
 ) -> None:
     done = push(finished, "--json")
-    summary, repository = json.loads(done.stdout.splitlines()[-1]), hub.repositories[REPO]
-    assert repository.private and summary["is_private"]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    repository = hub.repositories[REPO]
+    assert repository.private
+    assert summary["is_private"]
     size = f"{summary['num_bytes'] / 1e6:.1f} MB"
     assert f"[push] {summary['num_files']} files, {size}, uploading to {REPO} ...\n" in done.stderr
     assert summary["num_bytes"] == sum(map(len, repository.files.values()))
@@ -90,7 +92,8 @@ def test_the_final_model_is_pushed_to_a_private_repository(
         in done.stderr
     )
     local = {path.name: path.read_bytes() for path in (finished / "final").iterdir()}
-    assert set(repository.files) == set(local) and summary["num_files"] == len(local)
+    assert set(repository.files) == set(local)
+    assert summary["num_files"] == len(local)
     changed = {name for name in local if local[name] != repository.files[name]}
     assert changed == {"README.md", "adapter_config.json"}
     assert f'from_pretrained("{REPO}")' in repository.files["README.md"].decode()
@@ -121,7 +124,8 @@ def test_a_merged_model_replaces_the_final_model(run: Path, hub: Hub) -> None:
     names = {path.name for path in merged.iterdir()} - {MARK}
     assert set(files) == {*names, "README.md", ".gitattributes"}
     card = files["README.md"].decode()
-    assert "qpruner" not in card and "A note of its owner." in card
+    assert "qpruner" not in card
+    assert "A note of its owner." in card
     model = loaded(card.replace(REPO, str(merged)).encode())
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
 
@@ -151,11 +155,10 @@ def test_a_peft_export_is_loaded_as_its_card_says(finished: Path, hub: Hub) -> N
 def test_a_public_repository_needs_the_public_option(finished: Path, hub: Hub) -> None:
     hub.repositories[REPO] = Repository(private=False)
     refused = push(finished, code=2)
-    assert (
-        f"{REPO} exists and is public: give `--public`" in refused.stderr
-        and "uploading" not in refused.stderr
-    )
-    assert not hub.repositories[REPO].files and not hub.objects
+    assert f"{REPO} exists and is public: give `--public`" in refused.stderr
+    assert "uploading" not in refused.stderr
+    assert not hub.repositories[REPO].files
+    assert not hub.objects
     assert push(finished, "--public").stdout.rstrip().endswith("public")
     assert "model.safetensors" in hub.repositories[REPO].files
 
@@ -184,7 +187,8 @@ def test_push_errors_name_the_remedy(
     else:
         monkeypatch.setattr(constants, variable, value)
     assert message in push(finished, code=code).stderr
-    assert not hub.repositories and not hub.objects
+    assert not hub.repositories
+    assert not hub.objects
 
 
 def test_a_run_without_final_model_is_not_pushed(hub: Hub, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_a_model_whose_formats_stay_keeps_every_byte(
     monkeypatch.setattr(recoding, "SHARD_BYTES", 60_000)
     assert recode(final, tmp_path / "same", lambda name, columns: name, merge=False) == {}
     files = sorted((tmp_path / "same").glob("model*.safetensors"))
-    assert len(files) > 2 and max(file.stat().st_size for file in files) < 250_000
+    assert len(files) > 2
+    assert max(file.stat().st_size for file in files) < 250_000
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
     expected = load_file(final / "model.safetensors")
     assert found.keys() == expected.keys()
@@ -70,8 +71,10 @@ def test_layers_of_one_format_are_packed_again_alone(final: Path, tmp_path: Path
         lambda name, columns: "q4_0" if name == "nf4" else name,
         merge=False,
     )
-    old, new = formats_of(final), formats_of(tmp_path / "new")
-    assert changed == {path: "q4_0" for path, name in old.items() if name == "nf4"} and changed
+    old = formats_of(final)
+    new = formats_of(tmp_path / "new")
+    assert changed == {path: "q4_0" for path, name in old.items() if name == "nf4"}
+    assert changed
     assert new == old | changed
     path = "model.layers.0.self_attn.q_proj"
     weight = weight_of(final, path, 64)
@@ -134,13 +137,15 @@ def test_the_gram_matrices_of_a_run_round_its_merged_model(tiny_raw: dict[str, A
     }
     config = validate_config(with_keys(tiny_raw, **gptq, **others))
     run(config, lambda event: None, until="finetune")
-    run_dir, path = RunDir(config.output), "model.layers.1.mlp.down_proj"
+    run_dir = RunDir(config.output)
+    path = "model.layers.1.mlp.down_proj"
     final = run_dir.root / "final"
     done = command("export", config.output, "--to", "gguf", "--merge")
     assert done.exit_code == 0, done.output
     record = run_dir.read_record("finetune", FinetuneRecord)
     assert record
-    [winner], columns = record.candidates, columns_of(checkpoint_config(final))[path]
+    [winner] = record.candidates
+    columns = columns_of(checkpoint_config(final))[path]
     gram = read_grams(run_dir.bank(winner.cut), winner.bank, checkpoint_config(final), [path])[path]
     adapter = load_file(final / ADAPTER_FILES[1])
     lora_a, lora_b = (
@@ -152,18 +157,14 @@ def test_the_gram_matrices_of_a_run_round_its_merged_model(tiny_raw: dict[str, A
     [found] = (
         each.data for each in GGUFReader(file).tensors if each.name == "blk.1.ffn_down.weight"
     )
-    by_gptq, nearest = (
-        pack(format_of("q4_0"), exact, each)["weight"].numpy() for each in (gram, None)
-    )
-    assert (found == by_gptq.reshape(found.shape)).all() and not (
-        found == nearest.reshape(found.shape)
-    ).all()
+    by_gptq = pack(format_of("q4_0"), exact, gram)["weight"].numpy()
+    nearest = pack(format_of("q4_0"), exact, None)["weight"].numpy()
+    assert (found == by_gptq.reshape(found.shape)).all()
+    assert not (found == nearest.reshape(found.shape)).all()
     flip_a_byte(run_dir.bank(winner.cut) / "grams" / "model.layers.1.safetensors")
     done = command(
         "export", config.output, "--to", "gguf", "--merge", "--out", run_dir.root / "again"
     )
-    assert (
-        done.exit_code == 1
-        and "by which GPTQ rounds, is missing, damaged or changed" in done.output
-    )
+    assert done.exit_code == 1
+    assert "by which GPTQ rounds, is missing, damaged or changed" in done.output
     assert not (run_dir.root / "again").exists()

@@ -128,7 +128,8 @@ def test_llama_server_chats(exported: Export) -> None:
 
 
 def test_ollama_answers(exported: Export, tmp_path: Path) -> None:
-    create, ask = documented("ollama create"), documented("ollama run")
+    create = documented("ollama create")
+    ask = documented("ollama run")
     exported("gguf", "serve/gguf")
     port = str(free_port())
     environment = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(tmp_path / "models")}

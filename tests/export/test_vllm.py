@@ -64,7 +64,8 @@ def test_formats_of_vllm_stay_and_others_become_the_nearest() -> None:
     for name in formats():
         found = format_of(vllm_format(name, 256))
         assert found.name == name or (name[0] != "w" and found.name.startswith(("w", DENSE)))
-        size, old = (each.packed_bytes(4096, 256, 2) for each in (found, format_of(name)))
+        size = found.packed_bytes(4096, 256, 2)
+        old = format_of(name).packed_bytes(4096, 256, 2)
         assert 0.8 < size / old < 1.3, name
     assert vllm_format("w4", 96) == "w4_g32" or vllm_format("w4", 96) == "w4_g32_hqq"
     assert vllm_format("q4_0", 80) == DENSE, "no group divides 80 columns"
@@ -90,7 +91,8 @@ def test_a_plan_of_vllm_keeps_its_formats(searched: Path, exported: dict[str, An
     assert exported["remarks"] == ["1 layer from w8 to bf16"], (
         "vLLM before 0.32 reads no packed embeddings"
     )
-    assert exported["by"].startswith("compressed-tensors") and exported["is_plain"]
+    assert exported["by"].startswith("compressed-tensors")
+    assert exported["is_plain"]
     folder = searched / "export" / "vllm"
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
     groups = config["config_groups"]
@@ -99,7 +101,8 @@ def test_a_plan_of_vllm_keeps_its_formats(searched: Path, exported: dict[str, An
         "w3_g32": 3,
         "w8": 8,
     }
-    assert "model.embed_tokens" in config["ignore"] and (folder / MODELING).is_file()
+    assert "model.embed_tokens" in config["ignore"]
+    assert (folder / MODELING).is_file()
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(folder)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
@@ -113,13 +116,10 @@ def test_an_adapter_is_merged_into_formats_of_vllm(tiny_model: Path, tmp_path: P
         ("nf4", "bf16"),
     )
     done = export(RunDir(run), "vllm_merged", tmp_path / "out")
-    assert (
-        done.remarks[0].endswith("from nf4 to w4_g32_hqq")
-        and abs(done.loss - done.loss_before) < 0.1
-    )
-    assert (
-        not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / MODELING).exists()
-    )
+    assert done.remarks[0].endswith("from nf4 to w4_g32_hqq")
+    assert abs(done.loss - done.loss_before) < 0.1
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out" / MODELING).exists()
 
 
 @pytest.mark.slow

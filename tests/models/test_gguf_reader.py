@@ -31,16 +31,19 @@ def written(file: Path) -> Path:
 
 def test_every_field_and_tensor_is_read_alike(tmp_path: Path) -> None:
     file = written(tmp_path / "tested.gguf")
-    plain, ours = PLAIN(file), read_gguf(file)
+    plain = PLAIN(file)
+    ours = read_gguf(file)
     assert list(plain.fields) == list(ours.fields)
     for key, field in plain.fields.items():
         found = ours.fields[key]
-        assert (found.data, found.types, found.offset) == (field.data, field.types, field.offset), (
-            key
-        )
+        assert found.data == field.data
+        assert found.types == field.types
+        assert found.offset == field.offset, key
         assert found.contents() == field.contents(), key
         for part, expected in zip(found.parts, field.parts, strict=True):
-            assert part.dtype == expected.dtype and np.array_equal(part, expected), key
+            assert part.dtype == expected.dtype
+            assert np.array_equal(part, expected), key
     assert ours.fields["tested.tokens"].contents()[3] == "▁the"
     for tensor, expected in zip(ours.tensors, plain.tensors, strict=True):
-        assert tensor.name == expected.name and np.array_equal(tensor.data, expected.data)
+        assert tensor.name == expected.name
+        assert np.array_equal(tensor.data, expected.data)

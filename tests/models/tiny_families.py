@@ -9,13 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from made_tensors import token_rows
 from transformers import PreTrainedModel
 
 from qpruner.models import ragged
 from qpruner.pruning.units import Kept
 
-HIDDEN, HEAD_DIM, DERIVED_HEAD_DIM, CHANNELS, LAYERS = 60, 14, 10, 40, 3
-QUERY_HEADS, KEY_VALUE_HEADS = 6, 3
+HIDDEN = 60
+HEAD_DIM = 14
+CHANNELS = 40
+LAYERS = 3
+QUERY_HEADS = 6
+KEY_VALUE_HEADS = 3
 WINDOW = 6
 """Shorter than the prompt."""
 
@@ -95,14 +100,17 @@ def family_model(name: str, seed: int | None = None, **others: Any) -> PreTraine
 
     ragged.install()  # as loading does
     family, changes = VARIANTS.get(name, (name, {}))
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
         "max_position_embeddings": 128,
+        "num_attention_heads": QUERY_HEADS,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
     }
-    options |= {"num_attention_heads": QUERY_HEADS, "tie_word_embeddings": False}
-    options |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if family != "opt":
         options["intermediate_size"] = CHANNELS
     if family not in HEADWISE:
@@ -110,15 +118,12 @@ def family_model(name: str, seed: int | None = None, **others: Any) -> PreTraine
     config = AutoConfig.for_model(family, **options | OPTIONS[family] | changes | others)
     torch.manual_seed(MODEL_NAMES.index(name) if seed is None else seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(
-                    torch.randn_like(parameter) * 0.3 + (0.0 if key.endswith("bias") else 1.0)
-                )
-            else:
-                # Larger than transformers' 0.02, so that every part of a block shows in the logits.
-                parameter.mul_(6.0)
+    for key, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float(not key.endswith("bias")), std=0.3)
+        else:
+            # Larger than transformers' 0.02, so that every part of a block shows in the logits.
+            parameter.data.mul_(6.0)
     return model.eval()
 
 
@@ -128,9 +133,13 @@ def family_model(name: str, seed: int | None = None, **others: Any) -> PreTraine
 def kept_of(name: str) -> Kept:
     """Return a cut of attention units and channels: blocks 0 and 2 get different widths, block 1 is
     uncut."""
-    heads = {0: (0, 2, 3, 5), 2: (1, 4)} if family_name(name) in HEADWISE else {0: (0, 2), 2: (1,)}
-    channels = {0: (*range(3, 20), 38), 2: tuple(range(0, CHANNELS, 3))}
-    return {index: {"attention": heads[index], "mlp": channels[index]} for index in (0, 2)}
+    first, last = ((0, 2), (1,))
+    if family_name(name) in HEADWISE:
+        first, last = ((0, 2, 3, 5), (1, 4))
+    return {
+        0: {"attention": first, "mlp": (*range(3, 20), 38)},
+        2: {"attention": last, "mlp": tuple(range(0, CHANNELS, 3))},
+    }
 
 
 # ---- what a cut must do
@@ -154,19 +163,16 @@ def silenced(model: PreTrainedModel, name: str, kept: Kept) -> PreTrainedModel:
     query and key norms leave removed heads out of their mean.
     """
     family = family_name(name)
+    num_units = QUERY_HEADS if family in HEADWISE else KEY_VALUE_HEADS
     for index, units in kept.items():
         block = blocks_of(model)[index]
         attention_out, mlp_out = output_projections(block, family)
-        if "attention" in units:
-            head_dim = HEAD_DIM if "head_dim" in OPTIONS[family] else DERIVED_HEAD_DIM
-            width = head_dim * (1 if family in HEADWISE else QUERY_HEADS // KEY_VALUE_HEADS)
-            gone = _removed(units["attention"], attention_out.in_features // width)
-            attention_out.weight.view(HIDDEN, -1, width)[:, gone] = 0
-            if family == "olmo2":
-                for norm in (block.self_attn.q_norm, block.self_attn.k_norm):
-                    leave_out_of_mean(norm, gone, attention_out.in_features // width)
-        if "mlp" in units:
-            mlp_out.weight[:, _removed(units["mlp"], CHANNELS)] = 0
+        gone = sorted(set(range(num_units)) - set(units["attention"]))
+        attention_out.weight.view(HIDDEN, num_units, -1)[:, gone] = 0
+        if family == "olmo2":
+            leave_out_of_mean(block.self_attn.q_norm, gone, num_units)
+            leave_out_of_mean(block.self_attn.k_norm, gone, num_units)
+        mlp_out.weight[:, sorted(set(range(CHANNELS)) - set(units["mlp"]))] = 0
     return model
 
 
@@ -174,10 +180,6 @@ def skip_blocks(model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
     for index in gone:
         blocks_of(model)[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
     return model
-
-
-def _removed(kept: Sequence[int], count: int) -> list[int]:
-    return [unit for unit in range(count) if unit not in kept]
 
 
 def leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
@@ -196,7 +198,7 @@ def leave_out_of_mean(norm: Any, gone: Sequence[int], units: int) -> None:
 
 
 def prompt() -> torch.Tensor:
-    return torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(5))
+    return torch.tensor(token_rows(2, 9, 5, 97))
 
 
 @torch.no_grad()
@@ -208,6 +210,13 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 def generated_scores(model: PreTrainedModel, use_cache: bool) -> torch.Tensor:
     """Generate four tokens greedily after the prompt and return their logits ``(tokens, 2,
     vocabulary)``."""
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
-    found = model.generate(prompt(), use_cache=use_cache, return_dict_in_generate=True, **options)
-    return torch.stack(found.logits)
+    generated = model.generate(
+        prompt(),
+        use_cache=use_cache,
+        return_dict_in_generate=True,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        output_logits=True,
+    )
+    return torch.stack(generated.logits)

@@ -50,7 +50,7 @@ def with_records(context: Context, **records: Record) -> Context:
 def a_winner(context: Context) -> PrecisionPlan:
     """Return a plan that is no control."""
     formats = ("bf16", *(("nf4", "int8")[at] for at in (0, 1, 1, 0, 0, 1, 0, 0)))
-    return PrecisionPlan(context.space.groups, formats, context.reference)
+    return PrecisionPlan(context.shapes.space.groups, formats, context.shapes.reference.cut)
 
 
 def told(events: Sequence[Event], stage: str) -> list[str]:

@@ -150,13 +150,14 @@ def with_controls(sensed_raw: Raw, tiny_raw: Raw) -> Context:
     context = Context(config, RunDir(Path(config.output)), ignore, None, preflight.inspect(config))
     recorded(context)
     for _, plan in controls(context):
-        read_plan(context.bank_of(plan.cut), plan.as_dict())
+        read_plan(context.places.bank_of(plan.cut), plan.as_dict())
     return context
 
 
 def test_the_bank_takes_at_most_the_estimated_room(with_controls: Context) -> None:
     context = with_controls
-    assert {"nf4", "q4_0"} <= {path.name for path in context.bank_of("cut-20").folder.iterdir()}
+    folder = context.places.bank_of("cut-20").folder
+    assert {"nf4", "q4_0"} <= {path.name for path in folder.iterdir()}
     size = sum(
         path.stat().st_size for path in (context.run_dir.root / "banks").rglob("*.safetensors")
     )
@@ -220,7 +221,7 @@ def test_a_cut_that_no_format_holds_is_left_out(tiny_raw: Raw) -> None:
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.2
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     raw["model"]["source"] = str(model)
-    assert list(preflight.inspect(validate_config(raw)).cuts) == ["base", "cut-5"]
+    assert list(preflight.inspect(validate_config(raw)).shapes.cuts) == ["base", "cut-5"]
     record, events = filled(raw)
     assert (
         list(record.left_out) == ["cut-5"]
@@ -319,9 +320,8 @@ def test_entries_damaged_under_a_search_are_made_again(tiny_raw: Raw) -> None:
     context = Context(config, RunDir(root), ignore, None, preflight.inspect(config))
     for checkpoint in (checkpoints := list(root.glob("trials/*/*/checkpoint-*"))):
         size = sum(path.stat().st_size for path in checkpoint.iterdir())
-        assert context.checkpoint_bytes < 1.2 * size < 2 * context.checkpoint_bytes, (
-            "adapter and moments in float32"
-        )
+        expected = context.inspection.shapes.checkpoint_bytes
+        assert expected < 1.2 * size < 2 * expected, "adapter and moments in float32"
     whole = folder_digests(root / "banks")
     flip_a_byte(next((root / "banks" / "base").rglob("*.safetensors")))
     for path in (scores := list(root.glob("trials/*/*/fresh.json"))):

@@ -53,7 +53,7 @@ CONTROLS = (
 def test_random_plans_have_equal_bytes_and_all_seeds(
     context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
-    winner, space = a_winner(context), context.space.spaces[0]
+    winner, space = a_winner(context), context.shapes.space.spaces[0]
     plans = rows_of(context, winner)["random"].plans
     drawn = {plan for _, plan in plans}
     assert len(drawn) == 3 and winner not in drawn
@@ -161,7 +161,7 @@ def test_check_counts_the_fine_tunes_without_a_search(
     """A given plan may equal the plan of another row."""
     config = validate_config(with_keys(sensed_raw, **changes))
     given, measured = replace(context, config=config), context.record(SensitivityRecord)
-    space = given.space.spaces[0]
+    space = given.shapes.space.spaces[0]
     methods = {
         name: each
         for name, each in measured.methods.items()
@@ -226,7 +226,7 @@ def test_a_row_is_named_as_in_the_final_table(
 def test_only_what_a_fine_tune_depends_on_repeats_it(
     key: str, value: Any, is_same: bool, context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
-    plan = context.space.spaces[0].uniform("nf4")
+    plan = context.shapes.space.spaces[0].uniform("nf4")
     contexts = (context, changed(key, value))
     before, after = (
         job for each in contexts for job in candidates_for(each, [("searched", plan, 0)])

@@ -19,6 +19,7 @@ from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
+from qpruner.pipeline.machines import Machines
 from qpruner.pipeline.run import run
 from qpruner.runs.records import Inference, InferenceSetting, TaskScore
 from qpruner.runs.run_dir import RunDir
@@ -68,7 +69,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("qpruner.cluster.tasks.run_tasks", run_tasks)
     monkeypatch.setattr(
-        Context, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1)
+        Machines, "task_resources", lambda own, tasks, workers=1: (own.trial_resources, 1)
     )
     monkeypatch.setattr("qpruner.pipeline.finetune.write_final", lambda *given: None)
 
@@ -85,7 +86,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
     """Rows that share a model count once."""
     winner = dict(controls(context))["cut-20-uniform"]
     context = with_winner(changed("training.learning_rate", 0.003), winner)
-    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
+    context.machines.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 0.5}
 
     try:
         for stage in (Finetune, Evaluate, Comparison):
@@ -102,7 +103,7 @@ def test_gpu_seconds_of_each_job_are_counted_once(
         assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), (
             "without the winner"
         )
-        assert context.gpus_held(2) == 2.0, "workers of one model have whole GPUs"
+        assert context.machines.gpus_held(2) == 2.0, "workers of one model have whole GPUs"
     finally:
         forget(context)
 

@@ -210,7 +210,9 @@ def test_the_final_folder_is_the_recorded_winners(
                     pass
             with pytest.raises(StageError, match="no space left for"):
                 run_stage(
-                    Finetune(other := with_winner(alone, context.space.spaces[0].uniform("nf4")))
+                    Finetune(
+                        other := with_winner(alone, context.shapes.space.spaces[0].uniform("nf4"))
+                    )
                 )
             other.close()
             assert weights.read_bytes() != whole

@@ -74,7 +74,8 @@ def test_check_names_all_that_has_to_change_at_once(config: Callable[..., dict[s
         validate_config(config(**{"prune.uniform": True, "prune.selection": "per_layer"})),
         events.append,
     )
-    assert set(found.inspection.cuts) == {"base", "cut-10"} and not found.inspection.left_out
+    shapes = found.inspection.shapes
+    assert set(shapes.cuts) == {"base", "cut-10"} and not shapes.left_out
     assert psutil.Process().cpu_times().user - took < 15, "seconds, without the imports"
 
 

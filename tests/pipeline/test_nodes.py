@@ -130,6 +130,6 @@ def test_no_stage_runs_more_jobs_at_once_than_asked(
     """
     context = changed("search.max_concurrent", limit)
     eight = Slots((Node(64, 8),))
-    context.__dict__["cluster"] = SimpleNamespace(slots=lambda: eight)
-    context.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 1.0}
-    assert context.task_resources(6, num_workers)[1] == expected
+    context.machines.__dict__["cluster"] = SimpleNamespace(slots=lambda: eight)
+    context.machines.__dict__["trial_resources"] = {"cpu": 1.0, "gpu": 1.0}
+    assert context.machines.task_resources(6, num_workers)[1] == expected

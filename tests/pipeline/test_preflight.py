@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from qpruner.config.load import validate_config
 from qpruner.config.schema import PruneConfig
 from qpruner.errors import UserError
-from qpruner.pipeline.preflight import inspect, shapes_of
+from qpruner.pipeline.preflight import inspect
+from qpruner.pipeline.shapes import expected_shapes
 from qpruner.pruning.settings import settled
 
 SHAPES = {"num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
@@ -24,10 +25,8 @@ def test_a_width_that_no_device_takes_is_left_out(tiny_model: Path, tmp_path: Pa
         "quantize.bits": None,
     }
     keys |= {"quantize.formats": ["q4_0", "q8_0"], "quantize.budget": {"bytes": 220_000}}
-    found = inspect(
-        validate_config(with_keys(raw_config(tiny_model, tmp_path / "run"), **keys)),
-        works_here=False,
-    )
+    raw = with_keys(raw_config(tiny_model, tmp_path / "run"), **keys)
+    found = inspect(validate_config(raw), works_here=False).shapes
     assert (
         list(found.cuts) == ["base"] and "columns do not divide by 32" in found.left_out["cut-10"]
     )
@@ -70,9 +69,8 @@ def test_a_format_may_suit_one_cut_only(tiny_model: Path, tmp_path: Path) -> Non
         "prune": {},
         "quantize": {"formats": ["q4_k", "q8_0"], "budget": {"bytes": 100_000_000}},
     }
-    found = shapes_of(
-        validate_config(with_keys(raw_config(model, tmp_path / "run"), **keys)), True, True
-    )
+    config = validate_config(with_keys(raw_config(model, tmp_path / "run"), **keys))
+    found = expected_shapes(config, on_gpu=False, packs=True)
     assert list(found.cuts) == ["base", "cut-10", "cut-20"] and not found.left_out
 
 

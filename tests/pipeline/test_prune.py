@@ -303,7 +303,7 @@ def test_uniform_folders_run_where_qpruner_is_not_installed(raw: Raw, tmp_path: 
             torch.tensor(answers[name]["logits"]), logits_of(model), rtol=0, atol=0
         )
         made = model.generate(
-            torch.tensor(PROMPT), max_new_tokens=5, do_sample=False, eos_token_id=None
+            torch.tensor(PROMPT), max_new_tokens=3, do_sample=False, eos_token_id=None
         )
         assert answers[name]["made"] == made.tolist()
         assert answers[name]["layers"] == (1 if name == "both" else 2)

@@ -67,7 +67,7 @@ def refused_with(message: str, change: str | dict[str, Any], raw: dict[str, Any]
 
 
 def test_the_configuration_that_the_rows_spoil_is_accepted(inspected: Any, tmp_path: Path) -> None:
-    assert inspected("").budget_bytes > 0
+    assert inspected("").shapes.budget_bytes > 0
     assert not (tmp_path / "run").exists(), "inspecting leaves nothing behind"
 
 
@@ -524,7 +524,7 @@ def test_a_repeated_confirmation_row_is_skipped(inspected: Any, tmp_path: Path) 
     found = inspected(
         {"data.confirmation": [{"source": str(tmp_path / "rows.jsonl"), "format": "text"}]}
     )
-    assert [row.response for row in found.examples["confirmation"]] == [
+    assert [row.response for row in found.rows.examples["confirmation"]] == [
         "one and one",
         "two and two",
         "three and three",

@@ -96,7 +96,9 @@ def test_what_cannot_be_written_is_refused_before_the_run(
     Serve(context).check()
     from transformers import Phi3Config
 
-    other = replace(context.inspection, model_config=Phi3Config(num_hidden_layers=2))
+    phi3 = Phi3Config(num_hidden_layers=2)
+    shapes = replace(context.inspection.shapes, model_config=phi3)
+    other = replace(context.inspection, shapes=shapes)
     with pytest.raises(
         UserError,
         match=r"`serve.to`: gguf cannot be written: `phi3` models .* `--set serve.to=\[\]`",

@@ -33,36 +33,25 @@ def layout_of(
 def random_layout(
     generator: np.random.Generator, num_groups: int, levels: tuple[str, ...] = LEVELS
 ) -> Layout:
-    shapes = [
-        (int(rows), int(columns)) for rows, columns in generator.integers(8, 200, (num_groups, 2))
-    ]
-    return layout_of(shapes, levels=levels)
+    shapes = generator.integers(8, 200, (num_groups, 2)).tolist()
+    return layout_of([(rows, columns) for rows, columns in shapes], levels=levels)
 
 
 def mixed_layout(generator: np.random.Generator) -> Layout:
     """Embeddings of two formats, a head of one, blocks of one, two or three."""
-    offered = [
-        ("int8", "bf16"),
-        LEVELS,
-        ("nf4", "int8", "bf16"),
-        ("nf4",),
-        ("nf4", "bf16"),
-        LEVELS,
-        ("bf16",),
-    ]
+    offered = ["int8 bf16", "nf4 int8", "nf4 int8 bf16", "nf4", "nf4 bf16", "nf4 int8", "bf16"]
     layout = random_layout(generator, len(offered))
+    names = ["embeddings", *(group.name for group in layout.groups[1:-1]), "head"]
     groups = [
-        replace(group, formats=formats)
-        for group, formats in zip(layout.groups, offered, strict=True)
+        replace(group, name=name, formats=tuple(formats.split()))
+        for group, name, formats in zip(layout.groups, names, offered, strict=True)
     ]
-    return replace(
-        layout,
-        groups=(
-            replace(groups[0], name="embeddings"),
-            *groups[1:-1],
-            replace(groups[-1], name="head"),
-        ),
-    )
+    return replace(layout, groups=tuple(groups))
+
+
+def any_layout(generator: np.random.Generator, levels: tuple[str, ...]) -> Layout:
+    """Groups of random sizes with these levels, or else with levels of their own."""
+    return random_layout(generator, 5, levels) if levels else mixed_layout(generator)
 
 
 # ---- groups with formats of their own

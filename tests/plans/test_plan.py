@@ -13,21 +13,24 @@ from qpruner.quantization.formats import format_of
 def test_plan_bytes_are_groups_and_fixed_bytes() -> None:
     layout = layout_of([(77, 64), (96, 77)], rest=12345)
     plan = PrecisionPlan(("layers.0", "layers.1"), ("nf4", "int8"))
-    first, second = (
-        format_of("nf4").packed_bytes(77, 64, 2),
-        format_of("int8").packed_bytes(96, 77, 2),
-    )
+    first = format_of("nf4").packed_bytes(77, 64, 2)
+    second = format_of("int8").packed_bytes(96, 77, 2)
     assert layout.plan_bytes(plan) == first + second + 12345 + 6172
-    weights = 77 * 64 + 96 * 77
-    assert layout.mean_bits(plan) == pytest.approx((77 * 64 * 4 + 96 * 77 * 8) / weights)
+    bits = (77 * 64 * 4 + 96 * 77 * 8) / (77 * 64 + 96 * 77)
+    assert layout.mean_bits(plan) == pytest.approx(bits)
+
+
+OFFERED = {"cut-20": {"embeddings": ("int8",), "layers.0": LEVELS}}
 
 
 @pytest.mark.parametrize("text", ["48F", "8", "4" * 40])
 def test_a_plan_round_trips_through_a_dict(text: str) -> None:
-    formats = tuple({"4": "nf4", "8": "int8", "F": "bf16"}[letter] for letter in text)
-    plan = PrecisionPlan(tuple(f"layers.{index:02d}.mlp" for index in range(len(text))), formats)
-    assert PrecisionPlan.from_dict(plan.as_dict()) == plan
-    assert hash(PrecisionPlan.from_dict(plan.as_dict())) == hash(plan)
+    letters = {"4": "nf4", "8": "int8", "F": "bf16"}
+    names = tuple(f"layers.{index:02d}.mlp" for index in range(len(text)))
+    plan = PrecisionPlan(names, tuple(letters[letter] for letter in text))
+    again = PrecisionPlan.from_dict(plan.as_dict())
+    assert again == plan
+    assert hash(again) == hash(plan)
     assert PrecisionPlan.from_dict(plan.as_dict(), "cut-20") != plan
     assert str(plan) == text
 
@@ -38,41 +41,35 @@ def test_a_plan_in_a_notebook_can_be_read() -> None:
     plan = PrecisionPlan(("a", "b", '"><script>'), ("nf4", "int8", "bf16"))
     page = plan._repr_html_()
     assert [part[:4] for part in page.split(";color:")[1:]] == ["#000", "#fff", "#fff"]
-    assert "a: nf4" in page and "<script>" not in page
+    assert "a: nf4" in page
+    assert "<script>" not in page
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("embeddings: 8", "1 of 2 groups are missing: layers.0"),
-        (
-            "{embeddings: nf4, layers.0: nf4}",
-            r"`embeddings` must be int8 \(`quantize.embeddings`\), got 'nf4'",
-        ),
-        (
-            "{embeddings: 8, layers.0: 16}",
-            r"`layers.0` must be one of nf4, int8 \(`quantize.formats`\), got 16",
-        ),
+        ("{embeddings: nf4, layers.0: nf4}", r"`embeddings` must be int8 .*got 'nf4'"),
+        ("{embeddings: 8, layers.0: 16}", r"`layers.0` must be one of nf4, int8 .*got 16"),
         ("{embeddings: 8, layers.0: true}", "got True"),
         ("{embeddings: 8, layers.0: '4'}", "got '4'"),
         ("{embeddings: 8, layers.0: [nf4]}", r"got \['nf4'\]"),
         ("{embeddings: 8, layers.1: 4}", "did you mean `layers.0`"),
-        (
-            "{cut: base, plan: {embeddings: 8, layers.0: 4}}",
-            "must name one of the cuts .* got base: `cut: NAME`, of cut-20",
-        ),
+        ("{cut: base, plan: {embeddings: 8, layers.0: 4}}", "got base: `cut: NAME`, of cut-20"),
         ("[4, 8]", "must map every group to its format, got list"),
     ],
 )
-def test_a_plan_file_that_does_not_fit_is_refused(text: str, said: str, tmp_path: Path) -> None:
-    offered = {"embeddings": ("int8",), "layers.0": LEVELS}
+def test_a_plan_file_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(text)
-    with pytest.raises(PlanRefused, match=said):
-        read_plan(file, {"cut-20": offered}, "cut-20")
-    file.write_text('{"plan": {"layers.0": 4, "embeddings": "int8"}}')
-    assert str(read_plan(file, {"cut-20": offered}, "cut-20")) == "84"
-    file.write_text("layers.0: nf4")
-    assert str(read_plan(file, {"cut-20": offered}, "cut-20")) == "84", (
-        "a group without a choice need not be named"
-    )
+    with pytest.raises(PlanRefused, match=message):
+        read_plan(file, OFFERED, "cut-20")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"plan": {"layers.0": 4, "embeddings": "int8"}}', "layers.0: nf4"]
+)
+def test_a_plan_file_need_not_name_groups_without_a_choice(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    assert str(read_plan(file, OFFERED, "cut-20")) == "84"

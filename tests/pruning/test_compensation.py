@@ -5,7 +5,6 @@ not.
 """
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -44,28 +43,24 @@ def decoder(name: str = "llama", seed: int = 0) -> PreTrainedModel:
 
 
 def outputs_of(name: str, model: PreTrainedModel) -> list[tuple[int, str, torch.Tensor]]:
+    """Return block, path and kept columns of each output projection that loses columns."""
     attention, mlp = OUTPUTS.get(name, LLAMA_OUTPUTS)
-    found = []
+    outputs = []
     for index, kinds in KEPT.items():
         for linear, units, count in ((attention, kinds["attention"], 4), (mlp, kinds["mlp"], 48)):
             path = f"{BLOCKS.get(name, 'model.layers')}.{index}.{linear}"
-            columns = (
-                torch.arange(model.get_submodule(path).in_features)
-                .view(count, -1)[list(units)]
-                .flatten()
-            )
+            columns = torch.arange(model.get_submodule(path).in_features).view(count, -1)
             if len(units) < count:
-                found.append((index, path, columns))
-    return found
+                outputs.append((index, path, columns[list(units)].flatten()))
+    return outputs
 
 
 def norms_as_cut(name: str, model: PreTrainedModel, index: int) -> None:
     if name == "olmo2":
         attention = model.model.layers[index].self_attn
-        for norm in (attention.q_norm, attention.k_norm):
-            leave_out_of_mean(
-                norm, [unit for unit in range(4) if unit not in KEPT[index]["attention"]], 4
-            )
+        gone = set(range(4)) - set(KEPT[index]["attention"])
+        leave_out_of_mean(attention.q_norm, list(gone), 4)
+        leave_out_of_mean(attention.k_norm, list(gone), 4)
 
 
 @torch.no_grad()
@@ -74,14 +69,14 @@ def compensated_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> 
     for index, path, stays in outputs_of(name, model):
         norms_as_cut(name, model, index)
         linear = model.get_submodule(path)
-        inputs, weight = stacked_inputs(model, path, samples), linear.weight.double()
-        gone = [column for column in range(linear.in_features) if column not in stays.tolist()]
+        weight = linear.weight.double()
+        inputs = stacked_inputs(model, path, samples)
         kept = inputs[:, stays]
         root = (RIDGE * kept.square().sum(0).mean()).sqrt()
-        system = torch.cat([kept, root * torch.eye(len(stays), dtype=torch.float64)])
-        wanted = torch.cat([inputs @ weight.T, root * weight[:, stays].T])
-        linear.weight[:, stays] = torch.linalg.lstsq(system, wanted).solution.T.float()
-        linear.weight[:, gone] = 0
+        system = torch.cat([kept, root * torch.eye(len(stays))])
+        target = torch.cat([inputs @ weight.T, root * weight[:, stays].T])
+        linear.weight.zero_()
+        linear.weight[:, stays] = torch.linalg.lstsq(system, target).solution.T.float()
     return model
 
 
@@ -89,48 +84,46 @@ def compensated_by_hand(name: str, model: PreTrainedModel, samples: Samples) -> 
 def test_equals_a_solution_on_stacked_activations(name: str) -> None:
     """Batches are padded; families have windows, norms after sublayers, or attention and MLP in
     parallel."""
-    samples, model, base = samples_of(batch_size=2), decoder(name), decoder(name)
+    samples = samples_of(batch_size=2)
+    base = decoder(name)
+    model = decoder(name)
     by_hand = compensated_by_hand(name, decoder(name), samples)
     compensate(model, KEPT, RIDGE, samples)
     for _, path, stays in outputs_of(name, model):
-        linear, expected, before = (each.get_submodule(path) for each in (model, by_hand, base))
-        torch.testing.assert_close(linear.weight, expected.weight, rtol=1e-3, atol=1e-4)
-        assert not linear.weight[
-            :, [column not in stays for column in range(linear.in_features)]
-        ].any()
-        assert (linear.weight - before.weight)[:, stays].abs().max() > 0.01, (
-            "the weights must change"
-        )
+        weight = model.get_submodule(path).weight
+        expected = by_hand.get_submodule(path).weight
+        torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
+        assert not weight[:, expected.any(dim=0).logical_not()].any()
+        change = (weight - base.get_submodule(path).weight)[:, stays]
+        assert change.abs().max() > 0.01, "the weights must change"
     compensated = copy.deepcopy(model)
-    for each in (compensated, by_hand):
-        for index in KEPT:
-            norms_as_cut(name, each, index)
+    for index in KEPT:
+        norms_as_cut(name, compensated, index)
     torch.testing.assert_close(logits_of(compensated), logits_of(by_hand), rtol=1e-3, atol=1e-3)
     # The cut itself then changes no logit.
-    torch.testing.assert_close(
-        logits_of(cut(model, KEPT)), logits_of(compensated), rtol=1e-4, atol=1e-4
-    )
-    assert (logits_of(base) - logits_of(model)).abs().max() > 0.1
+    expected = logits_of(compensated)
+    torch.testing.assert_close(logits_of(cut(model, KEPT)), expected, rtol=1e-4, atol=1e-4)
+    assert (logits_of(base) - expected).abs().max() > 0.1
 
 
 def test_the_pruned_model_is_nearer_to_the_base_model() -> None:
     """This holds on tokens outside the samples."""
-    off = {"none": 0.0, "least_squares": 0.0}
-    for compensation, seed in itertools.product(off, range(2)):
-        ridge = {"ridge": RIDGE} if compensation == "least_squares" else {}
-        settings = settings_of(
-            rate=0.15, importance="magnitude", compensation=compensation, **ridge
-        )
+
+    def error(seed: int, **options: Any) -> float:
+        settings = settings_of(rate=0.15, importance="magnitude", **options)
         pruned = prune(decoder(seed=seed), settings, samples_of((40,) * 30, seed=seed + 50))
         difference = logits_of(pruned.model, seed=9) - logits_of(decoder(seed=seed), seed=9)
-        off[compensation] += float(difference.square().mean())
-    assert off["least_squares"] < 0.9 * off["none"]
+        return float(difference.square().mean())
+
+    solved = [error(seed, compensation="least_squares", ridge=RIDGE) for seed in (0, 1)]
+    assert sum(solved) < 0.9 * (error(0) + error(1))
 
 
 def test_activations_are_dropped_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only one square matrix per layer stays in memory: 0.5 GB for a down projection of a 7B model,
     not 30 GB."""
-    witness, original = MemoryWitness(), BlockStream.visit
+    witness = MemoryWitness()
+    original = BlockStream.visit
 
     def watched(self: BlockStream, index: int, linear: str, visit: Any) -> None:
         original(self, index, linear, lambda inputs: (witness.see(inputs), visit(inputs)))
@@ -144,7 +137,5 @@ def test_weights_that_cannot_be_solved_are_named() -> None:
     model = decoder()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(
-        TrainingDiverged, match=r"weights of model\.layers\.0\.mlp\.down_proj are NaN or infinite"
-    ):
+    with pytest.raises(TrainingDiverged, match=r"model\.layers\.0\.mlp\.down_proj are NaN"):
         compensate(model, {0: {"mlp": tuple(range(40))}}, RIDGE, samples_of())

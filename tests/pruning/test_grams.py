@@ -15,18 +15,20 @@ from qpruner.pruning.grams import LOOKUPS, gather
 def test_gram_matrices_of_every_input(name: str, is_tied: bool) -> None:
     """opt-350m has embeddings and a head narrower than its hidden states."""
     sizes = {"vocab_size": VOCABULARY} if name == "opt-350m" else SIZES | FAMILIES[name]
-    model, samples = (
-        family_model(name, 0, **sizes | {"tie_word_embeddings": is_tied}),
-        samples_of(batch_size=2),
-    )
-    found = {paths[0]: gram for grams in gather(model, samples) for paths, gram in grams.items()}
-    last, head = logits_path(model.config), family_of(model.config).head
-    assert last == list(found)[-1] and (last == head) is not is_tied
-    for path, gram in found.items():
+    model = family_model(name, 0, **sizes | {"tie_word_embeddings": is_tied})
+    samples = samples_of(batch_size=2)
+    grams: dict[tuple[str, ...], torch.Tensor] = {}
+    for part in gather(model, samples):
+        grams |= part
+    last = logits_path(model.config)
+    head = family_of(model.config).head
+    assert (last == head) is not is_tied
+    *_, final = grams
+    assert final[0] == last
+    for (path, *_), gram in grams.items():
         inputs = stacked_inputs(model, head if path == last else path, samples)
         expected = inputs.T @ inputs / len(inputs)
         if path == last and is_tied:
             expected += LOOKUPS * expected.diagonal().mean() * torch.eye(len(expected))
-        assert torch.allclose(
-            gram.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.diagonal().mean())
-        ), path
+        tolerance = 1e-3 * float(expected.diagonal().mean())
+        torch.testing.assert_close(gram.double(), expected, rtol=1e-3, atol=tolerance)

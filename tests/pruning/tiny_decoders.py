@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import yaml
+from made_tensors import seeded, token_rows
 from tiny_families import family_model
 from transformers import PreTrainedModel
 
 from qpruner.config.schema import PruneConfig
 from qpruner.data.calibration import Samples
 
-VOCABULARY, PAD = 60, 0
+VOCABULARY = 60
+PAD = 0
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -59,12 +62,18 @@ def settings_of(**options: Any) -> PruneConfig:
     return PruneConfig.model_validate(recipe | options)
 
 
+def keys(text: str) -> dict[str, Any]:
+    """Read keys of the section `prune` as users write them."""
+    return dict(yaml.safe_load(f"{{{text}}}"))
+
+
 def rows_of(lengths: Sequence[int], seed: int = 1) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = [
-        torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths
-    ]
-    return [{"input_ids": row, "labels": row} for row in ids]
+    generator = seeded(seed)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": ids})
+    return rows
 
 
 def samples_of(
@@ -77,7 +86,7 @@ def samples_of(
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
     """Compute logits ``(2, 11, vocabulary)`` of a prompt that is in no sample."""
-    prompt = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(seed))
+    prompt = torch.tensor(token_rows(2, 11, seed, VOCABULARY))
     logits: torch.Tensor = model(input_ids=prompt, use_cache=False).logits
     return logits
 

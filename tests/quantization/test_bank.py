@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import disk_of, fill, flip_a_byte
+from made_tensors import normal, same, token_rows
 from mixed_models import DTYPE, GROUP, LEVELS, LORA, bank_source, groups_of, mixed_plan
 
 from qpruner.data.calibration import Samples
@@ -36,7 +37,8 @@ from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import file_digest, folder_digests
 
 Tensors = dict[str, torch.Tensor]
-DOWN, QKV = "layers.0.down", "layers.0.qkv"
+DOWN = "layers.0.down"
+QKV = "layers.0.qkv"
 DOWN_NF4 = (DOWN, "nf4")
 FIRST = {DOWN: "nf4"}
 PLAN = {DOWN: "nf4", QKV: "int8"}
@@ -48,10 +50,9 @@ def bank(tiny_model: Path, tmp_path: Path) -> BankSource:
 
 
 def weights() -> Tensors:
-    generator = torch.Generator().manual_seed(0)
     return {
-        "model.layers.0.mlp.gate_proj": torch.randn(96, 64, generator=generator).to(torch.bfloat16),
-        "model.layers.0.mlp.up_proj": torch.randn(77, 128, generator=generator).to(torch.bfloat16),
+        "model.layers.0.mlp.gate_proj": normal(96, 64).bfloat16(),
+        "model.layers.0.mlp.up_proj": normal(77, 128, seed=1).bfloat16(),
     }
 
 
@@ -64,34 +65,27 @@ def entry_of(
     return entry
 
 
-def same(first: Tensors, second: Tensors) -> bool:
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name], second[name]) for name in first
-    )
-
-
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("init", ["loftq", "plain"])
-def test_an_entry_is_made_once_and_then_read(bank: BankSource, init: str) -> None:
+def test_an_entry_is_made_once_and_then_read(bank: BankSource, init: str, level: str) -> None:
     """It is that of the layers of its group in the files of the checkpoint."""
     bank = replace(bank, lora=LORA.model_copy(update={"init": init}))
     model = load_dense(str(bank.checkpoint), DTYPE)
     paths = group_linears(model.config, bank.grouping)[DOWN]
-    for level in LEVELS:
-        expected = entry_of(
-            level, {path: model.get_submodule(path).weight for path in paths}, init=init
-        )
-        made = read_plan(bank, {DOWN: level})
-        written = bank.file(DOWN, level).stat().st_ino
-        assert same(made, expected.tensors) and same(
-            read_plan(bank, {DOWN: level}), expected.tensors
-        )
-        assert bank.file(DOWN, level).stat().st_ino == written
-        record = bank.entry(DOWN, level)
-        assert record and record.sha256 == file_digest(bank.file(DOWN, level))
-        assert (record.residual_ratio, record.error) == (expected.residual_ratio, expected.error)
-        assert (
-            (record.residual_ratio < 1) == any("lora" in name for name in made) == (init == "loftq")
-        )
+    layers = {path: model.get_submodule(path).weight for path in paths}
+    expected = entry_of(level, layers, init=init)
+    made = read_plan(bank, {DOWN: level})
+    file = bank.file(DOWN, level)
+    written = file.stat().st_ino
+    assert same(made, expected.tensors)
+    assert same(read_plan(bank, {DOWN: level}), made)
+    assert file.stat().st_ino == written
+    record = bank.entry(DOWN, level)
+    assert record.sha256 == file_digest(file)
+    assert record.residual_ratio == expected.residual_ratio
+    assert record.error == expected.error
+    has_adapter = any("lora" in name for name in made)
+    assert (record.residual_ratio < 1) == has_adapter == (init == "loftq")
     assert read_plan(bank, {DOWN: DENSE}) == {}
 
 
@@ -102,72 +96,69 @@ def test_an_entry_depends_on_weights_format_and_seed_only() -> None:
     state = torch.get_rng_state()
     second = entry_of(loftq_iterations=2)
     assert same(first.tensors, second.tensors)
-    assert (first.residual_ratio, first.error) == (second.residual_ratio, second.error)
+    assert first.residual_ratio == second.residual_ratio
+    assert first.error == second.error
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("init", ["plain", "loftq"])
 @pytest.mark.parametrize("by_outputs", [False, True])
 @pytest.mark.parametrize(("level", "rank"), [("nf4", 2), ("int8", 8)])
-def test_errors_are_what_is_left_of_the_group(level: str, rank: int, by_outputs: bool) -> None:
+def test_errors_are_what_is_left_of_the_group(
+    level: str, rank: int, by_outputs: bool, init: str
+) -> None:
     """Under GPTQ, what is left of the outputs' error: that of the weights rises while it falls."""
-    inputs = {path: torch.randn(500, weight.shape[1]) for path, weight in weights().items()}
-    grams = {path: each.T @ each for path, each in inputs.items()} if by_outputs else None
-    for init in ("plain", "loftq"):
-        entry = entry_of(level, grams=grams, rank=rank, alpha=float(rank), svd="exact", init=init)
-        plain, left, total = 0.0, 0.0, 0.0
-        for path, weight in weights().items():
-            packed, columns = layer_tensors(entry.tensors, path), weight.shape[1]
-            lora_a, lora_b = (
-                packed.pop("lora_A", torch.zeros(1, columns)),
-                packed.pop("lora_B", torch.zeros(len(weight), 1)),
-            )
-            change = weight.float() - format_of(level).unpack(packed, columns, torch.float32)
-            seen = inputs[path].T if by_outputs else torch.eye(columns)
-            plain += float((change @ seen).norm()) ** 2
-            left += float(((change - lora_b @ lora_a) @ seen).norm()) ** 2
-            total += float((weight.float() @ seen).norm()) ** 2
-        assert entry.residual_ratio == pytest.approx((left / plain) ** 0.5, rel=1e-3)
-        assert entry.error == pytest.approx(left / total, rel=1e-3)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+    inputs = {path: torch.eye(weight.shape[1]) for path, weight in weights().items()}
+    grams = None
+    if by_outputs:
+        inputs = {path: normal(500, len(eye), seed=2) for path, eye in inputs.items()}
+        grams = {path: rows.T @ rows for path, rows in inputs.items()}
+    entry = entry_of(level, grams=grams, rank=rank, alpha=float(rank), svd="exact", init=init)
+    plain = left = total = 0.0
+    for path, weight in weights().items():
+        packed = layer_tensors(entry.tensors, path)
+        lora_a = packed.pop("lora_A", torch.zeros(1, weight.shape[1]))
+        lora_b = packed.pop("lora_B", torch.zeros(len(weight), 1))
+        change = weight.float() - format_of(level).unpack(packed, weight.shape[1], torch.float32)
+        plain += float((change @ inputs[path].T).square().sum())
+        left += float(((change - lora_b @ lora_a) @ inputs[path].T).square().sum())
+        total += float((weight.float() @ inputs[path].T).square().sum())
+    assert entry.residual_ratio == pytest.approx((left / plain) ** 0.5, rel=1e-3)
+    assert entry.error == pytest.approx(left / total, rel=1e-3)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
 @pytest.mark.parametrize(
-    "damage", [truncate, flip_a_byte, Path.unlink], ids=["truncated", "flipped", "missing"]
+    "damage",
+    [lambda file: os.truncate(file, 100), flip_a_byte, Path.unlink],
+    ids=["truncated", "flipped", "missing"],
 )
 def test_only_a_damaged_entry_is_made_again(
     bank: BankSource, damage: Callable[[Path], None], suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before, plan = read_plan(bank, PLAN), dict(PLAN)
-    digests, (path, other) = (
-        folder_digests(bank.folder),
-        (bank.file(*each) for each in plan.items()),
-    )
+    before = read_plan(bank, PLAN)
+    digests = folder_digests(bank.folder)
+    other = bank.file(QKV, "int8")
     untouched = other.stat().st_mtime_ns
-    damage(path.with_suffix(suffix))
-    assert same(read_plan(bank, plan), before)
-    assert folder_digests(bank.folder) == digests and other.stat().st_mtime_ns == untouched
-    told = "\n".join(record.message for record in caplog.records)
-    assert (str(path.with_suffix(suffix)) in told) == (
-        damage is not Path.unlink or suffix == ".safetensors"
-    ), told
+    damaged = bank.file(*DOWN_NF4).with_suffix(suffix)
+    damage(damaged)
+    assert same(read_plan(bank, PLAN), before)
+    assert folder_digests(bank.folder) == digests
+    assert other.stat().st_mtime_ns == untouched
+    is_unnoticed = damage is Path.unlink and suffix == ".json"
+    assert (str(damaged) in caplog.text) is not is_unnoticed
 
 
-@pytest.mark.parametrize(
-    "change", [{"inputs": "others"}, {"lora": LORA.model_copy(update={"rank": 2})}]
-)
+@pytest.mark.parametrize("change", [{}, {"lora": LORA.model_copy(update={"rank": 2})}])
 def test_an_entry_of_other_inputs_is_not_read(bank: BankSource, change: dict[str, Any]) -> None:
     read_plan(bank, PLAN)
-    other = replace(
-        bank, inputs="others", **{key: each for key, each in change.items() if key != "inputs"}
-    )
+    other = replace(bank, inputs="others", **change)
     before = bank.file(*DOWN_NF4).stat().st_ino
     read_plan(other, FIRST)
     assert bank.file(*DOWN_NF4).stat().st_ino != before
-    assert other.entry(*DOWN_NF4) and not bank.entry(*DOWN_NF4) and bank.entry(QKV, "int8")
+    assert other.entry(*DOWN_NF4)
+    assert not bank.entry(*DOWN_NF4)
+    assert bank.entry(QKV, "int8")
 
 
 FORK = multiprocessing.get_context("fork")
@@ -183,7 +174,8 @@ def make(bank: BankSource, plan: dict[str, str], may_begin: Any) -> None:
 @contextmanager
 def maker(bank: BankSource, plan: dict[str, str]) -> Iterator[tuple[Any, Callable[[], None]]]:
     """A process that reads a plan once the function is called."""
-    process = FORK.Process(target=make, args=(bank, plan, may_begin := FORK.Event()))
+    may_begin = FORK.Event()
+    process = FORK.Process(target=make, args=(bank, plan, may_begin))
     process.start()
     try:
         yield process, may_begin.set
@@ -214,10 +206,10 @@ def test_a_process_killed_while_it_makes_an_entry_leaves_none(
         begin()
         process.join(60)
     assert process.exitcode == -signal.SIGXFSZ
-    assert bank.entry(*DOWN_NF4) is None and not bank.file(*DOWN_NF4).exists()
-    assert [path.stat().st_size for path in bank.folder.rglob("*") if path.is_file()] == [4096], (
-        "killed as it wrote"
-    )
+    assert bank.entry(*DOWN_NF4) is None
+    assert not bank.file(*DOWN_NF4).exists()
+    sizes = [path.stat().st_size for path in bank.folder.rglob("*") if path.is_file()]
+    assert sizes == [4096], "killed as it wrote"
     assert same(read_plan(bank, FIRST), read_plan(replace(bank, folder=tmp_path / "other"), FIRST))
 
 
@@ -238,16 +230,19 @@ def test_a_full_disk_keeps_no_part_of_an_entry(bank: BankSource, tmp_path: Path)
 def test_a_machine_caches_the_files_it_reads(
     bank: BankSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    tensors, path = read_plan(bank, FIRST), bank.file(*DOWN_NF4)
-    monkeypatch.setenv(BANK_CACHE, str(cache := tmp_path / "cache"))
+    cache = tmp_path / "cache"
+    tensors = read_plan(bank, FIRST)
+    monkeypatch.setenv(BANK_CACHE, str(cache))
     assert same(read_plan(bank, FIRST), tensors)
     (copy,) = cache.glob("*.safetensors")
+    path = bank.file(*DOWN_NF4)
     path.write_bytes(b"no longer read")
-    assert same(read_plan(bank, FIRST), tensors) and path.read_bytes() == b"no longer read"
+    assert same(read_plan(bank, FIRST), tensors)
+    assert path.read_bytes() == b"no longer read"
     copy.write_bytes(b"damaged")
     assert same(read_plan(bank, FIRST), tensors), "both are damaged"
     assert same(read_plan(bank, FIRST), tensors)
-    assert [file.name for file in cache.glob("*.safetensors")] == [copy.name]
+    assert list(cache.glob("*.safetensors")) == [copy]
 
 
 def test_a_full_cache_keeps_no_partial_file(
@@ -272,19 +267,19 @@ def test_the_table_that_computes_logits_is_rounded_by_its_inputs(
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
     model.save_pretrained(tmp_path / "model")
     bank = replace(bank_source(tmp_path / "model", tmp_path / "bank"), uses_grams=True)
-    rows = torch.randint(2, 512, (16, 32), generator=torch.Generator().manual_seed(0)).tolist()
-    samples = Samples([{"input_ids": row, "labels": row} for row in rows], pad_id=1, batch_size=8)
-    for grams in gather(model, samples):
+    rows = [{"input_ids": row, "labels": row} for row in token_rows(16, 32)]
+    for grams in gather(model, Samples(rows, pad_id=1, batch_size=8)):
         write_grams(bank, grams)
     assert bank.has_grams()
-    table, gram = next(iter(grams.items()))
+    [(table, gram)] = grams.items()
     assert table == (("model.embed_tokens",) if is_tied else ("lm_head",))
     packing = format_of("q4_0")
-    for group, (path,) in (
-        (each, group_paths(model.config, GROUP)[each]) for each in table_paths(model.config)
-    ):
-        weight = model.get_parameter(f"{path}.weight").detach()
-        ((_, tensors),) = make_entries(bank, group, ("q4_0",))
-        nearest, calibrated = (pack(packing, weight, each)["weight"] for each in (None, gram))
+    for group in table_paths(model.config):
+        path = group_paths(model.config, GROUP)[group]
+        weight = model.get_parameter(f"{path[0]}.weight").detach()
+        [(_, tensors)] = make_entries(bank, group, ("q4_0",))
+        nearest = pack(packing, weight)["weight"]
+        calibrated = pack(packing, weight, gram)["weight"]
         assert not torch.equal(nearest, calibrated)
-        assert torch.equal(tensors[f"{path}.weight"], calibrated if (path,) == table else nearest)
+        expected = calibrated if path == table else nearest
+        assert torch.equal(tensors[f"{path[0]}.weight"], expected)

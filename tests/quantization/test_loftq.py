@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_tensors import distance, normal, seeded
 from mixed_models import (
     DTYPE,
     GROUP,
@@ -30,24 +31,17 @@ SCALING = 2.0
 
 def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Make a random weight with a large direction and an outlier, as in trained models."""
-    generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
-    weight = 0.02 * torch.randn(shape, generator=generator)
-    weight += (
-        0.05
-        * torch.randn(shape[0], 1, generator=generator)
-        @ torch.randn(1, shape[1], generator=generator)
-    )
+    rows, columns = shape
+    weight = 0.02 * normal(rows, columns, seed=rows)
+    weight += 0.05 * normal(rows, 1, seed=1) @ normal(1, columns, seed=2)
     weight[0, 0] = 0.5
     return weight.to(dtype)
 
 
 def correlated_gram(columns: int) -> torch.Tensor:
     """Make the Gram matrix of inputs of which a few directions have most of the size."""
-    generator = torch.Generator().manual_seed(columns)
-    inputs = torch.randn(1000, 4, generator=generator) @ torch.randn(
-        4, columns, generator=generator
-    )
-    inputs += 0.3 * torch.randn(1000, columns, generator=generator)
+    inputs = normal(1000, 4, seed=1) @ normal(4, columns, seed=2)
+    inputs += 0.3 * normal(1000, columns, seed=3)
     return inputs.T @ inputs
 
 
@@ -74,10 +68,9 @@ def change_of(
 
 
 def plain_change_of(weight: torch.Tensor, name: str) -> torch.Tensor:
-    packing = format_of(name)
-    return weight.detach().float() - packing.unpack(
-        packing.pack(weight), weight.shape[1], torch.float32
-    )
+    """Compute what the unpacked weight differs by without an adapter."""
+    packed = format_of(name).pack(weight)
+    return weight.detach().float() - format_of(name).unpack(packed, weight.shape[1], torch.float32)
 
 
 def error_of(weight: torch.Tensor, name: str, start: LoftqStart, scaling: float = SCALING) -> float:
@@ -95,19 +88,24 @@ def test_the_adapter_never_increases_the_error(shape: tuple[int, int], name: str
     plain = plain_error_of(weight, name)
     for iterations, rank in ((1, 1), (3, 8), (1, 200)):
         start = start_of(weight, name, svd=svd, loftq_iterations=iterations, rank=rank)
-        assert (start.lora_a.shape, start.lora_b.shape) == ((rank, shape[1]), (shape[0], rank))
+        error = error_of(weight, name, start)
+        assert start.lora_a.shape == (rank, shape[1])
+        assert start.lora_b.shape == (shape[0], rank)
         assert start.plain_error == pytest.approx(plain, rel=1e-5)
-        assert start.error == pytest.approx(error_of(weight, name, start), rel=1e-3, abs=1e-6)
-        assert error_of(weight, name, start) < plain
-        kept = (start.lora_a, start.lora_b, *start.packed.values())
-        assert not any(tensor.requires_grad for tensor in kept), (
-            "they would keep an autograd graph in memory"
-        )
+        assert start.error == pytest.approx(error, rel=1e-3, abs=1e-6)
+        assert error < plain
+        for tensor in (start.lora_a, start.lora_b, *start.packed.values()):
+            assert not tensor.requires_grad, "it would keep an autograd graph in memory"
     assert error_of(weight, name, start_of(weight, name, rank=min(shape))) < 1e-4 * plain
-    for dtype in (torch.bfloat16, torch.float16):
-        half, four_bits = weight_of(shape, dtype), "nf4_double" if name == "nf4" else name
-        start = start_of(half, four_bits, loftq_iterations=2)
-        assert error_of(half, four_bits, start) < plain_error_of(half, four_bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["nf4_double", "int8"])
+def test_weights_of_16_bits_start_closer(name: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        weight = weight_of(shape, dtype)
+        start = start_of(weight, name, loftq_iterations=2)
+        assert error_of(weight, name, start) < plain_error_of(weight, name)
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
@@ -116,87 +114,85 @@ def test_more_iterations_never_increase_the_error(name: str, on_grid: bool) -> N
     """Weights on a grid come from an already quantized model; five unchecked iterations would
     double their error."""
     for shape in SHAPES:
-        grid = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float()
+        grid = torch.randint(-3, 4, shape, generator=seeded(0)).float()
         weight = grid if on_grid else weight_of(shape)
-        errors = [
-            start_of(weight, name, loftq_iterations=iterations).error for iterations in (1, 2, 5)
-        ]
+        errors = [start_of(weight, name, loftq_iterations=count).error for count in (1, 2, 5)]
         assert errors == sorted(errors, reverse=True)
 
 
-def test_one_iteration_is_the_best_approximation() -> None:
+@pytest.mark.parametrize(("scaling", "rank"), [(0.5, 8), (1.0, 1), (4.0, 64)])
+def test_one_iteration_is_the_best_approximation(scaling: float, rank: int) -> None:
     """By Eckart-Young the remaining error is the norm of the singular values beyond the rank, for
     any scaling."""
     weight = weight_of((64, 128))
     values = torch.linalg.svdvals(plain_change_of(weight, "nf4"))
-    for scaling, rank in ((0.5, 8), (1.0, 1), (4.0, 64)):
-        start, tail = (
-            start_of(weight, "nf4", scaling=scaling, rank=rank),
-            float(values[rank:].norm()),
-        )
-        assert start.error == pytest.approx(tail, rel=1e-4, abs=1e-5)
-        assert error_of(weight, "nf4", start, scaling) == pytest.approx(tail, rel=1e-4, abs=1e-5)
+    tail = pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5)
+    start = start_of(weight, "nf4", scaling=scaling, rank=rank)
+    assert start.error == tail
+    assert error_of(weight, "nf4", start, scaling) == tail
 
 
-def test_the_randomized_svd_is_close_to_the_exact_svd() -> None:
+@pytest.mark.parametrize("gram", [None, correlated_gram(256)], ids=["weights", "outputs"])
+def test_the_randomized_svd_is_close_to_the_exact_svd(gram: torch.Tensor | None) -> None:
     weight = weight_of((192, 256))
-    for gram in (None, correlated_gram(256)):
-        exact, randomized = (
-            start_of(weight, "nf4", gram=gram, svd=svd) for svd in ("exact", "randomized")
-        )
-        left, near = (
-            output_error(change_of(weight, "nf4", start), gram) for start in (exact, randomized)
-        )
-        assert left <= near * (1 + 1e-6) and near < 1.01 * left
+    exact, randomized = (
+        output_error(change_of(weight, "nf4", start_of(weight, "nf4", gram=gram, svd=svd)), gram)
+        for svd in ("exact", "randomized")
+    )
+    assert exact <= randomized * (1 + 1e-6)
+    assert randomized < 1.01 * exact
 
 
 @pytest.mark.parametrize("name", ["nf4", "w3", "w3_hqq", "int8"])
 def test_with_a_gram_the_outputs_start_closer(name: str) -> None:
-    """Formats with grids are rounded by GPTQ too; half of the adapter repairs outputs, half reads
-    the main inputs."""
-    weight, gram, losses = weight_of((96, 128)), correlated_gram(128), []
+    """Formats with grids are rounded by GPTQ too."""
+    weight = weight_of((96, 128))
+    gram = correlated_gram(128)
+    losses = []
     for iterations in (1, 2, 5):
         start = start_of(weight, name, gram=gram, loftq_iterations=iterations)
         losses.append(output_error(change_of(weight, name, start), gram))
-        assert (
-            start.error == pytest.approx(losses[-1], rel=1e-3) and start.error < start.plain_error
-        )
+        assert start.error == pytest.approx(losses[-1], rel=1e-3)
+        assert start.error < start.plain_error
     assert losses == sorted(losses, reverse=True), "more iterations never lose more"
     assert losses[0] < 0.7 * output_error(change_of(weight, name, start_of(weight, name)), gram)
-    if name == "nf4":
-        root, once = gram_root(gram), start_of(weight, name, gram=gram)
-        tail = torch.linalg.svdvals(plain_change_of(weight, name) @ root)[8:]
-        assert float((change_of(weight, name, once) @ root).norm()) < 1.1 * float(tail.norm()), (
-            "near the best"
-        )
-        inner = ((once.lora_a @ gram) * once.lora_a).sum(dim=1)
-        assert inner.tolist() == pytest.approx([float(gram.diagonal().mean())] * 8, rel=1e-3), (
-            "as large as the inputs"
-        )
-        principal = torch.linalg.eigh(gram)[1][:, -4:].T.flip(0)
-        cosines = (torch.nn.functional.normalize(once.lora_a[:4]) * principal).sum(dim=1).abs()
-        assert cosines.min() > 0.99, "half of the adapter reads the inputs' principal directions"
+
+
+def test_half_of_the_adapter_repairs_outputs_and_half_reads_the_main_inputs() -> None:
+    weight = weight_of((96, 128))
+    gram = correlated_gram(128)
+    start = start_of(weight, "nf4", gram=gram)
+    root = gram_root(gram)
+    best = torch.linalg.svdvals(plain_change_of(weight, "nf4") @ root)[8:].norm()
+    assert (change_of(weight, "nf4", start) @ root).norm() < 1.1 * best
+    sizes = ((start.lora_a @ gram) * start.lora_a).sum(dim=1)
+    assert sizes.tolist() == pytest.approx([float(gram.diagonal().mean())] * 8, rel=1e-3)
+    principal = torch.linalg.eigh(gram)[1][:, -4:].T.flip(0)
+    cosines = torch.nn.functional.cosine_similarity(start.lora_a[:4], principal)
+    assert cosines.abs().min() > 0.99
 
 
 def test_the_whole_model_starts_closer_to_the_dense_one(tiny_model: Path, tmp_path: Path) -> None:
-    dense, distance = logits_of(load_dense(str(tiny_model), DTYPE).eval()), {}
-    for init in ("plain", "loftq"):
+    dense = logits_of(load_dense(str(tiny_model), DTYPE).eval())
+    distances = []
+    for init in ("loftq", "plain"):
         lora = LORA.model_copy(update={"init": init, "rank": 16, "alpha": 16.0})
         bank = bank_source(tiny_model, tmp_path / init, lora)
         model, starts = assemble(bank, mixed_plan(groups_of(bank), LEVELS))
         adapted = attach_adapters(model, starts, lora, GROUP, seed=0).eval()
-        distance[init] = float((logits_of(adapted) - dense).float().norm())
-    assert distance["loftq"] < 0.9 * distance["plain"]
+        distances.append(distance(logits_of(adapted), dense))
+    assert distances[0] < 0.9 * distances[1]
 
 
-def test_adapters_learn_equally_fast_in_all_formats(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", PATTERN)
+def test_adapters_learn_equally_fast_in_all_formats(
+    level: str, tiny_model: Path, tmp_path: Path
+) -> None:
     """The first update of B is proportional to A, so a norm of A that depends on bits would favour
     some formats."""
     bank = bank_source(tiny_model, tmp_path)
-    for name in PATTERN:
-        model, starts = assemble(bank, mixed_plan(groups_of(bank), (name,)))
-        adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
-        rows = torch.cat(
-            [value.norm(dim=1) for name, value in adapted.named_parameters() if "lora_A" in name]
-        )
-        assert torch.allclose(rows.float(), torch.ones_like(rows).float(), atol=4e-3)
+    model, starts = assemble(bank, dict.fromkeys(groups_of(bank), level))
+    adapted = attach_adapters(model, starts, LORA, GROUP, seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name:
+            assert parameter.norm(dim=1).tolist() == pytest.approx([1.0] * LORA.rank, abs=4e-3)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_tensors import distance, same
 from mixed_models import (
     PATTERN,
     bank_source,
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from qpruner.plans.plan import EMBEDDINGS
 
 Model = torch.nn.Module
+FILE = "model.safetensors"
 
 
 @pytest.fixture
@@ -44,23 +46,21 @@ def test_codes_move_with_their_model(model: Model, tmp_path: Path) -> None:
     assert torch.equal(logits_of(model), expected)
     assert model.lm_head.weight is model.model.embed_tokens.weight  # type: ignore[union-attr]
     model.save_pretrained(tmp_path / "after")  # type: ignore[operator]
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert same(*(load_file(tmp_path / name / FILE) for name in ("before", "after")))
 
 
 def test_changing_the_dtype_keeps_codes_and_scales(model: Model) -> None:
+    def codes() -> dict[str, torch.Tensor]:
+        weights = model.named_parameters()
+        return {name: weight.clone() for name, weight in weights if not weight.is_floating_point()}
+
     expected = logits_of(model)
-    before = {
-        name: each.clone()
-        for name, each in model.named_parameters()
-        if not each.is_floating_point()
-    }
+    before = codes()
     torch.nn.Sequential(model).to(torch.float32)
-    assert all(torch.equal(model.get_parameter(name), each) for name, each in before.items())
-    found = logits_of(model)
-    assert found.dtype == torch.float32
-    distance = (found - expected.float()).norm() / expected.float().norm()
-    assert distance < 0.02, "bfloat16 rounds activations to 8 bits of mantissa"
+    assert same(codes(), before)
+    logits = logits_of(model)
+    assert logits.dtype == torch.float32
+    assert distance(logits, expected) < 0.02, "bfloat16 rounds activations to 8 bits of mantissa"
 
 
 @pytest.mark.gpu
@@ -77,9 +77,9 @@ def test_a_model_can_leave_the_gpu_and_return(model: Model) -> None:
 def test_a_final_model_predicts_the_same_on_the_gpu(tiny_model: Path, tmp_path: Path) -> None:
     """With `.to("cuda")`, as in the docs and the model card, and with `device_map="auto"`."""
     final = final_model(tiny_model, tmp_path)
-    expected = logits_of(AutoModelForCausalLM.from_pretrained(final)).float()
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(final))
     moved = AutoModelForCausalLM.from_pretrained(final).to("cuda")
     for model in (moved, AutoModelForCausalLM.from_pretrained(final, device_map="auto")):
         assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
-        logits = model(input_ids=token_ids().cuda(), use_cache=False).logits.float().cpu()
-        assert (logits - expected).norm() < 0.1 * expected.norm()
+        logits = model(input_ids=token_ids().cuda(), use_cache=False).logits
+        assert distance(logits.cpu(), expected) < 0.1

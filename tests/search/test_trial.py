@@ -18,9 +18,9 @@ def job(context: Context) -> TrialJob:
     """A trial of two rungs, saved as often as it can be."""
     search = context.config.search.model_copy(update={"steps": 6, "first_rung": 3})
     config = context.config.model_copy(update={"search": search})
-    plan = context.space.spaces[0].smallest()
+    plan = context.shapes.space.spaces[0].smallest()
     cut = plan.cut
-    materials = Materials({cut: context.bank_of(cut)}, context.data)
+    materials = Materials({cut: context.places.bank_of(cut)}, context.places.data)
     return TrialJob(config, materials, plan.as_dict(), cut, save_seconds=0.0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,13 +54,14 @@ class Banked:
         return replace(self.subject.samples, batch_size=batch_size)
 
 
-def samples_of(lengths: Sequence[int] = (9, 16, 12, 7, 16), unlabelled: int = 3) -> Samples:
+def samples_of(
+    lengths: Sequence[int] = (9, 16, 12, 7, 16), unlabelled: int = 3, batch_size: int = 2
+) -> Samples:
     """Make random samples of these lengths, without labels on the first tokens."""
-    rows = [
-        row | {"labels": [-100] * unlabelled + row["labels"][unlabelled:]}
-        for row in rows_of(lengths)
-    ]
-    return Samples(rows, PAD, batch_size=2)
+    rows = rows_of(lengths)
+    for row in rows:
+        row["labels"] = [-100] * unlabelled + row["labels"][unlabelled:]
+    return Samples(rows, PAD, batch_size)
 
 
 def banked(
@@ -78,7 +79,16 @@ def banked(
     model.save_pretrained(folder / "model")
     quantize = QuantizeConfig(group=group, formats=levels, embeddings=embeddings, budget=BUDGET)
     groups = layout_of(model.config, quantize, 4, LORA.rank, on_gpu=False).groups
-    bank = bank_source(
-        folder / "model", folder, LORA.model_copy(update={"init": init}), "float32", group
-    )
+    lora = LORA.model_copy(update={"init": init})
+    bank = bank_source(folder / "model", folder, lora, "float32", group)
     return Banked(model, Subject(samples_of(), groups, bank))
+
+
+def predictions_of(
+    model: torch.nn.Module, samples: Samples
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield logits ``(positions, vocabulary)`` and labels where a labelled token is predicted."""
+    for row in samples.rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits
+        labels = torch.tensor(row["labels"])[1:]
+        yield logits[0, :-1][labels != -100], labels[labels != -100]

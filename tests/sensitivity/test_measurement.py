@@ -4,10 +4,12 @@ trial."""
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from banked_decoders import LORA, Banked, banked
+from banked_decoders import LORA, Banked, banked, predictions_of
+from made_tensors import same
 
 from qpruner.data.calibration import Samples
 from qpruner.errors import TrainingDiverged
@@ -19,22 +21,18 @@ Predictions = tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def predictions(model: torch.nn.Module, samples: Samples) -> Predictions:
-    """Compute log-probabilities ``(positions, vocabulary)`` and labels at all predicted positions,
-    sample by sample."""
-    found, labels = [], []
-    for row in samples.rows:
-        ids, targets = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        found.append(logits[targets != -100].double().log_softmax(dim=-1))
-        labels.append(targets[targets != -100])
-    return torch.cat(found), torch.cat(labels)
+    """Compute log-probabilities ``(positions, vocabulary)`` and labels at all predicted
+    positions."""
+    logits, labels = zip(*predictions_of(model, samples), strict=True)
+    return torch.cat(logits).double().log_softmax(dim=-1), torch.cat(labels)
 
 
-def rises(before: Predictions, after: Predictions) -> tuple[float, float]:
-    """Compute the mean KL divergence of the predictions of two models, and the loss's change."""
+def rises(before: Predictions, after: Predictions) -> Any:
+    """Compute the mean KL divergence of the predictions of two models and the loss's change, as
+    approximate numbers."""
     kl = (before[0].exp() * (before[0] - after[0])).sum(dim=1).mean()
-    losses = [torch.nn.functional.nll_loss(*each) for each in (before, after)]
-    return float(kl), float(losses[1] - losses[0])
+    loss = torch.nn.functional.nll_loss(*after) - torch.nn.functional.nll_loss(*before)
+    return pytest.approx((float(kl), float(loss)), rel=1e-2, abs=2e-6)
 
 
 def with_group_quantized(subject: Banked, group: str, level: str) -> torch.nn.Module:
@@ -49,14 +47,11 @@ def with_group_quantized(subject: Banked, group: str, level: str) -> torch.nn.Mo
 def check_rises(subject: Banked) -> None:
     """Compare the rises of all groups with those of models whose weights are replaced."""
     samples = subject.samples()
-    found = measure(subject.model, samples, subject.starts)
+    measured = measure(subject.model, samples, subject.starts)
     before = predictions(subject.model, samples)
-    for (group, level), kl in found["kl"].items():
-        expected = rises(before, predictions(with_group_quantized(subject, group, level), samples))
-        assert (kl, found["loss"][group, level]) == pytest.approx(expected, rel=1e-2, abs=2e-6), (
-            group,
-            level,
-        )
+    for (group, level), kl in measured["kl"].items():
+        after = predictions(with_group_quantized(subject, group, level), samples)
+        assert (kl, measured["loss"][group, level]) == rises(before, after), (group, level)
         assert level == "int8" or kl > 10 * 2e-6, "the rises must be larger than the tolerance"
 
 
@@ -88,20 +83,14 @@ def test_the_rise_matches_the_initial_model_of_a_trial(
     """Use real packed layers and peft adapters; the embeddings are packed too."""
     subject = banked(tmp_path, "llama", "block", init, (level, "bf16"), ("int8",))
     samples = subject.samples()
-    found = measure(subject.model, samples, subject.starts)
-    for chosen in (("layers.1", level), ("embeddings", "int8")):
-        plan = dict.fromkeys(subject.starts.groups, "bf16") | dict([chosen])
+    measured = measure(subject.model, samples, subject.starts)
+    before = predictions(subject.model, samples)
+    for group, name in (("layers.1", level), ("embeddings", "int8")):
+        plan = dict.fromkeys(subject.starts.groups, "bf16") | {group: name}
         model, starts = assemble(subject.subject.bank, plan)
         trial = attach_adapters(model, starts, LORA, "block", seed=0).eval()
-        expected = rises(predictions(subject.model, samples), predictions(trial, samples))
-        assert (found["kl"][chosen], found["loss"][chosen]) == pytest.approx(
-            expected, rel=1e-2, abs=2e-6
-        )
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Banked:
-    return banked(tmp_path, "llama", "block")
+        measures = (measured["kl"][group, name], measured["loss"][group, name])
+        assert measures == rises(before, predictions(trial, samples))
 
 
 def test_blocks_before_the_group_do_not_run_again(tmp_path: Path) -> None:
@@ -109,33 +98,37 @@ def test_blocks_before_the_group_do_not_run_again(tmp_path: Path) -> None:
     llama = banked(
         tmp_path, "llama", "block", embeddings=("int8", "bf16"), tie_word_embeddings=False
     )
-    model, runs = llama.model, list[int]()
+    model = llama.model
     places = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     before = copy.deepcopy(model.state_dict())
-    hooks = [
-        block.mlp.register_forward_hook(
-            lambda module, inputs, output, index=index: runs.append(index)
-        )
-        for index, block in enumerate(model.model.layers)
-    ]
+    runs = [0, 0, 0]
+
+    def count(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            runs[index] += 1
+
+        return model.model.layers[index].mlp.register_forward_hook(hook)
+
+    hooks = [count(index) for index in range(3)]
     measure(model, llama.samples(batch_size=5), llama.starts)
     # Each block runs once unquantized and once for embeddings, then in two formats for its own and
     # each earlier group.
-    assert [runs.count(index) for index in range(3)] == [2 + 2 * 1, 2 + 2 * 2, 2 + 2 * 3]
+    assert runs == [2 + 2 * 1, 2 + 2 * 2, 2 + 2 * 3]
     for hook in hooks:
         hook.remove()
     assert {name: tensor.data_ptr() for name, tensor in model.named_parameters()} == places
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
     for module in model.modules():
         assert "forward" not in vars(module)
-        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
 
 
-def test_a_group_with_nan_is_named(llama: Banked) -> None:
-    starts = llama.starts
-    tensors = starts._entries["layers.1", "int8"]
-    tensors |= {
-        name: tensor * torch.nan for name, tensor in tensors.items() if name.endswith("lora_B")
-    }
+def test_a_group_with_nan_is_named(tmp_path: Path) -> None:
+    llama = banked(tmp_path, "llama", "block")
+    tensors = llama.starts._entries["layers.1", "int8"]
+    for name in tensors:
+        if name.endswith("lora_B"):
+            tensors[name] = tensors[name] * torch.nan
     with pytest.raises(TrainingDiverged, match=r"layers\.1 in int8"):
-        measure(llama.model, llama.samples(), starts)
+        measure(llama.model, llama.samples(), llama.starts)

@@ -73,11 +73,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 @pytest.fixture(scope="module")
 def raw(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    raw = raw_config(tiny_model, tmp_path_factory.mktemp("memory") / "run")
-    lengths = (
-        f"data.max_length={LENGTH}; calibration.max_length={LENGTH}; sensitivity.max_positions=512"
-    )
-    return changed_by(f"quantize.group=block; {lengths}", raw)
+    lengths = f"data.max_length={LENGTH}; calibration.max_length={LENGTH}"
+    changes = f"quantize.group=block; sensitivity.max_positions=512; {lengths}"
+    return changed_by(changes, raw_config(tiny_model, tmp_path_factory.mktemp("memory") / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +88,14 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Make a bfloat16 decoder, its bank, and samples of full length with a label on every token."""
     folder = tmp_path_factory.mktemp("bank")
     options = {"init": "plain", "embeddings": ("int8", "bf16"), "num_hidden_layers": 2}
-    found = banked(folder, "llama", "block", **options, **SHAPES[request.param])
-    found.model.to(torch.bfloat16)  # type: ignore[call-arg, arg-type]
-    samples = replace(
-        samples_of([LENGTH] * 8, unlabelled=0), batch_size=SensitivityConfig().batch_size
-    )
-    found = replace(found, subject=replace(found.subject, samples=samples))
-    assert found.starts and found.starts_of_blocks, (
-        "opened here, because the profiler would count the mapped files as memory"
-    )
-    return found
+    made = banked(folder, "llama", "block", **options, **SHAPES[request.param])
+    made.model.to(torch.bfloat16)  # type: ignore[call-arg, arg-type]
+    samples = samples_of([LENGTH] * 8, 0, SensitivityConfig().batch_size)
+    made = replace(made, subject=replace(made.subject, samples=samples))
+    # Opened here, because the profiler would count the mapped files as memory.
+    assert made.starts
+    assert made.starts_of_blocks
+    return made
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,30 +107,33 @@ def test_check_predicts_the_memory(
     )
     own = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
     inspection = replace(
-        inspection, model_config=subject.model.config, base=own, layouts={"base": own}, examples={}
+        inspection,
+        shapes=replace(
+            inspection.shapes,
+            model_config=subject.model.config,
+            base=own,
+            layouts={"base": own},
+        ),
+        rows=replace(inspection.rows, examples={}),
     )
+    config = validate_config(raw)
     if method == "scoring":
-        config = validate_config(raw)
         parts = scoring_memory(config, inspection).parts
         beside = parts["activations"] + parts["logits"]
     else:
-        config = validate_config(
-            raw if method == "gptq" else with_key(raw, "sensitivity.methods", [method])
-        )
-        found = (
-            rounding_memory(config, inspection)
-            if method == "gptq"
-            else sensitivity_memory(config, inspection)
-        )
-        beside = found.total - found.parts["weights"]
-    copies = (
-        1.0 if has_bfloat16() else 1.25
-    )  # `qpruner.models.cpu` copies the weights of a product to float32
+        estimate = rounding_memory
+        if method != "gptq":
+            config = validate_config(with_key(raw, "sensitivity.methods", [method]))
+            estimate = sensitivity_memory
+        memory = estimate(config, inspection)
+        beside = memory.total - memory.parts["weights"]
+    # `qpruner.models.cpu` copies the weights of a product to float32.
+    copies = 1.0 if has_bfloat16() else 1.25
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= copies * beside
 
 
 def test_the_disk_of_gram_matrices_is_told_exactly(subject: Banked) -> None:
     quantize = QuantizeConfig(group="block", formats=LEVELS)
     layout = layout_of(subject.model.config, quantize, element_bytes=2, lora_rank=8, on_gpu=False)
-    found = [sum(gram.nbytes for gram in grams.values()) for grams in gather_of(subject, 4)]
-    assert found == gram_bytes(layout, subject.model.config)
+    sizes = [sum(gram.nbytes for gram in grams.values()) for grams in gather_of(subject, 4)]
+    assert sizes == gram_bytes(layout, subject.model.config)

@@ -45,35 +45,35 @@ def test_every_method_scores_every_group_in_every_format(
     phi: Banked, scores: dict[str, MethodScores]
 ) -> None:
     assert tuple(scores) == SensitivityConfig().methods
-    for found in scores.values():
-        assert tuple(found.values) == LEVELS
-        assert {len(values) for values in found.values.values()} == {len(phi.subject.groups)}
-        assert np.isfinite([values[1:-1] for values in found.values.values()]).all()
-        assert found.values["nf4"][0] is found.values["nf4"][-1] is None, (
-            "embeddings and head are not offered it"
-        )
-        assert set(found.values["bf16"]) == {0.0}
-        assert found.seconds > 0
-        assert MethodScores.model_validate_json(found.model_dump_json()).values == found.values
-    for method in ("mutual_information", "fisher", "kl"):
-        assert (
-            np.mean(scores[method].values["nf4"][1:-1])
-            > np.mean(scores[method].values["int8"][1:-1])
-            > 0
-        ), method
+    for method, score in scores.items():
+        assert tuple(score.values) == LEVELS
+        assert {len(values) for values in score.values.values()} == {len(phi.subject.groups)}
+        blocks = {name: values[1:-1] for name, values in score.values.items()}
+        assert np.isfinite(list(blocks.values())).all()
+        # Embeddings and head are not offered it.
+        assert score.values["nf4"][0] is None
+        assert score.values["nf4"][-1] is None
+        assert set(score.values["bf16"]) == {0.0}
+        assert score.seconds > 0
+        assert MethodScores.model_validate_json(score.model_dump_json()).values == score.values
+        if method in ("mutual_information", "fisher", "kl"):
+            assert np.mean(blocks["nf4"]) > np.mean(blocks["int8"]) > 0, method
     information = scores["mutual_information"]
     share = information.values["int8"][1] / information.values["nf4"][1]
     assert share == pytest.approx((16 - 8.008) / (16 - 4.5), rel=1e-3), "linear in bytes"
     assert scores["fisher"].seconds == scores["first_order"].seconds
 
 
-def test_embeddings_and_head_are_scored_as_measured(scores: dict[str, MethodScores]) -> None:
+@pytest.mark.parametrize("at", [0, -1])
+def test_embeddings_and_head_are_scored_as_measured(
+    scores: dict[str, MethodScores], at: int
+) -> None:
     """For mutual information they are worth as much as the best of the other groups."""
-    packed = {name: found.values["int8"] for name, found in scores.items()}
-    for at in (0, -1):
-        assert packed["first_order"][at] == packed["loss"][at]
-        assert packed["fisher"][at] == packed["second_order"][at] == packed["kl"][at] > 0
-        assert packed["mutual_information"][at] == max(packed["mutual_information"][1:-1])
+    packed = {name: score.values["int8"][at] for name, score in scores.items()}
+    assert packed["first_order"] == packed["loss"]
+    assert packed["fisher"] == packed["second_order"] == packed["kl"] > 0
+    blocks = scores["mutual_information"].values["int8"][1:-1]
+    assert packed["mutual_information"] == max(blocks)
 
 
 @pytest.fixture
@@ -84,26 +84,24 @@ def raw(tiny_raw: Raw) -> Raw:
 def record_of(raw: Raw, change: str, events: list[Event]) -> SensitivityRecord:
     """Run until the sensitivities, and collect the events of this run in `events`."""
     events.clear()
-    record = run(
-        validate_config(changed_by(change, raw)), events.append, until="sensitivity"
-    ).sensitivity
+    config = validate_config(changed_by(change, raw))
+    record = run(config, events.append, until="sensitivity").sensitivity
     assert record is not None
     return record
 
 
+def of_stage(events: list[Event], kind: type[Any]) -> list[Any]:
+    """Return the events of a kind that the stage emitted."""
+    return [event for event in events if isinstance(event, kind) and event.stage == "sensitivity"]
+
+
 def measured(events: list[Event]) -> set[str]:
     """Return the methods whose results were reported."""
-    texts = [
-        event.text
-        for event in events
-        if isinstance(event, Message) and event.stage == "sensitivity"
-    ]
-    return {text.split()[0] for text in texts} - {"warning:"}
+    return {event.text.split()[0] for event in of_stage(events, Message)} - {"warning:"}
 
 
-def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
-    """After an interruption, with a new method, with a new budget, with a damaged file, and with a
-    new bank."""
+def test_an_interrupted_stage_keeps_the_methods_it_has_measured(raw: Raw) -> None:
+    two = "sensitivity.methods=[mutual_information, kl]"
     events: list[Event] = []
 
     def interrupt(event: Event) -> None:
@@ -112,46 +110,45 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
             # the signal itself is ignored where tests run in the background
             raise KeyboardInterrupt
 
-    two = "sensitivity.methods=[mutual_information, kl]"
     with pytest.raises(KeyboardInterrupt):
         run(validate_config(changed_by(two, raw)), interrupt, until="sensitivity")
     assert measured(events) == {"mutual_information"}
-    first = record_of(raw, two, events)
+    record = record_of(raw, two, events)
     assert measured(events) == {"kl", "loss"}, "both come from the same passes"
-    assert first.methods.keys() == {"mutual_information", "kl"}
+    assert record.methods.keys() == {"mutual_information", "kl"}
+
+
+def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
+    """With a new method, with a new budget, with a damaged file, and with a new bank."""
+    events: list[Event] = []
+    first = record_of(raw, "sensitivity.methods=[kl]", events).methods
     three = "sensitivity.methods=[loss, fisher, kl]"
-    second = record_of(raw, three, events)
-    assert (
-        tuple(second.methods) == ("loss", "fisher", "kl")
-        and second.methods["kl"] == first.methods["kl"]
-    )
+    record = record_of(raw, three, events)
+    second = record.methods
+    assert tuple(second) == ("loss", "fisher", "kl")
+    assert second["kl"] == first["kl"]
     assert measured(events) == {"first_order", "fisher", "second_order"}
-    assert record_of(raw, f"{three}; quantize.budget={{fraction: 0.9}}", events) == second
-    assert "sensitivity" in [event.stage for event in events if isinstance(event, StageSkipped)]
+    assert record_of(raw, f"{three}; quantize.budget={{fraction: 0.9}}", events) == record
+    assert of_stage(events, StageSkipped)
     # The damage is found when the configured methods change, because the scores are read again
     # then.
     (file,) = (Path(raw["output"]) / "sensitivities").glob("kl-*.json")
     os.truncate(file, 100)
-    third = record_of(raw, "sensitivity.methods=[kl, fisher]", events)
+    third = record_of(raw, "sensitivity.methods=[kl, fisher]", events).methods
     assert measured(events) == {"kl", "loss"}
-    assert third.methods["fisher"] == second.methods["fisher"]
-    assert third.methods["kl"].values == second.methods["kl"].values
-    (message,) = [
-        event.text for event in events if isinstance(event, Message) and str(file) in event.text
-    ]
+    assert third["fisher"] == second["fisher"]
+    assert third["kl"].values == second["kl"].values
     (aside,) = (Path(raw["output"]) / "damaged").iterdir()
-    assert f"set aside in {aside}" in message
-    fourth = record_of(raw, f"{three}; lora.rank=2", events)
+    texts = [event.text for event in events if isinstance(event, Message)]
+    assert any(str(file) in text and str(aside) in text for text in texts)
+    fourth = record_of(raw, f"{three}; lora.rank=2", events).methods
     assert measured(events) == {"kl", "loss", "first_order", "fisher", "second_order"}
-    assert fourth.methods["kl"].values != second.methods["kl"].values
+    assert fourth["kl"].values != second["kl"].values
 
 
 def steps(events: list[Event], detail: str) -> int:
     """Return the number of steps of some work of the stage."""
-    work = [
-        event for event in events if isinstance(event, Progress) and event.stage == "sensitivity"
-    ]
-    (total,) = {event.total for event in work if event.detail == detail}
+    (total,) = {event.total for event in of_stage(events, Progress) if event.detail == detail}
     return total
 
 
@@ -159,31 +156,23 @@ def test_packed_embeddings_are_measured_without_the_blocks(raw: Raw) -> None:
     """If neither KL nor loss is asked for, the passes are few; the scores are the same as with
     them."""
     events: list[Event] = []
-    packed = (
-        "quantize.embeddings=[int8, bf16]; quantize.budget={bytes: 300000}; sensitivity.methods="
-    )
-    alone = record_of(raw, f"{packed}[fisher]", events).methods["fisher"]
+    raw = changed_by("quantize.embeddings=[int8, bf16]; quantize.budget={bytes: 300000}", raw)
+    alone = record_of(raw, "sensitivity.methods=[fisher]", events).methods["fisher"].values
     few = steps(events, "embeddings")
     assert measured(events) == {"first_order", "fisher", "second_order"}
-    both = record_of(raw, f"{packed}[kl, fisher]", events)
+    both = record_of(raw, "sensitivity.methods=[kl, fisher]", events)
     assert measured(events) == {"kl", "loss"}
-    assert steps(events, "kl, loss") == few * (1 + 2 * (len(both.groups) - 1)), (
-        "nf4 and int8 for the blocks"
-    )
-    assert both.methods["fisher"].values == alone.values
-    assert alone.values["int8"][0] == pytest.approx(both.methods["kl"].values["int8"][0], rel=1e-3)
+    of_blocks = 2 * (len(both.groups) - 1)  # nf4 and int8
+    assert steps(events, "kl, loss") == few * (1 + of_blocks)
+    assert both.methods["fisher"].values == alone
+    assert alone["int8"][0] == pytest.approx(both.methods["kl"].values["int8"][0], rel=1e-3)
 
 
 def test_sensitivities_use_their_own_batch_size(raw: Raw) -> None:
+    """Of 32 samples; the batches of scoring are no input."""
     events: list[Event] = []
     change = "sensitivity.methods=[fisher]; sensitivity.batch_size=5; calibration.batch_size=32"
     first = record_of(raw, change, events)
-    seen = [
-        (event.done, event.total)
-        for event in events
-        if isinstance(event, Progress) and "fisher" in event.detail
-    ]
-    assert seen == [(done, 7) for done in range(1, 8)], "of 32 samples"
-    assert record_of(raw, f"{change}; evaluate.batch_size=2", events) == first, (
-        "scoring's batches are no input"
-    )
+    steps = [event for event in of_stage(events, Progress) if "fisher" in event.detail]
+    assert [(event.done, event.total) for event in steps] == [(done, 7) for done in range(1, 8)]
+    assert record_of(raw, f"{change}; evaluate.batch_size=2", events) == first

@@ -33,22 +33,19 @@ Array = np.ndarray
 
 def less_baseline(outputs: Array, labels: Array, components: int = 4) -> float:
     """Estimate mutual information minus the mean over shuffled labels, as `measure` does."""
-    found = whitened_components(torch.tensor(outputs, dtype=torch.float32), components)
+    whitened = whitened_components(torch.tensor(outputs, dtype=torch.float32), components)
     shuffled = [np.random.default_rng([9, turn]).permutation(labels) for turn in range(5)]
-    return estimate(found, labels, 3) - float(
-        np.mean([estimate(found, other, 3) for other in shuffled])
-    )
+    baseline = np.mean([estimate(whitened, other, 3) for other in shuffled])
+    return float(estimate(whitened, labels, 3) - baseline)
 
 
 def mixture_information(means: Array, weights: Array) -> float:
     """I(X; Y) of unit Gaussians at `means` ``(classes, 2)``: entropy of X, integrated, less that of
     one Gaussian."""
     axis = np.linspace(-12, 12, 601)
-    x, y = np.meshgrid(axis, axis)
-    squares = [(x - mean[0]) ** 2 + (y - mean[1]) ** 2 for mean in means]
-    density = sum(
-        weight * np.exp(-each / 2) for each, weight in zip(squares, weights, strict=True)
-    ) / (2 * np.pi)
+    points = np.stack(np.meshgrid(axis, axis), axis=-1)
+    squares = np.square(points[..., None, :] - means).sum(axis=-1)
+    density = (np.exp(-squares / 2) @ weights) / (2 * np.pi)
     entropy = -float((density * np.log(density)).sum() * (axis[1] - axis[0]) ** 2)
     return entropy - float(np.log(2 * np.pi * np.e))
 
@@ -79,7 +76,8 @@ def test_independent_labels_have_no_information(samples: int, num_classes: int) 
         generator = np.random.default_rng(seed)
         labels = pool_rare(generator.integers(0, num_classes, samples), 4)
         found.append(less_baseline(generator.normal(size=(samples, 32)), labels))
-    assert abs(np.mean(found)) < 0.05 and max(map(abs, found)) < 0.3
+    assert abs(np.mean(found)) < 0.05
+    assert max(map(abs, found)) < 0.3
     # A block with zero weights has a constant output.
     assert abs(less_baseline(np.full((samples, 16), 0.5), labels)) < 0.05
 
@@ -91,30 +89,23 @@ def test_an_output_that_decides_the_label_has_its_entropy(num_classes: int, jitt
     without context."""
     generator = np.random.default_rng(3)
     labels = generator.integers(0, num_classes, 400)
-    outputs = generator.normal(size=(num_classes, 64))[labels] + jitter * generator.normal(
-        size=(400, 64)
-    )
-    noise, found = (
-        less_baseline(generator.normal(size=(400, 64)), labels),
-        less_baseline(outputs, labels),
-    )
-    assert found > noise + 0.3
-    assert found == pytest.approx(np.log(num_classes), abs=0.25)
+    noise = generator.normal(size=(400, 64))
+    outputs = generator.normal(size=(num_classes, 64))[labels] + jitter * noise
+    information = less_baseline(outputs, labels)
+    assert information > less_baseline(generator.normal(size=(400, 64)), labels) + 0.3
+    assert information == pytest.approx(np.log(num_classes), abs=0.25)
 
 
 def test_drawn_positions_keep_their_context() -> None:
-    rows = SAMPLES.rows
-    kept = spread_positions(rows, 40, seed=3)
+    kept = spread_positions(SAMPLES.rows, 40, seed=3)
     assert sum(label != -100 for row in kept for label in row["labels"]) == 40
+    wholes = [row["input_ids"] for row in SAMPLES.rows]
     for row in kept:
+        ids = row["input_ids"]
         assert row["labels"][-1] != -100, "a row ends at its last drawn position"
-        assert any(
-            whole["input_ids"][: len(row["input_ids"])] == row["input_ids"] for whole in rows
-        )
-        assert all(
-            label in (-100, token)
-            for token, label in zip(row["input_ids"], row["labels"], strict=True)
-        )
+        assert any(whole[: len(ids)] == ids for whole in wholes)
+        pairs = zip(ids, row["labels"], strict=True)
+        assert all(label in (-100, token) for token, label in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +124,14 @@ def measured(model: PreTrainedModel, group: str, samples: Samples = SAMPLES, **c
 def test_estimates_do_not_depend_on_the_batch_size(model: PreTrainedModel) -> None:
     steps: list[tuple[int, int]] = []
     samples = replace(SAMPLES, batch_size=8, on_progress=lambda *step: steps.append(step))
-    found, before = measured(model, "sublayer", samples), torch.get_rng_state()
-    groups = len(group_linears(model.config, "sublayer"))
+    first = measured(model, "sublayer", samples)
+    state = torch.get_rng_state()
     assert steps == [(1, 3), (2, 3), (3, 3)]
-    assert found == measured(model, "sublayer", samples) and torch.equal(
-        torch.get_rng_state(), before
-    )
-    assert len(found) == groups
-    assert found == pytest.approx(
-        measured(model, "sublayer", replace(SAMPLES, batch_size=1)), abs=0.02
-    )
+    assert measured(model, "sublayer", samples) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(first) == len(group_linears(model.config, "sublayer"))
+    alone = measured(model, "sublayer", replace(SAMPLES, batch_size=1))
+    assert alone == pytest.approx(first, abs=0.02)
     # The prediction depends on the output of the last block only.
     assert measured(model, "block", num_neighbors=1)[-1] > 0.3
 

@@ -69,21 +69,21 @@ def model(tiny_model: Path) -> tuple[Any, Any]:
 
 
 def scores_of(
-    model: tuple[Any, Any], folder: str, *tasks: str, **options: Any
+    model: tuple[Any, Any], folder: str, *tasks: str, limit: int | None = None, **options: Any
 ) -> dict[str, TaskScore]:
     settings = EvaluateConfig(tasks=tasks, include_path=folder, batch_size=8)
-    found = score_tasks(*model, tasks, settings, options.pop("limit", None), **options)
-    return {each.task: each for each in found}
+    scores = score_tasks(*model, tasks, settings, limit, **options)
+    return {score.task: score for score in scores}
 
 
 @pytest.fixture(scope="module")
 def positions(model: tuple[Any, Any]) -> list[int]:
     """Collect, for each pass, the number of tokens for which the model's head ran."""
-    found: list[int] = []
+    counts: list[int] = []
     model[0].get_output_embeddings().register_forward_hook(
-        lambda _, inputs, __: found.append(inputs[0][..., 0].numel())
+        lambda _, inputs, __: counts.append(inputs[0][..., 0].numel())
     )
-    return found
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -91,74 +91,72 @@ def scores(model: tuple[Any, Any], folder: str) -> dict[str, TaskScore]:
     return scores_of(model, folder, *TASKS)
 
 
-def test_tables_prefer_acc_norm_and_know_acc(
-    model: tuple[Any, Any], folder: str, positions: list[int], scores: dict[str, TaskScore]
-) -> None:
-    """Scores equal those of lm-eval's own model, which also computes the logits of all question
-    tokens."""
+def likelihoods(model: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Compute log-likelihoods ``(questions, choices)`` by lm-eval's own model, and the lengths of
+    choices."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     space: dict[str, Any] = {}
     exec(ROWS, space)
-    rows = list(space["load"]()["test"])
-    asked = [
-        (f"Question: {row['question']}\nAnswer:", f" {choice}")
+    rows = space["load"]()["test"]
+    requests = [
+        Instance("loglikelihood", {}, (f"Question: {row['question']}\nAnswer:", f" {choice}"), 0)
         for row in rows
         for choice in row["choices"]
     ]
+    lm = HFLM(pretrained=model[0], tokenizer=model[1], batch_size=8, softmax_dtype="float32")
+    answers = lm.loglikelihood(requests, disable_tqdm=True)
+    lengths = np.array([[len(choice) for choice in row["choices"]] for row in rows])
+    return np.array([value for value, _ in answers]).reshape(lengths.shape), lengths
+
+
+def test_tables_prefer_acc_norm_and_know_acc(
+    model: tuple[Any, Any], folder: str, positions: list[int], scores: dict[str, TaskScore]
+) -> None:
+    """Scores equal those of lm-eval's own model, which also computes the logits of all question
+    tokens."""
     positions.clear()
     scores_of(model, folder, "toy_acc")
-    ours = sum(positions)
-    lm = HFLM(pretrained=model[0], tokenizer=model[1], batch_size=8, softmax_dtype="float32")
-    found = lm.loglikelihood(
-        [Instance("loglikelihood", {}, each, 0) for each in asked], disable_tqdm=True
-    )
-    lengths = np.array([[len(choice) for choice in row["choices"]] for row in rows])
-    likelihood = np.array([each for each, _ in found]).reshape(lengths.shape)
-    right = np.array([int(number % 3 == 0) for number in range(NUM_QUESTIONS)])
-    acc, acc_norm = (each.argmax(axis=1) == right for each in (likelihood, likelihood / lengths))
+    num_ours = sum(positions)
+    positions.clear()
+    likelihood, lengths = likelihoods(model)
+    assert num_ours < 0.8 * sum(positions)
+    right = (np.arange(NUM_QUESTIONS) % 3 == 0).astype(int)
+    acc = likelihood.argmax(axis=1) == right
+    acc_norm = (likelihood / lengths).argmax(axis=1) == right
     assert acc.mean() != acc_norm.mean(), "else the test could not tell them apart"
     both = scores["toy_both"]
-    assert (
-        both.metric == "acc_norm"
-        and both.correct == tuple(acc_norm)
-        and both.value == acc_norm.mean()
-    )
+    assert both.metric == "acc_norm"
+    assert both.correct == tuple(acc_norm)
+    assert both.value == acc_norm.mean()
     assert both.stderr == pytest.approx(acc_norm.std(ddof=1) / math.sqrt(NUM_QUESTIONS))
     assert scores["toy_acc"].value == acc.mean()
     losses = -likelihood[range(NUM_QUESTIONS), right]
     assert both.answer_loss == scores["toy_acc"].answer_loss == pytest.approx(losses, rel=1e-5)
-    assert ours < 0.8 * (sum(positions) - ours)
-
-    assert scores["toy_norm"].metric == "acc_norm" and scores["toy_norm"].correct == both.correct
+    assert scores["toy_norm"].metric == "acc_norm"
+    assert scores["toy_norm"].correct == both.correct
 
 
 def test_answers_that_a_task_filters_count_once(scores: dict[str, TaskScore]) -> None:
     """lm-eval logs a question once for each filter; the first filter counts."""
     written = scores["toy_written"]
-    assert (written.metric, written.value, written.num_questions) == (
-        "exact_match,strict",
-        1.0,
-        NUM_QUESTIONS,
-    )
+    assert written.metric == "exact_match,strict"
+    assert written.value == 1.0
+    assert written.num_questions == NUM_QUESTIONS
 
 
-@pytest.mark.parametrize(("wanted", "metric"), [("acc", "acc"), (None, "acc_norm")])
+@pytest.mark.parametrize(("asked", "metric"), [("acc", "acc"), (None, "acc_norm")])
 def test_a_search_may_name_its_metric(
-    wanted: str | None, metric: str, model: tuple[Any, Any], folder: str
+    asked: str | None, metric: str, model: tuple[Any, Any], folder: str
 ) -> None:
-    found = scores_of(model, folder, "toy_both", metric=wanted, limit=6, skip=6)["toy_both"]
-    assert found.metric == metric
-    assert (
-        task_questions(["toy_both"], folder, "search.tasks", 6, wanted)["toy_both"].metric == metric
-    )
+    scores = scores_of(model, folder, "toy_both", metric=asked, limit=6, skip=6)
+    assert scores["toy_both"].metric == metric
+    questions = task_questions(["toy_both"], folder, "search.tasks", 6, asked)
+    assert questions["toy_both"].metric == metric
 
 
 def test_a_metric_that_a_task_does_not_report_is_refused(folder: str) -> None:
-    with pytest.raises(UserError) as caught:
+    message = "`search.metric` .*`search.tasks` .*got acc_norm, but `toy_acc` reports acc: set one"
+    with pytest.raises(UserError, match=message):
         task_questions(["toy_both", "toy_acc"], folder, "search.tasks", 6, "acc_norm")
-    assert str(caught.value) == (
-        "`search.metric` must be a metric that every task of `search.tasks` reports, "
-        "got acc_norm, but `toy_acc` reports acc: set one that all report, or `accuracy`"
-    )

@@ -42,9 +42,11 @@ for more, command in commands:
 
 def write_zeros(file: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     """Write a sparse safetensors file of bfloat16 zeros, which needs no disk space."""
-    header, end = {}, 0
+    header = {}
+    end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
+        begin = end
+        end = end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     described = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     with file.open("wb") as written:
@@ -60,17 +62,14 @@ def wide(tiny_model: Path, tmp_path: Path) -> Path:
     """
     folder = Path(shutil.copytree(tiny_model, tmp_path / "wide"))
     config = LlamaConfig.from_pretrained(folder)
-    config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings = (
-        1,
-        WIDTH,
-        65536,
-    )
+    config.num_hidden_layers = 1
+    config.intermediate_size = WIDTH
+    config.max_position_embeddings = 65536
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {
-            name: list(each.shape) for name, each in LlamaForCausalLM(config).state_dict().items()
-        }
-    del shapes["lm_head.weight"]
+        weights = LlamaForCausalLM(config).state_dict()
+    del weights["lm_head.weight"]
+    shapes = {name: list(weight.shape) for name, weight in weights.items()}
     write_zeros(folder / "model.safetensors", shapes)
     return folder
 
@@ -93,14 +92,12 @@ def test_a_command_out_of_memory_names_a_remedy(
         [sys.executable, "-c", PROGRAM, json.dumps(commands)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "defect" not in done.stderr and "Traceback" not in done.stderr, done.stderr
-    ended = [
-        line
-        for line in done.stderr.splitlines()
-        if line.startswith(("error: out of memory (", "exit "))
-    ]
-    assert [line[:6] for line in ended] == ["exit 0", *["error:", "exit 1"] * 3], done.stderr
-    remedies = [line for line in done.stderr.splitlines() if line.startswith("  remedy: ")]
+    assert "defect" not in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    ended = [line[:22] for line in lines if line.startswith(("error:", "exit "))]
+    assert ended == ["exit 0", *["error: out of memory (", "exit 1"] * 3], done.stderr
+    remedies = [line for line in lines if line.startswith("  remedy: ")]
     assert ["`--which`" in line for line in remedies] == [True, False, True]
     assert all("`CUDA_VISIBLE_DEVICES=`" in line for line in remedies)
 
@@ -131,4 +128,5 @@ def test_torchs_errors_are_known_as_out_of_memory(dtype: str) -> None:
     """
     done = subprocess.run([sys.executable, "-c", MULTIPLIES, dtype], capture_output=True, text=True)
     known = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]
-    assert len(known) == 9 and all(line.startswith("True") for line in known), done
+    assert len(known) == 9
+    assert all(line.startswith("True") for line in known), done

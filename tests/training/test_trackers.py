@@ -68,15 +68,16 @@ def wandb_records(file: Path) -> list[Any]:
     format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, position, parts, found = file.read_bytes(), 7, b"", []
+    data = file.read_bytes()
+    position = 7
+    parts = b""
+    found = []
     while position + 7 <= len(data):
         if (left := 32768 - position % 32768) < 7:
             position += left
             continue
-        length, kind = (
-            int.from_bytes(data[position + 4 : position + 6], "little"),
-            data[position + 6],
-        )
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4) and position <= len(data):  # whole, or the last part
@@ -129,13 +130,16 @@ def test_trackers_get_every_rung_and_no_key_is_logged(tiny_model: Path, tmp_path
             ["grep", "-rlF", SECRET, tmp_path, short_folder], capture_output=True, text=True
         )
         assert told.stdout == "", "recorded or logged"
-    rungs, trials = rungs_of(command.run), trials_of(command.run)
-    by_mlflow, by_wandb = mlflow_runs(tmp_path), wandb_runs(command.run)
+    rungs = rungs_of(command.run)
+    trials = trials_of(command.run)
+    by_mlflow = mlflow_runs(tmp_path)
+    by_wandb = wandb_runs(command.run)
     names = {index: f"trial-{index:04d}-{trials[index]['origin']}" for index in range(2)}
     [tuned] = by_mlflow.keys() - set(names.values())
     assert by_mlflow.keys() == by_wandb.keys()
     for index, name in names.items():
-        (run, curve), (about, lines) = by_mlflow[name], by_wandb[name]
+        (run, curve) = by_mlflow[name]
+        (about, lines) = by_wandb[name]
         expected = [(rung["step"], pytest.approx(rung["loss"])) for rung in rungs[index]]
         assert curve == [(line["_step"], line["loss"]) for line in lines] == expected
         assert (
@@ -231,10 +235,8 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=rest | hidden, capture_output=True, text=True
     )
-    assert (
-        done.returncode
-        and "UserError: `trackers` names wandb, but there is no API key" in done.stderr
-    )
+    assert done.returncode
+    assert "UserError: `trackers` names wandb, but there is no API key" in done.stderr
 
 
 @WITH_BOTH

@@ -59,10 +59,7 @@ class SearchJob:
 
         Return None if no control has it.
         """
-        for origin, control in self.controls:
-            if control == plan:
-                return origin
-        return None
+        return next((origin for origin, control in self.controls if control == plan), None)
 
     def fits(self, cut: str, plan_bytes: int) -> bool:
         """Return True if a plan of a cut with these bytes may win."""
@@ -120,10 +117,8 @@ def smaller_batch(record: TrialRecord, config: RunConfig) -> int | None:
         return None
     training = config.training
     present = record.micro_batch_size or training.micro_batch_size
-    for size in range(present // 2, 0, -1):
-        if training.batch_size % size == 0:
-            return size
-    return None
+    sizes = range(present // 2, 0, -1)
+    return next((size for size in sizes if training.batch_size % size == 0), None)
 
 
 def observations_of(record: TrialRecord, config: RunConfig) -> list[Observation]:

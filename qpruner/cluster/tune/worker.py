@@ -78,12 +78,10 @@ class _RecordedTrial:
         if trial_records.restart_if_damaged(job.trials, record, logger.warning):
             record = trial_records.read_trial(job.trials, params["trial"])
 
-        self._seconds_before = record.seconds
-        self._gpu_seconds_before = record.gpu_seconds
-        pulse = trial_records.read_pulse(job.trials, record.index)
-        if pulse:  # the pulse of an earlier process may be newer than its record
-            self._seconds_before = max(record.seconds, pulse.seconds)
-            self._gpu_seconds_before = max(record.gpu_seconds, pulse.gpu_seconds)
+        # The pulse of an earlier process may be newer than its record.
+        latest = trial_records.read_pulse(job.trials, record.index) or record
+        self._seconds_before = max(record.seconds, latest.seconds)
+        self._gpu_seconds_before = max(record.gpu_seconds, latest.gpu_seconds)
         self._started = time.monotonic()
         self._memory = PeakMemory()
         self._beats = 0
@@ -132,11 +130,10 @@ class _RecordedTrial:
         except TakenOver:
             raise
         except Exception as error:
-            if is_out_of_memory(error):
-                smaller = smaller_batch(self._record, search.config)
-                if smaller is not None:
-                    self._write(micro_batch_size=smaller)
-                    return False
+            smaller = smaller_batch(self._record, search.config)
+            if smaller is not None and is_out_of_memory(error):
+                self._write(micro_batch_size=smaller)
+                return False
             if self._was_away(error):
                 return False
             self._fail(error)

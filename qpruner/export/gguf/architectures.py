@@ -6,7 +6,7 @@ Blocks of different widths take `deci`, or `openelm`, which has norms of queries
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from qpruner.models.families import families
+from qpruner.models.families import families, family_of
 from qpruner.quantization.formats import nearest_format
 
 RAGGED = ("deci", "openelm")  # architectures whose blocks have widths of their own
@@ -32,7 +32,7 @@ class Widths(NamedTuple):
 
 def block_widths(config: Any) -> list[Widths]:
     """List the widths of all blocks."""
-    key = families()[config.model_type].channels_key
+    key = family_of(config).channels_key
     blocks = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     return [
         Widths(block.num_attention_heads, block.num_key_value_heads, getattr(block, key))
@@ -42,7 +42,7 @@ def block_widths(config: Any) -> list[Widths]:
 
 def head_size(config: Any, block: int = 0) -> int:
     """Return the size of a head."""
-    return families()[config.model_type].head_dim(config.per_layer_config[block])
+    return family_of(config).head_dim(config.per_layer_config[block])
 
 
 def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
@@ -90,7 +90,7 @@ def architecture_of(config: Any, ragged: bool = False) -> str:
 
     `ragged`: blocks will have different widths.
     """
-    family = families()[config.model_type]
+    family = family_of(config)
     widths = block_widths(config)
     if ragged or len(set(widths)) > 1:
         return family.gguf_ragged

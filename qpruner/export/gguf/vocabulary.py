@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qpruner.errors import UserError
 
+Definition = Mapping[str, Any]
+"""A part of `tokenizer.json`."""
 INSTEAD = "`--to merged` keeps the tokenizer as it is"
 GPT_2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 """The regular expression of the pre-tokenizer `ByteLevel`."""
@@ -83,11 +85,13 @@ def vocabulary(
     definition = backend(tokenizer)
     _check_added_tokens(definition)
     _check_bytes(definition)
-    special, adds = _special(tokenizer, stops)
+    before, after = _around_texts(tokenizer)
+    special = _special(tokenizer, before, [*after, tokenizer.eos_token_id, *stops])
     tokens, types = _tokens(tokenizer, definition, vocab_size, set(special.values()))
 
     values: dict[str, Any] = {key: token for key, token in special.items() if token < vocab_size}
-    values |= adds
+    values["add_bos_token"] = bool(before)
+    values["add_eos_token"] = bool(after)
     values["token_list"] = tokens
     values["token_types"] = types
     if definition["model"]["byte_fallback"]:
@@ -110,7 +114,7 @@ def vocabulary(
     return values
 
 
-def _check_added_tokens(definition: Mapping[str, Any]) -> None:
+def _check_added_tokens(definition: Definition) -> None:
     odd = [
         token["content"]
         for token in definition["added_tokens"]
@@ -143,7 +147,7 @@ def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return definition
 
 
-def pre_tokenizer(definition: Mapping[str, Any]) -> str:
+def pre_tokenizer(definition: Definition) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a byte-level BPE."""
     normalizers = _flat(definition["normalizer"], "normalizers")
     if normalizers not in ([], [{"type": "NFC"}]):
@@ -163,7 +167,7 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
     return name
 
 
-def space_prefix(definition: Mapping[str, Any]) -> str:
+def space_prefix(definition: Definition) -> str:
     """Return where a BPE with byte fallback puts a space before text.
 
     This is `always`, `never`, or `first` (at the start only).
@@ -221,8 +225,7 @@ def stop_ids(folder: Path) -> list[int]:
 
     They are in `generation_config.json`, or else in `config.json`.
     """
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
+    for file in (folder / "generation_config.json", folder / "config.json"):
         ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
@@ -237,19 +240,19 @@ def _unknown(key: str, value: Any, known: str) -> UserError:
     )
 
 
-def _flat(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+def _flat(step: Definition | None, key: str) -> list[Definition]:
     """List the steps of a normalizer or pre-tokenizer, those of nested sequences included."""
     if step is None:
         return []
     if step["type"] != "Sequence":
         return [step]
-    steps: list[Mapping[str, Any]] = []
+    steps: list[Definition] = []
     for inner in step[key]:
         steps += _flat(inner, key)
     return steps
 
 
-def _expressions(step: Mapping[str, Any]) -> list[str]:
+def _expressions(step: Definition) -> list[str]:
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return [GPT_2]
@@ -267,7 +270,7 @@ def _expressions(step: Mapping[str, Any]) -> list[str]:
 
 def _tokens(
     tokenizer: PreTrainedTokenizerBase,
-    definition: Mapping[str, Any],
+    definition: Definition,
     vocab_size: int,
     special: set[int],
 ) -> tuple[list[str], list[int]]:
@@ -314,7 +317,7 @@ def _tokens(
     return tokens, types
 
 
-def _check_bytes(definition: Mapping[str, Any]) -> None:
+def _check_bytes(definition: Definition) -> None:
     """Refuse a byte without a token if the tokenizer has an unknown token.
 
     Without one, both programs leave such a byte out: the tokenizer of SmolLM2 lacks 12.
@@ -324,7 +327,7 @@ def _check_bytes(definition: Mapping[str, Any]) -> None:
     missing: list[str] = []
     if model["byte_fallback"]:
         names = {f"<0x{byte:02X}>": chr(byte) for byte in range(256)}
-        missing = [name for name, text in names.items() if name not in known and text not in known]
+        missing = [name for name, text in names.items() if not {name, text} & known.keys()]
     elif model["unk_token"]:
         from tokenizers.pre_tokenizers import ByteLevel
 
@@ -333,12 +336,12 @@ def _check_bytes(definition: Mapping[str, Any]) -> None:
         raise _unknown("model.vocab", missing[:5], "those with all 256 bytes")
 
 
-def _merges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges(definition: Definition) -> list[tuple[str, str]]:
     merges = definition["model"]["merges"]
     return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in merges]
 
 
-def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
+def _scores(definition: Definition, tokens: Sequence[str]) -> list[float]:
     """Rank tokens by the first merge that makes them.
 
     llama.cpp joins the pair whose token has the highest score.
@@ -359,36 +362,38 @@ def _scores(definition: Mapping[str, Any], tokens: Sequence[str]) -> list[float]
     return [-float(rank.get(token, len(rank))) for token in tokens]
 
 
-def _special(
-    tokenizer: PreTrainedTokenizerBase, stops: Iterable[int]
-) -> tuple[dict[str, int], dict[str, bool]]:
-    """Return special ids, and whether texts get a first and a last token.
-
-    Both are taken from what the tokenizer does with a text.
-    """
+def _around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the tokens that the tokenizer puts before and after a text, one of each at most."""
     around = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
     text = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
-    starts = [index for index in range(len(around)) if around[index : index + len(text)] == text]
-    before = around[: starts[0]]
-    after = around[starts[0] + len(text) :]
+    start = next(index for index in range(len(around)) if around[index : index + len(text)] == text)
+    before = around[:start]
+    after = around[start + len(text) :]
     if len(before) > 1 or len(after) > 1:
         raise _unknown("post_processor", around, "one token before a text and one after it")
+    return before, after
 
-    ends = _without_none([*after, tokenizer.eos_token_id, *stops])
+
+def _special(
+    tokenizer: PreTrainedTokenizerBase, before: Iterable[int], after: Iterable[int | None]
+) -> dict[str, int]:
+    """Return special ids by their names in a GGUF file.
+
+    They are taken from the tokens before texts, and from those after texts, which end them.
+    """
+    ends = _without_none(after)
     if not ends:
         raise UserError(
             f"the tokenizer has no `eos_token`, so llama.cpp would never stop: set one; {INSTEAD}"
         )
-    special: dict[str, int] = dict(
-        zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False)
-    )
+    special = dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False))
     # Without one, llama.cpp takes token 11; this one is not put before texts.
     special["bos_token_id"] = _without_none([*before, tokenizer.bos_token_id, ends[0]])[0]
     if tokenizer.unk_token_id is not None:
         special["unk_token_id"] = tokenizer.unk_token_id
     if tokenizer.pad_token_id is not None:
         special["pad_token_id"] = tokenizer.pad_token_id
-    return special, {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+    return special
 
 
 def _without_none(ids: Iterable[int | None]) -> list[int]:

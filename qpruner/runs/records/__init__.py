@@ -5,7 +5,7 @@ complete. Its `digest` identifies all inputs of the stage: while they stay the s
 skipped.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import model_validator
 
@@ -45,6 +45,8 @@ from qpruner.runs.records.serving import ServedForm as ServedForm
 from qpruner.runs.records.serving import ServedRow as ServedRow
 from qpruner.runs.records.serving import ServeRecord as ServeRecord
 from qpruner.runs.records.serving import ServeSetting as ServeSetting
+
+RecordType = TypeVar("RecordType", bound=Record)
 
 
 class PrepareRecord(Record):
@@ -290,6 +292,10 @@ class Results(Recorded):
     evaluate: EvalRecord | None = None
     comparison: ComparisonRecord | None = None
     serve: ServeRecord | None = None
+
+    def get(self, kind: type[RecordType]) -> RecordType:
+        """Return the record of this class, which its stage has made."""
+        return next(record for _, record in self if isinstance(record, kind))
 
     @property
     def left_out(self) -> dict[str, str]:

@@ -96,7 +96,8 @@ def test_sound_files_pass(checkpoint: Path) -> None:
         ROWS,
         lambda what, *_: told.append(what),
     )
-    assert served.num_positions == 252 and served.agreement > 0.9
+    assert served.num_positions == 252
+    assert served.agreement > 0.9
     assert abs(served.loss - served.loss_before) < 0.05
     assert served.by.startswith("xllamacpp")
     assert {"reading the file again", "comparing predictions"} <= set(told)
@@ -106,7 +107,8 @@ def test_unpacked_weights_are_compared_closely(final: Path, tmp_path: Path) -> N
     recode(final, tmp_path, dense, merge=True)
     write_gguf(tmp_path, tmp_path / "model.gguf", "tiny")
     served = check_predictions(tmp_path, tmp_path / "model.gguf", None, ROWS)
-    assert served.divergence < 1e-3 and served.agreement > 0.96
+    assert served.divergence < 1e-3
+    assert served.agreement > 0.96
 
 
 @pytest.mark.parametrize("name", ["model", "adapter"])
@@ -175,7 +177,8 @@ def test_other_tokens_are_found(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_another_perplexity_is_found(final: Path) -> None:
     """Of the next tokens alone, which hardly changes the divergence."""
-    row, model = ROWS[0], torch.nn.Module.float(load(final).eval())
+    row = ROWS[0]
+    model = torch.nn.Module.float(load(final).eval())
     log_probabilities = next_log_probabilities(model, row)
     likeliest, ids = log_probabilities.topk(TOP)
     actual = of_next_tokens(log_probabilities, row)

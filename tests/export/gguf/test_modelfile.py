@@ -21,6 +21,6 @@ def test_a_modelfile_names_files_and_ends(tmp_path: Path) -> None:
     )
     plain = load_tokenizer(str(saved(byte_level("gpt-2"), tmp_path / "plain", None)))
     text = modelfile("demo.gguf", None, plain, [], 256)
-    assert (
-        "ADAPTER" not in text and TEMPLATE not in text and text.endswith("PARAMETER num_ctx 256\n")
-    )
+    assert "ADAPTER" not in text
+    assert TEMPLATE not in text
+    assert text.endswith("PARAMETER num_ctx 256\n")

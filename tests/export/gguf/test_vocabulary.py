@@ -67,7 +67,9 @@ def test_runs_of_spaces_among_the_added_tokens_stay_spaces(tmp_path: Path) -> No
 def test_the_texts_are_varied_and_the_same_each_time(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(saved(byte_level("gpt-2"), tmp_path, CHATML)))
     found, again = (list(islice(texts(tokenizer), 1000)) for _ in range(2))
-    assert found == again and len(set(found)) > 950 and sum(is_chat for _, is_chat in found) == 40
+    assert found == again
+    assert len(set(found)) > 950
+    assert sum(is_chat for _, is_chat in found) == 40
     joined = "".join(text for text, _ in found)
     scripts = ("日本語", "👩\u200d👩", "👍🏽", "हिन्दी", "שלום", "e\u0301")
     assert all(
@@ -79,7 +81,8 @@ def test_another_pre_tokenizer_is_caught(tmp_path: Path) -> None:
     folder = saved(byte_level("llama-bpe"), tmp_path)
     tokenizer = load_tokenizer(str(folder))
     file = vocabulary_file(folder, len(tokenizer))
-    right, wrong = (len(name).to_bytes(8, "little") + name for name in (b"llama-bpe", b"codeshell"))
+    right = len(b"llama-bpe").to_bytes(8, "little") + b"llama-bpe"
+    wrong = len(b"codeshell").to_bytes(8, "little") + b"codeshell"
     assert file.read_bytes().count(right) == 1
     file.write_bytes(file.read_bytes().replace(right, wrong))
     different = list(token_differences(file, folder))
@@ -114,7 +117,11 @@ def test_tokens_around_texts_follow_the_post_processor(tmp_path: Path) -> None:
 def test_texts_of_which_llama_cpp_makes_other_tokens_are_told(tmp_path: Path) -> None:
     folders = (saved(byte_level(name), tmp_path / name) for name in ("gpt-2", "qwen2", "tekken"))
     nothing, accents, marks = (remark(load_tokenizer(str(folder))) for folder in folders)
-    assert nothing is None and accents and "not NFC" in accents and marks and "Hindi" in marks
+    assert nothing is None
+    assert accents
+    assert "not NFC" in accents
+    assert marks
+    assert "Hindi" in marks
     for template, expected in (
         (None, "begin with a space"),
         (CHATML, "are no chat: begin them with a space"),
@@ -135,7 +142,8 @@ def test_an_added_token_without_a_row_is_no_difference(tmp_path: Path) -> None:
 def test_rows_without_tokens_and_tokens_without_rows(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(saved(byte_level("gpt-2"), tmp_path)))
     types = vocabulary(tokenizer, len(tokenizer) + 2)["token_types"]
-    assert types[-2:] == [gguf.TokenType.UNUSED] * 2 and types[:5] == [gguf.TokenType.CONTROL] * 5
+    assert types[-2:] == [gguf.TokenType.UNUSED] * 2
+    assert types[:5] == [gguf.TokenType.CONTROL] * 5
     tokenizer.add_tokens(["<picture>"])
     assert len(vocabulary(tokenizer, len(tokenizer) - 1)["token_list"]) == len(tokenizer) - 1
 

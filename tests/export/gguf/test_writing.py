@@ -124,10 +124,8 @@ def test_an_adapter_does_what_it_does_in_transformers(
 
 def packed_model(model: Any, tokenizer: Path, root: Path) -> Path:
     checkpoint = saved(model.bfloat16(), tokenizer, root / "pruned")
-    bank, tables = (
-        bank_source(checkpoint, root / "bank"),
-        dict.fromkeys(table_paths(model.config), "q8_0"),
-    )
+    bank = bank_source(checkpoint, root / "bank")
+    tables = dict.fromkeys(table_paths(model.config), "q8_0")
     packed, _ = assemble(bank, mixed_plan(groups_of(bank), ("q4_0", "q8_0", "bf16")) | tables)
     save_checkpoint(packed, load_tokenizer(str(tokenizer)), root / "packed")
     return root / "packed"

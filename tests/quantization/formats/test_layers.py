@@ -3,9 +3,11 @@ activations."""
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
+from made_tensors import distance, normal
 from peft import LoraConfig, get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -15,11 +17,12 @@ from qpruner.quantization.formats.layers import PackedLinear
 from qpruner.quantization.mixed import packed_layer
 
 Linears = tuple[PackedLinear, torch.nn.Linear]
-ROWS, COLUMNS = 70, 256
+ROWS = 70
+COLUMNS = 256
 GENERIC = [
     name
-    for name, each in formats().items()
-    if each.is_packed and each.holds_embeddings and not each.missing()
+    for name, packing in formats().items()
+    if packing.is_packed and packing.holds_embeddings and not packing.missing()
 ]
 
 
@@ -30,7 +33,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def weight_of(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return normal(ROWS, COLUMNS).to(dtype)
 
 
 def both(name: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> Linears:
@@ -43,14 +46,14 @@ def both(name: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> Li
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    made = torch.randn(2, 33, COLUMNS, generator=torch.Generator().manual_seed(1)).to(dtype)
-    return made.requires_grad_()
+    return normal(2, 33, COLUMNS, seed=1).to(dtype).requires_grad_()
 
 
 def step(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    out = layer(x)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
-    return out, torch.autograd.grad(out, x, grad)[0]
+    """Return a layer's outputs, and the gradients of its inputs for random ones of its outputs."""
+    outputs = layer(x)
+    gradients = normal(*outputs.shape, seed=2).to(outputs.dtype)
+    return outputs, torch.autograd.grad(outputs, x, gradients)[0]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -58,7 +61,8 @@ def step(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def test_a_packed_layer_equals_the_unpacked_one(name: str, bias: bool, pieces: None) -> None:
     packed, dense = both(name, bias=bias)
     torch.testing.assert_close(step(packed, inputs()), step(dense, inputs()), rtol=1e-5, atol=1e-4)
-    assert packed.weight.dtype == torch.uint8 and packed.weight.nbytes < weight_of().nbytes / 3
+    assert packed.weight.dtype == torch.uint8
+    assert packed.weight.nbytes < weight_of().nbytes / 3
 
 
 @pytest.mark.parametrize("widened", [False, True], ids=["as it is", "widened"])
@@ -68,19 +72,19 @@ def test_bfloat16_is_as_exact_as_in_the_unpacked_layer(
     """Also where `qpruner.models.cpu` computes in float32."""
     monkeypatch.setattr(layers, "widens_bfloat16", widened)
     packed, dense = both("int8", torch.bfloat16)
-    expected = step(dense.float(), inputs(torch.bfloat16).float())
-    for found, exact in zip(step(packed, inputs(torch.bfloat16)), expected, strict=True):
-        assert found.dtype == torch.bfloat16
-        assert (found - exact).norm() < 4e-3 * exact.norm()
+    x = inputs(torch.bfloat16)
+    for result, exact in zip(step(packed, x), step(dense.float(), x.float()), strict=True):
+        assert result.dtype == torch.bfloat16
+        assert distance(result, exact) < 4e-3
 
 
 def test_autocast_chooses_the_type_of_the_product() -> None:
     packed, _ = both("int8")
     with torch.autocast("cpu", torch.bfloat16):
-        found, grad = step(packed, inputs())
-    assert (found.dtype, grad.dtype) == (torch.bfloat16, torch.float32)
-    with torch.no_grad():
-        assert (found - packed(inputs())).norm() < 0.01 * found.float().norm()
+        outputs, gradients = step(packed, inputs())
+    assert outputs.dtype == torch.bfloat16
+    assert gradients.dtype == torch.float32
+    assert distance(packed(inputs()), outputs) < 0.01
 
 
 @pytest.mark.parametrize("scale", [None, 7.7], ids=["plain", "scaled as in Gemma"])
@@ -88,31 +92,37 @@ def test_autocast_chooses_the_type_of_the_product() -> None:
 def test_a_packed_embedding_looks_up_unpacked_rows(name: str, scale: float | None) -> None:
     plain = torch.nn.Embedding(ROWS, COLUMNS, padding_idx=0)
     embedding = Gemma3TextScaledWordEmbedding(ROWS, COLUMNS, 0, scale) if scale else plain
-    embedding = embedding.to(torch.bfloat16)
+    embedding = embedding.bfloat16()
     tensors = formats()[name].pack(weight_of())
     packed = packed_layer(embedding, name, tensors, torch.bfloat16)
-    unpacked = formats()[name].unpack(tensors, COLUMNS, torch.bfloat16)
-    embedding.weight.data = unpacked
+    embedding.weight.data = formats()[name].unpack(tensors, COLUMNS, torch.bfloat16)
     ids = torch.tensor([[0, 3, 3], [ROWS - 1, 1, 0]])
     assert torch.equal(packed(ids), embedding(ids))
 
 
-def test_layers_survive_copies_processes_and_types() -> None:
-    packed, _ = both("int8")
-    expected = packed(inputs())
-    table = packed_layer(
-        torch.nn.Embedding(ROWS, COLUMNS), "int8", {"weight": packed.weight}, torch.bfloat16
-    )
-    model = torch.nn.ModuleList([packed, table])
+def copied_by_state(model: torch.nn.Module) -> torch.nn.Module:
     empty = copy.deepcopy(model)
     empty[0].weight.data.zero_()
     empty.load_state_dict(model.state_dict())
-    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), empty):
-        assert torch.equal(each[0](inputs()), expected)
-        assert each[1](torch.tensor([1])).dtype == torch.bfloat16
-        each.to(torch.float32)
-        assert each[0].weight.dtype == torch.uint8 and torch.equal(each[0].weight, packed.weight)
-        assert each[1](torch.tensor([1])).dtype == torch.float32
+    return empty
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), copied_by_state],
+    ids=["copy", "process", "state"],
+)
+def test_layers_survive_copies_processes_and_types(copied: Any) -> None:
+    packed, _ = both("int8")
+    plain = torch.nn.Embedding(ROWS, COLUMNS)
+    table = packed_layer(plain, "int8", {"weight": packed.weight}, torch.bfloat16)
+    linear, embedding = copied(torch.nn.ModuleList([packed, table]))
+    assert torch.equal(linear(inputs()), packed(inputs()))
+    assert embedding(torch.tensor([1])).dtype == torch.bfloat16
+    torch.nn.ModuleList([linear, embedding]).to(torch.float32)
+    assert linear.weight.dtype == torch.uint8
+    assert torch.equal(linear.weight, packed.weight)
+    assert embedding(torch.tensor([1])).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", GENERIC)
@@ -123,7 +133,8 @@ def test_a_layer_keeps_no_input(name: str) -> None:
     alive = StorageWeakRef(x.untyped_storage())
     out = packed(x)
     del x
-    assert alive.expired() and out.requires_grad
+    assert alive.expired()
+    assert out.requires_grad
 
 
 @pytest.mark.parametrize("safe", [False, True], ids=["in place", "safely"])
