@@ -61,14 +61,14 @@ class Finetune(Stage[FinetuneRecord]):
         return (self.context.record(SearchRecord).digest, job_keys([self.job]))
 
     def check(self) -> None:
-        context, wanted = self.context, self.config.finetune.num_workers
+        context = self.context
+        wanted = self.config.finetune.num_workers
         if context.assumed or wanted == 1:
             return
-        slots, resources = (
-            context.machines.known_slots,
-            worker_resources(context.machines.trial_resources, wanted),
-        )
-        if (fits := slots.at_most(resources)) < wanted:
+        slots = context.machines.known_slots
+        resources = worker_resources(context.machines.trial_resources, wanted)
+        fits = slots.at_most(resources)
+        if fits < wanted:
             raise UserError(
                 f"`finetune.num_workers`: {wanted} workers with {resources} each must run at once, "
                 f"but only {fits} fit on {counted(len(slots.nodes), 'machine')}, the largest with "
