@@ -126,23 +126,20 @@ class Table:
 
     def space_of(self, cut: str, budget: int) -> PlanSpace:
         """Return the plans of a cut."""
-        about, damage, groups = (
-            self.content["cuts"][cut],
-            self.content.get("damage", {}),
-            self.content["groups"],
-        )
+        about = self.content["cuts"][cut]
+        groups = self.content["groups"]
         levels = by_size(tuple(set().union(*self.offered.values())))
 
-        def rows(values: dict[str, list[Any]]) -> tuple[tuple[Any, ...], ...]:
-            shown = [
-                [values[level][at] if level in self.offered[cut, at] else None for level in levels]
-                for at in range(len(groups))
-            ]
-            return tuple(map(tuple, shown))
-
-        of_levels = rows(damage) if damage else ()
-        sizes = rows(about["group_bytes"])
-        return PlanSpace(tuple(groups), levels, sizes, about["fixed_bytes"], budget, cut, of_levels)
+        sizes = []
+        for at in range(len(groups)):
+            offered = self.offered[cut, at]
+            sizes.append(
+                tuple(
+                    about["group_bytes"][level][at] if level in offered else None
+                    for level in levels
+                )
+            )
+        return PlanSpace(tuple(groups), levels, tuple(sizes), about["fixed_bytes"], budget, cut)
 
     def may_win(self, cut: str, flops_fraction: float) -> bool:
         """Return whether a cut computes little enough."""
@@ -155,7 +152,8 @@ class Table:
             self.space_of(cut, budget) for cut in self.cuts if self.may_win(cut, flops_fraction)
         ]
         fitting = tuple(space for space in spaces if space.is_feasible(space.smallest()))
-        return SearchSpace(fitting, self.content.get("after_cut", {}))
+        losses = self.content.get("after_cut", {})
+        return SearchSpace(fitting, losses, self.content.get("damage", {}))
 
     def controls(self, budget: int, flops_fraction: float = 1.0) -> list[tuple[str, PrecisionPlan]]:
         """List the controls of a run but the paper's: its formats are not in the table."""

@@ -7,8 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT
 
 
 def copy_checkout(into: Path) -> Path:
@@ -28,7 +27,7 @@ def environment_with(environment: Path, *source: object) -> Path:
     subprocess.run(
         [sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60
     )
-    (site,) = environment.glob("lib/python*/site-packages")
+    [site] = environment.glob("lib/python*/site-packages")
     # Shares the installed dependencies, but not the editable qpruner: .pth files there are not
     # followed.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
@@ -33,12 +33,18 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 import pytest
 import yaml
 
+from qpruner.runs.events import Message
+
 if TYPE_CHECKING:
     from click.testing import Result
 
 # There is no Ray on machines with the kit of benchmarks/gpu_7b.py.
 pytest_plugins = ["object_store", *(["searched_runs", "whole_runs"] if find_spec("ray") else [])]
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder of this checkout."""
 DEMO_DATA = files("qpruner") / "demo" / "data"
+Raw = dict[str, Any]
+"""A configuration or a record as plain data, as YAML and JSON give it."""
 
 
 def pytest_collection_finish() -> None:
@@ -48,7 +54,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def demo_rows(name: str) -> list[dict[str, Any]]:
+def demo_rows(name: str) -> list[Raw]:
     """Read the rows of a data file of the demo."""
     return [json.loads(line) for line in (DEMO_DATA / name).read_text().splitlines()]
 
@@ -124,7 +130,7 @@ def rows(tiny_model: Path) -> list[dict[str, list[int]]]:
     return encode(examples, load_tokenizer(str(tiny_model)), 64)
 
 
-def raw_config(model: Path, output: Path) -> dict[str, Any]:
+def raw_config(model: Path, output: Path) -> Raw:
     """Make a small but complete configuration as plain data."""
     source = "package:qpruner/demo/data"
     return {
@@ -220,7 +226,8 @@ def full_until_noticed(disk: Path, leave: int = 0) -> Iterator[Path]:
                 filler.unlink(missing_ok=True)
 
     filler = fill(disk, leave)
-    logger, handler = logging.getLogger("qpruner.runs.storage.retry"), MakeRoom()
+    logger = logging.getLogger("qpruner.runs.storage.retry")
+    handler = MakeRoom()
     logger.addHandler(handler)
     try:
         yield filler
@@ -257,7 +264,12 @@ def ignore(event: object) -> None:
     """Ignore an event."""
 
 
-def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+def texts(events: Iterable[object]) -> list[str]:
+    """List the texts of the messages among some events."""
+    return [event.text for event in events if isinstance(event, Message)]
+
+
+def with_key(raw: Raw, key: str, value: Any) -> Raw:
     """Return a copy of a configuration with `section.key` set."""
     changed = copy.deepcopy(raw)
     here = changed
@@ -271,14 +283,14 @@ def with_key(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return changed
 
 
-def with_keys(raw: dict[str, Any], **keys: Any) -> dict[str, Any]:
+def with_keys(raw: Raw, **keys: Any) -> Raw:
     """Return a copy of a configuration with keys set as `section__key=value`."""
     for key, value in keys.items():
         raw = with_key(raw, key.replace("__", "."), value)
     return raw
 
 
-def changed_by(change: str, raw: dict[str, Any]) -> dict[str, Any]:
+def changed_by(change: str, raw: Raw) -> Raw:
     """Return a copy of a configuration with keys set as `key=value; key=value`, values in YAML."""
     for part in change.split("; "):
         key, _, value = part.partition("=")
@@ -292,15 +304,15 @@ def said(message: str, text: str) -> bool:
 
 
 @pytest.fixture
-def tiny_raw(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
+def tiny_raw(tiny_model: Path, tmp_path: Path) -> Raw:
     return raw_config(tiny_model, tmp_path / "run")
 
 
 @pytest.fixture
-def write_yaml(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+def write_yaml(tmp_path: Path) -> Callable[[Raw], Path]:
     """Return a function that writes a configuration to a YAML file."""
 
-    def write(raw: dict[str, Any]) -> Path:
+    def write(raw: Raw) -> Path:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(raw))
         return path

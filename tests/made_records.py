@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from conftest import Raw
+
 from qpruner.data.measures import over_tasks
 from qpruner.quantization.formats import format_of
 from qpruner.runs.records import (
@@ -25,7 +27,7 @@ from qpruner.search.roles import rival_of
 def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     """Make a search of nine trials by `gp`, in which trial 7 with this plan beat the control of
     trial 2."""
-    fields: dict[str, Any] = {
+    fields: Raw = {
         "digest": "c" * 16,
         "trials_digest": "1" * 16,
         "searcher": "gp",
@@ -100,7 +102,7 @@ def made_fine_tune(
     **changes: Any,
 ) -> FineTune:
     """Make a fine-tune with these losses by row and these scores on tasks."""
-    fields: dict[str, Any] = {
+    fields: Raw = {
         "digest": "0" * 16,
         "origin": name,
         "cut": "cut-20",
@@ -137,7 +139,7 @@ def made_layer(index: int, groups: int, channels: int) -> LayerWidths:
 
 def made_cut(*layers: LayerWidths, **changes: Any) -> CutRecord:
     """Make a record of a cut from 150 to 120.24 million parameters."""
-    fields: dict[str, Any] = {
+    fields: Raw = {
         "digest": "0" * 16,
         "seconds": 1.5,
         "dropped_blocks": (),

@@ -52,12 +52,11 @@ def groups_of(bank: BankSource) -> list[str]:
 def bank_of_run(config: RunConfig) -> BankSource:
     """Return the bank of a run's last cut."""
     run_dir = RunDir(config.output)
-    prepared, pruned = (
-        run_dir.read_record("prepare", PrepareRecord),
-        run_dir.read_record("prune", PruneRecord),
-    )
+    prepared = run_dir.read_record("prepare", PrepareRecord)
+    pruned = run_dir.read_record("prune", PruneRecord)
     assert pruned
-    records, unknown = Results(prepare=prepared, prune=pruned), cast(Any, None)
+    records = Results(prepare=prepared, prune=pruned)
+    unknown = cast(Any, None)
     return Context(config, run_dir, lambda event: None, None, unknown, records=records).bank_of(
         list(pruned.cuts)[-1]
     )

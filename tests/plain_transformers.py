@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+
+from conftest import Raw
 
 PROGRAM = """
 import importlib.abc, json, sys
@@ -79,7 +80,7 @@ def plain_transformers_answers(
     folders: Iterable[Path],
     working_folder: Path,
     ragged: Iterable[Path] = (),
-) -> list[dict[str, Any]]:
+) -> list[Raw]:
     """Return logits in float32, greedily generated tokens and the number of layers, or the error,
     for each folder.
 

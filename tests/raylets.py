@@ -71,10 +71,8 @@ class Raylets:
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-        reason, deadline = (
-            DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
-            int((time.time() + seconds) * 1000),
-        )
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline = int((time.time() + seconds) * 1000)
         accepted, why_not = GcsClient(address=self.address).drain_node(
             node_id, reason, "spot notice", deadline
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import yaml
-from conftest import raw_config, with_keys
+from conftest import Raw, raw_config, with_keys
 
 MINUTES = 60.0
 
@@ -129,7 +129,7 @@ def ended(config: Path, verb: str = "search") -> Driver:
     return process
 
 
-def trials_of(run: Path) -> dict[int, dict[str, Any]]:
+def trials_of(run: Path) -> dict[int, Raw]:
     """Read the records of the trials, by index."""
     found = {}
     for path in sorted(run.glob("trials/*/*/trial.json")):
@@ -139,13 +139,13 @@ def trials_of(run: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def rungs_of(run: Path) -> dict[int, list[dict[str, Any]]]:
+def rungs_of(run: Path) -> dict[int, list[Raw]]:
     """Read the rungs of the trials, by index."""
     return {index: trial["rungs"] for index, trial in trials_of(run).items()}
 
 
-def search_record(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "records" / "search.json").read_text())
+def search_record(run: Path) -> Raw:
+    found: Raw = json.loads((run / "records" / "search.json").read_text())
     return found
 
 
@@ -158,7 +158,7 @@ def between_rungs(run: Path, index: int) -> int | None:
     return pulse["pid"] if pulse else None
 
 
-def pulse_of(run: Path, index: int) -> dict[str, Any] | None:
+def pulse_of(run: Path, index: int) -> Raw | None:
     """Read the last progress of the worker of a trial."""
     path = next(run.glob(f"trials/*/{index:04d}/pulse.json"), None)
     return json.loads(path.read_text()) if path else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command, with_key
+from conftest import Raw, command, with_key
 
 import qpruner
 from qpruner.errors import UserError
@@ -17,11 +17,11 @@ from qpruner.pipeline.prepare import Prepare
 from qpruner.runs.records import RunState
 from qpruner.runs.run_dir import RunDir
 
-WriteYaml = Callable[[dict[str, Any]], Path]
+WriteYaml = Callable[[Raw], Path]
 
 
 def test_a_run_continues_after_a_stage_and_logs(
-    tiny_raw: dict[str, Any],
+    tiny_raw: Raw,
     write_yaml: WriteYaml,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -31,12 +31,14 @@ def test_a_run_continues_after_a_stage_and_logs(
     before = (logging.getLogger().handlers[:], logging.getLogger().level, warnings.showwarning)
     gc.unfreeze()
     pruned = qpruner.run(config, "prune.rate=0.3", until="prune")
-    assert pruned.results.prune and pruned.results.bank is None
+    assert pruned.results.bank is None
     assert pruned.results.prune.cuts["cut-30"].achieved_rate > 0.2
-    assert not gc.get_freeze_count(), "a notebook's own garbage is collected again"
+    # A notebook's own garbage is collected again.
+    assert not gc.get_freeze_count()
     gc.freeze()
     further = qpruner.run(config, "prune.rate=0.3", until="sensitivity")
-    assert further.results.prune == pruned.results.prune and further.results.sensitivity
+    assert further.results.prune == pruned.results.prune
+    assert further.results.sensitivity
     states = {name: stage.state for name, stage in further.state.stages.items()}
     assert states == {
         "prepare": "recorded",
@@ -46,17 +48,17 @@ def test_a_run_continues_after_a_stage_and_logs(
     }
     assert "prune" in capsys.readouterr().out
     said = (tmp_path / "run" / "qpruner.log").read_text()
-    assert (
-        said.count("[prune] done in") == 1
-        and "[prune] already recorded: " in said
-        and "[bank] done in" in said
-    )
+    assert said.count("[prune] done in") == 1
+    assert "[prune] already recorded: " in said
+    assert "[bank] done in" in said
+    # As it was.
     assert (
         logging.getLogger().handlers,
         logging.getLogger().level,
         warnings.showwarning,
-    ) == before, "as it was"
-    assert gc.get_freeze_count(), "what the caller excluded stays so"
+    ) == before
+    # What the caller excluded stays so.
+    assert gc.get_freeze_count()
 
 
 def broken(*_: Any) -> Any:
@@ -65,38 +67,38 @@ def broken(*_: Any) -> Any:
 
 
 def test_an_unexpected_error_has_a_remedy(
-    tiny_raw: dict[str, Any], write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_raw: Raw, write_yaml: WriteYaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The remedy is on the terminal, in the state and log of the run, in the JSON, and in the
     Python exception."""
     monkeypatch.setattr(Prepare, "run", broken)
-    config, log = write_yaml(tiny_raw), tmp_path / "run" / "qpruner.log"
+    config = write_yaml(tiny_raw)
+    log = tmp_path / "run" / "qpruner.log"
     done = command("prepare", config, "--json")
     assert done.exit_code == 1
     told = (
         "ZeroDivisionError: nobody foresaw this\n  remedy: this is most likely a defect of qpruner"
     )
-    assert (
-        told in done.stderr
-        and f"please report it with {log}, which has the whole traceback" in done.stderr
-    )
+    assert told in done.stderr
+    assert f"please report it with {log}, which has the whole traceback" in done.stderr
     assert done.stderr.count("remedy:") == 1
     assert "can be repeated" in json.loads(done.stdout.splitlines()[-1])["error"]
     state = RunDir(tmp_path / "run").read_state(RunState)
-    assert state and told in str(state.error)
-    assert told in log.read_text() and "a library's word" in log.read_text()
+    assert told in str(state.error)
+    assert told in log.read_text()
+    assert "a library's word" in log.read_text()
     with pytest.raises(ZeroDivisionError) as caught:
         qpruner.run(config, "seed=1", until="prepare")
     state = RunDir(tmp_path / "run").read_state(RunState)
-    assert state and state.command == f"qpruner prepare {config} --set seed=1", (
-        "the command of a call from Python"
-    )
+    # The command of a call from Python.
+    assert state.command == f"qpruner prepare {config} --set seed=1"
     assert [str(log) in note for note in caught.value.__notes__] == [True]
     assert log.read_text().count(told) == 2
     with pytest.raises(ZeroDivisionError):
         qpruner.run(config, until="serve")
     state = RunDir(tmp_path / "run").read_state(RunState)
-    assert state and state.command == f"qpruner run {config}", "`serve` is no command"
+    # `serve` is no command.
+    assert state.command == f"qpruner run {config}"
 
 
 def test_an_unexpected_error_without_a_run_has_a_remedy(
@@ -104,14 +106,11 @@ def test_an_unexpected_error_without_a_run_has_a_remedy(
 ) -> None:
     monkeypatch.setattr("qpruner.cli.run_verbs.read_snapshot", broken)
     done = command("status", tmp_path)
-    assert done.exit_code == 1 and done.stderr.rstrip().endswith(
-        "please report it with the output above"
-    )
+    assert done.exit_code == 1
+    assert done.stderr.rstrip().endswith("please report it with the output above")
 
 
-def test_an_output_without_write_access_is_refused(
-    tiny_raw: dict[str, Any], write_yaml: WriteYaml
-) -> None:
+def test_an_output_without_write_access_is_refused(tiny_raw: Raw, write_yaml: WriteYaml) -> None:
     """In /proc not even root can create folders."""
     with pytest.raises(
         UserError, match=r"`output`: /proc/1/run cannot be written .*; name another folder"

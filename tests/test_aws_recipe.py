@@ -72,7 +72,8 @@ def account(tmp_path: Path) -> Iterator[Account]:
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     if not shutil.which("aws", path=tools):
         pytest.skip("needs the AWS CLI: pip install 'qpruner[dev]'")
-    checkout, bin = copy_checkout(tmp_path / "checkout"), tmp_path / "bin"
+    checkout = copy_checkout(tmp_path / "checkout")
+    bin = tmp_path / "bin"
     images = tmp_path / "images.json"
     image = {
         "ami_id": "ami-0123456789abcdef0",
@@ -93,7 +94,7 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
     ec2, iam, s3 = (account.store.client(service, REGION) for service in ("ec2", "iam", "s3"))
     before = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
     account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak")
-    (bucket,) = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} - set(before)
+    [bucket] = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} - set(before)
     for role in ("qpruner-head", "qpruner-worker"):
         policy = iam.get_role_policy(RoleName=role, PolicyName="bucket")["PolicyDocument"]
         assert policy["Statement"][0]["Resource"] == [
@@ -103,11 +104,13 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
 
     files = [account.checkout / name for name in ("aws_ids.sh", "cluster.yaml")]
     names, edited = (file.read_text() for file in files)
-    assert "None" not in names, "the AWS CLI prints None for missing things"
+    # The AWS CLI prints None for missing things.
+    assert "None" not in names
     files[1].write_text(edited.replace("ami-0123456789abcdef0", "").replace("subnet-", "None-"))
     # without -e, as in a terminal
     account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=())
-    assert [file.read_text() for file in files] == [names, edited], "a second time gives the same"
+    # A second time gives the same.
+    assert [file.read_text() for file in files] == [names, edited]
     if shutil.which("rsync"):  # the script needs it
         account.run(sys.executable, "launch/check_cluster.py", "cluster.yaml")
     account.run(sys.executable, "-c", START)
@@ -125,22 +128,21 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
         "gpu_spot": "qpruner-worker",
     }
 
-    assert len(ec2.describe_key_pairs()["KeyPairs"]) == 1, "Ray's"
+    # Ray's.
+    assert len(ec2.describe_key_pairs()["KeyPairs"]) == 1
     ec2.terminate_instances(InstanceIds=[machine["InstanceId"] for machine in machines])
     s3.put_object(Bucket=bucket, Key="runs/mine/run.json", Body=b"{}")
     account.follow("source aws_ids.sh")
     assert [each["Name"] for each in s3.list_buckets()["Buckets"]] == before
-    assert (
-        iam.list_roles()["Roles"] == [] and iam.list_instance_profiles()["InstanceProfiles"] == []
-    )
+    assert iam.list_roles()["Roles"] == []
+    assert iam.list_instance_profiles()["InstanceProfiles"] == []
     assert [
         each
         for each in ec2.describe_security_groups()["SecurityGroups"]
         if each["GroupName"] == "qpruner"
     ] == []
-    assert ec2.describe_key_pairs()["KeyPairs"] == [] and not list(
-        (tmp_path / ".ssh").glob("*.pem")
-    )
+    assert ec2.describe_key_pairs()["KeyPairs"] == []
+    assert not list((tmp_path / ".ssh").glob("*.pem"))
 
 
 def test_results_in_a_bucket_are_fetched(account: Account, tmp_path: Path) -> None:
@@ -155,14 +157,14 @@ def test_results_in_a_bucket_are_fetched(account: Account, tmp_path: Path) -> No
     for name in (*expected, "bank/large", "records.txt", "finals/x"):
         account.store.write(f"runs/mine/{name}", name.encode())
     run, mistyped = map(account.store.uri, ("runs/mine", "runs/mien"))
-    mine, part = tmp_path / "mine", tmp_path / "part"
+    mine = tmp_path / "mine"
+    part = tmp_path / "part"
     fetch = ("bash", "launch/fetch.sh", "cluster.yaml")
     account.run(*fetch, f"{run}/", str(mine))
     assert {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()} == expected
     refused = account.run(*fetch, mistyped, str(mine), "report.html", "final", code=1)
-    assert f"not fetched: report.html final; is {mistyped} the run's folder?" in refused, (
-        "even if files were fetched before"
-    )
+    # Even if files were fetched before.
+    assert f"not fetched: report.html final; is {mistyped} the run's folder?" in refused
     assert "not fetched: record; " in account.run(*fetch, run, str(part), "final", "record", code=1)
     assert (part / "final" / "adapter" / "weights").is_file()
     endpoint = "https://minio.example:9000"

@@ -20,7 +20,8 @@ def test_rows_of_any_commit_are_reused(tmp_path: Path, pruning_benchmark: Any) -
     """Recorded rows need not be measured again, unless they are of other data."""
     bench = pruning_benchmark
     tasks = bench.ends_kept(["same text"])
-    assert {task.settings.first_layer for task in tasks} == {4} and len(set(tasks)) == 16
+    assert {task.settings.first_layer for task in tasks} == {4}
+    assert len(set(tasks)) == 16
     rows = [bench.Row(*task.key, 0.2, 40.0, 1.0, 1.0, "a commit", bench.PUBLIC) for task in tasks]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
@@ -32,7 +33,8 @@ def test_rows_of_any_commit_are_reused(tmp_path: Path, pruning_benchmark: Any) -
 def test_without_public_data_the_demo_text_is_divided(pruning_benchmark: Any) -> None:
     """No part of the short text is empty, and no evaluated text is used for calibration."""
     bench = pruning_benchmark.Bench.__new__(pruning_benchmark.Bench)  # without the model
-    bench.evaluated, bench.pad_id = pruning_benchmark.OWN, 0
+    bench.evaluated = pruning_benchmark.OWN
+    bench.pad_id = 0
     bench.tokenizer = load_tokenizer(resolve_source(pruning_benchmark.SOURCE, "model.source"))
     assert bench.texts == ["same text"]
     parts = {

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT, Raw
 from object_store import object_store
 
-ROOT = Path(__file__).resolve().parent.parent
-AWS, ON_PREMISE = ROOT / "cluster.yaml", ROOT / "launch" / "cluster_onprem.yaml"
+AWS = ROOT / "cluster.yaml"
+ON_PREMISE = ROOT / "launch" / "cluster_onprem.yaml"
 FILES = pytest.mark.parametrize("path", [AWS, ON_PREMISE], ids=lambda path: path.stem)
 SCRIPTS = sorted(
     path for path in [*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch"]
@@ -23,18 +23,19 @@ SCRIPTS = sorted(
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
-def prepared(path: Path) -> dict[str, Any]:
+def prepared(path: Path) -> Raw:
     """Prepare and validate a cluster file with the functions of Ray."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config: dict[str, Any] = prepare_config(yaml.safe_load(path.read_text()))
+    config: Raw = prepare_config(yaml.safe_load(path.read_text()))
     validate_config(config)
     return config
 
 
 @FILES
 def test_ray_accepts_the_file_and_mounts_the_package(path: Path) -> None:
-    config, mounts = prepared(path), prepared(path)["file_mounts"]
+    config = prepared(path)
+    mounts = prepared(path)["file_mounts"]
     assert all(
         remote == f"~/qpruner/{local}" and (ROOT / local).exists()
         for remote, local in mounts.items()
@@ -54,13 +55,15 @@ def test_ray_accepts_the_file_and_mounts_the_package(path: Path) -> None:
     commands = [
         each for key, value in config.items() if key.endswith("_commands") for each in value
     ]
-    assert commands and not [each for each in commands if each.lstrip().startswith("(")]
+    assert commands
+    assert not [each for each in commands if each.lstrip().startswith("(")]
 
 
 def test_both_cluster_files_set_machines_up_alike() -> None:
     """So a real `ray up` of one file (tests/cluster) shows that versions and token reach the
     workers."""
-    aws, own = prepared(AWS), prepared(ON_PREMISE)
+    aws = prepared(AWS)
+    own = prepared(ON_PREMISE)
     for key in ("file_mounts", "rsync_exclude", "cluster_synced_files"):
         assert aws[key] == own[key]
     assert aws["worker_setup_commands"][-1] == own["worker_setup_commands"][-1]
@@ -82,7 +85,8 @@ def test_a_token_becomes_readable_for_its_owner_only(tmp_path: Path) -> None:
     subprocess.run(
         ["bash", "-c", f"({command})"], env={"HOME": str(tmp_path), "PATH": PATH}, check=True
     )
-    assert (token.read_text(), f"{token.stat().st_mode & 0o777:o}") == ("a" * 64, "600")
+    assert token.read_text() == "a" * 64
+    assert f"{token.stat().st_mode & 0o777:o}" == "600"
 
 
 def test_keys_are_in_a_file_that_git_ignores(tmp_path: Path) -> None:
@@ -104,7 +108,7 @@ def test_keys_are_in_a_file_that_git_ignores(tmp_path: Path) -> None:
         )
 
 
-def ec2_complaints(node_config: dict[str, Any]) -> str:
+def ec2_complaints(node_config: Raw) -> str:
     """Check the settings of a machine with the AWS client offline, and return its complaints."""
     from botocore.session import get_session
     from botocore.validate import ParamValidator
@@ -121,14 +125,11 @@ def ec2_complaints(node_config: dict[str, Any]) -> str:
 def test_aws_machines_start_on_demand_and_end_when_idle() -> None:
     pytest.importorskip("botocore", reason="needs boto3: pip install 'qpruner[cluster]'")
     config = prepared(AWS)
-    assert (
-        0 < config["idle_timeout_minutes"] <= 30
-        and config["provider"]["cache_stopped_nodes"] is False
-    )
+    assert 0 < config["idle_timeout_minutes"] <= 30
+    assert config["provider"]["cache_stopped_nodes"] is False
     for name, kind in config["available_node_types"].items():
-        assert kind["min_workers"] == 0 and (kind["max_workers"] > 0) == (
-            name != config["head_node_type"]
-        )
+        assert kind["min_workers"] == 0
+        assert (kind["max_workers"] > 0) == (name != config["head_node_type"])
         assert ec2_complaints(kind["node_config"]) == ""
     assert "InstanceTyp" in ec2_complaints({"InstanceTyp": "g6e.2xlarge"})
 
@@ -171,7 +172,8 @@ def filled(path: Path, folder: Path, **changes: str) -> Path:
     for placeholder, value in ({"NAME": "tested"} | values[path] | changes).items():
         assert f"{placeholder}-REPLACE" in text
         text = text.replace(f"{placeholder}-REPLACE", value)
-    key, written = folder / "key", folder / path.name
+    key = folder / "key"
+    written = folder / path.name
     if path == ON_PREMISE and shutil.which("ssh-keygen") and not key.exists():
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     key.touch()
@@ -198,7 +200,8 @@ def test_an_unedited_file_is_named_line_by_line(path: Path) -> None:
     places = [
         number for number, line in enumerate(path.read_text().splitlines(), 1) if "-REPLACE" in line
     ]
-    assert places and all(f"{path}:{number}: replace " in done.stderr for number in places)
+    assert places
+    assert all(f"{path}:{number}: replace " in done.stderr for number in places)
 
 
 @FILES
@@ -250,14 +253,15 @@ def test_an_impossible_aws_id_is_reported(tmp_path: Path, with_programs: dict[st
     done = check(path, **with_programs)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
-    assert len(lines) == 3, "once for all types of machines"
+    # Once for all types of machines.
+    assert len(lines) == 3
     wrong = [
         ("ImageId", "ami-", "'None'"),
         ("SubnetIds", "subnet-", "'None'"),
         ("SecurityGroupIds", "sg-", "None"),
     ]
     for key, begins, got in wrong:
-        (line,) = [
+        [line] = [
             line
             for line in lines
             if f"node_config.{key}` must be {begins} and hexadecimal digits" in line
@@ -282,7 +286,8 @@ def test_remaining_aws_machines_are_named(tmp_path: Path) -> None:
         assert done.returncode == 1 and "2 machines are left in us-west-2" in done.stderr, (
             done.stderr
         )
-        assert all(each in done.stdout for each in ids), "the command that ends them"
+        # The command that ends them.
+        assert all(each in done.stdout for each in ids)
         ec2.terminate_instances(InstanceIds=ids)
         done = check(path, "still_there.py", **elsewhere)
         assert (
@@ -307,7 +312,8 @@ def test_scripts_are_valid_and_explain_their_usage(path: Path) -> None:
         done = subprocess.run(
             ["bash", path], env={"PATH": PATH}, capture_output=True, text=True, timeout=20
         )
-        assert done.returncode == 2 and f"launch/{path.name} " in done.stderr
+        assert done.returncode == 2
+        assert f"launch/{path.name} " in done.stderr
 
 
 @FILES
@@ -319,15 +325,15 @@ def test_a_cluster_is_named_for_its_user_and_folder(path: Path, tmp_path: Path) 
         mine.write_text(path.read_text())
         done = check(mine, "up.sh")
         [name] = re.findall(r"^cluster_name: (.+)$", mine.read_text(), re.MULTILINE)
-        assert (
-            f"== named the cluster {name}, in {mine}" in done.stdout
-            and "NAME-REPLACE" not in done.stderr
-        )
+        assert f"== named the cluster {name}, in {mine}" in done.stdout
+        assert "NAME-REPLACE" not in done.stderr
         names.append(name)
     begin = re.sub(r"[^A-Za-z0-9-]", "-", f"qpruner-{getpass.getuser()}-{ROOT.name}")[:50]
     assert all(re.fullmatch(rf"{begin}-[0-9a-f]{{6}}", name) for name in names)
-    assert len({*names}) == 2, "both users may be `ubuntu`, with a folder of the same name"
-    assert "named the cluster" not in check(mine, "up.sh").stdout, "a name stays"
+    # Both users may be `ubuntu`, with a folder of the same name.
+    assert len({*names}) == 2
+    # A name stays.
+    assert "named the cluster" not in check(mine, "up.sh").stdout
     if path == AWS:  # without credentials, Ray ends at once
         assert f"== takes down {name}: " in check(mine, "down.sh").stdout
 
@@ -336,5 +342,6 @@ def test_results_in_google_storage_are_fetched_by_gcloud(tmp_path: Path) -> None
     """The URI is not taken for a folder on the head."""
     command = ["bash", "launch/fetch.sh", "cluster.yaml", "gs://mine/run", str(tmp_path / "here")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
-    assert done.returncode == 1 and not (tmp_path / "here").exists()
+    assert done.returncode == 1
+    assert not (tmp_path / "here").exists()
     assert f"gcloud storage rsync -r gs://mine/run {tmp_path / 'here'}" in done.stderr

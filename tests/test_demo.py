@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CHANCE = 0.25
 MEMORY_LIMIT_BYTES = 6 * 1024**3
 
@@ -51,7 +51,8 @@ def test_demo(tmp_path: Path) -> None:
             [sys.executable, str(ROOT / "launch" / "demo_minutes.py")], text=True
         )
     )
-    peak, started = 0, time.monotonic()
+    peak = 0
+    started = time.monotonic()
     with (tmp_path / "out").open("w") as out:
         driver = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
         try:
@@ -63,7 +64,8 @@ def test_demo(tmp_path: Path) -> None:
             driver.kill()
     took = (time.monotonic() - started) / 60
     print(f"told {told:.0f} minutes, took {took:.1f}")
-    assert told < 1.5 * took, "other work on the machine only makes it longer"
+    # Other work on the machine only makes it longer.
+    assert told < 1.5 * took
     text = (tmp_path / "out").read_text()
     assert driver.returncode == 0, text[-3000:]
     outcome = json.loads(text.splitlines()[-1])
@@ -83,11 +85,11 @@ def test_demo(tmp_path: Path) -> None:
         "searched",
     ]
     best = min(finalists[name]["loss"] for name in controls if name in table)
-    assert all(finalists[name]["loss"] > best for name in left_out), (
-        "only controls that lost as trials"
-    )
+    # Only controls that lost as trials.
+    assert all(finalists[name]["loss"] > best for name in left_out)
     unpruned = report["records"]["evaluate"]["rows"][0]["tasks"][0]
-    assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE, "clearly above chance"
+    # Clearly above chance.
+    assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE
     assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]
     rows = report["records"]["comparison"]["rows"]
     assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in rows)
@@ -106,14 +108,17 @@ def test_demo(tmp_path: Path) -> None:
     assert peak < MEMORY_LIMIT_BYTES
     rows = outcome["serve"]["rows"]
     served = {row["form"]: row for row in rows if row["name"] == "searched"}
-    assert rows[0]["name"] == "base" and rows[-1]["name"] == "searched"
-    assert rows[1]["name"] in table and rows[1]["name"] in controls, "the best simple alternative"
-    assert list(served) == ["gguf"] and served["gguf"]["file_bytes"] < rows[0]["file_bytes"] / 3
+    assert rows[0]["name"] == "base"
+    assert rows[-1]["name"] == "searched"
+    # The best simple alternative.
+    assert rows[1]["name"] in table
+    assert rows[1]["name"] in controls
+    assert list(served) == ["gguf"]
+    assert served["gguf"]["file_bytes"] < rows[0]["file_bytes"] / 3
     assert all((run / file).is_file() for row in served.values() for file in row["files"])
     tuned = table["searched"]["confirmation_loss"]
-    assert abs(served["gguf"]["loss"] - tuned) < 0.05 * tuned, (
-        "llama.cpp computes what was fine-tuned"
-    )
+    # Llama.cpp computes what was fine-tuned.
+    assert abs(served["gguf"]["loss"] - tuned) < 0.05 * tuned
     assert max(served["gguf"]["decode_tokens_per_second"]) > min(
         rows[0]["decode_tokens_per_second"]
     )

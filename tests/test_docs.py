@@ -15,12 +15,11 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from checkouts import copy_checkout, environment_with
-from conftest import raw_config
+from conftest import Raw, raw_config
 from doc_blocks import FENCE, PAGES, ROOT, Block, blocks
 from tensorboard_server import serving
 
@@ -177,32 +176,33 @@ def test_every_command_in_prose_runs_or_says_why_not() -> None:
         for command in INLINE_RUNNABLE
         if not command.startswith(("qpruner ", "tensorboard ", "python "))
     ]
-    assert unlike == [], "only these are run: give its reason in INLINE_NOT_RUN"
+    # Only these are run: give its reason in INLINE_NOT_RUN.
+    assert unlike == []
     unfilled = [
         command for command in INLINE_RUNNABLE if re.search(r"\b[A-Z]{3,}\b|\.\.\.", command)
     ]
-    assert unfilled == [], "a word that PLACES does not have"
+    # A word that PLACES does not have.
+    assert unfilled == []
     unused = [
         start
         for start in INLINE_NOT_RUN
         if not any(command.startswith(start) for command in INLINE)
     ]
-    assert unused == [], "a reason for nothing"
+    # A reason for nothing.
+    assert unused == []
     assert "qpruner status runs/demo" in INLINE_RUNNABLE
 
 
 def test_every_block_runs_or_says_why_not() -> None:
-    assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == [], (
-        "a language that no test runs"
-    )
+    # A language that no test runs.
+    assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == []
     for page in PAGES:
         fences = len(re.findall(r"^```", page.read_text(encoding="utf-8"), re.MULTILINE))
         mine = [block for block in BLOCKS if block.page == str(page.relative_to(ROOT))]
         assert fences == 2 * len(mine), f"{page}: a fence that is indented or not closed"
     counts = {key: sum(matches(block, *key) for block in BLOCKS) for key in NOT_RUN}
-    assert {key: count for key, count in counts.items() if count != 1} == {}, (
-        "each reason is about one block"
-    )
+    # Each reason is about one block.
+    assert {key: count for key, count in counts.items() if count != 1} == {}
 
 
 @each_page
@@ -285,7 +285,7 @@ def test_keys_of_a_configuration_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
 def test_parts_of_a_configuration_are_valid(block: Block) -> None:
-    raw: dict[str, Any] = raw_config(Path("model"), Path("runs/x"))
+    raw: Raw = raw_config(Path("model"), Path("runs/x"))
     for section, keys in yaml.safe_load(block.text).items():
         raw[section] = raw.get(section, {}) | keys if isinstance(keys, dict) else keys
         if section == "prune" and {"layer_rate", "rates"} & set(keys) and "rate" not in keys:
@@ -364,7 +364,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     return folder
 
 
-def smallest_config(model: Path, output: Path) -> dict[str, Any]:
+def smallest_config(model: Path, output: Path) -> Raw:
     """Make the configuration of the shortest run: three plans of two blocks, and no comparison."""
     raw = raw_config(model, output)
     raw["sensitivity"] |= {"methods": ["fisher"]}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, Raw
 
-ROOT = Path(__file__).resolve().parent.parent
 ABSENT = (
     "ray datasets pyarrow pandas lm_eval scipy sklearn botorch gpytorch hyperopt "
     "matplotlib tensorboardX boto3"
@@ -24,7 +24,7 @@ ABSENT = (
 def script(name: str) -> Any:
     """Import a script of benchmarks/."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec and spec.loader
+    assert spec.loader
     # dataclasses look their module up
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,7 +42,7 @@ def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def lines_of(work: Path) -> list[dict[str, Any]]:
+def lines_of(work: Path) -> list[Raw]:
     return [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()]
 
 
@@ -76,7 +76,9 @@ def test_all_parts_run_without_ray_and_datasets(tmp_path: Path) -> None:
     assert len(compared) == 5 and all(min(each.values()) > 0 for each in compared.values()), (
         estimates
     )
-    assert tests["failed"] == [] and "collected" in tests["summary"], "tests marked gpu need no Ray"
+    # Tests marked gpu need no Ray.
+    assert tests["failed"] == []
+    assert "collected" in tests["summary"]
 
 
 def test_a_part_out_of_time_is_ended_and_says_so(tmp_path: Path) -> None:
@@ -92,7 +94,8 @@ def test_a_part_out_of_time_is_ended_and_says_so(tmp_path: Path) -> None:
     )
     done = run(sys.executable, *command, "--work", tmp_path)
     first, second = lines_of(tmp_path)
-    assert "took longer" in first["error"] and "--minutes" in second["error"]
+    assert "took longer" in first["error"]
+    assert "--minutes" in second["error"]
     assert json.loads(done.stdout.splitlines()[-1])["parts"] == [first, second]
     assert not (tmp_path / "pruned").exists()
 
@@ -100,7 +103,9 @@ def test_a_part_out_of_time_is_ended_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_kit_needs_only_torch_and_numpy(tmp_path: Path) -> None:
     """As on the machine that the kit is for, except for the GPU."""
-    kit, folder, bare = script("gpu_kit"), tmp_path / "kit", tmp_path / "bare"
+    kit = script("gpu_kit")
+    folder = tmp_path / "kit"
+    bare = tmp_path / "bare"
     if run(
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp_path, "click"
     ).returncode:
@@ -108,7 +113,7 @@ def test_the_kit_needs_only_torch_and_numpy(tmp_path: Path) -> None:
     made = run(sys.executable, "benchmarks/gpu_kit.py", "128", "--out", folder)
     assert made.returncode == 0, made.stdout + made.stderr
     run(sys.executable, "-m", "venv", bare)
-    (site,) = bare.glob("lib/python*/site-packages")
+    [site] = bare.glob("lib/python*/site-packages")
     for name in kit.required(kit.THERE):
         for top in {file.parts[0] for file in distribution(name).files or ()} - {
             "..",

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import disk_of
+from conftest import ROOT, disk_of
 
-ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("bash", "dirname", "df", "awk", "cat", "sed", "env", "sha256sum")
 UNREACHABLE = {
     "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
@@ -70,7 +69,8 @@ def test_a_missing_or_old_python_is_named(
             f'[ "$1" = --version ] && echo "Python {version}" && exit 0\nexit 1',
         )
     done = setup(checkout, str(bare_path))
-    assert done.returncode == 1 and f"{problem}; install Python 3.11 or newer" in done.stderr
+    assert done.returncode == 1
+    assert f"{problem}; install Python 3.11 or newer" in done.stderr
 
 
 @pytest.mark.slow
@@ -88,7 +88,9 @@ def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> N
     )
     versions.write_text("idna==3.11\n")
     done = setup(checkout, os.environ["PATH"], **given)
-    assert done.returncode == 1 and "== installing qpruner[demo]" in done.stdout, "pip was asked"
+    # Pip was asked.
+    assert done.returncode == 1
+    assert "== installing qpruner[demo]" in done.stdout
     assert "cannot reach a package index" in done.stderr or "the message is above" in done.stderr
 
 
@@ -113,17 +115,17 @@ def test_uv_gets_the_settings_of_pip(tmp_path: Path) -> None:
     assert {f"export UV_{each}" for each in given} <= {*found}
     assert not any("UV_NO_INDEX" in line for line in found)
     refused = translated(PIP_PREFER_BINARY="1")
-    assert (refused.returncode, refused.stdout) == (
-        1,
-        "",
-    ) and "`prefer-binary`, so pip installs" in refused.stderr
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert "`prefer-binary`, so pip installs" in refused.stderr
 
 
 def test_a_disk_without_room_is_refused(checkout: Path, tmp_path: Path) -> None:
     with disk_of("16m", tmp_path / "small") as disk:
         shutil.copytree(checkout, disk / "checkout")
         done = setup(disk / "checkout", os.environ["PATH"])
-    assert done.returncode == 1 and "the installation takes up to 8 GB, but only" in done.stderr
+    assert done.returncode == 1
+    assert "the installation takes up to 8 GB, but only" in done.stderr
 
 
 def test_the_test_script_says_how_long_it_takes(checkout: Path, bare_path: Path) -> None:

@@ -10,14 +10,13 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkouts import copy_checkout, environment_with, git
+from conftest import ROOT, Raw
 
 from qpruner.runs.version import VERSION
 
-ROOT = Path(__file__).resolve().parent.parent
 OTHERS = [f"3.{minor}" for minor in range(11, 15) if minor != sys.version_info.minor]
 """Supported versions of Python other than this one."""
 MINUTES = 60
@@ -52,8 +51,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     # Builds the source archive, unpacks it where no git is, and builds the wheel from that.
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", checkout]
     subprocess.run(build, check=True, timeout=120)
-    (wheel,) = (folder / "dist").glob("*.whl")
-    (archive,) = (folder / "dist").glob("*.tar.gz")
+    [wheel] = (folder / "dist").glob("*.whl")
+    [archive] = (folder / "dist").glob("*.tar.gz")
     return Built(checkout, archive, wheel)
 
 
@@ -181,7 +180,8 @@ def test_every_module_compiles(version: str, tmp_path: Path) -> None:
     variables = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
-    assert len(list(tmp_path.rglob("*.pyc"))) > 100, "something was compiled"
+    # Something was compiled.
+    assert len(list(tmp_path.rglob("*.pyc"))) > 100
 
 
 @pytest.mark.slow
@@ -189,13 +189,14 @@ def test_every_module_compiles(version: str, tmp_path: Path) -> None:
 def test_it_works_with_another_python_from_an_index(
     version: str,
     built: Built,
-    tiny_raw: dict[str, Any],
+    tiny_raw: Raw,
     write_yaml: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     """A real installation of some minutes and 7 GB: the demo's check, and the tiny model pruned."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    python, folder = interpreter(version), tmp_path / "environment"
+    python = interpreter(version)
+    folder = tmp_path / "environment"
     pip = ("python", "-m", "pip", "install", "--quiet")
     try:
         subprocess.run([python, "-m", "venv", folder], check=True, timeout=2 * MINUTES)

@@ -2,14 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import Raw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 
-def measured(row: str, num_bytes: int, loss: float, seed: int) -> dict[str, Any]:
+def measured(row: str, num_bytes: int, loss: float, seed: int) -> Raw:
     return {
         "row": row,
         "seed": seed,

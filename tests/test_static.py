@@ -2,17 +2,14 @@
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import command
+from conftest import ROOT, command
 
 from qpruner.config.load import config_schema
 from qpruner.runs.version import VERSION
 from qpruner.wording import counted
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -31,18 +28,20 @@ def test_a_mistyped_word_gets_the_nearest_one(mistyped: tuple[str, ...], nearest
 def test_the_version_is_the_same_everywhere() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == VERSION
     newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert newest and newest[1] == VERSION
+    assert newest[1] == VERSION
 
 
 def test_schema_is_current() -> None:
     written = (ROOT / "tune_configs" / "schema.json").read_text()
-    assert written == config_schema(), "run: qpruner schema > tune_configs/schema.json"
+    # Run: qpruner schema > tune_configs/schema.json.
+    assert written == config_schema()
 
 
 @pytest.mark.parametrize("page", ["configuration.md", "commands.md"])
 def test_the_reference_is_current(page: str) -> None:
     made = runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
-    assert (ROOT / "docs" / page).read_text() == made[page], "run: python docs/reference.py"
+    # Run: python docs/reference.py.
+    assert (ROOT / "docs" / page).read_text() == made[page]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
+from qpruner.cluster.slots import Resources
 from qpruner.models.memory import limit_threads, release
 from qpruner.runs.events import Emit, Event
 
@@ -33,12 +35,12 @@ Work = Callable[[Emit], Result]
 """A function to run; it takes a function that receives events."""
 
 
+@dataclass(frozen=True)
 class LocalExecutor:
     """Runs work in this process, which holds `gpus` GPUs."""
 
-    def __init__(self, gpus: float, gpu_time: GpuTime) -> None:
-        self._gpus = gpus
-        self._gpu_time = gpu_time
+    gpus: float
+    gpu_time: GpuTime
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run the work in this process, return its result and free its memory."""
@@ -46,22 +48,20 @@ class LocalExecutor:
         try:
             return work(emit)
         finally:
-            self._gpu_time.add(self._gpus * (time.monotonic() - started))
+            self.gpu_time.add(self.gpus * (time.monotonic() - started))
             release()
 
 
+@dataclass(frozen=True)
 class ClusterExecutor:
     """Runs each piece of work in a new process on a node of the cluster (see `run_tasks`).
 
     This process, the driver, holds no model.
     """
 
-    def __init__(
-        self, resources: Mapping[str, float], gpu_time: GpuTime, check_node: bytes
-    ) -> None:
-        self._resources = resources
-        self._gpu_time = gpu_time
-        self._check_node = check_node
+    resources: Resources
+    gpu_time: GpuTime
+    check_node: bytes  # from `packed_check`
 
     def run(self, work: Work[Result], emit: Emit) -> Result:
         """Run the work on a node and return its result.
@@ -71,13 +71,13 @@ class ClusterExecutor:
         from qpruner.cluster.tasks import run_tasks
 
         finished_jobs = run_tasks(
-            run_streamed,
-            jobs=[Streamed(work, int(self._resources.get("cpu", 1.0)))],
-            resources=self._resources,
+            partial(run_streamed, int(self.resources.get("cpu", 1.0))),
+            jobs=[work],
+            resources=self.resources,
             max_concurrent=1,
             own_process=True,
-            check_node=self._check_node,
-            on_held=self._gpu_time.add,
+            check_node=self.check_node,
+            on_held=self.gpu_time.add,
             on_event=emit,
         )
         result: Result
@@ -89,22 +89,15 @@ ModelExecutor = LocalExecutor | ClusterExecutor
 """Runs work on one model, and passes on its events and errors unchanged."""
 
 
-@dataclass(frozen=True)
-class Streamed(Generic[Result]):
-    """Work for `run_streamed`, and the threads of torch that it may use if there is no GPU."""
-
-    work: Work[Result]
-    torch_threads: int
-
-
-def run_streamed(job: Streamed[Result]) -> Any:
+def run_streamed(torch_threads: int, work: Work[Result]) -> Any:
     """Run work in another thread, as a job for `run_tasks`.
 
-    Each event is yielded as soon as it is emitted; the generator returns the result.
+    Each event is yielded as soon as it is emitted; the generator returns the result. Without a GPU
+    torch may use so many threads.
     """
     events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-    with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(job.torch_threads,)) as thread:
-        outcome = thread.submit(job.work, events.put)
+    with ThreadPoolExecutor(1, initializer=limit_threads, initargs=(torch_threads,)) as thread:
+        outcome = thread.submit(work, events.put)
         outcome.add_done_callback(lambda _: events.put(None))
         while (event := events.get()) is not None:
             yield event

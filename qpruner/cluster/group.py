@@ -25,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import get_current_placement_group, remove_placement_group
 
 from qpruner.cluster.ray_private import ControllerCallback, TorchBackend, WorkerGroupCallback
+from qpruner.cluster.slots import Resources
 from qpruner.cluster.tasks import Result, is_staying, run_tasks
 from qpruner.runs.storage import read_progress, write_progress
 
@@ -32,7 +33,7 @@ from qpruner.runs.storage import read_progress, write_progress
 def run_groups(
     function: Callable[[Any], Result],
     jobs: Sequence[Any],
-    resources: Mapping[str, float],
+    resources: Resources,
     num_workers: int,
     max_concurrent: int,
     scratch: Path,
@@ -79,7 +80,7 @@ def run_groups(
 def _run(
     function: Callable[[Any], Any],
     job: Any,
-    resources: Mapping[str, float],
+    resources: Resources,
     num_workers: int,
     scratch: Path,
     check_node: bytes,

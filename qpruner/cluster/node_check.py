@@ -68,15 +68,16 @@ def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> 
         task = ray.remote(num_cpus=0, max_calls=1, max_retries=1)(look_at_one)
         for node in nodes:
             node_id = node["NodeID"]
-            on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            answer = task.options(scheduling_strategy=on_node).remote(
-                str(storage), driver, node_id, own_versions, size_of(node).gpus
+            on_node = task.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
             )
-            answers.append(answer)
+            num_gpus = size_of(node).gpus
+            answers.append(on_node.remote(str(storage), driver, node_id, own_versions, num_gpus))
     ray.wait(answers, num_returns=len(answers), timeout=seconds)
 
     reports = []
     for node, answer in zip(nodes, answers, strict=True):
+        gpus: Gpus = ()
         has_left = False
         try:
             problems, gpus = ray.get(answer, timeout=0)
@@ -84,16 +85,16 @@ def look_at_all(storage: Path, driver: str, seconds: float = ANSWER_SECONDS) -> 
             ray.cancel(answer, force=True)
             # These errors come before Ray's table says that the node has left.
             has_left = isinstance(error, NodeDiedError | TaskUnschedulableError)
-            why = str(error).partition("\n")[0]
+            why = _first_line(error)
             if isinstance(error, TimeoutError):
                 why = f"no answer in {seconds:g} s"
             remedy = "see Ray's log there, or take the node out of the cluster (`ray stop`)"
             problems = {"no answer": f"it could not be checked: {why}; {remedy}"}
-            gpus = ()
         node_id = node["NodeID"]
+        name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node_id[:8]})"
         report = NodeReport(
             id=node_id,
-            name=f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node_id[:8]})",
+            name=name,
             size=size_of(node),
             problems=problems,
             gpus=gpus,
@@ -138,22 +139,22 @@ def look_at_one(
 
     Return the fields `problems` and `gpus` of `NodeReport`.
     """
-    problems = {}
+    gpus: Gpus = ()
+    gpu_trouble = ""
+    if num_gpus:
+        gpus, gpu_trouble = _gpus(num_gpus)
     differing = differences(driver_versions)
     if differing:
-        problems["other versions"] = (
-            f"{differing}; install the same versions on every node "
+        differing += (
+            "; install the same versions on every node "
             "(`launch/up.sh`, or `launch/setup.sh` there) and restart Ray"
         )
-    unusable = _storage_trouble(Path(storage), driver, driver, node_id, seconds=0.0)
-    if unusable:
-        problems["storage"] = unusable
-    usable_gpus: Gpus = ()
-    if num_gpus:
-        usable_gpus, gpu_trouble = _gpus(num_gpus)
-        if gpu_trouble:
-            problems["GPUs"] = gpu_trouble
-    return problems, usable_gpus
+    problems = {
+        "other versions": differing,
+        "storage": _storage_trouble(Path(storage), driver, driver, node_id, seconds=0.0),
+        "GPUs": gpu_trouble,
+    }
+    return {title: text for title, text in problems.items() if text}, gpus
 
 
 def check_node(driver_versions: Mapping[str, str], place: tuple[str, str, str, str] | None) -> None:
@@ -215,9 +216,7 @@ def versions() -> dict[str, str]:
 
 def differences(driver_versions: Mapping[str, str]) -> str:
     """Describe the versions that differ between this node and the driver; empty if none does."""
-    if not driver_versions:
-        return ""
-    own_versions = versions()
+    own_versions = versions() if driver_versions else {}
     return ", ".join(
         f"{name} is {own_versions[name]} there and {driver_version} here"
         for name, driver_version in driver_versions.items()
@@ -279,7 +278,7 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
     """
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         os.environ.pop(name, None)  # Ray hides GPUs by these from tasks that reserve none
-    seen: list[tuple[str, int, tuple[int, int]]] = []
+    seen = []
     try:
         import torch
 
@@ -300,10 +299,10 @@ def _gpus(counted: float) -> tuple[Gpus, str]:
         return (), f"torch or bitsandbytes cannot use its GPUs: {why}; {remedy}"
 
     if len(seen) < counted and (seen or _has_hardware()):
-        remedy = (
-            "install a torch for its GPU driver (`nvidia-smi` shows the version), or a newer driver"
+        return seen, (
+            f"Ray counts {counted:g} GPUs, torch sees {len(seen)}; install a torch for its GPU "
+            "driver (`nvidia-smi` shows the version), or a newer driver"
         )
-        return seen, f"Ray counts {counted:g} GPUs, torch sees {len(seen)}; {remedy}"
     return seen, ""
 
 

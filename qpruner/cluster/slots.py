@@ -11,6 +11,8 @@ from qpruner.errors import UserError
 from qpruner.runs.events import Emit, Message, SlotsFound
 from qpruner.wording import counted
 
+Resources = Mapping[str, float]
+"""Numbers of `cpu` cores and of `gpu`s; one that is missing is 0."""
 LOOK_SECONDS = 2.0  # time between two counts of the machines during a search
 
 
@@ -21,7 +23,7 @@ class Node:
     cpus: float
     gpus: float
 
-    def fits(self, resources: Mapping[str, float]) -> int:
+    def fits(self, resources: Resources) -> int:
         """Count the trials with these resources that fit on this machine at once."""
         cpu = resources.get("cpu", 0.0)
         gpu = resources.get("gpu", 0.0)
@@ -67,18 +69,16 @@ class Slots:
         """
         return max((*self.nodes, *self.workers), key=lambda node: (node.gpus, node.cpus))
 
-    def fits(self, resources: Mapping[str, float]) -> int:
+    def fits(self, resources: Resources) -> int:
         """Count the tasks that fit at once on the present machines."""
         return sum(node.fits(resources) for node in self.nodes)
 
-    def at_most(self, resources: Mapping[str, float]) -> int:
+    def at_most(self, resources: Resources) -> int:
         """Count the tasks that fit at once after the autoscaler has started all machines it may."""
-        present = self.fits(resources)
         by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)
         started = by_worker[: self.max_workers]
-        if not started:
-            return present
-        return max(present, self.head.fits(resources) + sum(started))
+        grown = self.head.fits(resources) + sum(started)
+        return max(self.fits(resources), grown)
 
     def resources_per_trial(self, requested: Mapping[str, float | None] | None) -> dict[str, float]:
         """Return the resources of one trial, with defaults for those that were not requested.
@@ -104,7 +104,7 @@ class Slots:
                 return float(cores)
         return 1.0
 
-    def concurrent(self, resources: Mapping[str, float], limit: int | None) -> int:
+    def concurrent(self, resources: Resources, limit: int | None) -> int:
         """Return how many trials may be in flight (see `Room`), at most `limit`.
 
         Raises:
@@ -151,7 +151,7 @@ def assumed_slots(trial: Mapping[str, float | None] | None) -> Slots:
     return Slots((machine,))
 
 
-def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, float]:
+def worker_resources(trial: Resources, num_workers: int) -> dict[str, float]:
     """Return the resources of each of the workers that train one model.
 
     Several workers need a whole GPU each, because NCCL does.
@@ -162,6 +162,7 @@ def worker_resources(trial: Mapping[str, float], num_workers: int) -> dict[str, 
     return resources
 
 
+@dataclass
 class Room:
     """Counts the trials that may be in flight while machines join and leave.
 
@@ -169,20 +170,13 @@ class Room:
     machines. Ray's `request_resources` would do so, too, but outlive a killed driver.
     """
 
-    def __init__(
-        self,
-        count_slots: Callable[[], Slots],
-        resources: Mapping[str, float],
-        limit: int | None,
-        emit: Emit,
-    ) -> None:
-        self._count_slots = count_slots
-        self._resources = resources
-        self._limit = limit or 10**6
-        self._emit = emit
-        self._num_slots: int | None = None
-        self._room = 0
-        self._next_look = 0.0
+    count_slots: Callable[[], Slots]
+    resources: Resources  # of one trial
+    limit: int | None
+    emit: Emit
+    num_slots: int | None = None  # at the last look
+    room: int = 0  # at the last look
+    next_look: float = 0.0
 
     def __call__(self, num_held: int) -> int:
         """Return how many trials may be in flight while `num_held` slots are held.
@@ -190,15 +184,16 @@ class Room:
         The machines are counted again after `LOOK_SECONDS`, and a change of slots is emitted.
         """
         now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            slots = self._count_slots()
-            self._room = slots.at_most(self._resources)
-            num_slots = min(slots.fits(self._resources), self._limit)
-            if num_slots != self._num_slots:
-                self._num_slots = num_slots
-                self._emit(SlotsFound(num_slots))
-                if not self._room:
+        limit = self.limit or 10**6
+        if now >= self.next_look:
+            self.next_look = now + LOOK_SECONDS
+            slots = self.count_slots()
+            self.room = slots.at_most(self.resources)
+            num_slots = min(slots.fits(self.resources), limit)
+            if num_slots != self.num_slots:
+                self.num_slots = num_slots
+                self.emit(SlotsFound(num_slots))
+                if not self.room:
                     text = "warning: no machine of the cluster can run a trial: add a machine"
-                    self._emit(Message("search", text))
-        return max(0, min(self._room - num_held, self._limit))
+                    self.emit(Message("search", text))
+        return max(0, min(self.room - num_held, limit))

@@ -6,7 +6,7 @@ import socket
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from ray.exceptions import (
 
 from qpruner.cluster import ray_private
 from qpruner.cluster.node_check import REFUSAL
+from qpruner.cluster.slots import Resources
 from qpruner.errors import NodeDiffers, WorkerDied, first_line
 from qpruner.runs.events import Emit, Event, Message
 
@@ -63,7 +64,7 @@ def checked(check_node: bytes, function: Callable[..., Any]) -> Callable[..., An
 def run_tasks(
     function: Callable[[Any], Result],
     jobs: Sequence[Any],
-    resources: Mapping[str, float],
+    resources: Resources,
     max_concurrent: int,
     own_process: bool,
     check_node: bytes,
@@ -158,9 +159,7 @@ def _timed(function: Callable[[Any], Any], is_generator: bool, job: Any) -> Iter
     yield result, time.monotonic() - started
 
 
-def _starter(
-    name: str, resources: Mapping[str, float], own_process: bool
-) -> Callable[[bytes], Any]:
+def _starter(name: str, resources: Resources, own_process: bool) -> Callable[[bytes], Any]:
     """Return a function that starts a Ray task for pickled work.
 
     The task yields the id of its node, and then what the work yields.

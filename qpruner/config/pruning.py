@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from qpruner.config.section import Section
 
 Positive = Annotated[int, Field(ge=1)]
 Named = Annotated[str, Field(min_length=1)]
 Rate = Annotated[float, Field(ge=0.0, le=0.9)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+ProperShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+Item = TypeVar("Item")
+OneOrMore = Annotated[tuple[Item, ...], Field(min_length=1)]
 UNPRUNED = "base"
 """Name of the cut that removes nothing: the base model as it was."""
 
@@ -81,22 +85,22 @@ def _percent(rate: float) -> str:
 class PruneConfig(Section):
     """Structured pruning: whole blocks, key/value groups with their query heads, MLP channels."""
 
-    rates: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = (0.0, 0.1, 0.2)
+    rates: OneOrMore[Rate] | None = (0.0, 0.1, 0.2)
     """Shares of *all* parameters to remove, ascending: each is a cut that the search may choose; 0
     is no cut."""
     rate: Rate | None = None
     """Instead of `rates`: a single share; 0 skips the cut."""
-    layer_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    layer_rate: ProperShare | None = None
     """Instead of `rates`: the share of its units that each block loses (LLM-Pruner's ratio). It
     changes the defaults to `selection: per_layer`, `round_to: 1` and `query_heads: modulo`, which
     keep the same units as LLM-Pruner."""
-    units: Annotated[tuple[Literal["block", "attention", "mlp"], ...], Field(min_length=1)] = (
+    units: OneOrMore[Literal["block", "attention", "mlp"]] = (
         "attention",
         "mlp",
     )
     """Kinds of units that may be cut: whole blocks, key/value groups with their query heads, MLP
     channels."""
-    depth_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    depth_share: ProperShare | None = None
     """Part of `rate` to cut as whole blocks beside other units; null: half of it, at most a tenth
     of all parameters."""
     importance: Literal[
@@ -124,7 +128,7 @@ class PruneConfig(Section):
     """How the output projections (o, down) compensate for the cut: not at all, or by weights solved
     for on the calibration samples. Null: `least_squares`, or `none` for whole blocks alone in a
     family with a norm after the MLP."""
-    ridge: Annotated[float, Field(gt=0.0)] = RIDGE
+    ridge: PositiveFloat = RIDGE
     """Least squares only: strength of the pull to the original weights, relative to the inputs'
     mean square."""
     steps: Positive | None = None
@@ -136,7 +140,7 @@ class PruneConfig(Section):
     uniform: bool = False
     """Give every block the same widths, so that the pruned model is a plain checkpoint that loads
     without qpruner."""
-    first_layer: Annotated[int, Field(ge=0)] = 0
+    first_layer: NonNegativeInt = 0
     """First block that may be cut, counted from 0."""
     last_layer: int = -1
     """Last block that may be cut (inclusive); negative counts from the end."""

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from qpruner.config.pruning import CalibrationConfig as CalibrationConfig
 from qpruner.config.pruning import DataSource as DataSource
-from qpruner.config.pruning import Named, Positive
+from qpruner.config.pruning import Named, OneOrMore, Positive, Share
 from qpruner.config.pruning import PruneConfig as PruneConfig
 from qpruner.config.section import Section
 from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of
@@ -46,11 +46,11 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Rows to train on, to score trials, and to choose and judge the winner."""
 
-    train: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    train: OneOrMore[DataSource]
     """Rows to fine-tune on."""
-    validation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    validation: OneOrMore[DataSource]
     """Rows on which trials are scored."""
-    confirmation: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    confirmation: OneOrMore[DataSource]
     """Rows on which no trial is scored: odd ones choose among the best trials, even ones judge the
     winner."""
     template: Literal["alpaca", "alpaca_short", "chat"] = "alpaca"
@@ -74,7 +74,7 @@ class BudgetConfig(Section):
     """0: the size with every group in its smallest format; 1: in its largest; linear between."""
     mean_bits: float | None = None
     """Mean bits per weight without scales, over the weights of all groups."""
-    gib: Annotated[float, Field(gt=0)] | None = None
+    gib: PositiveFloat | None = None
     """Gibibytes of the whole model, adapters included."""
     bytes: Positive | None = None
     """Bytes of the whole model, adapters included."""
@@ -85,8 +85,7 @@ class BudgetConfig(Section):
     @property
     def sizes(self) -> dict[str, float]:
         """The keys that give the size, and their values."""
-        values = self.model_dump(exclude={"flops_fraction"}, exclude_none=True)
-        return dict(values)
+        return self.model_dump(exclude={"flops_fraction"}, exclude_none=True)
 
     @property
     def size(self) -> tuple[str, float]:
@@ -100,15 +99,15 @@ class QuantizeConfig(Section):
 
     group: Literal["block", "sublayer", "projection"] = "block"
     """The part of the model that gets one format."""
-    formats: Annotated[tuple[Named, ...], Field(min_length=1)] | None = None
+    formats: OneOrMore[Named] | None = None
     """Formats to choose from, see [formats](formats.md). A group gets those that all its layers
     take. With a single one for all groups, nothing is measured; with one cut too, one trial is run.
     Null takes nf4 and int8."""
-    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] | None = None
+    bits: OneOrMore[Bits] | None = None
     """Short for `formats`: 4 is nf4, 8 is int8, 16 is bf16 (not packed)."""
     double_quant: bool = False
     """Take nf4_double, with quantized scales, in place of nf4."""
-    embeddings: Annotated[tuple[Named, ...], Field(min_length=1)] = (DENSE,)
+    embeddings: OneOrMore[Named] = (DENSE,)
     """Formats for the token embeddings and for the head (one group if they are tied); bf16 leaves
     them unpacked."""
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -145,9 +144,9 @@ class LoraConfig(Section):
 
     rank: Positive = 8
     """Rank of each adapter."""
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: PositiveFloat = 16.0
     """Adapters are scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Dropout before each adapter."""
     init: Literal["loftq", "plain"] = "loftq"
     """Start adapters from the quantization error (LoftQ), or from zero."""
@@ -160,17 +159,17 @@ class LoraConfig(Section):
 class TrainingConfig(Section):
     """Optimizer settings for trials and the final fine-tune."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak learning rate (AdamW, warm-up, cosine)."""
     batch_size: Positive = 64
     """Rows per optimizer step."""
     micro_batch_size: Positive = 4
     """Rows per forward pass; gradients are accumulated over the batch."""
-    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    warmup_ratio: Share = 0.05
     """Share of the steps in which the learning rate warms up."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
@@ -212,9 +211,9 @@ class SensitivityConfig(Section):
 class ResourcesConfig(Section):
     """Resources that Ray reserves for one trial."""
 
-    cpu: Annotated[float, Field(gt=0)] = 1.0
+    cpu: PositiveFloat = 1.0
     """CPU cores."""
-    gpu: Annotated[float, Field(ge=0)] | None = None
+    gpu: NonNegativeFloat | None = None
     """A share of a GPU, one GPU, or several over which the model is spread; null takes one if there
     are GPUs."""
 
@@ -227,10 +226,10 @@ class SearchConfig(Section):
     (bayesian-optimization) run through Ray's searchers. random is the control."""
     max_trials: Positive = 16
     """The search ends after this many trials, controls included."""
-    max_hours: Annotated[float, Field(gt=0)] | None = None
+    max_hours: PositiveFloat | None = None
     """The search ends after this many hours, interrupted sessions included; running
     trials finish."""
-    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    max_gpu_hours: PositiveFloat | None = None
     """The search ends after its trials have held GPUs for this many hours; running
     trials finish."""
     plan: Named | None = None
@@ -256,12 +255,12 @@ class SearchConfig(Section):
     the winner."""
     confirm: Positive = 3
     """Number of best trials to score on fresh rows, beside the controls."""
-    confirm_seeds: Annotated[int, Field(ge=0)] = 1
+    confirm_seeds: NonNegativeInt = 1
     """Further training seeds for the finalists that cannot be told apart from the best on fresh
     rows: each is trained again, and the lowest mean over all its seeds wins."""
     resources_per_trial: ResourcesConfig | None = None
     """null takes one GPU if there are GPUs, else one CPU core."""
-    trial_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    trial_timeout_seconds: PositiveFloat = 1800.0
     """A trial without progress for this long (no forward pass, nothing loaded) is killed and
     recorded as hung."""
     retry_out_of_memory: bool = True
@@ -315,7 +314,7 @@ class FinetuneConfig(Section):
 
     steps: Positive | None = None
     """Optimizer steps."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: PositiveFloat | None = None
     """Passes over the training rows."""
     compare: bool = False
     """After the report on the winner, give base, pruned model, random plans and controls that did
@@ -327,7 +326,7 @@ class FinetuneConfig(Section):
     seeds: Positive = 3
     """With `compare`: training seeds (data order and dropout) for the winner, its rival and the
     random plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
-    random_plans: Annotated[int, Field(ge=0)] = 3
+    random_plans: NonNegativeInt = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim
     needs several."""
 
@@ -335,18 +334,18 @@ class FinetuneConfig(Section):
 class EvaluateConfig(Section):
     """The final measurement, on tasks that the search has not seen."""
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tasks: OneOrMore[str]
     """lm-eval tasks."""
     include_path: str | None = None
     """A folder with further lm-eval task files (also `package:NAME/FOLDER`), for `search.tasks`
     too."""
     limit: Positive | None = None
     """Maximum questions per task."""
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    num_fewshot: NonNegativeInt = 0
     """Worked examples before each question."""
     batch_size: Positive = 16
     """Requests per forward pass."""
-    text: Annotated[tuple[DataSource, ...], Field(min_length=1)] | None = None
+    text: OneOrMore[DataSource] | None = None
     """Held-out text (`format: text`) for the table's perplexity, in windows of `data.max_length`
     tokens. Null takes the responses of the confirmation rows that judge the winner; none if they
     are multiple-choice."""
@@ -395,7 +394,7 @@ class RunConfig(Section):
     output: Named
     """The run folder, or `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`; credentials come from the
     environment."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: NonNegativeInt = 0
     """Seed of sampling, adapters, data order and the searcher."""
     model: ModelConfig
     data: DataConfig

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import Tensor, nn
 
 from qpruner.errors import StageError
 from qpruner.hf import load
@@ -77,25 +78,20 @@ def _predicted(model: Any, sample: Sequence[int]) -> Predictions:
 @contextmanager
 def in_its_type(model: Any) -> Iterator[None]:
     """Let a model compute in its own type, and not in float32."""
-    dtype = model.config.dtype
-    exact = {
-        parameter: parameter.data
-        for parameter in model.parameters()
-        if parameter.is_floating_point()
-    }
-    tables = [layer for layer in model.modules() if isinstance(layer, PackedEmbedding)]
-
-    for parameter, data in exact.items():
-        parameter.data = data.to(dtype)
-    for table in tables:
-        table.compute_dtype = dtype
+    _compute_in(model, model.config.dtype)
     try:
         yield
     finally:
-        for parameter, data in exact.items():
-            parameter.data = data
-        for table in tables:
-            table.compute_dtype = torch.float32
+        _compute_in(model, torch.float32)  # exact, because the weights came in the model's type
+
+
+def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for layer in model.modules():
+        if isinstance(layer, PackedEmbedding):
+            layer.compute_dtype = dtype
 
 
 class _Row(NamedTuple):
@@ -105,13 +101,13 @@ class _Row(NamedTuple):
     model, then the rest; the others have ``(positions,)``.
     """
 
-    exact: torch.Tensor  # of the checkpoint
-    served: torch.Tensor
-    rounded: torch.Tensor  # of the checkpoint that rounds as the server does
-    without: torch.Tensor  # of the checkpoint without its adapter
-    loss_before: torch.Tensor
-    loss: torch.Tensor
-    agrees: torch.Tensor  # 1 where both predict the same token
+    exact: Tensor  # of the checkpoint
+    served: Tensor
+    rounded: Tensor  # of the checkpoint that rounds as the server does
+    without: Tensor  # of the checkpoint without its adapter
+    loss_before: Tensor
+    loss: Tensor
+    agrees: Tensor  # 1 where both predict the same token
 
 
 def compare_served(
@@ -119,7 +115,7 @@ def compare_served(
     samples: Rows,
     served: Iterable[Predictions],
     by: str,
-    rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
+    rounding: Callable[[nn.Module], AbstractContextManager[None]],
     on_progress: OnWork = ignore_progress,
 ) -> Compared:
     """Compare what a program predicts with the checkpoint in transformers, computed in float32.
@@ -138,7 +134,7 @@ def compare_served(
     """
     # transformers forbids `model.float()` for packed layers; ours compute in the type of their
     # inputs.
-    model = torch.nn.Module.float(load(checkpoint, on_progress).eval())
+    model = nn.Module.float(load(checkpoint, on_progress).eval())
     rows = []
     for sample, predictions in zip(samples, served, strict=True):
         rows.append(_compare_row(model, sample, predictions, rounding))
@@ -167,13 +163,13 @@ def _compare_row(
     model: Any,
     sample: Sequence[int],
     predictions: Predictions,
-    rounding: Callable[[torch.nn.Module], AbstractContextManager[None]],
+    rounding: Callable[[nn.Module], AbstractContextManager[None]],
 ) -> _Row:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     ids, likeliest, actual = map(torch.from_numpy, predictions)
 
-    def predicted() -> torch.Tensor:
+    def predicted() -> Tensor:
         return _with_rest(next_log_probabilities(model, sample).gather(1, ids))
 
     all_tokens = next_log_probabilities(model, sample)
@@ -229,13 +225,13 @@ def _checked_losses(positions: _Row, by: str) -> tuple[float, float]:
     return loss_before, loss
 
 
-def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:
+def _with_rest(log_probabilities: Tensor) -> Tensor:
     """Append the log-probability of all other tokens in sum."""
     rest = (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=1e-9)
     return torch.cat([log_probabilities, rest.log()], -1)
 
 
-def _divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
+def _divergence(expected: Tensor, found: Tensor) -> float:
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
@@ -245,7 +241,7 @@ def loss_of(model: Any, samples: Rows) -> float:
     return float(torch.cat(losses).mean())
 
 
-def of_next_tokens(log_probabilities: torch.Tensor, sample: Sequence[int]) -> torch.Tensor:
+def of_next_tokens(log_probabilities: Tensor, sample: Sequence[int]) -> Tensor:
     """Take the log-probabilities of the tokens that follow others, float32 ``(tokens - 1,)``."""
     tokens = torch.tensor(sample[1:])
     return log_probabilities.gather(1, tokens[:, None])[:, 0]
@@ -260,10 +256,10 @@ def export_error(difference: str) -> StageError:
 
 
 @torch.no_grad()
-def next_log_probabilities(model: Any, sample: Sequence[int]) -> torch.Tensor:
+def next_log_probabilities(model: Any, sample: Sequence[int]) -> Tensor:
     """Compute the log-probabilities of the token after each token of a sample but the last.
 
     They are float32 ``(tokens - 1, vocabulary)``, on the CPU.
     """
-    logits: torch.Tensor = model(torch.tensor([sample], device=device())).logits[0, :-1]
+    logits: Tensor = model(torch.tensor([sample], device=device())).logits[0, :-1]
     return logits.float().log_softmax(-1).cpu()

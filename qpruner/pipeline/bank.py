@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpruner.cluster.executor import Streamed, run_streamed
+from qpruner.cluster.executor import run_streamed
 from qpruner.config.schema import MUTUAL_INFORMATION, RunConfig
 from qpruner.data.encoding import load_encoded
 from qpruner.models.loading import load_dense, load_tokenizer
@@ -170,11 +170,11 @@ class Bank(Stage[BankRecord]):
             {group: missing[group] for group in by_size[first::concurrent]}
             for first in range(concurrent)
         ]
-        threads = int(resources.get("cpu", 1))
-        jobs = [Streamed(partial(fill, FillJob(self._bank, share)), threads) for share in shares]
+        streamed = partial(run_streamed, int(resources.get("cpu", 1)))
+        jobs = [partial(fill, FillJob(self._bank, share)) for share in shares]
         made: Made = {}
         ran = context.run_tasks(
-            run_streamed, jobs, resources, concurrent, on_held=context.gpu_time.add, on_event=emit
+            streamed, jobs, resources, concurrent, on_held=context.gpu_time.add, on_event=emit
         )
         for _, entries in ran:
             made |= entries

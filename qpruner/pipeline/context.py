@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -202,28 +202,19 @@ class Context:
     @cached_property
     def space(self) -> SearchSpace:
         """All plans within the budget, of the cuts that have one and may win."""
-        return self.space_with({})
-
-    def space_with(self, error: Mapping[str, Mapping[str, float]]) -> SearchSpace:
-        """Return the same with the measured error of weights, see `PlanSpace.of`."""
-        spaces = (self.space_of(cut, error=error) for cut in self._fast_enough)
+        spaces = map(self.space_of, self._fast_enough)
         losses = {cut: made.loss for cut, made in self.record(PruneRecord).cuts.items()}
         return SearchSpace(
             tuple(space for space in spaces if space.is_feasible(space.smallest())), losses
         )
 
-    def space_of(
-        self,
-        cut: str,
-        layout: Layout | None = None,
-        error: Mapping[str, Mapping[str, float]] | None = None,
-    ) -> PlanSpace:
+    def space_of(self, cut: str, layout: Layout | None = None) -> PlanSpace:
         """Return all plans of a cut within the budget.
 
         `layout` is given if other formats are offered than those of the run.
         """
         return PlanSpace.of(
-            layout or self.layout_of(cut), self.budget_bytes, error, self.base_groups_of(cut)
+            layout or self.layout_of(cut), self.budget_bytes, self.base_groups_of(cut)
         )
 
     @cached_property

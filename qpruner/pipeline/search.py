@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -291,19 +292,17 @@ class Search(Stage[SearchRecord]):
         from qpruner.search.trial import run_trial
 
         context = self.context
-        error, space = {}, context.space
+        space = context.space
         if context.record(BankRecord).error:
-            values = shared(context, None, space.groups, space.levels)
-            error = {
-                level: dict(zip(space.groups, of, strict=True)) for level, of in values.items()
-            }
+            errors = shared(context, None, space.groups, space.levels)
+            space = replace(space, errors=errors)
         measured = context.record(SensitivityRecord).methods
         return SearchJob(
             config=context.worker_config,
             trial=run_trial,
             materials=Materials({cut: context.bank_of(cut) for cut in self._cuts}, context.data),
             layouts={cut: context.layout_of(cut) for cut in self._cuts},
-            space=context.space_with(error),
+            space=space,
             may_win=list(filter(context.may_win, self._cuts)),
             controls=[(GIVEN, self.given)] if self.given else self.controls,
             priors={

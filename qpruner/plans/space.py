@@ -12,16 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+
+import numpy as np
 
 from qpruner.errors import SolverFailed
 from qpruner.plans.plan import UNPRUNED, Layout, PlansOfCut, PrecisionPlan, next_format
-from qpruner.quantization.formats import by_size, format_of
+from qpruner.quantization.formats import by_size
 
 SOLVER_SECONDS = 60.0  # time limit of one knapsack; 120 groups take 0.1 s (2026-11)
 # most plans excluded one by one because they exceed the budget by less than HiGHS's tolerance
 MAX_EXCLUDED = 64
-Value = TypeVar("Value")
 
 
 @contextmanager
@@ -59,9 +59,6 @@ class PlanSpace(PlansOfCut):
     fixed_bytes: int  # the same in all plans
     budget_bytes: int
     cut: str = UNPRUNED
-    damage: tuple[tuple[float | None, ...], ...] = ()
-    """Relative squared error of each (group, level), None where not offered; empty if not
-    measured."""
     base_groups: tuple[str, ...] = ()
     """The names of the same groups in the base model, where no block was dropped; empty: equal to
     `groups`."""
@@ -70,31 +67,15 @@ class PlanSpace(PlansOfCut):
         object.__setattr__(self, "base_groups", self.base_groups or self.groups)
 
     @classmethod
-    def of(
-        cls,
-        layout: Layout,
-        budget_bytes: int,
-        error: Mapping[str, Mapping[str, float]] | None = None,
-        base_groups: tuple[str, ...] = (),
-    ) -> PlanSpace:
-        """Make the plan space of a cut with this budget.
-
-        `error` is measured: format -> group of the base model -> relative square; it counts for all
-        cuts.
-        """
-        levels = layout.levels
-        damage = []
-        if error:
-            for name, offered in zip(base_groups or layout.names, layout.sizes, strict=True):
-                damage.append(_row(_damage(name, offered, error), levels))
+    def of(cls, layout: Layout, budget_bytes: int, base_groups: tuple[str, ...] = ()) -> PlanSpace:
+        """Make the plan space of a cut with this budget."""
         return cls(
             groups=layout.names,
-            levels=levels,
-            group_bytes=tuple(_row(sizes, levels) for sizes in layout.sizes),
+            levels=layout.levels,
+            group_bytes=tuple(tuple(map(sizes.get, layout.levels)) for sizes in layout.sizes),
             fixed_bytes=layout.fixed_bytes,
             budget_bytes=budget_bytes,
             cut=layout.cut,
-            damage=tuple(damage),
             base_groups=base_groups,
         )
 
@@ -106,12 +87,21 @@ class PlanSpace(PlansOfCut):
     @cached_property
     def sizes(self) -> tuple[dict[str, int], ...]:
         """Return the bytes of each group in the formats that it is offered, smallest first."""
-        return tuple(_offered(row, self.levels) for row in self.group_bytes)
+        sizes = []
+        for row in self.group_bytes:
+            by_level = zip(self.levels, row, strict=True)
+            sizes.append({level: size for level, size in by_level if size is not None})
+        return tuple(sizes)
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The bytes of each group in each level ``(groups, levels)``, NaN where not offered."""
+        return np.array(self.group_bytes, dtype=float)
 
     @cached_property
     def offered(self) -> tuple[tuple[int, ...], ...]:
         """The indices in `levels` that each group may have, ascending."""
-        return tuple(tuple(map(self.levels.index, of_group)) for of_group in self.sizes)
+        return indices_offered(self.table)
 
     def __contains__(self, plan: object) -> bool:
         """Return True for a plan of this cut whose groups all have formats that they are offered.
@@ -222,12 +212,10 @@ class PlanSpace(PlansOfCut):
 
         The share `margin` of the budget is left unused.
         """
-        import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        sizes = np.array(self.group_bytes, dtype=float)
-        is_offered = ~np.isnan(sizes)  # None is NaN
-        sizes = np.where(is_offered, sizes, 0.0)
+        is_offered = ~np.isnan(self.table)
+        sizes = np.nan_to_num(self.table)
         gain = np.where(is_offered, np.array(gains, dtype=float), 0.0)
         num_groups, num_levels = gain.shape
 
@@ -273,6 +261,8 @@ class SearchSpace:
     spaces: tuple[PlanSpace, ...]  # of one budget; one for each cut, least pruned first
     losses: Mapping[str, float] = field(default_factory=dict)
     """Loss of each cut before any fine-tune, in nats; empty: not measured."""
+    errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Relative squared error of the weights: format -> of each group; empty: not measured."""
 
     @cached_property
     def cuts(self) -> tuple[str, ...]:
@@ -284,15 +274,51 @@ class SearchSpace:
         """The budget of all cuts."""
         return self.spaces[0].budget_bytes
 
-    @property
+    @cached_property
     def groups(self) -> tuple[str, ...]:
         """The groups of any cut, by their names in the base model."""
-        return self.whole.groups
+        return tuple(dict.fromkeys(name for space in self.spaces for name in space.base_groups))
 
-    @property
+    @cached_property
     def levels(self) -> tuple[str, ...]:
         """The formats of any cut, smallest first."""
-        return self.whole.levels
+        return by_size(tuple(set().union(*(space.levels for space in self.spaces))))
+
+    @cached_property
+    def tables(self) -> np.ndarray:
+        """The bytes of each group in each level ``(cuts, groups, levels)``, NaN where not offered.
+
+        A group that a cut has lost takes 0 bytes in its highest level.
+        """
+        tables = self._own_tables()
+        for table in tables:
+            for group, offered in enumerate(self.offered):
+                if np.isnan(table[group]).all():
+                    table[group, offered[-1]] = 0
+        return tables
+
+    def _own_tables(self) -> np.ndarray:
+        """Return the `tables` with NaN for groups that a cut has lost."""
+        tables = np.full((len(self.spaces), len(self.groups), len(self.levels)), np.nan)
+        for table, space in zip(tables, self.spaces, strict=True):
+            rows = list(map(self.groups.index, space.base_groups))
+            columns = list(map(self.levels.index, space.levels))
+            table[np.ix_(rows, columns)] = space.table
+        return tables
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The bytes ``(groups, levels)`` in the least pruned cut that offers a group the level."""
+        tables = self._own_tables()
+        table: np.ndarray = tables[0]
+        for other in tables[1:]:
+            table = np.where(np.isnan(table), other, table)
+        return table
+
+    @cached_property
+    def offered(self) -> tuple[tuple[int, ...], ...]:
+        """The indices in `levels` that each group may have in any cut, ascending."""
+        return indices_offered(self.table)
 
     def of_cut(self, cut: str) -> PlanSpace:
         """Return the plans of one cut; raise `ValueError` for a cut that is not searched."""
@@ -343,7 +369,7 @@ class SearchSpace:
         """Return the row of a plan ``(groups + 1,)``, see the class."""
         formats = dict(zip(self.of_cut(plan.cut).base_groups, plan.formats, strict=True))
         row = []
-        for name, offered in zip(self.groups, self.whole.offered, strict=True):
+        for name, offered in zip(self.groups, self.offered, strict=True):
             is_lost = name not in formats
             row.append(offered[-1] if is_lost else self.levels.index(formats[name]))
         return (*row, self.cuts.index(plan.cut))
@@ -361,69 +387,7 @@ class SearchSpace:
             formats.append(next_format(self.levels[levels[name]], tuple(offered)))
         return space.plan(formats)
 
-    @cached_property
-    def whole(self) -> PlanSpace:
-        """Return all groups and levels in one space.
 
-        Bytes and damage are those of the least pruned cut that offers a group the level.
-        """
-        levels = by_size(tuple(set().union(*(space.levels for space in self.spaces))))
-        groups = tuple(dict.fromkeys(name for space in self.spaces for name in space.base_groups))
-        sizes: dict[str, dict[str, int]] = {name: {} for name in groups}
-        damage: dict[str, dict[str, float]] = {name: {} for name in groups}
-        for space in reversed(self.spaces):
-            for name, of_group in zip(space.base_groups, space.sizes, strict=True):
-                sizes[name] |= of_group
-            # A space without measured damage has no rows.
-            for name, row in zip(space.base_groups, space.damage, strict=False):
-                damage[name] |= _offered(row, space.levels)
-
-        return PlanSpace(
-            groups=groups,
-            levels=levels,
-            group_bytes=tuple(_row(sizes[name], levels) for name in groups),
-            fixed_bytes=0,
-            budget_bytes=self.budget_bytes,
-            damage=tuple(_row(damage[name], levels) for name in groups if any(damage.values())),
-        )
-
-    @cached_property
-    def aligned(self) -> tuple[PlanSpace, ...]:
-        """Return the plans of each cut, over the groups and levels of all cuts."""
-        return tuple(map(self._aligned, self.spaces))
-
-    def _aligned(self, space: PlanSpace) -> PlanSpace:
-        sizes = dict(zip(space.base_groups, space.sizes, strict=True))
-        rows = []
-        for name, offered in zip(self.groups, self.whole.sizes, strict=True):
-            lost = {list(offered)[-1]: 0}
-            rows.append(_row(sizes.get(name, lost), self.levels))
-        return PlanSpace(
-            groups=self.groups,
-            levels=self.levels,
-            group_bytes=tuple(rows),
-            fixed_bytes=space.fixed_bytes,
-            budget_bytes=space.budget_bytes,
-            cut=space.cut,
-        )
-
-
-def _damage(
-    group: str, levels: Iterable[str], error: Mapping[str, Mapping[str, float]]
-) -> dict[str, float | None]:
-    """Return the measured error of a group in each level; unpacked weights have none."""
-    damage: dict[str, float | None] = {}
-    for level in levels:
-        damage[level] = error.get(level, {}).get(group) if format_of(level).is_packed else 0.0
-    return damage
-
-
-def _row(by_level: Mapping[str, Value], levels: Iterable[str]) -> tuple[Value | None, ...]:
-    """Return the value of each level; None where there is none."""
-    return tuple(map(by_level.get, levels))
-
-
-def _offered(row: Iterable[Value | None], levels: Iterable[str]) -> dict[str, Value]:
-    """Map each level that has a value in a row to this value."""
-    by_level = zip(levels, row, strict=True)
-    return {level: value for level, value in by_level if value is not None}
+def indices_offered(table: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Return, ascending, the levels of each group with bytes in a table ``(groups, levels)``."""
+    return tuple(tuple(np.flatnonzero(~np.isnan(row)).tolist()) for row in table)

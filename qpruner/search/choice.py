@@ -209,7 +209,7 @@ def random_plans(
     if count == 0 or all(len(offered) == 1 for offered in space.offered):
         return []
     generator = np.random.default_rng(seed)
-    sizes = np.array(space.group_bytes, dtype=float)  # NaN where a level is not offered
+    sizes = space.table
     wanted = space.plan_bytes(plan) - space.fixed_bytes
     apart = SAME_BYTES * space.plan_bytes(plan)
     least = wanted - apart

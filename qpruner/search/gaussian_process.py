@@ -24,7 +24,7 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.plans.space import SearchSpace
+from qpruner.plans.space import SearchSpace, indices_offered
 from qpruner.search.plan_model import Data, PlanModel, informative
 from qpruner.search.posterior import Posterior
 from qpruner.search.searchers import History, Observation, Prior
@@ -176,13 +176,13 @@ class Plans:
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
-        of_cuts = space.aligned
-        sizes = torch.tensor(np.array([of_cut.group_bytes for of_cut in of_cuts], dtype=float))
-        last = torch.tensor([[levels[-1] for levels in of_cut.offered] for of_cut in of_cuts])
+        sizes = torch.tensor(space.tables)
+        self._offered = [indices_offered(table) for table in space.tables]
+        last = torch.tensor([[levels[-1] for levels in offered] for offered in self._offered])
         self.is_offered = ~sizes.isnan()  # (cuts, groups, levels)
         self.bytes = sizes.where(self.is_offered, sizes.gather(2, last[:, :, None])).long()
         """A level that a group is not offered has the bytes of the group's last level."""
-        self._fixed = torch.tensor([of_cut.fixed_bytes for of_cut in of_cuts])
+        self._fixed = torch.tensor([of_cut.fixed_bytes for of_cut in space.spaces])
         self.capacity = space.budget_bytes
         self._rows_of: dict[PrecisionPlan, Row] = {}
         self._groups = torch.arange(len(space.groups))
@@ -194,12 +194,11 @@ class Plans:
     @cached_property
     def all(self) -> Tensor | None:
         """Enumerate the plans inside the budget; None if the space has too many plans."""
-        of_cuts = self.space.aligned
-        if sum(math.prod(map(len, of_cut.offered)) for of_cut in of_cuts) > MAX_ENUMERATED:
+        if sum(math.prod(map(len, offered)) for offered in self._offered) > MAX_ENUMERATED:
             return None
         rows: list[Row] = []
-        for cut, of_cut in enumerate(of_cuts):
-            rows += itertools.product(*of_cut.offered, [cut])
+        for cut, offered in enumerate(self._offered):
+            rows += itertools.product(*offered, [cut])
         plans = torch.tensor(rows)
         return plans[self.sizes(plans) <= self.capacity]
 

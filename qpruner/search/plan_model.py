@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -68,15 +69,15 @@ class PlanModel:
     - `loss`: proportional to the loss after the cut (`SearchSpace.losses`).
 
     `depth` and `group` grow with the root of a group's bytes, like a sum over independent weights,
-    and with the `damage`: the relative squared error of the (group, level) as measured
-    (`PlanSpace.damage`), or 4^-bits, minus that of the group's highest level; the largest is 1.
+    and with the damage: the relative squared error of the (group, level) as measured
+    (`SearchSpace.errors`), or 4^-bits, minus that of the group's highest level; the largest is 1.
     """
 
-    def __init__(self, whole: SearchSpace, priors: Mapping[str, Prior]) -> None:
-        self.space = space = whole.whole
+    def __init__(self, space: SearchSpace, priors: Mapping[str, Prior]) -> None:
+        self.space = space
         self.num_groups = len(space.groups)
         self.num_levels = len(space.levels)
-        self.num_cuts = len(whole.cuts) if len(whole.cuts) > 1 else 0
+        self.num_cuts = len(space.cuts) if len(space.cuts) > 1 else 0
         """Cuts that have an effect: none if there is one only."""
         of_groups = self.num_groups * (self.num_levels - 1)
         self.num_effects = of_groups + self.num_cuts + 1
@@ -89,10 +90,12 @@ class PlanModel:
         self._shares = torch.tensor(shares, dtype=torch.float64)
         self._feature_covariance = self._covariance_of_features()
 
-        unmeasured = [[4.0 ** -format_of(name).bits for name in space.levels]] * self.num_groups
-        error = self._above_reference(space.damage or unmeasured)
+        errors: Prior = space.errors or {
+            name: [4.0 ** -format_of(name).bits] * self.num_groups for name in space.levels
+        }
+        error = self._above_reference(errors)
         self._damage = error / error.abs().max().clamp_min(1e-300)
-        sizes = torch.tensor([_saving(row) for row in space.group_bytes], dtype=torch.float64)
+        sizes = torch.tensor([_saving(row) for row in space.table], dtype=torch.float64)
         self._sizes = sizes / sizes.mean().clamp_min(1e-300)
 
         self.mean = pad(self._mean_of_groups(priors), (0, self.num_cuts + 1))
@@ -101,7 +104,7 @@ class PlanModel:
         """The covariance ``(effects, effects)`` of each part, without its variance."""
         for name, part in self._parts_of_groups().items():
             self.parts[name] = pad(self._unit_covariance(part), (0, self.num_cuts + 1) * 2)
-        for name, part in self._parts_of_cuts(whole).items():
+        for name, part in self._parts_of_cuts().items():
             self.parts[name] = pad(part, (of_groups, 1) * 2)
         self.beliefs = {name: PARTS[name] for name in self.parts} | OTHERS
 
@@ -127,7 +130,7 @@ class PlanModel:
         return covariance
 
     def _mean_of_groups(self, priors: Mapping[str, Prior]) -> Tensor:
-        predicted = [self._predicted_effects(prior) for prior in priors.values()]
+        predicted = [self._above_reference(prior).flatten() for prior in priors.values()]
         predicted = [self._unit(effects) for effects in predicted if bool(effects.any())]
         if predicted:
             return self._unit(torch.stack(predicted).mean(0))
@@ -156,9 +159,10 @@ class PlanModel:
             parts["level"] = torch.diag(self.is_free.flatten().to(torch.float64))
         return parts
 
-    def _parts_of_cuts(self, space: SearchSpace) -> dict[str, Tensor]:
+    def _parts_of_cuts(self) -> dict[str, Tensor]:
         if not self.num_cuts:
             return {}
+        space = self.space
         parts = {"cut": torch.eye(self.num_cuts, dtype=torch.float64) / (1 - 1 / self.num_cuts)}
         if all(cut in space.losses for cut in space.cuts):
             losses = torch.tensor([space.losses[cut] for cut in space.cuts], dtype=torch.float64)
@@ -171,17 +175,15 @@ class PlanModel:
         num_levels = self.num_levels - 1
         return matrix.repeat_interleave(num_levels, 0).repeat_interleave(num_levels, 1)
 
-    def _predicted_effects(self, prior: Prior) -> Tensor:
-        rows = [prior.get(name, [None] * self.num_groups) for name in self.space.levels]
-        return self._above_reference(list(zip(*rows, strict=True))).flatten()
+    def _above_reference(self, prior: Prior) -> Tensor:
+        """Subtract from the values of each group that of its highest level.
 
-    def _above_reference(self, values: Sequence[Sequence[float | None]]) -> Tensor:
-        """Subtract from values ``(groups, levels)`` that of each group's highest level.
-
-        None counts as 0. Return ``(groups, levels - 1)``, with 0 for levels that have no effect.
+        A value that is missing counts as 0. Return ``(groups, levels - 1)``, with 0 for levels that
+        have no effect.
         """
-        filled = [[value or 0.0 for value in row] for row in values]
-        known = torch.tensor(filled, dtype=torch.float64)
+        rows = [prior.get(name, [0.0] * self.num_groups) for name in self.space.levels]
+        filled = [[value or 0.0 for value in row] for row in rows]
+        known = torch.tensor(filled, dtype=torch.float64).T
         last = torch.tensor([offered[-1] for offered in self.space.offered])
         above = known[:, :-1] - known.gather(1, last[:, None])
         return above.masked_fill(~self.is_free, 0.0)
@@ -201,15 +203,15 @@ def _number(name: str) -> float:
     return float(digits.group()) if digits else float("nan")
 
 
-def _saving(sizes: Sequence[int | None]) -> float:
+def _saving(sizes: np.ndarray) -> float:
     """Return the bytes that the smallest level of a group saves.
 
     They are at least a tenth of its bytes, because all its levels may have equal bytes.
     """
-    offered = [size for size in sizes if size is not None]
+    offered = sizes[~np.isnan(sizes)]
     if len(offered) == 1:
         return 0.0
-    return max(max(offered) - min(offered), max(offered) / 10)
+    return max(float(np.ptp(offered)), float(offered.max()) / 10)
 
 
 @dataclass(frozen=True)

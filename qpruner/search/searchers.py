@@ -22,7 +22,7 @@ import numpy as np
 
 from qpruner.errors import UserError
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.plans.space import SearchSpace
+from qpruner.plans.space import SearchSpace, indices_offered
 
 Prior = Mapping[str, Sequence[float | None]]
 """A sensitivity: for each format the predicted rise of the loss by every group, in nats or another
@@ -113,7 +113,7 @@ class RandomProposer:
         """Draw a plan."""
         generator = np.random.default_rng([self.seed, index])
         cut = int(generator.integers(len(self.space.cuts)))
-        offered = self.space.aligned[cut].offered
+        offered = indices_offered(self.space.tables[cut])
         drawn = generator.integers([len(levels) for levels in offered])
         levels = [of_group[at] for of_group, at in zip(offered, drawn, strict=True)]
         return self.space.plan_of([*levels, cut])

@@ -5,11 +5,10 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from conftest import command, with_key
+from conftest import Raw, command, with_key
 from conftest import with_keys as changed
 
 from qpruner.config.load import validate_config
@@ -25,7 +24,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def check(raw: dict[str, Any], *options: str, code: int = 0, verb: str = "check") -> str:
+def check(raw: Raw, *options: str, code: int = 0, verb: str = "check") -> str:
     """Run the command and return its whole output."""
     Path("config.yaml").write_text(yaml.safe_dump(raw))
     done = command(verb, "config.yaml", *options)
@@ -33,13 +32,14 @@ def check(raw: dict[str, Any], *options: str, code: int = 0, verb: str = "check"
     return done.output
 
 
-def facts(raw: dict[str, Any], *options: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(check(raw, "--json", *options).splitlines()[-1])
+def facts(raw: Raw, *options: str) -> Raw:
+    found: Raw = json.loads(check(raw, "--json", *options).splitlines()[-1])
     return found
 
 
-def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) -> None:
-    said, told = check(tiny_raw), facts(tiny_raw)
+def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: Raw) -> None:
+    said = check(tiny_raw)
+    told = facts(tiny_raw)
     assert list(told["memory"]) == [
         "trial, training",
         "trial, scoring",
@@ -68,11 +68,10 @@ def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) ->
     }
     assert sizes == {name: round(size / 1e6, 1) for name, size in parts.items()}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
-    assert "free here" in said and told["memory_free"] > 0
-    assert (
-        re.search(r"disk: +about [\d.]+ [MG]iB at most; [\d.]+ [MG]iB free here\n", said)
-        and told["disk_needed"] > 0
-    )
+    assert "free here" in said
+    assert told["memory_free"] > 0
+    assert re.search(r"disk: +about [\d.]+ [MG]iB at most; [\d.]+ [MG]iB free here\n", said)
+    assert told["disk_needed"] > 0
     # A batch whose logits fit no machine.
     warning = (
         r"warning: +\S+ GB of memory are needed at most, and \S+ GB are free here: lower `eval"
@@ -80,36 +79,37 @@ def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: dict[str, Any]) ->
     assert re.search(warning, check(with_key(tiny_raw, "evaluate.batch_size", 10**8)))
 
 
-def test_hours_are_estimated_only_with_measure(tiny_raw: dict[str, Any]) -> None:
+def test_hours_are_estimated_only_with_measure(tiny_raw: Raw) -> None:
     assert "time:        not estimated; `--measure` times" in check(tiny_raw)
     assert facts(tiny_raw)["hours"] is None
     raw = changed(tiny_raw, prune__selection="per_layer")
     said = check(raw, "--measure")
     assert re.search(r"time: +about .* on \d+ slots?, .* of slot time: ", said)
-    assert (
-        re.search(r"slot time: prune .*\n", said)
-        and "measured on 1 CPU core: 4 rows x 64 tokens take" in said
-    )
-    assert " 0 s" not in said, "no stage is shown to take no time"
+    assert re.search(r"slot time: prune .*\n", said)
+    assert "measured on 1 CPU core: 4 rows x 64 tokens take" in said
+    # No stage is shown to take no time.
+    assert " 0 s" not in said
     assert "give only one of them" in check(raw, "--measure", "--gpu", code=2)
 
 
-def test_gpu_settings_can_be_checked_without_a_gpu(tiny_raw: dict[str, Any]) -> None:
+def test_gpu_settings_can_be_checked_without_a_gpu(tiny_raw: Raw) -> None:
     """Settings for a cluster, as docs/cluster.md recommends them, can be checked on a laptop."""
     gpus = {"search__max_gpu_hours": 2, "search__resources_per_trial": {"cpu": 4, "gpu": 1}}
     workers = {"finetune__num_workers": 4, "training__micro_batch_size": 1}
     raw = changed(tiny_raw, **gpus, **workers, model__dtype="float16")
     told = facts(raw, "--gpu")
-    assert told["concurrent_trials"] == 1 and told["memory_free"] is None
+    assert told["concurrent_trials"] == 1
+    assert told["memory_free"] is None
     halves = changed(
         raw, finetune__num_workers=1, search__resources_per_trial={"cpu": 4, "gpu": 0.5}
     )
     assert facts(halves, "--gpu")["concurrent_trials"] == 2
     refused = check(changed(raw, search__resources_per_trial={"gpu": 0}), "--gpu", code=2)
-    assert "use `search.max_hours`" in refused, "trials that hold no GPU anywhere"
+    # Trials that hold no GPU anywhere.
+    assert "use `search.max_hours`" in refused
 
 
-def test_the_verdict_is_the_last_line(tiny_raw: dict[str, Any]) -> None:
+def test_the_verdict_is_the_last_line(tiny_raw: Raw) -> None:
     Path("config.yaml").write_text(yaml.safe_dump(tiny_raw))
     done = command("check", "config.yaml")
     assert done.stderr == "[check] model, rows, tasks and machine of config.yaml ...\n"
@@ -121,10 +121,11 @@ def test_the_verdict_is_the_last_line(tiny_raw: dict[str, Any]) -> None:
     assert answer.splitlines()[-1] == "The configuration is valid."
     quiet = command("check", "config.yaml", "--quiet", "--set", "search.max_trials=2")
     assert quiet.stdout == "The configuration is valid.\n"
-    assert quiet.stderr.startswith("warning:     ") and "`search.max_trials`" in quiet.stderr
+    assert quiet.stderr.startswith("warning:     ")
+    assert "`search.max_trials`" in quiet.stderr
 
 
-def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: dict[str, Any]) -> None:
+def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: Raw) -> None:
     said = check(changed(tiny_raw, data__confirmation__0__limit=15))
     assert (
         "48 train, 16 validation, 15 confirmation (8 fresh ones choose the winner, 7 judge it)"
@@ -134,19 +135,21 @@ def test_rows_samples_and_questions_of_every_step_are_counted(tiny_raw: dict[str
         "8 samples of 128 tokens packed from 48 rows of `data.train` for importance; 32 rows of"
         in said
     )
-    assert "test:        8 questions (qpruner_everyday_test 8)\n" in said and "search:" not in said
+    assert "test:        8 questions (qpruner_everyday_test 8)\n" in said
+    assert "search:" not in said
     tasks = {
         "search__tasks": ["qpruner_everyday_validation"],
         "search__limit": 6,
         "search__metric": "accuracy",
     }
     raw = changed(tiny_raw, **tasks)
-    said, six = check(raw), "6 questions (qpruner_everyday_validation 6)"
+    said = check(raw)
+    six = "6 questions (qpruner_everyday_validation 6)"
     assert f"search:      {six} score the trials; {six}, fresh, choose the winner\n" in said
     assert facts(raw)["questions"]["fresh"] == {"qpruner_everyday_validation": 6}
 
 
-def test_truncated_rows_are_told(tiny_raw: dict[str, Any]) -> None:
+def test_truncated_rows_are_told(tiny_raw: Raw) -> None:
     Path("rows.jsonl").write_text(
         "".join(f'{{"text": "{number} {"word " * 400}"}}\n' for number in range(3))
     )
@@ -155,9 +158,7 @@ def test_truncated_rows_are_told(tiny_raw: dict[str, Any]) -> None:
     assert "; about 3 validation lose their ends (`data.max_length` 256)" in text
 
 
-def test_a_running_command_and_an_earlier_cut_are_named(
-    tiny_raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_running_command_and_an_earlier_cut_are_named(tiny_raw: Raw, tmp_path: Path) -> None:
     raw = changed(tiny_raw, prune__first_layer=1)
     run(validate_config(raw), lambda event: None, until="prune")
     with hold_run(tmp_path / "run", print):
@@ -177,7 +178,7 @@ def all_in(name: str, groups: list[str]) -> dict[str, str]:
     return {group: "bf16" if group in (EMBEDDINGS, HEAD) else name for group in groups}
 
 
-def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: dict[str, Any]) -> None:
+def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: Raw) -> None:
     """With global selection the widths are known only after the cut."""
     groups = [group.name for group in preflight.inspect(validate_config(tiny_raw)).reference.groups]
     for name, size in (("nf4", "4"), ("int8", "8")):
@@ -185,13 +186,14 @@ def test_a_plan_is_compared_with_the_budget_after_the_cut(tiny_raw: dict[str, An
     said = check(tiny_raw, "--plan", "8.yaml")
     assert "its bytes are compared with the budget once the model is pruned" in said
     run(validate_config(tiny_raw), lambda event: None, until="prune")
-    assert "(estimate" not in check(tiny_raw), "the widths are those of the pruned model"
+    # The widths are those of the pruned model.
+    assert "(estimate" not in check(tiny_raw)
     assert "left of the budget" in check(tiny_raw, "--plan", "4.yaml")
     assert facts(tiny_raw, "--plan", "4.yaml")["concurrent_trials"] == 1
     assert "more than the budget of" in check(tiny_raw, "--plan", "8.yaml", code=2)
 
 
-def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: dict[str, Any]) -> None:
+def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: Raw) -> None:
     """nf4 on a CPU needs a multiple of 64 channels: where it is not offered, `check` says why."""
     raw = changed(tiny_raw, prune__units=["block"], prune__rate=0.5)
     assert re.search(
@@ -209,9 +211,7 @@ def test_the_number_of_blocks_after_the_cut_is_shown(tiny_raw: dict[str, Any]) -
     assert "prune.round_to" in check(raw, *cut, "--set", "quantize.bits=[4]", code=2)
 
 
-def test_a_plan_is_read_if_the_number_of_blocks_is_known(
-    tiny_raw: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_plan_is_read_if_the_number_of_blocks_is_known(tiny_raw: Raw, tmp_path: Path) -> None:
     """Blocks of equal size are cut in a known number, and groups are numbered by the remaining
     blocks."""
     raw = changed(tiny_raw, prune__units=["block", "mlp"], prune__depth_share=0.5, prune__rate=0.5)
@@ -220,14 +220,13 @@ def test_a_plan_is_read_if_the_number_of_blocks_is_known(
         [group.name for group in layout.groups]
         for layout in (inspection.base, inspection.reference)
     )
-    assert len(set(before) - set(after)) == len(set(after) - {EMBEDDINGS, HEAD}) and set(
-        after
-    ) < set(before)
+    assert len(set(before) - set(after)) == len(set(after) - {EMBEDDINGS, HEAD})
+    assert set(after) < set(before)
     plan = tmp_path / "plan.yaml"
     raw = with_key(raw, "search.plan", str(plan))
     plan.write_text(yaml.safe_dump(all_in("nf4", after)))
     read = preflight.inspect(validate_config(raw)).plan
-    assert read and read.as_dict() == all_in("nf4", after)
+    assert read.as_dict() == all_in("nf4", after)
     plan.write_text(yaml.safe_dump(all_in("nf4", before)))
     with pytest.raises(
         UserError,
@@ -239,7 +238,7 @@ def test_a_plan_is_read_if_the_number_of_blocks_is_known(
 
 @pytest.mark.parametrize(("key", "verb"), [("--plan", "run"), ("search.plan", "check")])
 def test_a_plan_over_the_budget_is_refused(
-    key: str, verb: str, tiny_raw: dict[str, Any], tmp_path: Path
+    key: str, verb: str, tiny_raw: Raw, tmp_path: Path
 ) -> None:
     """The message names the option or the key, whichever gave the plan."""
     raw = with_key(tiny_raw, "prune.selection", "per_layer")
@@ -254,15 +253,17 @@ def test_a_plan_over_the_budget_is_refused(
         inspection.reference.plan_bytes(inspection.reference.uniform("int8"))
         - inspection.budget_bytes
     )
-    assert told and 0 <= float(told[1]) * 1e6 - over < 101, "rounded up, never down"
+    # Rounded up, never down.
+    assert 0 <= float(told[1]) * 1e6 - over < 101
 
 
-def test_a_plan_s_bytes_are_those_of_its_cut(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_a_plan_s_bytes_are_those_of_its_cut(tiny_raw: Raw, tmp_path: Path) -> None:
     """A cut that takes too many multiply-adds is told, and no plan of it is taken."""
     budget = {"bytes": 200_000, "flops_fraction": 0.9}
     keys = {"prune__rate": None, "prune__rates": [0, 0.2], "prune__selection": "per_layer"}
     raw = changed(tiny_raw, **keys, quantize__budget=budget)
-    layout, plan = preflight.inspect(validate_config(raw)).layouts["cut-20"], tmp_path / "plan.yaml"
+    layout = preflight.inspect(validate_config(raw)).layouts["cut-20"]
+    plan = tmp_path / "plan.yaml"
     small = layout.smallest()
     plan.write_text(yaml.safe_dump({"cut": "cut-20", **small.as_dict()}))
     assert facts(raw, "--set", f"search.plan={plan}")["bytes_plan"] == layout.plan_bytes(small)

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import yaml
-from conftest import command
+from conftest import Raw, command
 from made_records import made_finalist
 from made_run import GROUPS, TRIALS, MadeRun, recorded_run, trial, trials
 from plain_transformers import run_python
@@ -38,7 +38,7 @@ def printed(*arguments: object) -> str:
     return command(*arguments).stdout
 
 
-def json_of(*arguments: object) -> dict[str, Any]:
+def json_of(*arguments: object) -> Raw:
     """Return the JSON object that a verb prints."""
     result = command(*arguments, "--json")
     assert result.exit_code == 0, result.output
@@ -65,7 +65,8 @@ def over(tmp_path: Path) -> Path:
 
 def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     text = printed("status", run)
-    assert "running on" in text and "last sign of life" in text
+    assert "running on" in text
+    assert "last sign of life" in text
     assert (
         "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s "
         "left\n" in text
@@ -112,7 +113,8 @@ def test_status_tells_which_cut_was_left_out(tmp_path: Path) -> None:
         "status", tmp_path / "run"
     )
     lines = [line.split()[3:5] for line in printed("trials", tmp_path / "run").splitlines()]
-    assert lines[0] == ["cut", "status"] and lines[1] == ["20", "%"]
+    assert lines[0] == ["cut", "status"]
+    assert lines[1] == ["20", "%"]
 
 
 def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
@@ -124,7 +126,8 @@ def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     )
     write_trial(folder, trial(6, "484844", [], status="running"))
     write_trial(folder, trial(7, "484448", [], status="running"))
-    text, search = printed("status", run), json_of("status", run)["search"]
+    text = printed("status", run)
+    search = json_of("status", run)["search"]
     assert "1 failed; 2 of 2 slots busy, 1 waiting for one; about" in text
     assert [each["trial"] for each in search["under_way"]] == [5, 6, 7]
     assert "under way     trial 5 (gp), not pruned, step 3/8" in text
@@ -135,8 +138,10 @@ def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     )
     text = printed("trials", run)
     shown = {line.split()[0]: line for line in text.splitlines()}
-    assert "  3.1000 @2" in shown["5"], "at step 3, with the loss of step 2"
-    assert "@" not in shown["2"] and "@" not in shown["6"]
+    # At step 3, with the loss of step 2.
+    assert "  3.1000 @2" in shown["5"]
+    assert "@" not in shown["2"]
+    assert "@" not in shown["6"]
     rows = {row["trial"]: row for row in json_of("trials", run)["trials"]}
     places = [(rows[index]["step"], rows[index]["rung"]) for index in (2, 4, 5, 6)]
     assert places == [(8, 8), (0, None), (3, 2), (0, None)]
@@ -147,7 +152,6 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
     """A command ended by Ctrl-C, by an error or, as `running` without a driver shows, by a kill."""
     run = recorded_run(tmp_path / "run", pid=2**22 + 1)
     state = RunDir(run).read_state(RunState)
-    assert state
     RunDir(run).write_state(state.model_copy(update={"outcome": outcome}))
     write_trial(run / "trials" / TRIALS, trial(6, "484844", [], status="running"))
 
@@ -156,7 +160,8 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
         "7 of 20 trials: 3 finished, 1 stopped, 1 failed; 2 begun; about 14 min 30 s left once it "
         "goes on"
     )
-    assert trials in lines and "begun         trial 5 (gp), not pruned, step 2/8" in lines
+    assert trials in lines
+    assert "begun         trial 5 (gp), not pruned, step 2/8" in lines
     assert not any("under way" in line or "waiting for" in line for line in lines)
     snapshot = read_snapshot(RunDir(run))
     assert "1 failed; 2 begun; about 14 min 30 s left once it goes on." in render(
@@ -165,18 +170,21 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
 
 
 def test_every_kind_of_failure_has_a_remedy() -> None:
-    (kinds,) = [
+    [kinds] = [
         each for each in get_args(TrialRecord.model_fields["failure"].annotation) if get_args(each)
     ]
-    assert len(get_args(kinds)) == 8 and all(REMEDIES[kind] for kind in get_args(kinds))
+    assert len(get_args(kinds)) == 8
+    assert all(REMEDIES[kind] for kind in get_args(kinds))
 
 
 def test_trials_are_sorted(run: Path) -> None:
     assert listed(run) == listed(run, "--sort", "bytes") == [0, 1, 2, 3, 4, 5]
-    assert listed(run, "--sort", "loss") == [2, 1, 5, 0, 3, 4], "a trial without a loss comes last"
+    # A trial without a loss comes last.
+    assert listed(run, "--sort", "loss") == [2, 1, 5, 0, 3, 4]
     other = trial(6, "484844", [], status="running")
     write_trial(run / "trials" / TRIALS, other.model_copy(update={"plan": {"layers.77": "nf4"}}))
-    assert 6 in listed(run, "--sort", "format layers.77"), "cuts may have other blocks"
+    # Cuts may have other blocks.
+    assert 6 in listed(run, "--sort", "format layers.77")
 
 
 def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None:
@@ -231,7 +239,8 @@ def test_a_printed_plan_can_be_read_back(over: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_is_printed_with_bytes_and_budget(over: Path) -> None:
-    lines, facts = printed("plan", over).splitlines(), json_of("plan", over)
+    lines = printed("plan", over).splitlines()
+    facts = json_of("plan", over)
     budget = facts["budget_bytes"]
     assert lines[1:4] == [
         f"# {(budget - 32e6) / 1e6:.2f} MB left of the budget of {budget / 1e6:.2f} MB",
@@ -304,7 +313,8 @@ def test_compare_shows_results_and_differing_settings(tmp_path: Path) -> None:
     facts = json_of("compare", first, second)
     assert [each["run"] for each in facts["runs"]] == [str(first), str(second)]
     assert facts["runs"][0]["selection_loss"] == pytest.approx(2.95)
-    assert "selection_loss" not in facts["runs"][1], "its search is not over"
+    # Its search is not over.
+    assert "selection_loss" not in facts["runs"][1]
     assert facts["differing_settings"] == {
         "data.train.0.limit": [8, None],
         "data.train.0.columns.choices": [None, ["one", "other"]],
@@ -315,12 +325,14 @@ def test_compare_shows_results_and_differing_settings(tmp_path: Path) -> None:
         "search.searcher": ["gp", "random"],
     }
     text = printed("compare", first, second)
-    assert "4 nf4, 2 int8" in text and "Settings that differ" in text
+    assert "4 nf4, 2 int8" in text
+    assert "Settings that differ" in text
     lines = [line.split(maxsplit=2) for line in text.splitlines()]
     assert ["data.train.0.limit", "8", "-"] in lines
     assert ["data.train.0.columns.choices", "-", "one, other"] in lines
     same = "All settings are the same."
-    assert same in printed("compare", first, first) and same not in printed("compare", first)
+    assert same in printed("compare", first, first)
+    assert same not in printed("compare", first)
 
 
 def test_compare_shows_hours_of_search_and_run(tmp_path: Path) -> None:
@@ -332,8 +344,10 @@ def test_compare_shows_hours_of_search_and_run(tmp_path: Path) -> None:
         "evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=(), tested="asked")
     )
     [facts] = json_of("compare", tmp_path / "run")["runs"]
-    assert (facts["search_hours"], facts["search_gpu_hours"]) == (0.5, 2.01)
-    assert facts["run_hours"] == pytest.approx(0.5 + 5 * 61.5 / 3600), "prepare to finetune"
+    assert facts["search_hours"] == 0.5
+    assert facts["search_gpu_hours"] == 2.01
+    # Prepare to finetune.
+    assert facts["run_hours"] == pytest.approx(0.5 + 5 * 61.5 / 3600)
     assert facts["run_gpu_hours"] == pytest.approx(2.01 + 5 * 2 * 61.5 / 3600)
 
 
@@ -369,18 +383,18 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     )
     before = facts["runs"][0]["test_answer_loss"]
     assert facts["runs"][0]["test_metric"] == "acc"
-    assert (
-        answers["mean"] == pytest.approx(0.5 - before, rel=0.01)
-        and answers["mean"] < -answers["half_width"]
-    )
-    assert (confirmation["mean"], confirmation["verdict"]) == (0, "not distinguishable")
+    assert answers["mean"] == pytest.approx(0.5 - before, rel=0.01)
+    assert answers["mean"] < -answers["half_width"]
+    assert confirmation["mean"] == 0
+    assert confirmation["verdict"] == "not distinguishable"
     text = printed("compare", *runs)
     assert "second minus first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
 
 
 def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:
     """`searched` has the test questions of the first run, but other questions in its search."""
-    on_rows, on_questions = ["confirmation loss"], ["acc", "answer loss"]
+    on_rows = ["confirmation loss"]
+    on_questions = ["acc", "answer loss"]
     expected: dict[str, tuple[list[str], str]] = {
         "questions": (on_rows, "not distinguishable."),
         "rows": (on_questions, ""),
@@ -447,4 +461,5 @@ def test_a_terminal_of_ascii_gets_plain_signs(tmp_path: Path) -> None:
         command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert b"(+- " in done.stdout and done.stdout.isascii()
+    assert b"(+- " in done.stdout
+    assert done.stdout.isascii()

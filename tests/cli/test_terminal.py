@@ -59,7 +59,8 @@ def command_of(program: str, *options: object) -> list[str]:
 
 def in_a_pipe(program: str, *options: object, **environment: str) -> str:
     """Run a program and return all that a pipe received."""
-    command, variables = command_of(program, *options), os.environ | environment
+    command = command_of(program, *options)
+    variables = os.environ | environment
     return subprocess.run(
         command, env=variables, capture_output=True, text=True, timeout=60, check=True
     ).stdout
@@ -99,10 +100,11 @@ def test_a_terminal_shows_the_search_live() -> None:
     )
     assert "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB" in seen
     assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in seen
-    assert "3/8" in seen and "3.1000 @2" in seen, "the loss of its rung"
-    assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m8", seen), (
-        "where the running trial is past its rung, in colour"
-    )
+    # The loss of its rung.
+    assert "3/8" in seen
+    assert "3.1000 @2" in seen
+    # Where the running trial is past its rung, in colour.
+    assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m8", seen)
     # In a narrow window lines wrap, because the present state is at their end.
     seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
     assert re.search(r"search running, \d+ s", seen)
@@ -119,7 +121,9 @@ def test_prose_wraps_between_words() -> None:
         line.strip()
         for line in on_a_terminal(program=program.format("True"), COLUMNS="40").splitlines()
     ]
-    assert len(lines) > 2 and max(map(len, lines)) <= 40 and " ".join(lines) == text
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 40
+    assert " ".join(lines) == text
     assert on_a_terminal(program=program.format("False"), COLUMNS="40").strip() == text
     assert in_a_pipe(program.format("True")) == f"{text}\n"
 
@@ -160,7 +164,8 @@ def live_view(terminal: Terminal) -> str:
 
 def test_markup_in_messages_is_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     """rich would replace words between colons by emoji, and words in brackets by styles."""
-    terminal, told = Terminal(quiet=False), "kernels.cpp:100: no [bold] room"
+    terminal = Terminal(quiet=False)
+    told = "kernels.cpp:100: no [bold] room"
     terminal.emit(events.StageStarted("bank", told))
     terminal.emit(events.Progress("bank", 1, 2, told))
     assert capsys.readouterr().out == f"[bank] {told} ...\n"
@@ -175,17 +180,15 @@ def test_a_bar_shows_the_time_left_of_each_count(monkeypatch: pytest.MonkeyPatch
     def bar_after(seconds: float, done: int, total: int, detail: str) -> str:
         now[0] += seconds
         terminal.emit(events.Progress("bank", done, total, detail))
-        (line,) = [line for line in live_view(terminal).splitlines() if line.startswith("bank ")]
+        [line] = [line for line in live_view(terminal).splitlines() if line.startswith("bank ")]
         return " ".join(line.split())
 
     bars = [bar_after(60, done, 4, f"layers.{done}") for done in range(1, 4)]
-    assert bars[-1].endswith("3/4 0:02:00 0:01:00 left"), (
-        "a minute a group, whatever the groups are called"
-    )
+    # A minute a group, whatever the groups are called.
+    assert bars[-1].endswith("3/4 0:02:00 0:01:00 left")
     assert bar_after(60, 4, 4, "layers.4").endswith("4/4 0:03:00 0:00:00 left")
-    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left"), (
-        "each count has its own pace"
-    )
+    # Each count has its own pace.
+    assert bar_after(5, 1, 4, "saving weights").endswith("1/4 0:00:00 -:--:-- left")
     assert bar_after(2, 2, 4, "saving weights").endswith("2/4 0:00:02 0:00:04 left")
 
 
@@ -201,9 +204,8 @@ def test_a_pipe_gets_one_line_per_row(made: MadeRun) -> None:
     text = in_a_pipe(TABLES, made.run.root)
     lines = text.splitlines()
     plans = [line.split()[-1] for line in lines[1:21]]
-    assert plans == [str(plan_of(trial)) for trial in made.trials], (
-        "one line a trial, with the plan of 60 groups"
-    )
+    # One line a trial, with the plan of 60 groups.
+    assert plans == [str(plan_of(trial)) for trial in made.trials]
     # A column is as wide as its widest cell; two spaces separate columns.
     told = []
     for final in tables.final_tables(read_snapshot(made.run).results):
@@ -211,19 +213,21 @@ def test_a_pipe_gets_one_line_per_row(made: MadeRun) -> None:
         widths = [max(map(len, column)) for column in zip(*part, strict=True)]
         told += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in part]
     assert lines[-len(told) :] == told
-    assert max(map(len, told)) <= 120, "narrow enough for a page, whoever reads it"
-    assert text.replace("±", "").isascii(), "nothing drawn"
+    # Narrow enough for a page, whoever reads it.
+    assert max(map(len, told)) <= 120
+    # Nothing drawn.
+    assert text.replace("±", "").isascii()
 
 
 def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     colored = on_a_terminal(made.run.root, program=TABLES, COLUMNS="100")
     seen = re.sub(r"\x1b\[[0-9;]*m", "", colored)
-    assert "\u2026" not in seen and max(map(len, seen.splitlines())) <= 100
+    assert "\u2026" not in seen
+    assert max(map(len, seen.splitlines())) <= 100
     first = seen[: seen.index("\r\n1 ")]
     plan = [line.split()[-1] for line in first.splitlines() if line.split()]
-    assert "".join(part for part in plan if set(part) <= {"4", "8"}) == str(
-        plan_of(made.trials[0])
-    ), "whole, in several lines"
+    # Whole, in several lines.
+    assert "".join(part for part in plan if set(part) <= {"4", "8"}) == str(plan_of(made.trials[0]))
 
 
 def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:
@@ -248,6 +252,8 @@ def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:
     seen = (picture := terminal_picture(read_run(made.run.root))).replace("&#160;", " ")
     assert "[prune] done in 90.0 s: 134.5M -&gt; 107.6M parameters" in seen
     assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
-    assert "of 64 trials: " in seen and "8 of 8 slots busy" in seen
-    assert "all 64 trials" not in seen, "what came later"
+    assert "of 64 trials: " in seen
+    assert "8 of 8 slots busy" in seen
+    # What came later.
+    assert "all 64 trials" not in seen
     assert "url(" not in picture.replace("url(#", "")

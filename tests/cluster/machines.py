@@ -23,9 +23,8 @@ from typing import TypeVar
 import psutil
 import pytest
 import yaml
-from conftest import raw_config, with_keys
+from conftest import ROOT, raw_config, with_keys
 
-ROOT = Path(__file__).resolve().parents[2]
 Found = TypeVar("Found")
 
 TOOLS = ("ip", "hostname", "nsenter", "unshare", "setpriv", "mount")
@@ -104,7 +103,8 @@ class Machine:
     """
 
     def __init__(self, folder: Path, visible: Iterable[Path], command: str) -> None:
-        self.home, self.log = folder / "root", folder / "log"
+        self.home = folder / "root"
+        self.log = folder / "log"
         temporary = folder / "tmp"
         for path in (self.home, temporary):
             path.mkdir(parents=True)

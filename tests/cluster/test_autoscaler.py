@@ -60,7 +60,8 @@ def cluster_file(path: Path, worker: dict[str, float]) -> Path:
     """Write the file of a cluster that starts without workers; each worker has these resources."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    resources, most = worker | {"object_store_memory": 80 * 2**20}, MAX_WORKERS
+    resources = worker | {"object_store_memory": 80 * 2**20}
+    most = MAX_WORKERS
     commands = (
         "setup",
         "head_setup",
@@ -116,7 +117,8 @@ class Head:
     def most_seen(self, process: Driver, until: Callable[[], bool]) -> Counter[str]:
         """Watch until the condition holds; return the largest numbers of workers, trials in flight
         and begun trials."""
-        most, deadline = Counter[str](), time.monotonic() + 900
+        most = Counter[str]()
+        deadline = time.monotonic() + 900
         while not until():
             assert time.monotonic() < deadline, process.said()[-4000:]
             running = [
@@ -186,15 +188,15 @@ def test_a_run_starts_workers_that_end_when_idle(
             "the largest of 1 machine and of those that the autoscaler may start "
             "has 1 CPUs and 1 GPUs:"
         )
-        assert largest in said and head.num_workers() == 0
+        assert largest in said
+        assert head.num_workers() == 0
 
         with head.driver("run", config) as process:
             most = head.most_seen(process, lambda: process.process.poll() is not None)
             code, said = process.end()
         assert code == 0, said[-4000:]
-        assert (process.run / "report.md").exists() and sorted(trials_of(process.run)) == list(
-            range(6)
-        )
+        assert (process.run / "report.md").exists()
+        assert sorted(trials_of(process.run)) == list(range(6))
         assert most == {"workers": 2, "in flight": 2, "begun": 2}
         wait_for(lambda: head.num_workers() == 0, "the end of idle workers", 3 * IDLE_SECONDS + 60)
 
@@ -227,11 +229,13 @@ def test_trials_that_wait_for_workers_never_begin_at_the_end(
             code, said = run.end()
         assert code == 130, said[-4000:]
         waiting = [trial for trial in trials_of(run.run).values() if not trial["worker"]]
-        assert len(waiting) >= MAX_WORKERS - 1 and not any(trial["rungs"] for trial in waiting)
+        assert len(waiting) >= MAX_WORKERS - 1
+        assert not any(trial["rungs"] for trial in waiting)
 
         with head.driver("search", config, "--set", "search.max_hours=0.01") as again:
             code, said = again.end()
         assert code == 0, said[-4000:]
         trials = trials_of(run.run).values()
-        assert 0 < len(trials) < 60 and all(trial["status"] != "running" for trial in trials)
+        assert 0 < len(trials) < 60
+        assert all(trial["status"] != "running" for trial in trials)
         assert search_record(run.run)["ended"].endswith("`search.max_hours` is 0.01)")

@@ -17,6 +17,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from raylets import Raylets, raylets
 
 from qpruner.cluster import ray_private
@@ -26,7 +27,6 @@ from qpruner.errors import UserError
 from qpruner.runs.events import Event, Message, SlotsFound
 
 TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
-ROOT = Path(__file__).resolve().parents[2]
 HEAD = Node(2, 0)
 CLOUD = Slots((HEAD,), HEAD, (Node(8, 1), Node(8, 1), Node(64, 8)), max_workers=2)
 """A head without GPUs, and an autoscaler that may start two of three workers."""
@@ -69,13 +69,11 @@ def test_a_trial_gets_a_gpu_if_any_machine_has_one() -> None:
     assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
     assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
     assert CLOUD.fits({"gpu": 1}) == 0
-    assert [Node(1, 0).fits({"cpu": share}) for share in (0.1, 0.2, 0.3)] == [10, 5, 3], (
-        "as Ray counts"
-    )
+    # As Ray counts.
+    assert [Node(1, 0).fits({"cpu": share}) for share in (0.1, 0.2, 0.3)] == [10, 5, 3]
     for num_workers, gpu in ((1, 0.5), (2, 1)):
-        assert worker_resources({"cpu": 2, "gpu": 0.5}, num_workers) == {"cpu": 2, "gpu": gpu}, (
-            "whole for a group"
-        )
+        # Whole for a group.
+        assert worker_resources({"cpu": 2, "gpu": 0.5}, num_workers) == {"cpu": 2, "gpu": gpu}
     assert worker_resources({"cpu": 2}, 2) == {"cpu": 2}
 
 
@@ -83,9 +81,8 @@ def test_workers_are_read_from_the_cluster_file() -> None:
     assert read_growth(ROOT / "cluster.yaml", HEAD) == Slots(
         (), HEAD, (Node(8, 1),) * 5, max_workers=4
     )
-    assert not read_growth(ROOT / "launch" / "cluster_onprem.yaml", HEAD).workers, (
-        "its machines do not say their size"
-    )
+    # Its machines do not say their size.
+    assert not read_growth(ROOT / "launch" / "cluster_onprem.yaml", HEAD).workers
     with pytest.raises(
         UserError, match=r"nowhere.yaml, the cluster file of Ray's autoscaler, cannot be read"
     ):
@@ -116,7 +113,9 @@ def joined() -> Iterator[tuple[Raylets, Cluster]]:
 def test_a_process_in_one_cluster_cannot_join_another(joined: tuple[Raylets, Cluster]) -> None:
     """As in a notebook that has called `ray.init` itself."""
     present = joined[0].address
-    assert not joined[1].was_joined and connect(present).was_joined and connect("auto").was_joined
+    assert not joined[1].was_joined
+    assert connect(present).was_joined
+    assert connect("auto").was_joined
     with pytest.raises(UserError, match=rf"joined the Ray cluster at {present}.*`ray.shutdown"):
         connect(None)
     with pytest.raises(UserError, match=r"`address` is '127\.0\.0\.1:1', but this process"):
@@ -126,7 +125,8 @@ def test_a_process_in_one_cluster_cannot_join_another(joined: tuple[Raylets, Clu
 def test_a_cluster_with_another_ray_is_refused_with_both(
     joined: tuple[Raylets, Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs, python = metadata.version("ray"), platform.python_version()
+    theirs = metadata.version("ray")
+    python = platform.python_version()
     disconnect()
     try:
         with monkeypatch.context() as patch:
@@ -140,7 +140,8 @@ def test_a_cluster_with_another_ray_is_refused_with_both(
 
 
 def test_workers_are_counted_as_they_come_and_go(joined: tuple[Raylets, Cluster]) -> None:
-    trial, (raylets, cluster) = {"cpu": 1.0, "gpu": 1.0}, joined
+    trial = {"cpu": 1.0, "gpu": 1.0}
+    raylets, cluster = joined
     with pytest.raises(
         UserError, match="the largest of 1 machine has 0 CPUs and 0 GPUs: ask for less, or add"
     ):
@@ -152,7 +153,8 @@ def test_workers_are_counted_as_they_come_and_go(joined: tuple[Raylets, Cluster]
     assert cluster.slots().concurrent(trial, 2) == 1
     raylets.add(num_cpus=3, num_gpus=3)
     time.sleep(LOOK_SECONDS)
-    assert room(0) == room(1) == 2, "no more than `search.max_concurrent`"
+    # No more than `search.max_concurrent`.
+    assert room(0) == room(1) == 2
     raylets.cluster.remove_node(node)
     raylets.nodes.remove(node)
     assert cluster.slots().fits(trial) == 3
@@ -184,7 +186,8 @@ def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
     """Start `LOCAL` on one core, without the variables that keep Ray on loopback in tests."""
     ours = ("RAY_AUTH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    command, pipe = [sys.executable, "-c", LOCAL], subprocess.PIPE
+    command = [sys.executable, "-c", LOCAL]
+    pipe = subprocess.PIPE
     core = min(os.sched_getaffinity(0))
     with subprocess.Popen(
         ["taskset", "-c", f"{core}", *command],
@@ -217,15 +220,16 @@ def test_a_run_without_an_address_starts_its_own_ray(
         said = [json.loads(process.stdout.readline()) for process in both if process.stdout]
         assert len({address, *(address for address, *_ in said)}) == 3
         for _, nodes, cores, listens in said:
-            assert (nodes, cores) == (1, 1), (
-                "the cores that the process may use, not all of the machine"
-            )
+            # The cores that the process may use, not all of the machine.
+            assert nodes == 1
+            assert cores == 1
             assert listens and all(
                 ip_address(each.removeprefix("::ffff:")).is_loopback for each in listens
             ), listens
         assert [process.communicate("\n")[0] for process in both] == ["42\n", "42\n"]
     token = tmp_path / ".ray" / "auth_token"
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and list(token.parent.iterdir()) == [token]
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert list(token.parent.iterdir()) == [token]
 
 
 def test_without_a_home_folder_the_token_is_in_a_private_one(
@@ -238,14 +242,10 @@ def test_without_a_home_folder_the_token_is_in_a_private_one(
         monkeypatch.delenv(name)
     ensure_token()
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-    assert (
-        stat.S_IMODE(token.stat().st_mode) == 0o600
-        and stat.S_IMODE(token.parent.stat().st_mode) == 0o700
-    )
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     first = token.read_text()
     ensure_token()
-    assert (
-        len(first) == 64
-        and token.read_text() == first
-        and token.parent.parent == Path(tempfile.gettempdir())
-    )
+    assert len(first) == 64
+    assert token.read_text() == first
+    assert token.parent.parent == Path(tempfile.gettempdir())

@@ -26,7 +26,9 @@ def test_if_the_other_machine_leaves_the_search_ends(tmp_path: Path, num_failure
         bad = cluster.add(num_cpus=2, num_gpus=1)
         joined = connect(cluster.address)
         good = cluster.add(num_cpus=2, num_gpus=1)
-        intact, fail, of_bad = recording_trial(tmp_path, 0), breakdown(), bad.node_id
+        intact = recording_trial(tmp_path, 0)
+        fail = breakdown()
+        of_bad = bad.node_id
 
         def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
             import ray

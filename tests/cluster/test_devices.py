@@ -42,22 +42,26 @@ class Bench:
 
 def test_a_device_is_held_until_a_second_one_tells_whose_fault_it_was() -> None:
     bench = Bench(2)
-    assert bench.fails(0, "a") and bench.held == ["a"] and bench.devices.num_held == 1
+    assert bench.fails(0, "a")
+    assert bench.held == ["a"]
+    assert bench.devices.num_held == 1
     bench.scores(0, "b")
-    assert bench.held == [], "one failure may be chance"
+    # One failure may be chance.
+    assert bench.held == []
     assert bench.fails(1, "a")
     bench.scores(1, "b")
     assert bench.held == ["a"]
     [named] = bench.events
-    assert (
-        isinstance(named, Message) and "2 trials failed on a and ran on other devices" in named.text
-    )
+    assert isinstance(named, Message)
+    assert "2 trials failed on a and ran on other devices" in named.text
 
 
 def test_a_plan_that_fails_on_two_devices_is_at_fault() -> None:
     bench = Bench(2)
-    assert bench.fails(0, "a") and not bench.fails(0, "b")
-    assert bench.held == [] and not bench.events
+    assert bench.fails(0, "a")
+    assert not bench.fails(0, "b")
+    assert bench.held == []
+    assert not bench.events
 
 
 def test_with_one_device_no_second_one_can_tell() -> None:
@@ -67,10 +71,16 @@ def test_with_one_device_no_second_one_can_tell() -> None:
 def test_two_plans_too_large_for_both_devices_end() -> None:
     """Both fail at once: a device that was held is let go, so that the other trial has one."""
     bench = Bench(2)
-    assert bench.fails(0, "a") and bench.fails(1, "b") and bench.held == ["b"]
-    assert not bench.fails(1, "a") and bench.held == []
-    assert bench.fails(0, "a") and bench.held == ["a"], "it got the device on which it had failed"
-    assert not bench.fails(0, "b") and bench.held == []
+    assert bench.fails(0, "a")
+    assert bench.fails(1, "b")
+    assert bench.held == ["b"]
+    assert not bench.fails(1, "a")
+    assert bench.held == []
+    # It got the device on which it had failed.
+    assert bench.fails(0, "a")
+    assert bench.held == ["a"]
+    assert not bench.fails(0, "b")
+    assert bench.held == []
 
 
 def test_a_trial_that_gets_the_same_device_again_and_again_ends() -> None:
@@ -101,7 +111,8 @@ def test_a_device_that_was_left_out_is_not_counted_as_another() -> None:
     for index in range(2):
         assert bench.fails(index, "a")
         bench.scores(index, "b")
-    assert bench.held == ["a"] and not bench.fails(2, "b")
+    assert bench.held == ["a"]
+    assert not bench.fails(2, "b")
 
 
 def test_two_bad_devices_of_four_are_left_out_and_no_plan_is_blamed() -> None:
@@ -110,9 +121,12 @@ def test_two_bad_devices_of_four_are_left_out_and_no_plan_is_blamed() -> None:
     bench.scores(0, "a")
     assert bench.fails(1, "d")
     bench.scores(1, "b")
-    assert bench.fails(2, "c") and bench.fails(2, "d"), "each of the two has failed another trial"
+    # Each of the two has failed another trial.
+    assert bench.fails(2, "c")
+    assert bench.fails(2, "d")
     bench.scores(2, "a")
-    assert bench.held == ["c", "d"] and len(bench.events) == 2
+    assert bench.held == ["c", "d"]
+    assert len(bench.events) == 2
 
 
 def test_a_plan_too_large_for_all_of_many_devices_is_tried_on_three() -> None:
@@ -128,7 +142,8 @@ def test_if_the_good_device_leaves_the_suspect_gets_trials_again() -> None:
     assert bench.held == ["a"]
     bench.nodes["node"] = 1
     bench.devices.look()
-    assert bench.held == [] and bench.devices.num_held == 0
+    assert bench.held == []
+    assert bench.devices.num_held == 0
 
 
 def test_if_only_a_device_that_was_left_out_is_left_the_search_ends_and_names_it() -> None:
@@ -152,13 +167,15 @@ def test_a_device_whose_node_has_left_is_held_no_more() -> None:
         bench.scores(index, "b")
     bench.nodes = {"another": 2}
     bench.devices.look()
-    assert bench.held == [] and bench.devices.num_held == 0
+    assert bench.held == []
+    assert bench.devices.num_held == 0
 
 
 def test_a_trial_that_ends_without_a_score_lets_go_of_its_devices() -> None:
     """It may diverge on the other device, or hang there."""
     bench = Bench(2)
-    assert bench.fails(0, "a") and bench.held == ["a"]
+    assert bench.fails(0, "a")
+    assert bench.held == ["a"]
     bench.devices.release(0)
     assert bench.held == []
 
@@ -167,7 +184,8 @@ def test_failures_of_an_earlier_command_are_not_counted() -> None:
     bench = Bench(4)
     bench.record(0, "c")
     earlier = bench.record(0, "c").model_copy(update={"failed_on": ("c", "d")})
-    assert bench.devices.should_move(earlier, lambda: None), "its device leaves, and is not held"
+    # Its device leaves, and is not held.
+    assert bench.devices.should_move(earlier, lambda: None)
     assert bench.held == []
 
 

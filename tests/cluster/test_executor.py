@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from conftest import ignore, raw_config, with_key
+from conftest import ignore, raw_config, texts, with_key
 from raylets import raylets
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ from qpruner.errors import CorruptFile, StageError, UserError, WorkerDied
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.preflight import inspect
 from qpruner.pipeline.run import run
-from qpruner.runs.events import Emit, Event, Message, Progress, StageStarted, TableMade
+from qpruner.runs.events import Emit, Event, Progress, StageStarted, TableMade
 from qpruner.runs.run_dir import RunDir
 
 GPU = {"cpu": 1.0, "gpu": 1.0}
@@ -96,7 +96,8 @@ def test_errors_keep_their_type_and_attributes(executor: ModelExecutor) -> None:
 def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> None:
     """After progress between two deaths, as between checkpoints of a fine-tune, deaths are counted
     anew."""
-    marks, events = tmp_path / "killed", list[Event]()
+    marks = tmp_path / "killed"
+    events = list[Event]()
     marks.mkdir()
 
     def task(deaths: int) -> int:
@@ -112,10 +113,9 @@ def test_the_work_of_a_killed_worker_runs_again(joined: str, tmp_path: Path) -> 
     place = ClusterExecutor(GPU, GpuTime(), CHECK)
     assert place.run(partial(work, 1), events.append) == 1
     # A slow start is reported as well.
-    texts = [
-        event.text for event in events if isinstance(event, Message) and "waiting" not in event.text
-    ]
-    assert len(texts) == 1 and texts[0].startswith("a worker died")
+    said = [text for text in texts(events) if "waiting" not in text]
+    assert len(said) == 1
+    assert said[0].startswith("a worker died")
     with pytest.raises(WorkerDied, match=f"{MAX_DEATHS} workers died"):
         place.run(partial(work, 10**6), ignore)
     deaths = len(list(marks.iterdir())) + MAX_DEATHS + 1
@@ -149,9 +149,9 @@ def test_gpu_seconds_count_only_while_work_runs(joined: str) -> None:
             on_held=tasks.append,
         )
     )
-    assert len(tasks) == 2 and all(2.0 <= seconds < 4.0 for seconds in tasks), (
-        "one waits for 2 s and a start"
-    )
+    # One waits for 2 s and a start.
+    assert len(tasks) == 2
+    assert all(2.0 <= seconds < 4.0 for seconds in tasks)
 
 
 @pytest.mark.slow
@@ -169,11 +169,11 @@ def test_lost_machines_are_not_counted_as_deaths(place: str, tmp_path: Path) -> 
 
     def done() -> int:
         if place == "task":
-            ((_, found),) = run_tasks(task, [None], GPU, 1, True, CHECK)
+            [(_, found)] = run_tasks(task, [None], GPU, 1, True, CHECK)
         else:
             from qpruner.cluster.group import run_groups
 
-            ((_, found),) = run_groups(task, [None], {"cpu": 1.0}, 1, 1, tmp_path / "train", CHECK)
+            [(_, found)] = run_groups(task, [None], {"cpu": 1.0}, 1, 1, tmp_path / "train", CHECK)
         return found
 
     def take_machines_away() -> None:
@@ -211,39 +211,40 @@ def test_stages_share_the_only_gpu_of_a_cluster(
         assert models() <= before, f"the driver holds another model at {event}"
 
     gc.collect()
-    events, before = list[Event](), models()
+    events = list[Event]()
+    before = models()
     there = run(
         validate_config(raw_config(tiny_model, tmp_path / "there")), tell, one_gpu, "sensitivity"
     )
     nodes, begin = events[:2]
-    assert isinstance(nodes, TableMade) and [row[-1] for row in nodes.body] == ["ok", "ok"], (
-        "head and worker"
-    )
-    assert isinstance(begin, StageStarted), "nodes are checked before the first stage"
+    # Head and worker.
+    assert isinstance(nodes, TableMade)
+    assert [row[-1] for row in nodes.body] == ["ok", "ok"]
+    # Nodes are checked before the first stage.
+    assert isinstance(begin, StageStarted)
     here = run(
         validate_config(raw_config(tiny_model, tmp_path / "here")), ignore, None, "sensitivity"
     )
-    assert (
-        there.prune
-        and here.prune
-        and there.bank
-        and here.bank
-        and there.sensitivity
-        and here.sensitivity
-    )
+    assert there.prune
+    assert here.prune
+    assert there.bank
+    assert here.bank
+    assert there.sensitivity
+    assert here.sensitivity
     for record in (there.prune, there.bank, there.sensitivity):
-        assert 0 < record.gpu_seconds <= record.seconds, "one GPU is held while work runs"
+        # One GPU is held while work runs.
+        assert 0 < record.gpu_seconds <= record.seconds
     widths = [
         {name: cut.layers for name, cut in record.cuts.items()}
         for record in (there.prune, here.prune)
     ]
-    assert widths[0] == widths[1] and there.bank.files == here.bank.files
+    assert widths[0] == widths[1]
+    assert there.bank.files == here.bank.files
     for name, method in here.sensitivity.methods.items():
         for level, values in method.values.items():
             found = there.sensitivity.methods[name].values[level]
-            assert [each is None for each in found] == [each is None for each in values], (
-                "not in all formats"
-            )
+            # Not in all formats.
+            assert [each is None for each in found] == [each is None for each in values]
             of_each = [[value or 0.0 for value in each] for each in (found, values)]
             assert of_each[0] == pytest.approx(of_each[1], rel=1e-4, abs=1e-6)
 
@@ -261,9 +262,8 @@ def test_workers_find_paths_relative_to_the_driver(
     )
     config = validate_config(raw)
     prepared = run(config, ignore, one_gpu, "prepare").prepare
-    assert prepared and prepared.model_path == str(tmp_path / "data/model")
+    assert prepared.model_path == str(tmp_path / "data/model")
     context = Context(config, RunDir(tmp_path / "run"), ignore, None, inspect(config))
     assert context.worker_config.evaluate.include_path == str(tmp_path / "data/demo/tasks")
-    assert context.config.model.source == "data/model", (
-        "records and digests keep the path of the configuration"
-    )
+    # Records and digests keep the path of the configuration.
+    assert context.config.model.source == "data/model"

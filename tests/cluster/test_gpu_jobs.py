@@ -105,7 +105,8 @@ def test_every_job_of_a_flow_runs_on_its_own_gpu(four_gpus: None, tmp_path: Path
     run_all("inference", [0.2], own_process=True)
 
     places = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert len(places) == 1 + 4 + 5 + 4 + 1 + 3 + 5 + 1 and (tmp_path / "killed").exists()
+    assert len(places) == 1 + 4 + 5 + 4 + 1 + 3 + 5 + 1
+    assert (tmp_path / "killed").exists()
     misplaced = [place for place in places if place["kept"] != place["given"]]
     assert not misplaced, f"{len(misplaced)} jobs on another GPU than the one reserved"
     at_once = [
@@ -115,7 +116,8 @@ def test_every_job_of_a_flow_runs_on_its_own_gpu(four_gpus: None, tmp_path: Path
         and one["began"] < other["ended"]
         and other["began"] < one["ended"]
     ]
-    assert not at_once, "two jobs at once on one GPU"
+    # Two jobs at once on one GPU.
+    assert not at_once
     assert {place["given"] for place in places if place["job"] == "bank"} == {
         str(gpu) for gpu in range(NUM_GPUS)
     }
@@ -139,7 +141,8 @@ def test_a_job_with_its_own_process_begins_in_a_new_one(four_gpus: None) -> None
 
     run: Callable[..., Any] = partial(run_tasks, count, range(4), {"cpu": 1.0}, 2, check_node=CHECK)
     before = [number for _, number in run(own_process=False)]
-    assert max(before) > 0, "other jobs share processes"
+    # Other jobs share processes.
+    assert max(before) > 0
     assert [number for _, number in run(own_process=True)] == [0] * 4
 
 
@@ -152,10 +155,8 @@ def test_a_process_keeps_no_memory_of_a_finished_job(four_gpus: None) -> None:
         class Model:
             def __init__(self) -> None:
                 # as Trainer, model and callbacks form cycles
-                self.weights, self.itself = (
-                    torch.ones(2**27),
-                    self,
-                )
+                self.weights = torch.ones(2**27)
+                self.itself = self
 
         Model()
         return os.getpid()
@@ -163,6 +164,5 @@ def test_a_process_keeps_no_memory_of_a_finished_job(four_gpus: None) -> None:
     import psutil
 
     [(_, pid)] = run_tasks(fill, [0], {"cpu": 1.0}, 1, False, CHECK)
-    assert psutil.Process(pid).memory_info().rss < 2**29, (
-        "the process is idle now, without its 0.5 GB of weights"
-    )
+    # The process is idle now, without its 0.5 GB of weights.
+    assert psutil.Process(pid).memory_info().rss < 2**29

@@ -33,7 +33,8 @@ STEPS = 14
 so one of two workers has none."""
 MIDDLE = 8  # the step of a checkpoint in the middle of an epoch
 
-Losses, Rows = dict[int, float], list[dict[str, list[int]]]
+Losses = dict[int, float]
+Rows = list[dict[str, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,8 @@ def train(job: Training) -> Losses:
     settings = TrainingConfig(
         learning_rate=1e-2, batch_size=4, micro_batch_size=job.micro_batch_size, max_grad_norm=0.05
     )
-    schedule, listener = (
-        Schedule(steps=STEPS, rungs=range(2, STEPS + 1, 2)),
-        Listener(on_step=on_step),
-    )
+    schedule = Schedule(steps=STEPS, rungs=range(2, STEPS + 1, 2))
+    listener = Listener(on_step=on_step)
     start = job.start or max(
         job.output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), default=None
     )
@@ -130,10 +129,11 @@ def run() -> Iterator[Run]:
 
     def in_group(function: Callable[[Any], Any], folder: Path, job: Any) -> Any:
         scratch = folder / "ray-train"
-        ((position, found),) = run_groups(
+        [(position, found)] = run_groups(
             function, [job], {"cpu": 1.0}, 2, 1, scratch, packed_check({}, None)
         )
-        assert position == 0 and not scratch.exists()
+        assert position == 0
+        assert not scratch.exists()
         return found
 
     yield in_group
@@ -167,11 +167,14 @@ def test_two_processes_take_the_steps_of_one(
     name: str, trained: dict[str, tuple[Training, Losses]]
 ) -> None:
     """In float32 only the order of additions differs: a loss changes by less than 1e-5 of it."""
-    (alone, one), (together, two) = trained["one"], trained[name]
+    alone, one = trained["one"]
+    together, two = trained[name]
     assert list(one) == list(range(1, STEPS + 1))
-    assert len({round(loss, 4) for loss in one.values()}) == STEPS, "each step has another loss"
+    # Each step has another loss.
+    assert len({round(loss, 4) for loss in one.values()}) == STEPS
     assert two == pytest.approx(one, rel=1e-5)
-    assert steps_of(together) == list(two.items()), "only one process reports"
+    # Only one process reports.
+    assert steps_of(together) == list(two.items())
     learned = [
         load_file(each.output / f"checkpoint-{STEPS}/adapter_model.safetensors")
         for each in (alone, together)

@@ -39,7 +39,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
 def test_nodes_that_differ_are_named_with_the_difference(
     cluster: Raylets, tiny_model: Path, tmp_path: Path
 ) -> None:
-    shared, other = tmp_path / "shared", tmp_path / "other"
+    shared = tmp_path / "shared"
+    other = tmp_path / "other"
     shared.mkdir()
     same = Path(qpruner.__file__).parent.parent
     shutil.copytree(
@@ -63,22 +64,21 @@ def test_nodes_that_differ_are_named_with_the_difference(
     heading, *lines = str(caught.value).splitlines()
     assert heading == "3 problems with the cluster's nodes:"
     versions, storage = (line for line in lines if first[:8] in line)
-    assert (
-        "qpruner's code is " in versions
-        and "peft is 0.1.0 there and " in versions
-        and "torch" not in versions
-    )
+    assert "qpruner's code is " in versions
+    assert "peft is 0.1.0 there and " in versions
+    assert "torch" not in versions
     assert f"`output`: {config.output} is not shared with this node" in storage
-    (storage,) = (line for line in lines if second[:8] in line)
+    [storage] = (line for line in lines if second[:8] in line)
     assert f"`output`: {config.output} cannot be written there (Read-only file system)" in storage
-    (table,) = [event for event in events if isinstance(event, TableMade)]
+    [table] = [event for event in events if isinstance(event, TableMade)]
     assert sorted(row[-1] for row in table.body) == [
         "ok",
         "ok",
         "other versions, storage",
         "storage",
     ]
-    assert list(shared.iterdir()) == [], "the check leaves no files"
+    # The check leaves no files.
+    assert list(shared.iterdir()) == []
 
 
 @pytest.mark.parametrize("dies", [False, True])
@@ -110,5 +110,6 @@ def test_a_silent_node_is_a_problem_and_a_dead_one_has_left(
     finally:
         if not dies:
             os.kill(raylet, signal.SIGCONT)
-    (report,) = [report for report in reports if report.id == node.node_id]
-    assert report.has_left == dies and ("no answer in 4 s" in report.problems["no answer"]) != dies
+    [report] = [report for report in reports if report.id == node.node_id]
+    assert report.has_left == dies
+    assert ("no answer in 4 s" in report.problems["no answer"]) != dies

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import texts
 from made_searches import CONTROLS, LAYOUT, job_of, plan_of
 from raylets import Raylets, raylets
 
@@ -24,7 +25,7 @@ from qpruner.cluster.tune.devices import MAX_FAILURES
 from qpruner.cluster.tune.driver import MAX_ERRORS
 from qpruner.cluster.tune.worker import check_free_memory
 from qpruner.errors import StageError
-from qpruner.runs.events import Event, Message, SlotsFound, TrialChanged
+from qpruner.runs.events import Event, SlotsFound, TrialChanged
 from qpruner.runs.records import RungResult, TrialRecord
 from qpruner.search.progress import failing_devices
 from qpruner.search.trial_records import (
@@ -83,11 +84,13 @@ def recording_trial(folder: Path, at_once: int) -> Trial:
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         import ray
 
-        began, name = time.time(), f"{os.getpid()}-{time.monotonic_ns()}"
+        began = time.time()
+        name = f"{os.getpid()}-{time.monotonic_ns()}"
         (folder / f"began-{name}").touch()
         wait()
         time.sleep(0.2)
-        node, devices = ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
+        node = ray.get_runtime_context().get_node_id()
+        devices = os.environ["CUDA_VISIBLE_DEVICES"]
         place = {
             "node": node,
             "devices": devices,
@@ -128,9 +131,8 @@ def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> Non
     used: dict[str, set[str]] = defaultdict(set)
     for trial in ended:
         used[trial["node"]].add(trial["devices"])
-    assert sorted(used.values(), key=len) == [{"0"}, {"0", "1"}], (
-        "each trial sees one GPU, and every GPU had a trial"
-    )
+    # Each trial sees one GPU, and every GPU had a trial.
+    assert sorted(used.values(), key=len) == [{"0"}, {"0", "1"}]
     for one, other in itertools.combinations(ended, 2):
         if one["began"] < other["ended"] and other["began"] < one["ended"]:
             assert (one["node"], one["devices"]) != (other["node"], other["devices"])
@@ -138,7 +140,8 @@ def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> Non
     assert Counter(pulse.node for pulse in pulses if pulse) == Counter(
         trial["node"] for trial in ended
     )
-    assert len({trial["pid"] for trial in ended}) < NUM_TRIALS, "reused workers keep their GPU"
+    # Reused workers keep their GPU.
+    assert len({trial["pid"] for trial in ended}) < NUM_TRIALS
 
 
 @pytest.mark.slow
@@ -212,7 +215,7 @@ def searched(job: SearchJob, room: int = 2) -> tuple[list[TrialRecord], list[str
     """Run a search; return its trials and the messages."""
     events: list[Event] = []
     outcome = search(job, lambda held: room - held, events.append)
-    return outcome.trials, [event.text for event in events if isinstance(event, Message)]
+    return outcome.trials, texts(events)
 
 
 def on_gpus(folder: Path, trial: Trial, **settings: Any) -> SearchJob:
@@ -242,8 +245,10 @@ def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path)
     ]
     [moved] = [trial for trial in trials if trial.failed_on]
     [device] = moved.failed_on
-    assert device.startswith("GPU 1 of 127.0.0.1") and (moved.device or "").startswith("GPU 0 of ")
-    assert moved.micro_batch_size is None, "the other GPU may hold the whole batch"
+    assert device.startswith("GPU 1 of 127.0.0.1")
+    assert (moved.device or "").startswith("GPU 0 of ")
+    # The other GPU may hold the whole batch.
+    assert moved.micro_batch_size is None
     assert failing_devices(trials) == [f"1 trial failed on {device} and ran elsewhere"]
     assert any(f"failed on {device} (out of memory: " in text for text in said)
 
@@ -264,7 +269,8 @@ def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(
     moved = [trial for trial in trials if trial.failed_on]
     assert len(moved) == MAX_FAILURES
     [named] = [text for text in said if text.startswith("warning")]
-    assert "2 trials failed on GPU 1 of 127.0.0.1" in named and "gets no more trials" in named
+    assert "2 trials failed on GPU 1 of 127.0.0.1" in named
+    assert "gets no more trials" in named
 
 
 @pytest.mark.slow
@@ -289,7 +295,8 @@ def test_a_gpu_that_kills_processes_gets_no_more_trials(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_gets_trials_again_after_one_that_diverged_elsewhere(tmp_path: Path) -> None:
     """A trial fails once on one GPU and diverges on the other: neither GPU is to blame."""
-    fail, intact = breakdown(), recording_trial(tmp_path, 0)
+    fail = breakdown()
+    intact = recording_trial(tmp_path, 0)
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         from qpruner.errors import TrainingDiverged
@@ -305,7 +312,8 @@ def test_a_gpu_gets_trials_again_after_one_that_diverged_elsewhere(tmp_path: Pat
 
     first = CONTROLS[0][1].as_dict()
     trials, _ = searched(on_gpus(tmp_path, trial))
-    assert (trials[0].failure, len(trials[0].failed_on)) == ("diverged", 1)
+    assert trials[0].failure == "diverged"
+    assert len(trials[0].failed_on) == 1
     used = Counter(trial.device for trial in trials[1:])
     assert len(used) == 2, used
 
@@ -313,7 +321,8 @@ def test_a_gpu_gets_trials_again_after_one_that_diverged_elsewhere(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_gpus")
 def test_a_plan_too_large_for_every_gpu_is_the_only_one_lost(tmp_path: Path) -> None:
-    too_large, run_out = CONTROLS[1][1].as_dict(), out_of_memory()
+    too_large = CONTROLS[1][1].as_dict()
+    run_out = out_of_memory()
 
     def fault(job: TrialJob) -> None:
         if dict(job.plan) == too_large:
@@ -322,14 +331,15 @@ def test_a_plan_too_large_for_every_gpu_is_the_only_one_lost(tmp_path: Path) -> 
     trials, said = searched(on_gpus(tmp_path, on_device(tmp_path, fault)))
     [lost] = [trial for trial in trials if trial.status != "finished"]
     assert (lost.index, lost.failure, len(lost.failed_on)) == (1, "infeasible", 1)
-    assert lost.device not in lost.failed_on, "tried on both"
-    assert (
-        not [text for text in said if text.startswith("warning")] and failing_devices(trials) == []
-    )
+    # Tried on both.
+    assert lost.device not in lost.failed_on
+    assert not [text for text in said if text.startswith("warning")]
+    assert failing_devices(trials) == []
+    # Both go on.
     assert {trial.device for trial in trials if trial.index > 1} == {
         lost.device,
         *lost.failed_on,
-    }, "both go on"
+    }
 
 
 @pytest.mark.slow
@@ -343,7 +353,9 @@ def test_with_one_device_the_plan_is_blamed_at_once(tmp_path: Path) -> None:
         (),
         3,
     )
-    assert lost.reason and "(micro-batch 1)" in lost.reason, "after two larger ones"
+    # After two larger ones.
+    assert lost.reason
+    assert "(micro-batch 1)" in lost.reason
 
 
 def test_a_device_without_room_for_the_model_begins_no_trial() -> None:
@@ -362,13 +374,12 @@ def test_a_search_in_which_everything_fails_ends_and_loses_no_plan(tmp_path: Pat
         StageError, match=rf"{MAX_ERRORS} trials in a row failed, the last on GPU \d of"
     ) as caught:
         searched(job)
-    assert (
-        "unspecified launch failure" in caught.value.cause
-        and "repair that machine" in caught.value.remedy
-    )
+    assert "unspecified launch failure" in caught.value.cause
+    assert "repair that machine" in caught.value.remedy
     (tmp_path / "mended").touch()
     trials, _ = searched(job)
-    assert [trial.status for trial in trials] == ["finished"] * 7, "no plan was lost"
+    # No plan was lost.
+    assert [trial.status for trial in trials] == ["finished"] * 7
 
 
 @pytest.mark.slow
@@ -397,11 +408,13 @@ def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: 
                 found = [names, read_trial(trials, 0).worker, others.is_dir()]
                 (tmp_path / "left").write_text(json.dumps(found))
 
-    trials, folder = tmp_path / "trials", tmp_path / "trials" / "0000"
+    trials = tmp_path / "trials"
+    folder = tmp_path / "trials" / "0000"
     others = folder / ".checkpoint-4.another"
     job = replace(search_of(tmp_path, slots, max_trials=1), trial=trial)
     outcome = search(job, lambda held: 1, lambda event: None)
     assert json.loads((tmp_path / "left").read_text()) == [[], "another", True]
     assert [trial.status for trial in outcome.trials] == ["finished"]
     left = sorted(path.name for path in folder.iterdir())
-    assert left == ["checkpoint-4", "pulse.json", "trial.json"], "unpublished copies are deleted"
+    # Unpublished copies are deleted.
+    assert left == ["checkpoint-4", "pulse.json", "trial.json"]

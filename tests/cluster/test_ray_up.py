@@ -76,7 +76,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if importlib.util.find_spec("aiohttp_cors") is None:
         pytest.skip("needs Ray's job server: pip install 'qpruner[cluster]'")
     folder = tmp_path_factory.mktemp("cluster")
-    shared, file = folder / "shared", folder / "cluster.yaml"
+    shared = folder / "shared"
+    file = folder / "cluster.yaml"
     shared.mkdir()
     # The same command writes `versions.txt` on a head.
     freeze = [sys.executable, "-m", "pip", "freeze", "--exclude-editable"]
@@ -116,13 +117,13 @@ def test_up(cluster: Cluster) -> None:
 
 def test_callers_without_the_token_are_refused(cluster: Cluster) -> None:
     """The laptop reaches the head's ports, Ray's client server among them, but has no token."""
-    head, token = (
-        cluster.machines.addresses[0],
-        cluster.machines.hosts[0].home / ".ray" / "auth_token",
-    )
-    assert token.stat().st_mode & 0o077 == 0, "the token is its owner's alone"
+    head = cluster.machines.addresses[0]
+    token = cluster.machines.hosts[0].home / ".ray" / "auth_token"
+    # The token is its owner's alone.
+    assert token.stat().st_mode & 0o077 == 0
     right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text()}
-    wrong, none = right | {"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}
+    wrong = right | {"RAY_AUTH_TOKEN": "0" * 64}
+    none = {"RAY_AUTH_MODE": "disabled"}
 
     def is_accepted(*command: str, **given: str) -> bool:
         return cluster.laptop(*command, **given).returncode == 0
@@ -153,11 +154,13 @@ def test_the_log_shows_a_mistake_in_the_configuration(cluster: Cluster, tmp_path
     # If a job fails at once, `ray job logs --follow` may end before the last lines.
     wait_for(lambda: "modle" in cluster.script("watch.sh", job), "the mistake", PATIENCE_SECONDS)
     as_typed = f"== qpruner run tune_configs/wrong.yaml --address auto --set {argument}\n"
-    assert as_typed in cluster.script("watch.sh", job) and "FAILED" in cluster.script("watch.sh")
+    assert as_typed in cluster.script("watch.sh", job)
+    assert "FAILED" in cluster.script("watch.sh")
     attached = cluster.laptop(
         "bash", "launch/submit.sh", "--attached", str(cluster.file), str(wrong), "--set", argument
     )
-    assert as_typed in attached.stdout.replace("\r\n", "\n") and attached.returncode
+    assert as_typed in attached.stdout.replace("\r\n", "\n")
+    assert attached.returncode
 
 
 def test_a_job_resumes_a_search_that_was_run_attached(
@@ -166,10 +169,12 @@ def test_a_job_resumes_a_search_that_was_run_attached(
     run = cluster.shared / "small"
     config = small_config(tmp_path / "small.yaml", tiny_model, run)
     said = cluster.script("submit.sh --attached", str(config))
-    assert "== qpruner run tune_configs/small.yaml --address auto" in said and num_trials(run) == 3
+    assert "== qpruner run tune_configs/small.yaml --address auto" in said
+    assert num_trials(run) == 3
     # One more trial.
     job = cluster.submit(config, "--set", "search.max_trials=4")
-    assert "already recorded" in cluster.script("watch.sh", job) and num_trials(run) == 4
+    assert "already recorded" in cluster.script("watch.sh", job)
+    assert num_trials(run) == 4
     assert "SUCCEEDED" in cluster.script("watch.sh")
     cluster.script("fetch.sh", str(run), str(tmp_path / "fetched"))
     fetched = {path.name for path in (tmp_path / "fetched").iterdir()}
@@ -184,7 +189,8 @@ def test_a_job_resumes_a_search_that_was_run_attached(
         "records",
     )
     assert part.returncode == 1 and "error: not fetched: gone; " in part.stdout, part.stdout[-3000:]
-    assert (tmp_path / "part" / "records").is_dir(), "the other parts are fetched"
+    # The other parts are fetched.
+    assert (tmp_path / "part" / "records").is_dir()
 
 
 def test_down_leaves_nothing(cluster: Cluster) -> None:
@@ -204,4 +210,5 @@ def test_down_leaves_nothing(cluster: Cluster) -> None:
         for name in ("ray-config-*", "ray_ssh_*", "ray/cluster-*")
         for path in Path("/tmp").glob(name)
     ]
-    assert not kept, "Ray's launcher wrote only to /tmp of the laptop"
+    # Ray's launcher wrote only to /tmp of the laptop.
+    assert not kept

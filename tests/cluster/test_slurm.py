@@ -66,8 +66,11 @@ class Slurm:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """A SLURM cluster with two idle nodes."""
     folder = tmp_path_factory.mktemp("slurm")
-    checkout, key, conf = folder / "checkout", folder / "munge.key", folder / "slurm.conf"
-    tools, visible = ("munged", "slurmctld", "slurmd", "sbatch"), [tmp_path_factory.getbasetemp()]
+    checkout = folder / "checkout"
+    key = folder / "munge.key"
+    conf = folder / "slurm.conf"
+    tools = ("munged", "slurmctld", "slurmd", "sbatch")
+    visible = [tmp_path_factory.getbasetemp()]
     with machines(folder / "machines", visible, 2, *tools) as made:
         for name in ("qpruner", "launch"):
             shutil.copytree(
@@ -111,7 +114,8 @@ def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
     assert "== ray symmetric-run on 2 nodes" in text
     assert "2/2" in text or "Ray runtime started" in text, text[:3000]
     assert num_trials(output) == 3
-    assert not list(slurm.checkout.glob(".ray-token-*")), "the token is deleted at the end"
+    # The token is deleted at the end.
+    assert not list(slurm.checkout.glob(".ray-token-*"))
     left = [
         line
         for node in slurm.nodes
@@ -132,6 +136,5 @@ def test_a_job_fails_if_ray_does_not_start(slurm: Slurm, tiny_model: Path) -> No
     assert state == "FAILED" and "error: Ray did not start, and nothing was run" in text, text[
         -3000:
     ]
-    assert not list(slurm.checkout.glob(".ray-token-*")) and not list(
-        slurm.checkout.glob(".exit-code-*")
-    )
+    assert not list(slurm.checkout.glob(".ray-token-*"))
+    assert not list(slurm.checkout.glob(".exit-code-*"))

@@ -11,10 +11,10 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from conftest import Raw
 from raylets import Raylets, raylets
 from real_driver import Driver, driver, ended, pulse_of, search_config, search_record, trials_of
 
@@ -23,7 +23,9 @@ from qpruner.runs.storage import folder_digests
 
 pytestmark = pytest.mark.cluster
 
-NUM_KILLS, NUM_NODES, SEED = 10, 3, 0
+NUM_KILLS = 10
+NUM_NODES = 3
+SEED = 0
 TRIALS_A_ROUND = 5
 """The trials at first, and those that are added if the search is over before the last kill."""
 
@@ -43,7 +45,8 @@ def disturb(
     Three of four kills wait until trials run. The others mostly happen while a driver starts.
     """
     while killed.total() < NUM_KILLS:
-        at_work, pause = generator.random() < 0.75, generator.uniform(1.0, 15.0)
+        at_work = generator.random() < 0.75
+        pause = generator.uniform(1.0, 15.0)
         instant = time.monotonic() + pause
         while time.monotonic() < instant or (at_work and not working(process.run)):
             if process.process.poll() is not None:
@@ -74,15 +77,14 @@ def test_random_kills_lose_no_trial_and_repeat_no_plan(
         "prune": {"rates": [0, 0.2]},
         "quantize.budget": {"bytes": 200_000},
     }
-    config, run = search_config(tiny_model, tmp_path, **keys), tmp_path / "run"
+    config = search_config(tiny_model, tmp_path, **keys)
+    run = tmp_path / "run"
     ended(config, "sensitivity")
-    started, number, num_drivers, generator = (
-        time.monotonic(),
-        TRIALS_A_ROUND,
-        0,
-        random.Random(SEED),
-    )
-    finished: dict[int, dict[str, Any]] = {}
+    started = time.monotonic()
+    number = TRIALS_A_ROUND
+    num_drivers = 0
+    generator = random.Random(SEED)
+    finished: dict[int, Raw] = {}
     killed: Counter[str] = Counter()
     with raylets(NUM_NODES) as cluster:
         code = None
@@ -95,24 +97,26 @@ def test_random_kills_lose_no_trial_and_repeat_no_plan(
                 code, said = process.end()
             assert code in (0, -signal.SIGKILL), said[-4000:]
             trials = trials_of(run)
-            assert finished == {index: trials[index] for index in finished}, (
-                "finished trials are not run again"
-            )
+            # Finished trials are not run again.
+            assert finished == {index: trials[index] for index in finished}
             finished = {
                 index: trial for index, trial in trials.items() if trial["status"] == "finished"
             }
             assert num_drivers < 3 * NUM_KILLS
-    record, rungs = search_record(run), load_config(config).search.rungs
-    assert sorted(trials) == list(range(number)) and record["num_trials"] == number
+    record = search_record(run)
+    rungs = load_config(config).search.rungs
+    assert sorted(trials) == list(range(number))
+    assert record["num_trials"] == number
     assert len({(trial["cut"], *trial["plan"].values()) for trial in trials.values()}) == number
     assert {trial["cut"] for trial in trials.values()} == {"base", "cut-20"}
     # A trial may fail only because its worker died three times in a row without a rung between.
     assert set(record["failures"]) <= {"lost"}, record["failures"]
     for index, trial in trials.items():
         steps = tuple(rung["step"] for rung in trial["rungs"])
-        assert steps == rungs[: len(steps)] and (steps == rungs) == (trial["status"] == "finished")
+        assert steps == rungs[: len(steps)]
+        assert (steps == rungs) == (trial["status"] == "finished")
         if steps:
-            (checkpoint,) = run.glob(f"trials/*/{index:04d}/checkpoint-{steps[-1]}")
+            [checkpoint] = run.glob(f"trials/*/{index:04d}/checkpoint-{steps[-1]}")
             assert folder_digests(checkpoint) == trial["checkpoint"], checkpoint
     with capsys.disabled():
         seconds = time.monotonic() - started

@@ -11,11 +11,10 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from conftest import changed_by, command, raw_config, said, with_keys
+from conftest import Raw, changed_by, command, raw_config, said, with_keys
 
 from qpruner.config.load import load_config, validate_config
 from qpruner.config.schema import RunConfig
@@ -210,7 +209,8 @@ def test_all_problems_are_reported_at_once() -> None:
     )
     with pytest.raises(ConfigError) as caught:
         validate_config(raw)
-    assert len(caught.value.problems) == 4 and "4 problems" in str(caught.value)
+    assert len(caught.value.problems) == 4
+    assert "4 problems" in str(caught.value)
 
 
 # ---- the file itself, and --set
@@ -290,13 +290,18 @@ def test_overrides_remove_keys_and_change_list_items(write_yaml: Callable[..., P
     def load(*overrides: str) -> RunConfig:
         return load_config(path, list(overrides))
 
-    assert load("finetune.random_plans=").finetune.random_plans == 3, "the default"
-    assert load("prune.rate=", "prune.layer_rate=0.2").prune.rate is None, "null with `layer_rate`"
+    # The default.
+    assert load("finetune.random_plans=").finetune.random_plans == 3
+    # Null with `layer_rate`.
+    assert load("prune.rate=", "prune.layer_rate=0.2").prune.rate is None
     budget = "quantize.budget={bytes: 1000}"
-    assert load("prune.rate=", budget).prune.rates == (0.0, 0.1, 0.2), "the default"
+    # The default.
+    assert load("prune.rate=", budget).prune.rates == (0.0, 0.1, 0.2)
     data = load("data.validation.0.split=train[:3]", "data.train.0.limit=8").data
-    assert (data.validation[0].split, data.train[0].limit) == ("train[:3]", 8)
-    assert data.train[0].source == raw["data"]["train"][0]["source"], "the item's other keys stay"
+    assert data.validation[0].split == "train[:3]"
+    assert data.train[0].limit == 8
+    # The item's other keys stay.
+    assert data.train[0].source == raw["data"]["train"][0]["source"]
     assert load("model.revision=null").model.revision is None
 
 
@@ -326,10 +331,10 @@ COMMANDS = [
 @pytest.mark.parametrize(("verb", "change", "options", "message"), COMMANDS)
 def test_a_command_with_a_mistake_exits_with_code_2(
     verb: str,
-    change: dict[str, Any],
+    change: Raw,
     options: tuple[str, ...],
     message: str,
-    tiny_raw: dict[str, Any],
+    tiny_raw: Raw,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -337,14 +342,19 @@ def test_a_command_with_a_mistake_exits_with_code_2(
     Path("config.yaml").write_text(yaml.safe_dump(with_keys(tiny_raw, **change)))
     done = command(verb, "config.yaml", "--json", *options)
     assert done.exit_code == 2, done.output
-    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["status"] == "error" and message in told["error"]
-    assert not (tmp_path / "run" / "prepare").exists(), "no stage has run"
+    assert told["status"] == "error"
+    assert message in told["error"]
+    # No stage has run.
+    assert not (tmp_path / "run" / "prepare").exists()
 
 
 def test_an_error_goes_to_stderr_without_a_traceback(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "qpruner", "check", "none.yaml")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: configuration file ") and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: configuration file ")
+    assert "Traceback" not in done.stderr

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import changed_by, command, raw_config, with_key
+from conftest import Raw, changed_by, command, raw_config, with_key
 
 import qpruner
 from qpruner.config.load import load_config, validate_config
@@ -14,7 +13,8 @@ from qpruner.plans.plan import cut_title
 
 DEMO = Path(__file__).parents[2] / "tune_configs" / "demo_smollm2_cpu.yaml"
 WITHOUT_COMPARE = "`finetune.random_plans` has no effect: `finetune.compare` is false"
-BLOCKS, ONE_LEVEL = "prune.units=[block]; ", "quantize.bits=[4]; sensitivity={}; "
+BLOCKS = "prune.units=[block]; "
+ONE_LEVEL = "quantize.bits=[4]; sensitivity={}; "
 IDLE = [
     ("prune.order=second", "prune.order", "`prune.importance` is fisher"),
     ("prune.importance=magnitude; prune.aggregation=vector", "prune.aggregation", "is magnitude"),
@@ -98,7 +98,8 @@ def config_of(change: str) -> RunConfig:
 @pytest.mark.parametrize(("change", "idle", "reason"), IDLE, ids=[change for change, _, _ in IDLE])
 def test_a_key_without_effect_is_named_with_the_reason(change: str, idle: str, reason: str) -> None:
     [warning] = config_of(change).warnings
-    assert warning.startswith(f"`{idle}` has no effect: ") and reason in warning
+    assert warning.startswith(f"`{idle}` has no effect: ")
+    assert reason in warning
 
 
 @pytest.mark.parametrize("change", EFFECTIVE)
@@ -115,12 +116,11 @@ def test_a_key_is_named_once_and_never_at_its_default() -> None:
         "prune.order",
     ]
     whole = validate_config(config_of("finetune={steps: 4}").model_dump(mode="json"))
-    assert whole.warnings == (), "a file with every key, as `check --show-config` prints it"
+    # A file with every key, as `check --show-config` prints it.
+    assert whole.warnings == ()
     *_, warning = warnings = load_config(DEMO, ["finetune.compare=false"]).warnings
-    assert (
-        len(warnings) == 2
-        and warning == "`finetune.random_plans` has no effect: `finetune.compare` is false"
-    )
+    assert len(warnings) == 2
+    assert warning == "`finetune.random_plans` has no effect: `finetune.compare` is false"
 
 
 def test_every_cut_has_a_name_and_a_title() -> None:
@@ -132,7 +132,8 @@ def test_every_cut_has_a_name_and_a_title() -> None:
         "12.5 % pruned",
         "30 % pruned",
     ]
-    assert cuts["cut-30"] == PruneConfig(rate=0.3) and cuts["cut-30"].num_steps == 2
+    assert cuts["cut-30"] == PruneConfig(rate=0.3)
+    assert cuts["cut-30"].num_steps == 2
     [(name, cut)] = PruneConfig(layer_rate=0.25).cuts.items()
     assert (name, cut_title(name), cut.round_to) == ("layers-25", "25 % of each block pruned", 1)
 
@@ -144,7 +145,7 @@ def test_in_effect_resets_keys_without_effect() -> None:
 
 
 def test_verbs_functions_and_the_log_name_the_key_once(
-    tiny_raw: dict[str, Any],
+    tiny_raw: Raw,
     write_yaml: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -4,15 +4,14 @@ right."""
 import re
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT, Raw
 
 from qpruner.config.load import load_config
 from qpruner.pipeline import preflight
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "tune_configs").rglob("*.yaml"))
 RECIPES = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
 PAPER = ROOT / "tune_configs" / "paper"
@@ -27,16 +26,18 @@ def named(path: Path) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=named)
 def test_a_recipe_is_complete_and_says_how_to_run_it(path: Path) -> None:
     config = load_config(path)
-    assert config.warnings == (), "a key without effect"
+    # A key without effect.
+    assert config.warnings == ()
     head = [line for line in path.read_text().split("output:")[0].splitlines() if line]
     assert all(line.startswith("#") for line in head)
     text = " ".join(head)
     assert all(
         word in text for word in ("Hardware:", "Time:", "Command:", str(path.relative_to(ROOT)))
     ), text
-    assert "TIME" not in text, "a time that was never filled in"
+    # A time that was never filled in.
+    assert "TIME" not in text
     schema = re.search(r"\$schema=(\S+)", text)
-    assert schema and (path.parent / schema[1]).is_file()
+    assert (path.parent / schema[1]).is_file()
     given = yaml.safe_load(path.read_text())
     # Every section is given, so that no default is hidden.
     shown = {
@@ -71,7 +72,7 @@ def test_a_header_states_the_memory_that_check_estimates(path: Path) -> None:
                 size / 1e9, rel=0.1, abs=0.06
             ), name
         card = re.search(r"fits a GPU with (\d+) GiB", lines[number + 1])
-        assert card and max(peaks.values()) < 0.95 * int(card[1]) * 2**30
+        assert max(peaks.values()) < 0.95 * int(card[1]) * 2**30
 
 
 def test_the_large_recipes_fit_24_or_80_gib() -> None:
@@ -96,7 +97,7 @@ def inspected(path: Path, tiny_model: Path, folder: Path) -> preflight.Inspectio
     for file in (*tiny_model.glob("tokenizer*"), tiny_model / "model.safetensors"):
         (folder / file.name).symlink_to(file)
     offline = load_config(PAPER / "smollm2_135m_bayesian.yaml")
-    parts: dict[str, Any] = {
+    parts: Raw = {
         "model": config.model.model_copy(update={"source": str(folder)}),
         "data": offline.data.model_copy(update={"max_length": 256}),
         "calibration": config.calibration.model_copy(update={"data": None}),
@@ -115,7 +116,8 @@ def test_the_paper_variants_differ_only_in_bits(model: str) -> None:
     uniform, by_information, bayesian = (
         load_config(PAPER / f"{model}_{variant}.yaml") for variant in VARIANTS
     )
-    assert len(uniform.quantize.levels) == 1 and uniform.measured_methods == ()
+    assert len(uniform.quantize.levels) == 1
+    assert uniform.measured_methods == ()
     assert by_information.search.plan_method == "mutual_information"
     assert [each.is_searched for each in (uniform, by_information, bayesian)] == [
         False,
@@ -144,16 +146,19 @@ def test_the_paper_variants_differ_only_in_bits(model: str) -> None:
 @pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=named)
 def test_the_paper_recipes_prune_like_llm_pruner(path: Path) -> None:
     config = load_config(path)
-    prune, calibration = config.prune, config.calibration
+    prune = config.prune
+    calibration = config.calibration
     units = (prune.importance, prune.order, prune.aggregation, prune.reduction)
-    assert units == ("taylor", "first", "element", "sum") and prune.round_to == 1
+    assert units == ("taylor", "first", "element", "sum")
+    assert prune.round_to == 1
     assert (prune.selection, prune.query_heads, prune.compensation) == (
         "per_layer",
         "modulo",
         "none",
     )
     assert (calibration.num_samples, calibration.max_length, calibration.batch_size) == (10, 64, 10)
-    assert calibration.data and all(source.format == "text" for source in calibration.data)
+    assert calibration.data
+    assert all(source.format == "text" for source in calibration.data)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -169,7 +174,8 @@ def test_the_7b_recipes_train_like_llm_pruner(variant: str) -> None:
         64,
         1e-4,
     )
-    assert config.finetune.epochs == 2 and not config.finetune.compare
+    assert config.finetune.epochs == 2
+    assert not config.finetune.compare
     assert set(config.evaluate.tasks) == {
         "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
     }  # fmt: skip

@@ -43,7 +43,9 @@ def test_urls_of_hub_requests_are_not_logged(tmp_path: Path) -> None:
             )
             logging.getLogger(name).warning("%s was told", name)
     told = (tmp_path / "qpruner.log").read_text()
-    assert "httpx was told" in told and "httpx2 was told" in told and "Signature" not in told
+    assert "httpx was told" in told
+    assert "httpx2 was told" in told
+    assert "Signature" not in told
 
 
 @pytest.mark.slow
@@ -66,10 +68,14 @@ def test_no_file_of_a_run_or_of_ray_contains_a_token(
     ]
     told = {path: path.read_bytes() for path in files if not path.is_symlink()}
     kinds = {"qpruner.log", "results.json", "prune.json", "trial.json"}
-    assert kinds <= {path.name for path in told}, "the run's files were looked at"
-    assert any("tfevents" in path.name for path in told), "TensorBoard's were"
-    assert {"raylet.out", "gcs_server.out"} <= {path.name for path in told}, "Ray's were"
-    told[Path("stdout")], told[Path("stderr")] = done.stdout, done.stderr
+    # The run's files were looked at.
+    assert kinds <= {path.name for path in told}
+    # TensorBoard's were.
+    assert any("tfevents" in path.name for path in told)
+    # Ray's were.
+    assert {"raylet.out", "gcs_server.out"} <= {path.name for path in told}
+    told[Path("stdout")] = done.stdout
+    told[Path("stderr")] = done.stderr
     found = [
         (path, name)
         for path, data in told.items()

@@ -2,16 +2,13 @@
 
 from collections import Counter
 from itertools import combinations
-from typing import Any
 
-from conftest import demo_rows
+from conftest import Raw, demo_rows
 
 from qpruner.data.sources import normalized
 
 SPLITS = ("train", "validation", "confirmation", "test")
-QUESTIONS: dict[str, list[dict[str, Any]]] = {
-    split: demo_rows(f"questions_{split}.jsonl") for split in SPLITS
-}
+QUESTIONS: dict[str, list[Raw]] = {split: demo_rows(f"questions_{split}.jsonl") for split in SPLITS}
 INSTRUCTIONS = [*demo_rows("instructions.jsonl"), *demo_rows("instructions_confirmation.jsonl")]
 
 

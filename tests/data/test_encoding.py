@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from conftest import Raw
 
 from qpruner.config.load import validate_config
 from qpruner.data.encoding import (
@@ -103,14 +104,16 @@ def test_a_row_has_one_beginning_of_sequence(
     with_bos: Tokenizer, example: Example, template: str
 ) -> None:
     ids = encode([example], with_bos, 512, template)[0]["input_ids"]
-    assert ids[0] == with_bos.bos_token_id and ids.count(with_bos.bos_token_id) == 1
+    assert ids[0] == with_bos.bos_token_id
+    assert ids.count(with_bos.bos_token_id) == 1
 
 
 def test_prompt_and_response_are_tokenized_together(tokenizer: Tokenizer) -> None:
     """If the prompt ends in a space, tokenizing it with the response merges the space into the next
     word."""
     tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
-    prompt, response = "Name a gas. Answer: ", "oxygen"
+    prompt = "Name a gas. Answer: "
+    response = "oxygen"
     row = encode(
         [Example("instruction", "Name a gas.", "", response)], tokenizer, 512, template="chat"
     )[0]
@@ -122,9 +125,8 @@ def test_prompt_and_response_are_tokenized_together(tokenizer: Tokenizer) -> Non
 
 def test_chat_without_a_template_is_refused(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = tokenizer.eos_token = None
-    assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red", (
-        "no end token is added"
-    )
+    # No end token is added.
+    assert tokenizer.decode(predicted(encode([COLOUR], tokenizer, 512)[0])) == "red"
     with pytest.raises(UserError, match="got none: set `alpaca`"):
         encode([SUM], tokenizer, 512, template="chat")
 
@@ -133,7 +135,7 @@ def test_long_rows_are_cut_or_dropped(tokenizer: Tokenizer) -> None:
     short = Example("multiple_choice", "Why?", "", "because of the rain")
     long_prompt = Example("multiple_choice", "Why " * 200, "", "because")
     length = len(tokenizer("Question: Why?\nAnswer:")["input_ids"]) + 2
-    (cut,) = encode([short, long_prompt], tokenizer, length)
+    [cut] = encode([short, long_prompt], tokenizer, length)
     assert cut["input_ids"] == encode([short], tokenizer, 512)[0]["input_ids"][:length]
     assert len(predicted(cut)) == 2
     with pytest.raises(UserError, match=f"`data.max_length` of {length - 2} tokens"):
@@ -161,7 +163,7 @@ def test_a_chunk_without_a_labelled_token_is_dropped() -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_calibration_text_skips_blank_lines(
-    packing: bool, tiny_raw: dict[str, Any], with_bos: Tokenizer
+    packing: bool, tiny_raw: Raw, with_bos: Tokenizer
 ) -> None:
     """Half the rows of WikiText are blank; each would be a sample of only a beginning-of-sequence
     token."""
@@ -173,10 +175,10 @@ def test_calibration_text_skips_blank_lines(
     )
     samples = importance_samples(config, rows, with_bos)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
-    assert begins in ([1, 0], [1, 1]), "one per row with text"
-    assert all(sample["labels"] == sample["input_ids"] for sample in samples), (
-        "every token is predicted"
-    )
+    # One per row with text.
+    assert begins in ([1, 0], [1, 1])
+    # Every token is predicted.
+    assert all(sample["labels"] == sample["input_ids"] for sample in samples)
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
@@ -198,13 +200,18 @@ def test_saved_rows_are_read_back_one_by_one(tmp_path: Path) -> None:
     rows.append({"input_ids": [5, 6, 7, 8, 9, 4, 3, 2], "labels": [IGNORED, 6, 7, 8, 9, 4, 3, 2]})
     save_encoded(rows, tmp_path / "train")
     found = load_encoded(tmp_path / "train")
-    assert list(found) == rows and len(found) == 4
-    assert found[-1] == rows[3] and found[1:] == rows[1:] and found[::2] == rows[::2]
+    assert list(found) == rows
+    assert len(found) == 4
+    assert found[-1] == rows[3]
+    assert found[1:] == rows[1:]
+    assert found[::2] == rows[::2]
     assert found.lengths == row_lengths(rows) == [8] * 4
     (tmp_path / "train.files.json").unlink()
-    (file,) = (tmp_path / "train").glob("*.arrow")
-    offsets, content = struct.pack("<5i", 0, 8, 16, 24, 32), file.read_bytes()
-    assert content.count(offsets) == 2, "one in each of the two columns"
+    [file] = (tmp_path / "train").glob("*.arrow")
+    offsets = struct.pack("<5i", 0, 8, 16, 24, 32)
+    content = file.read_bytes()
+    # One in each of the two columns.
+    assert content.count(offsets) == 2
     file.write_bytes(content.replace(offsets, struct.pack("<5i", 0, 8, 16, 7, 32)))
     with pytest.raises(CorruptFile, match="the encoded rows in"):
         load_encoded(tmp_path / "train")

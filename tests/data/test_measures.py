@@ -24,14 +24,15 @@ def test_every_task_has_the_same_weight() -> None:
     variances = [np.var(values, ddof=1) / len(values) for values in tasks]
     assert found.stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
 
-    assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]], (
-        "averaged per question"
-    )
+    # Averaged per question.
+    assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]]
 
 
 def test_one_question_has_no_standard_error() -> None:
-    assert over_questions([1.0]).mean == 1.0 and math.isnan(over_questions([1.0]).stderr)
-    assert math.isnan(over_tasks([[1.0, 0.0], [1.0]]).stderr), "the mean over tasks has none either"
+    assert over_questions([1.0]).mean == 1.0
+    assert math.isnan(over_questions([1.0]).stderr)
+    # The mean over tasks has none either.
+    assert math.isnan(over_tasks([[1.0, 0.0], [1.0]]).stderr)
 
 
 def test_prediction_intervals_hold_95_percent_of_draws() -> None:
@@ -48,11 +49,11 @@ def test_of_one_seed_the_interval_is_students_over_questions() -> None:
     differences = np.random.default_rng(0).normal(0.1, 1, 9)
     low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
     assert interval([[differences.tolist()]]) == pytest.approx(((low + high) / 2, (high - low) / 2))
-    assert interval([[[0.1]]]) == (0.1, None) and not interval([[[0.1, 0.1]]]).excludes_zero
+    assert interval([[[0.1]]]) == (0.1, None)
+    assert not interval([[[0.1, 0.1]]]).excludes_zero
     low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(1 - 0.05 / 15)
-    assert interval([[differences.tolist()]], 15).half_width == pytest.approx((high - low) / 2), (
-        "15 pairs of six"
-    )
+    # 15 pairs of six.
+    assert interval([[differences.tolist()]], 15).half_width == pytest.approx((high - low) / 2)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2, 3, 5, 10])
@@ -61,13 +62,13 @@ def test_of_one_seed_the_interval_is_students_over_questions() -> None:
 def test_intervals_hold_the_true_difference(num_seeds: int, num_rows: int, of_seed: float) -> None:
     """Rows, seeds and single questions each shift a difference at random; the interval of one seed
     lacks its shift."""
-    generator, number, held = np.random.default_rng(num_seeds * num_rows), 800, 0
+    generator = np.random.default_rng(num_seeds * num_rows)
+    number = 800
+    held = 0
     shift = of_seed if num_seeds > 1 else 0.0
     for _ in range(number):
-        rows, seeds = (
-            generator.normal(0, 0.067, (1, num_rows)),
-            generator.normal(0, shift, (num_seeds, 1)),
-        )
+        rows = generator.normal(0, 0.067, (1, num_rows))
+        seeds = generator.normal(0, shift, (num_seeds, 1))
         drawn = rows + seeds + generator.normal(0, 0.043, (num_seeds, num_rows))
         mean, half_width = interval([[of_rows] for of_rows in drawn.tolist()])
         assert half_width

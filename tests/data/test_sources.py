@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Raw
 
 from qpruner.config.schema import DataSource
 from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
@@ -24,7 +25,7 @@ RENAMED = {"instruction": "do", "input": "in", "output": "out"}
 PIQA = {"question": "goal", "choices": ("sol1", "sol2"), "answer": "label"}
 
 
-def examples_of(tmp_path: Path, rows: list[dict[str, Any]], **source: Any) -> list[Example]:
+def examples_of(tmp_path: Path, rows: list[Raw], **source: Any) -> list[Example]:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return examples_in(tmp_path / "rows.jsonl", **source)
 
@@ -58,16 +59,15 @@ def examples_in(path: Path, **source: Any) -> list[Example]:
         ),
     ],
 )
-def test_rows_of_known_layouts(
-    tmp_path: Path, row: dict[str, Any], columns: dict[str, Any], expected: Any
-) -> None:
+def test_rows_of_known_layouts(tmp_path: Path, row: Raw, columns: Raw, expected: Any) -> None:
     """An instruction row has prompt, input and output; of a multiple-choice row only the answer is
     trained on."""
     if isinstance(expected, tuple):
         assert examples_of(tmp_path, [row], columns=columns) == [Example("instruction", *expected)]
         return
-    (found,) = examples_of(tmp_path, [row], format="multiple_choice", columns=columns)
-    assert (found.format, found.response) == ("multiple_choice", expected)
+    [found] = examples_of(tmp_path, [row], format="multiple_choice", columns=columns)
+    assert found.format == "multiple_choice"
+    assert found.response == expected
 
 
 @pytest.mark.parametrize("answer", ["E", 4, -1, "", "carbon dioxide"])
@@ -162,10 +162,8 @@ def test_a_broken_file_is_named(
 
 def test_a_row_in_two_splits_is_refused() -> None:
     """Rows that differ only in case, spacing or punctuation count as the same row."""
-    gas, again = (
-        normalized("Which gas do plants take in?"),
-        normalized(" which  Gas, do plants TAKE in"),
-    )
+    gas = normalized("Which gas do plants take in?")
+    again = normalized(" which  Gas, do plants TAKE in")
     splits = {"a": ["one"], "data.train": [gas, ""], "evaluate.tasks": [again, ""]}
     with pytest.raises(
         UserError,

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill, flip_a_byte, flipped, full_until_noticed, raw_config, with_key
+from conftest import (
+    Raw,
+    fill,
+    flip_a_byte,
+    flipped,
+    full_until_noticed,
+    raw_config,
+    texts,
+    with_key,
+)
 from mixed_models import bank_of_run
 from raylets import raylets
 
@@ -62,7 +71,7 @@ def names(events: list[Event], kind: type[Event]) -> list[str]:
 
 
 def go(
-    raw: dict[str, Any], until: str, emit: Emit | None = None, address: str | None = None
+    raw: Raw, until: str, emit: Emit | None = None, address: str | None = None
 ) -> tuple[Results, list[Event]]:
     """Run the flow in this process or on a cluster; return the records and the events."""
     events: list[Event] = []
@@ -75,7 +84,7 @@ def go(
     return run(validate_config(raw), on_event, address, until), events
 
 
-def failing(raw: dict[str, Any], *others: Any) -> StageError:
+def failing(raw: Raw, *others: Any) -> StageError:
     """Run the flow as `go` does; it must fail in a stage; return the error."""
     with pytest.raises(StageError) as caught:
         go(raw, *others)
@@ -91,7 +100,7 @@ def banked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return root
 
 
-def copy_of(root: Path, raw: dict[str, Any]) -> Path:
+def copy_of(root: Path, raw: Raw) -> Path:
     """Copy a run to the `output` of a configuration."""
     return shutil.copytree(root, Path(raw["output"]))
 
@@ -118,28 +127,27 @@ def copy_of(root: Path, raw: dict[str, Any]) -> Path:
     ],
 )
 def test_only_damaged_files_are_set_aside_and_made_again(
-    place: str, damage: Callable[[Path], object], banked: Path, tiny_raw: dict[str, Any]
+    place: str, damage: Callable[[Path], object], banked: Path, tiny_raw: Raw
 ) -> None:
     root = copy_of(banked, tiny_raw)
-    folder, stage = root / place, place.partition("/")[0].replace("cuts", "prune")
+    folder = root / place
+    stage = place.partition("/")[0].replace("cuts", "prune")
     # it has the seconds
-    before, measured = (
-        folder_digests(folder),
-        {"cut.json": ""} if stage == "prune" else {},
-    )
+    before = folder_digests(folder)
+    measured = {"cut.json": ""} if stage == "prune" else {}
     damage(folder)
     _, events = go(tiny_raw, "bank")
-    (told,) = [
-        event.text for event in events if isinstance(event, Message) and str(folder) in event.text
-    ]
+    [told] = [text for text in texts(events) if str(folder) in text]
     for aside in (root / "damaged").glob("*[0-9]"):
-        assert str(aside) in told and aside.name.startswith(f"{place.replace('/', '-')}-")
+        assert str(aside) in told
+        assert aside.name.startswith(f"{place.replace('/', '-')}-")
     assert names(events, StageFinished) == [stage]
     assert {**folder_digests(folder), **measured} == {**before, **measured}
-    assert names(go(tiny_raw, "bank")[1], StageFinished) == [], "intact again"
+    # Intact again.
+    assert names(go(tiny_raw, "bank")[1], StageFinished) == []
 
 
-def test_rows_damaged_during_a_stage_are_named(banked: Path, tiny_raw: dict[str, Any]) -> None:
+def test_rows_damaged_during_a_stage_are_named(banked: Path, tiny_raw: Raw) -> None:
     rows = copy_of(banked, tiny_raw) / "prepare" / "data" / "sensitivity"
 
     def damage(event: Event) -> None:
@@ -147,12 +155,14 @@ def test_rows_damaged_during_a_stage_are_named(banked: Path, tiny_raw: dict[str,
             os.truncate(next(rows.glob("*.arrow")), 200)
 
     error = failing(tiny_raw, "sensitivity", damage)
-    assert error.stage == "sensitivity" and str(rows) in error.cause
+    assert error.stage == "sensitivity"
+    assert str(rows) in error.cause
     assert (
         error.remedy
         == "repeat the command: the damaged file is set aside, and only that file is made again"
     )
-    assert names(go(tiny_raw, "bank")[1], StageFinished)[0] == "prepare", "and so it is"
+    # So it is.
+    assert names(go(tiny_raw, "bank")[1], StageFinished)[0] == "prepare"
 
 
 SET_ASIDE = "repeat the command: the damaged file is set aside, and "
@@ -195,7 +205,9 @@ def test_the_remedy_for_a_damaged_file_loses_nothing_else(
     if file.startswith("trials/"):
         notes: list[str] = []
         set_aside_damaged(run / "trials" / "0123abcd", "0123abcd", notes.append)
-        assert len(notes) == 1 and str(path) in notes[0] and "set aside" in notes[0]
+        assert len(notes) == 1
+        assert str(path) in notes[0]
+        assert "set aside" in notes[0]
 
 
 def test_errors_of_other_readers_get_a_remedy(tmp_path: Path) -> None:
@@ -215,9 +227,8 @@ def test_errors_of_other_readers_get_a_remedy(tmp_path: Path) -> None:
         explained(Search, tmp_path),
     ):
         load_file(path)
-    assert (
-        caught.value.remedy.startswith("repeat the command") and "delete" not in caught.value.remedy
-    )
+    assert caught.value.remedy.startswith("repeat the command")
+    assert "delete" not in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -239,7 +250,7 @@ def test_the_remedy_for_memory_fits_the_stage(stage: str, key: str) -> None:
     assert ("gradient_checkpointing" in caught.value.remedy) == key.startswith("training.")
 
 
-def test_a_stage_with_a_missing_folder_runs_again(banked: Path, tiny_raw: dict[str, Any]) -> None:
+def test_a_stage_with_a_missing_folder_runs_again(banked: Path, tiny_raw: Raw) -> None:
     root = copy_of(banked, tiny_raw)
     shutil.rmtree(root / "cuts" / "cut-20")
     _, events = go(tiny_raw, "bank")
@@ -247,7 +258,7 @@ def test_a_stage_with_a_missing_folder_runs_again(banked: Path, tiny_raw: dict[s
     assert names(events, StageSkipped) == ["prepare", "bank"]
 
 
-def test_a_slightly_different_cut_gets_its_own_bank(tiny_raw: dict[str, Any]) -> None:
+def test_a_slightly_different_cut_gets_its_own_bank(tiny_raw: Raw) -> None:
     """Machines of another kind round differently; here, other instructions of this one do."""
     raw = with_key(tiny_raw, "prune.compensation", "least_squares")
     before, _ = go(raw, "bank")
@@ -259,9 +270,8 @@ def test_a_slightly_different_cut_gets_its_own_bank(tiny_raw: dict[str, Any]) ->
     if weights.read_bytes() == original:
         pytest.skip("all instructions of this machine round alike")
     assert names(events, StageFinished) == ["prune", "bank"]
-    assert before.bank and after.bank and before.bank.digest != after.bank.digest, (
-        "so no trial is reused either"
-    )
+    # No trial is reused either.
+    assert before.bank.digest != after.bank.digest
     assert {
         event.done for event in events if isinstance(event, Progress) and event.stage == "bank"
     } == set(range(1, 9))
@@ -288,19 +298,21 @@ def unmeasured(record: Any) -> Any:
     ids=["truncated", "digest-flipped", "number-flipped"],
 )
 def test_a_corrupt_record_is_named_and_its_stage_runs_again(
-    stage: str, damage: Callable[[bytes], bytes], banked: Path, tiny_raw: dict[str, Any]
+    stage: str, damage: Callable[[bytes], bytes], banked: Path, tiny_raw: Raw
 ) -> None:
-    run_dir, kind = RunDir(copy_of(banked, tiny_raw)), RECORDS[stage]
-    record, before = run_dir.record_path(stage), run_dir.read_record(stage, kind)
+    run_dir = RunDir(copy_of(banked, tiny_raw))
+    kind = RECORDS[stage]
+    record = run_dir.record_path(stage)
+    before = run_dir.read_record(stage, kind)
     record.write_bytes(damage(record.read_bytes()))
     _, events = go(tiny_raw, "bank")
-    (told,) = [
-        event.text for event in events if isinstance(event, Message) and str(record) in event.text
-    ]
-    assert "runs again" in told and "\n" not in told, "a message is one line"
-    assert names(events, StageFinished) == [stage], "later stages are unchanged"
+    [told] = [text for text in texts(events) if str(record) in text]
+    # A message is one line.
+    assert "runs again" in told
+    assert "\n" not in told
+    # Later stages are unchanged.
+    assert names(events, StageFinished) == [stage]
     again = run_dir.read_record(stage, kind)
-    assert before and again
     assert unmeasured(again.model_dump()) == unmeasured(before.model_dump())
 
 
@@ -309,7 +321,7 @@ def test_a_corrupt_record_is_named_and_its_stage_runs_again(
 
 @pytest.mark.parametrize(("stage", "leave"), [("prune", 100_000), ("bank", 4096)])
 def test_a_disk_that_fills_up_fails_only_that_stage(
-    stage: str, leave: int, disk: Path, banked: Path, tiny_raw: dict[str, Any]
+    stage: str, leave: int, disk: Path, banked: Path, tiny_raw: Raw
 ) -> None:
     raw = with_key(tiny_raw, "output", str(disk / "run"))
 
@@ -319,23 +331,22 @@ def test_a_disk_that_fills_up_fails_only_that_stage(
 
     error = failing(raw, "bank", fill_at_start)
     assert error.stage == stage
-    assert "no space left" in error.cause and str(disk) in error.cause
+    assert "no space left" in error.cause
+    assert str(disk) in error.cause
     assert "make room, then repeat the command" in error.remedy
 
-    earlier, run_dir = list(RECORDS)[: list(RECORDS).index(stage)], RunDir(disk / "run")
+    earlier = list(RECORDS)[: list(RECORDS).index(stage)]
+    run_dir = RunDir(disk / "run")
     assert [name for name, kind in RECORDS.items() if run_dir.read_record(name, kind)] == earlier
     (disk / "filler").unlink()
     results, events = go(raw, "bank")
     assert names(events, StageSkipped) == earlier
     undisturbed = RunDir(banked).read_record("bank", BankRecord)
-    assert results.bank and undisturbed and results.bank.files == undisturbed.files, (
-        "the same bank, bit for bit"
-    )
+    # The same bank, bit for bit.
+    assert results.bank.files == undisturbed.files
 
 
-def test_a_disk_full_between_cuts_keeps_the_finished_ones(
-    disk: Path, tiny_raw: dict[str, Any]
-) -> None:
+def test_a_disk_full_between_cuts_keeps_the_finished_ones(disk: Path, tiny_raw: Raw) -> None:
     raw = with_key(tiny_raw, "output", str(disk / "run"))
     raw["prune"] = {"rates": [0.1, 0.2], "compensation": "none"}
     raw["quantize"]["budget"] = {"bytes": 200_000}
@@ -345,7 +356,9 @@ def test_a_disk_full_between_cuts_keeps_the_finished_ones(
             fill(disk, 100_000)
 
     error = failing(raw, "prune", fill_after_one)
-    assert error.stage == "prune" and "no space left" in error.cause and "make room" in error.remedy
+    assert error.stage == "prune"
+    assert "no space left" in error.cause
+    assert "make room" in error.remedy
     (disk / "filler").unlink()
     results, events = go(raw, "prune")
     made = [
@@ -353,16 +366,13 @@ def test_a_disk_full_between_cuts_keeps_the_finished_ones(
         for event in events
         if isinstance(event, Message) and " loss " in event.text
     ]
-    assert (
-        made == ["20 % pruned"]
-        and results.prune
-        and list(results.prune.cuts) == ["base", "cut-10", "cut-20"]
-    )
+    assert made == ["20 % pruned"]
+    assert list(results.prune.cuts) == ["base", "cut-10", "cut-20"]
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("prune", StageStarted), ("bank", Progress)])
 def test_a_disk_full_for_a_while_only_delays_a_stage(
-    stage: str, kind: type[Event], disk: Path, banked: Path, tiny_raw: dict[str, Any]
+    stage: str, kind: type[Event], disk: Path, banked: Path, tiny_raw: Raw
 ) -> None:
     """For the bank, this is after its first entry; a bank without any room is refused with its
     size."""
@@ -374,15 +384,15 @@ def test_a_disk_full_for_a_while_only_delays_a_stage(
 
         fillers: list[Path] = []
         results, _ = go(with_key(tiny_raw, "output", str(disk / "run")), "bank", fill_once)
-        assert not fillers[0].exists(), "it was waited for"
+        # It was waited for.
+        assert not fillers[0].exists()
     undisturbed = RunDir(banked).read_record("bank", BankRecord)
-    assert results.bank and undisturbed and results.bank.files == undisturbed.files, (
-        "the same bank, bit for bit"
-    )
+    # The same bank, bit for bit.
+    assert results.bank.files == undisturbed.files
 
 
 @pytest.mark.slow
-def test_a_shared_folder_gone_from_a_node_fails_the_stage(tiny_raw: dict[str, Any]) -> None:
+def test_a_shared_folder_gone_from_a_node_fails_the_stage(tiny_raw: Raw) -> None:
     """On the only node that works, another file system hides the run folder; this mount is gone
     with the node."""
     raw = with_key(with_key(tiny_raw, "prune.steps", 40), "prune.importance", "taylor")
@@ -397,10 +407,8 @@ def test_a_shared_folder_gone_from_a_node_fails_the_stage(tiny_raw: dict[str, An
     with raylets(0) as cluster:
         node = cluster.add_apart("true")
         error = failing(raw, "prune", hide, cluster.address)
-    assert (
-        error.stage == "prune"
-        and "was written on another machine and is missing here" in error.cause
-    )
+    assert error.stage == "prune"
+    assert "was written on another machine and is missing here" in error.cause
     assert (
         "share `output` between both machines, or take the other out of the cluster" in error.remedy
     )
@@ -432,47 +440,47 @@ def model_with_nan(model: Path, folder: Path, parameter: str) -> Path:
     ],
 )
 def test_nan_weights_stop_the_first_stage_that_reads_them(
-    importance: str, rate: float, parameter: str, tiny_raw: dict[str, Any], tmp_path: Path
+    importance: str, rate: float, parameter: str, tiny_raw: Raw, tmp_path: Path
 ) -> None:
     model = model_with_nan(Path(tiny_raw["model"]["source"]), tmp_path / "model", parameter)
     raw = with_key(with_key(tiny_raw, "prune.importance", importance), "prune.rate", rate)
     error = failing(with_key(raw, "model.source", str(model)), "sensitivity")
     assert error.stage == "prune"
     assert error.cause == f"the weight {parameter} is NaN or infinite"
-    assert "weights" in error.remedy and "learning_rate" not in error.remedy, (
-        "nothing has been trained yet"
-    )
+    # Nothing has been trained yet.
+    assert "weights" in error.remedy
+    assert "learning_rate" not in error.remedy
     report = (Path(tiny_raw["output"]) / "report.md").read_text()
-    assert f"Failed in stage prune: {error.cause}" in report, "a failed run has its report"
+    # A failed run has its report.
+    assert f"Failed in stage prune: {error.cause}" in report
 
 
-def trial_of(root: Path, raw: dict[str, Any], data: str = "prepare/data") -> TrialJob:
+def trial_of(root: Path, raw: Raw, data: str = "prepare/data") -> TrialJob:
     """Make a trial of a run that has a bank, with every group at 4 bits."""
     bank = RunDir(root).read_record("bank", BankRecord)
-    assert bank is not None
     plan = dict.fromkeys(bank.residual_ratio["nf4"], "nf4")
     config = validate_config(raw)
     return TrialJob(config, Materials({CUT: bank_of_run(config)}, root / data), plan, CUT)
 
 
-def test_a_diverging_trial_names_step_and_learning_rate(
-    banked: Path, tiny_raw: dict[str, Any]
-) -> None:
+def test_a_diverging_trial_names_step_and_learning_rate(banked: Path, tiny_raw: Raw) -> None:
     raw = with_key(tiny_raw, "training.learning_rate", 1e30)
     job = trial_of(copy_of(banked, tiny_raw), raw)
     with pytest.raises(StageError) as caught, explained(Search):
         run_trial(job, None, lambda result, checkpoint: None)
     assert caught.value.stage == "search"
-    assert "nan" in caught.value.cause.lower() and "at step" in caught.value.cause
+    assert "nan" in caught.value.cause.lower()
+    assert "at step" in caught.value.cause
     assert "`training.learning_rate`" in caught.value.remedy
 
 
-def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: dict[str, Any]) -> None:
+def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: Raw) -> None:
     """Loading may take longer than the limit for hung trials.
 
     The rows are loaded last, and are missing here.
     """
-    root, beats = copy_of(banked, tiny_raw), list[int]()
+    root = copy_of(banked, tiny_raw)
+    beats = list[int]()
     job = trial_of(root, tiny_raw, "nowhere")
     with pytest.raises(CorruptFile, match="nowhere"):
         run_trial(job, None, lambda result, checkpoint: None, beats.append)

@@ -11,11 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from conftest import with_key
+from conftest import Raw, with_key
 from object_store import Gate, Store, talk_to
 from real_driver import driver, ended
 from whole_runs import MINUTES, comparable, kill_when, outcome, said, written_config
@@ -31,7 +30,7 @@ def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Raw:
     """The outcome of an undisturbed run in a folder."""
     folder = tmp_path_factory.mktemp("undisturbed") / "a"
     config = config_at(str(folder / "run"), folder, tiny_model)
@@ -49,7 +48,7 @@ def config_at(output: str, folder: Path, model: Path) -> Path:
     return config
 
 
-def trials_at(store: Store, run: str) -> list[dict[str, Any]]:
+def trials_at(store: Store, run: str) -> list[Raw]:
     keys = sorted(key for key in store.keys(f"{run}/trials") if key.endswith("/trial.json"))
     return [json.loads(store.read(f"{run}/trials/{key}")) for key in keys]
 
@@ -60,7 +59,7 @@ def has_finished_trial(store: Store, run: str) -> bool:
 
 
 KILLED = "killed/run"
-TakenUp = tuple[list[dict[str, Any]], dict[str, Any]]
+TakenUp = tuple[list[Raw], Raw]
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +79,13 @@ def taken_up(store: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_a_killed_run_ends_as_undisturbed_on_another_machine(
-    store: Store, taken_up: TakenUp, undisturbed: dict[str, Any]
+    store: Store, taken_up: TakenUp, undisturbed: Raw
 ) -> None:
     before, told = taken_up
     assert told["run"] == store.uri(KILLED)
     trials = trials_at(store, KILLED)
-    assert trials[0] == before[0], "not rerun"
+    # Not rerun.
+    assert trials[0] == before[0]
     report = json.loads(store.read(f"{KILLED}/results.json"))
     assert {"report": comparable(report), "trials": comparable(trials)} == undisturbed
     assert report["standing"] == "Finished; resumed 1 time after a command that did not finish."
@@ -97,8 +97,10 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
         "report.html",
     ):
         assert part in keys
-    assert any(key.startswith("tensorboard/trial-0000") for key in keys) and "qpruner.log" in keys
-    assert "driver.lock" not in keys and not any("checkpoints/" in key for key in keys)
+    assert any(key.startswith("tensorboard/trial-0000") for key in keys)
+    assert "qpruner.log" in keys
+    assert "driver.lock" not in keys
+    assert not any("checkpoints/" in key for key in keys)
 
 
 def test_verbs_for_finished_runs_accept_a_uri(
@@ -116,7 +118,8 @@ def test_verbs_for_finished_runs_accept_a_uri(
 
     uri = store.uri(KILLED)
     status = json.loads(output("status", uri, "--json"))
-    assert (status["run"], status["outcome"]) == (uri, "done")
+    assert status["run"] == uri
+    assert status["outcome"] == "done"
     assert len(json.loads(output("trials", uri, "--json"))["trials"]) == len(
         trials_at(store, KILLED)
     )
@@ -125,13 +128,15 @@ def test_verbs_for_finished_runs_accept_a_uri(
     exported = json.loads(
         output("export", uri, "--to", "merged", "--out", str(merged), "--json").splitlines()[-1]
     )
-    assert exported["status"] == "ok" and (merged / "config.json").is_file()
+    assert exported["status"] == "ok"
+    assert (merged / "config.json").is_file()
 
 
 def test_only_damaged_objects_are_set_aside_and_made_again(
     store: Store, taken_up: TakenUp, tiny_model: Path, tmp_path: Path
 ) -> None:
-    run, entry = "damaged/run", "banks/cut-20/nf4/layers.0.o.safetensors"
+    run = "damaged/run"
+    entry = "banks/cut-20/nf4/layers.0.o.safetensors"
     store.copy(KILLED, run, ("prepare", "cuts", "prune", "bank", "banks", "records", "run.json"))
     for name in ("cuts/cut-20/model.safetensors", entry):
         store.damage(f"{run}/{name}")
@@ -141,8 +146,9 @@ def test_only_damaged_objects_are_set_aside_and_made_again(
     raw = with_key(yaml.safe_load(config.read_text()), "sensitivity.methods", ["first_order"])
     config.write_text(yaml.safe_dump(raw))
     said = ended(config, "sensitivity").said()
-    (aside,) = [key for key in store.keys(f"{run}/damaged") if key.endswith("/model.safetensors")]
-    assert "[prepare] already recorded" in said and "[prune] done" in said
+    [aside] = [key for key in store.keys(f"{run}/damaged") if key.endswith("/model.safetensors")]
+    assert "[prepare] already recorded" in said
+    assert "[prune] done" in said
     assert f"s3://runs/{run}/cuts/cut-20/model.safetensors is damaged" in said
     assert f"set aside in s3://runs/{run}/damaged/{aside.partition('/')[0]}" in said
     assert "[bank] already recorded" in said
@@ -159,7 +165,7 @@ def test_a_server_away_is_waited_for_then_reported(
     comes_back: bool,
     store: Store,
     taken_up: TakenUp,
-    undisturbed: dict[str, Any],
+    undisturbed: Raw,
     tiny_model: Path,
     tmp_path: Path,
 ) -> None:
@@ -171,7 +177,8 @@ def test_a_server_away_is_waited_for_then_reported(
     )
     for name in ("search", "finetune", "evaluate"):
         store.delete(f"{run}/records/{name}.json")
-    config, gate = config_at(store.uri(run), tmp_path / "a", tiny_model), Gate(store.port)
+    config = config_at(store.uri(run), tmp_path / "a", tiny_model)
+    gate = Gate(store.port)
     patience = {"QPRUNER_STORAGE_PATIENCE_SECONDS": "100" if comes_back else "2"}
     with driver(config, AWS_ENDPOINT_URL=f"http://127.0.0.1:{gate.port}", **patience) as process:
         process.wait_until(lambda: has_finished_trial(store, run), "a finished trial")
@@ -183,8 +190,10 @@ def test_a_server_away_is_waited_for_then_reported(
     assert code == (0 if comes_back else 1), said[-3000:]
     if not comes_back:
         told = json.loads(said.splitlines()[-1])
-        assert told["kind"] == "StageError", "not an error of Ray Tune"
-        assert "cannot be reached" in told["error"] and "bring the storage back" in told["error"]
+        # Not an error of Ray Tune.
+        assert told["kind"] == "StageError"
+        assert "cannot be reached" in told["error"]
+        assert "bring the storage back" in told["error"]
         ended(config)
     rungs = [trial["rungs"] for trial in trials_at(store, run)]
     assert comparable(rungs) == [trial["rungs"] for trial in undisturbed["trials"]]

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import away, flip_a_byte, full
+from conftest import Raw, away, flip_a_byte, full
 from raylets import Raylets, raylets
 from real_driver import (
     Driver,
@@ -63,7 +63,7 @@ def undisturbed(measured: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     return ended(search_config(tiny_model, folder)).run
 
 
-def finished(process: Driver) -> dict[str, Any]:
+def finished(process: Driver) -> Raw:
     """Wait for a search that must succeed, and return its record."""
     process.end_well()
     return search_record(process.run)
@@ -90,13 +90,11 @@ def test_a_killed_trial_resumes_from_its_last_rung(config: Path, undisturbed: Pa
         os.kill(between(process, 1), signal.SIGKILL)
         record = finished(process)
         assert "trial 1 lost its worker and is resumed from step" in process.said()
-    assert rungs_of(process.run) == rungs_of(undisturbed), (
-        "the same trials, each rung measured once"
-    )
+    # The same trials, each rung measured once.
+    assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["best_plan"] == search_record(undisturbed)["best_plan"]
-    assert record["failures"] == {} and all(
-        trial["kills"] == 0 for trial in trials_of(process.run).values()
-    )
+    assert record["failures"] == {}
+    assert all(trial["kills"] == 0 for trial in trials_of(process.run).values())
 
 
 OFTEN = "from qpruner.training import checkpoints; checkpoints.SECONDS = 0.1"
@@ -115,13 +113,14 @@ def test_kills_between_rungs_lose_no_progress(
     for config in configs:
         shutil.copytree(measured, config.parent / "run")
     whole = ended(configs[0]).run
-    run, steps = configs[1].parent / "run", [0]
+    run = configs[1].parent / "run"
+    steps = [0]
 
     def saved() -> bool:
         trial = trials_of(run).get(0, {})
-        assert trial.get("status", "running") == "running" and not trial.get("rungs"), (
-            "killed too late to say anything"
-        )
+        # Killed too late to say anything.
+        assert trial.get("status", "running") == "running"
+        assert not trial.get("rungs")
         if (step := trial.get("saved_between", 0)) > steps[-1]:
             steps.append(step)
             return True
@@ -142,7 +141,8 @@ def test_kills_between_rungs_lose_no_progress(
                     )
     with driver(configs[1]) as process:
         record = finished(process)
-    assert rungs_of(run) == rungs_of(whole) and record["failures"] == {}
+    assert rungs_of(run) == rungs_of(whole)
+    assert record["failures"] == {}
     assert len(trials_of(run)[0]["begun"]) == len(steps) == MAX_KILLS + 4
 
 
@@ -159,13 +159,12 @@ def test_a_trial_that_keeps_dying_fails_alone(config: Path, tmp_path: Path) -> N
             time.sleep(0.02)
         record = finished(process)
     trial = trials_of(process.run)[1]
-    assert (trial["failure"], trial["kills"]) == ("lost", 3)
+    assert trial["failure"] == "lost"
+    assert trial["kills"] == 3
     assert trial["reason"] == "its worker process died 3 times in a row"
-    assert (
-        record["failures"] == {"lost": 1}
-        and record["num_failed"] == 1
-        and record["num_trials"] == 5
-    )
+    assert record["failures"] == {"lost": 1}
+    assert record["num_failed"] == 1
+    assert record["num_trials"] == 5
 
 
 def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path) -> None:
@@ -176,10 +175,13 @@ def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path) -> None:
         record = finished(process)
         assert not psutil.pid_exists(pid)
     trials = trials_of(process.run)
-    assert trials[1]["status"] == "failed" and trials[1]["failure"] == "hung"
+    assert trials[1]["status"] == "failed"
+    assert trials[1]["failure"] == "hung"
     assert "no progress for 20 s (`search.trial_timeout_seconds`)" in trials[1]["reason"]
-    assert record["num_trials"] == 5 and record["failures"] == {"hung": 1}
-    assert all(trials[index]["rungs"] for index in (2, 3, 4)), "the next trials got the only slot"
+    assert record["num_trials"] == 5
+    assert record["failures"] == {"hung": 1}
+    # The next trials got the only slot.
+    assert all(trials[index]["rungs"] for index in (2, 3, 4))
 
 
 # ---- Ctrl-C
@@ -196,20 +198,23 @@ def test_ctrl_c_once_finishes_the_rung_and_can_resume(config: Path, undisturbed:
     assert f"interrupted; continue with: {again}" in said
     assert json.loads(said.splitlines()[-1]) == {"status": "interrupted", "resume": again}
     trial = trials_of(process.run)[1]
-    assert len(trial["rungs"]) > 1, "the rung that ran was finished"
-    assert trial["status"] == "running" and 2 not in trials_of(process.run), (
-        "and no trial was started after it"
-    )
+    # The rung that ran was finished.
+    assert len(trial["rungs"]) > 1
+    # No trial was started after it.
+    assert trial["status"] == "running"
+    assert 2 not in trials_of(process.run)
     assert not (process.run / "records" / "search.json").exists()
     assert not (process.run / "driver.lock").exists()
-    (state,) = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
+    [state] = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
     flip_a_byte(state)
     with driver(config) as process:
         record = finished(process)
         assert f"{state.parent} is damaged: set aside in" in process.said()
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["best_plan"] == search_record(undisturbed)["best_plan"]
-    assert (record["sessions"], record["resumed"]) == (2, 1), "the damaged trial started again"
+    # The damaged trial started again.
+    assert record["sessions"] == 2
+    assert record["resumed"] == 1
 
 
 def test_ctrl_c_twice_leaves_at_once_and_can_resume(config: Path, undisturbed: Path) -> None:
@@ -224,7 +229,8 @@ def test_ctrl_c_twice_leaves_at_once_and_can_resume(config: Path, undisturbed: P
         process.interrupt()
         started = time.monotonic()
         code, _ = process.end(minutes=3)
-        assert code == 130 and time.monotonic() - started < 30
+        assert code == 130
+        assert time.monotonic() - started < 30
         assert not psutil.pid_exists(pid)
     with driver(config) as process:
         finished(process)
@@ -258,21 +264,21 @@ def test_only_damaged_files_of_a_search_are_made_again(
     score = before[other][1]
     score.write_text(score.read_text()[:-3])
     third = max(set(trials_of(run)) - {first, other})
-    (record,) = run.glob(f"trials/*/{third:04d}/trial.json")
+    [record] = run.glob(f"trials/*/{third:04d}/trial.json")
     flip_a_byte(record)
     with driver(search_config(tiny_model, tmp_path)) as process:
         again = finished(process)
         said = process.said()
     assert f"{weights.parent} is damaged: set aside in" in said
-    assert str(score) in said and "is scored again" in said
-    assert str(record) in said and "and its number gets another plan" in said
+    assert str(score) in said
+    assert "is scored again" in said
+    assert str(record) in said
+    assert "and its number gets another plan" in said
     after = fresh_scores(run)
     changed = {index for index in before if before[index] != after.get(index)}
     assert {first, other} <= changed <= {first, other, third}
-    assert (
-        rungs_of(run) == rungs_of(undisturbed)
-        and len(list(run.glob("trials/*/damaged/*/trial.json"))) == 1
-    )
+    assert rungs_of(run) == rungs_of(undisturbed)
+    assert len(list(run.glob("trials/*/damaged/*/trial.json"))) == 1
     assert comparable(again["finalists"]) == comparable(search_record(undisturbed)["finalists"])
 
 
@@ -286,7 +292,6 @@ def spoil(path: Path) -> None:
         {key: tensor * 1e25 if "lora_A" in key else tensor for key, tensor in tensors.items()}, path
     )
     record = read_json(record_path(path), EntryRecord)
-    assert record
     write_json(record_path(path), record.model_copy(update={"sha256": file_digest(path)}))
 
 
@@ -305,11 +310,14 @@ def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) 
         if (trial["cut"], trial["plan"][group]) == ("cut-20", "nf4")
     }
     failed = {index: trial for index, trial in trials.items() if trial["status"] == "failed"}
-    assert set(failed) == ruined and record["failures"] == {"diverged": len(ruined)}
-    assert all("nan at step 1" in trial["reason"] for trial in failed.values()), "stopped at once"
+    assert set(failed) == ruined
+    assert record["failures"] == {"diverged": len(ruined)}
+    # Stopped at once.
+    assert all("nan at step 1" in trial["reason"] for trial in failed.values())
     proposed = {index for index, trial in trials.items() if trial["origin"] == "gp"}
     assert len(proposed) >= 8
-    assert len(ruined & proposed) <= 2, "the controls had shown it"
+    # The controls had shown it.
+    assert len(ruined & proposed) <= 2
     assert record["best_cut"] != "cut-20" or record["best_plan"][group] == "int8"
 
 
@@ -391,12 +399,13 @@ def test_a_machine_out_of_memory_costs_one_worker(
         for index, trial in trials_of(process.run).items()
         if trial["micro_batch_size"] is not None
     ]
-    assert smaller == killed, "it alone resumes with half the rows at once"
+    # It alone resumes with half the rows at once.
+    assert smaller == killed
     starts = {index: len(trial["begun"]) for index, trial in trials_of(process.run).items()}
-    assert starts == {index: 2 if index in killed else 1 for index in range(5)}, (
-        "the other worker lived on"
-    )
-    assert record["num_trials"] == 5 and record["failures"] == {}
+    # The other worker lived on.
+    assert starts == {index: 2 if index in killed else 1 for index in range(5)}
+    assert record["num_trials"] == 5
+    assert record["failures"] == {}
 
 
 @pytest.mark.parametrize("retry", [True, False])
@@ -411,7 +420,8 @@ def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     with driver(config) as process:
         pulse = process.wait_until(lambda: pulse_of(process.run, 0), "the first pulse")
         worker = psutil.Process(pulse["pid"])
-        limit, highest = worker.memory_info().vms + 450 * 2**20, worker.rlimit(psutil.RLIMIT_AS)[1]
+        limit = worker.memory_info().vms + 450 * 2**20
+        highest = worker.rlimit(psutil.RLIMIT_AS)[1]
         worker.rlimit(psutil.RLIMIT_AS, (limit, highest))
         if retry:
             process.wait_until(
@@ -420,19 +430,19 @@ def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
             worker.rlimit(psutil.RLIMIT_AS, (highest, highest))
         code, said = process.end()
     trial = trials_of(process.run)[0]
-    assert (
-        20e6 < trial["peak_memory_bytes"] < 500e6
-        and trial["memory_counter"] == "rise of resident memory"
-    )
+    assert 20e6 < trial["peak_memory_bytes"] < 500e6
+    assert trial["memory_counter"] == "rise of resident memory"
     if not retry:
-        assert (trial["status"], trial["failure"]) == ("failed", "infeasible")
-        assert trial["reason"].startswith("out of memory: ") and trial["reason"].endswith(
-            "(micro-batch 64)"
-        )
-        assert code == 1 and "none of 1 trial finished; the first reason: out of memory" in said
+        assert trial["status"] == "failed"
+        assert trial["failure"] == "infeasible"
+        assert trial["reason"].startswith("out of memory: ")
+        assert trial["reason"].endswith("(micro-batch 64)")
+        assert code == 1
+        assert "none of 1 trial finished; the first reason: out of memory" in said
         return
     assert code == 0, said[-3000:]
-    assert trial["status"] == "finished" and trial["micro_batch_size"] in (32, 16, 8, 4)
+    assert trial["status"] == "finished"
+    assert trial["micro_batch_size"] in (32, 16, 8, 4)
     expected = trials_of(big / "undisturbed" / "run")[0]
     assert expected["micro_batch_size"] is None
     losses, expected_losses = (
@@ -511,8 +521,10 @@ def test_a_full_or_missing_storage_is_waited_for(
                 code, said = process.end(minutes=2)
                 assert code == 1, said[-3000:]
                 told = json.loads(said.splitlines()[-1])
-                assert told["kind"] == "StageError", "not an error of Ray Tune"
-                assert "no space left" in told["error"] and "make room" in told["error"]
+                # Not an error of Ray Tune.
+                assert told["kind"] == "StageError"
+                assert "no space left" in told["error"]
+                assert "make room" in told["error"]
     if not passes:
         ended(config)
     assert rungs_of(process.run) == rungs_of(undisturbed)
@@ -537,7 +549,8 @@ def test_a_dead_machine_does_not_count_against_its_trial(config: Path, undisturb
                 lambda: node_of(cluster, process.run, 1), "trial 1 on a living node"
             )
             cluster.kill_machine(node)
-        assert rungs_of(process.run)[1] == before, "no rung in between, which would reset the count"
+        # No rung in between, which would reset the count.
+        assert rungs_of(process.run)[1] == before
         record = finished(process)
     assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["failures"] == {}
@@ -582,8 +595,9 @@ def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None
         record = finished(process)
         assert raylet.poll() is not None, "an idle drained machine leaves the cluster early"
         last = pulse_of(process.run, 4)
-    assert last and last["node"] != node.node_id
-    assert rungs_of(process.run) == rungs_of(undisturbed) and record["failures"] == {}
+    assert last["node"] != node.node_id
+    assert rungs_of(process.run) == rungs_of(undisturbed)
+    assert record["failures"] == {}
     assert process.said().count("lost its worker and is resumed from step") == 1
 
 
@@ -622,6 +636,9 @@ def test_a_new_head_resumes_from_the_run_folder(config: Path, undisturbed: Path)
         with raylets(1) as another, driver(config, "--address", another.address) as second:
             record = finished(second)
             assert "taking over from process" in second.said()
-    assert before[1] and rungs_of(process.run) == rungs_of(undisturbed)
+    assert before[1]
+    assert rungs_of(process.run) == rungs_of(undisturbed)
     assert record["best_plan"] == search_record(undisturbed)["best_plan"]
-    assert record["failures"] == {} and (record["sessions"], record["resumed"]) == (2, 2)
+    assert record["failures"] == {}
+    assert record["sessions"] == 2
+    assert record["resumed"] == 2

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import raw_config, texts, with_key
 from mixed_models import held_out_scoring, row_job
 from object_store import Store, talk_to
 
@@ -25,7 +25,7 @@ from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import run
 from qpruner.pipeline.tuning import setting_aside_damaged_adapter
-from qpruner.runs.events import Event, Message
+from qpruner.runs.events import Event
 from qpruner.runs.records import SELECTION, RungResult
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import (
@@ -67,7 +67,8 @@ def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen
         try:
             deadline = time.monotonic() + 240
             while not any(name.endswith(FILES) for name in children(checkpoints)):
-                assert process.poll() is None and time.monotonic() < deadline
+                assert process.poll() is None
+                assert time.monotonic() < deadline
                 time.sleep(0.02)
             yield process
         finally:
@@ -115,7 +116,8 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: P
         process.kill()
     job = machine("third")
     sent = [path.name for path in published_folders(job.checkpoints)]
-    assert sent and "checkpoint-12" not in sent
+    assert sent
+    assert "checkpoint-12" not in sent
     found, _ = tune(job)
     assert found.steps == 12
     assert (found.train_loss, found.losses) == (whole.train_loss, whole.losses)
@@ -123,7 +125,8 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: P
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.folder))
     jobs = [machine("fourth", row) for row in ("whole", "searched")]
     one, other = (score(replace(job, scoring=held_out_scoring(job.config))) for job in jobs)
-    assert one.tasks and one.tasks == other.tasks
+    assert one.tasks
+    assert one.tasks == other.tasks
 
 
 def test_a_further_seed_leaves_nothing_on_its_machine(machine: Machine) -> None:
@@ -144,14 +147,13 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(
     store.damage(f"run/candidates/0123abcd/adapter/{ADAPTER_WEIGHTS}")
     with pytest.raises(StageError) as caught, setting_aside_damaged_adapter(run_dir, "evaluate"):
         fetch(adapter)
-    (aside,) = children(run_dir.candidates / "damaged")
+    [aside] = children(run_dir.candidates / "damaged")
     place = f"{run_dir.place}/candidates"
     assert f"{place}/0123abcd/adapter/{ADAPTER_WEIGHTS} is damaged" in caught.value.cause
     assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
     assert caught.value.remedy == "repeat the command: only that row is fine-tuned again"
-    assert not files_in(adapter.parent) and "record.json" in children(
-        run_dir.candidates / "damaged" / aside
-    )
+    assert not files_in(adapter.parent)
+    assert "record.json" in children(run_dir.candidates / "damaged" / aside)
     with pytest.raises(CorruptFile), setting_aside_damaged_adapter(run_dir, "evaluate"):
         fetch(run_dir.stage("nowhere"))
 
@@ -160,7 +162,8 @@ def test_a_final_model_with_a_missing_object_is_incomplete(
     machine: Machine, store: Store, tmp_path: Path
 ) -> None:
     """Somebody may have deleted a damaged object."""
-    config, events = machine("looking").config, list[Event]()
+    config = machine("looking").config
+    events = list[Event]()
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
     final = context.run_dir.root / "final"
     assert final not in published_folders(context.run_dir.root)
@@ -168,18 +171,14 @@ def test_a_final_model_with_a_missing_object_is_incomplete(
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(name)
     storage_at(final).put_folder(folder)
-    assert (
-        final in published_folders(context.run_dir.root)
-        and Finetune(context).is_complete(final)
-        and not events
-    )
+    assert final in published_folders(context.run_dir.root)
+    assert Finetune(context).is_complete(final)
+    assert not events
     store.delete("run/final/model.safetensors")
     assert not Finetune(context).is_complete(final)
-    (text,) = [event.text for event in events if isinstance(event, Message)]
-    assert (
-        f"{context.run_dir.place}/final/model.safetensors is missing" in text
-        and "set aside in" in text
-    )
+    [text] = texts(events)
+    assert f"{context.run_dir.place}/final/model.safetensors is missing" in text
+    assert "set aside in" in text
 
 
 def test_a_fine_tune_taken_over_writes_nothing_more(machine: Machine, config_file: Path) -> None:

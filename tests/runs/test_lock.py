@@ -61,7 +61,6 @@ def holding(
 
 def word(process: subprocess.Popen[str]) -> str:
     """Read the next line that a process prints."""
-    assert process.stdout
     return process.stdout.readline().strip()
 
 
@@ -82,16 +81,19 @@ def test_second_driver_is_refused_and_dead_ones_lock_taken(run_dir: RunDir) -> N
         with pytest.raises(UserError, match=by_whom):
             held(root)
         found = driver_of(root)
-        assert found and (found.holder.pid, found.state) == (first.pid, "alive")
-        assert files_in(root) == before, "looking writes nothing"
+        assert found.holder.pid == first.pid
+        assert found.state == "alive"
+        # Looking writes nothing.
+        assert files_in(root) == before
         first.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # a zombie: dead, but still listed
         assert held(root) == [
             f"taking over from process {first.pid} on {HERE}: that process is dead"
         ]
-    assert held(root) == [] and files_in(root) == {} and driver_of(root) is None, (
-        "a driver that is done leaves no lock"
-    )
+    # A driver that is done leaves no lock.
+    assert held(root) == []
+    assert files_in(root) == {}
+    assert driver_of(root) is None
 
 
 @pytest.mark.parametrize(
@@ -110,9 +112,8 @@ def test_second_driver_is_refused_and_dead_ones_lock_taken(run_dir: RunDir) -> N
 def test_a_stale_lock_is_taken(lock: Holder | None, notes: list[str], tmp_path: Path) -> None:
     (tmp_path / NAME).write_text(lock.model_dump_json() if lock else '{"host": "gpu')
     found = held(tmp_path, 0.2)
-    assert len(found) == len(notes) and all(
-        part in note for part, note in zip(notes, found, strict=True)
-    )
+    assert len(found) == len(notes)
+    assert all(part in note for part, note in zip(notes, found, strict=True))
 
 
 @pytest.mark.parametrize(("age", "state"), [(50, "alive"), (70, "silent")])
@@ -120,7 +121,7 @@ def test_a_driver_elsewhere_is_silent_after_a_minute(age: int, state: str, tmp_p
     write_text(tmp_path / NAME, THEIRS.model_dump_json())
     os.utime(tmp_path / NAME, (time.time() - age,) * 2)
     driver = driver_of(tmp_path)
-    assert driver and driver.state == state
+    assert driver.state == state
 
 
 def test_a_live_driver_elsewhere_holds_the_run_until_it_dies(run_dir: RunDir) -> None:
@@ -168,7 +169,8 @@ def test_a_driver_that_lost_the_lock_ends_and_leaves_it(run_dir: RunDir) -> None
 
 
 def test_a_storage_away_for_a_while_costs_no_lock(tmp_path: Path) -> None:
-    lock, run_id = tmp_path / NAME, tmp_path / RUN_ID
+    lock = tmp_path / NAME
+    run_id = tmp_path / RUN_ID
     run_id.write_text("this run")
     with holding(tmp_path, heartbeat_seconds=0.05) as process:
         assert word(process) == "held"
@@ -191,9 +193,10 @@ def test_a_driver_suspended_during_a_whole_run_ends(tmp_path: Path) -> None:
     (tmp_path / RUN_ID).write_text("this run")
     with holding(tmp_path, 0.5, ELSEWHERE, EXIT_7 + HOLD) as process:
         assert word(process) == "held"
-        (sleeper,) = psutil.Process(process.pid).children()
+        [sleeper] = psutil.Process(process.pid).children()
         sleeper.suspend()
-        assert "taking over" in held(tmp_path, 0.5)[-1] and not (tmp_path / NAME).exists()
+        assert "taking over" in held(tmp_path, 0.5)[-1]
+        assert not (tmp_path / NAME).exists()
         sleeper.resume()
         assert word(process).startswith("another driver took this run over, or ")
         assert process.wait(timeout=20) == 7

@@ -76,7 +76,8 @@ def test_requests_go_through_the_proxy_of_the_environment(
     use_proxy: Callable[[str, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path, gate = run.root / "through.json", Gate(store.port)
+    path = run.root / "through.json"
+    gate = Gate(store.port)
     use_proxy("HTTP_PROXY", gate.port)
     write_json(path, SearchClock(seconds=7.0))
     gate.shut()
@@ -145,7 +146,6 @@ def go_through(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def key_of(path: Path) -> str:
     there = objects_at(path)
-    assert there is not None
     return there.key
 
 
@@ -232,7 +232,8 @@ def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_
     storage_at(run.stage("prune")).publish(
         folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty="")
     )
-    target, pieces = machine("second").stage("prune"), list[int]()
+    target = machine("second").stage("prune")
+    pieces = list[int]()
 
     def num_pieces() -> int:
         """Fetch the folder, and return how many pieces were read."""
@@ -246,18 +247,17 @@ def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_
     with watched(tmp_path / "second") as calls:
         assert num_pieces() == 2
     assert target.is_relative_to(tmp_path / "second")
-    assert (target / "data" / "rows").read_text() == "r" * 100_000 and (
-        target / "data" / "empty"
-    ).read_bytes() == b""
+    assert (target / "data" / "rows").read_text() == "r" * 100_000
+    assert (target / "data" / "empty").read_bytes() == b""
     assert files_in(target) == {"config": 1, "data/rows": 100_000, "data/empty": 0}
     named = calls.index("rename")
-    assert {Path(call).name for call in calls[:named]} >= {"config", "data", "prune", "rows"}, (
-        "durable before its list"
-    )
+    # Durable before its list.
+    assert {Path(call).name for call in calls[:named]} >= {"config", "data", "prune", "rows"}
     assert num_pieces() == 0
     base.verified.clear()  # as in another process
     with exclusive(target):  # comparing needs no lock
-        assert (num_pieces(), num_pieces()) == (2, 0)
+        assert num_pieces() == 2
+        assert num_pieces() == 0
 
 
 def test_waiting_for_a_folder_shows_progress(
@@ -270,7 +270,8 @@ def test_waiting_for_a_folder_shows_progress(
     pieces = {"one": 3, "other": 2}
     files = {name: "w" * (number * base.PIECE_BYTES - 1) for name, number in pieces.items()}
     storage_at(run.stage("prune")).publish(folder_of(tmp_path, **files))
-    target, heard = machine("second").stage("prune"), list[int]()
+    target = machine("second").stage("prune")
+    heard = list[int]()
     another = ExitStack()
     another.enter_context(exclusive(target))
 
@@ -279,7 +280,8 @@ def test_waiting_for_a_folder_shows_progress(
         another.close()
 
     fetch(target, hear)
-    assert heard[0] == 0 and len([number for number in heard if number]) >= sum(pieces.values())
+    assert heard[0] == 0
+    assert len([number for number in heard if number]) >= sum(pieces.values())
 
 
 def test_written_files_are_uploaded_and_not_downloaded(
@@ -299,13 +301,15 @@ def test_written_files_are_uploaded_and_not_downloaded(
         "records/prune.json",
     }
     assert run.begin("prune") == target
-    assert run.read_record("prune", BankRecord) is None, "the old record goes before the old files"
+    # The old record goes before the old files.
+    assert run.read_record("prune", BankRecord) is None
     entry = run.bank("base") / "nf4" / "q.safetensors"
     storage_at(entry).write(b"codes", durable=False)
     assert store.read(key_of(entry)) == b"codes"
     with pytest.raises(FileNotFoundError), writing_folder(target) as folder:
         (folder / "weights").read_text()
-    assert fetch(target).is_dir(), "what was not finished replaced nothing"
+    # What was not finished replaced nothing.
+    assert fetch(target).is_dir()
 
 
 SEND = """
@@ -351,7 +355,8 @@ def test_a_changed_object_is_named(harm: str, run: RunDir, machine: Machine, sto
             fetch(path.parent) if is_fetched else storage_at(path.parent).verify()
         assert caught.value.path == path
         path = machine("second").stage("prune") / "weights"
-    assert not path.parent.exists(), "nothing of it is taken for whole"
+    # Nothing of it is taken for whole.
+    assert not path.parent.exists()
 
 
 # ---- a store that is away, or refuses
@@ -362,21 +367,21 @@ class Stores(BaseHTTPRequestHandler):
     the bucket."""
 
     def do_GET(self) -> None:
-        path, code, message = self.path.partition("?")[0], 200, ""
+        path = self.path.partition("?")[0]
+        code = 200
+        message = ""
         if "/b/" not in path:
-            code, message = (
-                403,
-                "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>",
-            )
+            code = 403
+            message = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
         elif path.endswith("/b/runs") or "/b/secret" in path:
-            code, message = (
-                403,
-                "a@p.iam.gserviceaccount.com does not have storage.buckets.get access",
-            )
+            code = 403
+            message = "a@p.iam.gserviceaccount.com does not have storage.buckets.get access"
         elif "/b/runs/o" not in path:
-            code, message = 404, "The specified bucket does not exist."
+            code = 404
+            message = "The specified bucket does not exist."
         elif not path.endswith("/o"):
-            code, message = 404, "No such object: runs/mine"
+            code = 404
+            message = "No such object: runs/mine"
         body = json.dumps(
             {"error": {"code": code, "message": message}}
             if message
@@ -437,9 +442,11 @@ def test_a_refusal_of_the_store_is_reported(
 def test_an_unreachable_store_is_reported_within_seconds(
     how: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri, expected = f"{run.place}-other", "check the network and the endpoint"
+    uri = f"{run.place}-other"
+    expected = "check the network and the endpoint"
     if how == "no-bucket":
-        uri, expected = "s3://no-such-bucket/run", "there is no bucket no-such-bucket"
+        uri = "s3://no-such-bucket/run"
+        expected = "there is no bucket no-such-bucket"
     else:
         go_through(
             f"127.0.0.1:{free_port()}" if how == "unused-port" else "nowhere.invalid:9000",
@@ -455,7 +462,8 @@ def test_a_store_away_for_a_while_is_waited_for(
     run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is away for longer than one request lasts; both writing and reading wait for it."""
-    path, gate = run.root / "clock.json", Gate(store.port)
+    path = run.root / "clock.json"
+    gate = Gate(store.port)
     go_through(f"127.0.0.1:{gate.port}", monkeypatch)
     write_json(path, SearchClock(seconds=1.0))
     for action in (
@@ -496,7 +504,8 @@ def test_changed_files_are_uploaded(
     run: RunDir, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files that only an earlier command wrote are deleted."""
-    folder, key = run.root / "tensorboard", key_of(run.root)
+    folder = run.root / "tensorboard"
+    key = key_of(run.root)
     store.write(f"{key}/tensorboard/old", b"of an earlier command")
     uploader = Uploader(run.root, "tensorboard", LOG)
     folder.mkdir(parents=True)
@@ -516,7 +525,8 @@ def test_changed_files_are_uploaded(
 def test_a_log_continues_that_of_other_machines(machine: Machine) -> None:
     """Two commands on one machine may also log at once: the second is refused only after its log is
     open."""
-    here, logger = machine("first"), logging.getLogger("qpruner.test")
+    here = machine("first")
+    logger = logging.getLogger("qpruner.test")
     log = here.root / LOG
     with logging_to(here.root):
         logger.info("begun")

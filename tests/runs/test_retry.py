@@ -89,21 +89,18 @@ def test_a_full_or_missing_storage_is_reported_or_waited_for(
 ) -> None:
     path = disk / "trials" / "record.json"
     write_json(path, SearchClock(seconds=1.0))
-    assert (
-        exists(path)
-        and not exists(disk / "nothing")
-        and not exists(path / "nothing")
-        and not exists(disk)
-    )
+    assert exists(path)
+    assert not exists(disk / "nothing")
+    assert not exists(path / "nothing")
+    assert not exists(disk)
     with trouble(disk) as end:  # type: ignore[attr-defined]
         with pytest.raises(StorageError, match=message.format(path)) as caught:
             write_json(path, SearchClock(seconds=2.0), patience_seconds=0.4)
         assert caught.value.exit_code == 1
         started = time.monotonic()
         threading.Timer(0.8, end).start()
-        assert read_existing(path, SearchClock) == SearchClock(seconds=1.0), (
-            "what was written is waited for"
-        )
+        # What was written is waited for.
+        assert read_existing(path, SearchClock) == SearchClock(seconds=1.0)
         write_json(path, SearchClock(seconds=2.0), patience_seconds=20)
         assert time.monotonic() - started > 0.7
     assert read_json(path, SearchClock) == SearchClock(seconds=2.0)
@@ -134,7 +131,9 @@ def lost_answer(number: int, nth: int = 1) -> Iterator[None]:
 @pytest.mark.parametrize("renamed", [1, 2], ids=["folder", "list"])
 def test_a_rename_without_an_answer_is_noticed(renamed: int, number: int, tmp_path: Path) -> None:
     """The record and the folder are written; the folder is the only copy of hours of work."""
-    path, scratch, target = tmp_path / "record.json", tmp_path / "scratch", tmp_path / "prune"
+    path = tmp_path / "record.json"
+    scratch = tmp_path / "scratch"
+    target = tmp_path / "prune"
     write_json(path, SearchClock(seconds=1.0))
     with lost_answer(number):
         write_json(path, SearchClock(seconds=2.0))

@@ -98,7 +98,6 @@ def writer(program: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
     with subprocess.Popen(
         [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
         try:
             assert process.stdout.readline()
             yield process, process.stdout
@@ -119,11 +118,12 @@ def kill_within_a_write(
 def test_a_killed_writer_leaves_the_old_record_or_the_new(run_dir: RunDir) -> None:
     """A reader never sees a part of one: the terminal, `qpruner status` and other nodes read at any
     time."""
-    generator, digests = random.Random(0), set[str]()
+    generator = random.Random(0)
+    digests = set[str]()
 
     def look(turn: int) -> None:
         record = run_dir.read_record("bank", BankRecord)
-        assert record is not None and len(record.files) == 400 * (record.bytes % 2)
+        assert len(record.files) == 400 * (record.bytes % 2)
         assert set(record.files.values()) <= {record.digest}
         digests.add(f"{turn} {record.digest}")
 
@@ -136,21 +136,23 @@ def test_a_killed_writer_leaves_the_old_record_or_the_new(run_dir: RunDir) -> No
         look(turn)
     run_dir.write_record("bank", bank_record("after"))
     assert run_dir.read_record("bank", BankRecord) == bank_record("after")
-    assert exists(run_dir.record_path("bank")) and "bank.json" in children(run_dir.root / "records")
+    assert exists(run_dir.record_path("bank"))
+    assert "bank.json" in children(run_dir.root / "records")
     run_dir.forget("bank")
-    assert run_dir.read_record("bank", BankRecord) is None and not exists(
-        run_dir.record_path("bank")
-    )
+    assert run_dir.read_record("bank", BankRecord) is None
+    assert not exists(run_dir.record_path("bank"))
 
 
 def test_files_of_a_killed_stage_are_complete_or_unrecorded(tmp_path: Path) -> None:
-    run, generator = RunDir(tmp_path / "a" / "run"), random.Random(1)
+    run = RunDir(tmp_path / "a" / "run")
+    generator = random.Random(1)
     for turn in range(4):
         with writer(COMMIT_FOR_EVER, str(run.root), str(1000 * turn)) as (process, lines):
             kill_within_a_write(process, lines, generator)
         record = run.read_record("bank", BankRecord)
         if record is not None:
-            assert len(record.files) == 12 and folder_digests(run.stage("bank")) == record.files
+            assert len(record.files) == 12
+            assert folder_digests(run.stage("bank")) == record.files
 
 
 @pytest.mark.parametrize(
@@ -180,12 +182,10 @@ def test_a_score_without_standard_error_can_be_read(tmp_path: Path) -> None:
     plan = {"layers.0": "nf4"}
     record = made_fine_tune("gp", plan, accuracy=0.5, accuracy_stderr=math.nan)
     write_json(tmp_path / "record.json", record)
-    assert (
-        "NaN" in (tmp_path / "record.json").read_text()
-        and OWN_DIGEST in (tmp_path / "record.json").read_text()
-    )
+    assert "NaN" in (tmp_path / "record.json").read_text()
+    assert OWN_DIGEST in (tmp_path / "record.json").read_text()
     again = read_json(tmp_path / "record.json", FineTune)
-    assert again is not None and again.model_dump_json() == record.model_dump_json()
+    assert again.model_dump_json() == record.model_dump_json()
 
 
 def test_a_second_commit_replaces_the_first(run_dir: RunDir, tmp_path: Path) -> None:
@@ -203,20 +203,21 @@ def test_folders_are_listed_moved_and_removed(run_dir: RunDir, tmp_path: Path) -
     trial = place / "0001"
     write_json(trial / "trial.json", SearchClock(seconds=1.0))
     storage_at(trial / "checkpoint-4").publish(folder_of(tmp_path, adapter="a", state="ss"))
-    assert children(place) == ["0001"] and children(run_dir.trials / "none") == []
+    assert children(place) == ["0001"]
+    assert children(run_dir.trials / "none") == []
     assert published_folders(trial) == [trial / "checkpoint-4"]
     digests = folder_digests(trial / "checkpoint-4")
     assert digests == {
         name: file_digest(trial / "checkpoint-4" / name) for name in ("adapter", "state")
     }
     aside = place / "damaged" / Path(quarantine(trial / "checkpoint-4", place)).name
-    assert folder_digests(aside) == digests and folder_digests(trial / "checkpoint-4") == {}
+    assert folder_digests(aside) == digests
+    assert folder_digests(trial / "checkpoint-4") == {}
     assert (fetch(aside) / "state").read_text() == "ss"
     for _ in range(2):
         remove(trial)
-        assert (
-            read_json(trial / "trial.json", SearchClock) is None and published_folders(trial) == []
-        )
+        assert read_json(trial / "trial.json", SearchClock) is None
+        assert published_folders(trial) == []
     with pytest.raises(FileNotFoundError):
         file_digest(trial / "trial.json")
 
@@ -251,7 +252,8 @@ def test_files_are_flushed_before_they_get_their_name(tmp_path: Path) -> None:
     with watched(tmp_path) as calls:
         write_json(tmp_path / "records" / "bank.json", bank_record())
     written, *others = calls
-    assert written.startswith("fsync records/.bank.json.") and others == ["rename", "fsync records"]
+    assert written.startswith("fsync records/.bank.json.")
+    assert others == ["rename", "fsync records"]
     with writing_folder(tmp_path / "scratch") as folder:
         (folder / "4bit").mkdir(parents=True)
         (folder / "4bit" / "layers.0").write_text("codes")
@@ -301,10 +303,11 @@ def test_killed_processes_leave_no_working_folder(
     with subprocess.Popen(
         [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stdin=subprocess.PIPE
     ) as process:
-        assert process.stdout
         theirs = Path(process.stdout.readline().decode().strip())
         with working_folder(PREFIX) as first, working_folder(PREFIX) as second:
-            assert (theirs / "rung").is_dir() and first.is_dir() and second.is_dir()
+            assert (theirs / "rung").is_dir()
+            assert first.is_dir()
+            assert second.is_dir()
             assert first.stat().st_mode & 0o777 == 0o700
         process.kill()
         process.wait()

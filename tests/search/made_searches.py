@@ -70,7 +70,8 @@ def masked_space(
         for name, size in zip(names, sizes, strict=True)
     )
     offered = [[size for size in each if size is not None] for each in group_bytes]
-    lowest, highest = sum(map(min, offered)), sum(map(max, offered))
+    lowest = sum(map(min, offered))
+    highest = sum(map(max, offered))
     return PlanSpace(
         names, levels, group_bytes, 1000, 1000 + int(lowest + share * (highest - lowest))
     )

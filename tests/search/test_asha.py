@@ -22,7 +22,8 @@ from qpruner.plans.plan import PrecisionPlan
 from qpruner.plans.space import PlanSpace, SearchSpace
 from qpruner.runs.records import RungResult, TrialRecord
 
-STOP, CONTINUE = "STOP", "CONTINUE"
+STOP = "STOP"
+CONTINUE = "CONTINUE"
 CONTROLS = range(3)
 """The numbers of the trials whose plans are controls."""
 GROUPS = tuple(f"layers.{index}" for index in range(8))
@@ -61,11 +62,10 @@ class Session:
         self, config: RunConfig, recorded: Sequence[TrialRecord] = (), space: SearchSpace = ONE_CUT
     ) -> None:
         controls = [plan_of(index) for index in CONTROLS]
-        self.config, self.trials = config, dict[int, Any]()
-        self.space, self.scheduler = (
-            space,
-            RecordedAsha(config, space, controls, recorded, lambda trial_id: False),
-        )
+        self.config = config
+        self.trials = dict[int, Any]()
+        self.space = space
+        self.scheduler = RecordedAsha(config, space, controls, recorded, lambda trial_id: False)
 
     def report(self, index: int, rung: RungResult) -> str:
         """The decision of the scheduler after a rung of a trial."""
@@ -173,15 +173,15 @@ def test_the_best_of_each_cut_reaches_the_last_rung() -> None:
     """
     session = Session(config_of(), space=TWO_CUTS)
     assert session.report_all(OF_BASE, 0.3) == [CONTINUE] * 3 + [STOP]
-    assert session.report(10, rung(1, 0.9)) == CONTINUE, (
-        "no trial of this cut has reached the last rung"
-    )
-    assert session.report(11, rung(1, 1.0)) == STOP, "and not the best of its cut"
+    # No trial of this cut has reached the last rung.
+    assert session.report(10, rung(1, 0.9)) == CONTINUE
+    # Not the best of its cut.
+    assert session.report(11, rung(1, 1.0)) == STOP
     assert session.report_all(10, 0.2, (2, 4, 8)) == [CONTINUE, CONTINUE, STOP]
-    assert session.report(12, rung(1, 0.8)) == CONTINUE, (
-        "its elder was worse there, and ended better"
-    )
-    assert session.report(12, rung(2, 0.28)) == STOP, "but worse than its elder"
+    # Its elder was worse there, and ended better.
+    assert session.report(12, rung(1, 0.8)) == CONTINUE
+    # Worse than its elder.
+    assert session.report(12, rung(2, 0.28)) == STOP
 
 
 def test_cuts_compete_once_a_rung_agrees_with_the_last() -> None:
@@ -212,7 +212,8 @@ class Search:
     ) -> None:
         """Run trials with these losses ``(trials, rungs)``; a new session begins after the rung
         `interrupted`."""
-        self.records, self.decisions = dict[int, TrialRecord](), dict[tuple[int, int], str]()
+        self.records = dict[int, TrialRecord]()
+        self.decisions = dict[tuple[int, int], str]()
         session = Session(config)
         for index, row in enumerate(values):
             rungs: list[RungResult] = []
@@ -235,23 +236,22 @@ class Search:
 
     def _decide(self, session: Session, index: int, result: RungResult) -> str:
         action = session.report(index, result)
-        assert self.decisions.setdefault((index, result.step), action) == action, (
-            "asked again, answered otherwise"
-        )
+        # Asked again, answered otherwise.
+        assert self.decisions.setdefault((index, result.step), action) == action
         return action
 
 
 @pytest.mark.parametrize(("steps", "metric", "seed"), [(8, "loss", 0), (6, "accuracy", 1)])
 def test_an_interruption_anywhere_changes_no_decision(steps: int, metric: str, seed: int) -> None:
     """Losses fall from rung to rung, with noise that changes the order of the trials."""
-    generator, config = np.random.default_rng(seed), config_of(steps=steps, metric=metric)
+    generator = np.random.default_rng(seed)
+    config = config_of(steps=steps, metric=metric)
     plans = generator.uniform(0.3, 0.7, (24, 1))
     values = plans - np.array([0.0, 0.1, 0.15, 0.18]) + generator.normal(0, 0.12, (24, 4))
     undisturbed = Search(config, values)
     stopped_at = {step for (_, step), action in undisturbed.decisions.items() if action == STOP}
-    assert stopped_at == set(config.search.rungs), (
-        "every rung must decide something for this to say anything"
-    )
+    # Every rung must decide something for this to say anything.
+    assert stopped_at == set(config.search.rungs)
     for place in undisturbed.decisions:
         interrupted = Search(config, values, place)
         assert interrupted.decisions == undisturbed.decisions, f"interrupted after {place}"

@@ -128,7 +128,8 @@ def test_no_other_plan_in_the_budget_is_predicted_better(
 ) -> None:
     """Rises decrease with the bits to 0 at the highest, and differ by up to three orders of
     magnitude."""
-    space, generator = seed_space(6, 0.45, levels, step=7), np.random.default_rng(seed)
+    space = seed_space(6, 0.45, levels, step=7)
+    generator = np.random.default_rng(seed)
     shares = np.sort(generator.uniform(0, 1, (len(levels) - 1, 6)), axis=0)[::-1]
     rows = [*(shares * 10.0 ** generator.uniform(-3, 0, 6)), np.zeros(6)]
     values = {name: (unit * row).tolist() for name, row in zip(levels, rows, strict=True)}
@@ -176,7 +177,8 @@ def test_a_format_that_is_predicted_worse_is_not_taken(better: str, worse: str) 
     rises = {better: (0.1,) * 4, worse: (0.2,) * 4}
     assert set(seed_plan(rises, space).formats) == {better}
     assert set(best_uniform(space, rises).formats) == {better}
-    assert set(best_uniform(space).formats) == {levels[-1]}, "the largest, if nothing is known"
+    # The largest, if nothing is known.
+    assert set(best_uniform(space).formats) == {levels[-1]}
 
 
 def space_of_families(levels: tuple[str, ...], budget: int = 10**9) -> PlanSpace:
@@ -187,7 +189,8 @@ def space_of_families(levels: tuple[str, ...], budget: int = 10**9) -> PlanSpace
 def test_formats_of_equal_bytes_are_drawn_alike() -> None:
     space = space_of_families(("w3", "w3_hqq"))
     plan = space.uniform("w3")
-    assert len(random_plans(space, plan, 20, seed=0)) == 15, "all others"
+    # All others.
+    assert len(random_plans(space, plan, 20, seed=0)) == 15
 
 
 def test_the_best_uniform_plan_fits() -> None:
@@ -221,7 +224,8 @@ def test_controls_are_named_by_their_cut() -> None:
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
 def test_a_seed_plan_is_the_best_of_what_groups_are_offered(share: float) -> None:
     """Values of formats that are not offered, None or wild, do not matter."""
-    space, generator = masked_space(share), np.random.default_rng(0)
+    space = masked_space(share)
+    generator = np.random.default_rng(0)
     rises = np.sort(generator.uniform(0, 1, (8, 3)), axis=1)[:, ::-1]
     wild = {
         name: [float(rises[g, at]) if at in space.offered[g] else -1e9 for g in range(8)]
@@ -233,7 +237,8 @@ def test_a_seed_plan_is_the_best_of_what_groups_are_offered(share: float) -> Non
         return sum(float(rises[group, at]) for group, at in enumerate(space.indices_of(plan)))
 
     found = seed_plan(known, space)
-    assert seed_plan(wild, space) == found and space.is_feasible(found)
+    assert seed_plan(wild, space) == found
+    assert space.is_feasible(found)
     assert rise(found) == pytest.approx(
         min(rise(plan) for plan in plans_in(space) if space.is_feasible(plan))
     )
@@ -242,7 +247,8 @@ def test_a_seed_plan_is_the_best_of_what_groups_are_offered(share: float) -> Non
 def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
     """Without `odd`, whose blocks take int8 alone; the embeddings take int8 or bf16."""
     whole = masked_space(1.0)
-    groups, sizes = whole.groups[:-1], whole.group_bytes[:-1]
+    groups = whole.groups[:-1]
+    sizes = whole.group_bytes[:-1]
 
     def uniform(budget: int) -> dict[str, str]:
         space = PlanSpace(groups, whole.levels, sizes, 0, budget)
@@ -253,7 +259,8 @@ def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
         }
 
     small, large = (sum(each[at] or 0 for each in sizes[1:]) for at in (0, 1))
-    low, high = sizes[0][1] or 0, sizes[0][2] or 0
+    low = sizes[0][1] or 0
+    high = sizes[0][2] or 0
     assert uniform(small + low - 1) == {}
     assert uniform(small + low) == {"nf4": "8444444"}
     assert uniform(small + high) == {"nf4": "F444444"}
@@ -261,7 +268,8 @@ def test_uniform_plans_give_embeddings_what_the_budget_leaves() -> None:
         "nf4": ("F" if large + low >= small + high else "8") + "444444",
         "int8": "8888888",
     }
-    assert list(uniform_plans(masked_space())) == ["int8"], "all blocks must take it"
+    # All blocks must take it.
+    assert list(uniform_plans(masked_space())) == ["int8"]
 
 
 def test_random_plans_have_formats_that_are_offered() -> None:
@@ -269,17 +277,16 @@ def test_random_plans_have_formats_that_are_offered() -> None:
     plan = space.plan_of([2, 0, 1, 1, 0, 0, 1, 1])
     wanted = {other for other in plans_in(space) if other in equal_plans(space, plan)}
     drawn = random_plans(space, plan, 100, seed=0)
-    assert wanted and set(drawn) == wanted
+    assert wanted
+    assert set(drawn) == wanted
 
 
 def test_a_trial_that_may_not_win_is_shown_all_the_same() -> None:
     """A control over budget: the best score of all, scored again, never the winner, and in no
     finalist's place."""
-    scores, controls, fits = (
-        [1.0, 3.0, 2.0, 4.0],
-        [True, False, False, False],
-        [False, True, True, True],
-    )
+    scores = [1.0, 3.0, 2.0, 4.0]
+    controls = [True, False, False, False]
+    fits = [False, True, True, True]
     assert finalist_positions(scores, controls, 1, fits) == [0, 2]
 
 
@@ -292,23 +299,22 @@ def test_contenders_are_those_a_paired_interval_cannot_exclude() -> None:
     rows = generator.normal(3, 1, 100)
     levels = (0.0, 0.005, 0.5, 0.01, 0.011, 0.02)
     losses = [(rows + level + generator.normal(0, 0.005, 100)).tolist() for level in levels]
-    scores, controls = (
-        [sum(each) / 100 for each in losses],
-        [False, False, False, False, True, True],
-    )
+    scores = [sum(each) / 100 for each in losses]
+    controls = [False, False, False, False, True, True]
     assert contenders(scores, controls, 3, losses) == [0]
     wide = [(rows + level + generator.normal(0, 0.2, 100)).tolist() for level in levels]
     scores = [3.0, 3.005, 3.5, 3.01, 3.011, 3.02]
-    assert contenders(scores, controls, 3, wide) == [0, 1, 3, 4], (
-        "the three lowest and the best control"
-    )
-    assert contenders(scores, controls, 4) == [0, 1, 3, 4], "without losses by row"
+    # The three lowest and the best control.
+    assert contenders(scores, controls, 3, wide) == [0, 1, 3, 4]
+    # Without losses by row.
+    assert contenders(scores, controls, 4) == [0, 1, 3, 4]
     assert contenders([], [], 3) == []
 
 
 def test_the_lowest_mean_over_seeds_wins_of_those_that_have_them() -> None:
     assert winner_position([1.2, 1.15, 1.05], [False] * 3, [2, 2, 1]) == 1
-    assert winner_position([1.1, 1.1], [False, True], [2, 2]) == 1, "a control wins ties"
+    # A control wins ties.
+    assert winner_position([1.1, 1.1], [False, True], [2, 2]) == 1
     assert winner_position([1.0, 0.9], [True, False]) == 1
     assert winner_position([], [], []) is None
 
@@ -321,11 +327,13 @@ def regrets(seed: int) -> list[float]:
     best plan.
     """
     generator = np.random.default_rng(seed)
-    true, controls = generator.uniform(0, 0.13, 24), [at < 2 for at in range(24)]
+    true = generator.uniform(0, 0.13, 24)
+    controls = [at < 2 for at in range(24)]
     trained = true[:, None] + generator.normal(0, 0.012, (24, 3))  # under three training seeds
     chosen = finalist_positions(trained[:, 0] + generator.normal(0, 0.005, 24), controls, 3)
     fresh = trained[chosen, :, None] + generator.normal(0, 0.06, (len(chosen), 3, 100))
-    scores, are_controls = fresh.mean(axis=2).tolist(), [controls[at] for at in chosen]
+    scores = fresh.mean(axis=2).tolist()
+    are_controls = [controls[at] for at in chosen]
     again = contenders([each[0] for each in scores], are_controls, 3, fresh[:, 0].tolist())
     found = []
     for count in (1, 2, 3):
@@ -341,4 +349,5 @@ def test_further_seeds_return_a_better_plan_for_the_same_scores() -> None:
     """Over 2000 searches, 3.6 % of the range is lost with one seed, 2.7 % with one further seed,
     2.3 % with two."""
     one, two, three = np.mean([regrets(seed) for seed in range(500)], axis=0)
-    assert two < 0.85 * one and three < 0.95 * two
+    assert two < 0.85 * one
+    assert three < 0.95 * two

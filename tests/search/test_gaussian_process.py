@@ -2,8 +2,8 @@
 proposes."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -39,9 +39,10 @@ def posterior_of(
     space: PlanSpace,
     observations: Sequence[Observation],
     pending: Sequence[PrecisionPlan] = (),
+    errors: Mapping[str, Sequence[float]] = MappingProxyType({}),
     **priors: object,
 ) -> Posterior:
-    whole = SearchSpace((space,))
+    whole = SearchSpace((space,), errors=errors)
     data = Data.of(whole, observations, {item.step for item in observations})
     posterior = Posterior(PlanModel(whole, priors), data)  # type: ignore[arg-type]
     return posterior.with_pending(Plans(whole).tensor(pending))
@@ -59,7 +60,8 @@ def scored(plans: Sequence[PrecisionPlan], effects: np.ndarray, step: int = 8) -
 
 @pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
 def test_scores_that_add_up_are_predicted_from_few(levels: tuple[str, ...]) -> None:
-    space, effects = space_of(blocks(12), levels), effects_of(12)
+    space = space_of(blocks(12), levels)
+    effects = effects_of(12)
     plans = random_plans(space, 60)
     posterior = posterior_of(space, scored(plans[:24], effects))
     expected = posterior.mean(rows_of(space, plans[24:])).numpy()
@@ -68,12 +70,11 @@ def test_scores_that_add_up_are_predicted_from_few(levels: tuple[str, ...]) -> N
 
 
 def test_true_sensitivities_help_and_false_ones_do_little_harm() -> None:
-    space, effects = space_of(blocks(20)), effects_of(20)
+    space = space_of(blocks(20))
+    effects = effects_of(20)
     plans = random_plans(space, 100)
-    rest, actual = (
-        rows_of(space, plans[10:]),
-        np.array([loss_of(plan, effects) for plan in plans[10:]]),
-    )
+    rest = rows_of(space, plans[10:])
+    actual = np.array([loss_of(plan, effects) for plan in plans[10:]])
     rises = {
         "none": {},
         "true": {"first": {"nf4": (30 * effects).tolist(), "int8": (0.6 * effects).tolist()}},
@@ -93,7 +94,8 @@ def test_true_sensitivities_help_and_false_ones_do_little_harm() -> None:
 
 
 def test_outlier_groups_are_found_from_few_trials() -> None:
-    space, effects = space_of(blocks(60)), np.full(60, 0.002)
+    space = space_of(blocks(60))
+    effects = np.full(60, 0.002)
     effects[[11, 40]] = 0.05
     noise = 0.004 * np.random.default_rng(3).standard_normal(24)
     observations = [
@@ -109,17 +111,16 @@ def test_outlier_groups_are_found_from_few_trials() -> None:
 def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
     """24 trials have a score at step 4, on another scale; 4 of them also have one at the last step,
     8."""
-    space, effects = space_of(blocks(14)), effects_of(14)
+    space = space_of(blocks(14))
+    effects = effects_of(14)
     plans = random_plans(space, 80)
     low = [
         Observation(index, plan, 4, 0.5 + 1.4 * loss_of(plan, effects))
         for index, plan in enumerate(plans[:24])
     ]
     high = scored(plans[:4], effects)
-    rest, actual = (
-        rows_of(space, plans[24:]),
-        np.array([loss_of(plan, effects) for plan in plans[24:]]),
-    )
+    rest = rows_of(space, plans[24:])
+    actual = np.array([loss_of(plan, effects) for plan in plans[24:]])
     together = (
         posterior_of(space, sorted([*low, *high], key=lambda item: (item.index, item.step)))
         .mean(rest)
@@ -133,7 +134,8 @@ def test_trials_that_were_stopped_early_inform_the_last_rung() -> None:
 @pytest.mark.parametrize("levels", [("nf4", "int8"), ("nf4", "int8", "bf16")], ids=str)
 def test_knapsacks_are_inside_the_budget_and_nearly_the_best(levels: tuple[str, ...]) -> None:
     space = space_of(blocks(40), levels, share=0.37)
-    plans, rows = Plans(SearchSpace((space,))), torch.arange(40)
+    plans = Plans(SearchSpace((space,)))
+    rows = torch.arange(40)
     costs = (
         torch.tensor(np.random.default_rng(2).normal(size=(5, 40, len(levels))))
         .sort(dim=2, descending=True)
@@ -163,7 +165,8 @@ def search(
 
 
 def test_a_blind_search_finds_the_best_of_a_thousand_plans() -> None:
-    space, effects = space_of(blocks(10)), effects_of(10)
+    space = space_of(blocks(10))
+    effects = effects_of(10)
     losses = sorted(
         loss_of(plan, effects)
         for plan in (space.plan_of(row) for row in itertools.product(range(2), repeat=10))
@@ -179,7 +182,8 @@ def test_large_spaces_too_get_only_new_plans_inside_the_budget() -> None:
         for index in range(12)
         for kind in ("qkv", "o", "gate_up", "down")
     ]
-    space, effects = space_of(names), effects_of(48)
+    space = space_of(names)
+    effects = effects_of(48)
     ran = search(space, effects, 14)
     assert len(set(ran)) == 14
     assert all(space.is_feasible(plan) for plan in ran)
@@ -202,7 +206,8 @@ def rungs_of(plans: Sequence[PrecisionPlan], effects: np.ndarray) -> tuple[Obser
 
 def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
     """A resumed search asks a new process, which has no fit from before."""
-    space, effects = space_of(blocks(20)), effects_of(20)
+    space = space_of(blocks(20))
+    effects = effects_of(20)
     plans = random_plans(space, 140)
     observations = rungs_of(plans, effects)
     asked = gp_of(space)
@@ -214,7 +219,8 @@ def test_a_proposal_does_not_depend_on_earlier_ones() -> None:
 
 def test_pending_plans_lower_the_variance_and_leave_the_mean() -> None:
     """Added in two steps they count as if they had been added at once."""
-    space, effects = space_of(blocks(14)), effects_of(14)
+    space = space_of(blocks(14))
+    effects = effects_of(14)
     plans = random_plans(space, 40)
     observations = scored(plans[:12], effects)
     without = posterior_of(space, observations)
@@ -234,11 +240,13 @@ def test_pending_plans_lower_the_variance_and_leave_the_mean() -> None:
 
 
 def test_the_model_knows_the_best_and_the_newest_of_many_trials() -> None:
-    space, effects = space_of(blocks(14)), effects_of(14)
+    space = space_of(blocks(14))
+    effects = effects_of(14)
     observations = rungs_of(random_plans(space, 900), effects)
     kept = informative(observations)
     trials = {item.index for item in kept}
-    assert len(trials) == NUM_TRIALS and kept == [item for item in observations if item in kept]
+    assert len(trials) == NUM_TRIALS
+    assert kept == [item for item in observations if item in kept]
     assert trials >= set(range(900 - NUM_TRIALS // 2, 900))
     finished = sorted(
         (item for item in observations if item.step == 16), key=lambda item: item.score
@@ -263,8 +271,10 @@ def test_what_a_group_is_not_offered_has_no_effect() -> None:
         bool((part == part.T).all()) and part.isfinite().all() for part in model.parts.values()
     )
     features = model.features(rows_of(space, plans_in(space)))
-    assert features[:, :-1].mean(0).abs().max() < 1e-9, "centred in the plans of the space"
-    assert {"depth", "group", "level"} <= set(model.parts), "blocks have a depth all the same"
+    # Centred in the plans of the space.
+    assert features[:, :-1].mean(0).abs().max() < 1e-9
+    # Blocks have a depth all the same.
+    assert {"depth", "group", "level"} <= set(model.parts)
     observations = [
         Observation(at, plan, 8, float(index_sum(space, plan))) for at, plan in enumerate(plans)
     ]
@@ -288,20 +298,21 @@ def index_sum(space: PlanSpace, plan: PrecisionPlan) -> float:
 def test_measured_damage_steers_a_search_without_scores() -> None:
     """One group is harmed eight times as much by the smallest format: it is the one to raise."""
     space = space_of(blocks(9), share=0.4)
-    even = replace(space, damage=((0.01, 0.0001),) * 9)
-    uneven = replace(
-        space, damage=tuple((0.08 if group == 4 else 0.01, 0.0001) for group in range(9))
-    )
+    even = {"nf4": [0.01] * 9, "int8": [0.0001] * 9}
+    uneven = even | {"nf4": [0.01] * 4 + [0.08] + [0.01] * 4}
     observations = [
         Observation(at, space.uniform(name), 8, 3.0 - at) for at, name in enumerate(space.levels)
     ]
+    no_noise = torch.zeros(1, 10, dtype=torch.float64)
     effects = [
-        posterior_of(each, observations).effects(torch.zeros(1, 10, dtype=torch.float64))[0][:, 0]
-        for each in (even, uneven)
+        posterior_of(space, observations, errors=errors).effects(no_noise)[0][:, 0]
+        for errors in (even, uneven)
     ]
-    assert effects[1].argmax() == 4 and effects[1][4] > 3 * effects[1].median()
+    assert effects[1].argmax() == 4
+    assert effects[1][4] > 3 * effects[1].median()
     assert effects[1][4] / effects[1].sum() > 3 * effects[0][4] / effects[0].sum()
-    first = gp_of(uneven).propose(2, History(tuple(observations)))
+    proposer = GaussianProcessProposer(SearchSpace((space,), errors=uneven), 0, {})
+    first = proposer.propose(2, History(tuple(observations)))
     assert first.formats[4] == "int8"
 
 

@@ -3,11 +3,10 @@ without a search."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from conftest import command
+from conftest import Raw, command
 from real_driver import config_file, search_record
 from whole_runs import said
 
@@ -31,11 +30,11 @@ def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return config
 
 
-def comparison_rows(run: Path) -> list[dict[str, Any]]:
+def comparison_rows(run: Path) -> list[Raw]:
     return list(json.loads((run / "records" / "comparison.json").read_text())["rows"])
 
 
-def origins_of(search: dict[str, Any]) -> list[str]:
+def origins_of(search: Raw) -> list[str]:
     """List where the plans of a search's finalists come from."""
     return [finalist["fine_tunes"][0]["origin"] for finalist in search["finalists"]]
 
@@ -66,7 +65,8 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
     assert [(row["from"], row["search"]) for row in listed] == [
         *((origin, "another") for origin in CONTROLS), ("given", "this"),
     ]  # fmt: skip
-    assert origins_of(record) == ["given"] and record["rival"] is None
+    assert origins_of(record) == ["given"]
+    assert record["rival"] is None
     tuned = {row["name"]: row for row in comparison_rows(run)}
     assert tuned["searched"]["plan"] == changed
     assert tuned["searched"]["origin"] == f"given, trial {record['best_index']}"
@@ -106,7 +106,7 @@ METHODS = ("--set", "sensitivity.methods=[mutual_information]")
 BY_INFORMATION = ("--set", "quantize.bits=[4, 8]", *METHODS, "--plan", "mutual_information")
 
 
-def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
+def checked(*arguments: object) -> tuple[str, Raw]:
     done = command("check", *arguments, "--json", "--gpu")
     assert done.exit_code == 0, done.output
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
@@ -114,19 +114,19 @@ def checked(*arguments: object) -> tuple[str, dict[str, Any]]:
 
 def test_check_names_a_plan_without_a_file(uniform: Path) -> None:
     said, facts = checked(uniform)
-    assert (
-        "trials:      1, 1 at once" in said and "none of `data.train` for the sensitivities" in said
-    )
-    assert facts["bytes_budget"] == facts["bytes_all_nf4"] and "sensitivity" not in facts["memory"]
+    assert "trials:      1, 1 at once" in said
+    assert "none of `data.train` for the sensitivities" in said
+    assert facts["bytes_budget"] == facts["bytes_all_nf4"]
+    assert "sensitivity" not in facts["memory"]
     idle = "has no effect: nf4 is the only format (`quantize`), so nothing is"
-    trials, methods = (
-        f"`search.max_trials` {idle} searched",
-        f"`sensitivity.methods` {idle} measured",
-    )
-    assert trials in facts["warnings"] and methods not in facts["warnings"]
+    trials = f"`search.max_trials` {idle} searched"
+    methods = f"`sensitivity.methods` {idle} measured"
+    assert trials in facts["warnings"]
+    assert methods not in facts["warnings"]
     assert methods in checked(uniform, *METHODS)[1]["warnings"]
     said, facts = checked(uniform, *BY_INFORMATION)
-    assert "trials:      1, 1 at once" in said and facts["bytes_plan"] is None
+    assert "trials:      1, 1 at once" in said
+    assert facts["bytes_plan"] is None
 
 
 def test_check_names_no_plan_if_the_cut_is_searched(uniform: Path) -> None:
@@ -148,23 +148,21 @@ def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
     rows = [row["name"] for row in comparison_rows(run)]
-    assert rows == ["base", "pruned", "unpruned-uniform", "cut-20-uniform", "searched"], (
-        "there is no other plan to draw"
-    )
+    # There is no other plan to draw.
+    assert rows == ["base", "pruned", "unpruned-uniform", "cut-20-uniform", "searched"]
     assert "given plan" in (run / "report.md").read_text()
 
 
 @pytest.mark.slow
 def test_one_format_of_all_groups_is_searched_over_cuts(uniform: Path, tmp_path: Path) -> None:
     """All plans are controls: the searcher has nothing to choose."""
-    run, one = (
-        tmp_path / "run",
-        "quantize={formats: [q4_0], embeddings: [q4_0], budget: {bytes: 1000000}}",
-    )
+    run = tmp_path / "run"
+    one = "quantize={formats: [q4_0], embeddings: [q4_0], budget: {bytes: 1000000}}"
     cuts = ("prune.rate=null", "prune.rates=[0, 0.2]", "search.searcher=gp", f"output={run}", one)
     said(uniform, *(option for key in cuts for option in ("--set", key)), verb="search")
     record = search_record(run)
-    assert (record["num_trials"], record["ended"]) == (2, "every plan inside the budget was tried")
+    assert record["num_trials"] == 2
+    assert record["ended"] == "every plan inside the budget was tried"
 
 
 @pytest.mark.slow
@@ -175,6 +173,5 @@ def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) 
     record = search_record(run)
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
     assert origins_of(record) == ["given"]
-    assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"], (
-        "half the bytes between all at 4 and all at 8"
-    )
+    # Half the bytes between all at 4 and all at 8.
+    assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"]

@@ -30,7 +30,8 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.search.trial_records import Progress, Report, Trial, TrialJob, read_trials
 
 pytestmark = pytest.mark.slow
-CPU, HELD = {"cpu": 1.0}, {"cpu": 1.0, "gpu": 1.0}
+CPU = {"cpu": 1.0}
+HELD = {"cpu": 1.0, "gpu": 1.0}
 
 
 @pytest.fixture
@@ -47,7 +48,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
 
 def with_another_qpruner(cluster: Raylets, folder: Path) -> Any:
     """Add a node whose qpruner lacks a package."""
-    same, other = Path(qpruner.__file__).parent, folder / "other" / "qpruner"
+    same = Path(qpruner.__file__).parent
+    other = folder / "other" / "qpruner"
     shutil.copytree(same, other, ignore=shutil.ignore_patterns("__pycache__", "cluster"))
     return cluster.add(
         num_gpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(other.parent), *sys.path])}
@@ -92,14 +94,14 @@ Work = Callable[[dict[str, float], bytes, Path], int]
 
 
 def as_task(resources: dict[str, float], check_node: bytes, scratch: Path) -> int:
-    ((_, found),) = run_tasks(lambda job: job, [1], resources, 1, True, check_node)
+    [(_, found)] = run_tasks(lambda job: job, [1], resources, 1, True, check_node)
     return found
 
 
 def in_group(resources: dict[str, float], check_node: bytes, scratch: Path) -> int:
     from qpruner.cluster.group import run_groups
 
-    ((_, found),) = run_groups(lambda job: job, [1], resources, 1, 1, scratch, check_node)
+    [(_, found)] = run_groups(lambda job: job, [1], resources, 1, 1, scratch, check_node)
     return found
 
 
@@ -144,11 +146,10 @@ def test_no_work_is_done_on_a_node_that_joins_late_and_differs(
 def test_a_late_node_that_differs_is_named_and_not_retried(
     cluster: Raylets, tmp_path: Path
 ) -> None:
-    job, check = (
-        job_of(tmp_path, max_trials=2, searcher="random"),
-        packed_check(versions(), RunDir(tmp_path / "run")),
-    )
-    run, late = tmp_path / "run", []
+    job = job_of(tmp_path, max_trials=2, searcher="random")
+    check = packed_check(versions(), RunDir(tmp_path / "run"))
+    run = tmp_path / "run"
+    late = []
     job = replace(
         job, trials=run / "trials", trial=standing_in(run), resources=HELD, check_node=check
     )

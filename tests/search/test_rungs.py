@@ -22,8 +22,11 @@ def test_a_cut_that_recovers_late_disagrees_across_only() -> None:
     base = [("base", {1: 1.0 + at, 2: 10.0 + at, 4: 20.0 + at}) for at in range(4)]
     pruned = [("cut-20", {1: 9.0 + at, 2: 7.0 + at, 4: 9.0 + at}) for at in range(4)]
     first, second = agreements([*base, *pruned], last=4)
-    assert (first.within, first.across) == (1.0, -1.0)
-    assert (second.within, second.across) == (1.0, 15 / 16), "a tie"
+    assert first.within == 1.0
+    assert first.across == (-1.0)
+    # A tie.
+    assert second.within == 1.0
+    assert second.across == 15 / 16
     assert agreements([], last=4) == ()
 
 
@@ -32,9 +35,9 @@ def test_the_best_of_a_cut_is_protected_until_enough_pairs_agree(recovers: bool)
     rungs = Rungs(("base", "cut-20"), last=2)
     for trial, cut in enumerate(["base", "cut-20"] * 3 + ["base"]):
         if trial == 6:
-            assert (
-                3 * 3 < ENOUGH_PAIRS <= 4 * 3 and rungs.protects(1, 1) and not rungs.protects(3, 1)
-            )
+            assert 3 * 3 < ENOUGH_PAIRS <= 4 * 3
+            assert rungs.protects(1, 1)
+            assert not rungs.protects(3, 1)
         rungs.add(trial, cut, 1, float(trial))
         rungs.add(trial, cut, 2, trial - 10.0 * (recovers and cut == "cut-20"))
     assert rungs.protects(1, 1) == recovers

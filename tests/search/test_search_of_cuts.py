@@ -43,14 +43,16 @@ class MadeTable:
     @classmethod
     def draw(cls, seed: int, num_groups: int) -> MadeTable:
         drawn = np.random.default_rng([seed, 35])
-        weights, names = drawn.integers(50, 200, num_groups), tuple(blocks(num_groups))
+        weights = drawn.integers(50, 200, num_groups)
+        names = tuple(blocks(num_groups))
         bits, shares = (np.array(each) for each in zip(*LEVELS.values(), strict=True))
         budget = int(weights.sum() * 6)
         spaces = [
             PlanSpace(names, tuple(LEVELS), cls._sizes(weights * (1 - rate), bits), 0, budget, cut)
             for cut, rate in RATES.items()
         ]
-        shared, own = drawn.exponential(size=num_groups), drawn.exponential(size=(3, num_groups))
+        shared = drawn.exponential(size=num_groups)
+        own = drawn.exponential(size=(3, num_groups))
         effects = 0.3 / num_groups * (0.7 * shared + 0.3 * own)[:, :, None] * shares
         prior = dict(
             zip(
@@ -59,8 +61,10 @@ class MadeTable:
                 strict=True,
             )
         )
-        behind, recovers = np.array([0.02, 0.04, 0.06]), np.array([0.0, 0.05, 0.1])
-        behind[seed % 3], recovers[seed % 3] = 0.0, 0.25
+        behind = np.array([0.02, 0.04, 0.06])
+        recovers = np.array([0.0, 0.05, 0.1])
+        behind[seed % 3] = 0.0
+        recovers[seed % 3] = 0.25
         best = [-seed_value(each, -effects[at]) for at, each in enumerate(spaces)]
         last = 2.5 + behind - best
         levels = np.stack([last + recovers + 0.5, last + 0.4 * recovers + 0.2, last])
@@ -106,7 +110,8 @@ def search(table: MadeTable, searcher: str, trials: int, seed: int) -> list[Prec
 
     The worse half at a rung stops, but neither a control nor the best trial of its cut.
     """
-    controls, scores = table.controls(), [dict[PrecisionPlan, float]() for _ in STEPS]
+    controls = table.controls()
+    scores = [dict[PrecisionPlan, float]() for _ in STEPS]
     noise = np.random.default_rng([seed, 1])
     ledger = Ledger(
         table.space,
@@ -116,9 +121,9 @@ def search(table: MadeTable, searcher: str, trials: int, seed: int) -> list[Prec
     )
     while (suggestion := ledger.next()) is not None:
         plan = suggestion.plan
-        assert table.space.is_feasible(plan) and plan not in scores[0], (
-            "nothing over budget, nothing twice"
-        )
+        # Nothing over budget, nothing twice.
+        assert table.space.is_feasible(plan)
+        assert plan not in scores[0]
         for rung, step in enumerate(STEPS):
             score = scores[rung][plan] = table.loss(plan, rung) + NOISE * float(
                 noise.standard_normal()
@@ -155,25 +160,25 @@ def test_first_rungs_do_not_hide_a_cut_that_recovers() -> None:
     """Each cut has two scores at the last rung and eight at the first, where the best cut is the
     worst."""
     table = MadeTable.draw(103, 8)
-    drawn, observations = np.random.default_rng(1), list[Observation]()
+    drawn = np.random.default_rng(1)
+    observations = list[Observation]()
     for each in table.space.spaces:
         for number, row in enumerate(drawn.integers(3, size=(8, 8))):
-            plan, index = each.plan_of(row), len({item.index for item in observations})
+            plan = each.plan_of(row)
+            index = len({item.index for item in observations})
             rungs = (0, 1, 2) if number < 2 else (0,)
             observations += [
                 Observation(index, plan, STEPS[rung], table.loss(plan, rung)) for rung in rungs
             ]
-    model, plans = PlanModel(table.space, {"kl": table.prior}), Plans(table.space)
+    model = PlanModel(table.space, {"kl": table.prior})
+    plans = Plans(table.space)
     posterior = Posterior(model, Data.of(table.space, observations, STEPS))
     same = [PrecisionPlan(each.groups, ("int8",) * 8, each.cut) for each in table.space.spaces]
-    expected, actual = (
-        posterior.mean(plans.tensor(same)).numpy(),
-        np.array([table.loss(plan) for plan in same]),
-    )
+    expected = posterior.mean(plans.tensor(same)).numpy()
+    actual = np.array([table.loss(plan) for plan in same])
     assert np.argsort(expected).tolist() == np.argsort(actual).tolist()
-    assert np.abs(expected - actual).max() < 0.02, (
-        "at the first rung the late cut is 0.15 behind or more"
-    )
+    # At the first rung the late cut is 0.15 behind or more.
+    assert np.abs(expected - actual).max() < 0.02
 
 
 def uneven() -> SearchSpace:
@@ -199,7 +204,9 @@ def test_no_searcher_repeats_a_plan_or_passes_the_budget(name: str) -> None:
         score = 5.0 - sum(map(["nf4", "int8", "bf16"].index, suggestion.plan.formats)) / 10
         ledger.observe(Observation(suggestion.index, suggestion.plan, 8, score))
         ledger.close(suggestion)
-    assert plans[0] == control and len(set(plans)) == 12 and all(map(space.is_feasible, plans[1:]))
+    assert plans[0] == control
+    assert len(set(plans)) == 12
+    assert all(map(space.is_feasible, plans[1:]))
     assert control not in {item.plan for item in ledger.history().observations}
     assert {plan.cut for plan in plans[1:]} == {"cut-10", "cut-20"}
     assert all(ledger.proposer.propose(index, History()) in space for index in range(100, 104))

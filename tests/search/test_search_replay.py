@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Raw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -22,7 +23,7 @@ CUTS = {"base": 1.0, "cut-10": 0.9}
 BUDGET = 300  # every plan of the cut, and half of the base's
 
 
-def content() -> dict[str, Any]:
+def content() -> Raw:
     """A table of every plan of two cuts at two rungs; nothing in it is noisy."""
     plans = list(itertools.product(CUTS, *[LEVELS] * len(GROUPS)))
     losses = [
@@ -82,7 +83,8 @@ def test_a_table_that_lacks_losses_is_refused(step: str, losses: list[float], ta
 def test_a_replay_runs_every_plan_of_a_small_space_once(
     table: Path, searcher: str, in_flight: int
 ) -> None:
-    done, found = replayed(table, searcher, in_flight=in_flight), Table.read(table)
+    done = replayed(table, searcher, in_flight=in_flight)
+    found = Table.read(table)
     feasible = [plan for plan in found.plans if found.space(BUDGET).is_feasible(plan)]
     assert len(feasible) < len(found.plans)
     assert sorted(map(str, feasible)) == sorted(str(trial.plan) for trial in done.trials)
@@ -93,22 +95,24 @@ def test_a_replay_runs_every_plan_of_a_small_space_once(
 def test_a_cut_that_computes_too_much_only_has_its_controls(table: Path) -> None:
     done = replayed(table, "random", flops_fraction=0.95)
     of_base = [trial for trial in done.trials if trial.plan.cut == "base"]
-    assert of_base and all(trial.control and not trial.fits for trial in of_base)
+    assert of_base
+    assert all(trial.control and not trial.fits for trial in of_base)
     winner = done.returned(len(done.trials))
-    assert winner and winner.plan.cut == "cut-10" and done.regrets()[-1] == 0
+    assert winner.plan.cut == "cut-10"
+    assert done.regrets()[-1] == 0
 
 
 def test_asha_stops_poor_trials_and_no_control(table: Path) -> None:
     full, early = (replayed(table, "random", asha=asha) for asha in (False, True))
     stopped = [trial for trial in early.trials if not trial.finished]
-    assert stopped and not [trial for trial in stopped if trial.control]
+    assert stopped
+    assert not [trial for trial in stopped if trial.control]
     assert early.returned(40) == early.returned(40, as_if_finished=True)
     # Half a trial's steps each: the first rung is at 4 of 8.
     assert early.trials[-1].spent == full.trials[-1].spent - 4 * len(stopped)
     row = search_regret.asha_row([early], [full], 40)
-    assert (
-        row["winner if none is stopped"] == "same in 1 of 1" and row["without ASHA"] == "same in 1"
-    )
+    assert row["winner if none is stopped"] == "same in 1 of 1"
+    assert row["without ASHA"] == "same in 1"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import away, disk_of, flipped, with_keys
+from conftest import Raw, away, disk_of, flipped, texts, with_keys
 from made_records import made_finalist
 from made_searches import ANOTHER, MINE, SEED_PLAN, job_of, plan_of, trial
 from ray.exceptions import RaySystemError
@@ -35,7 +35,7 @@ from qpruner.pipeline.finalists import UNIT, further_seeds
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import choose_finalists, lost_controls
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.events import Event, Message, Progress, TrialChanged
+from qpruner.runs.events import Event, Progress, TrialChanged
 from qpruner.runs.records import RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
 from qpruner.search.roles import best_of
@@ -63,13 +63,21 @@ class Searching:
     ) -> None:
         for record in records:
             write_trial(job.trials, record)
-        self.job, self.room, self.events = job, 2, list[Event]()
+        self.job = job
+        self.room = 2
+        self.events = list[Event]()
         self.ledger, _ = resume_search(job, proposer or RandomProposer(job.space, seed=0))
         self.halt = Halt(self.events.append)
         self.num_devices = 1
         devices = Devices(lambda: {"node": self.num_devices}, self.events.append)
-        room, emit = lambda held: self.room - held, self.events.append
-        self.searcher = PlanSearcher(job, self.ledger, room, devices, emit, self.halt)
+        self.searcher = PlanSearcher(
+            job,
+            self.ledger,
+            lambda held: self.room - held,
+            devices,
+            self.events.append,
+            self.halt,
+        )
 
     def suggest(self, name: str) -> int | str | None:
         """Ask for a plan as Tune does, again while one is being proposed.
@@ -96,7 +104,7 @@ class Searching:
         return found
 
     def messages(self) -> list[str]:
-        return [event.text for event in self.events if isinstance(event, Message)]
+        return texts(self.events)
 
 
 # ---- when it ends
@@ -110,9 +118,8 @@ def test_hours_of_earlier_sessions_count(tmp_path: Path) -> None:
 
     write_seconds(job.trials, job.search, 3601.0)
     again = Searching(job)
-    assert [again.suggest("a"), again.suggest("b")] == [0, None], (
-        "what was cut off goes on, and nothing else"
-    )
+    # What was cut off goes on, and nothing else.
+    assert [again.suggest("a"), again.suggest("b")] == [0, None]
     assert again.ledger.ended == "1 hours were spent (`search.max_hours` is 1)"
 
 
@@ -120,9 +127,8 @@ def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
     """The GPU hours of a trial that another search began count for the search that spent them."""
     job = job_of(tmp_path, max_gpu_hours=1.0)
     cut_off = trial(0, "844444", [3.0], ANOTHER, status="running", gpu_seconds=3500.0)
-    assert Searching(job, cut_off).suggest("a") == 0, (
-        "the hours of the search before are not its own"
-    )
+    # The hours of the search before are not its own.
+    assert Searching(job, cut_off).suggest("a") == 0
     revived = read_trial(job.trials, 0)
     assert (revived.search, revived.gpu_seconds_of(ANOTHER), revived.gpu_seconds_of(MINE)) == (
         MINE,
@@ -131,15 +137,15 @@ def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
     )
 
     again = Searching(job, revived.model_copy(update={"gpu_seconds": 3500.0 + 3601.0}))
-    assert read_trial(job.trials, 0).gpu_seconds_of(MINE) == 3601.0, (
-        "taken up again, it is counted once"
-    )
+    # Taken up again, it is counted once.
+    assert read_trial(job.trials, 0).gpu_seconds_of(MINE) == 3601.0
     assert [again.suggest("a"), again.suggest("b")] == [0, None]
     assert again.ledger.ended == "1 GPU hours were spent (`search.max_gpu_hours` is 1)"
 
     Searching(replace(job, search=ANOTHER))  # the first search takes its trial back
     taken = read_trial(job.trials, 0)
-    assert (taken.gpu_seconds_of(ANOTHER), taken.gpu_seconds_of(MINE)) == (3500.0, 3601.0)
+    assert taken.gpu_seconds_of(ANOTHER) == 3500.0
+    assert taken.gpu_seconds_of(MINE) == 3601.0
 
 
 # ---- trials of another budget
@@ -210,7 +216,7 @@ def test_a_trial_that_failed_without_fault_is_resumed(
 ) -> None:
     job = job_of(tmp_path)
     assert Searching(job, record).rest()[0][0] == (0 if is_resumed else 1)
-    (found,) = read_trials(job.trials)
+    [found] = read_trials(job.trials)
     assert (found.search, found.status) == (
         (MINE, "running") if is_resumed else (record.search, record.status)
     )
@@ -225,15 +231,12 @@ def test_a_trial_fails_after_three_deaths_in_a_row(tmp_path: Path) -> None:
         assert search.suggest(name) == index
         search.searcher.on_trial_complete(name, error=True)
     first, second = read_trials(search.job.trials)
-    assert (first.status, first.failure, first.kills) == ("failed", "lost", 3) and len(
-        first.times
-    ) == 2
+    assert (first.status, first.failure, first.kills) == ("failed", "lost", 3)
+    assert len(first.times) == 2
     assert (second.status, second.failure, second.kills) == ("running", None, 1)
     messages = search.messages()
-    assert (
-        messages[0] == "trial 0 lost its worker and is resumed from its start"
-        and len(messages) == 3
-    )
+    assert messages[0] == "trial 0 lost its worker and is resumed from its start"
+    assert len(messages) == 3
 
 
 @pytest.mark.parametrize("failure", ["diverged", "infeasible"])
@@ -247,7 +250,8 @@ def test_the_searcher_learns_of_a_plan_that_cannot_be_trained(failure: str, tmp_
     for each in (search, Searching(search.job)):
         history = each.ledger.history()
         scores = {item.index: item.score for item in history.observations if item.step == 4}
-        assert scores[1] > scores[0] == 3.3 and history.failed == ()
+        assert scores[1] > scores[0] == 3.3
+        assert history.failed == ()
 
 
 def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> None:
@@ -267,7 +271,8 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
         search.searcher.on_error_text("a", f"{KILLED_FOR_MEMORY}: 1 worker(s) were killed")
         search.searcher.on_trial_complete("a", error=True)
         record = read_trial(job.trials, 0)
-        assert (record.micro_batch_size, record.peak_memory_bytes) == (size, 7_000)
+        assert record.micro_batch_size == size
+        assert record.peak_memory_bytes == 7_000
     assert (record.status, record.failure, record.seconds) == ("failed", "infeasible", 20.0)
     assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
     message = "trial 0 lost its worker, which Ray killed for memory, and is resumed from its start"
@@ -297,7 +302,9 @@ def test_a_trial_whose_worker_died_is_tried_on_another_device(text: str, tmp_pat
     search.searcher.on_trial_complete("a", error=True)
     record = read_trial(search.job.trials, 0)
     assert (record.status, record.failed_on, record.micro_batch_size) == ("running", ("bad",), None)
-    assert (record.kills, record.memory_kills) == (0, 0), "they would blame the plan"
+    # They would blame the plan.
+    assert record.kills == 0
+    assert record.memory_kills == 0
 
 
 def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> None:
@@ -334,7 +341,8 @@ def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> 
         assert looked_for(5.0)
         search.searcher.on_trial_complete("a", error=True)
         record = read_trial(job.trials, 0)
-    assert (record.status, record.failure) == ("failed", "hung")
+    assert record.status == "failed"
+    assert record.failure == "hung"
     assert (
         record.reason
         == "no progress for 1 s (`search.trial_timeout_seconds`); its worker was killed"
@@ -345,12 +353,14 @@ def test_a_search_halts_when_a_trial_finds_no_room(tmp_path: Path) -> None:
     search = Searching(job_of(tmp_path))
     search.suggest("a")
     search.fail("a", failure="storage", reason="no space")
-    assert search.halt.requested and not search.halt.interrupted
+    assert search.halt.requested
+    assert not search.halt.interrupted
 
 
 def test_a_trial_of_another_driver_ends_the_search(tmp_path: Path) -> None:
     """This driver slept while another one ran the next trial."""
-    search, theirs = Searching(job_of(tmp_path)), trial(0, "844444", [3.5, 3.4, 3.3])
+    search = Searching(job_of(tmp_path))
+    theirs = trial(0, "844444", [3.5, 3.4, 3.3])
     write_trial(search.job.trials, theirs)
     search.suggest("a")
     with pytest.raises(StageError, match=r"another driver took this run over .*/0000/trial\.json"):
@@ -373,16 +383,17 @@ def test_errors_of_all_trials_end_the_search(tmp_path: Path) -> None:
     fail("a", "b")
     search.searcher.on_trial_result("good", {METRIC: 3.0, TIME: 2, "loss": 3.0})
     fail("c", "d")
-    assert not search.halt.requested, "two in a row each time"
+    # Two in a row each time.
+    assert not search.halt.requested
     fail("e")
-    assert search.halt.requested and not search.halt.interrupted
+    assert search.halt.requested
+    assert not search.halt.interrupted
     failures = {record.index: record.failure for record in read_trials(job.trials)}
     assert failures == {0: None, 1: "error", 2: "error", 3: "machine", 4: "machine", 5: "machine"}
     reason = "3 trials in a row failed, the last on bad, trial 4 with error d"
     assert read_trial(job.trials, 4).reason == reason
-    assert [index for index, *_ in Searching(job).rest()][:4] == [0, 3, 4, 5], (
-        "by the next command, before new plans"
-    )
+    # By the next command, before new plans.
+    assert [index for index, *_ in Searching(job).rest()][:4] == [0, 3, 4, 5]
 
 
 def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None:
@@ -402,10 +413,8 @@ def test_a_driver_that_slept_changes_no_trial_of_another(tmp_path: Path) -> None
     write_seconds(job.trials, job.search, 7.0)
     for name in "ab":
         search.searcher.on_trial_complete(name, error=True)
-    assert (
-        read_trials(job.trials) == [finished, goes_on]
-        and read_clock(job.trials, job.search).seconds == 7.0
-    )
+    assert read_trials(job.trials) == [finished, goes_on]
+    assert read_clock(job.trials, job.search).seconds == 7.0
     with pytest.raises(StageError, match="another driver took this run over"):
         search.halt.on_step_begin(1, [])
 
@@ -433,7 +442,8 @@ def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
         ]
 
     search.searcher.on_trial_complete("a", error=True)
-    assert checkpoints() == [{"checkpoint-4"}, set(left)], "who goes on has its own"
+    # Who goes on has its own.
+    assert checkpoints() == [{"checkpoint-4"}, set(left)]
     Searching(job)
     assert checkpoints() == [{"checkpoint-4"}, set(left)]
     Searching(
@@ -452,7 +462,8 @@ def test_no_more_plans_are_handed_out_than_there_is_room_for(tmp_path: Path) -> 
     assert search.suggest("d") == 2
     search.room = 1
     search.searcher.on_trial_complete("a", error=True)
-    assert search.suggest("e") is None, "two are in flight, one too many"
+    # Two are in flight, one too many.
+    assert search.suggest("e") is None
 
 
 def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
@@ -477,8 +488,10 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
         for each in search.events
         if isinstance(each, TrialChanged) and each.is_withdrawn
     ]
-    assert withdrawn == [1], "and no longer shown as waiting"
-    assert search.suggest("c") is None, "the trial that has begun may have to be resumed"
+    # No longer shown as waiting.
+    assert withdrawn == [1]
+    # The trial that has begun may have to be resumed.
+    assert search.suggest("c") is None
     more = Searching(job_of(tmp_path, max_hours=2.0)).rest()
     assert more[:2] == [(0, "unpruned-uniform", "444444"), (1, "unpruned-knapsack", SEED_PLAN)]
 
@@ -499,29 +512,30 @@ def test_a_damaged_record_is_set_aside(tmp_path: Path) -> None:
     path.write_bytes(damaged)
     messages: list[str] = []
     set_aside_damaged(job.trials, job.search, messages.append)
-    assert (
-        len(messages) == 1
-        and str(path) in messages[0]
-        and "its number gets another plan" in messages[0]
-    )
-    (kept,) = job.trials.glob("damaged/*/trial.json")
+    assert len(messages) == 1
+    assert str(path) in messages[0]
+    assert "its number gets another plan" in messages[0]
+    [kept] = job.trials.glob("damaged/*/trial.json")
     assert kept.read_bytes() == damaged
     first, *others = Searching(job).rest()
     plans = ["444444", first[2], *(plan for _, _, plan in others)]
-    assert first == (1, "unpruned-knapsack", SEED_PLAN) and len(set(plans)) == len(plans), (
-        "none is handed out twice"
-    )
+    # None is handed out twice.
+    assert first == (1, "unpruned-knapsack", SEED_PLAN)
+    assert len(set(plans)) == len(plans)
 
 
 @pytest.mark.parametrize("text", ['{"sec', '{"seconds": 9.0, "record_digest": "0"}'])
 def test_a_damaged_clock_begins_at_zero(text: str, tmp_path: Path) -> None:
-    trials, messages = job_of(tmp_path).trials, list[str]()
+    trials = job_of(tmp_path).trials
+    messages = list[str]()
     write_trial(trials, trial(0, "444444", [3, 3, 3], times=(10.0, 30.0)))
     clock = trials / f"search-{MINE}.json"
     clock.write_text(text)
     for _ in range(2):  # the second finds it whole
         set_aside_damaged(trials, MINE, messages.append)
-        assert len(messages) == 1 and str(clock) in messages[0] and "count from zero" in messages[0]
+        assert len(messages) == 1
+        assert str(clock) in messages[0]
+        assert "count from zero" in messages[0]
         assert read_clock(trials, MINE).seconds == 0.0
 
 
@@ -530,7 +544,8 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(
     damage: str | None, tmp_path: Path
 ) -> None:
     """A checkpoint on a storage that is away for a moment does not count as missing."""
-    trials, messages = job_of(tmp_path).trials, list[str]()
+    trials = job_of(tmp_path).trials
+    messages = list[str]()
     checkpoint = trials / "0000" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(b"w" * 1000)
@@ -543,19 +558,18 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(
         with away(trials) as end:
             threading.Timer(0.3 if damage else 0.0, end).start()
             assert not restart_if_damaged(trials, running, messages.append)
-        assert messages == [] and read_trials(trials) == [running]
+        assert messages == []
+        assert read_trials(trials) == [running]
         return
     if damage == "flipped":
         (checkpoint / "weights").write_bytes(b"w" * 500 + b"v" + b"w" * 499)
     else:
         shutil.rmtree(checkpoint)
     set_aside_damaged(trials, MINE, messages.append)
-    (found,) = read_trials(trials)
-    assert (
-        len(messages) == 1
-        and str(checkpoint) in messages[0]
-        and "trial 0 is restarted" in messages[0]
-    )
+    [found] = read_trials(trials)
+    assert len(messages) == 1
+    assert str(checkpoint) in messages[0]
+    assert "trial 0 is restarted" in messages[0]
     assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
     assert not checkpoint.exists()
     assert len(list(trials.glob("damaged/*/weights"))) == (damage == "flipped")
@@ -600,7 +614,7 @@ def test_a_search_by_accuracy_takes_the_most_accurate(tmp_path: Path) -> None:
         made_finalist(at, "random", 3.0 - 0.1 * at, accuracy=0.9 - 0.1 * at) for at in range(2)
     ]
     best = best_of(fresh, metric="accuracy")
-    assert best and best.index == 0
+    assert best.index == 0
 
 
 def test_trials_of_a_cut_with_other_weights_are_set_aside(tmp_path: Path) -> None:
@@ -610,10 +624,10 @@ def test_trials_of_a_cut_with_other_weights_are_set_aside(tmp_path: Path) -> Non
     write_trial(tmp_path, trial(3, "444444", [3.0], model="old", cut="cut-30"))
     messages: list[str] = []
     set_aside_others(tmp_path, {"cut-20": "new"}, messages.append)
-    assert [each.index for each in read_trials(tmp_path)] == [1, 2, 3], (
-        "no cut-30 is among those of this command"
-    )
-    assert len(messages) == 1 and "20 % pruned, has other weights now" in messages[0]
+    # No cut-30 is among those of this command.
+    assert [each.index for each in read_trials(tmp_path)] == [1, 2, 3]
+    assert len(messages) == 1
+    assert "20 % pruned, has other weights now" in messages[0]
 
 
 def test_a_search_without_a_finished_trial_says_why(tmp_path: Path) -> None:
@@ -650,7 +664,8 @@ def test_controls_without_a_result_are_kept_with_the_reason(tmp_path: Path) -> N
     ]
     assert lost_controls(job, done, ended) == {}
     over = replace(job, controls=[("unpruned-uniform", plan_of("888888"))])
-    assert lost_controls(over, [], ended) == {}, "one over the budget could not win"
+    # One over the budget could not win.
+    assert lost_controls(over, [], ended) == {}
 
 
 def test_a_control_that_no_searched_plan_beats_is_returned() -> None:
@@ -660,14 +675,14 @@ def test_a_control_that_no_searched_plan_beats_is_returned() -> None:
             made_finalist(5, "unpruned-knapsack", 3.0),
         ]
         best = best_of(confirmed, metric="loss")
-        assert best is not None and best.index == winner
+        assert best.index == winner
 
 
 # ---- the whole stage
 
 
 @pytest.mark.slow
-def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[str, Any]) -> None:
+def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: Raw) -> None:
     """A later command trains only what is missing or damaged, and comes to the same winner."""
     search = {"max_trials": 7, "first_rung": 4, "confirm": 3, "confirm_seeds": 2}
     config = validate_config(
@@ -679,20 +694,18 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[st
         events.clear()
         found = run(config, events.append, until="search").search
         assert found is not None
-        return found, [
-            each.text
-            for each in events
-            if isinstance(each, Message)
-            and any(f"training seed {seed}" in each.text for seed in further_seeds(config))
-        ]
+        named = [f"training seed {seed}" for seed in further_seeds(config)]
+        return found, [text for text in texts(events) if any(name in text for name in named)]
 
     first, said = searched()
     again = {each.index: each for each in first.finalists if len(each.losses) > 1}
-    assert 2 <= len(again) <= 4 and len(said) == 2 * len(again)
+    assert 2 <= len(again) <= 4
+    assert len(said) == 2 * len(again)
     for each in again.values():
         assert list(each.losses) == [config.seed, *further_seeds(config)]
         assert each.mean.loss == pytest.approx(np.mean(list(each.losses.values())), abs=1e-4)
-    assert first.rival is not None and first.rival != first.best_index
+    assert first.rival is not None
+    assert first.rival != first.best_index
     assert again[first.best_index].mean.loss == min(each.mean.loss for each in again.values())
     run_folder = Path(config.output)
     (run_folder / "records" / "search.json").unlink()
@@ -709,17 +722,20 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: dict[st
     part = next(run_folder.glob("banks/*/nf4")) / ".layers.0.down.safetensors.0123abcd"
     part.write_bytes(b"of a killed worker")
     second, said = searched()
-    assert len([text for text in said if " steps, " in text]) == 2, "only what is gone"
+    # Only what is gone is trained again.
+    assert len([text for text in said if " steps, " in text]) == 2
     assert any(text.startswith("warning: ") and str(damaged) in text for text in said)
-    assert len(said) == 3 and second.best_index == first.best_index
+    assert len(said) == 3
+    assert second.best_index == first.best_index
     one, other = (comparable(found.model_dump(mode="json")) for found in (first, second))
     assert one["finalists"] == other["finalists"]
-    checkpoints = [*run_folder.glob("candidates/*/checkpoints")]
-    assert not checkpoints and not part.exists(), "what is not needed is gone"
+    # What is not needed is gone.
+    assert not list(run_folder.glob("candidates/*/checkpoints"))
+    assert not part.exists()
 
 
 @pytest.mark.slow
-def test_a_search_by_accuracy(tiny_raw: dict[str, Any]) -> None:
+def test_a_search_by_accuracy(tiny_raw: Raw) -> None:
     search = {"max_trials": 6, "searcher": "gp", "first_rung": 2, "metric": "acc", "limit": 8}
     keys = {f"search.{key}": value for key, value in search.items()} | {
         "search.tasks": ["qpruner_everyday_validation"],
@@ -727,8 +743,8 @@ def test_a_search_by_accuracy(tiny_raw: dict[str, Any]) -> None:
     }
     events: list[Event] = []
     found = run(validate_config(with_keys(tiny_raw, **keys)), events.append, until="search").search
-    assert found is not None
-    assert (found.metric, found.metrics) == ("accuracy", {"qpruner_everyday_validation": "acc"})
+    assert found.metric == "accuracy"
+    assert found.metrics == {"qpruner_everyday_validation": "acc"}
     assert found.ended == "all 6 trials were spent (`search.max_trials`)"
     finalists = [
         (each.done, each.total)

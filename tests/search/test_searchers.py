@@ -95,9 +95,9 @@ def test_an_untrainable_plan_scores_worse_than_all_others() -> None:
     ledger = ledger_of(space_of(blocks(4)), maker("random"))
     ruined, good, bad = begin(ledger, 3)
     ledger.close(ruined, is_untrainable=True)
-    assert ledger.history().observations == () and ledger.history().failed == (ruined.plan,), (
-        "nothing is known yet"
-    )
+    # Nothing is known yet.
+    assert ledger.history().observations == ()
+    assert ledger.history().failed == (ruined.plan,)
     ledger.observe(Observation(good.index, good.plan, 4, 3.0))
     scores = [(item.index, item.step, item.score) for item in ledger.history().observations]
     assert scores == [(ruined.index, 4, pytest.approx(3.03)), (good.index, 4, 3.0)]
@@ -129,7 +129,8 @@ def test_a_search_of_a_small_space_tries_every_plan_and_ends(make: MakeProposer)
     space = space_of(blocks(5))
     ledger = ledger_of(space, make, max_trials=100)
     assert {item.plan for item in run(ledger)} == set(filter(space.is_feasible, plans_in(space)))
-    assert ledger.next() is None and ledger.ended == "every plan inside the budget was tried"
+    assert ledger.next() is None
+    assert ledger.ended == "every plan inside the budget was tried"
 
 
 @PROPOSERS
@@ -167,7 +168,8 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
         for index, plan in enumerate(plans)
     ]
     proposer = maker(name)(space, 0)
-    history, number = History(tuple(results)), 5 if name == "bayesopt" else 20
+    history = History(tuple(results))
+    number = 5 if name == "bayesopt" else 20
     proposed = (
         np.array([proposer.propose(index, history).formats for index in range(30, 30 + number)])
         == "int8"
@@ -179,7 +181,8 @@ def test_a_searcher_learns_from_what_ran(name: str) -> None:
 @PROPOSERS
 def test_a_failed_trial_is_not_learned_from_and_not_repeated(make: MakeProposer) -> None:
     space = space_of(blocks(8))
-    with_failure, without = ledger_of(space, make), ledger_of(space, make)
+    with_failure = ledger_of(space, make)
+    without = ledger_of(space, make)
     failed, _ = (
         begin(ledger, 6, finished=(0, 1, 2, 3, 5))[4] for ledger in (with_failure, without)
     )
@@ -193,7 +196,8 @@ def test_a_failed_trial_is_not_learned_from_and_not_repeated(make: MakeProposer)
 @pytest.mark.parametrize("name", [*NAMES, "bayesopt"])
 def test_a_resumed_search_proposes_the_same_plans(name: str) -> None:
     """Trials 3 and 5 were running when it was killed; they are handed out again before new ones."""
-    space, max_trials = space_of(blocks(9)), 10
+    space = space_of(blocks(9))
+    max_trials = 10
     ledger, again = (ledger_of(space, maker(name), max_trials=max_trials) for _ in range(2))
     begun = begin(ledger, 7, finished=(0, 1, 2, 4, 6))
     ledger.observe(rungs_of(begun[5])[0])
@@ -206,7 +210,8 @@ def test_a_resumed_search_proposes_the_same_plans(name: str) -> None:
             again.close(suggestion)
     assert [again.next(), again.next()] == [begun[3], begun[5]]
     rest = run(again)
-    assert [item.index for item in rest] == [7, 8, 9] and rest == run(ledger)
+    assert [item.index for item in rest] == [7, 8, 9]
+    assert rest == run(ledger)
 
 
 @pytest.mark.parametrize("version", [None, "2.0.3"])
@@ -253,15 +258,20 @@ def gated_ledger(max_trials: int = 12) -> tuple[Ledger, Gated]:
 def test_scores_are_taken_while_a_plan_is_being_proposed() -> None:
     ledger, proposer = gated_ledger()
     first, second = begin(ledger, 2)
-    assert ledger.poll() is None and ledger.is_proposing and ledger.ended is None
+    assert ledger.poll() is None
+    assert ledger.is_proposing
+    assert ledger.ended is None
     finish(ledger, first)
-    assert len(ledger.history().observations) == len(STEPS), "nothing waits for the gate"
+    # Nothing waits for the gate.
+    assert len(ledger.history().observations) == len(STEPS)
     ledger.hand_out_again(second)
     assert ledger.poll() == second, "what needs no proposal is handed out"
     proposer.gate.set()
-    assert ledger.next() is not None and not ledger.is_proposing
+    assert ledger.next() is not None
+    assert not ledger.is_proposing
     (_, history), *others = proposer.asked
-    assert not others and history.observations == ()
+    assert not others
+    assert history.observations == ()
 
 
 def test_a_batch_of_proposals_knows_its_own_plans_as_running() -> None:
@@ -277,7 +287,8 @@ def test_a_batch_of_proposals_knows_its_own_plans_as_running() -> None:
     assert [list(history.pending) for _, history in proposer.asked] == [
         running[:number] for number in range(2, 6)
     ]
-    assert ledger.next() is None and ledger.ended is not None
+    assert ledger.next() is None
+    assert ledger.ended is not None
 
 
 def test_proposals_that_nobody_takes_are_dropped() -> None:
@@ -287,7 +298,8 @@ def test_proposals_that_nobody_takes_are_dropped() -> None:
     ledger.drop_proposals()
     proposer.gate.set()
     assert ledger.next() is not None
-    assert len(proposer.asked) <= 2, "the one that had begun, and a new one"
+    # The one that had begun, and a new one.
+    assert len(proposer.asked) <= 2
 
 
 def test_an_error_of_a_searcher_reaches_who_asks() -> None:
@@ -304,7 +316,8 @@ def test_an_error_of_a_searcher_reaches_who_asks() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "bayesopt"])
 def test_no_searcher_proposes_what_a_group_is_not_offered(name: str) -> None:
-    space, number = masked_space(0.6), 6 if name == "bayesopt" else 20
+    space = masked_space(0.6)
+    number = 6 if name == "bayesopt" else 20
     whole = SearchSpace((space,))
     ledger = Ledger(whole, make_proposer(name, whole, 0, {}), [], number)
     proposed = [ledger.proposer.propose(index, History()) for index in range(100, 103)]
@@ -331,12 +344,13 @@ def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -
     suggestions = run(with_other)
     assert [(item.origin, item.plan) for item in suggestions[:3]] == controls
     assert all(space.is_feasible(item.plan) for item in suggestions[3:])
-    assert len(suggestions) == 2 + sum(map(space.is_feasible, plans_in(space))), (
-        "every plan, and those two"
-    )
+    # Every plan, and those two.
+    assert len(suggestions) == 2 + sum(map(space.is_feasible, plans_in(space)))
     known = {item.plan for item in with_other.history().observations}
-    assert other not in known and space.uniform("int8") in known
-    ruined, _ = begin(without, 2, finished=(1,)), with_other
+    assert other not in known
+    assert space.uniform("int8") in known
+    ruined = begin(without, 2, finished=(1,))
+    _ = with_other
     without.close(ruined[0], is_untrainable=True)
     assert [item.index for item in without.history().observations] == [0, 1, 1]
 

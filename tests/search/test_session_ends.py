@@ -93,7 +93,7 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(
     ):
         search(job, within(Room(facts.slots, HELD, None, tell)), tell)
     assert any("add a machine" in text for text in told)
-    (left,) = read_trials(job.trials)
+    [left] = read_trials(job.trials)
     assert (left.status, len(left.rungs), left.kills) == ("running", 1, 0)
 
     (tmp_path / "back").touch()
@@ -102,9 +102,8 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(
     assert [(trial.status, len(trial.rungs)) for trial in outcome.trials] == [("finished", 2)]
     first, again = outcome.trials[0].begun
     assert (first.session, first.seconds, again.session, again.search) == (1, 0.0, 2, job.search)
-    assert first.time + again.seconds < again.time, (
-        "what it took before, and the pause is not in it"
-    )
+    # What it took before, and the pause is not in it.
+    assert first.time + again.seconds < again.time
 
 
 @pytest.mark.parametrize("room", [1, 2])
@@ -183,4 +182,5 @@ def test_a_worker_that_never_leaves_its_trial_is_killed(
         job_of(tmp_path, max_trials=2, trial_timeout_seconds=20.0), trial=trial, resources=HELD
     )
     outcome = search(job, within(lambda held: 1), on_event)
-    assert ([trial.status for trial in outcome.trials], kills) == (["finished"] * 2, [0])
+    assert [trial.status for trial in outcome.trials] == ["finished"] * 2
+    assert kills == [0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chromium import chromium
-from conftest import disk_of, fill
+from conftest import Raw, disk_of, fill
 from made_run import GROUPS, RUNGS, STARTED, config_of, planned, recorded_run, trials
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -46,7 +46,7 @@ def files(root: Path) -> dict[Path, bytes]:
     return {path.relative_to(root): path.read_bytes() for path in found}
 
 
-def row(root: Path, run: str) -> dict[str, Any]:
+def row(root: Path, run: str) -> Raw:
     """Return a trial's row of the HParams table."""
     content = read(root, run).SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     columns = metadata.parse_session_start_info_plugin_data(content).hparams
@@ -102,12 +102,12 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
             .plugin_data.content
         )
         ends[record.index] = metadata.parse_session_end_info_plugin_data(content)
-    assert (ends[2].status, ends[4].status) == (1, 2)
+    assert ends[2].status == 1
+    assert ends[4].status == 2
     assert ends[2].end_time_secs == STARTED + 2 * 60 + 3 * 60 + 1
     running = read(written, run_name(trials()[5]))
-    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"] and running.Scalars(
-        "validation/loss"
-    )
+    assert metadata.SESSION_START_INFO_TAG not in running.Tags()["tensors"]
+    assert running.Scalars("validation/loss")
 
     content = read(written, "search").SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     columns = metadata.parse_experiment_plugin_data(content)
@@ -116,13 +116,11 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
         f"loss at step {step}" for step in steps
     ]
     assert {info.name for info in columns.hparam_infos} == set(rows[0])
-    assert sorted(rows[0])[:5] == ["#", "Cut", "From", "MB", "Status"], (
-        "what tells trials apart comes first"
-    )
+    # What tells trials apart comes first.
+    assert sorted(rows[0])[:5] == ["#", "Cut", "From", "MB", "Status"]
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
-    assert {metric.name.tag for metric in columns.metric_infos} <= set(tags), (
-        "else the parallel coordinates lack it"
-    )
+    # Else the parallel coordinates lack it.
+    assert {metric.name.tag for metric in columns.metric_infos} <= set(tags)
 
 
 def test_curves_have_every_step(written: Path) -> None:
@@ -161,7 +159,8 @@ def test_files_grow_to_what_the_records_alone_give(written: Path, tmp_path: Path
 
 @pytest.mark.parametrize("damage", ["none", "cut short", "gone", "overwritten"])
 def test_lost_files_come_back_and_nothing_is_doubled(shown: Path, damage: str) -> None:
-    whole, folder = files(shown), shown / "tensorboard"
+    whole = files(shown)
+    folder = shown / "tensorboard"
     for path, content in whole.items():
         if damage == "gone":
             (shown / path).unlink()
@@ -173,7 +172,8 @@ def test_lost_files_come_back_and_nothing_is_doubled(shown: Path, damage: str) -
     show(shown, planned(trials()))
     assert files(shown) == whole
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert damage != "none" or after == before, "nothing is written again"
+    # Nothing is written again.
+    assert damage != "none" or after == before
 
 
 def test_a_full_disk_stops_no_search(written: Path, tmp_path: Path) -> None:
@@ -189,7 +189,8 @@ def test_a_full_disk_stops_no_search(written: Path, tmp_path: Path) -> None:
 def test_a_new_search_shows_nothing_of_the_last_one(shown: Path) -> None:
     show(shown, planned([]), StageSkipped("search", "best: trial 2", 1.0), max_trials=4)
     assert {path.name for path in (shown / "tensorboard").iterdir()} == {"search"}
-    assert read(shown, "search").Tags()["scalars"] == [] and "max_trials: 4" in config_text(shown)
+    assert read(shown, "search").Tags()["scalars"] == []
+    assert "max_trials: 4" in config_text(shown)
 
 
 @pytest.mark.slow
@@ -213,10 +214,8 @@ def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
             "2.9000",
         ):
             table.get_by_text(text, exact=True).first.wait_for()
-        assert table.get_by_text(re.compile(r"^\s*\d{4} of ")).count() == len(names), (
-            "each trial once"
-        )
+        # Each trial once.
+        assert table.get_by_text(re.compile(r"^\s*\d{4} of ")).count() == len(names)
         cut = "cell => [cell, cell.parentElement].some(each => each.scrollWidth > each.clientWidth)"
-        assert not any(table.get_by_text(name, exact=True).first.evaluate(cut) for name in names), (
-            "each name whole"
-        )
+        # Each name whole.
+        assert not any(table.get_by_text(name, exact=True).first.evaluate(cut) for name in names)

@@ -26,6 +26,7 @@ os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(10**6)
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import ray
 from ray import tune
@@ -83,7 +84,8 @@ def search(
         StorageError: If the storage stays full or unreachable.
     """
     assert ray.is_initialized(), "without `connect`, Tune would choose a cluster itself"
-    halt, devices = Halt(emit), Devices(partial(count_devices, job.resources, room), emit)
+    halt = Halt(emit)
+    devices = Devices(partial(count_devices, job.resources, room), emit)
     job = replace(job, session=begin_session(job.trials, job.search))
     while True:
         ended = retry_storage(
@@ -110,41 +112,39 @@ def _fit(
 
     Return why there are no more trials, or None if there may be more.
     """
-    settings = job.config.search
-    # with one format all plans are controls
+    # With one format all plans are controls.
     has_more = job.config.is_searched and job.config.quantize.has_choice
-    name = settings.searcher if has_more else "random"
+    name = job.config.search.searcher if has_more else "random"
     proposer = make_proposer(name, job.space, job.config.seed, job.priors)
     wait_for_storage(job.trials, job.search)
     ledger, recorded = resume_search(job, proposer)
     searcher = PlanSearcher(job, ledger, room, devices, emit, halt)
+    scheduler = RecordedAsha(
+        job.config,
+        job.space,
+        [plan for _, plan in job.controls],
+        recorded,
+        searcher.is_cancelled,
+        searcher.on_error_text,
+    )
     watch = HangWatch(job, searcher.on_hung, emit)
-    controls = [plan for _, plan in job.controls]
-    attempt = len(list(job.scratch.glob("search-*"))) if job.scratch.exists() else 0
+    attempt = len(list(job.scratch.glob("search-*")))
+    trainable = checked(job.check_node, partial(run_recorded, job=job))
     tuner = tune.Tuner(
-        tune.with_resources(checked(job.check_node, partial(run_recorded, job=job)), job.resources),
+        tune.with_resources(trainable, job.resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=RecordedAsha(
-                job.config,
-                job.space,
-                controls,
-                recorded,
-                searcher.is_cancelled,
-                searcher.on_error_text,
-            ),
+            scheduler=scheduler,
             num_samples=-1,
             reuse_actors=True,
-            trial_name_creator=lambda trial: (
-                f"trial-{trial.config['trial']:04d}-{trial.config['origin']}"
-            ),
-            trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
+            trial_name_creator=lambda trial: f"{_folder_name(trial)}-{trial.config['origin']}",
+            trial_dirname_creator=_folder_name,
         ),
         run_config=tune.RunConfig(
             name=f"search-{attempt:02d}",
             storage_path=str(job.scratch),
             stop=halt,
-            callbacks=[watch, halt, *(tracker_callbacks(trackers, emit) if trackers else ())],
+            callbacks=[watch, halt, *tracker_callbacks(trackers, emit)],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -165,6 +165,10 @@ def _fit(
     return ledger.ended
 
 
+def _folder_name(trial: Any) -> str:
+    return f"trial-{trial.config['trial']:04d}"
+
+
 def _disk_error(text: str) -> OSError | None:
     """Return the disk error at the end of a TuneError's traceback.
 
@@ -172,13 +176,10 @@ def _disk_error(text: str) -> OSError | None:
 
     The error names no file if Tune (2.60) failed to write to Ray's folder on this machine.
     """
-    if (
-        found := re.search(
-            r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE
-        )
-    ) is None:
+    match = re.search(r"^OSError: \[Errno (\d+)\] ([^:\n]+)(?:: '(.+)')?\s*\Z", text, re.MULTILINE)
+    if match is None:
         return None
-    error = OSError(int(found[1]), found[2], found[3] or ray_private.session_dir())
+    error = OSError(int(match[1]), match[2], match[3] or ray_private.session_dir())
     return error if storage_error(error) else None
 
 
@@ -191,10 +192,11 @@ def _outcome(job: SearchJob, ended: str) -> SearchOutcome:
     wait_for_storage(job.trials, job.search)
     recorded = read_trials(job.trials)
     trials = [trial for trial in recorded if job.owns(trial)][: job.config.search.max_trials]
-    if first := next((trial for trial in trials if trial.infrastructure_failed), None):
-        raise StageError(
-            "search", f"trial {first.index}: {first.reason}", REMEDIES[first.failure or ""]
-        )
+    for trial in trials:
+        if trial.infrastructure_failed:
+            raise StageError(
+                "search", f"trial {trial.index}: {trial.reason}", REMEDIES[trial.failure or ""]
+            )
     return SearchOutcome(
         trials=trials,
         reused=[trial for trial in recorded if not job.owns(trial)],
@@ -219,6 +221,8 @@ def make_proposer(
         from qpruner.search.gaussian_process import GaussianProcessProposer
 
         return GaussianProcessProposer(space, seed, priors)
-    kinds: dict[str, Callable[[SearchSpace, int], Proposer]]
-    kinds = {"bayesopt": BayesOptProposer, "hyperopt": HyperOptProposer, "random": RandomProposer}
-    return kinds[name](space, seed)
+    if name == "hyperopt":
+        return HyperOptProposer(space, seed)
+    if name == "bayesopt":
+        return BayesOptProposer(space, seed)
+    return RandomProposer(space, seed)

@@ -144,5 +144,5 @@ class _RungsByNumber(AshaBracket):  # type: ignore[misc]
 
     def cutoff(self, recorded: dict[tuple[int, str], float]) -> float | None:
         of_cut = {key: reward for key, reward in recorded.items() if key[1] == self._cut}
-        limits = (super().cutoff(recorded), super().cutoff(of_cut))
+        limits = [super().cutoff(recorded), super().cutoff(of_cut)]
         return max((limit for limit in limits if limit is not None), default=None)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import LivesInDriver, SearchJob
 from qpruner.errors import NodeDiffers, QprunerError
 from qpruner.runs.events import Emit, Message, StepsSeen
+from qpruner.runs.records import TrialPulse
 from qpruner.runs.storage import for_each, write_progress
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
@@ -68,12 +70,12 @@ class ActorManager(RayActorManager):  # type: ignore[misc]
         """
         worker = tracked_actor or self._failing
         _, live = self._live_actors_to_ray_actors_resources.get(worker, (None, None))
-        if (resources := self._held.get(worker, live)) is None:
+        resources = self._held.get(worker, live)
+        if resources is None:
             return None  # it has never started
-        node = next(
-            iter(placement_group_table(resources.placement_group)["bundles_to_node_id"].values()),
-            "",
-        )
+        table = placement_group_table(resources.placement_group)
+        nodes = list(table["bundles_to_node_id"].values())
+        node = nodes[0] if nodes else ""
         if not is_staying(node):
             return None
         self._to_hold.add(worker)
@@ -123,7 +125,10 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         self.requested = False  # the session is to end
         self.interrupted = False  # by Ctrl-C
         self.trouble: QprunerError | None = None  # the error that the search ends with, if any
-        self._emit, self._announced, self._num_running, self._at_once = emit, False, 0, False
+        self._emit = emit
+        self._announced = False
+        self._num_running = 0
+        self._at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -149,12 +154,11 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
 
         The next trials would fail there too.
         """
-        found = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
-        if found and self.trouble is None:
-            self.end(NodeDiffers(found[1]))
-            self._emit(
-                Message("search", f"warning: {found[1]}; running trials stop at the next rung")
-            )
+        match = re.search(rf"^RuntimeError: {NodeDiffers.__name__}: (.+)$", error, re.MULTILINE)
+        if match and self.trouble is None:
+            self.end(NodeDiffers(match[1]))
+            text = f"warning: {match[1]}; running trials stop at the next rung"
+            self._emit(Message("search", text))
 
     def end(self, trouble: QprunerError, at_once: bool = False) -> None:
         """End the search with this error, or with an earlier one.
@@ -164,7 +168,8 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         The error is stored, because Tune (2.60) would wrap an error raised here and report the
         trial's end twice.
         """
-        self.requested, self.trouble = True, self.trouble or trouble
+        self.requested = True
+        self.trouble = self.trouble or trouble
         self._at_once = self._at_once or at_once
 
     def stop_all(self) -> bool:
@@ -175,22 +180,19 @@ class Halt(LivesInDriver, Stopper, Callback):  # type: ignore[misc]
         """Raise the error that was given to `end` with `at_once`; after a Ctrl-C, say so once."""
         if self.trouble and self._at_once:
             raise self.trouble
-        self._num_running = sum(1 for trial in trials if trial.status == Trial.RUNNING)
+        self._num_running = [trial.status for trial in trials].count(Trial.RUNNING)
         if self.interrupted and not self._announced:
             # Not in the signal handler, which may run in the middle of a printed line.
             self._announced = True
             awaited = counted(self._num_running, "running rung")
-            self._emit(
-                Message(
-                    "search",
-                    f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once",
-                )
-            )
+            text = f"interrupted: waiting for {awaited} to finish; Ctrl-C again leaves at once"
+            self._emit(Message("search", text))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
-        self.requested = self.interrupted = True
+        self.requested = True
+        self.interrupted = True
 
 
 class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
@@ -205,12 +207,14 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
     """
 
     def __init__(self, job: SearchJob, on_hung: Callable[[str, bool], None], emit: Emit) -> None:
-        self._trials, self._limit = job.trials, job.config.search.trial_timeout_seconds
-        self._on_hung, self._emit = on_hung, emit
-        self._pulses: dict[
-            str, tuple[object, float]
-        ] = {}  # (last pulse, seconds without a change) by trial id
-        self._pause, self._next_look = min(5.0, self._limit / 4), 0.0
+        self._trials = job.trials
+        self._limit = job.config.search.trial_timeout_seconds
+        self._on_hung = on_hung
+        self._emit = emit
+        self._unchanged: dict[tuple[str, TrialPulse | None], float] = {}
+        """Seconds for which a trial, given by its id in Ray, has had the same pulse."""
+        self._pause = min(5.0, self._limit / 4)
+        self._next_look = 0.0
         self._all: list[Any] = []
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -219,9 +223,8 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
 
     def kill_all(self) -> None:
         """Kill every worker: Tune leaves them running when it fails."""
-        for trial in self._all:
-            if trial.temporary_state.ray_actor is not None:
-                ray.kill(trial.temporary_state.ray_actor)
+        for trial in _with_worker(self._all):
+            ray.kill(trial.temporary_state.ray_actor)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Read running trials' pulses; kill workers whose pulse has not changed for too long."""
@@ -229,27 +232,24 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         if now < self._next_look:
             return
         self._next_look = now + self._pause
-        running = {
-            trial.trial_id: trial for trial in trials if trial.temporary_state.ray_actor is not None
-        }
-        earlier, self._pulses = self._pulses, {}
-        indices = [trial.config["trial"] for trial in running.values()]
-        pulses = for_each(lambda index: read_pulse(self._trials, index), indices)
-        self._emit(
-            StepsSeen(
-                {index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}
-            )
-        )
-        for trial_id, pulse in zip(running, pulses, strict=True):
-            last, unchanged = earlier.get(trial_id, (None, -self._pause))
-            self._pulses[trial_id] = (pulse, unchanged + self._pause if pulse == last else 0.0)
-        is_slow = any(unchanged > self._limit / 4 for _, unchanged in self._pulses.values())
+        running = _with_worker(trials)
+        indices = [trial.config["trial"] for trial in running]
+        pulses = for_each(partial(read_pulse, self._trials), indices)
+        steps = {index: pulse.step for index, pulse in zip(indices, pulses, strict=True) if pulse}
+        self._emit(StepsSeen(steps))
+
+        earlier = self._unchanged
+        self._unchanged = {}
+        for trial, pulse in zip(running, pulses, strict=True):
+            key = (trial.trial_id, pulse)
+            self._unchanged[key] = earlier.get(key, -self._pause) + self._pause
+        is_slow = max(self._unchanged.values(), default=0.0) > self._limit / 4
         # If the driver cannot write either, the storage is full or unreachable.
         if is_slow and not write_progress(self._trials / "watch", "the driver looks for pulses"):
-            self._pulses = {trial_id: (pulse, 0.0) for trial_id, (pulse, _) in self._pulses.items()}
-        for trial_id, trial in running.items():
-            if self._pulses[trial_id][1] >= self._limit:
-                self._on_hung(trial_id, trial.status == Trial.RUNNING)
+            self._unchanged = dict.fromkeys(self._unchanged, 0.0)
+        for trial, seconds in zip(running, self._unchanged.values(), strict=True):
+            if seconds >= self._limit:
+                self._on_hung(trial.trial_id, trial.status == Trial.RUNNING)
                 ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -261,3 +261,7 @@ class HangWatch(LivesInDriver, Callback):  # type: ignore[misc]
         trial.run_metadata.metric_n_steps = {}
 
     on_trial_error = on_trial_complete
+
+
+def _with_worker(trials: list[Any]) -> list[Any]:
+    return [trial for trial in trials if trial.temporary_state.ray_actor is not None]

@@ -6,13 +6,14 @@ or it is broken). Only other devices can tell, so a device where a trial has fai
 until that trial has reported a score from another device, or is over.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import ray
 
-from qpruner.cluster.slots import size_of
+from qpruner.cluster.slots import Resources, size_of
 from qpruner.cluster.tune.callbacks import Hold
 from qpruner.errors import StageError
 from qpruner.runs.events import Emit, Message
@@ -45,12 +46,13 @@ class Devices:
     """
 
     def __init__(self, count: Callable[[], Mapping[str, int]], emit: Emit) -> None:
-        self._count, self._emit = count, emit
-        # By the number of the trial that failed.
-        self._suspects: defaultdict[int, list[_Held]] = defaultdict(list)
-        # The devices on which a trial failed in this command, by its number.
-        self._tried: defaultdict[int, list[str]] = defaultdict(list)
-        self._failures: Counter[str] = Counter()  # of trials that ran on another device
+        self._count = count
+        self._emit = emit
+        self._suspects: dict[int, list[_Held]] = defaultdict(list)
+        """By the number of the trial that failed."""
+        self._tried: dict[int, list[str]] = defaultdict(list)
+        """The devices on which a trial failed in this command, by its number."""
+        self._failures = Counter[str]()  # of trials that ran on another device
         self._left_out: list[_Held] = []  # several of one device, if trials share it
 
     @property
@@ -67,11 +69,12 @@ class Devices:
             return False
         tried = self._tried[record.index]
         tried.append(record.device)
-        num_bad = sum(1 for device in {*tried} if self._failures[device])
-        if len(tried) - num_bad >= MAX_TRIES or not self._leaves_another({*tried}, record.device):
+        num_blaming_plan = len(tried) - len(set(tried) & self._failures.keys())
+        if num_blaming_plan >= MAX_TRIES or not self._leaves_another(tried, record.device):
             self.release(record.index)
             return False
-        if holding := hold():
+        holding = hold()
+        if holding:
             self._suspects[record.index].append(_Held(record.device, *holding))
         return True
 
@@ -86,21 +89,17 @@ class Devices:
     def has_scored(self, record: TrialRecord) -> None:
         """Decide on the devices, if any, on which a trial had failed before it reported a score."""
         for held in self._suspects.pop(record.index, []):
-            if held.device == record.device:
+            if held.device != record.device:
+                self._failures[held.device] += 1
+            if held.device == record.device or self._failures[held.device] < MAX_FAILURES:
                 held.let_go()
                 continue
-            self._failures[held.device] += 1
-            if self._failures[held.device] < MAX_FAILURES:
-                held.let_go()
-                continue
-            if held.device not in {each.device for each in self._left_out}:
+            if held.device not in {earlier.device for earlier in self._left_out}:
                 text = (
-                    f"{self._failures[held.device]} trials failed on {held.device} "
-                    "and ran on other devices"
+                    f"warning: {self._failures[held.device]} trials failed on {held.device} and "
+                    "ran on other devices: it gets no more trials of this search"
                 )
-                self._emit(
-                    Message("search", f"warning: {text}: it gets no more trials of this search")
-                )
+                self._emit(Message("search", text))
             self._left_out.append(held)
 
     def look(self) -> None:
@@ -117,14 +116,14 @@ class Devices:
         if not total or len(self._names()) < total:
             return
         self._release_all()
-        if len(names := self._names()) >= total:
+        names = self._names()
+        if len(names) >= total:
             cause = (
                 f"no other device is left than {', '.join(sorted(names))}, "
                 "where trials failed that ran elsewhere"
             )
-            raise StageError(
-                "search", cause, "add a machine, or repair these and repeat the command: it resumes"
-            )
+            remedy = "add a machine, or repair these and repeat the command: it resumes"
+            raise StageError("search", cause, remedy)
 
     def end_session(self) -> None:
         """Forget all devices, which Tune lets go of at the end of its session.
@@ -140,7 +139,8 @@ class Devices:
 
     def _names(self) -> set[str]:
         """Return the devices that are held."""
-        return {each.device for held in (self._left_out, *self._suspects.values()) for each in held}
+        all_held = itertools.chain(self._left_out, *self._suspects.values())
+        return {held.device for held in all_held}
 
     def _leaves_another(self, tried: Collection[str], device: str) -> bool:
         """Return True if another device may run a trial while this one is held.
@@ -148,17 +148,12 @@ class Devices:
         Other suspects are let go of if that is needed.
         """
         total = sum(self._count().values())
-        while len({*self._names(), device}) >= total:
-            suspects = [(index, held) for index, each in self._suspects.items() for held in each]
-            other = next(
-                ((index, held) for index, held in suspects if held.device not in tried), None
-            )
-            if other is None:
-                return False
-            index, held = other
-            self._suspects[index].remove(held)
-            held.let_go()
-        return True
+        for suspects in self._suspects.values():
+            for held in list(suspects):
+                if len({*self._names(), device}) >= total and held.device not in tried:
+                    suspects.remove(held)
+                    held.let_go()
+        return len({*self._names(), device}) < total
 
 
 def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
@@ -166,13 +161,16 @@ def _in_cluster(held: list[_Held], count: Mapping[str, int]) -> list[_Held]:
 
     For a node that has left, Ray would hold another device.
     """
-    for each in held:
-        if each.node not in count:
-            each.let_go()
-    return [each for each in held if each.node in count]
+    present = []
+    for device in held:
+        if device.node in count:
+            present.append(device)
+        else:
+            device.let_go()
+    return present
 
 
-def count_devices(resources: Mapping[str, float], room: Callable[[int], int]) -> dict[str, int]:
+def count_devices(resources: Resources, room: Callable[[int], int]) -> dict[str, int]:
     """Count the devices that have room for a trial.
 
     They are those of each node in the cluster, by its id, and those `TO_COME`.
@@ -180,11 +178,13 @@ def count_devices(resources: Mapping[str, float], room: Callable[[int], int]) ->
     `room` returns for how many trials there is room if so many slots are held, also on machines
     that may be started.
     """
-    nodes = {node["NodeID"]: size_of(node) for node in ray.nodes() if node["Alive"]}
-    slots = {name: node.fits(resources) for name, node in nodes.items()}
-    count = {
-        name: min(slots[name], int(node.gpus) if resources.get("gpu") else 1)
-        for name, node in nodes.items()
-        if slots[name]
-    }
-    return count | {TO_COME: max(0, room(0) - sum(slots.values()))}
+    count = {}
+    num_slots = 0
+    for node in ray.nodes():
+        size = size_of(node)
+        slots = size.fits(resources) if node["Alive"] else 0
+        if slots:
+            num_slots += slots
+            num_devices = int(size.gpus) if resources.get("gpu") else 1
+            count[node["NodeID"]] = min(slots, num_devices)
+    return count | {TO_COME: max(0, room(0) - num_slots)}

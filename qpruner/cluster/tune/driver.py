@@ -217,11 +217,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             return
         place = f"step {record.saved_step}" if record.saved_step else "its start"
         why = ", which Ray killed for memory," if death.by_ray else ""
-        self._emit(
-            Message(
-                "search", f"trial {record.index} lost its worker{why} and is resumed from {place}"
-            )
-        )
+        text = f"trial {record.index} lost its worker{why} and is resumed from {place}"
+        self._emit(Message("search", text))
         self._ledger.hand_out_again(suggestion)
 
     def _move(self, suggestion: Suggestion, record: TrialRecord, failure: str) -> None:
@@ -240,8 +237,11 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         }
         moved = record.model_copy(update=update)
         trial_records.write_trial(self._job.trials, moved)
-        text = f"trial {record.index} failed on {record.device} ({failure})"
-        self._emit(Message("search", f"{text} and is tried on another device"))
+        text = (
+            f"trial {record.index} failed on {record.device} ({failure}) and is tried on another "
+            "device"
+        )
+        self._emit(Message("search", text))
         self._emit(TrialChanged(moved))
         self._ledger.hand_out_again(suggestion)
 
@@ -254,9 +254,8 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
             try:
                 trial_records.remove_old_checkpoints(self._job.trials, [record])
             except OSError as error:
-                self._emit(
-                    Message("search", f"warning: an old checkpoint could not be deleted: {error}")
-                )
+                text = f"warning: an old checkpoint could not be deleted: {error}"
+                self._emit(Message("search", text))
         for observation in observations_of(record, self._job.config):
             self._ledger.observe(observation)
         self._ledger.close(suggestion, record.plan_failed)
@@ -279,11 +278,9 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
         """Return True if a trial that waits for a machine must not start any more."""
         is_over = self._look()
         suggestion = self._live.get(trial_id)
-        if is_over and suggestion:
-            record = trial_records.read_trial(self._job.trials, suggestion.index)
-            if not record.has_begun:
-                return True
-        return self._halt.requested
+        if self._halt.requested or not (is_over and suggestion):
+            return self._halt.requested
+        return not trial_records.read_trial(self._job.trials, suggestion.index).has_begun
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._started
@@ -322,16 +319,16 @@ class PlanSearcher(LivesInDriver, Searcher):  # type: ignore[misc]
 
     def _look_at_limits(self) -> None:
         """Suggest no more trials after a time limit."""
-        settings = self._job.config.search
         gpu_seconds = sum(self._gpu_seconds.values())
-        self._look_at(self._seconds() / 3600, settings.max_hours, "hours", "max_hours")
-        self._look_at(gpu_seconds / 3600, settings.max_gpu_hours, "GPU hours", "max_gpu_hours")
+        self._look_at(self._seconds(), "max_hours", "hours")
+        self._look_at(gpu_seconds, "max_gpu_hours", "GPU hours")
 
-    def _look_at(self, hours: float, limit: float | None, unit: str, key: str) -> None:
-        if self._is_over or limit is None or hours < limit:
-            return
-        self._is_over = True
-        self._ledger.end(f"{hours:.3g} {unit} were spent (`search.{key}` is {limit:g})")
+    def _look_at(self, seconds: float, key: str, unit: str) -> None:
+        hours = seconds / 3600
+        limit = getattr(self._job.config.search, key)
+        if limit is not None and hours >= limit and not self._is_over:
+            self._is_over = True
+            self._ledger.end(f"{hours:.3g} {unit} were spent (`search.{key}` is {limit:g})")
 
     def on_error_text(self, trial_id: str, error: str, hold: Hold = lambda: None) -> None:
         """Store what the error of a trial says about the death of its worker.
@@ -400,10 +397,10 @@ class _Death:
 def _stopped(record: TrialRecord, job: SearchJob) -> TrialRecord:
     """Return the record of a trial after its last rung: finished, or stopped by ASHA."""
     step = record.rungs[-1].step
-    if step >= job.config.search.steps:
-        return record.model_copy(update={"status": "finished"})
-    stopped = {"status": "stopped", "reason": f"stopped by ASHA at step {step}"}
-    return record.model_copy(update=stopped)
+    update = {"status": "finished"}
+    if step < job.config.search.steps:
+        update = {"status": "stopped", "reason": f"stopped by ASHA at step {step}"}
+    return record.model_copy(update=update)
 
 
 def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRecord:
@@ -451,10 +448,18 @@ def _after_death(record: TrialRecord, death: _Death, job: SearchJob) -> TrialRec
 
 
 def _is_kill_for_memory(pulse: TrialPulse | None, node: str | None) -> bool:
-    """Return whether the kernel has killed processes since a worker's last pulse on a node."""
+    """Return whether the kernel of a node has killed processes since a worker's last pulse there.
+
+    Return False if the node does not answer.
+    """
     if pulse is None or pulse.node != node:
         return False
-    return (_kernel_kills_on(pulse.node) or 0) > (pulse.kernel_kills or 0)
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    count = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(kernel_kills)
+    with suppress(RayError):
+        kills: int | None = ray.get(count.remote(), timeout=KERNEL_SECONDS)
+        return (kills or 0) > (pulse.kernel_kills or 0)
+    return False
 
 
 def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
@@ -463,20 +468,3 @@ def _failed(record: TrialRecord, failure: str, reason: str) -> TrialRecord:
     `failure` is the kind, and `reason` the text for people.
     """
     return record.model_copy(update={"status": "failed", "failure": failure, "reason": reason})
-
-
-def _kernel_kills_on(node_id: str) -> int | None:
-    """Count the processes that the kernel of a node has killed for memory.
-
-    Return None if the node does not answer.
-    """
-    place = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    asked = (
-        ray.remote(num_cpus=0, max_retries=0)(kernel_kills)
-        .options(scheduling_strategy=place)
-        .remote()
-    )
-    with suppress(RayError):
-        kills: int | None = ray.get(asked, timeout=KERNEL_SECONDS)
-        return kills
-    return None

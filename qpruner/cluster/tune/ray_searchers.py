@@ -24,21 +24,6 @@ With Ray's defaults of 20 and 10, small searches would stay random.
 """
 
 
-def _suggested(search: Any, observations: Sequence[Observation]) -> dict[str, Any]:
-    """Tell a searcher of Ray the known scores, and return its next suggestion."""
-    for item in observations:
-        search.suggest(f"known-{item.index}")
-        search.on_trial_complete(f"known-{item.index}", {METRIC: item.score})
-    suggested = search.suggest("new")
-    assert isinstance(suggested, dict)
-    return suggested
-
-
-def _seed_of(seed: int, index: int) -> int:
-    """Return the seed of the searcher that proposes the plan of a trial."""
-    return int(np.random.default_rng([seed, index]).integers(2**31))
-
-
 class _Columns:
     """The groups and the cut as columns of a table of plans.
 
@@ -47,7 +32,7 @@ class _Columns:
 
     def __init__(self, space: SearchSpace) -> None:
         self._space = space
-        self._offered = dict(zip(space.groups, space.whole.offered, strict=True))
+        self._offered = dict(zip(space.groups, space.offered, strict=True))
         self._offered["cut"] = tuple(range(len(space.cuts)))
         self.counts = {
             name: len(offered) for name, offered in self._offered.items() if len(offered) > 1
@@ -64,7 +49,26 @@ class _Columns:
         )
 
 
-class HyperOptProposer:
+class _RayProposer:
+    """Proposes each plan by a new object of one of Ray's classes."""
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._columns = _Columns(space)
+        self._seed = seed
+
+    def _seed_of(self, index: int) -> int:
+        """Return the seed of the searcher that proposes the plan of a trial."""
+        return int(np.random.default_rng([self._seed, index]).integers(2**31))
+
+    def _suggested(self, search: Any, observations: Sequence[Observation]) -> PrecisionPlan:
+        """Tell a searcher of Ray the known scores, and return its next suggestion."""
+        for item in observations:
+            search.suggest(f"known-{item.index}")
+            search.on_trial_complete(f"known-{item.index}", {METRIC: item.score})
+        return self._columns.plan_of(search.suggest("new"))
+
+
+class HyperOptProposer(_RayProposer):
     """The tree-structured Parzen estimator (Bergstra et al. 2011), by Ray's HyperOptSearch.
 
     A proposal takes 0.6 ms for each known plan of 30 groups.
@@ -75,8 +79,7 @@ class HyperOptProposer:
     def __init__(self, space: SearchSpace, seed: int) -> None:
         from ray.tune.search.hyperopt import HyperOptSearch
 
-        self._columns = _Columns(space)
-        self._seed = seed
+        super().__init__(space, seed)
         self._search = HyperOptSearch
         choices = {
             name: tune.choice(list(range(count))) for name, count in self._columns.counts.items()
@@ -93,12 +96,12 @@ class HyperOptProposer:
             n_initial_points=INITIAL_RANDOM,
             points_to_evaluate=[self._columns.values_of(item.plan) for item in observations]
             or None,
-            random_state_seed=_seed_of(self._seed, index),
+            random_state_seed=self._seed_of(index),
         )
-        return self._columns.plan_of(_suggested(search, observations))
+        return self._suggested(search, observations)
 
 
-class BayesOptProposer:
+class BayesOptProposer(_RayProposer):
     """A Gaussian process with upper confidence bounds (Snoek et al. 2012), by Ray's BayesOptSearch.
 
     BayesOptSearch supports neither integers nor choices, so each column of a plan is a float that
@@ -110,8 +113,7 @@ class BayesOptProposer:
     def __init__(self, space: SearchSpace, seed: int) -> None:
         from ray.tune.search.bayesopt import BayesOptSearch
 
-        self._columns = _Columns(space)
-        self._seed = seed
+        super().__init__(space, seed)
         self._search = BayesOptSearch
         self._bounds = {name: (0.0, count - 1.0) for name, count in self._columns.counts.items()}
 
@@ -130,7 +132,7 @@ class BayesOptProposer:
             metric=METRIC,
             mode="min",
             points_to_evaluate=points,
-            random_state=_seed_of(self._seed, index),
+            random_state=self._seed_of(index),
             random_search_steps=0,
             skip_duplicate=False,
             patience=len(observations) + 2,
@@ -138,4 +140,4 @@ class BayesOptProposer:
         with warnings.catch_warnings():
             # sklearn warns whenever a length scale of its kernel ends at a bound.
             warnings.simplefilter("ignore")
-            return self._columns.plan_of(_suggested(search, observations))
+            return self._suggested(search, observations)

@@ -33,20 +33,24 @@ HOOKS = (
 UPLOAD_SECONDS = 120  # time that the end of a search waits for uploads
 
 
-def tracker_callbacks(trackers: Trackers, emit: Emit) -> list[Callback]:
-    """Return a callback of Tune for each tracker.
+def tracker_callbacks(trackers: Trackers | None, emit: Emit) -> list[Callback]:
+    """Return a callback of Tune for each tracker; none without `trackers`.
 
     A tracker gets nothing more after its first error, which is emitted as a warning.
     """
+    if trackers is None:
+        return []
 
     def warn(text: str) -> None:
         emit(Message("search", f"warning: {text}"))
 
-    callbacks = [KINDS[name](trackers) for name in trackers.names]
-    for name, callback in zip(trackers.names, callbacks, strict=True):
+    callbacks = []
+    for name in trackers.names:
+        callback = KINDS[name](trackers)
         guard = Guard(name, warn)
         for hook in HOOKS:
             setattr(callback, hook, partial(guard.call, getattr(callback, hook)))
+        callbacks.append(callback)
     return callbacks
 
 

@@ -3,7 +3,6 @@
 A crash of llama.cpp there is an error like others.
 """
 
-import importlib
 import os
 import pickle
 import signal
@@ -34,7 +33,7 @@ def isolated(function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[
         try:
             assert child.stdin
             with child.stdin:
-                pickle.dump((function.__module__, function.__qualname__, arguments), child.stdin)
+                pickle.dump((function, arguments), child.stdin)
             while True:
                 kind, value = pickle.load(answers)  # noqa: S301
                 if kind == "end":
@@ -72,10 +71,11 @@ def _died(status: int, output: IO[bytes]) -> StageError:
     if status < 0:
         end = f"was ended by {signal.Signals(-status).name}"
     output.seek(0)
-    lines = [line.strip() for line in output.read().decode(errors="replace").split("\n")]
-    printed = [line for line in lines if line]
-    last = f": {printed[-1]}" if printed else ""
-    return StageError("export", f"the process that runs llama.cpp {end}{last}", REMEDY)
+    printed = output.read().decode(errors="replace").strip()
+    if printed:
+        last_line = printed.splitlines()[-1].strip()
+        end += f": {last_line}"
+    return StageError("export", f"the process that runs llama.cpp {end}", REMEDY)
 
 
 def _serve(descriptor: int) -> None:
@@ -87,9 +87,9 @@ def _serve(descriptor: int) -> None:
             pickle.dump((kind, value), answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
 
-        module, name, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301
         try:
-            for value in getattr(importlib.import_module(module), name)(*arguments):
+            function, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301
+            for value in function(*arguments):
                 send("value", value)
         except QprunerError as error:
             send("error", error)
