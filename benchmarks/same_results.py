@@ -128,7 +128,7 @@ def renamed(path: str, found: dict[str, Any]) -> str:
     finalist = re.match(r"search\.confirmations\[\d+\]", path)
     if finalist and f"{finalist[0]}.seed_losses[0]" in found:
         field = path.removeprefix(finalist[0])
-        if re.match(r"\.(loss|losses|accuracy)\b", field):
+        if re.match(r"\.(loss|losses|accuracy|accuracy_stderr)\b", field):
             return path
     for pattern, name in RENAMED:
         path = re.sub(pattern, name, path)
