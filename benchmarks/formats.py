@@ -35,6 +35,7 @@ from qpruner.pruning.grams import gather
 from qpruner.quantization.assembly import cast_adapters, plan_model
 from qpruner.quantization.bank import BankSource, make_entries, write_grams
 from qpruner.quantization.formats import format_of, formats
+from qpruner.runs.records import CONFIRMATION
 from qpruner.runs.run_dir import RunDir
 from qpruner.search.choice import seed_plan
 from qpruner.training.finetune import Listener, Schedule, finetune

@@ -24,14 +24,15 @@ from joint_table import opened
 
 from qpruner.config.load import load_config
 from qpruner.data import measures
-from qpruner.pipeline.comparison_rows import candidates_for
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import paper_plan
+from qpruner.pipeline.finetune import final_job
 from qpruner.pipeline.run import run
+from qpruner.pipeline.tuning import distinct
 from qpruner.plans.plan import PrecisionPlan, plan_of
-from qpruner.runs.records import SearchRecord
+from qpruner.runs.records import FineTune, SearchRecord
 from qpruner.runs.storage import remove
-from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
+from qpruner.training.jobs import FineTuneJob, tune
 
 FORMATS = {
     "llama.cpp": ("q4_0,q5_0,q8_0", "q4_0,q5_0,q8_0"),
@@ -62,23 +63,18 @@ def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
     return found
 
 
-def tuned(
-    context: Context, candidates: Sequence[Candidate], out: Path, processes: int
-) -> dict[str, list[float]]:
-    """Fine-tune what is not yet, and return the loss of each judging row by candidate folder."""
+def tuned(jobs: Sequence[FineTuneJob], out: Path, processes: int) -> dict[str, list[float]]:
+    """Fine-tune what is not yet, and return the loss of each judging row by digest."""
     out.mkdir(parents=True, exist_ok=True)
-    files = {each.folder.name: out / f"{each.folder.name}.json" for each in candidates}
-    left = {each.folder.name: each for each in candidates if not files[each.folder.name].exists()}
-    jobs = [
-        CandidateJob(context.worker_config, each, context.places.data, threads=1)
-        for each in left.values()
-    ]
+    files = {job.record.digest: out / f"{job.record.digest}.json" for job in jobs}
+    left = [job for job in jobs if not files[job.record.digest].exists()]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for name, (measured, _) in zip(left, pool.map(finetune_candidate, jobs), strict=True):
-            files[name].write_text(json.dumps(measured))
-    return {
-        name: json.loads(file.read_text())["confirmation_losses"] for name, file in files.items()
+        for record, _ in pool.map(tune, left):
+            files[record.digest].write_text(record.model_dump_json())
+    records = {
+        digest: FineTune.model_validate_json(file.read_text()) for digest, file in files.items()
     }
+    return {digest: list(record.confirmation.by_row) for digest, record in records.items()}
 
 
 def compared(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
@@ -93,12 +89,12 @@ def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
     """Fine-tune and compare the plans of one finished search."""
     searched, named = context.record(SearchRecord), rivals(context)
     jobs = {
-        name: candidates_for(context, [(name, plan, context.config.seed + seed) for seed in SEEDS])
-        for name, (_, plan) in named.items()
+        name: [final_job(context, name, origin, plan, context.config.seed + seed) for seed in SEEDS]
+        for name, (origin, plan) in named.items()
     }
-    distinct = {each.folder: each for each in sum(jobs.values(), list[Candidate]())}
-    losses = tuned(context, list(distinct.values()), out / "tuned", processes)
-    by_name = {name: [losses[each.folder.name] for each in own] for name, own in jobs.items()}
+    models = distinct(sum(jobs.values(), list[FineTuneJob]()))
+    losses = tuned(models, out / "tuned", processes)
+    by_name = {name: [losses[job.record.digest] for job in own] for name, own in jobs.items()}
     found: dict[str, Any] = {
         "trials": searched.num_trials,
         "stopped": searched.num_stopped,

@@ -60,12 +60,12 @@ from qpruner.pipeline.served_rows import (
     ServeJob,
     measure_in_turns,
 )
-from qpruner.runs.records import ServedRow
+from qpruner.runs.records import CONFIRMATION, FineTune, ServedRow
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.version import commit
 from qpruner.training.evaluate import score_tasks
 from qpruner.training.inference import take_turn
-from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
+from qpruner.training.jobs import FineTuneJob, Scoring, tune
 
 SLACK = 1.003  # bytes are equal up to this factor
 
@@ -84,21 +84,39 @@ class Job:
 def measure(job: Job) -> dict[str, Any]:
     """Fine-tune, serve and score one row under one seed; under the first one time it too."""
     bench, row, config = job.bench, ROWS[job.name], job.bench.config
-    candidate = Candidate(
-        row.tuned, row.title, job.start.bank, job.start.plan,
-        bench.asked.out / "tuned" / f"{row.tuned}-{job.seed}", job.seed, cut=job.start.cut,
-    )  # fmt: skip
-    known = candidate.folder / "measured.json"
+    folder = bench.asked.out / "tuned" / f"{row.tuned}-{job.seed}"
+    record = FineTune(
+        digest=folder.name,
+        name=row.tuned,
+        origin=row.tuned,
+        seed=job.seed,
+        cut=job.start.cut,
+        plan=job.start.plan,
+        plan_bytes=0,  # the bytes of the files count
+        mean_bits=0.0,
+        num_parameters=0,
+    )
+    fine_tune = FineTuneJob(
+        record=record,
+        title=row.title,
+        bank=job.start.bank,
+        folder=folder,
+        adapter=folder / "adapter",
+        config=config,
+        data=bench.data,
+        scoring=Scoring(half=CONFIRMATION),
+    )
+    known = folder / "measured.json"
     if not known.exists():
-        candidate.folder.mkdir(parents=True, exist_ok=True)
-        measured, _ = finetune_candidate(CandidateJob(config, candidate, bench.data, threads=1))
-        known.write_text(json.dumps(measured))
+        folder.mkdir(parents=True, exist_ok=True)
+        measured, _ = tune(fine_tune)
+        known.write_text(measured.model_dump_json())
     tuned = json.loads(known.read_text())
     work = bench.asked.out / "files" / f"{job.name}-{job.seed}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     torch.set_num_threads(1)
-    write_final(candidate, work / "final", lambda event: None)
+    write_final(fine_tune, work / "final", lambda event: None)
     started = time.monotonic()
     files = row.serve(bench, job.start, work / "final", work / "served")
     packing = time.monotonic() - started

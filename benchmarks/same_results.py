@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,23 @@ VARIES = (
     "commit",
 )
 """Parts of the names of numbers that differ from run to run."""
+RENAMED = (
+    (r"^search\.confirmations\[", "search.finalists["),
+    # Means over several training seeds are no longer recorded, but the loss under each seed is.
+    (
+        r"^(search\.finalists\[\d+\])\.seed_losses\[(\d+)\]",
+        r"\1.fine_tunes[\2].losses.selection.mean",
+    ),
+    (r"^(search\.finalists\[\d+\])\.loss$", r"\1.fine_tunes[0].losses.selection.mean"),
+    (r"^(search\.finalists\[\d+\])\.losses\[", r"\1.fine_tunes[0].losses.selection.by_row["),
+    (r"^(search\.finalists\[\d+\])\.(accuracy|plan)", r"\1.fine_tunes[0].\2"),
+    (r"^finetune\.candidates\[0\]", "finetune.winner"),
+    (r"^comparison\.candidates\[", "comparison.rows["),
+    (r"\.confirmation_loss$", ".losses.confirmation.mean"),
+    (r"\.confirmation_losses\[", ".losses.confirmation.by_row["),
+    (r"^(evaluate|comparison)\.(rows\[\d+\])\.scores\[", r"\1.\2.tasks["),
+)
+"""Names in records of earlier commits, as patterns, and the names that they have now."""
 
 
 def run(commit: str, place: Path, config: str, overrides: list[str]) -> Path:
@@ -102,7 +120,19 @@ def numbers(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, file in files.items():
         _flatten(json.loads(file.read_text()), name, found)
-    return found
+    return {renamed(path, found): number for path, number in found.items()}
+
+
+def renamed(path: str, found: dict[str, Any]) -> str:
+    """Return the present name of a number; `found` has the numbers of the run."""
+    finalist = re.match(r"search\.confirmations\[\d+\]", path)
+    if finalist and f"{finalist[0]}.seed_losses[0]" in found:
+        field = path.removeprefix(finalist[0])
+        if re.match(r"\.(loss|losses|accuracy|accuracy_stderr)\b", field):
+            return path
+    for pattern, name in RENAMED:
+        path = re.sub(pattern, name, path)
+    return path
 
 
 def _flatten(value: Any, path: str, found: dict[str, Any]) -> None:

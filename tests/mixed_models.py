@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,10 @@ from qpruner.plans.plan import EMBEDDINGS
 from qpruner.quantization.assembly import assemble, attach_adapters
 from qpruner.quantization.bank import BankSource
 from qpruner.quantization.formats import DENSE
-from qpruner.runs.records import PrepareRecord, PruneRecord, Results
+from qpruner.runs.records import CONFIRMATION, FineTune, PrepareRecord, PruneRecord, Results
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import fetch
-from qpruner.training.table_rows import Candidate, CandidateJob
+from qpruner.training.jobs import FineTuneJob, Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,12 +66,60 @@ def mixed_plan(names: list[str], pattern: tuple[str, ...]) -> dict[str, str]:
 
 def row_job(
     config: RunConfig, folder: Path, pattern: tuple[str, ...] = LEVELS, seed: int | None = 0
-) -> CandidateJob:
-    """Make the job of a row whose plan repeats the formats, in a run that has a bank."""
+) -> FineTuneJob:
+    """Make the job of a row whose plan repeats the formats, in a run that has a bank.
+
+    It is scored on the judging rows.
+    """
     bank = bank_of_run(config)
-    plan = mixed_plan(groups_of(bank), pattern)
-    row = Candidate("searched", "searched", bank, plan, folder, seed, cut=bank.folder.name)
-    return CandidateJob(config, row, RunDir(config.output).stage("prepare") / "data", threads=1)
+    data = RunDir(config.output).stage("prepare") / "data"
+    return plan_job(config, bank, data, mixed_plan(groups_of(bank), pattern), folder, seed)
+
+
+def plan_job(
+    config: RunConfig,
+    bank: BankSource,
+    data: Path,
+    plan: dict[str, str],
+    folder: Path,
+    seed: int | None = 0,
+) -> FineTuneJob:
+    """Make the job of a plan that is scored on the judging rows."""
+    record = FineTune(
+        digest=folder.name,
+        name="searched",
+        origin="searched",
+        seed=seed,
+        cut=bank.folder.name,
+        plan=plan,
+        plan_bytes=0,
+        mean_bits=0.0,
+        num_parameters=0,
+    )
+    return FineTuneJob(
+        record=record,
+        title="searched",
+        bank=bank,
+        folder=folder,
+        adapter=folder / "adapter",
+        config=config,
+        data=data,
+        scoring=Scoring(half=CONFIRMATION),
+    )
+
+
+def held_out_scoring(config: RunConfig, text: Path | None = None) -> Scoring:
+    """Return the scoring on the held-out tasks of a configuration, and on a folder of text."""
+    settings = config.evaluate
+    return Scoring(
+        tasks=settings.tasks, limit=settings.limit, num_fewshot=settings.num_fewshot, text=text
+    )
+
+
+def job_in(job: FineTuneJob, folder: Path, **fields: Any) -> FineTuneJob:
+    """Return the job in another folder, with these fields of its record changed."""
+    record = job.record.model_copy(update=fields)
+    return replace(job, folder=folder, adapter=folder / "adapter", record=record)
 
 
 def mixed_model(bank: BankSource, plan: Mapping[str, str]) -> PreTrainedModel:

@@ -87,14 +87,12 @@ def test_demo(tmp_path: Path) -> None:
     best = min(finalists[name]["loss"] for name in controls if name in table)
     # Only controls that lost as trials.
     assert all(finalists[name]["loss"] > best for name in left_out)
-    unpruned = report["records"]["evaluate"]["rows"][0]["scores"][0]
+    unpruned = report["records"]["evaluate"]["rows"][0]["tasks"][0]
     # Clearly above chance.
     assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE
     assert table["searched"]["measured_bytes"] <= report["records"]["search"]["budget_bytes"]
-    candidates = report["records"]["comparison"]["candidates"]
-    assert all(
-        row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in candidates
-    )
+    rows = report["records"]["comparison"]["rows"]
+    assert all(row["measured_bytes"] == row["plan_bytes"] and row["steps"] == 8 for row in rows)
     assert report["claim"] == outcome["claim"]
     checked = subprocess.run(
         [*command[:3], "check", str(config), "--json"], capture_output=True, text=True, cwd=ROOT

@@ -88,7 +88,7 @@ class Comparison(Stage[ComparisonRecord]):
             before = context.machines.gpu_time.seconds
             setting, rows = measure_in_turns(self, jobs, rows)
         winner = context.record(FinetuneRecord).winner.digest
-        held = {row.digest: row.gpu_seconds for row in rows if row.digest != winner}
+        held = {row.digest: row.total_gpu_seconds for row in rows if row.digest != winner}
         return {
             "rows": rows,
             "inference": setting,

@@ -82,7 +82,7 @@ class Evaluate(Stage[EvalRecord]):
             settings.num_fewshot,
             *context.task_files,
         )
-        scoring_seconds = sum(row.gpu_seconds for row in rows) - jobs[-1].record.gpu_seconds
+        scoring_seconds = sum(row.scoring_gpu_seconds for row in rows)
         return {
             "rows": rows,
             "text": about,

@@ -144,7 +144,8 @@ def tune_all(
     wanted = [job for job in models if job.folder not in tuned]
     runs = _run_jobs(stage, tune, wanted, len(models), "steps", num_workers, own_process)
     for job, (record, tracker_errors) in runs:
-        tuned[job.folder] = _record(stage, job, record, num_workers)
+        held = record.seconds * stage.context.machines.gpus_held(num_workers)
+        tuned[job.folder] = _record(job, record, gpu_seconds=held)
         storage.remove(job.checkpoints)
         stage.notify(_tuned_line(job, record))
         for error in tracker_errors:
@@ -177,13 +178,9 @@ def _recorded(folder: Path) -> FineTune | str | None:
     return record
 
 
-def _record(
-    stage: Stage[Any], job: FineTuneJob, record: FineTune, num_workers: int = 1
-) -> FineTune:
+def _record(job: FineTuneJob, record: FineTune, **held: float) -> FineTune:
     """Write the record of a job that is done, with the GPU seconds that it held."""
-    seconds = record.seconds - job.record.seconds
-    held = seconds * stage.context.machines.gpus_held(num_workers)
-    record = record.model_copy(update={"gpu_seconds": job.record.gpu_seconds + held})
+    record = record.model_copy(update=held)
     storage.write_json(job.folder / "record.json", record)
     return record
 
@@ -246,7 +243,8 @@ def score_all(stage: Stage[Any], jobs: Sequence[FineTuneJob], unit: str) -> list
     # files of an interrupted command
     storage.for_each(storage.remove, [job.progress for job in wanted])
     for job, record in _run_jobs(stage, score, wanted, len(models), unit):
-        records[job.folder] = _record(stage, job, record)
+        held = record.scoring_seconds * stage.context.machines.gpus_held()
+        records[job.folder] = _record(job, record, scoring_gpu_seconds=held)
         stage.notify(f"{job.label}: {scores_line(record)}")
     return _under_own_names(jobs, records)
 

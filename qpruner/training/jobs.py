@@ -123,7 +123,8 @@ def tune(job: FineTuneJob) -> tuple[FineTune, list[str]]:
         if not job.survives_divergence:
             raise
         _remove_staging(job)
-        return job.record.model_copy(update=_worst_scores(job)), []
+        seconds = {"seconds": time.monotonic() - started}
+        return job.record.model_copy(update=_worst_scores(job) | seconds), []
 
     peak = memory.bytes()
     cast_adapters(model)
@@ -158,8 +159,8 @@ def score(job: FineTuneJob) -> FineTune:
     scores = _scores(job, model, progress)
     if not job.scoring.tasks:
         progress.write(1, 1)
-    seconds = job.record.seconds + time.monotonic() - started
-    return job.record.model_copy(update=scores | {"seconds": seconds})
+    seconds = {"scoring_seconds": time.monotonic() - started}
+    return job.record.model_copy(update=scores | seconds)
 
 
 def build(job: FineTuneJob) -> PeftModel:
@@ -226,7 +227,15 @@ def _scores(
     tokenizer = _tokenizer(job)
     pad_id = int(tokenizer.pad_token_id)
     batch_size = job.config.evaluate.batch_size
-    scores: dict[str, Any] = {"measured_bytes": measured_bytes(model), "scored": asked.digest}
+    scores: dict[str, Any] = {
+        "measured_bytes": measured_bytes(model),
+        "scored": asked.digest,
+        # An earlier scoring may have had a text, or other tasks.
+        "text_loss": None,
+        "tasks": (),
+        "accuracy": None,
+        "accuracy_stderr": None,
+    }
     if asked.half:
         rows = load_confirmation(job.data, asked.half)
         losses = _recorded(mean_loss(model, rows, pad_id, batch_size))

@@ -366,9 +366,9 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
                         "answer_loss": (0.5,) * each.num_questions,
                     }
                 )
-                for each in row.scores
+                for each in row.tasks
             ]
-            rows[place] = row.model_copy(update={"scores": tuple(scores)})
+            rows[place] = row.model_copy(update={"tasks": tuple(scores)})
     better.change("comparison", rows=tuple(rows))
     facts = json_of("compare", *runs)
     [found] = facts["differences"]

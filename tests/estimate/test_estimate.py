@@ -308,18 +308,17 @@ def test_the_comparison_is_a_fine_tune_for_each_row_and_seed(
 FINETUNE = """
 import json, sys
 from pathlib import Path
-from qpruner.training.table_rows import Candidate, CandidateJob, finetune_candidate
+from qpruner.training.jobs import tune
 from qpruner.config.load import load_config
 from qpruner.runs.run_dir import RunDir
 sys.path.insert(0, "tests")
-from mixed_models import bank_of_run, groups_of
+from mixed_models import bank_of_run, groups_of, plan_job
 config = load_config(Path(sys.argv[1]))
 run, bank = RunDir(Path(config.output)), bank_of_run(config)
 plan = {"embeddings": "bf16"} \
 | {name: ("nf4", "int8")[at % 2] for at, name in enumerate(groups_of(bank))}
-row = Candidate("searched", "searched", bank, plan, Path(sys.argv[2]), 0)
-done, _ = finetune_candidate(CandidateJob(config, row, run.stage("prepare") / "data", threads=1))
-print(json.dumps({"peak": done["peak_memory_bytes"], "seconds": done["seconds"]}))
+tuned, _ = tune(plan_job(config, bank, run.stage("prepare") / "data", plan, Path(sys.argv[2])))
+print(json.dumps({"peak": tuned.peak_memory_bytes, "seconds": tuned.seconds}))
 """
 
 

@@ -144,7 +144,7 @@ def test_the_gram_matrices_of_a_run_round_its_merged_model(tiny_raw: dict[str, A
     assert done.exit_code == 0, done.output
     record = run_dir.read_record("finetune", FinetuneRecord)
     assert record
-    [winner] = record.candidates
+    winner = record.winner
     columns = columns_of(checkpoint_config(final))[path]
     gram = read_grams(run_dir.bank(winner.cut), winner.bank, checkpoint_config(final), [path])[path]
     adapter = load_file(final / ADAPTER_FILES[1])

@@ -13,7 +13,6 @@ from qpruner.config.load import validate_config
 from qpruner.data.encoding import load_encoded
 from qpruner.pipeline import preflight
 from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.comparison_rows import untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import Evaluate, held_out_text
@@ -21,9 +20,9 @@ from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
 from qpruner.pipeline.machines import Machines
 from qpruner.pipeline.run import run
-from qpruner.runs.records import Inference, InferenceSetting, TaskScore
+from qpruner.runs.records import CONFIRMATION, Inference, InferenceSetting, RowLosses, TaskScore
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.table_rows import evaluate_candidate, finetune_candidate
+from qpruner.training.jobs import score, tune
 
 
 @pytest.fixture
@@ -35,16 +34,14 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Any:
         assert resources["gpu"] == 0.5
         for position, job in enumerate(jobs):
-            if function is finetune_candidate:
-                (job.candidate.adapter).mkdir(parents=True)
-                (job.candidate.adapter / "adapter_model.safetensors").touch()
-                losses = dict.fromkeys(("train_loss", "confirmation_loss"), 2.0) | {
-                    "confirmation_losses": (2.0,)
-                }
-                about = {"seconds": 8.0, "steps": 4, "measured_bytes": 1, "peak_memory_bytes": 1}
-                yield position, (losses | about | {"memory_counter": "rss"}, [])
-            elif function is evaluate_candidate:
-                scores = (
+            if function is tune:
+                job.adapter.mkdir(parents=True)
+                (job.adapter / "adapter_model.safetensors").touch()
+                losses = {CONFIRMATION: RowLosses(mean=2.0, by_row=(2.0,))}
+                measured = {"seconds": 8.0, "steps": 4, "adapter_sha256": "1", "losses": losses}
+                yield position, (job.record.model_copy(update=measured), [])
+            elif function is score:
+                tasks = (
                     TaskScore(
                         task="arc",
                         metric="acc",
@@ -54,7 +51,8 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
                         correct=(1.0,),
                     ),
                 )
-                yield position, ({"scores": scores, "text_loss": None}, 8.0)
+                scores = {"scored": job.scoring.digest, "tasks": tasks, "scoring_seconds": 8.0}
+                yield position, job.record.model_copy(update=scores)
             else:
                 more["on_held"](100.0)
                 setting = InferenceSetting(
@@ -65,7 +63,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
                     prefill_tokens_per_second=(1.0,),
                     decode_tokens_per_second=(1.0,),
                 )
-                yield position, (setting, [taken] * len(job.candidates))
+                yield position, (setting, [taken] * len(job.models))
 
     monkeypatch.setattr("qpruner.cluster.tasks.run_tasks", run_tasks)
     monkeypatch.setattr(
@@ -94,12 +92,12 @@ def test_gpu_seconds_of_each_job_are_counted_once(
         records = context.records
         tuned, scored, compared = records.finetune, records.evaluate, records.comparison
         assert tuned and scored and compared
-        assert [each.gpu_seconds for each in tuned.candidates] == [4.0]
+        assert tuned.winner.gpu_seconds == 4.0
         assert tuned.gpu_seconds == pytest.approx(4.0, abs=0.1)
-        untuned = len(untuned_candidates(context, winner))
+        untuned = len(scored.untuned)
         assert scored.gpu_seconds == pytest.approx(4.0 * (1 + untuned) + 100.0, abs=0.1)
-        others = len({each.digest for each in compared.candidates}) - 1
-        assert others < len(compared.candidates) - 1
+        others = len({row.digest for row in compared.rows}) - 1
+        assert others < len(compared.rows) - 1
         assert compared.gpu_seconds == pytest.approx(2 * 4.0 * others + 100.0, abs=0.1), (
             "without the winner"
         )

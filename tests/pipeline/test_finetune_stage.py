@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 from conftest import disk_of, flip_a_byte, with_key
+from made_records import made_fine_tune
 from searched_runs import a_winner, folders, progress_of, rows_of, told, with_winner
 
 from qpruner.config.load import validate_config
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.comparison_rows import candidates_for, untuned_candidates
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, scores_digest
-from qpruner.pipeline.finetune import Finetune, finetune_jobs, setting_aside_damaged_adapter
+from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
+from qpruner.pipeline.tuning import setting_aside_damaged_adapter, tune_all
 from qpruner.runs.events import Event, StageSkipped
-from qpruner.runs.records import CandidateRecord, EvalRecord, FinetuneRecord, RowScores, TaskScore
+from qpruner.runs.records import CONFIRMATION, EvalRecord, FineTune, FinetuneRecord, TaskScore
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import file_digest, write_json, writing_folder
 
@@ -51,7 +52,7 @@ def test_an_interrupted_comparison_is_completed(
     whole, fewer = (
         replace(changed("finetune", each), emit=events.append) for each in (one_plan, two_seeds)
     )
-    jobs = folders(whole, rows_of(whole, a_winner(context)))
+    jobs = folders(rows_of(whole, a_winner(context)))
     seeds = {folder: seed for (_, seed), folder in jobs.items()}
     recorded = sorted(set(seeds) - {jobs["random", 2]})
     for number, folder in enumerate(recorded):
@@ -65,9 +66,9 @@ def test_an_interrupted_comparison_is_completed(
         (checkpoint / "optimizer.pt").write_bytes(b"moments")
     flip_a_byte(checkpoint / "optimizer.pt")
 
-    def finetune_all(context: Context) -> list[CandidateRecord]:
+    def finetune_all(context: Context) -> list[FineTune]:
         events.clear()
-        return finetune_jobs(Comparison(context), Comparison(context).jobs)
+        return tune_all(Comparison(context), Comparison(context).jobs, own_process=True)
 
     try:
         records = finetune_all(whole)
@@ -88,7 +89,7 @@ def test_an_interrupted_comparison_is_completed(
         assert [(each.name, each.seed) for each in records] == list(jobs)
         for each in records:
             folder = jobs[each.name, each.seed]
-            assert folder not in recorded or each.confirmation_loss == 2.0 + recorded.index(folder)
+            assert folder not in recorded or each.confirmation.mean == 2.0 + recorded.index(folder)
 
         weights = jobs["random", 2] / "adapter" / "adapter_model.safetensors"
         flip_a_byte(weights)
@@ -104,7 +105,9 @@ def test_an_interrupted_comparison_is_completed(
         assert trained.adapter_sha256 == file_digest(weights)
 
         again = finetune_all(fewer)
-        assert [(each.name, each.seed) for each in again] == [job for job in jobs if job[1] < 3]
+        assert [(each.name, each.seed) for each in again] == [
+            job for job in jobs if job[1] in (1, 2)
+        ]
         assert told(events, "comparison") == [], "nothing was trained again"
     finally:
         whole.close()
@@ -119,7 +122,7 @@ def test_the_winner_is_trained_and_scored_once(
     """A damaged adapter is trained again, and a damaged final folder is written again."""
     events: list[Event] = []
     alone = replace(changed("finetune", {"steps": 4}), emit=events.append)
-    [job] = Finetune(alone).jobs
+    job = Finetune(alone).job
     weights, final = (
         folder / "adapter_model.safetensors"
         for folder in (job.adapter, alone.run_dir.root / "final")
@@ -149,17 +152,15 @@ def test_the_winner_is_trained_and_scored_once(
 
         (alone.run_dir.root / "final" / "README.md").write_text("A card, which comes later.")
         assert messages() == [] and isinstance(events[0], StageSkipped)
-        scores = (
+        tasks = (
             TaskScore(
                 task="arc", metric="acc", value=0.5, stderr=0.5, num_questions=1, correct=(1.0,)
             ),
         )
-        digest = scores_digest(alone)
-        for each in untuned_candidates(alone, a_winner(context)):
-            write_json(
-                each.folder / "scores.json",
-                RowScores(digest=digest, name=each.name, seed=each.seed, scores=scores),
-            )
+        scores = {"scored": scores_digest(alone), "tasks": tasks, "accuracy": 0.5}
+        for untuned in Evaluate(alone).jobs[:-1]:
+            record = untuned.record.model_copy(update=scores)
+            write_json(untuned.folder / "record.json", record)
         events.clear()
         run_stage(Evaluate(alone))
         scored = alone.record(EvalRecord)
@@ -167,7 +168,15 @@ def test_the_winner_is_trained_and_scored_once(
             *(("base", None), ("pruned", None), ("searched", None)),
             ("searched", 1),
         ]
-        assert scored.rows[0].scores == scored.rows[1].scores == scored.rows[2].scores == scores
+        assert [row.tasks for row in scored.untuned] == [tasks] * 3
+        winner = alone.record(FinetuneRecord).winner
+        [judged] = scored.tuned
+        assert (judged.digest, judged.losses, judged.seconds) == (
+            winner.digest,
+            winner.losses,
+            winner.seconds,
+        ), "its training is recorded once"
+        assert judged.scoring_seconds > 0 == winner.scoring_seconds
         assert told(events, "evaluate") == ["searched, training seed 1", "1 model in turns"]
         counted = progress_of(events, "evaluate")
         assert counted["answers"][-1] == (32, 32), (
@@ -181,7 +190,7 @@ def test_the_winner_is_trained_and_scored_once(
         alone.run_dir.forget("evaluate")
         run_stage(Evaluate(alone))
         again_scored = alone.record(EvalRecord)
-        assert [row.scores for row in again_scored.rows] == [row.scores for row in scored.rows]
+        assert [row.tasks for row in again_scored.rows] == [row.tasks for row in scored.rows]
         assert told(events, "evaluate")[2:] == ["1 model in turns"], "nothing was scored again"
         assert told(events, "finetune") == []
     finally:
@@ -236,14 +245,12 @@ def test_two_workers_fine_tune_what_one_does(
         whole = with_key(sensed_raw, "training.micro_batch_size", 2)
         config = validate_config(with_key(whole, "finetune", {"steps": 14, "num_workers": workers}))
         context = replace(changed("finetune", {"steps": 14}), config=config)
-        plan = a_winner(context)
         try:
             run_stage(Finetune(context))
-            (found[workers],) = context.record(FinetuneRecord).candidates
+            found[workers] = context.record(FinetuneRecord).winner
+            folder = Finetune(context).job.folder
         finally:
             context.close()
-        [winner] = candidates_for(context, [("searched", plan, 1)])
-        folder = winner.folder
         left = sorted(path.name for path in folder.iterdir())
         assert left == ["adapter", "adapter.files.json", "owner.json", "progress", "record.json"]
         assert folder.joinpath("progress").read_text() == "14 14"
@@ -254,7 +261,7 @@ def test_two_workers_fine_tune_what_one_does(
     assert two.digest == one.digest and two.steps == one.steps == 14
     assert two.measured_bytes == one.measured_bytes
     assert two.train_loss == pytest.approx(one.train_loss, rel=1e-3)
-    assert two.confirmation_loss == pytest.approx(one.confirmation_loss, rel=1e-3)
+    assert two.confirmation.mean == pytest.approx(one.confirmation.mean, rel=1e-3)
 
 
 def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
@@ -272,21 +279,13 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
     assert weights.exists()
 
 
-def a_record(folder: Path, seed: int, loss: float) -> CandidateRecord:
+def a_record(folder: Path, seed: int | None, loss: float) -> FineTune:
     """Make the record of a fine-tuned row."""
-    losses = dict.fromkeys(("train_loss", "confirmation_loss"), loss) | {
-        "confirmation_losses": (loss,)
-    }
-    ones = dict.fromkeys(
-        ("seconds", "plan_bytes", "measured_bytes", "num_parameters", "peak_memory_bytes"), 1
+    return made_fine_tune(
+        "",
+        {"layers.0": "nf4"},
+        seed,
+        {CONFIRMATION: (loss,)},
+        digest=folder.name,
+        adapter_sha256="1",
     )
-    about = {
-        "digest": folder.name,
-        "name": "",
-        "origin": "",
-        "seed": seed,
-        "plan": {},
-        "mean_bits": 4.0,
-        "steps": 4,
-    }
-    return CandidateRecord.model_validate({**about, **ones, **losses, "memory_counter": "rss"})

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 from real_driver import between_rungs, config_file, search_record, trials_of
-from whole_runs import comparable, has_claim, kill_when, outcome, said, written_config
+from whole_runs import (
+    comparable,
+    has_claim,
+    kill_when,
+    num_tuned,
+    outcome,
+    said,
+    written_config,
+)
 
 from qpruner.config.load import load_config
 from qpruner.pipeline.flow import STAGES
@@ -60,7 +68,7 @@ def test_killed_inside_every_stage_gives_the_same(
             kill_when(config, lambda index=index: bool(between_rungs(root, index)), number)
             assert not (root / "records" / "search.json").exists()
             kills += 1
-    kill_when(config, lambda: len(list(root.glob("candidates/*/record.json"))) >= 2)
+    kill_when(config, lambda: num_tuned(root) >= 2)
     said(config)
     assert outcome(root) == outcome(undisturbed)
     assert not list(root.glob(".scratch-*")), "nothing half-made is left"
@@ -96,9 +104,14 @@ def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_
     assert {index: after[index] for index in before} == before, "reused trials stay unchanged"
     plans = {(trial["cut"], *trial["plan"].values()) for trial in after.values()}
     assert len(plans) == len(after) == len(before) + 3
-    controls = {each["origin"]: each for each in second["finalists"] if each["control"]}
+    controls = {
+        each["fine_tunes"][0]["origin"]: each for each in second["finalists"] if each["control"]
+    }
     assert controls["cut-20-uniform"]["reused"]
-    losses = {each["index"]: each["scores"]["0"]["loss"] for each in second["finalists"]}
+    losses = {
+        each["index"]: each["fine_tunes"][0]["losses"]["selection"]["mean"]
+        for each in second["finalists"]
+    }
     assert losses[second["best_index"]] == min(losses.values())
 
 
@@ -125,10 +138,10 @@ def test_a_comparison_is_added_to_a_finished_run(
         "controls are trials, and scored on fresh rows, "
         "also where nothing is compared after a fine-tune"
     )
-    assert table() == ["searched"] and len(list(root.glob("candidates/*/record.json"))) == 1
+    assert table() == ["searched"] and num_tuned(root) == 1
     kill_when(
         config,
-        lambda: len(list(root.glob("candidates/*/record.json"))) >= 3,
+        lambda: num_tuned(root) >= 3,
         signal.SIGKILL,
         *compared,
     )

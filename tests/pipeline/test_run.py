@@ -33,14 +33,19 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
         "cut-20-knapsack",
         "paper",
     ]
-    confirmed = {each["origin"]: each for each in records["search"]["finalists"]}
+    finalists = records["search"]["finalists"]
+    confirmed = {each["fine_tunes"][0]["origin"]: each for each in finalists}
+    losses = {
+        name: each["fine_tunes"][0]["losses"]["selection"]["mean"]
+        for name, each in confirmed.items()
+    }
     tuned = [name for name in controls if name in names]
     left_out = confirmed.keys() & {*controls} - {*tuned}
     [winner] = [
-        each for each in confirmed.values() if each["index"] == records["search"]["best_index"]
+        name for name, each in confirmed.items() if each["index"] == records["search"]["best_index"]
     ]
     assert "paper" in tuned, "however bad it is"
-    assert all(confirmed[name]["loss"] > winner["loss"] for name in left_out), (
+    assert all(losses[name] > losses[winner] for name in left_out), (
         "only controls that the winner beat"
     )
     rival = ["best searched"] if records["search"]["control_won"] else []
@@ -49,7 +54,7 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     random = ["random"] if "random" in names else []
     pruned = ["pruned"] if table[-1]["cut"] != "base" else []
     assert names == ["base", *pruned, *tuned, *rival, *random, "searched"]
-    instead = [each["origin"] for each in records["search"]["finalists"] if each["control"]]
+    instead = [name for name, each in confirmed.items() if each["control"]]
     assert {"unpruned-uniform", "cut-20-knapsack"} <= set(instead)
     assert told["status"] == "ok" and told["claim"] == claim
     assert table[-1]["measured_bytes"] <= records["search"]["budget_bytes"]
@@ -69,12 +74,15 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
         )
         assert row["perplexity"] > 1
     assert "| decode tokens/s |" in text and "on `evaluate.text`" in text
-    candidates = records["comparison"]["candidates"]
-    assert records["finetune"]["candidates"] == candidates[-1:], "the winner's is one and the same"
-    assert all(row["measured_bytes"] == row["plan_bytes"] for row in candidates), (
+    rows = records["comparison"]["rows"]
+    winner = records["finetune"]["winner"]
+    training = ("digest", "seed", "plan", "losses", "adapter_sha256", "seconds", "gpu_seconds")
+    assert all(rows[-1][key] == winner[key] for key in training), "it is one and the same"
+    assert rows[-1] == records["evaluate"]["rows"][-1] | {"inference": rows[-1]["inference"]}
+    assert all(row["measured_bytes"] == row["plan_bytes"] for row in rows), (
         "the formula is the packed tensors"
     )
-    assert {row["steps"] for row in candidates} == {4}, "every row had the same fine-tune"
+    assert {row["steps"] for row in rows} == {4}, "every row had the same fine-tune"
 
 
 def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import command, flip_a_byte, with_keys
-from made_run import candidate
-from mixed_models import bank_source, final_model, groups_of, mixed_plan
+from made_records import made_fine_tune
+from mixed_models import bank_source, final_model, groups_of, job_in, mixed_plan, plan_job
 from searched_runs import a_winner, with_records
 
 from qpruner.config.load import validate_config
@@ -27,7 +27,6 @@ from qpruner.pipeline.serve import Serve
 from qpruner.runs.events import Event, Message, StageSkipped
 from qpruner.runs.records import BASE, SEARCHED, FinetuneRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.table_rows import Candidate
 
 
 @pytest.fixture
@@ -39,8 +38,8 @@ def finished(
     shutil.copytree(context.run_dir.root, root)
     final_model(tiny_model, root)
     config = validate_config(with_keys(sensed_raw, **{"output": str(root), "serve.to": ["gguf"]}))
-    winner = candidate(SEARCHED, a_winner(context).as_dict())
-    tuned = FinetuneRecord(digest="1" * 16, seconds=1.0, winner=SEARCHED, candidates=(winner,))
+    winner = made_fine_tune(SEARCHED, a_winner(context).as_dict())
+    tuned = FinetuneRecord(digest="1" * 16, seconds=1.0, winner=winner)
     return replace(with_records(context, finetune=tuned), config=config, run_dir=RunDir(root))
 
 
@@ -74,19 +73,24 @@ def test_rows_are_written_measured_and_kept(finished: Context) -> None:
     ("formats", "is_served"), [(("q4_0", "q8_0"), True), (("nf4",), False)], ids=str
 )
 def test_the_best_simple_alternative_is_served_in_formats_of_llama_cpp(
-    formats: tuple[str, ...], is_served: bool, tiny_model: Path, tmp_path: Path
+    formats: tuple[str, ...],
+    is_served: bool,
+    sensed_raw: dict[str, Any],
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     bank = bank_source(tiny_model, tmp_path / "bank")
-    rival = Candidate(
-        "unpruned-uniform", "", bank, mixed_plan(groups_of(bank), formats), tmp_path / "row", seed=1
-    )
+    plan = mixed_plan(groups_of(bank), formats)
+    named = {"name": "unpruned-uniform", "mean_bits": 4.5}
+    job = plan_job(validate_config(sensed_raw), bank, tmp_path, plan, tmp_path / "row")
+    rival = job_in(job, job.folder, **named)
     shutil.copytree(final_model(tiny_model, tmp_path), rival.adapter)
-    found = served_rows.write_rival(rival, 4.5, tmp_path, lambda *_: None)
+    found = served_rows.write_rival(rival, tmp_path, lambda *_: None)
     assert [each.row.name for each in found] == ["unpruned-uniform"] * is_served
     for each in found:
         assert each.model and each.adapter and each.adapter.stat().st_size > 0
         files = each.model.stat().st_size + each.adapter.stat().st_size
-        assert each.row.file_bytes == files
+        assert each.row.file_bytes == files and each.row.mean_bits == 4.5
 
 
 def test_what_cannot_be_written_is_refused_before_the_run(

@@ -22,6 +22,8 @@ NOT_COMPARED = {
         "seconds",
         "search_seconds",
         "gpu_seconds",
+        "scoring_seconds",
+        "scoring_gpu_seconds",
         "times",
         "begun",
         "sessions",
@@ -72,6 +74,12 @@ def comparable(value: Any) -> Any:
     if isinstance(value, list):
         return [comparable(item) for item in value]
     return value
+
+
+def num_tuned(root: Path) -> int:
+    """Count the recorded fine-tunes of the final table."""
+    records = [json.loads(path.read_text()) for path in root.glob("candidates/*/record.json")]
+    return len([record for record in records if record["seed"] == 1])
 
 
 def outcome(root: Path) -> dict[str, Any]:

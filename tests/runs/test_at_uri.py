@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import raw_config, texts, with_key
-from mixed_models import row_job
+from mixed_models import held_out_scoring, row_job
 from object_store import Store, talk_to
 
 from qpruner.config.load import validate_config
@@ -20,11 +21,12 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline import preflight
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.finetune import Finetune, setting_aside_damaged_adapter
+from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import run
+from qpruner.pipeline.tuning import setting_aside_damaged_adapter
 from qpruner.runs.events import Event
-from qpruner.runs.records import RungResult
+from qpruner.runs.records import SELECTION, RungResult
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import (
     FILES,
@@ -39,24 +41,19 @@ from qpruner.runs.storage import (
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
 from qpruner.training.checkpoints import ADAPTER_WEIGHTS
-from qpruner.training.table_rows import (
-    CandidateJob,
-    confirm_seed,
-    evaluate_candidate,
-    finetune_candidate,
-)
+from qpruner.training.jobs import FineTuneJob, Scoring, score, tune
 
 pytestmark = pytest.mark.slow
 
-Machine = Callable[[str], CandidateJob]
+Machine = Callable[[str], FineTuneJob]
 
 FINETUNE = """
 import sys
 from qpruner.training import checkpoints
 checkpoints.SECONDS = checkpoints.COST = 0
 from test_at_uri import job_of
-from qpruner.training.table_rows import finetune_candidate
-finetune_candidate(job_of(sys.argv[1], sys.argv[2]))
+from qpruner.training.jobs import tune
+tune(job_of(sys.argv[1], sys.argv[2]))
 """
 
 
@@ -65,7 +62,7 @@ def finetune_elsewhere(config_file: Path, row: str) -> Iterator[subprocess.Popen
     """Start a process that fine-tunes a row, and wait for its first checkpoint."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", FINETUNE, str(config_file), row]
-    checkpoints = job_of(str(config_file), row).candidate.checkpoints
+    checkpoints = job_of(str(config_file), row).checkpoints
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 240
@@ -98,14 +95,14 @@ def config_file(
 def machine(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Switch to a machine of some name, and return the job of a row there."""
 
-    def go(name: str, row: str = "searched") -> CandidateJob:
+    def go(name: str, row: str = "searched") -> FineTuneJob:
         monkeypatch.setenv(objects.CACHE, str(tmp_path / name))
         return job_of(str(config_file), row)
 
     return go
 
 
-def job_of(config_file: str, row: str) -> CandidateJob:
+def job_of(config_file: str, row: str) -> FineTuneJob:
     config = RunConfig.model_validate_json(Path(config_file).read_text())
     evaluate = config.evaluate.model_copy(update={"include_path": include_path(config)})
     config = config.model_copy(update={"evaluate": evaluate})
@@ -113,28 +110,30 @@ def job_of(config_file: str, row: str) -> CandidateJob:
 
 
 def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: Path) -> None:
-    whole, _ = finetune_candidate(machine("whole", "whole"))
+    whole, _ = tune(machine("whole", "whole"))
     job = machine("second")
     with finetune_elsewhere(config_file, "searched") as process:
         process.kill()
     job = machine("third")
-    sent = [path.name for path in published_folders(job.candidate.checkpoints)]
+    sent = [path.name for path in published_folders(job.checkpoints)]
     assert sent
     assert "checkpoint-12" not in sent
-    found, _ = finetune_candidate(job)
-    assert found["steps"] == 12
-    assert all(found[name] == whole[name] for name in ("train_loss", "confirmation_loss"))
-    assert [path.name for path in published_folders(job.candidate.checkpoints)] == ["checkpoint-12"]
-    assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.candidate.folder))
-    one, other = (evaluate_candidate(machine("fourth", row))[0] for row in ("whole", "searched"))
-    assert one == other
+    found, _ = tune(job)
+    assert found.steps == 12
+    assert (found.train_loss, found.losses) == (whole.train_loss, whole.losses)
+    assert [path.name for path in published_folders(job.checkpoints)] == ["checkpoint-12"]
+    assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.folder))
+    jobs = [machine("fourth", row) for row in ("whole", "searched")]
+    one, other = (score(replace(job, scoring=held_out_scoring(job.config))) for job in jobs)
+    assert one.tasks
+    assert one.tasks == other.tasks
 
 
 def test_a_further_seed_leaves_nothing_on_its_machine(machine: Machine) -> None:
-    job = machine("seeded", "seed-1")
-    confirm_seed(job)
-    assert published_folders(job.candidate.checkpoints)
-    assert not storage_at(job.candidate.checkpoints).staging.exists()
+    job = replace(machine("seeded", "seed-1"), scoring=Scoring(half=SELECTION))
+    tune(replace(job, survives_divergence=True))
+    assert published_folders(job.checkpoints)
+    assert not storage_at(job.checkpoints).staging.exists()
 
 
 def test_a_row_with_a_damaged_adapter_is_set_aside(
@@ -189,12 +188,12 @@ def test_a_fine_tune_taken_over_writes_nothing_more(machine: Machine, config_fil
     with finetune_elsewhere(config_file, "taken-over") as process:
         process.send_signal(signal.SIGSTOP)
         job = machine("other", "taken-over")
-        finetune_candidate(job)
-        before = written_in(job.candidate.folder)
+        tune(job)
+        before = written_in(job.folder)
         process.send_signal(signal.SIGCONT)
         said = process.communicate(timeout=240)[1]
     assert process.returncode and "TakenOver" in said, said[-2000:]
-    assert written_in(job.candidate.folder) == before
+    assert written_in(job.folder) == before
 
 
 def written_in(folder: Path) -> dict[str, float]:

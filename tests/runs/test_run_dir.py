@@ -17,10 +17,11 @@ from typing import IO
 
 import pytest
 import torch
+from made_records import made_fine_tune
 from safetensors.torch import save_file
 
 from qpruner.errors import CorruptFile
-from qpruner.runs.records import BankRecord, FreshScore, PrepareRecord, SearchClock
+from qpruner.runs.records import BankRecord, FineTune, PrepareRecord, SearchClock
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import (
     OWN_DIGEST,
@@ -178,11 +179,12 @@ def test_a_corrupt_record_is_named(run_dir: RunDir, content: bytes) -> None:
 def test_a_score_without_standard_error_can_be_read(tmp_path: Path) -> None:
     """It is NaN for a single question; an unreadable record would make its stage run again each
     time."""
-    record = FreshScore(loss=2.5, losses=(2.5,), accuracy=0.5, accuracy_stderr=math.nan)
+    plan = {"layers.0": "nf4"}
+    record = made_fine_tune("gp", plan, accuracy=0.5, accuracy_stderr=math.nan)
     write_json(tmp_path / "record.json", record)
     assert "NaN" in (tmp_path / "record.json").read_text()
     assert OWN_DIGEST in (tmp_path / "record.json").read_text()
-    again = read_json(tmp_path / "record.json", FreshScore)
+    again = read_json(tmp_path / "record.json", FineTune)
     assert again.model_dump_json() == record.model_dump_json()
 
 

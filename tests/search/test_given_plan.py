@@ -31,7 +31,12 @@ def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def comparison_rows(run: Path) -> list[Raw]:
-    return list(json.loads((run / "records" / "comparison.json").read_text())["candidates"])
+    return list(json.loads((run / "records" / "comparison.json").read_text())["rows"])
+
+
+def origins_of(search: Raw) -> list[str]:
+    """List where the plans of a search's finalists come from."""
+    return [finalist["fine_tunes"][0]["origin"] for finalist in search["finalists"]]
 
 
 def plan_file(config: Path, **changes: str) -> tuple[Path, dict[str, str]]:
@@ -60,19 +65,15 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
     assert [(row["from"], row["search"]) for row in listed] == [
         *((origin, "another") for origin in CONTROLS), ("given", "this"),
     ]  # fmt: skip
-    assert [each["origin"] for each in record["finalists"]] == ["given"]
-    assert record["best_control"] is None
+    assert origins_of(record) == ["given"]
+    assert record["rival"] is None
     tuned = {row["name"]: row for row in comparison_rows(run)}
     assert tuned["searched"]["plan"] == changed
     assert tuned["searched"]["origin"] == f"given, trial {record['best_index']}"
 
     said(searched, "--set", "search.confirm=9", verb="search")
     again = search_record(run)
-    origins = [each["origin"] for each in again["finalists"]]
-    assert origins == [
-        *(each["origin"] for each in before["finalists"]),
-        "given of another search",
-    ]
+    assert origins_of(again) == [*origins_of(before), "given of another search"]
 
 
 @pytest.mark.slow
@@ -171,6 +172,6 @@ def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) 
     said(uniform, "--set", f"output={run}", *BY_INFORMATION, verb="search")
     record = search_record(run)
     assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
-    assert [each["origin"] for each in record["finalists"]] == ["given"]
+    assert origins_of(record) == ["given"]
     # Half the bytes between all at 4 and all at 8.
     assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"]

@@ -5,6 +5,7 @@ Most tests call a part of it on records as trials write them. The last one runs 
 real Ray.
 """
 
+import json
 import shutil
 import threading
 import time
@@ -21,6 +22,7 @@ from made_records import made_finalist
 from made_searches import ANOTHER, MINE, SEED_PLAN, job_of, plan_of, trial
 from ray.exceptions import RaySystemError
 from ray.tune.experiment import Trial
+from whole_runs import comparable
 
 from qpruner.cluster.tune import SearchJob
 from qpruner.cluster.tune.callbacks import KILLED_FOR_MEMORY, Halt, HangWatch
@@ -692,7 +694,8 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: Raw) ->
         events.clear()
         found = run(config, events.append, until="search").search
         assert found is not None
-        return found, [text for text in texts(events) if "training seed" in text]
+        named = [f"training seed {seed}" for seed in further_seeds(config)]
+        return found, [text for text in texts(events) if any(name in text for name in named)]
 
     first, said = searched()
     again = {each.index: each for each in first.finalists if len(each.losses) > 1}
@@ -706,19 +709,28 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: Raw) ->
     assert again[first.best_index].mean.loss == min(each.mean.loss for each in again.values())
     run_folder = Path(config.output)
     (run_folder / "records" / "search.json").unlink()
-    damaged, missing = sorted(run_folder.glob("trials/*/*/seed-*.json"))[:2]
+    seeded = [
+        path
+        for path in sorted(run_folder.glob("candidates/*/record.json"))
+        if json.loads(path.read_text())["seed"] in further_seeds(config)
+    ]
+    assert len(seeded) == 2 * len(again)
+    damaged, missing, kept = seeded[0], seeded[1], seeded[-1]
     damaged.write_bytes(damaged.read_bytes()[:-20])
     missing.unlink()
-    kept = sorted(run_folder.glob("trials/*/*/seed-*.json"))[-1].with_suffix("")
-    (kept / "checkpoints").mkdir(parents=True)  # its driver was killed just after the score
+    (kept.parent / "checkpoints").mkdir()  # its driver was killed just after the score
     part = next(run_folder.glob("banks/*/nf4")) / ".layers.0.down.safetensors.0123abcd"
     part.write_bytes(b"of a killed worker")
     second, said = searched()
-    assert len(said) == 2
-    assert second.finalists == first.finalists
+    # Only what is gone is trained again.
+    assert len([text for text in said if " steps, " in text]) == 2
+    assert any(text.startswith("warning: ") and str(damaged) in text for text in said)
+    assert len(said) == 3
     assert second.best_index == first.best_index
+    one, other = (comparable(found.model_dump(mode="json")) for found in (first, second))
+    assert one["finalists"] == other["finalists"]
     # What is not needed is gone.
-    assert not list(run_folder.glob("trials/*/*/seed-*[0-9]"))
+    assert not list(run_folder.glob("candidates/*/checkpoints"))
     assert not part.exists()
 
 
@@ -739,5 +751,7 @@ def test_a_search_by_accuracy(tiny_raw: Raw) -> None:
         for each in events
         if isinstance(each, Progress) and each.detail == UNIT
     ]
-    assert finalists == [(done, len(found.finalists)) for done in range(len(found.finalists) + 1)]
+    num_answers = len(found.finalists) * finalists[-1][1] // len(found.finalists)
+    assert finalists[-1] == (num_answers, num_answers) and num_answers > len(found.finalists)
+    assert finalists == sorted(set(finalists))
     assert all(each.mean.accuracy is not None for each in found.finalists)

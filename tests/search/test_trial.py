@@ -1,16 +1,24 @@
 """A trial resumed between two rungs, or trained again for the choice of the winner, is the same
 training."""
 
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mixed_models import plan_job
 
+from qpruner.data.encoding import load_confirmation
+from qpruner.errors import TrainingDiverged
+from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.context import Context
-from qpruner.runs.records import RungResult
+from qpruner.runs.records import SELECTION, RungResult
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
-from qpruner.training.table_rows import Candidate, CandidateJob, confirm_seed, confirm_trial
+from qpruner.training.finetune import DIVERGED_BY
+from qpruner.training.jobs import FineTuneJob, Scoring, score, tune
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +55,45 @@ def test_a_trial_resumed_between_rungs_scores_the_same(job: TrialJob, tmp_path: 
 
 
 def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_path: Path) -> None:
-    """So a further seed differs by its seed alone, though the final fine-tune is longer and takes
-    larger batches."""
+    """So a further seed differs by its seed alone."""
     rungs_from(None, job, tmp_path)
     config = job.config
     materials = job.materials
 
-    def candidate(folder: Path, seed: int, size: int | None = None) -> CandidateJob:
-        bank = materials.banks[job.cut]
-        each = Candidate("gp", "trial 0", bank, job.plan, folder, seed, micro_batch_size=size)
-        longer = config.model_copy(
-            update={"finetune": config.finetune.model_copy(update={"steps": 50})}
-        )
-        return CandidateJob(longer, each, materials.data, threads=1)
+    def fine_tune(folder: Path, seed: int, size: int | None = None) -> FineTuneJob:
+        length = config.finetune.model_copy(update={"steps": config.search.steps, "epochs": None})
+        changes: dict[str, Any] = {"finetune": length}
+        if size:
+            changes["training"] = config.training.model_copy(update={"micro_batch_size": size})
+        own = config.model_copy(update=changes)
+        made = plan_job(own, materials.banks[job.cut], materials.data, job.plan, folder, seed)
+        return replace(made, scoring=Scoring(half=SELECTION))
 
     seed = config.seed
-    trial = confirm_trial(candidate(tmp_path / "checkpoint-6", seed))
-    assert confirm_seed(candidate(tmp_path / "again", seed)) == trial
-    other = confirm_seed(candidate(tmp_path / "other", seed + 1))
+    last = replace(fine_tune(tmp_path / "trial", seed), adapter=tmp_path / "checkpoint-6")
+    trial = score(last)
+    assert tune(fine_tune(tmp_path / "again", seed))[0].losses == trial.losses
+    other, _ = tune(fine_tune(tmp_path / "other", seed + 1))
     assert other.losses != trial.losses
-    assert other.loss == pytest.approx(trial.loss, abs=0.3)
-    smaller = confirm_seed(candidate(tmp_path / "smaller", seed, size=2))
-    assert smaller.loss == pytest.approx(trial.loss, abs=1e-3)
+    assert other.selection.loss == pytest.approx(trial.selection.loss, abs=0.3)
+    smaller, _ = tune(fine_tune(tmp_path / "smaller", seed, size=2))
+    assert smaller.selection.loss == pytest.approx(trial.selection.loss, abs=1e-3)
+
+
+def test_a_training_that_diverged_has_the_worst_score(job: TrialJob, tmp_path: Path) -> None:
+    """A winner must not be chosen among the seeds under which its plan happens to train."""
+    training = job.config.training.model_copy(update={"learning_rate": 1e6})
+    bank = job.materials.banks[job.cut]
+    config = job.config.model_copy(update={"training": training})
+    made = plan_job(config, bank, job.materials.data, job.plan, tmp_path / "diverged")
+    made = replace(made, scoring=Scoring(digest="asked", half=SELECTION))
+    with pytest.raises(TrainingDiverged):
+        tune(made)
+    record, _ = tune(replace(made, survives_divergence=True))
+    losses = record.losses[SELECTION]
+    worst = math.log(len(load_tokenizer(str(bank.checkpoint)))) + DIVERGED_BY
+    assert losses.mean == worst
+    assert set(losses.by_row) == {worst}
+    assert len(losses.by_row) == len(load_confirmation(job.materials.data, SELECTION))
+    assert (record.scored, record.accuracy, record.adapter_sha256) == ("asked", None, "")
+    assert record.seconds > 0

@@ -114,12 +114,16 @@ class FineTune(Recorded):
     memory_counter: str = ""
     adapter_sha256: str = ""
     seconds: float = 0.0
-    """Seconds of training and scoring; for a trial, those of scoring alone."""
+    """Seconds of the training and of the scores right after it; 0 for a trial."""
     gpu_seconds: float = 0.0
     """These seconds times the GPUs that were held for them."""
 
     scored: str = ""
     """Digest of the rows, questions and text that the scores below are of."""
+    scoring_seconds: float = 0.0
+    """Seconds of a scoring apart from the training."""
+    scoring_gpu_seconds: float = 0.0
+    """These seconds times the GPUs that were held for them."""
     losses: dict[Half, RowLosses] = {}
     tasks: tuple[TaskScore, ...] = ()
     """Scores on tasks: those of `evaluate.tasks` or, of a finalist, those that selected."""
@@ -138,6 +142,11 @@ class FineTune(Recorded):
             accuracy=self.accuracy,
             accuracy_stderr=self.accuracy_stderr,
         )
+
+    @property
+    def total_gpu_seconds(self) -> float:
+        """GPU seconds of training and scoring."""
+        return self.gpu_seconds + self.scoring_gpu_seconds
 
     @property
     def confirmation(self) -> RowLosses:

@@ -353,7 +353,7 @@ class SearchRecord(Record):
     def confirmation_gpu_seconds(self) -> float:
         """GPU seconds spent on finalists: scores on fresh rows, and training under more seeds."""
         return sum(
-            tuned.gpu_seconds for finalist in self.finalists for tuned in finalist.fine_tunes
+            tuned.total_gpu_seconds for finalist in self.finalists for tuned in finalist.fine_tunes
         )
 
     @property

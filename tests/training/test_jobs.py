@@ -1,11 +1,10 @@
-"""Rows of the final table, on real files: a row is scored with its own adapter, or not at all."""
+"""Fine-tunes and their scores, on real files: a model has its own adapter, or no score."""
 
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from conftest import (
     raw_config,
     with_key,
 )
-from mixed_models import row_job
+from mixed_models import held_out_scoring, job_in, row_job
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -34,6 +33,7 @@ from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.run import run
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.assembly import measured_bytes
+from qpruner.runs.records import CONFIRMATION, SELECTION, FineTune
 from qpruner.training.checkpoints import (
     Ownership,
     SaveClock,
@@ -45,15 +45,9 @@ from qpruner.training.checkpoints import (
 from qpruner.training.evaluate import score_tasks
 from qpruner.training.finetune import Schedule
 from qpruner.training.inference import InferenceJob, measure_inference, take_turn
-from qpruner.training.table_rows import (
-    CandidateJob,
-    build,
-    confirm_trial,
-    evaluate_candidate,
-    finetune_candidate,
-)
+from qpruner.training.jobs import FineTuneJob, Scoring, build, score, tune
 
-Tuned = tuple[CandidateJob, SimpleNamespace]
+Tuned = tuple[FineTuneJob, FineTune]
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -69,35 +63,28 @@ def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCon
 
 @pytest.fixture(scope="module")
 def tuned(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """Fine-tune a row; return its job and what was measured."""
+    """Fine-tune a row; return its job and its record."""
     job = row_job(config, tmp_path_factory.mktemp("tuned") / "searched")
-    return job, SimpleNamespace(**finetune_candidate(job)[0])
-
-
-def changed(job: CandidateJob, **fields: Any) -> CandidateJob:
-    """Return the job with these fields of its row changed."""
-    return replace(job, candidate=replace(job.candidate, **fields))
+    return job, tune(job)[0]
 
 
 @pytest.fixture
-def copied(tuned: Tuned, tmp_path: Path) -> CandidateJob:
+def copied(tuned: Tuned, tmp_path: Path) -> FineTuneJob:
     """Return the fine-tuned row in a copy of its folder, which a test may damage."""
-    return changed(
-        tuned[0], folder=shutil.copytree(tuned[0].candidate.folder, tmp_path / "searched")
-    )
+    return job_in(tuned[0], shutil.copytree(tuned[0].folder, tmp_path / "searched"))
 
 
-def tuned_model(job: CandidateJob) -> PeftModel:
-    model = build(job.candidate)
-    load_adapter(model, job.candidate.adapter)
+def tuned_model(job: FineTuneJob) -> PeftModel:
+    model = build(job)
+    load_adapter(model, job.adapter)
     return model
 
 
-def tokenizer_of(job: CandidateJob) -> Any:
-    return load_tokenizer(str(job.candidate.bank.checkpoint))
+def tokenizer_of(job: FineTuneJob) -> Any:
+    return load_tokenizer(str(job.bank.checkpoint))
 
 
-def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
+def loss_on(job: FineTuneJob, model: torch.nn.Module, rows: Rows) -> Any:
     return mean_loss(
         model, rows, int(tokenizer_of(job).pad_token_id), job.config.evaluate.batch_size
     )
@@ -108,40 +95,42 @@ def loss_on(job: CandidateJob, model: torch.nn.Module, rows: Rows) -> Any:
 
 def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     job, outcome = tuned
-    rows, judging = load_encoded(job.data / "validation"), load_confirmation(job.data, "judge")
+    rows, judging = load_encoded(job.data / "validation"), load_confirmation(job.data, CONFIRMATION)
     assert loss_on(job, tuned_model(job), judging).mean == pytest.approx(
-        outcome.confirmation_loss, abs=1e-6
+        outcome.confirmation.mean, abs=1e-6
     )
-    assert loss_on(job, tuned_model(job), rows).mean < loss_on(job, build(job.candidate), rows).mean
-    left = sorted(path.name for path in job.candidate.folder.iterdir())
+    assert loss_on(job, tuned_model(job), rows).mean < loss_on(job, build(job), rows).mean
+    left = sorted(path.name for path in job.folder.iterdir())
     assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
-    kept = sorted(path.name for path in job.candidate.checkpoints.iterdir())
+    kept = sorted(path.name for path in job.checkpoints.iterdir())
     assert kept == ["checkpoint-4", "checkpoint-4.files.json"]
     assert outcome.steps == 4
-    model_config = AutoConfig.from_pretrained(job.candidate.bank.checkpoint)
+    model_config = AutoConfig.from_pretrained(job.bank.checkpoint)
     layout = layout_of(model_config, job.config.quantize, 2, job.config.lora.rank, on_gpu=False)
     plan = PrecisionPlan.from_dict(
-        {group.name: job.candidate.plan.get(group.name, "bf16") for group in layout.groups}
+        {group.name: job.record.plan.get(group.name, "bf16") for group in layout.groups}
     )
     assert outcome.measured_bytes == layout.plan_bytes(plan)
 
 
-def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: CandidateJob) -> None:
+def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: FineTuneJob) -> None:
     """The driver was killed before it recorded the fine-tune, and the adapter is missing."""
-    shutil.rmtree(copied.candidate.adapter)
-    copied.candidate.progress.unlink()
-    again, _ = finetune_candidate(copied)
-    assert not copied.candidate.progress.exists(), "no step was reported"
-    figures = ("steps", "train_loss", "confirmation_loss", "adapter_sha256")
-    assert [again[name] for name in figures] == [getattr(tuned[1], name) for name in figures]
+    shutil.rmtree(copied.adapter)
+    copied.progress.unlink()
+    again, _ = tune(copied)
+    assert not copied.progress.exists(), "no step was reported"
+    figures = ("steps", "train_loss", "losses", "adapter_sha256")
+    assert [getattr(again, name) for name in figures] == [
+        getattr(tuned[1], name) for name in figures
+    ]
 
 
 def test_training_seeds_share_the_start(tuned: Tuned, tmp_path: Path) -> None:
     """Training seeds differ in data order only; different starts would add noise between plans."""
     job, outcome = tuned
-    other = changed(job, folder=tmp_path / "other", seed=1)
-    assert finetune_candidate(other)[0]["confirmation_loss"] != outcome.confirmation_loss
-    starts = [build(each.candidate).state_dict() for each in (job, other)]
+    other = job_in(job, tmp_path / "other", seed=1)
+    assert tune(other)[0].confirmation.mean != outcome.confirmation.mean
+    starts = [build(each).state_dict() for each in (job, other)]
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
 
 
@@ -184,22 +173,20 @@ def test_the_newest_intact_checkpoint_is_resumed(tmp_path: Path) -> None:
 def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path: Path) -> None:
     job, undisturbed = tuned
     with disk_of("16m", tmp_path / "disk") as disk:
-        waits, fails = (changed(job, folder=disk / name) for name in ("waits", "fails"))
-        waits.candidate.folder.mkdir()
+        waits, fails = (job_in(job, disk / name) for name in ("waits", "fails"))
+        waits.folder.mkdir()
         with full_until_noticed(disk) as filler:
-            assert (
-                finetune_candidate(waits)[0]["confirmation_loss"] == undisturbed.confirmation_loss
-            )
+            assert tune(waits)[0].losses == undisturbed.losses
             assert not filler.exists()
-        shutil.rmtree(waits.candidate.folder)
-        fails.candidate.folder.mkdir()
+        shutil.rmtree(waits.folder)
+        fails.folder.mkdir()
         (disk / "filler").write_bytes(b"\0" * shutil.disk_usage(disk).free)
         with pytest.raises(
             StorageError, match=r"no space left for .*\n.*make room, then repeat the command"
         ):
-            finetune_candidate(fails)
+            tune(fails)
         (disk / "filler").unlink()
-        assert finetune_candidate(fails)[0]["confirmation_loss"] == undisturbed.confirmation_loss
+        assert tune(fails)[0].losses == undisturbed.losses
 
 
 # Scoring
@@ -207,24 +194,25 @@ def test_a_fine_tune_waits_for_room_or_fails_and_resumes(tuned: Tuned, tmp_path:
 
 def test_a_row_is_scored_with_its_own_adapter_or_start(config: RunConfig, tuned: Tuned) -> None:
     """A row without fine-tune does not use the adapter that a fine-tune left in its folder."""
-    job = tuned[0]
-    started = changed(job, seed=None)
-    dense = row_job(config, job.candidate.folder, pattern=("bf16",), seed=None)
-    start = build(job.candidate)
-    assert "nf4" in job.candidate.plan.values()
-    whole = load_dense(str(dense.candidate.bank.checkpoint), "bfloat16")
+    job = replace(tuned[0], scoring=held_out_scoring(config))
+    started = job_in(job, job.folder, seed=None)
+    whole_job = row_job(config, job.folder, pattern=("bf16",), seed=None)
+    dense = replace(whole_job, scoring=job.scoring)
+    start = build(job)
+    assert "nf4" in job.record.plan.values()
+    whole = load_dense(str(dense.bank.checkpoint), "bfloat16")
     settings, losses = job.config.evaluate, []
     for row, model in ((job, tuned_model(job)), (started, start), (dense, whole)):
-        found = SimpleNamespace(**evaluate_candidate(row)[0])
+        found = score(row)
         model.eval()
-        assert found.scores == score_tasks(
+        assert found.tasks == score_tasks(
             model, tokenizer_of(row), settings.tasks, settings, settings.limit
         )
-        assert [score.task for score in found.scores] == [
-            "qpruner_everyday_test"
-        ] and found.text_loss is None
-        losses.append(found.scores[0].answer_loss)
-    assert job.candidate.progress.read_text() == "32 32", "8 questions with 4 answers each"
+        assert [task.task for task in found.tasks] == ["qpruner_everyday_test"]
+        assert found.accuracy == np.mean(found.tasks[0].correct)
+        assert found.text_loss is None and found.losses == row.record.losses
+        losses.append(found.tasks[0].answer_loss)
+    assert job.progress.read_text() == "32 32", "8 questions with 4 answers each"
     assert len(losses[0]) == 8 and sum(losses[0]) < sum(losses[1]), "it learned how an answer looks"
     start.disable_adapter_layers()
     without = score_tasks(start, tokenizer_of(job), settings.tasks, settings, settings.limit)
@@ -237,7 +225,9 @@ def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path)
     texts = [row["question"] for row in demo_rows("questions_confirmation.jsonl")]
     rows = text_windows(texts, tokenizer, 32)
     save_encoded(rows, tmp_path / "text")
-    found = evaluate_candidate(replace(job, text=tmp_path / "text"))[0]["text_loss"]
+    scoring = held_out_scoring(job.config, tmp_path / "text")
+    record = score(replace(job, scoring=scoring))
+    found = record.text_loss
     model = tuned_model(job)
     model.eval()
     losses, weights = [], [len(row["input_ids"]) - 1 for row in rows]
@@ -249,14 +239,16 @@ def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path)
     assert weights[:-1] == [31] * (len(rows) - 1)
     every = [token for row in rows for token in row["input_ids"]]
     assert every == tokenizer("\n\n".join(texts))["input_ids"], "nothing is cut off"
+    without = score(replace(job, record=record, scoring=Scoring(half=SELECTION)))
+    assert without.text_loss is None and not without.tasks, "scores of another scoring are gone"
 
 
 def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
     """An unquantized row takes turns with the quantized one; both have the same adapter."""
     job = tuned[0]
-    dense = replace(job.candidate, plan=dict.fromkeys(job.candidate.plan, "bf16"))
+    dense = job_in(job, job.folder, plan=dict.fromkeys(job.record.plan, "bf16"))
     signs = tmp_path / "turns"
-    task = InferenceJob(job.config, (job.candidate, dense), job.data, threads=1, progress=signs)
+    task = InferenceJob((job, dense), job.data, threads=1, progress=signs)
     setting, (packed, full) = measure_inference(task)
     assert signs.read_text() == "6 6", "three turns each"
     assert (setting.prompt_tokens, setting.new_tokens) == (128, 16)
@@ -264,7 +256,7 @@ def test_rows_take_turns_at_inference(tuned: Tuned, tmp_path: Path) -> None:
     for each in (packed, full):
         assert len(each.prefill_tokens_per_second) == len(each.decode_tokens_per_second) == 3
         assert min(each.prefill_tokens_per_second) > 0 and min(each.decode_tokens_per_second) > 0
-    model_config = AutoConfig.from_pretrained(job.candidate.bank.checkpoint)
+    model_config = AutoConfig.from_pretrained(job.bank.checkpoint)
     layout = layout_of(model_config, job.config.quantize, 2, 4, on_gpu=False)
     assert packed.memory_bytes >= tuned[1].measured_bytes
     assert full.memory_bytes >= layout.plan_bytes(layout.dense())
@@ -289,13 +281,13 @@ DAMAGES: tuple[Callable[[Path], object], ...] = (
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=["missing", "truncated"])
 def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
-    copied: CandidateJob, damage: Callable[[Path], object]
+    copied: FineTuneJob, damage: Callable[[Path], object]
 ) -> None:
     """Else the table would show the untuned model's accuracy as that of the fine-tuned model."""
-    damage(copied.candidate.adapter)
+    damage(copied.adapter)
     with pytest.raises(CorruptFile) as caught:
-        evaluate_candidate(copied)
-    assert caught.value.path and caught.value.path.parent == copied.candidate.adapter
+        score(replace(copied, scoring=held_out_scoring(copied.config)))
+    assert caught.value.path and caught.value.path.parent == copied.adapter
     assert str(caught.value.path) in str(caught.value)
 
 
@@ -303,40 +295,40 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: Tuned) -> None:
     job, outcome = tuned
     model, rows = tuned_model(job), load_encoded(job.data / "confirmation")
     choosing, judging = (loss_on(job, model, rows[part::2]) for part in (0, 1))
-    found = confirm_trial(changed(job, folder=job.candidate.adapter))
-    assert found.loss == pytest.approx(choosing.mean, abs=1e-6)
-    assert found.losses == pytest.approx(choosing.by_row, abs=1e-4), (
+    as_trial = replace(job, scoring=Scoring(half=SELECTION))
+    found = score(replace(as_trial, record=outcome))
+    assert found.selection.loss == pytest.approx(choosing.mean, abs=1e-6)
+    assert found.losses[SELECTION].by_row == pytest.approx(choosing.by_row, abs=1e-4), (
         "so that finalists can be paired by row"
     )
     # What the claim is told in is on rows that chose nothing.
-    assert outcome.confirmation_loss == pytest.approx(judging.mean, abs=1e-6)
+    assert outcome.confirmation.mean == pytest.approx(judging.mean, abs=1e-6)
     assert choosing.mean != pytest.approx(judging.mean)
-    assert outcome.confirmation_losses == pytest.approx(judging.by_row, abs=1e-4)
+    assert outcome.confirmation.by_row == pytest.approx(judging.by_row, abs=1e-4)
     lengths = sorted(range(8), key=lambda index: len(rows[1::2][index]["input_ids"]))
     assert lengths != list(range(8)), "rows are batched by length, and yet told in their order"
     alone = [loss_on(job, model, [row]).mean for row in rows[1::2]]
-    assert np.corrcoef(alone, outcome.confirmation_losses)[0, 1] > 0.9
+    assert np.corrcoef(alone, outcome.confirmation.by_row)[0, 1] > 0.9
+    assert found.confirmation == outcome.confirmation, "the other half keeps its losses"
     with pytest.raises(CorruptFile, match="adapter"):
-        confirm_trial(job)
+        score(replace(as_trial, adapter=job.folder))
 
 
 def test_accuracy_is_confirmed_on_later_questions(tuned: Tuned) -> None:
     job, task = tuned[0], "qpruner_everyday_validation"
-    (score,) = score_tasks(tuned_model(job), tokenizer_of(job), [task], job.config.evaluate, 60)
+    (judged,) = score_tasks(tuned_model(job), tokenizer_of(job), [task], job.config.evaluate, 60)
 
     def accuracy(begin: int, end: int) -> float:
-        return float(np.mean(score.correct[begin:end]))
+        return float(np.mean(judged.correct[begin:end]))
 
     # So many that other questions would tell.
     limit = next(
         n for n in range(4, 31) if accuracy(n, 2 * n) not in (accuracy(0, n), accuracy(n, 60))
     )
-    search = job.config.search.model_copy(
-        update={"metric": "accuracy", "tasks": (task,), "limit": limit}
-    )
-    config = job.config.model_copy(update={"search": search})
-    found = confirm_trial(replace(changed(job, folder=job.candidate.adapter), config=config))
+    scoring = Scoring(half=SELECTION, tasks=(task,), limit=limit, skip=limit)
+    found = score(replace(job, scoring=scoring))
     assert found.accuracy == pytest.approx(accuracy(limit, 2 * limit))
+    assert found.selection.accuracy == found.accuracy
 
 
 def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""The rows of the final table: their plans, training seeds and jobs."""
+"""The fine-tunes of the final table: their plans, training seeds and jobs."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,26 @@ from searched_runs import (
 from qpruner.config.load import validate_config
 from qpruner.estimate.hours import num_compared
 from qpruner.pipeline import preflight
-from qpruner.pipeline.comparison import Comparison
-from qpruner.pipeline.comparison_rows import (
-    candidates_for,
-    distinct,
-    job_progress,
-    jobs_of,
-    table_rows,
-    untuned_candidates,
-    winner_row,
-)
+from qpruner.pipeline.comparison import Comparison, final_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
-from qpruner.pipeline.evaluate import scores_digest
+from qpruner.pipeline.evaluate import Evaluate, scores_digest
 from qpruner.pipeline.finalists import further_seeds
+from qpruner.pipeline.finetune import Finetune, final_job
 from qpruner.pipeline.search import Search
+from qpruner.pipeline.tuning import distinct, job_progress
+from qpruner.plans.plan import PrecisionPlan, plan_of
 from qpruner.runs.events import Event
-from qpruner.runs.records import GIVEN, FreshScore, SearchRecord, SensitivityRecord
+from qpruner.runs.records import (
+    GIVEN,
+    SELECTION,
+    FinetuneRecord,
+    RowLosses,
+    SearchRecord,
+    SensitivityRecord,
+)
 from qpruner.search.choice import seed_plan
+from qpruner.training.jobs import FineTuneJob
 
 # of the base one plan fits
 CONTROLS = (
@@ -50,19 +52,33 @@ CONTROLS = (
 )
 
 
+def plans_of(jobs: Iterable[FineTuneJob]) -> list[tuple[int | None, PrecisionPlan]]:
+    """List training seed and plan of each job."""
+    return [(job.record.seed, plan_of(job.record)) for job in jobs]
+
+
+def by_row(context: Context, search: SearchRecord) -> dict[str, list[FineTuneJob]]:
+    """Return the jobs of the final table by row, after a search."""
+    rows: dict[str, list[FineTuneJob]] = {}
+    for job in final_jobs(with_records(context, search=search)):
+        rows.setdefault(job.record.name, []).append(job)
+    return rows
+
+
 def test_random_plans_have_equal_bytes_and_all_seeds(
     context: Context, changed: Callable[[str, Any], Context]
 ) -> None:
-    winner, space = a_winner(context), context.shapes.space.spaces[0]
-    plans = rows_of(context, winner)["random"].plans
+    winner = a_winner(context)
+    space = context.shapes.space.spaces[0]
+    plans = plans_of(rows_of(context, winner)["random"])
     drawn = {plan for _, plan in plans}
     assert len(drawn) == 3 and winner not in drawn
     assert set(plans) == set(itertools.product((1, 2, 3), drawn)) and len(plans) == 9
     for plan in drawn:
         assert space.plan_bytes(plan) == pytest.approx(space.plan_bytes(winner), rel=0.01)
     one = changed("finetune.random_plans", 1)
-    assert [seed for seed, _ in rows_of(one, winner)["random"].plans] == [1, 2, 3]
-    assert rows_of(replace(context), winner)["random"].plans == plans
+    assert [seed for seed, _ in plans_of(rows_of(one, winner)["random"])] == [1, 2, 3]
+    assert plans_of(rows_of(replace(context), winner)["random"]) == plans
 
 
 def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any], Context]) -> None:
@@ -70,13 +86,13 @@ def test_only_rows_of_the_claim_have_several_seeds(changed: Callable[[str, Any],
     best, plan = controls(context)[2]
     searched = searched_record(a_winner(context), {"unpruned-uniform": 2.1, best: 2.0})
     uniform, rival, winner = searched.finalists
-    rival = rival.model_copy(update={"plan": plan.as_dict(), "cut": plan.cut})
+    rival = made_finalist(rival.index, best, 2.0, cut=plan.cut, plan=plan.as_dict())
     searched = searched.model_copy(update={"finalists": (uniform, rival, winner)})
-    found = {row.name: row for row in table_rows(with_records(context, search=searched))}
-    assert sum(len(row.plans) for row in found.values()) <= 1 + num_compared(context.config), (
+    found = by_row(context, searched)
+    assert sum(len(jobs) for jobs in found.values()) <= 1 + num_compared(context.config), (
         "as `check` counts"
     )
-    seeds = {name: {seed for seed, _ in row.plans} for name, row in found.items()}
+    seeds = {name: {job.record.seed for job in jobs} for name, jobs in found.items()}
     assert {name for name, each in seeds.items() if each == {1, 2}} == {"random", "searched", best}
     assert {name for name, each in seeds.items() if each == {1}} == {
         "base",
@@ -90,14 +106,14 @@ def test_controls_that_the_winner_beat_get_no_fine_tune(context: Context) -> Non
     bad."""
     losses = {"unpruned-uniform": 2.4, "cut-20-knapsack": 1.91, "cut-20-uniform": 2.5, "paper": 3.0}
     searched = with_rows(context, searched_record(a_winner(context), losses))
-    names = {row.name for row in table_rows(with_records(context, search=searched))}
+    names = set(by_row(context, searched))
     assert names.intersection(CONTROLS) == {"cut-20-knapsack", "paper"}
     far = with_rows(
         context,
         searched_record(a_winner(context), {name: loss + 1 for name, loss in losses.items()}),
     )
     assert far.rival == 1, "the best control"
-    names = {row.name for row in table_rows(with_records(context, search=far))}
+    names = set(by_row(context, far))
     assert names.intersection(CONTROLS) == {"cut-20-knapsack", "paper"}
 
 
@@ -108,10 +124,11 @@ def with_rows(context: Context, searched: SearchRecord) -> SearchRecord:
     for position, each in enumerate(searched.finalists):
         loss = each.mean.loss
         rows = tuple(loss + noise[(row + position) % 4] for row in range(16))
-        update: dict[str, Any] = {"scores": {0: FreshScore(loss=loss, losses=rows)}}
+        update: dict[str, Any] = {"losses": {SELECTION: RowLosses(mean=loss, by_row=rows)}}
         if each.control:
             update |= {"plan": plans[each.origin].as_dict(), "cut": plans[each.origin].cut}
-        found.append(each.model_copy(update=update))
+        as_trial = each.as_trial.model_copy(update=update)
+        found.append(each.model_copy(update={"fine_tunes": (as_trial,)}))
     return searched.model_copy(update={"finalists": tuple(found)})
 
 
@@ -126,13 +143,10 @@ def test_if_a_control_won_the_best_searched_plan_is_its_rival(
     )
     about = {"best_origin": "cut-20-knapsack", "best_cut": won.cut, "finalists": fresh}
     searched = made_search(won.as_dict(), digest="0" * 16, **about)
-    rows = {row.name: row for row in table_rows(with_records(context, search=searched))}
-    assert (
-        rows["best searched"].plans == ((1, plan), (2, plan))
-        and rows["best searched"].origin == "gp, trial 3"
-    )
-    given = with_records(context, search=searched)
-    added = len(distinct(jobs_of(given, rows.values()))) - 1
+    rows = by_row(context, searched)
+    assert plans_of(rows["best searched"]) == [(1, plan), (2, plan)]
+    assert {job.record.origin for job in rows["best searched"]} == {"gp, trial 3"}
+    added = len(distinct(sum(rows.values(), list[FineTuneJob]()))) - 1
     assert added <= num_compared(context.config), "as `check` counts"
 
 
@@ -140,7 +154,8 @@ def test_seeds_that_chose_the_winner_do_not_judge_it(
     changed: Callable[[str, Any], Context],
 ) -> None:
     context = changed("search.confirm_seeds", 2)
-    found = [seed for row in rows_of(context, a_winner(context)).values() for seed, _ in row.plans]
+    jobs = final_jobs(with_winner(context, a_winner(context)))
+    found = {job.record.seed for job in jobs}
     assert len(further_seeds(context.config)) == 2
     assert {*further_seeds(context.config), context.config.seed}.isdisjoint(found)
 
@@ -173,22 +188,27 @@ def test_check_counts_the_fine_tunes_without_a_search(
     given = with_records(
         given, search=searched_record(winner, {"given": 2.0}), sensitivity=measured
     )
-    rows = table_rows(given)
-    assert len(distinct(jobs_of(given, rows))) - 1 <= num_compared(given.config) <= 19
+    assert len(distinct(final_jobs(given))) - 1 <= num_compared(given.config) <= 19
+
+
+def finetune_record(job: FineTuneJob) -> FinetuneRecord:
+    """Make the record of stage finetune after this job."""
+    return FinetuneRecord(digest="1" * 16, seconds=1.0, winner=job.record)
 
 
 def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> None:
     """A winner that is a control shares the fine-tune of the row of that control."""
     winner = dict(controls(context))["cut-20-uniform"]
-    rows = rows_of(context, winner)
-    assert winner_row(with_winner(context, winner)) == replace(
-        rows["searched"], plans=((1, winner),)
-    )
-    found = folders(context, rows)
+    rows, won = rows_of(context, winner), with_winner(context, winner)
+    assert Finetune(won).job == rows["searched"][0]
+    assert plans_of(rows["searched"]) == [(1, winner), (2, winner), (3, winner)]
+    found = folders(rows)
     assert found["searched", 1] == found["cut-20-uniform", 1]
     assert len({found["searched", seed] for seed in (1, 2, 3)}) == 3
     assert found["base", 1] != found["pruned", 1]
-    untuned = {each.folder for each in untuned_candidates(context, winner)}
+    tuned = with_records(won, finetune=finetune_record(rows["searched"][0]))
+    untuned = {job.folder for job in Evaluate(tuned).jobs[:-1]}
+    assert Evaluate(tuned).jobs[-1].folder == found["searched", 1]
     assert len(untuned) == 3 and not untuned & set(found.values())
 
 
@@ -206,9 +226,11 @@ def test_a_row_is_named_as_in_the_final_table(
     """Every message about a row uses its title in the table."""
     winner = a_winner(context)
     found_context = with_records(context, search=searched_record(winner).model_copy(update=found))
-    labels = [job.label for job in Comparison(found_context).jobs if job.name == "searched"]
+    labels = [job.label for job in Comparison(found_context).jobs if job.record.name == "searched"]
     assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
-    untuned = [job.label for job in untuned_candidates(found_context, winner)]
+    tuned = finetune_record(Finetune(found_context).job)
+    jobs = Evaluate(with_records(found_context, finetune=tuned)).jobs
+    untuned = [job.label for job in jobs[:-1]]
     assert untuned == [f"{name} (no fine-tune)" for name in ("base", "pruned", title)]
 
 
@@ -228,9 +250,7 @@ def test_only_what_a_fine_tune_depends_on_repeats_it(
 ) -> None:
     plan = context.shapes.space.spaces[0].uniform("nf4")
     contexts = (context, changed(key, value))
-    before, after = (
-        job for each in contexts for job in candidates_for(each, [("searched", plan, 0)])
-    )
+    before, after = (final_job(each, "searched", "gp", plan, 0) for each in contexts)
     assert (before.folder == after.folder) == is_same
 
 
