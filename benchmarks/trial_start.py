@@ -53,7 +53,7 @@ def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, str]) -> t
             for key in ("lora_A", "lora_B"):
                 starts[f"{path}.{key}"] = own.pop(key)
             linear: Any = model.get_submodule(path)
-            model.set_submodule(path, packed_layer(linear, plan[name], own, dtype))
+            model.set_submodule(path, packed_layer(linear, format_of(plan[name]), own, dtype))
     return attach_adapters(model, starts, config.lora, config.quantize.group, config.seed)
 
 

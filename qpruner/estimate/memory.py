@@ -17,11 +17,10 @@ from qpruner.models.layout import skeleton
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
 from qpruner.pipeline.shapes import Shapes
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Group, Layout, LinearShape
+from qpruner.plans.plan import Group, Layout, LinearShape
 from qpruner.pruning.grams import gram_bytes
 from qpruner.pruning.settings import cuttable_layers
 from qpruner.pruning.units import available, unit_sizes
-from qpruner.quantization.formats import format_of
 from qpruner.quantization.formats.layers import PIECE
 from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
 from qpruner.sensitivity.measurement import POSITIONS
@@ -279,8 +278,7 @@ def _measured_groups(dense: Layout, is_all: bool) -> list[Group]:
 
     Embeddings and head take their place in no other pass.
     """
-    groups = dense.groups if is_all else _outside_blocks(dense)
-    return [group for group in groups if any(format_of(name).is_packed for name in group.formats)]
+    return [group for group in dense.groups if group.packed and (is_all or group.is_table)]
 
 
 def _by_information(config: RunConfig, shapes: Shapes, tokens: int) -> dict[str, int]:
@@ -376,11 +374,7 @@ def _weights(dense: Layout) -> dict[str, int]:
 
 def _blocks(layout: Layout) -> list[Group]:
     """Return the groups inside of blocks, whose layers have adapters."""
-    return [group for group in layout.groups if group.name not in (EMBEDDINGS, HEAD)]
-
-
-def _outside_blocks(layout: Layout) -> list[Group]:
-    return [group for group in layout.groups if group.name in (EMBEDDINGS, HEAD)]
+    return [group for group in layout.groups if not group.is_table]
 
 
 def _largest(groups: Iterable[Group]) -> int:

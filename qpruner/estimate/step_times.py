@@ -20,7 +20,7 @@ from qpruner.models.families import family_of
 from qpruner.models.loading import device
 from qpruner.models.memory import limit_threads, release
 from qpruner.pipeline.shapes import layout_for
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED
+from qpruner.plans.plan import UNPRUNED
 from qpruner.quantization.assembly import attach_adapters
 from qpruner.quantization.formats import format_of
 from qpruner.quantization.mixed import packed_layer
@@ -128,11 +128,12 @@ def small_model(config: RunConfig, model_config: Any, num_blocks: int) -> Any:
         model: Any = AutoModelForCausalLM.from_config(small, dtype=dtype)
     layout = layout_for(config, small, torch.cuda.is_available(), UNPRUNED)
     for group, name in zip(layout.groups, layout.smallest().formats, strict=True):
-        if format_of(name).is_packed and group.name not in (EMBEDDINGS, HEAD):
+        packing = format_of(name)
+        if packing.is_packed and not group.is_table:
             for linear in group.linears:
                 layer = model.get_submodule(linear.name)
-                tensors = format_of(name).pack(layer.weight.data)
-                model.set_submodule(linear.name, packed_layer(layer, name, tensors, dtype))
+                tensors = packing.pack(layer.weight.data)
+                model.set_submodule(linear.name, packed_layer(layer, packing, tensors, dtype))
     adapted: Any = attach_adapters(model, {}, config.lora, config.quantize.group, config.seed)
     if config.training.gradient_checkpointing:
         adapted.enable_input_require_grads()

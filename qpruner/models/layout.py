@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import QuantizeConfig
 from qpruner.models import ragged
-from qpruner.models.families import family_of
+from qpruner.models.families import block_paths, family_of
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Group, Layout, LinearShape
 from qpruner.quantization.formats import format_of
 
@@ -74,9 +74,8 @@ def _groups(config: Any, grouping: str) -> Iterator[tuple[str, tuple[str, ...], 
     """Yield the name of each group, its linear layers and the modules at its end."""
     family = family_of(config)
     num_digits = len(str(config.num_hidden_layers - 1))
-    for index in range(config.num_hidden_layers):
+    for index, block in enumerate(block_paths(config)):
         layer = f"layers.{index:0{num_digits}d}"
-        block = family.block_path(index)
         for name, (linears, outputs) in family.groups(grouping).items():
             yield _joined(layer, (name,))[0], _joined(block, linears), _joined(block, outputs)
 

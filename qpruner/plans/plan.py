@@ -20,7 +20,7 @@ import yaml
 from qpruner.config.load import parse_yaml
 from qpruner.config.pruning import UNPRUNED as UNPRUNED
 from qpruner.errors import PlanRefused
-from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of, formats
+from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of
 from qpruner.runs.records import Finalist, FineTune, TrialRecord
 
 EMBEDDINGS = "embeddings"
@@ -82,6 +82,16 @@ class Group:
     name: str
     linears: tuple[LinearShape, ...]
     formats: tuple[str, ...]  # that are offered, smallest first; all its layers take them
+
+    @property
+    def is_table(self) -> bool:
+        """Whether this is the group of the embeddings or of the head, outside the blocks."""
+        return self.name in OUTSIDE_BLOCKS
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """Those of `formats` in which weights are packed."""
+        return tuple(name for name in self.formats if format_of(name).is_packed)
 
     @property
     def num_weights(self) -> int:
@@ -174,12 +184,9 @@ def next_format(name: str, offered: Sequence[str]) -> str:
 
     `offered` is in order of size, smallest first.
     """
-    order = list(formats())
-    least = order.index(format_of(name).name)
-    for candidate in offered:
-        if order.index(candidate) >= least:
-            return candidate
-    return offered[-1]
+    least = format_of(name).order
+    larger = (candidate for candidate in offered if format_of(candidate).order >= least)
+    return next(larger, offered[-1])
 
 
 class PlansOfCut(ABC):
@@ -240,17 +247,15 @@ class Layout(PlansOfCut):
     @cached_property
     def sizes(self) -> tuple[dict[str, int], ...]:
         """Return the bytes of each group in the formats that it is offered, smallest first."""
-        sizes = []
-        for group in self.groups:
-            sizes.append(
-                {name: group.packed_bytes(name, self.element_bytes) for name in group.formats}
-            )
-        return tuple(sizes)
+        return tuple(
+            {name: group.packed_bytes(name, self.element_bytes) for name in group.formats}
+            for group in self.groups
+        )
 
     @property
     def levels(self) -> tuple[str, ...]:
         """Return the formats that any group is offered, smallest first."""
-        return by_size(tuple(set().union(*self.sizes)))
+        return by_size(set().union(*self.sizes))
 
     @property
     def offered(self) -> dict[str, tuple[str, ...]]:
@@ -290,7 +295,7 @@ class Layout(PlansOfCut):
         num_bits = 0.0
         num_weights = 0
         for group, name in zip(self.groups, plan.formats, strict=True):
-            if group.name not in OUTSIDE_BLOCKS:
+            if not group.is_table:
                 num_bits += group.num_weights * format_of(name).bits
                 num_weights += group.num_weights
         return num_bits / num_weights

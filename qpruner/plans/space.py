@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from qpruner.errors import SolverFailed
 from qpruner.plans.plan import UNPRUNED, Layout, PlansOfCut, PrecisionPlan, next_format
@@ -139,7 +140,7 @@ class PlanSpace(PlansOfCut):
         """Return True if the plan is in this space and fits into the budget."""
         return plan in self and self.plan_bytes(plan) <= self.budget_bytes
 
-    def best_by_gain(self, gains: Sequence[Sequence[float]]) -> PrecisionPlan:
+    def best_by_gain(self, gains: npt.ArrayLike) -> PrecisionPlan:
         """Return the plan in the budget with the largest sum of gains, by an exact knapsack.
 
         `gains` is ``(groups, levels)``; those of levels that a group is not offered do not matter.
@@ -165,22 +166,16 @@ class PlanSpace(PlansOfCut):
 
         # The byte terms of all groups sum to less than one, so they only break ties between equally
         # near plans.
-        limit = 1.0 + sum(max(offered.values()) for offered in self.sizes)
-        gains = []
-        for wanted, offered in zip(plan.formats, self.sizes, strict=True):
-            of_group = [offered.get(level, 0) / limit for level in self.levels]
-            if wanted in self.levels:
-                of_group[self.levels.index(wanted)] += 1
-            gains.append(of_group)
+        sizes = np.nan_to_num(self.table)
+        is_same = np.array(self.levels) == np.array(plan.formats)[:, None]
+        gains = is_same + sizes / (1.0 + sizes.max(axis=1).sum())
 
         # Excluding plans makes the problem larger, and most proposals do not need it: solve it
         # without them first.
         nearest = self._solve(gains, ())
         return self._solve(gains, avoided) if nearest in avoided else nearest
 
-    def _solve(
-        self, gains: Sequence[Sequence[float]], avoid: Iterable[PrecisionPlan]
-    ) -> PrecisionPlan | None:
+    def _solve(self, gains: npt.ArrayLike, avoid: Iterable[PrecisionPlan]) -> PrecisionPlan | None:
         """Return the plan in the budget, not in `avoid`, with the largest sum of gains.
 
         Return None if there is no such plan. HiGHS accepts plans that exceed the budget by up to a
@@ -188,17 +183,14 @@ class PlanSpace(PlansOfCut):
         does not help, plans over the budget are excluded one by one.
         """
         excluded = list(avoid)
-        for margin in (0.0, 2e-6, 2e-5):
+        for margin in (0.0, 2e-6, 2e-5, *[0.0] * MAX_EXCLUDED):
             plan = self._optimum(gains, excluded, margin)
-            if plan is None and margin == 0.0:
-                return None
             if plan is not None and self.is_feasible(plan):
                 return plan
-        for _ in range(MAX_EXCLUDED):
-            plan = self._optimum(gains, excluded, margin=0.0)
-            if plan is None or self.is_feasible(plan):
-                return plan
-            excluded.append(plan)
+            if margin == 0.0:
+                if plan is None:
+                    return None
+                excluded.append(plan)
         raise SolverFailed(
             f"HiGHS found only plans that exceed the budget of {self.budget_bytes} bytes by less "
             f"than a millionth ({MAX_EXCLUDED} of them): raise `quantize.budget` by a millionth, "
@@ -206,7 +198,7 @@ class PlanSpace(PlansOfCut):
         )
 
     def _optimum(
-        self, gains: Sequence[Sequence[float]], avoid: Sequence[PrecisionPlan], margin: float
+        self, gains: npt.ArrayLike, avoid: Sequence[PrecisionPlan], margin: float
     ) -> PrecisionPlan | None:
         """Solve the knapsack for plans not in `avoid`; return None if there are none.
 
@@ -216,7 +208,7 @@ class PlanSpace(PlansOfCut):
 
         is_offered = ~np.isnan(self.table)
         sizes = np.nan_to_num(self.table)
-        gain = np.where(is_offered, np.array(gains, dtype=float), 0.0)
+        gain = np.where(is_offered, gains, 0.0)
         num_groups, num_levels = gain.shape
 
         # Unknowns are 1 where a group has a level, in the order (groups, levels).
@@ -282,7 +274,7 @@ class SearchSpace:
     @cached_property
     def levels(self) -> tuple[str, ...]:
         """The formats of any cut, smallest first."""
-        return by_size(tuple(set().union(*(space.levels for space in self.spaces))))
+        return by_size(set().union(*(space.levels for space in self.spaces)))
 
     @cached_property
     def tables(self) -> np.ndarray:

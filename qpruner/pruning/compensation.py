@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from qpruner.data.calibration import Samples, at_tokens, block_inputs, block_output, run_base
 from qpruner.data.losses import batches, hooked, returning
 from qpruner.errors import TrainingDiverged
-from qpruner.models.families import family_of
+from qpruner.models.families import block_paths, family_of
 from qpruner.pruning.surgery import unit_indices
 from qpruner.pruning.units import Kept, unit_kinds_of
 
@@ -35,9 +35,8 @@ class BlockStream:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, samples: Samples) -> None:
-        paths = map(family_of(model.config).block_path, range(model.config.num_hidden_layers))
         self._model = model
-        self._blocks = list(map(model.get_submodule, paths))
+        self._blocks = list(map(model.get_submodule, block_paths(model.config)))
         self._on_progress = samples.on_progress
         self._hidden: list[torch.Tensor] = []
         self._batches = list(
@@ -124,7 +123,7 @@ class BlockStream:
         return block_output(self._blocks[index](hidden, *args, **kwargs))
 
 
-class _Grams(list[torch.Tensor]):
+class GramSums(list[torch.Tensor]):
     """Sum products with inputs over batches, in float32.
 
     The first sum is ``inputs^T inputs`` ``(features, features)``. If targets are added too, the
@@ -133,13 +132,12 @@ class _Grams(list[torch.Tensor]):
 
     def add(self, *pair: torch.Tensor) -> None:
         """Add inputs ``(tokens, features)`` and perhaps targets ``(tokens, outputs)``."""
-        inputs = pair[0].float()
-        for position, states in enumerate(pair):
-            factor = states.float().T.to(inputs.device)
+        wide = [states.to(pair[0].device, torch.float32) for states in pair]
+        for position, states in enumerate(wide):
             if position == len(self):
-                self.append(factor @ inputs)
+                self.append(states.T @ wide[0])
             else:
-                self[position].addmm_(factor, inputs)
+                self[position].addmm_(states.T, wide[0])
 
 
 def compensate_blocks(
@@ -157,28 +155,27 @@ def compensate_blocks(
     square of the inputs. Only blocks in `layers` change, and nothing changes in families where a
     norm follows the projection.
     """
-    family = family_of(model.config)
-    count = model.config.num_hidden_layers
-    factor = family.residual_factor(model.config)
+    paths = block_paths(model.config)
+    factor = family_of(model.config).residual_factor(model.config)
     if factor is None:
         return
 
     stream = BlockStream(model, samples)
-    for index in range(count):
+    for index, path in enumerate(paths):
         if index in dropped:
             continue
-        behind = list(itertools.takewhile(dropped.__contains__, range(index + 1, count)))
+        behind = list(itertools.takewhile(dropped.__contains__, range(index + 1, len(paths))))
         if behind and index in layers:
             linear = unit_kinds_of(model.config, [index])[index][-1].output_linear
-            grams = _Grams()
+            grams = GramSums()
             stream.visit(index, linear, grams.add, behind)
-            name = f"{family.block_path(index)}.{linear}"
+            name = f"{path}.{linear}"
             change = _ridge_solution(grams[0], grams[1] / factor, ridge, name)
             weight = model.get_parameter(f"{name}.weight").data
             weight.copy_(weight.float() + change.to(weight.device))
         stream.advance(index)
-    if count - 1 in dropped:
-        samples.on_progress(count, count)
+    if len(paths) - 1 in dropped:
+        samples.on_progress(len(paths), len(paths))
 
 
 def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Samples) -> None:
@@ -188,9 +185,9 @@ def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Sample
     """
     family = family_of(model.config)
     stream = BlockStream(model, samples)
-    for index in range(model.config.num_hidden_layers):
+    for index, path in enumerate(block_paths(model.config)):
         kinds = unit_kinds_of(model.config, [index], kept.get(index, ()))[index]
-        block = model.get_submodule(family.block_path(index))
+        block = model.get_submodule(path)
         with ExitStack() as as_cut:
             # Attention comes first, because the MLP gets its inputs from the pruned attention.
             for kind in kinds:
@@ -199,14 +196,13 @@ def compensate(model: PreTrainedModel, kept: Kept, ridge: float, samples: Sample
                     continue
                 as_cut.enter_context(family.as_cut(block, kind, units))
                 linear = kind.output_linear
-                grams = _Grams()
+                grams = GramSums()
                 stream.visit(index, linear, grams.add)
 
                 weight = block.get_parameter(f"{linear}.weight").data
                 output = next(item for item in kind.slices if item.parameter == f"{linear}.weight")
                 stays = unit_indices(output, units)
-                name = f"{family.block_path(index)}.{linear}"
-                _solve(weight, stays, grams[0], ridge, name)
+                _solve(weight, stays, grams[0], ridge, f"{path}.{linear}")
             stream.advance(index)
 
 

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples, at_tokens
 from qpruner.data.losses import hooked
-from qpruner.models.families import family_of
+from qpruner.models.families import block_paths
 from qpruner.models.layout import group_linears, logits_path
 from qpruner.plans.plan import HEAD, Layout
-from qpruner.pruning.compensation import BlockStream
+from qpruner.pruning.compensation import BlockStream, GramSums
 
 LOOKUPS = 0.3
 """Share of the mean diagonal of the Gram matrix that is added to the diagonal for a tied head.
@@ -33,9 +33,8 @@ def gather(model: PreTrainedModel, samples: Samples) -> Iterator[Grams]:
     """
     groups = group_linears(model.config, "projection").values()
     stream = BlockStream(model, samples)
-    for index in range(model.config.num_hidden_layers):
-        block = f"{family_of(model.config).block_path(index)}."
-        in_block = [paths for paths in groups if paths[0].startswith(block)]
+    for index, block in enumerate(block_paths(model.config)):
+        in_block = [paths for paths in groups if paths[0].startswith(f"{block}.")]
         yield _of_block(model, stream, index, in_block)
     yield {(logits_path(model.config),): _of_head(model, stream)}
 
@@ -61,7 +60,7 @@ def _of_block(
     The layers of a projection share their inputs.
     """
     inputs: dict[tuple[str, ...], torch.Tensor] = {}
-    sums: Grams = {}
+    sums = {paths: GramSums() for paths in groups}
     count = 0
 
     def hook_for(paths: tuple[str, ...]) -> Callable[..., None]:
@@ -71,11 +70,7 @@ def _of_block(
         nonlocal count
         count += int(tokens.sum())
         for paths, states in inputs.items():
-            rows = at_tokens(states, tokens).float()
-            if paths in sums:
-                sums[paths].addmm_(rows.T, rows)
-            else:
-                sums[paths] = rows.T @ rows
+            sums[paths].add(at_tokens(states, tokens))
         inputs.clear()
 
     layers = {paths: model.get_submodule(paths[0]) for paths in groups}
@@ -83,7 +78,7 @@ def _of_block(
         layer.register_forward_pre_hook(hook_for(paths)) for paths, layer in layers.items()
     ):
         stream.advance(index, on_batch)
-    return {paths: gram / count for paths, gram in sums.items()}
+    return {paths: grams[0] / count for paths, grams in sums.items()}
 
 
 def _of_head(model: PreTrainedModel, stream: BlockStream) -> torch.Tensor:

@@ -39,7 +39,7 @@ from qpruner.data.calibration import (
 )
 from qpruner.data.losses import hooked, predicting
 from qpruner.errors import TrainingDiverged
-from qpruner.models.families import UnitKind, family_of
+from qpruner.models.families import UnitKind, block_paths
 from qpruner.pruning.units import unit_kinds_of
 
 Scores = dict[int, dict[str, torch.Tensor]]
@@ -80,13 +80,13 @@ def score(
 
 def _at_random(kinds: Kinds, seed: int) -> Scores:
     generator = torch.Generator().manual_seed(seed)
-    scores: Scores = {}
-    for index, of_block in kinds.items():
-        scores[index] = {}
-        for kind in of_block:
-            drawn = torch.rand(kind.num_units, generator=generator, dtype=torch.float64)
-            scores[index][kind.name] = drawn
-    return scores
+
+    def draw(kind: UnitKind) -> torch.Tensor:
+        return torch.rand(kind.num_units, generator=generator, dtype=torch.float64)
+
+    return {
+        index: {kind.name: draw(kind) for kind in of_block} for index, of_block in kinds.items()
+    }
 
 
 def _by_weight(model: PreTrainedModel, kinds: Kinds, norm: str) -> UnitScores:
@@ -179,11 +179,11 @@ def _by_output(model: PreTrainedModel, kinds: Kinds, samples: Samples, statistic
     * ||x||``, summed over the column: ``E[x_j^2] * ||W_:j||^2`` (after arXiv 2306.11695, eq. 1),
     the output error when feature j is replaced by zero.
     """
-    path = family_of(model.config).block_path
+    paths = block_paths(model.config)
     outputs: dict[str, tuple[int, UnitKind]] = {}
     for index, of_block in kinds.items():
         for kind in of_block:
-            outputs[f"{path(index)}.{kind.output_linear}"] = (index, kind)
+            outputs[f"{paths[index]}.{kind.output_linear}"] = (index, kind)
 
     moments = {name: InputMoments() for name in outputs}
     linears = {name: model.get_submodule(name) for name in outputs}
@@ -215,12 +215,12 @@ class UnitScores:
         self._by_matrix: dict[tuple[int, UnitKind], dict[int, torch.Tensor]] = {}
         self.matrices: dict[str, torch.nn.Parameter] = {}
         self.dims: dict[str, int] = {}
-        path = family_of(model.config).block_path
+        paths = block_paths(model.config)
         for index, of_block in kinds.items():
             for kind in of_block:
                 self._by_matrix[index, kind] = {}
                 for position, item in enumerate(kind.slices):
-                    name = f"{path(index)}.{item.parameter}"
+                    name = f"{paths[index]}.{item.parameter}"
                     parameter = model.get_parameter(name)
                     if parameter.dim() > 1:
                         self.matrices[name] = parameter
@@ -289,7 +289,7 @@ def block_importance(
 
     This is the block influence of ShortGPT (arXiv 2403.03853, eq. 1).
     """
-    path = family_of(model.config).block_path
+    paths = block_paths(model.config)
     sums = dict.fromkeys(layers, 0.0)
     tokens = torch.empty(0, dtype=torch.bool)
     count = 0
@@ -308,7 +308,7 @@ def block_importance(
 
         return hook
 
-    blocks = {index: model.get_submodule(path(index)) for index in layers}
+    blocks = {index: model.get_submodule(paths[index]) for index in layers}
     with hooked(
         block.register_forward_hook(hook_for(index), with_kwargs=True)
         for index, block in blocks.items()
@@ -320,5 +320,5 @@ def block_importance(
 
     scores = {index: 1.0 - total / count for index, total in sums.items()}
     for index, value in scores.items():
-        check_finite(torch.tensor(value), f"the importance of {path(index)}")
+        check_finite(torch.tensor(value), f"the importance of {paths[index]}")
     return scores

@@ -3,8 +3,6 @@
 Blocks are dropped first. Then units inside blocks are scored, selected, compensated for and cut.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
@@ -13,15 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.config.pruning import PruneConfig
 from qpruner.data.calibration import OnProgress, Samples
 from qpruner.errors import TrainingDiverged, UserError
-from qpruner.models.families import family_of
+from qpruner.models.families import block_paths, family_of
 from qpruner.models.layout import skeleton
 from qpruner.models.loading import OnWork, ignore_progress
 from qpruner.pruning.compensation import compensate, compensate_blocks
@@ -37,10 +36,6 @@ from qpruner.pruning.units import (
     unit_kinds_of,
     unit_sizes,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 IMPORTANCE_FILE = "importance.npz"
 
@@ -298,7 +293,8 @@ def _cut_widths(
 def _selected(settings: PruneConfig, values: Values, sizes: Sizes, target: int, step: int) -> Kept:
     """Select the units that stay after a step, by unit numbers of the base model."""
     progress = step / settings.num_steps
-    round_to, uniform = settings.round_to, settings.uniform
+    round_to = settings.round_to
+    uniform = settings.uniform
     if settings.layer_rate is not None:
         return select_rate(values, sizes, settings.layer_rate, round_to, uniform, progress)
     return select(values, sizes, target, settings.selection, round_to, uniform, progress)
@@ -365,8 +361,8 @@ def _num_dropped(model: PreTrainedModel, settings: PruneConfig, order: Sequence[
 
 def block_sizes(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     """Count the parameters of each block in `layers`."""
-    path = family_of(model.config).block_path
-    return [num_parameters(model.get_submodule(path(index))) for index in layers]
+    paths = block_paths(model.config)
+    return [num_parameters(model.get_submodule(paths[index])) for index in layers]
 
 
 def num_parameters(model: Any) -> int:

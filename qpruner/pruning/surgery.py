@@ -1,20 +1,16 @@
 """Cut units and blocks out of a model, so that its weights become smaller."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import OnProgress
 from qpruner.errors import UserError
 from qpruner.models import ragged
 from qpruner.models.families import UnitKind, UnitSlice, family_of, owned_parameters
 from qpruner.pruning.units import Kept, unit_kinds_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def cut(

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpruner.errors import UserError
-from qpruner.models.families import ATTENTION, MLP, UnitKind, family_of, owned_parameters
+from qpruner.models.families import (
+    ATTENTION,
+    MLP,
+    UnitKind,
+    block_paths,
+    family_of,
+    owned_parameters,
+)
 
 Kept = dict[int, dict[str, tuple[int, ...]]]
 """Block index -> kind of unit -> indices of the units that stay, ascending."""
@@ -63,9 +70,10 @@ def unit_sizes(
 ) -> dict[int, dict[str, KindSize]]:
     """Count the units of every kind in `units`, and the parameters of each."""
     family = family_of(model.config)
+    paths = block_paths(model.config)
     sizes: dict[int, dict[str, KindSize]] = {index: {} for index in layers}
     for index, kinds in unit_kinds_of(model.config, layers, units).items():
-        block = model.get_submodule(family.block_path(index))
+        block = model.get_submodule(paths[index])
         for kind in kinds:
             parameters = 0
             for item, parameter in owned_parameters(block, kind):

@@ -20,7 +20,7 @@ from qpruner.models.layout import group_linears, group_paths, table_paths
 from qpruner.models.loading import device
 from qpruner.plans.plan import HEAD
 from qpruner.quantization.bank import BankSource, read_plan
-from qpruner.quantization.formats import format_of, formats
+from qpruner.quantization.formats import formats
 from qpruner.quantization.mixed import MixedPrecisionConfig, flag_for_peft
 from qpruner.runs.storage import OnPiece, fetch
 
@@ -56,7 +56,8 @@ def assemble(
     cpu.install()
     paths = group_paths(config, bank.grouping)
     formats = {path: name for group, name in formats_by_group.items() for path in paths[group]}
-    packed_paths = {path for path, name in formats.items() if format_of(name).is_packed}
+    quantization = MixedPrecisionConfig(formats)
+    packed_paths = quantization.formats
 
     packed: dict[str, torch.Tensor] = {}
     starts: dict[str, torch.Tensor] = {}
@@ -70,7 +71,7 @@ def assemble(
     state = read_tensors(checkpoint, lambda name: name not in left_out, on_piece) | packed
 
     if packed_paths:
-        config.quantization_config = MixedPrecisionConfig(formats).to_dict()
+        config.quantization_config = quantization.to_dict()
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=getattr(torch, bank.dtype)

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from qpruner.errors import CorruptFile, TrainingDiverged
 from qpruner.models.checkpoint import read_tensors
 from qpruner.models.layout import group_linears, group_paths, logits_path
 from qpruner.models.loading import checkpoint_config, device
-from qpruner.plans.plan import EMBEDDINGS, HEAD
+from qpruner.plans.plan import OUTSIDE_BLOCKS, Group
 from qpruner.quantization.formats import Format, format_of, formats
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors
@@ -44,6 +45,8 @@ FEW_WEIGHTS = 10_000_000
 """A model with fewer weights is packed without Ray, which would take longer to start."""
 
 Tensors = dict[str, torch.Tensor]
+Pair = tuple[str, str]
+"""A group and a packed format that it may have."""
 Kind = TypeVar("Kind", bound="FileRecord")
 
 logger = logging.getLogger(__name__)
@@ -214,7 +217,7 @@ def make_entries(
     dtype = getattr(torch, bank.dtype)
     weights = {names[name]: tensor.to(device(), dtype) for name, tensor in stored.items()}
     grams = read_grams(bank.folder, bank.inputs, config, paths) if bank.uses_grams else None
-    lora = None if group in (EMBEDDINGS, HEAD) else bank.lora
+    lora = None if group in OUTSIDE_BLOCKS else bank.lora
     entries = build_entries(weights, map(format_of, levels), lora, bank.seed, grams)
     for level, entry in zip(levels, entries, strict=True):
         yield write_entry(bank, group, level, entry), entry.tensors
@@ -302,12 +305,8 @@ def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> 
 
 def grams_file(folder: Path, path: str) -> Path:
     """Return the file with the Gram matrices of a layer's block; the head has a file of its own."""
-    block = []
-    for part in path.split("."):
-        block.append(part)
-        if part.isdigit():  # the index of the block
-            break
-    return folder / GRAMS / f"{'.'.join(block)}.safetensors"
+    block = re.sub(r"(\.\d+)\..*", r"\1", path)  # up to the index of the block
+    return folder / GRAMS / f"{block}.safetensors"
 
 
 def record_path(path: Path) -> Path:
@@ -319,25 +318,21 @@ class Starts:
     """Computes the unpacked weights, adapters included, with which trials start.
 
     The files of the bank are memory-mapped, so a CPU needs memory for one layer's float32 weight
-    only. `groups` maps each group to the paths of its layers, `offered` to the formats that it
-    takes.
+    only.
     """
 
-    def __init__(
-        self,
-        bank: BankSource,
-        groups: Mapping[str, Sequence[str]],
-        offered: Mapping[str, Sequence[str]],
-    ) -> None:
-        self.groups = groups
-        self.offered: dict[str, tuple[str, ...]] = {}
+    def __init__(self, bank: BankSource, groups: Iterable[Group]) -> None:
+        self.groups = {group.name: group for group in groups}
         self._scaling = bank.lora.alpha / bank.lora.rank
-        self._entries: dict[tuple[str, str], Tensors] = {}
-        for group in groups:
-            packed = tuple(level for level in offered[group] if format_of(level).is_packed)
-            self.offered[group] = packed
-            for level in packed:
-                self._entries[group, level] = read_plan(bank, {group: level})
+        self._entries: dict[Pair, Tensors] = {}
+        for group in self.groups.values():
+            for level in group.packed:
+                self._entries[group.name, level] = read_plan(bank, {group.name: level})
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """All pairs of a group and a packed format that it may have, group by group."""
+        return tuple(self._entries)
 
     def weight(self, group: str, level: str, path: str, like: torch.Tensor) -> torch.Tensor:
         """Compute a layer's float32 weight at the start of a trial, on the device of `like`.

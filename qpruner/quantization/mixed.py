@@ -34,7 +34,7 @@ def layer_tensors(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, t
 
 def packed_layer(
     module: torch.nn.Module,
-    format_name: str,
+    layer_format: Format,
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> torch.nn.Module:
@@ -43,7 +43,6 @@ def packed_layer(
     The layer has the size, bias and device of `module`, a linear layer or an embedding, in a model
     of type `dtype`.
     """
-    layer_format = format_of(format_name)
     device = module.get_parameter("weight").device
     with torch.device("meta"):
         layer = layer_format.empty_layer(module, dtype)
@@ -137,10 +136,10 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
 
 def _tensor_names() -> list[str]:
     """List the names of all tensors that a packed layer of any format may have, without repeats."""
-    names = ["weight"]
+    names = dict.fromkeys(["weight"])
     for layer_format in formats().values():
-        names += [name for name in layer_format.more_tensors if name not in names]
-    return names
+        names |= dict.fromkeys(layer_format.more_tensors)
+    return list(names)
 
 
 @register_quantizer(METHOD)

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from qpruner.data import measures
-from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, PrecisionPlan
+from qpruner.plans.plan import OUTSIDE_BLOCKS, UNPRUNED, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.runs.records import OF_EVERY_CUT
 from qpruner.search.searchers import Prior
 
 SAME_BYTES = 0.01  # plans whose bytes differ by at most this share count as equal bytes
-BATCH, MAX_BATCHES = 1024, 128
+BATCH = 1024
+MAX_BATCHES = 128
 SCALE = 1e3  # largest gain given to the solver, far above its absolute tolerance of 1e-6
 BEST_FIRST = ("kl", "second_order", "fisher", "loss", "first_order", "mutual_information")
 """Sensitivities that may choose the plans of controls: the first that is measured does. See
@@ -33,14 +34,14 @@ def seed_plan(values: Prior, space: PlanSpace) -> PrecisionPlan:
             of the group's smallest format.
         space: The plans of a cut, and the budget.
     """
-    gains = np.zeros((len(space.groups), len(space.levels)))
-    for group, offered in enumerate(space.offered):
-        of_levels = np.array([values[space.levels[at]][group] for at in offered], dtype=float)
-        gains[group, offered] = np.nan_to_num(of_levels[0] - of_levels)
+    rises = np.array([values[level] for level in space.levels], dtype=float).T
+    smallest = [offered[0] for offered in space.offered]
+    of_smallest = rises[np.arange(len(rises)), smallest][:, None]
+    gains = np.where(np.isnan(space.table), 0.0, np.nan_to_num(of_smallest - rises))
     largest = gains.max() or np.abs(gains).max() or 1.0
     # Much worse is as bad as worse: the smallest format is there.
     scaled = gains.clip(min=-largest) * (SCALE / largest)
-    return _with_left_over(space, space.best_by_gain(scaled.tolist()), gains)
+    return _with_left_over(space, space.best_by_gain(scaled), gains)
 
 
 def _with_left_over(space: PlanSpace, plan: PrecisionPlan, gains: np.ndarray) -> PrecisionPlan:
@@ -51,10 +52,8 @@ def _with_left_over(space: PlanSpace, plan: PrecisionPlan, gains: np.ndarray) ->
     indices = list(space.indices_of(plan))
     left = space.budget_bytes - space.plan_bytes(plan)
     for level, group in itertools.product(range(len(space.levels)), range(len(space.groups))):
-        sizes = space.group_bytes[group]
         current = indices[group]
-        # A level that is not offered has no more bytes.
-        more = (sizes[level] or 0) - (sizes[current] or 0)
+        more = space.table[group, level] - space.table[group, current]  # NaN if not offered
         if 0 < more <= left and gains[group, level] >= gains[group, current]:
             indices[group] = level
             left -= more
@@ -69,7 +68,7 @@ def uniform_plans(space: PlanSpace) -> dict[str, PrecisionPlan]:
     have the largest of their formats with which the plan fits the budget; if none fits, the
     smallest.
     """
-    outside = [at for at, name in enumerate(space.groups) if name in (EMBEDDINGS, HEAD)]
+    outside = [at for at, name in enumerate(space.groups) if name in OUTSIDE_BLOCKS]
     inside = [offered for at, offered in enumerate(space.offered) if at not in outside]
     of_any = sorted(set(itertools.chain(*inside)))
     common = [at for at in of_any if all(at in offered for offered in inside)]

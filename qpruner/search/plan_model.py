@@ -122,12 +122,9 @@ class PlanModel:
 
     def _covariance_of_features(self) -> Tensor:
         """Return the covariance of the features of groups in plans that are drawn uniformly."""
-        eye = torch.eye(self.num_levels - 1, dtype=torch.float64)
-        blocks = []
-        for share, free in zip(self._shares, self.is_free.to(torch.float64), strict=True):
-            blocks.append((eye * share - share**2) * torch.outer(free, free))
-        covariance: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-        return covariance
+        shares = (self._shares[:, None] * self.is_free).flatten()
+        is_same_group = self._by_level(torch.eye(self.num_groups, dtype=torch.float64))
+        return torch.diag(shares) - torch.outer(shares, shares) * is_same_group
 
     def _mean_of_groups(self, priors: Mapping[str, Prior]) -> Tensor:
         predicted = [self._above_reference(prior).flatten() for prior in priors.values()]

@@ -30,7 +30,8 @@ def run_trial(
 
     The fine-tune begins from `start`, if any. Rungs and checkpoints are reported.
     """
-    config, materials = job.config, job.materials
+    config = job.config
+    materials = job.materials
     one_at_a_time = threading.Lock()  # several threads read files
 
     def on_read() -> None:
@@ -46,7 +47,8 @@ def run_trial(
     tokenizer = load_tokenizer(str(bank.checkpoint))
     pad_id = int(tokenizer.pad_token_id)
     validation = load_encoded(materials.data / "validation")
-    rungs, done = config.search.rungs, 0
+    rungs = config.search.rungs
+    done = 0
 
     def on_step(step: int, total: int, loss: float) -> None:
         nonlocal done
@@ -87,7 +89,8 @@ def score(
     train_loss: float,
 ) -> RungResult:
     """Score a rung: the validation loss and, if the search has tasks, their mean accuracy."""
-    search, settings = config.search, config.evaluate
+    search = config.search
+    settings = config.evaluate
     # Scoring must not change the random state of dropout and data order.
     with torch.random.fork_rng():
         loss = mean_loss(model, validation, int(tokenizer.pad_token_id), settings.batch_size).mean

@@ -10,21 +10,15 @@ the summed loss of sample s, and N the number of labelled tokens. The predicted 
 - second order: the sum of both.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples, visit_linear_gradients
 from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.errors import TrainingDiverged
-from qpruner.quantization.bank import Starts
-from qpruner.sensitivity.measurement import Pair, pairs_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from qpruner.quantization.bank import Pair, Starts
 
 BYTES_A_WEIGHT = 17
 """Peak bytes per weight of the layer in the backward pass.
@@ -41,9 +35,9 @@ def expand(
 
     All groups are in blocks; one pass over the samples serves all methods.
     """
-    pairs = pairs_of(starts)
-    packed_groups = [group for group in starts.groups if starts.offered[group]]
-    owner = {path: group for group in packed_groups for path in starts.groups[group]}
+    pairs = starts.pairs
+    packed_groups = [group for group in starts.groups.values() if group.packed]
+    owner = {linear.name: group for group in packed_groups for linear in group.linears}
     linears = {path: model.get_submodule(path) for path in owner}
     first_order = dict.fromkeys(pairs, 0.0)
     fisher = dict.fromkeys(pairs, 0.0)
@@ -53,16 +47,16 @@ def expand(
         group = owner[path]
         weight = linears[path].weight
         slopes, squares = _sums_over_samples(inputs, gradients)
-        for level in starts.offered[group]:
-            error = starts.weight(group, level, path, weight).sub_(weight)
+        for level in group.packed:
+            error = starts.weight(group.name, level, path, weight).sub_(weight)
             slope, curvature = rises(error, slopes, squares)
             del error  # free the memory before the next error is computed
             if not math.isfinite(slope + curvature):
                 raise TrainingDiverged(
                     f"the gradient of {path}.weight is NaN or infinite on the calibration samples"
                 )
-            first_order[group, level] += slope
-            fisher[group, level] += curvature
+            first_order[group.name, level] += slope
+            fisher[group.name, level] += curvature
 
     visit_linear_gradients(model, linears, samples.by_length, visit)  # type: ignore[arg-type]
     num_tokens = sum(label != IGNORED_LABEL for row in samples.rows for label in row["labels"][1:])

@@ -4,31 +4,21 @@ The group gets the weights with which trials start. The blocks before it return 
 outputs, so only the later ones run: all of them for embeddings, none for a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples
 from qpruner.data.losses import batches, hooked, predicted_labels, predicted_logits, returning
 from qpruner.errors import TrainingDiverged
-from qpruner.models.families import family_of
-from qpruner.quantization.bank import Starts
+from qpruner.models.families import block_paths
+from qpruner.quantization.bank import Pair, Starts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Pair = tuple[str, str]  # a group and a packed format that it may have
 POSITIONS = 256
 """Positions compared at once; each needs a float32 row of the size of the vocabulary."""
-
-
-def pairs_of(starts: Starts) -> tuple[Pair, ...]:
-    """List all pairs of a group and a packed format that it may have, group by group."""
-    return tuple((group, name) for group in starts.groups for name in starts.offered[group])
 
 
 @torch.no_grad()
@@ -45,7 +35,7 @@ def measure(
     all_batches = list(
         batches(samples.by_length.rows, samples.batch_size, samples.pad_id, model.device)
     )
-    pairs = pairs_of(starts)
+    pairs = starts.pairs
     sums = {pair: torch.zeros(2, dtype=torch.float64) for pair in pairs}
     num_positions = 0
     num_runs = 0
@@ -53,7 +43,7 @@ def measure(
         run = _Rerun(model, batch)
         num_positions += len(run.labels)
         for group, level in pairs:
-            paths = starts.groups[group]
+            paths = [linear.name for linear in starts.groups[group].linears]
             weights = [model.get_parameter(f"{path}.weight") for path in paths]
             values = [
                 starts.weight(group, level, path, weight).to(weight.dtype)
@@ -75,10 +65,9 @@ class _Rerun:
     """Runs a batch through the unquantized model, then again from any block."""
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
-        family = family_of(model.config)
         self._model = model
         self._batch = batch
-        self._paths = [family.block_path(index) for index in range(model.config.num_hidden_layers)]
+        self._paths = block_paths(model.config)
         self._blocks = [model.get_submodule(path) for path in self._paths]
         self.labels = predicted_labels(batch["labels"])
         self._outputs: list[Any] = []

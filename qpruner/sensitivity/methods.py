@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from qpruner.config.schema import MEASUREMENT, SensitivityConfig
 from qpruner.data.calibration import OnProgress, Samples
-from qpruner.plans.plan import EMBEDDINGS, HEAD, Group
-from qpruner.quantization.bank import BankSource, Starts
+from qpruner.plans.plan import Group
+from qpruner.quantization.bank import BankSource, Pair, Starts
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.runs.records import MethodScores
 from qpruner.sensitivity import mutual_information
 from qpruner.sensitivity.expansion import expand
-from qpruner.sensitivity.measurement import Pair, measure
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from qpruner.sensitivity.measurement import measure
 
 Rises = Mapping[Pair, float]  # predicted rise for each pair of a group and a packed format
 MEASURED_INSTEAD = {"first_order": "loss", "fisher": "kl", "second_order": "kl"}
@@ -41,28 +39,19 @@ class Subject:
     @property
     def tables(self) -> Subject:
         """The subject without the blocks' groups: embeddings and head, if they may be packed."""
-        tables = [group for group in self.groups if _is_table(group) and _packed(group)]
+        tables = [group for group in self.groups if group.is_table and group.packed]
         return replace(self, groups=tuple(tables))
 
     @property
     def blocks(self) -> Subject:
         """The subject without embeddings and head."""
-        blocks = [group for group in self.groups if not _is_table(group)]
+        blocks = [group for group in self.groups if not group.is_table]
         return replace(self, groups=tuple(blocks))
 
     @property
     def starts(self) -> Starts:
         """Open the bank to read the initial weights of the groups."""
-        paths = {group.name: [linear.name for linear in group.linears] for group in self.groups}
-        return Starts(self.bank, paths, {group.name: group.formats for group in self.groups})
-
-
-def _is_table(group: Group) -> bool:
-    return group.name in (EMBEDDINGS, HEAD)
-
-
-def _packed(group: Group) -> tuple[str, ...]:
-    return tuple(name for name in group.formats if format_of(name).is_packed)
+        return Starts(self.bank, self.groups)
 
 
 def by_information(
@@ -90,7 +79,7 @@ def by_information(
     rises = {
         (group.name, name): nats[group.name] * ((most - sizes[name]) / span)
         for group in subject.groups
-        for name in _packed(group)
+        for name in group.packed
     }
     seconds = time.monotonic() - started
     return _scores({"mutual_information": rises}, subject.groups, seconds, "nats of information")
@@ -117,19 +106,15 @@ def by_measurement(model: PreTrainedModel, subject: Subject) -> dict[str, Method
     return _scores(by_method, subject.groups, time.monotonic() - started)
 
 
-def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> dict[str, Rises]:
+def table_rises(scores: Mapping[str, MethodScores], groups: Sequence[Group]) -> Mapping[str, Rises]:
     """Return the rises by `kl` and `loss` of packed embeddings and head from the groups' scores."""
-    by_method: dict[str, Rises] = {}
-    for method in MEASUREMENT:
-        rises: dict[Pair, float] = {}
+    by_method: dict[str, dict[Pair, float]] = {method: {} for method in MEASUREMENT}
+    for method, rises in by_method.items():
         for at, group in enumerate(groups):
-            if not _is_table(group):
-                continue
-            for name in _packed(group):
+            for name in group.packed if group.is_table else ():
                 rise = scores[method].values[name][at]
                 if rise is not None:
                     rises[group.name, name] = rise
-        by_method[method] = rises
     return by_method
 
 
@@ -151,11 +136,11 @@ def _by_format(rises: Rises, groups: Sequence[Group]) -> dict[str, tuple[float |
 
     A rise is 0 where the format is unpacked, and None where it is not offered.
     """
-    levels = by_size(tuple({name for group in groups for name in group.formats}))
+    levels = by_size({name for group in groups for name in group.formats})
 
     def rise(group: Group, name: str) -> float | None:
-        if name not in group.formats:
-            return None
-        return rises[group.name, name] if format_of(name).is_packed else 0.0
+        if name in group.packed:
+            return rises[group.name, name]
+        return 0.0 if name in group.formats else None
 
     return {name: tuple(rise(group, name) for group in groups) for name in levels}

@@ -6,15 +6,13 @@ the leading principal components, whitened, of a group's output at the predicted
 tokens are pooled. To reduce the bias, the mean estimate for shuffled labels is subtracted.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedModel
 
 from qpruner.config.schema import SensitivityConfig
 from qpruner.data.calibration import OnProgress, Samples, visit_outputs
@@ -22,9 +20,6 @@ from qpruner.data.encoding import IGNORED_LABEL
 from qpruner.data.losses import Rows
 from qpruner.errors import UserError
 from qpruner.models.layout import output_modules
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

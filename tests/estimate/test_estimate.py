@@ -116,10 +116,11 @@ def test_activations_match_autograd(family: str, level: str) -> None:
     )
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if level != "bf16":
+        packing = format_of(level)
         for path in itertools.chain(*group_linears(config, "block").values()):
             linear = model.get_submodule(path)
-            tensors = format_of(level).pack(linear.weight.data)
-            model.set_submodule(path, packed_layer(linear, level, tensors, torch.bfloat16))
+            tensors = packing.pack(linear.weight.data)
+            model.set_submodule(path, packed_layer(linear, packing, tensors, torch.bfloat16))
     adapted = attach_adapters(model, {}, LoraConfig(rank=8), "block", seed=0).train()
     ids = torch.randint(0, 512, (2, 64))
     own = layout_of(config, QuantizeConfig(), 2, 8, on_gpu=False)

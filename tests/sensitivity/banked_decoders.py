@@ -46,7 +46,8 @@ class Banked:
     def weights(self, group: str, name: str) -> dict[str, torch.Tensor]:
         """Compute the initial weights of a trial for each layer of a group in a format."""
         layers = {
-            path: self.model.get_parameter(f"{path}.weight") for path in self.starts.groups[group]
+            linear.name: self.model.get_parameter(f"{linear.name}.weight")
+            for linear in self.starts.groups[group].linears
         }
         return {path: self.starts.weight(group, name, path, each) for path, each in layers.items()}
 

@@ -6,7 +6,7 @@ proposes these first and gets their scores.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -22,50 +22,47 @@ INITIAL_RANDOM = 4
 
 With Ray's defaults of 20 and 10, small searches would stay random.
 """
+Point = dict[str, int]
+"""A plan as Ray knows it: for each group and the cut, a position among the choices there are."""
 
 
-class _Columns:
-    """The groups and the cut as columns of a table of plans.
-
-    A value is a position among the choices that its column offers.
-    """
-
-    def __init__(self, space: SearchSpace) -> None:
-        self._space = space
-        self._offered = dict(zip(space.groups, space.offered, strict=True))
-        self._offered["cut"] = tuple(range(len(space.cuts)))
-        self.counts = {
-            name: len(offered) for name, offered in self._offered.items() if len(offered) > 1
-        }
-        """The number of values of each column that has a choice."""
-
-    def values_of(self, plan: PrecisionPlan) -> dict[str, int]:
-        indices = dict(zip(self._offered, self._space.indices_of(plan), strict=True))
-        return {name: self._offered[name].index(indices[name]) for name in self.counts}
-
-    def plan_of(self, values: Mapping[str, float]) -> PrecisionPlan:
-        return self._space.plan_of(
-            offered[round(values.get(name, 0))] for name, offered in self._offered.items()
-        )
-
-
-class _RayProposer:
-    """Proposes each plan by a new object of one of Ray's classes."""
+class _RayProposer(ABC):
+    """Proposes plans by a class of Ray Tune."""
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
-        self._columns = _Columns(space)
+        self._space = space
         self._seed = seed
+        self._offered = dict(zip(space.groups, space.offered, strict=True))
+        self._offered["cut"] = tuple(range(len(space.cuts)))
+        self._counts = {
+            name: len(offered) for name, offered in self._offered.items() if len(offered) > 1
+        }
+        """The number of choices, where there is more than one."""
 
-    def _seed_of(self, index: int) -> int:
-        """Return the seed of the searcher that proposes the plan of a trial."""
-        return int(np.random.default_rng([self._seed, index]).integers(2**31))
+    @abstractmethod
+    def _searcher(self, points: list[Point], seed: int) -> Any:
+        """Make a searcher of Ray that proposes these points first."""
 
-    def _suggested(self, search: Any, observations: Sequence[Observation]) -> PrecisionPlan:
-        """Tell a searcher of Ray the known scores, and return its next suggestion."""
+    def _told(self, history: History) -> list[Observation]:
+        """Return the scores that Ray's searcher gets."""
+        return history.last()
+
+    def propose(self, index: int, history: History) -> PrecisionPlan:
+        """Propose a plan; the same arguments give the same plan."""
+        observations = self._told(history)
+        seed = int(np.random.default_rng([self._seed, index]).integers(2**31))
+        searcher = self._searcher([self._point(item.plan) for item in observations], seed)
         for item in observations:
-            search.suggest(f"known-{item.index}")
-            search.on_trial_complete(f"known-{item.index}", {METRIC: item.score})
-        return self._columns.plan_of(search.suggest("new"))
+            searcher.suggest(f"known-{item.index}")
+            searcher.on_trial_complete(f"known-{item.index}", {METRIC: item.score})
+        proposed = searcher.suggest("new")
+        return self._space.plan_of(
+            offered[round(proposed.get(name, 0))] for name, offered in self._offered.items()
+        )
+
+    def _point(self, plan: PrecisionPlan) -> Point:
+        indices = dict(zip(self._offered, self._space.indices_of(plan), strict=True))
+        return {name: self._offered[name].index(indices[name]) for name in self._counts}
 
 
 class HyperOptProposer(_RayProposer):
@@ -76,68 +73,52 @@ class HyperOptProposer(_RayProposer):
 
     name = "hyperopt"
 
-    def __init__(self, space: SearchSpace, seed: int) -> None:
+    def _searcher(self, points: list[Point], seed: int) -> Any:
         from ray.tune.search.hyperopt import HyperOptSearch
 
-        super().__init__(space, seed)
-        self._search = HyperOptSearch
-        choices = {
-            name: tune.choice(list(range(count))) for name, count in self._columns.counts.items()
-        }
-        self._search_space = HyperOptSearch.convert_search_space(choices)
-
-    def propose(self, index: int, history: History) -> PrecisionPlan:
-        """Propose a plan; the same arguments give the same plan."""
-        observations = history.last()
-        search = self._search(
-            self._search_space,
+        choices = {name: tune.choice(list(range(count))) for name, count in self._counts.items()}
+        return HyperOptSearch(
+            HyperOptSearch.convert_search_space(choices),
             metric=METRIC,
             mode="min",
             n_initial_points=INITIAL_RANDOM,
-            points_to_evaluate=[self._columns.values_of(item.plan) for item in observations]
-            or None,
-            random_state_seed=self._seed_of(index),
+            points_to_evaluate=points or None,
+            random_state_seed=seed,
         )
-        return self._suggested(search, observations)
 
 
 class BayesOptProposer(_RayProposer):
     """A Gaussian process with upper confidence bounds (Snoek et al. 2012), by Ray's BayesOptSearch.
 
-    BayesOptSearch supports neither integers nor choices, so each column of a plan is a float that
-    is rounded.
+    BayesOptSearch supports neither integers nor choices, so each position is a float that is
+    rounded.
     """
 
     name = "bayesopt"
 
-    def __init__(self, space: SearchSpace, seed: int) -> None:
-        from ray.tune.search.bayesopt import BayesOptSearch
-
-        super().__init__(space, seed)
-        self._search = BayesOptSearch
-        self._bounds = {name: (0.0, count - 1.0) for name, count in self._columns.counts.items()}
-
-    def propose(self, index: int, history: History) -> PrecisionPlan:
-        """Propose a plan; the same arguments give the same plan."""
+    def _told(self, history: History) -> list[Observation]:
         # A search with another budget may have scored the same plan, but BayesOptSearch accepts a
         # point only once.
         scored = list({item.plan: item for item in history.last()}.values())
-        observations = scored if len(scored) >= INITIAL_RANDOM else []
-        points = []
-        for item in observations:
-            values = self._columns.values_of(item.plan)
-            points.append({name: float(value) for name, value in values.items()})
-        search = self._search(
-            self._bounds,
-            metric=METRIC,
-            mode="min",
-            points_to_evaluate=points,
-            random_state=self._seed_of(index),
-            random_search_steps=0,
-            skip_duplicate=False,
-            patience=len(observations) + 2,
-        )
+        return scored if len(scored) >= INITIAL_RANDOM else []
+
+    def propose(self, index: int, history: History) -> PrecisionPlan:
+        """Propose a plan; the same arguments give the same plan."""
         with warnings.catch_warnings():
             # sklearn warns whenever a length scale of its kernel ends at a bound.
             warnings.simplefilter("ignore")
-            return self._suggested(search, observations)
+            return super().propose(index, history)
+
+    def _searcher(self, points: list[Point], seed: int) -> Any:
+        from ray.tune.search.bayesopt import BayesOptSearch
+
+        return BayesOptSearch(
+            {name: (0.0, count - 1.0) for name, count in self._counts.items()},
+            metric=METRIC,
+            mode="min",
+            points_to_evaluate=[{name: float(at) for name, at in row.items()} for row in points],
+            random_state=seed,
+            random_search_steps=0,
+            skip_duplicate=False,
+            patience=len(points) + 2,
+        )

@@ -24,6 +24,7 @@ __all__ = [
     "Family",
     "UnitKind",
     "UnitSlice",
+    "block_paths",
     "families",
     "family_of",
     "owned_parameters",
@@ -50,3 +51,8 @@ def family_of(config: Any) -> Family:
             f"supported: {', '.join(families())}. To add a family, see docs/families.md"
         )
     return families()[config.model_type]
+
+
+def block_paths(config: Any) -> list[str]:
+    """List the paths of the blocks of a model."""
+    return list(map(family_of(config).block_path, range(config.num_hidden_layers)))

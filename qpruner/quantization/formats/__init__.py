@@ -3,7 +3,7 @@
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from qpruner.errors import UserError
 from qpruner.quantization.formats.format import Capability as Capability
@@ -26,7 +26,7 @@ def formats() -> dict[str, Format]:
     for name in names:
         module = importlib.import_module(f"{__name__}.{name}")
         all_formats += [value for value in vars(module).values() if isinstance(value, Format)]
-    all_formats.sort(key=lambda item: (item.packed_bytes(4096, 4096, 2), item.name))
+    all_formats.sort(key=lambda item: item.order)
     return {item.name: item for item in all_formats}
 
 
@@ -62,11 +62,10 @@ def nearest_format(name: str, columns: int, is_taken: Callable[[Format], bool]) 
     return nearest.name
 
 
-def by_size(names: tuple[str, ...]) -> tuple[str, ...]:
+def by_size(names: Iterable[str]) -> tuple[str, ...]:
     """Sort names of formats by the bytes that they take, smallest first.
 
     Raises:
         UserError: There is no format of such a name.
     """
-    order = list(formats())
-    return tuple(sorted(names, key=lambda name: order.index(format_of(name).name)))
+    return tuple(sorted(names, key=lambda name: format_of(name).order))

@@ -9,6 +9,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -49,10 +50,18 @@ class Format(ABC):
     """Tensors that `pack` returns besides `weight`; they are saved, and `fill` takes them."""
     uncounted: tuple[str, ...] = ()
     """Those of `more_tensors` that hold no weights and are not counted as bytes."""
-    ggml_type: str = ""
-    """The type in GGUF files that has the same rows of bytes; empty if llama.cpp has none."""
     peft_flag: str = ""
     """Attribute that must be true on a model, so that peft puts its LoRA layer on such layers."""
+
+    @property
+    def ggml_type(self) -> str:
+        """The type in GGUF files that has the same rows of bytes; empty if llama.cpp has none."""
+        return ""
+
+    @cached_property
+    def order(self) -> tuple[int, str]:
+        """The key by which formats are sorted: the bytes of a large weight, then the name."""
+        return self.packed_bytes(4096, 4096, 2), self.name
 
     @property
     def ink(self) -> str:

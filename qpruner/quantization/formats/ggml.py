@@ -39,6 +39,10 @@ class Blocks(Format):
     block_size: int
     block_bytes: int
 
+    @property
+    def ggml_type(self) -> str:
+        return self.name.upper()
+
     def packed_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         return rows * (columns // self.block_size) * self.block_bytes
 
@@ -186,7 +190,6 @@ def _split_nibbles(blocks: torch.Tensor, start: int) -> torch.Tensor:
 
 Q4_0 = Q4(
     name="q4_0",
-    ggml_type="Q4_0",
     bits=4,
     letter="a",
     colour="#c7e9c0",
@@ -195,7 +198,6 @@ Q4_0 = Q4(
 )
 Q5_0 = Q5(
     name="q5_0",
-    ggml_type="Q5_0",
     bits=5,
     letter="b",
     colour="#74c476",
@@ -204,7 +206,6 @@ Q5_0 = Q5(
 )
 Q8_0 = Q8(
     name="q8_0",
-    ggml_type="Q8_0",
     bits=8,
     letter="c",
     colour="#238b45",

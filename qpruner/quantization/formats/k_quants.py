@@ -120,7 +120,6 @@ def _nibbles(packed: torch.Tensor, run: int) -> torch.Tensor:
 
 Q2_K = Q2K(
     name="q2_k",
-    ggml_type="Q2_K",
     bits=2,
     letter="e",
     colour="#fdd0a2",
@@ -129,7 +128,6 @@ Q2_K = Q2K(
 )
 Q3_K = Q3K(
     name="q3_k",
-    ggml_type="Q3_K",
     bits=3,
     letter="f",
     colour="#fdae6b",
@@ -138,7 +136,6 @@ Q3_K = Q3K(
 )
 Q4_K = Q4K(
     name="q4_k",
-    ggml_type="Q4_K",
     bits=4,
     letter="g",
     colour="#f16913",
@@ -147,7 +144,6 @@ Q4_K = Q4K(
 )
 Q6_K = Q6K(
     name="q6_k",
-    ggml_type="Q6_K",
     bits=6,
     letter="h",
     colour="#a63603",

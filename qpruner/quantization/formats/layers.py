@@ -48,15 +48,14 @@ class PackedLinear(_Packed, torch.nn.Linear):
     Its adapter has the type `compute_dtype`.
     """
 
-    def __init__(
-        self, layer_format: Format, columns: int, rows: int, has_bias: bool, dtype: torch.dtype
-    ) -> None:
-        self._hold(layer_format, rows, columns, dtype)
-        self.in_features = columns
-        self.out_features = rows
+    def __init__(self, layer_format: Format, linear: torch.nn.Linear, dtype: torch.dtype) -> None:
+        self._hold(layer_format, linear.out_features, linear.in_features, dtype)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         bias: torch.nn.Parameter | None = None
-        if has_bias:
-            bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False)
+        if linear.bias is not None:
+            empty = torch.empty(linear.out_features, dtype=dtype)
+            bias = torch.nn.Parameter(empty, requires_grad=False)
         self.register_parameter("bias", bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -82,10 +81,11 @@ class PackedEmbedding(_Packed, torch.nn.Embedding):
 
     scalar_embed_scale: float | None = None
 
-    def __init__(self, layer_format: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self._hold(layer_format, rows, columns, dtype)
-        self.num_embeddings = rows
-        self.embedding_dim = columns
+    def __init__(self, layer_format: Format, table: torch.nn.Embedding, dtype: torch.dtype) -> None:
+        self._hold(layer_format, table.num_embeddings, table.embedding_dim, dtype)
+        self.scalar_embed_scale = getattr(table, "scalar_embed_scale", None)
+        self.num_embeddings = table.num_embeddings
+        self.embedding_dim = table.embedding_dim
         self.padding_idx = None
         self.max_norm = None
         self.norm_type = 2.0
@@ -108,17 +108,9 @@ def packed_module(
 ) -> PackedLinear | PackedEmbedding:
     """Build a layer of the size of a linear layer or embedding, with empty packed weights."""
     if isinstance(module, torch.nn.Linear):
-        return PackedLinear(
-            layer_format,
-            columns=module.in_features,
-            rows=module.out_features,
-            has_bias=module.bias is not None,
-            dtype=dtype,
-        )
+        return PackedLinear(layer_format, module, dtype)
     assert isinstance(module, torch.nn.Embedding), type(module)
-    embedding = PackedEmbedding(layer_format, module.num_embeddings, module.embedding_dim, dtype)
-    embedding.scalar_embed_scale = getattr(module, "scalar_embed_scale", None)
-    return embedding
+    return PackedEmbedding(layer_format, module, dtype)
 
 
 Unpack = Callable[[torch.Tensor, torch.dtype], torch.Tensor]

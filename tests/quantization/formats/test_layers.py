@@ -39,7 +39,7 @@ def weight_of(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def both(name: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> Linears:
     linear = torch.nn.Linear(COLUMNS, ROWS, bias, dtype=dtype).requires_grad_(False)
     tensors = formats()[name].pack(weight_of(dtype))
-    packed = packed_layer(linear, name, tensors, dtype)
+    packed = packed_layer(linear, formats()[name], tensors, dtype)
     linear.weight.data = formats()[name].unpack(tensors, COLUMNS, dtype)
     assert isinstance(packed, PackedLinear)
     return packed, linear
@@ -94,7 +94,7 @@ def test_a_packed_embedding_looks_up_unpacked_rows(name: str, scale: float | Non
     embedding = Gemma3TextScaledWordEmbedding(ROWS, COLUMNS, 0, scale) if scale else plain
     embedding = embedding.bfloat16()
     tensors = formats()[name].pack(weight_of())
-    packed = packed_layer(embedding, name, tensors, torch.bfloat16)
+    packed = packed_layer(embedding, formats()[name], tensors, torch.bfloat16)
     embedding.weight.data = formats()[name].unpack(tensors, COLUMNS, torch.bfloat16)
     ids = torch.tensor([[0, 3, 3], [ROWS - 1, 1, 0]])
     assert torch.equal(packed(ids), embedding(ids))
@@ -115,7 +115,7 @@ def copied_by_state(model: torch.nn.Module) -> torch.nn.Module:
 def test_layers_survive_copies_processes_and_types(copied: Any) -> None:
     packed, _ = both("int8")
     plain = torch.nn.Embedding(ROWS, COLUMNS)
-    table = packed_layer(plain, "int8", {"weight": packed.weight}, torch.bfloat16)
+    table = packed_layer(plain, packed.format, {"weight": packed.weight}, torch.bfloat16)
     linear, embedding = copied(torch.nn.ModuleList([packed, table]))
     assert torch.equal(linear(inputs()), packed(inputs()))
     assert embedding(torch.tensor([1])).dtype == torch.bfloat16
