@@ -19,7 +19,7 @@ from qpruner.pipeline.preflight_rows import SPLITS, Rows, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
 from qpruner.pipeline.shapes import Shapes, is_pruned
-from qpruner.plans.plan import OUTSIDE_BLOCKS, budget_text, cut_title
+from qpruner.plans.plan import budget_text, cut_title
 from qpruner.quantization.formats import by_size
 from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
@@ -145,7 +145,7 @@ def _offered(config: RunConfig, shapes: Shapes) -> dict[str, _Groups]:
     for name in by_size(tuple({*quantize.levels, *quantize.embedding_levels})):
         groups = _Groups([], {})
         for group in shapes.reference.groups:
-            is_outside = group.name in OUTSIDE_BLOCKS
+            is_outside = group.is_table
             levels = quantize.embedding_levels if is_outside else quantize.levels
             if name in group.formats:
                 groups.groups.append(group.name)
