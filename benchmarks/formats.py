@@ -11,15 +11,15 @@ configuration's validation rows and of its confirmation rows that judge, adapter
 as they are saved. One bank is built in OUT and used again.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import append_record, command_line, print_heading, print_row
 
 from qpruner.config.load import load_config
 from qpruner.config.schema import RunConfig
@@ -78,11 +78,11 @@ class Rows:
         )
 
     def _best(self, size: int, names: tuple[str, ...], rounding: str) -> PrecisionPlan:
-        offered = [
-            replace(each, formats=tuple(n for n in each.formats if n in names))
-            for each in self.layout.groups
-        ]
-        layout = replace(self.layout, groups=tuple(offered))
+        offered = tuple(
+            replace(group, formats=tuple(name for name in group.formats if name in names))
+            for group in self.layout.groups
+        )
+        layout = replace(self.layout, groups=offered)
         bank = self.bank(rounding, {each.name: each.formats for each in offered})
 
         def rise(group: Any, level: str) -> float:
@@ -159,9 +159,7 @@ class Rows:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--steps", type=int, nargs="+", default=[8])
@@ -170,28 +168,15 @@ def main() -> None:
     args = parser.parse_args()
     run_folder = f"output={args.out / 'run'}"
     rows = Rows(load_config(args.config, [run_folder, "prune.rates=[0]"]), args.out)
-    print(
-        "| row | MB | steps | seed | before | validation | confirmation | start s | fine-tune s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    with (args.out / "rows.jsonl").open("a") as lines:
-        for row in args.rows:
-            for steps in args.steps:
-                for seed in args.seeds:
-                    found = rows.measure(row, steps, seed)
-                    lines.write(json.dumps(found) + "\n")
-                    lines.flush()
-                    losses = " | ".join(
-                        f"{found[name]:.3f}" for name in ("before", "validation", "confirmation")
-                    )
-                    size, times = (
-                        found["bytes"] / 1e6,
-                        f"{found['start_seconds']:.1f} | {found['seconds']:.1f}",
-                    )
-                    print(
-                        f"| {row} | {size:.1f} | {steps} | {seed} | {losses} | {times} |",
-                        flush=True,
-                    )
+    figures = ("before", "validation", "confirmation")
+    seconds = ("start_seconds", "seconds")
+    print_heading(["row", "MB", "steps", "seed", *figures, "start s", "fine-tune s"])
+    for row, steps, seed in product(args.rows, args.steps, args.seeds):
+        record = rows.measure(row, steps, seed)
+        append_record(args.out / "rows.jsonl", record)
+        losses = [f"{record[name]:.3f}" for name in figures]
+        times = [f"{record[name]:.1f}" for name in seconds]
+        print_row([row, f"{record['bytes'] / 1e6:.1f}", steps, seed, *losses, *times])
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ ROOTS = (
     "pydantic",
     "pyyaml",
     "safetensors",
-    "tenacity",
     "transformers",
 )
 """Packages that qpruner imports in the benchmark."""

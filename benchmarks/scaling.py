@@ -23,12 +23,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from harness import command_line, run_for_record
 
 from qpruner.config.load import load_config
 from qpruner.config.schema import RunConfig
 
 NUM_PLANS = 8
-NUM_EMPTY, NUM_SIZES = 2000, 20
+NUM_EMPTY = 2000
+NUM_SIZES = 20
 
 
 def fixed(config: RunConfig, output: Path) -> RunConfig:
@@ -116,18 +118,10 @@ for plan, cut in plans:
 def bare_seconds(config: RunConfig, run: Path, plans: Plans, num_processes: int) -> float:
     """Seconds that so many processes take for the trials, without Ray and without us."""
     settings = json.dumps(fixed(config, run).model_dump(mode="json"))
+    command = [sys.executable, "-c", BARE, str(run), settings]
     started = time.monotonic()
     processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                BARE,
-                str(run),
-                settings,
-                json.dumps(plans[start::num_processes]),
-            ]
-        )
+        subprocess.Popen([*command, json.dumps(plans[start::num_processes])])
         for start in range(num_processes)
     ]
     codes = [process.wait() for process in processes]
@@ -174,10 +168,29 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def speed_up(options: argparse.Namespace, work: Path) -> dict[str, object]:
+    """Compare two raylets with one, beside two bare processes with one."""
+    config = load_config(options.config, options.overrides)
+    searches: list[float] = []
+    bares: list[float] = []
+    for _ in range(options.repeats):
+        one, run, plans = search_seconds(config, options.run, 1, work)
+        two, _, _ = search_seconds(config, options.run, 2, work)
+        alone = bare_seconds(config, run, plans, 1)
+        both = bare_seconds(config, run, plans, 2)
+        searches.append(one / two)
+        bares.append(alone / both)
+        print(
+            f"search {one:.1f} s on one raylet, {two:.1f} s on two: {searches[-1]:.2f}x; "
+            f"bare {alone:.1f} s in one process, {both:.1f} s in two: {bares[-1]:.2f}x",
+            flush=True,
+        )
+    shares = [search / bare for search, bare in zip(searches, bares, strict=True)]
+    return {"search": searches, "bare": bares, "share": statistics.median(shares)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, overrides=True)
     parser.add_argument(
         "run",
         type=Path,
@@ -185,9 +198,6 @@ def main() -> None:
         help="a run up to `sensitivity`; left out, only the empty trials",
     )
     parser.add_argument("--config", type=Path, help="the run's configuration file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of `qpruner search`"
-    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--empty", type=int, default=NUM_EMPTY, help="trials that do nothing")
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
@@ -195,41 +205,18 @@ def main() -> None:
     if options.resume:
         print(json.dumps(empty_trials(options.resume, options.empty)))
         return
-    found: dict[str, object] = {}
+    figures: dict[str, object] = {}
     with tempfile.TemporaryDirectory(
         prefix="qpruner-scaling-", dir=options.run and options.run.parent
     ) as name:
         work = Path(name)
         if options.run:
-            config = load_config(options.config, options.set)
-            ratios, searches, bares = [], [], []
-            for _ in range(options.repeats):
-                one, run, plans = search_seconds(config, options.run, 1, work)
-                two, *_ = search_seconds(config, options.run, 2, work)
-                alone = bare_seconds(config, run, plans, 1)
-                both = bare_seconds(config, run, plans, 2)
-                searches.append(one / two)
-                bares.append(alone / both)
-                ratios.append(searches[-1] / bares[-1])
-                print(
-                    f"search {one:.1f} s on one raylet, {two:.1f} s on two: {one / two:.2f}x; "
-                    f"bare {alone:.1f} s in one process, {both:.1f} s in two: {alone / both:.2f}x; "
-                    f"share {ratios[-1]:.2f}",
-                    flush=True,
-                )
-            found["speed_up"] = {
-                "search": searches,
-                "bare": bares,
-                "share": statistics.median(ratios),
-            }
+            figures["speed_up"] = speed_up(options, work)
         child = [sys.executable, __file__, "--resume", str(work / "empty"), "--empty"]
         for title, number in (("begun", options.empty), ("taken up", options.empty + 2)):
-            told = subprocess.run(
-                [*child, str(number)], check=True, stdout=subprocess.PIPE, text=True
-            ).stdout
-            found[title] = json.loads(told.splitlines()[-1])
-            print(f"{title}: {json.dumps(found[title])}", flush=True)
-    print(json.dumps(found))
+            figures[title] = run_for_record([*child, str(number)])
+            print(f"{title}: {json.dumps(figures[title])}", flush=True)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -13,20 +13,18 @@ seeds, of which the worst is in brackets. Trials count in the order in which the
 several rungs are searched with ASHA, by `gp` also without. Prints tables, then one JSON line.
 """
 
-import argparse
 import json
 import math
 import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import command_line, fresh_processes
 from search_replay import Replay, Table, Task, agreement, replay
 
 from qpruner.search import choice
@@ -37,12 +35,8 @@ MOST_GROUPS = {"bayesopt": 40}  # above so many groups a proposal takes it minut
 GOAL = 0.02  # nats
 STEP = 5_000_000  # bytes between the budgets of `knapsacks`
 GOAL_TRIALS = 16  # after which the goal counts
-# budgets by default: so far from the smallest plan's bytes to the largest's
-FRACTIONS = (
-    0.25,
-    0.5,
-    0.75,
-)
+FRACTIONS = (0.25, 0.5, 0.75)
+"""Budgets by default: so far from the smallest plan's bytes to the largest's."""
 
 
 def budgets_of(table: Table, megabytes: Sequence[float], flops_fraction: float) -> list[int]:
@@ -62,7 +56,7 @@ def replays(tasks: Sequence[Task], jobs: int) -> Iterator[Replay]:
         yield from map(replay, tasks)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with fresh_processes(jobs, torch.set_num_threads, (1,)) as pool:
         yield from pool.map(replay, tasks)
 
 
@@ -211,9 +205,7 @@ def knapsacks(table: Table) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Replay, then tell."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--table", type=Path, action="append", help=f"repeatable; default: every file in {TABLES}"
     )
@@ -228,26 +220,20 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     asked = parser.parse_args()
-    shown: dict[str, list[dict[str, Any]]] = {
-        "tables": [],
-        "knapsacks": [],
-        "regret": [],
-        "asha": [],
-    }
+    shown = {name: list[dict[str, Any]]() for name in ("tables", "knapsacks", "regret", "asha")}
     for path in asked.table or sorted(TABLES.glob("*.json")):
         table = Table.read(path)
         shown["knapsacks"] += knapsacks(table)
         for budget in budgets_of(table, asked.budgets, asked.flops_fraction):
             first = Task(
-                path,
-                budget,
-                "gp",
-                0,
-                asked.trials,
-                asked.in_flight,
-                True,
-                asked.flops_fraction,
-                asked.blind,
+                path=path,
+                budget=budget,
+                searcher="gp",
+                seed=0,
+                trials=asked.trials,
+                in_flight=asked.in_flight,
+                flops_fraction=asked.flops_fraction,
+                blind=asked.blind,
             )
             shown["tables"].append(about(table, first))
             where = {"table": table.name, "MB": f"{budget / 1e6:.1f}"}

@@ -20,6 +20,8 @@ from typing import Any
 
 import yaml
 
+Config = dict[str, Any]
+"""A cluster file of Ray, or a section of it."""
 SSH_SECONDS = 10
 HOST_NEEDS = (
     'command -v rsync >/dev/null || echo "rsync is not installed"; '
@@ -91,7 +93,7 @@ def refused_by_ray(config: Any) -> list[str]:
     return []
 
 
-def missing_files(config: dict[str, Any]) -> list[str]:
+def missing_files(config: Config) -> list[str]:
     """Return the files that the cluster file names and that do not exist on this machine."""
     named = {"auth.ssh_private_key": config.get("auth", {}).get("ssh_private_key")}
     for remote, local in config.get("file_mounts", {}).items():
@@ -103,13 +105,13 @@ def missing_files(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def missing_programs(_: dict[str, Any]) -> list[str]:
+def missing_programs(_: Config) -> list[str]:
     """Return the programs that `ray up` needs on this machine and that are not installed."""
     missing = [program for program in ("ssh", "rsync") if not shutil.which(program)]
     return [f"{program} is not installed on this machine: `ray up` needs it" for program in missing]
 
 
-def aws_names(config: dict[str, Any]) -> list[str]:
+def aws_names(config: Config) -> list[str]:
     """Return the values that cannot name an image, a subnet or a security group.
 
     The AWS CLI prints None if it finds nothing.
@@ -133,7 +135,7 @@ def aws_names(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def aws_credentials(config: dict[str, Any]) -> list[str]:
+def aws_credentials(config: Config) -> list[str]:
     """Return the reason why AWS does not accept the credentials, if any."""
     try:
         import boto3
@@ -153,7 +155,7 @@ def aws_credentials(config: dict[str, Any]) -> list[str]:
     return []
 
 
-def hosts(config: dict[str, Any]) -> list[str]:
+def hosts(config: Config) -> list[str]:
     """Return the hosts that do not answer or lack a requirement.
 
     Workers are reached through the head, as Ray does it.
@@ -174,7 +176,7 @@ def hosts(config: dict[str, Any]) -> list[str]:
     return [answer for answer in answers if answer]
 
 
-def host_problem(auth: dict[str, Any], host: str, by_way_of: str | None = None) -> str | None:
+def host_problem(auth: Config, host: str, by_way_of: str | None = None) -> str | None:
     """Return the reason why Ray cannot be installed on a host, if any."""
     done = on_host(auth, host, HOST_NEEDS, seconds=SSH_SECONDS, by_way_of=by_way_of)
     if done.returncode:
@@ -186,7 +188,7 @@ def host_problem(auth: dict[str, Any], host: str, by_way_of: str | None = None) 
 
 
 def on_host(
-    auth: dict[str, Any], host: str, command: str, seconds: float, by_way_of: str | None = None
+    auth: Config, host: str, command: str, seconds: float, by_way_of: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a bash command on a host over ssh, as Ray does.
 
@@ -227,10 +229,9 @@ def main() -> None:
     """Print one line for each problem, and exit with code 2 if there is any."""
     if len(sys.argv) != 2:
         sys.exit("usage: check_cluster.py CLUSTER.yaml")
-    found_problems = problems(Path(sys.argv[1]))
-    for problem in found_problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if found_problems:
+    lines = [f"error: {problem}" for problem in problems(Path(sys.argv[1]))]
+    if lines:
+        print(*lines, sep="\n", file=sys.stderr)
         sys.exit(2)
     print("the cluster file is complete, and what it names answers")
 

@@ -1,12 +1,13 @@
 """The verb `qpruner check`: validate a configuration and estimate what its run would need."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import click
 import yaml
 
 from qpruner import estimate
+from qpruner.cli import Facts
 from qpruner.cli.terminal import Terminal
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
@@ -14,11 +15,11 @@ from qpruner.estimate import hours
 from qpruner.models.layout import refusals
 from qpruner.models.memory import free_bytes
 from qpruner.pipeline.preflight import PRUNED_EARLIER, Inspection, amount
-from qpruner.pipeline.preflight_rows import SPLITS, num_cut
+from qpruner.pipeline.preflight_rows import SPLITS, Rows, num_cut
 from qpruner.pipeline.run import Checked
 from qpruner.pipeline.run import check as check_run
-from qpruner.pipeline.shapes import is_pruned
-from qpruner.plans.plan import OUTSIDE_BLOCKS, Layout, budget_text, cut_title
+from qpruner.pipeline.shapes import Shapes, is_pruned
+from qpruner.plans.plan import budget_text, cut_title
 from qpruner.quantization.formats import by_size
 from qpruner.report.snapshot import driver_text
 from qpruner.runs.run_dir import RunDir
@@ -32,7 +33,7 @@ def check(
     measure: bool,
     for_gpus: bool,
     show_config: bool,
-) -> dict[str, Any]:
+) -> Facts:
     """Print and return the sizes, memory and time of a planned run.
 
     Args:
@@ -61,32 +62,30 @@ def check(
     is_here = address is None and not for_gpus and config.model.device_map == "single"
     if gpus is not None and gpus > 1:
         is_here = False
-
-    facts = _facts(config, checked.inspection, checked.slots)
-    facts["memory_free"] = free_bytes() if is_here else None
-    facts["disk_needed"], facts["disk_free"] = checked.disk
-    facts |= estimate.facts(config, checked.inspection, rates, checked.slots, gpus)
-    facts["warnings"] = _warnings(config, checked.inspection, facts)
+    estimates = estimate.facts(config, checked.inspection, rates, checked.slots, gpus)
+    estimates["memory_free"] = free_bytes() if is_here else None
+    warnings = _warnings(config, checked.inspection, estimates)
 
     if show_config:
         click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if not quiet:
-        click.echo("\n".join(_lines(config, facts, has_gpu=gpus is not None)))
-    for warning in facts["warnings"]:
+        for line in _lines(config, checked, estimates, has_gpu=gpus is not None):
+            click.echo(line)
+    for warning in warnings:
         click.echo(f"warning:     {warning}", err=quiet)
     keys = "" if quiet or show_config else "; `--show-config` prints every key in effect"
     click.echo(f"The configuration is valid{keys}.")
-    return {"status": "ok", **facts}
+    return {"status": "ok", **_facts(config, checked), **estimates, "warnings": warnings}
 
 
-def _warnings(config: RunConfig, inspection: Inspection, facts: dict[str, Any]) -> list[str]:
+def _warnings(config: RunConfig, inspection: Inspection, estimates: Facts) -> list[str]:
     """List what may go wrong, first a command that works on the run folder."""
     warnings = [*config.warnings, *inspection.warnings]
     driver = driver_text(RunDir(config.output, create=False))
     if driver:
         warnings.insert(0, f"{driver}: `qpruner run` is refused until it ends")
-    needed = facts["memory_at_once"]
-    free = facts["memory_free"]
+    needed = estimates["memory_at_once"]
+    free = estimates["memory_free"]
     if free is not None and needed > free:
         warnings.append(
             f"{needed / 1e9:.2f} GB of memory are needed at most, and {free / 1e9:.2f} GB are "
@@ -95,71 +94,88 @@ def _warnings(config: RunConfig, inspection: Inspection, facts: dict[str, Any]) 
     return warnings
 
 
-def _facts(config: RunConfig, inspection: Inspection, slots: int) -> dict[str, Any]:
-    shapes = inspection.shapes
-    layout = shapes.reference
-    base = shapes.base
+# ---- the object that `--json` prints
+
+
+def _facts(config: RunConfig, checked: Checked) -> Facts:
+    shapes = checked.inspection.shapes
+    rows = checked.inspection.rows
+    needed, free = checked.disk
     cuts = {}
     for name, cut in shapes.cuts.items():
-        of_cut = shapes.layouts[name]
         cuts[name] = {
-            "parameters": of_cut.num_parameters,
+            "parameters": shapes.layouts[name].num_parameters,
             "blocks": cut.model_config.num_hidden_layers,
-            "multiply_adds": of_cut.multiply_adds / base.multiply_adds,
+            "multiply_adds": _multiply_adds(shapes, name),
         }
-
-    levels = by_size(tuple({*config.quantize.levels, *config.quantize.embedding_levels}))
-    facts: dict[str, Any] = {
-        "num_groups": len(layout.groups),
-        "parameters_base": base.num_parameters,
+    offered = {name: groups._asdict() for name, groups in _offered(config, shapes).items()}
+    return {
+        "num_groups": len(shapes.reference.groups),
+        "parameters_base": shapes.base.num_parameters,
         "cuts": cuts,
         "left_out": dict(shapes.left_out),
         "blocks_base": shapes.model_config.num_hidden_layers,
         "is_pruned_earlier": is_pruned(shapes.model_config),
         "is_estimate": shapes.is_estimate,
-        "formats": {name: _offered(config, layout, name) for name in levels},
+        "formats": offered,
+        **{f"bytes_all_{name}": size for name, size in _uniform_bytes(config, shapes).items()},
+        "bytes_budget": shapes.budget_bytes,
+        "bytes_plan": _plan_bytes(shapes),
+        "concurrent_trials": min(checked.slots, config.num_trials),
+        "rungs": list(config.search.rungs),
+        "rows": {name: len(examples) for name, examples in rows.examples.items()},
+        "rows_cut": _num_cut(config, rows),
+        "questions": rows.num_questions,
+        "disk_needed": needed,
+        "disk_free": free,
     }
-    for name in config.quantize.levels:
-        facts[f"bytes_all_{name}"] = layout.plan_bytes(layout.uniform(name))
-    facts["bytes_budget"] = shapes.budget_bytes
-    facts["bytes_plan"] = None
+
+
+class _Groups(NamedTuple):
+    """The groups that may have a format, and those that cannot take it, with the reason."""
+
+    groups: list[str]
+    lacking: dict[str, str]
+
+
+def _offered(config: RunConfig, shapes: Shapes) -> dict[str, _Groups]:
+    """Return the groups of every format that the configuration names."""
+    quantize = config.quantize
+    offered = {}
+    for name in by_size(tuple({*quantize.levels, *quantize.embedding_levels})):
+        groups = _Groups([], {})
+        for group in shapes.reference.groups:
+            is_outside = group.is_table
+            levels = quantize.embedding_levels if is_outside else quantize.levels
+            if name in group.formats:
+                groups.groups.append(group.name)
+            elif name in levels:
+                linears = group.linears
+                reasons = refusals(name, linears, True) or refusals(name, linears, False)
+                groups.lacking[group.name] = reasons[0]
+        offered[name] = groups
+    return offered
+
+
+def _multiply_adds(shapes: Shapes, cut: str) -> float:
+    """Return the multiply-adds of a cut as a share of the base model's."""
+    return shapes.layouts[cut].multiply_adds / shapes.base.multiply_adds
+
+
+def _uniform_bytes(config: RunConfig, shapes: Shapes) -> dict[str, int]:
+    layout = shapes.reference
+    return {name: layout.plan_bytes(layout.uniform(name)) for name in config.quantize.levels}
+
+
+def _plan_bytes(shapes: Shapes) -> int | None:
+    """Return the bytes of the plan that the configuration gives, if they are known."""
     plan = shapes.plan
-    if plan is not None:
-        facts["bytes_plan"] = shapes.layout_of(plan.cut).plan_bytes(plan)
-
-    facts["concurrent_trials"] = min(slots, config.num_trials)
-    facts["rungs"] = list(config.search.rungs)
-    facts["rows"] = {name: len(rows) for name, rows in inspection.rows.examples.items()}
-    facts["rows_cut"] = {
-        name: num_cut(inspection.rows.examples[name], config.data.max_length) for name in SPLITS
-    }
-    facts["questions"] = inspection.rows.num_questions
-    return facts
+    return None if plan is None else shapes.layout_of(plan.cut).plan_bytes(plan)
 
 
-def _offered(config: RunConfig, layout: Layout, name: str) -> dict[str, Any]:
-    """Return the groups that may have a format, and those that cannot take it, with the reason."""
-    having = []
-    lacking = {}
-    for group in layout.groups:
-        levels = config.quantize.levels
-        if group.name in OUTSIDE_BLOCKS:
-            levels = config.quantize.embedding_levels
-        if name in group.formats:
-            having.append(group.name)
-        elif name in levels:
-            reasons = refusals(name, group.linears, True) or refusals(name, group.linears, False)
-            lacking[group.name] = reasons[0]
-    return {"groups": having, "lacking": lacking}
-
-
-def _format_text(name: str, offered: dict[str, Any]) -> str:
-    groups = offered["groups"]
-    having = ", ".join(groups) if len(groups) <= 2 else counted(len(groups), "group")
-    text = f"{name} for {having}"
-    for group, reason in offered["lacking"].items():
-        return f"{text}, not for {counted(len(offered['lacking']), 'group')} ({group}: {reason})"
-    return text
+def _num_cut(config: RunConfig, rows: Rows) -> dict[str, int]:
+    """Estimate how many rows of each split lose their ends."""
+    return {name: num_cut(rows.examples[name], config.data.max_length) for name in SPLITS}
 
 
 def _measured_rates(config: RunConfig, checked: Checked) -> hours.Rates:
@@ -182,58 +198,112 @@ def _measured_rates(config: RunConfig, checked: Checked) -> hours.Rates:
     return hours.measured_rates(config, checked.inspection, cores, machine)
 
 
-def _given_plan(config: RunConfig, facts: dict[str, Any]) -> list[str]:
+# ---- lines of text
+
+
+def _lines(config: RunConfig, checked: Checked, estimates: Facts, has_gpu: bool) -> Iterator[str]:
+    """Format the estimates and sizes of a run as the lines that `check` prints."""
+    shapes = checked.inspection.shapes
+    formats = [_format_text(name, *groups) for name, groups in _offered(config, shapes).items()]
+    yield f"groups:      {len(shapes.reference.groups)} ({config.quantize.group})"
+    yield f"formats:     {'; '.join(formats)}"
+    yield from _cut_lines(shapes, config.quantize.budget.flops_fraction)
+    yield from _row_lines(config, checked.inspection.rows)
+    num_concurrent = min(checked.slots, config.num_trials)
+    at_once = f"{num_concurrent} at once, scored at steps {list(config.search.rungs)}"
+    yield f"trials:      {config.num_trials}, {at_once}"
+    yield from estimate.memory_text(estimates)
+    needed, free = map(amount, checked.disk)
+    yield f"disk:        about {needed} at most; {free} free here"
+    yield from estimate.time_text(estimates, has_gpu)
+
+    uniform = _uniform_bytes(config, shapes)
+    sizes = [f"all {name} {size / 1e6:.1f} MB" for name, size in uniform.items()]
+    budget = f"budget {shapes.budget_bytes / 1e6:.1f} MB"
+    if shapes.is_estimate:
+        budget += " (estimate: the exact widths are known once the model is pruned)"
+    yield f"plan bytes:  {', '.join(sizes)}, {budget}"
+    if config.search.plan is not None and not config.search.plan_method:
+        yield f"your plan:   {_given_plan(shapes)}"
+
+
+def _format_text(name: str, groups: list[str], lacking: dict[str, str]) -> str:
+    having = ", ".join(groups) if len(groups) <= 2 else counted(len(groups), "group")
+    text = f"{name} for {having}"
+    for group, reason in lacking.items():
+        return f"{text}, not for {counted(len(lacking), 'group')} ({group}: {reason})"
+    return text
+
+
+def _given_plan(shapes: Shapes) -> str:
     """Format the bytes of a plan that the configuration gives."""
-    if config.search.plan is None or config.search.plan_method:
-        return []
     parts = []
-    size = facts["bytes_plan"]
+    size = _plan_bytes(shapes)
     if size is not None:
-        parts.append(f"{size / 1e6:.1f} MB, {budget_text(size, facts['bytes_budget'])}")
-    if facts["is_estimate"]:
+        parts.append(f"{size / 1e6:.1f} MB, {budget_text(size, shapes.budget_bytes)}")
+    if shapes.is_estimate:
         parts.append("its bytes are compared with the budget once the model is pruned")
-    return [f"your plan:   {'; '.join(parts)}"]
+    return "; ".join(parts)
 
 
-def _row_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
+def _cut_lines(shapes: Shapes, limit: float | None) -> Iterator[str]:
+    """Format the parameters of each cut, with its blocks if some are dropped.
+
+    The share of multiply-adds is added if they have a limit.
+    """
+    num_blocks = shapes.model_config.num_hidden_layers
+    for name, cut in shapes.cuts.items():
+        num_parameters = shapes.layouts[name].num_parameters
+        kept = f"{shapes.base.num_parameters / 1e6:.1f} M -> {num_parameters / 1e6:.1f} M"
+        num_kept = cut.model_config.num_hidden_layers
+        if num_kept < num_blocks:
+            kept += f", {num_blocks} -> {num_kept} blocks"
+        if limit is not None:
+            share = _multiply_adds(shapes, name)
+            kept += f", {share:.1%} of the multiply-adds"
+            if share > limit:
+                kept += ", too many to win"
+        title = PRUNED_EARLIER if is_pruned(shapes.model_config) else cut_title(name)
+        yield f"parameters:  {kept} ({title})"
+
+
+def _row_lines(config: RunConfig, rows: Rows) -> Iterator[str]:
     """Format the rows and questions of every step."""
-    lines = [_split_line(config, facts), _calibration_line(config, facts)]
-    questions = facts["questions"]
+    yield _split_line(config, rows)
+    yield _calibration_line(config, rows)
+    questions = rows.num_questions
     scored = []
     if questions["search"]:
         scored.append(f"{_questions(questions['search'])} score the trials")
     if questions["fresh"]:
         scored.append(f"{_questions(questions['fresh'])}, fresh, choose the winner")
     if scored:
-        lines.append(f"search:      {'; '.join(scored)}")
+        yield f"search:      {'; '.join(scored)}"
 
-    tested = [_questions(questions["test"])]
-    if "text" in facts["rows"]:
-        tested.append(f"{counted(facts['rows']['text'], 'row')} of text (`evaluate.text`)")
-    lines.append(f"test:        {', '.join(tested)}")
-    return lines
+    tested = _questions(questions["test"])
+    if "text" in rows.examples:
+        tested += f", {counted(len(rows.examples['text']), 'row')} of text (`evaluate.text`)"
+    yield f"test:        {tested}"
 
 
-def _split_line(config: RunConfig, facts: dict[str, Any]) -> str:
-    rows = facts["rows"]
-    chosen = (rows["confirmation"] + 1) // 2
-    judged = rows["confirmation"] - chosen
+def _split_line(config: RunConfig, rows: Rows) -> str:
+    train, validation, confirmation = (len(rows.examples[name]) for name in SPLITS)
+    chosen = (confirmation + 1) // 2
     line = (
-        f"rows:        {rows['train']} train, {rows['validation']} validation, "
-        f"{rows['confirmation']} confirmation "
-        f"({chosen} fresh ones choose the winner, {judged} judge it)"
+        f"rows:        {train} train, {validation} validation, {confirmation} confirmation "
+        f"({chosen} fresh ones choose the winner, {confirmation - chosen} judge it)"
     )
-    cut = [f"{number} {name}" for name, number in facts["rows_cut"].items() if number]
+    cut = [f"{number} {name}" for name, number in _num_cut(config, rows).items() if number]
     if cut:
         limit = f"`data.max_length` {config.data.max_length}"
         line += f"; about {', '.join(cut)} lose their ends ({limit})"
     return line
 
 
-def _calibration_line(config: RunConfig, facts: dict[str, Any]) -> str:
+def _calibration_line(config: RunConfig, rows: Rows) -> str:
     calibration = config.calibration
     key = "`calibration.data`" if calibration.data else "`data.train`"
-    origin = f"from {facts['rows']['calibration']} rows of {key}"
+    origin = f"from {len(rows.examples['calibration'])} rows of {key}"
     if calibration.packing:
         origin = f"of {calibration.max_length} tokens packed {origin}"
     measured = "none"
@@ -249,47 +319,3 @@ def _questions(by_task: dict[str, int]) -> str:
     """Format question counts as `48 questions (arc_easy 24, piqa 24)`."""
     text = ", ".join(f"{task} {count}" for task, count in by_task.items())
     return f"{counted(sum(by_task.values()), 'question')} ({text})"
-
-
-def _cut_lines(facts: dict[str, Any], limit: float | None) -> Iterator[str]:
-    """Format the parameters of each cut, with its blocks if some are dropped.
-
-    The share of multiply-adds is added if they have a limit.
-    """
-    for name, cut in facts["cuts"].items():
-        kept = f"{facts['parameters_base'] / 1e6:.1f} M -> {cut['parameters'] / 1e6:.1f} M"
-        if cut["blocks"] < facts["blocks_base"]:
-            kept += f", {facts['blocks_base']} -> {cut['blocks']} blocks"
-        if limit is not None:
-            kept += f", {cut['multiply_adds']:.1%} of the multiply-adds"
-            if cut["multiply_adds"] > limit:
-                kept += ", too many to win"
-        title = PRUNED_EARLIER if facts["is_pruned_earlier"] else cut_title(name)
-        yield f"parameters:  {kept} ({title})"
-
-
-def _lines(config: RunConfig, facts: dict[str, Any], has_gpu: bool) -> list[str]:
-    """Format the estimates and sizes of a run as the lines that `check` prints."""
-    formats = [_format_text(name, offered) for name, offered in facts["formats"].items()]
-    lines = [
-        f"groups:      {facts['num_groups']} ({config.quantize.group})",
-        f"formats:     {'; '.join(formats)}",
-    ]
-    lines += _cut_lines(facts, config.quantize.budget.flops_fraction)
-    lines += _row_lines(config, facts)
-    at_once = f"{facts['concurrent_trials']} at once, scored at steps {facts['rungs']}"
-    lines.append(f"trials:      {config.num_trials}, {at_once}")
-    lines += estimate.memory_text(facts)
-    needed = amount(facts["disk_needed"])
-    lines.append(f"disk:        about {needed} at most; {amount(facts['disk_free'])} free here")
-    lines += estimate.time_text(facts, has_gpu)
-
-    sizes = [
-        f"all {name} {facts[f'bytes_all_{name}'] / 1e6:.1f} MB" for name in config.quantize.levels
-    ]
-    budget = f"budget {facts['bytes_budget'] / 1e6:.1f} MB"
-    if facts["is_estimate"]:
-        budget += " (estimate: the exact widths are known once the model is pruned)"
-    lines.append(f"plan bytes:  {', '.join(sizes)}, {budget}")
-    lines += _given_plan(config, facts)
-    return lines

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
-from types import MappingProxyType
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
@@ -226,7 +225,7 @@ class _Work:
     def exported(
         self,
         compared: Compared,
-        recoded: Mapping[str, str] = MappingProxyType({}),
+        recoded: Mapping[str, str] | None = None,
         remarks: Iterable[str | None] = (),
     ) -> Exported:
         """Describe the finished folder; the recoded checkpoint that it was made from goes."""
@@ -234,6 +233,7 @@ class _Work:
         if (self.folder / RECODED).exists():
             loss_before = loss_of(load(self.final).eval(), self.samples)
             shutil.rmtree(self.folder / RECODED, ignore_errors=True)
+        recoded = recoded or {}
         format_changes = _format_changes(formats_of(checkpoint_config(self.final)), recoded)
         files = [file for file in self.folder.rglob("*") if file.is_file()]
         return Exported(

@@ -58,20 +58,20 @@ class Answer:
     ended: Literal["end", "length"]
 
 
+@dataclass(frozen=True)
 class Generator:
     """A loaded model with its tokenizer, which generates answers."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self._model = model.eval()
-        self._tokenizer = tokenizer
+    model: Any
+    tokenizer: Any
 
     @raising_out_of_memory(AGAINST_SHORTAGE)
     def answer(self, prompt: str, sampling: Sampling) -> Answer:
         """Generate an answer to a prompt; raise `UserError` if it fills the model's context."""
-        ids = self._encoded(prompt, sampling.template).to(self._model.device)
+        ids = self._encoded(prompt, sampling.template).to(self.model.device)
         length = ids.shape[1]
         max_tokens = sampling.max_tokens
-        context = getattr(self._model.config, "max_position_embeddings", None)
+        context = getattr(self.model.config, "max_position_embeddings", None)
         if context:
             if length >= context:
                 raise UserError(
@@ -80,44 +80,42 @@ class Generator:
                 )
             max_tokens = min(max_tokens, context - length)
 
-        options: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature:
-            options = {"do_sample": True, "temperature": sampling.temperature}
         ends = self._end_tokens()
         torch.manual_seed(sampling.seed)
-        written = self._model.generate(
+        written = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig(
                 max_new_tokens=max_tokens,
                 eos_token_id=ends,
-                pad_token_id=self._tokenizer.pad_token_id,
-                **options,
+                pad_token_id=self.tokenizer.pad_token_id,
+                do_sample=sampling.temperature > 0,
+                temperature=sampling.temperature or None,
             ),
         )
         tokens = written[0, length:].tolist()
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(text, len(tokens), "end" if tokens[-1] in ends else "length")
 
     def _end_tokens(self) -> list[int]:
         """List the end token of the tokenizer and those in the model's generation_config.json."""
-        eos = self._model.generation_config.eos_token_id
+        eos = self.model.generation_config.eos_token_id
         ends = set(eos) if isinstance(eos, list) else {eos}
-        ends.add(self._tokenizer.eos_token_id)
+        ends.add(self.tokenizer.eos_token_id)
         return sorted(ends - {None})
 
     def _encoded(self, prompt: str, template: Template) -> torch.Tensor:
         """Apply the template to a prompt and return its token ids ``(1, seq)``."""
-        has_chat = template == "chat" and self._tokenizer.chat_template
+        has_chat = template == "chat" and self.tokenizer.chat_template
         if has_chat:
             messages = [{"role": "user", "content": prompt}]
-            prompt = self._tokenizer.apply_chat_template(
+            prompt = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
         elif template in ("alpaca", "alpaca_short"):
             prompt = alpaca_prompt(prompt, is_short=template == "alpaca_short")
         # A chat template writes the special tokens itself.
-        encoded = self._tokenizer(prompt, add_special_tokens=not has_chat, return_tensors="pt")
+        encoded = self.tokenizer(prompt, add_special_tokens=not has_chat, return_tensors="pt")
         ids: torch.Tensor = encoded["input_ids"]
         return ids
 
@@ -149,7 +147,7 @@ class Source:
                     model = load_dense(folder, self.settings.dtype, self.settings, on_progress)
                 else:
                     model = load(self.folder, on_progress)
-                return Generator(model, load_tokenizer(folder, self.settings))
+                return Generator(model.eval(), load_tokenizer(folder, self.settings))
         except (OSError, ValueError, ImportError) as error:
             remedy = "give a folder with a tokenizer and a model that transformers can load"
             raise UserError(f"{folder} cannot be loaded: {first_line(error)}; {remedy}") from error
@@ -215,16 +213,12 @@ def _of_run(run: RunDir, which: Sequence[str]) -> list[Source]:
     prepared = run.read_record("prepare", PrepareRecord)
     if prepared:
         folders[UNPRUNED] = run.base_model(prepared)
-    existing = {}
-    for name, folder in folders.items():
-        if (folder / "config.json").is_file():
-            existing[name] = Source(name, folder, None if name == FINAL else settings)
-
-    selected = which or list(existing) or names
+    existing = [name for name in names if (folders[name] / "config.json").is_file()]
+    selected = which or existing or names
     for name in selected:
         if name not in existing:
             hint = f", or use `--which {','.join(existing)}`" if existing else ""
             raise UserError(
                 f"{run.root} has no {name} model (yet): repeat `qpruner run` to make it{hint}"
             )
-    return [existing[name] for name in selected]
+    return [Source(name, folders[name], None if name == FINAL else settings) for name in selected]

@@ -19,7 +19,7 @@ from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.shapes import Shapes, left_out_text
 from qpruner.pipeline.stage import Stage, disk_bytes_in
-from qpruner.plans.plan import OUTSIDE_BLOCKS, UNPRUNED, Layout
+from qpruner.plans.plan import UNPRUNED, Layout
 from qpruner.quantization.formats import PAPER, format_of
 from qpruner.runs.events import Emit, Event, GroupPacked, Progress
 from qpruner.runs.records import BankRecord
@@ -54,10 +54,7 @@ class Bank(Stage[BankRecord]):
     @property
     def _wanted(self) -> Wanted:
         """Every group in every packed format that it takes."""
-        return {
-            group.name: tuple(level for level in group.formats if format_of(level).is_packed)
-            for group in self._layout.groups
-        }
+        return {group.name: group.packed for group in self._layout.groups}
 
     @property
     def _banks(self) -> list[BankSource]:
@@ -234,7 +231,7 @@ def bank_bytes(config: RunConfig, shapes: Shapes) -> int:
     extra = [level for level in PAPER if level not in pruned.levels]
     # one plan of formats that are not the run's
     if extra and MUTUAL_INFORMATION in config.measured_methods:
-        blocks = [group for group in pruned.groups if group.name not in OUTSIDE_BLOCKS]
+        blocks = [group for group in pruned.groups if not group.is_table]
         size += (
             sum(group.packed_bytes(extra[-1], pruned.element_bytes) for group in blocks)
             + pruned.trained_bytes

@@ -20,7 +20,7 @@ from qpruner.config.schema import MUTUAL_INFORMATION
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.shapes import Shapes
-from qpruner.plans.plan import OUTSIDE_BLOCKS, UNPRUNED, Group, PrecisionPlan
+from qpruner.plans.plan import UNPRUNED, Group, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.runs.records import BankRecord, SensitivityRecord
@@ -94,7 +94,7 @@ def _paper_space(shapes: Shapes, cut: str) -> PlanSpace | None:
     layout = shapes.layout_of(cut)
     groups = []
     for group in layout.groups:
-        levels = (DENSE,) if group.name in OUTSIDE_BLOCKS else PAPER
+        levels = (DENSE,) if group.is_table else PAPER
         if not _takes(group, levels, shapes):
             return None
         groups.append(replace(group, formats=levels))

@@ -18,7 +18,7 @@ from qpruner.pipeline.finetune import final_job
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import OUTSIDE_BLOCKS, UNPRUNED, plan_of
+from qpruner.plans.plan import UNPRUNED, plan_of
 from qpruner.pruning.settings import uniform_remedy
 from qpruner.runs.records import SEARCHED, FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
 from qpruner.runs.storage import display_name
@@ -154,7 +154,7 @@ class Serve(Stage[ServeRecord]):
         shapes = self.context.inspection.shapes
         forms = 2 * len(self.config.serve.to) * shapes.budget_bytes
         # For vLLM embeddings and head are unpacked, in the recoded checkpoint too.
-        tables = [group for group in shapes.base.groups if group.name in OUTSIDE_BLOCKS]
+        tables = [group for group in shapes.base.groups if group.is_table]
         unpacked = 2 * sum(group.num_weights for group in tables)
         forms += 2 * unpacked * sum(form.startswith("vllm") for form in self.config.serve.to)
         if self.config.serve.uses_llama_cpp:

@@ -17,7 +17,7 @@ from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import OnWork, load_dense, load_tokenizer
 from qpruner.pipeline.finetune import write_final
 from qpruner.pipeline.prepare import loading_progress
-from qpruner.plans.plan import OUTSIDE_BLOCKS, Layout
+from qpruner.plans.plan import Layout
 from qpruner.quantization.formats import format_of
 from qpruner.runs.events import Emit, Message, Progress
 from qpruner.runs.records import (
@@ -132,7 +132,7 @@ def _mean_bits(job: ServeJob, recoded: Mapping[str, str]) -> float:
     """
     bits, total = 0.0, 0
     for group in job.layout.groups:
-        for linear in group.linears if group.name not in OUTSIDE_BLOCKS else ():
+        for linear in group.linears if not group.is_table else ():
             bits += (
                 linear.num_weights
                 * format_of(recoded.get(linear.name, job.winner.plan[group.name])).bits

@@ -18,7 +18,6 @@ from qpruner.models.families import family_of
 from qpruner.models.layout import layout_of, refusals
 from qpruner.models.loading import load_model_config
 from qpruner.plans.plan import (
-    OUTSIDE_BLOCKS,
     UNPRUNED,
     Layout,
     LinearShape,
@@ -381,7 +380,7 @@ def _check_formats(shapes: Shapes) -> None:
     """Raise an error if no group of any cut takes one of the formats."""
     blocks = []
     for layout in shapes.layouts.values():
-        blocks += [group for group in layout.groups if group.name not in OUTSIDE_BLOCKS]
+        blocks += [group for group in layout.groups if not group.is_table]
     for name in shapes.config.quantize.levels:
         if all(refusals(name, group.linears, shapes.on_gpu) for group in blocks):
             linears = [linear for group in blocks for linear in group.linears]

@@ -189,82 +189,55 @@ def _bundles(place: Place, scores: Sequence[float], size: KindSize, width: int) 
     return bundles
 
 
-class _GlobalCut:
-    """Remove the bundles of each place in order, and count their parameters.
-
-    `order` lists the bundles that may go, least important per parameter first. The last bundle of
-    a place stays.
-    """
-
-    def __init__(self, values: Values, sizes: Sizes, round_to: int) -> None:
-        self.removed = 0  # parameters
-        self._bundles: dict[Place, list[_Bundle]] = {}
-        self._num_cut: dict[Place, int] = {}
-        candidates: list[_Bundle] = []
-        for index, by_kind in values.items():
-            for kind, scores in by_kind.items():
-                place = (index, kind)
-                bundles = _bundles(place, scores, sizes[index][kind], step_of(kind, round_to))
-                # Earlier steps removed units whose score is -inf.
-                gone = [bundle for bundle in bundles if scores[bundle.units[0]] == -math.inf]
-                self.removed += sum(bundle.parameters for bundle in gone)
-                self._num_cut[place] = len(gone)
-                self._bundles[place] = bundles
-                candidates += bundles[len(gone) : -1]
-        self.order = sorted(candidates)
-
-    def is_next(self, bundle: _Bundle) -> bool:
-        """Return True if the bundle is the next that its place loses."""
-        return self._num_cut[bundle.place] == bundle.number
-
-    def is_last_removed(self, bundle: _Bundle) -> bool:
-        """Return True if the bundle is the last that its place lost."""
-        return self._num_cut[bundle.place] == bundle.number + 1
-
-    def remove(self, bundle: _Bundle) -> None:
-        """Remove a bundle."""
-        self._num_cut[bundle.place] += 1
-        self.removed += bundle.parameters
-
-    def restore(self, bundle: _Bundle) -> None:
-        """Restore a bundle that was removed."""
-        self._num_cut[bundle.place] -= 1
-        self.removed -= bundle.parameters
-
-    def kept(self) -> Kept:
-        """List the units that stay."""
-        kept: Kept = {}
-        for (index, kind), bundles in self._bundles.items():
-            stays = [
-                unit for bundle in bundles[self._num_cut[index, kind] :] for unit in bundle.units
-            ]
-            kept.setdefault(index, {})[kind] = tuple(sorted(stays))
-        return kept
-
-
 def _select_global(values: Values, sizes: Sizes, target: int, round_to: int) -> Kept:
-    """Remove the bundles of least importance per parameter, from any block."""
-    cut = _GlobalCut(values, sizes, round_to)
+    """Remove the bundles of least importance per parameter, from any block.
+
+    The bundles of a place are removed in order, and its last bundle stays.
+    """
+    bundles: dict[Place, list[_Bundle]] = {}
+    num_cut: dict[Place, int] = {}
+    order: list[_Bundle] = []  # those that may go, least important per parameter first
+    removed = 0  # parameters
+    for index, by_kind in values.items():
+        for kind, scores in by_kind.items():
+            place = (index, kind)
+            of_place = _bundles(place, scores, sizes[index][kind], step_of(kind, round_to))
+            # Earlier steps removed units whose score is -inf.
+            gone = [bundle for bundle in of_place if scores[bundle.units[0]] == -math.inf]
+            bundles[place] = of_place
+            num_cut[place] = len(gone)
+            removed += sum(bundle.parameters for bundle in gone)
+            order += of_place[len(gone) : -1]
+    order.sort()
+
     tolerance = smallest_step(sizes, round_to)
-    for bundle in cut.order:
-        # The bundles of a place are removed in order, so a bundle that is too large also keeps its
-        # successors.
-        fits = cut.removed + bundle.parameters <= target + tolerance // 2
-        if fits and cut.is_next(bundle):
-            cut.remove(bundle)
+    for bundle in order:
+        # A bundle that is too large also keeps its successors.
+        fits = removed + bundle.parameters <= target + tolerance // 2
+        if fits and num_cut[bundle.place] == bundle.number:
+            num_cut[bundle.place] += 1
+            removed += bundle.parameters
 
     # Coarse units go until at most `tolerance` parameters are missing.
-    kinds = {kind for by_kind in sizes.values() for kind in by_kind}
+    kinds = {kind for _, kind in bundles}
     finest = MLP if MLP in kinds else ATTENTION
-    for bundle in cut.order:
-        if target - cut.removed <= tolerance:
+    for bundle in order:
+        if target - removed <= tolerance:
             break
-        if bundle.kind != finest and cut.is_next(bundle):
-            cut.remove(bundle)
+        if bundle.kind != finest and num_cut[bundle.place] == bundle.number:
+            num_cut[bundle.place] += 1
+            removed += bundle.parameters
 
     # Fine units come back while more than the target is removed.
-    for bundle in reversed(cut.order):
-        is_surplus = cut.removed - target > bundle.parameters // 2
-        if is_surplus and bundle.kind == finest and cut.is_last_removed(bundle):
-            cut.restore(bundle)
-    return cut.kept()
+    for bundle in reversed(order):
+        is_surplus = removed - target > bundle.parameters // 2
+        is_last_removed = num_cut[bundle.place] == bundle.number + 1
+        if is_surplus and bundle.kind == finest and is_last_removed:
+            num_cut[bundle.place] -= 1
+            removed -= bundle.parameters
+
+    kept: Kept = {index: {} for index in values}
+    for (index, kind), of_place in bundles.items():
+        stays = [unit for bundle in of_place[num_cut[index, kind] :] for unit in bundle.units]
+        kept[index][kind] = tuple(sorted(stays))
+    return kept

@@ -396,7 +396,7 @@ def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
     """
     cache = os.environ.get(BANK_CACHE)
     if not cache and storage.storage_at(path).fills_this_disk:
-        return path if _digest_once(path, path.stat().st_mtime_ns) == sha256 else None
+        return path if _is_intact(path, sha256) else None
 
     folder = Path(cache) if cache else storage.cache_root() / "bank"
     copy = folder / f"{sha256}.safetensors"
@@ -414,8 +414,8 @@ def _verified(path: Path, sha256: str, on_piece: OnPiece) -> Path | None:
     return copy
 
 
-def _is_intact(copy: Path, sha256: str) -> bool:
-    return copy.is_file() and _digest_once(copy, copy.stat().st_mtime_ns) == sha256
+def _is_intact(file: Path, sha256: str) -> bool:
+    return file.is_file() and _digest_once(file, file.stat().st_mtime_ns) == sha256
 
 
 @functools.cache

@@ -93,7 +93,7 @@ class GaussianProcessProposer:
         """Return the posterior of the scores; fit it if they differ from those of the last call."""
         if self._fit is None or self._fit[0] != history.observations:
             steps = {item.step for item in history.observations}
-            data = Data.of(self._plans.space, informative(history.observations), steps)
+            data = Data.of(self._model, informative(history.observations), steps)
             self._fit = history.observations, Posterior(self._model, data)
         return self._fit[1]
 

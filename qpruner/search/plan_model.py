@@ -216,22 +216,24 @@ class Data:
     """Observations as tensors."""
 
     plans: Tensor  # (n, groups + 1): rows of `SearchSpace`
+    features: Tensor  # (n, effects): those of the plans
     ranks: Tensor  # (n,): 0 is the last rung, 1 the one below it
     scores: Tensor  # (n,)
     num_rungs: int  # rungs of the search, also those of which there is no score here
 
     @classmethod
     def of(
-        cls, space: SearchSpace, observations: Sequence[Observation], steps: Collection[int]
+        cls, model: PlanModel, observations: Sequence[Observation], steps: Collection[int]
     ) -> Data:
         """Convert observations to tensors; `steps` has the step of every rung."""
         highest_first = sorted(steps, reverse=True)
-        rows = [space.indices_of(item.plan) for item in observations]
-        plans = torch.tensor(rows, dtype=torch.long).reshape(-1, len(space.groups) + 1)
+        rows = [model.space.indices_of(item.plan) for item in observations]
+        plans = torch.tensor(rows, dtype=torch.long).reshape(-1, model.num_groups + 1)
         ranks = [highest_first.index(item.step) for item in observations]
         scores = [item.score for item in observations]
         return cls(
             plans=plans,
+            features=model.features(plans),
             ranks=torch.tensor(ranks, dtype=torch.long),
             scores=torch.tensor(scores, dtype=torch.float64),
             num_rungs=len(highest_first),
@@ -239,7 +241,13 @@ class Data:
 
     def subset(self, rows: Tensor) -> Data:
         """Select observations by their positions."""
-        return Data(self.plans[rows], self.ranks[rows], self.scores[rows], self.num_rungs)
+        return Data(
+            plans=self.plans[rows],
+            features=self.features[rows],
+            ranks=self.ranks[rows],
+            scores=self.scores[rows],
+            num_rungs=self.num_rungs,
+        )
 
 
 def informative(observations: Sequence[Observation]) -> list[Observation]:

@@ -61,7 +61,7 @@ class Posterior:
         covariance = sum(values[name] * part for name, part in parts.items())
         assert isinstance(covariance, Tensor)
 
-        features = model.features(data.plans)
+        features = data.features
         gram = self._kernel(values, data, features @ covariance @ features.T)
         factor = torch.linalg.cholesky(gram)
         residual = self._scores - self._prior_mean(values, data)
@@ -163,8 +163,7 @@ class Posterior:
         if not bool(deviation.abs().max() > 0):
             return center, one
         values = self._values(self._medians)
-        features = self._model.features(data.plans)
-        features = features - features.mean(0)
+        features = data.features - data.features.mean(0)
         expected = ((features @ self._model.mean * values["mean"]) ** 2).sum()
         for name, part in self._model.parts.items():
             expected += values[name] * (features @ part * features).sum()
@@ -185,7 +184,7 @@ class Posterior:
             rows = torch.cat([order[:half], rest])
             data = data.subset(rows)
             scores = scores[rows]
-        features = self._model.features(data.plans)
+        features = data.features
         names = list(self._model.parts)
         grams = torch.stack([features @ part @ features.T for part in self._model.parts.values()])
 
@@ -231,7 +230,7 @@ class Posterior:
         for name, part in model.parts.items():
             if name != "group":
                 shared += values[name] * part
-        features = model.features(data.plans)
+        features = data.features
         residual = (self._scores - self._prior_mean(values, data))[:, None]
         seen = features * self._rung_factor(values)[data.ranks, 0, None]
         others = features @ shared @ features.T
@@ -253,7 +252,7 @@ class Posterior:
 
     def _prior_mean(self, values: Values, data: Data) -> Tensor:
         amplitudes = self._amplitudes(values)[data.ranks]
-        return self._model.features(data.plans) @ self._model.mean * values["mean"] * amplitudes
+        return data.features @ self._model.mean * values["mean"] * amplitudes
 
     def _amplitudes(self, values: Values) -> Tensor:
         """Return the size of effects ``(rungs,)`` at each rung, relative to the last."""
@@ -278,8 +277,7 @@ class Posterior:
 
     def _kernel(self, values: Values, data: Data, additive: Tensor) -> Tensor:
         """Return the covariance ``(n, n)`` of scores, from that of the sums of their effects."""
-        features = self._model.features(data.plans)
-        at_rung = features * self._variances_at_rung(values) @ features.T
+        at_rung = data.features * self._variances_at_rung(values) @ data.features.T
         rungs = self._rung_factor(values)[data.ranks][:, data.ranks]
         same_rung = data.ranks[:, None] == data.ranks
         noise = (values["noise"] + JITTER) * torch.eye(len(additive), dtype=torch.float64)

@@ -58,11 +58,14 @@ def search_progress(search: SearchState, records: Iterable[TrialRecord]) -> Sear
             / search.slots
         )
     in_budget = [trial for trial in finished if fits(trial, search)]
-    best, control = (
-        best_of((trial for trial in in_budget if trial.is_control == is_control), search.metric)
-        for is_control in (False, True)
+    searched = [trial for trial in in_budget if not trial.is_control]
+    controls = [trial for trial in in_budget if trial.is_control]
+    return SearchProgress(
+        trials=trials,
+        best=best_of(searched, search.metric),
+        best_control=best_of(controls, search.metric),
+        seconds_left=left,
     )
-    return SearchProgress(trials, best, control, left)
 
 
 def fits(trial: TrialRecord, search: SearchState) -> bool:

@@ -122,25 +122,25 @@ def _without_password(text: str) -> str:
     return re.sub(r"://[^/@\s]*@", "://", text)
 
 
+@dataclass
 class Guard:
     """Stops logging to a tracker after its first error, and passes a message to `on_error`."""
 
-    def __init__(self, tracker: str, on_error: Callable[[str], None]) -> None:
-        self._tracker = tracker
-        self._on_error = on_error
-        self._has_failed = False
+    tracker: str
+    on_error: Callable[[str], None]
+    has_failed: bool = False
 
     def call(self, method: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         """Call a method with these arguments unless an earlier call has failed."""
-        if self._has_failed:
+        if self.has_failed:
             return
         try:
             method(*args, **kwargs)
         except Exception as error:  # the tracker's package or server may raise anything
-            self._has_failed = True
+            self.has_failed = True
             text = (
-                f"logging to {self._tracker} has stopped: {_without_password(first_line(error))}; "
+                f"logging to {self.tracker} has stopped: {_without_password(first_line(error))}; "
                 "TensorBoard and the report have all figures"
             )
             logger.warning(text)
-            self._on_error(text)
+            self.on_error(text)

@@ -43,8 +43,8 @@ def posterior_of(
     **priors: object,
 ) -> Posterior:
     whole = SearchSpace((space,), errors=errors)
-    data = Data.of(whole, observations, {item.step for item in observations})
-    posterior = Posterior(PlanModel(whole, priors), data)  # type: ignore[arg-type]
+    model = PlanModel(whole, priors)  # type: ignore[arg-type]
+    posterior = Posterior(model, Data.of(model, observations, {item.step for item in observations}))
     return posterior.with_pending(Plans(whole).tensor(pending))
 
 

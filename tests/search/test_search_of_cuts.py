@@ -172,7 +172,7 @@ def test_first_rungs_do_not_hide_a_cut_that_recovers() -> None:
             ]
     model = PlanModel(table.space, {"kl": table.prior})
     plans = Plans(table.space)
-    posterior = Posterior(model, Data.of(table.space, observations, STEPS))
+    posterior = Posterior(model, Data.of(model, observations, STEPS))
     same = [PrecisionPlan(each.groups, ("int8",) * 8, each.cut) for each in table.space.spaces]
     expected = posterior.mean(plans.tensor(same)).numpy()
     actual = np.array([table.loss(plan) for plan in same])

@@ -109,7 +109,7 @@ def llama_cpp_format(name: str, columns: int) -> str:
     smaller: on the pruned SmolLM2's down projections 0.061 for q4_k, 0.089 for q4_0, 0.094 for nf4
     (2026-11-29).
     """
-    return nearest_format(name, columns, lambda each: bool(each.ggml_type))
+    return nearest_format(name, columns, lambda candidate: bool(candidate.ggml_type))
 
 
 def refusal(config: Any, ragged: bool = False, uniform: str = UNIFORM) -> str | None:

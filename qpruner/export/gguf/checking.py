@@ -98,11 +98,11 @@ def token_differences(
         for row in rows:
             decoded = tokenizer.decode(row, skip_special_tokens=True)
             text = decoded.encode("ascii", "ignore").decode().strip()
-            found = llama.tokens(lead + text)
+            served = llama.tokens(lead + text)
             expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
             # The model has no row for a larger id either.
-            if found != expected and max(expected, default=0) < llama.vocab_size:
-                yield text, found, expected
+            if served != expected and max(expected, default=0) < llama.vocab_size:
+                yield text, served, expected
 
 
 def check_predictions(

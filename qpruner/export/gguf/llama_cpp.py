@@ -79,37 +79,35 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_tokenize": (_I, _P, _S, _I, _P, _I, _B, _B),
     "llama_decode": (_I, _P, _Batch),
     "llama_get_logits": (_F, _P),
-}
-_OPTIONAL: dict[str, tuple[Any, ...]] = {
-    # Absent where the processor's kernels are built in.
     "ggml_backend_load_all_from_path": (None, _S),
     "llama_version": (_S,),
     "ggml_version": (_S,),
 }
+# The first is absent where the processor's kernels are built in.
+_OPTIONAL = ("ggml_backend_load_all_from_path", "llama_version", "ggml_version")
 
 
 class _Library:
     """A loaded libllama: its functions, and the last errors in its log."""
 
     def __init__(self, path: Path) -> None:
+        self.functions: dict[str, Any] = {}
         try:
             library = ctypes.CDLL(str(path))
-            functions = {name: getattr(library, name) for name in _FUNCTIONS}
+            for name, (result, *arguments) in _FUNCTIONS.items():
+                if name not in _OPTIONAL or hasattr(library, name):
+                    function = getattr(library, name)
+                    function.restype = result
+                    function.argtypes = arguments
+                    self.functions[name] = function
         except (OSError, AttributeError) as error:
             raise UserError(
                 f"{path} is not a library of llama.cpp that can be used: {error}; {INSTALL}"
             ) from error
-        for name in _OPTIONAL:
-            if hasattr(library, name):
-                functions[name] = getattr(library, name)
-        for name, function in functions.items():
-            function.restype, *function.argtypes = (_FUNCTIONS | _OPTIONAL)[name]
-
-        self.functions = functions
         self.errors = deque[str](maxlen=3)
         self._log = _LOG(self._keep)  # must live as long as the library may call it
         self.call("llama_log_set", self._log, None)
-        if "ggml_backend_load_all_from_path" in functions:
+        if "ggml_backend_load_all_from_path" in self.functions:
             self.call("ggml_backend_load_all_from_path", str(path.parent).encode())
         self.call("llama_backend_init")
 

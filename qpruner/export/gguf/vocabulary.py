@@ -162,8 +162,8 @@ def pre_tokenizer(definition: Definition) -> str:
 
     is_byte_level = [step["type"] == "ByteLevel" for step in steps]
     if name is None or not is_byte_level[-1] or is_byte_level.count(True) > 1:
-        found = [*steps, {"ignore_merges": ignores_merges}]
-        raise _unknown("pre_tokenizer", found, ", ".join(PRE_TOKENIZERS.values()))
+        definitions = [*steps, {"ignore_merges": ignores_merges}]
+        raise _unknown("pre_tokenizer", definitions, ", ".join(PRE_TOKENIZERS.values()))
     return name
 
 
@@ -233,9 +233,9 @@ def stop_ids(folder: Path) -> list[int]:
 
 
 def _unknown(key: str, value: Any, known: str) -> UserError:
-    found = json.dumps(value, ensure_ascii=False)
+    shown = json.dumps(value, ensure_ascii=False)
     return UserError(
-        f"llama.cpp cannot do what `{key}` of the tokenizer says: {found}; known are {known}; "
+        f"llama.cpp cannot do what `{key}` of the tokenizer says: {shown}; known are {known}; "
         f"{INSTEAD}"
     )
 

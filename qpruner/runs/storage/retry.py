@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
-
 from qpruner.errors import StorageError
 
 Result = TypeVar("Result")
 
 PATIENCE_SECONDS = float(os.environ.get("QPRUNER_STORAGE_PATIENCE_SECONDS", "120"))
-PAUSES = wait_exponential(multiplier=0.5, max=20.0)
+FIRST_PAUSE = 0.5  # seconds; each further one is twice as long
+LONGEST_PAUSE = 20.0
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_AWAY = (errno.EIO, errno.EROFS, errno.ESTALE)
@@ -51,43 +50,27 @@ def retry_storage(
         StorageError: If the storage is still full or away after that time.
     """
     limit = PATIENCE_SECONDS if seconds is None else seconds
-    started = 0.0
-
-    def attempt() -> Result:
-        nonlocal started
+    pause = FIRST_PAUSE
+    waited = 0.0
+    while True:
         started = time.monotonic()
-        return operation()
-
-    def stop(state: RetryCallState) -> bool:
-        if resumable and time.monotonic() - started > limit:
-            state.idle_for = 0.0
-        return state.idle_for >= limit
-
-    def log(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        trouble = storage_error(error, path) if error else None
-        cause = trouble.cause if trouble else error
-        logger.warning("%s; trying again in %.1f s", cause, state.upcoming_sleep)
-
-    def is_away(error: BaseException) -> bool:
-        if was_there and isinstance(error, FileNotFoundError):
-            return True
-        return storage_error(error, path) is not None
-
-    retrying = Retrying(
-        retry=retry_if_exception(is_away),
-        stop=stop,
-        wait=PAUSES,
-        before_sleep=log,
-        reraise=True,
-    )
-    try:
-        return retrying(attempt)
-    except Exception as error:
-        trouble = storage_error(error, path)
-        if trouble:
-            raise trouble from error
-        raise
+        try:
+            return operation()
+        except Exception as error:
+            trouble = storage_error(error, path)
+            if not trouble and not (was_there and isinstance(error, FileNotFoundError)):
+                raise
+            if resumable and time.monotonic() - started > limit:
+                waited = 0.0
+            if waited >= limit:
+                if trouble:
+                    raise trouble from error
+                raise
+            cause = trouble.cause if trouble else error
+            logger.warning("%s; trying again in %.1f s", cause, pause)
+        time.sleep(pause)
+        waited += pause
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
