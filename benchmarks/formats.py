@@ -46,7 +46,8 @@ class Rows:
     rounding."""
 
     def __init__(self, config: RunConfig, out: Path) -> None:
-        self.config, self.out = config, out
+        self.config = config
+        self.out = out
         self.prepared = RunDir(config.output)
         results = run(config, lambda event: None, until="prepare")
         assert results.prepare is not None
@@ -98,7 +99,8 @@ class Rows:
 
     def bank(self, rounding: str, wanted: dict[str, tuple[str, ...]]) -> BankSource:
         """Make what a bank lacks of the wanted entries, and return it."""
-        config, gptq = self.config, rounding == "gptq"
+        config = self.config
+        gptq = rounding == "gptq"
         places = self.out / f"bank-{rounding}", self.model
         bank = BankSource(
             *places, config.quantize.group, config.model.dtype, config.lora, 0, uses_grams=gptq
@@ -125,7 +127,8 @@ class Rows:
 
     def measure(self, row: str, steps: int, seed: int) -> dict[str, Any]:
         """Fine-tune and score one row."""
-        config, plan = self.config, self.plan(row)
+        config = self.config
+        plan = self.plan(row)
         rounding = "gptq" if row.endswith(":gptq") else "nearest"
         bank = self.bank(rounding, {group: (level,) for group, level in plan.as_dict().items()})
         started = time.monotonic()

@@ -1,10 +1,12 @@
 """Measures one GPU on a model of Llama-2-7B's shape: prune, bank, one trial, fine-tune, memory,
 estimates, tests.
 
-    .venv/bin/python benchmarks/gpu_7b.py                       # seven parts, 20 minutes at most
-    .venv/bin/python benchmarks/gpu_7b.py --part trial memory   # on what earlier parts left in the
-    work folder .venv/bin/python benchmarks/gpu_7b.py --shape tiny          # the same on a CPU, in
-    a minute
+    # all seven parts, which take 20 minutes at most
+    .venv/bin/python benchmarks/gpu_7b.py
+    # two parts, on what earlier parts left in the work folder
+    .venv/bin/python benchmarks/gpu_7b.py --part trial memory
+    # the same on a CPU, in a minute
+    .venv/bin/python benchmarks/gpu_7b.py --shape tiny
 
 Needs torch, transformers, peft, bitsandbytes and qpruner (`gpu_kit.py` packs them for a machine
 without a package index), a GPU with 24 GB and 25 GB of disk; no Ray, no datasets, no download:
@@ -13,7 +15,6 @@ most, that prints its JSON line as it ends and appends it to `results.jsonl` in 
 that fails says why in its line, and the next begins. Ends with a table and a JSON line.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from harness import append_record, command_line, read_records
 
 PARTS = ("prune", "bank", "trial", "finetune", "memory", "estimates", "tests")
 """The most valuable first."""
@@ -36,7 +39,7 @@ Line = dict[str, Any]
 def run(part: str, shape: str, folder: Path, seconds: float) -> Line:
     """Run a part in a process; returns its line, or one that says why there is none."""
     results = folder / "results.jsonl"
-    before = len(lines_of(results))
+    before = len(read_records(results))
     why = "the time that `--minutes` leaves is over before the part begins"
     if seconds > 0:
         command = [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), part]
@@ -50,19 +53,13 @@ def run(part: str, shape: str, folder: Path, seconds: float) -> Line:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    if len(found := lines_of(results)) > before:
-        return found[-1]
+    lines = read_records(results)
+    if len(lines) > before:
+        return lines[-1]
     line = {"part": part, "shape": shape, "error": why}
-    with results.open("a") as file:
-        file.write(f"{json.dumps(line)}\n")
+    append_record(results, line)
     print(json.dumps(line), flush=True)
     return line
-
-
-def lines_of(results: Path) -> list[Line]:
-    return (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    )
 
 
 def row(line: Line) -> str:
@@ -89,9 +86,7 @@ def figures(found: dict[str, Any], unit: str = "") -> Iterator[str]:
 
 def main() -> None:
     """Run the parts while there is time."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
@@ -100,7 +95,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="for all parts together")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    started, lines = time.monotonic(), []
+    started = time.monotonic()
+    lines = []
     for part in arguments.part:
         left = 60 * arguments.minutes - (time.monotonic() - started)
         lines.append(run(part, arguments.shape, arguments.work.absolute(), min(left, PART_SECONDS)))

@@ -1,12 +1,12 @@
 """A part of `gpu_7b.py`: what `qpruner check` expects of memory and seconds, beside what the other
 parts measured."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpu_setup import Figures, Setup
+from harness import read_records
 
 from qpruner.data.sources import Example
 from qpruner.estimate import hours, memory
@@ -19,7 +19,9 @@ from qpruner.pruning.prune import planned_cut
 def estimates(setup: Setup) -> Figures:
     """Seconds and bytes as `check --measure` tells them; `measured` is null where a part has not
     run."""
-    config, inspection, found = setup.config, inspected(setup), measured(setup)
+    config = setup.config
+    inspection = inspected(setup)
+    found = measured(setup)
     rates = hours.measured_rates(config, inspection, threads=1, machine="here")
     times = hours.stage_times(config, inspection, rates, slots=1)
     expected = {name: 3600 * each.hours for name, each in times.items()}
@@ -72,8 +74,7 @@ def as_text(length: int) -> Example:
 
 def measured(setup: Setup) -> Callable[[str, str], Any]:
     """Looks up a figure of the newest line of a part that did not fail."""
-    results = setup.work / "results.jsonl"
-    lines = map(json.loads, results.read_text().splitlines() if results.is_file() else ())
+    lines = read_records(setup.work / "results.jsonl")
     newest = {
         line["part"]: line for line in lines if "error" not in line and line["shape"] == setup.shape
     }

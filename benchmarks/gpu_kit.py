@@ -10,7 +10,6 @@ installed here. There: `bash install.sh`, which says how to go on. Needs a packa
 Refuses a kit of more than 60 MB.
 """
 
-import argparse
 import csv
 import io
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from subprocess import DEVNULL
 from zipfile import ZIP_DEFLATED, ZipFile
 
+from harness import command_line
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +115,8 @@ def copy_sources(folder: Path) -> None:
     (folder / "benchmarks").mkdir()
     for path in (ROOT / "benchmarks").glob("gpu_*.py"):
         shutil.copy(path, folder / "benchmarks")
-    shutil.copy(ROOT / "benchmarks" / "prune_7b.py", folder / "benchmarks")
+    for name in ("prune_7b.py", "harness.py"):
+        shutil.copy(ROOT / "benchmarks" / name, folder / "benchmarks")
     shutil.copy(ROOT / "benchmarks" / "gpu_install.sh", folder / "install.sh")
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
@@ -123,9 +124,7 @@ def copy_sources(folder: Path) -> None:
 
 def main() -> None:
     """Make the folder, weigh it, pack it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("cuda", help="such as 128 for CUDA 12.8")
     parser.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}")
     parser.add_argument("--out", type=Path, default=Path("dist/gpu_kit"))

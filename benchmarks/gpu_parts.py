@@ -7,7 +7,6 @@ A part is a function of the setup that returns figures. It finds what it needs o
 the work folder.
 """
 
-import argparse
 import importlib.util
 import json
 import shutil
@@ -24,6 +23,7 @@ import torch
 from gpu_estimates import estimates
 from gpu_setup import PAD_ID, SHAPES, Figures, Laps, Setup
 from gpu_training import peaks, throughput
+from harness import append_record, command_line
 from prune_7b import random_llama, tokenizer
 
 from qpruner.data.calibration import Samples
@@ -43,7 +43,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def prune(setup: Setup) -> Figures:
     """Make the random model on the device, cut it as the stage does, save it."""
-    aside, base, calibration = setup.work / "pruned.part", setup.base(), setup.config.calibration
+    aside = setup.work / "pruned.part"
+    base = setup.base()
+    calibration = setup.config.calibration
     for folder in (aside, setup.pruned, setup.bank):
         shutil.rmtree(folder, ignore_errors=True)
     shape = (calibration.num_samples, calibration.max_length)
@@ -54,7 +56,8 @@ def prune(setup: Setup) -> Figures:
         [{"input_ids": row, "labels": row} for row in ids], PAD_ID, calibration.batch_size
     )
     figures: Figures = {}
-    peak, laps = PeakMemory(), Laps()
+    peak = PeakMemory()
+    laps = Laps()
 
     model = random_llama(setup.base(), device())
     laps.end("build")
@@ -71,7 +74,9 @@ def prune(setup: Setup) -> Figures:
 
 def bank(setup: Setup) -> Figures:
     """Pack every (group, format) with its LoftQ start."""
-    made, peak, laps = list[EntryRecord](), PeakMemory(), Laps()
+    made = list[EntryRecord]()
+    peak = PeakMemory()
+    laps = Laps()
     for name in setup.groups:
         made += [
             entry for entry, _ in make_entries(setup.source, name, setup.config.quantize.levels)
@@ -96,7 +101,9 @@ def one_trial(setup: Setup) -> Figures:
     rows = {"train": setup.train_rows, "validation": setup.validation_rows}
     # A trial reads its rows by datasets, whose pyarrow alone is most of what the kit may weigh.
     trial.load_encoded = lambda folder: rows[folder.name]  # type: ignore[attr-defined]
-    losses, peak, laps = [], PeakMemory(), Laps()
+    losses = []
+    peak = PeakMemory()
+    laps = Laps()
 
     def report(result: RungResult, checkpoint: Path) -> None:
         losses.append(result.loss)
@@ -165,8 +172,7 @@ def run_part(name: str, setup: Setup, facts: Figures) -> None:
         **figures,
         **facts,
     }
-    with (setup.work / "results.jsonl").open("a") as file:
-        file.write(f"{json.dumps(line)}\n")
+    append_record(setup.work / "results.jsonl", line)
     print(json.dumps(line), flush=True)
     release()
 
@@ -187,7 +193,7 @@ def about() -> Figures:
 
 def main() -> None:
     """Run the parts that are named, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--work", type=Path, required=True)

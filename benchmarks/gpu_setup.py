@@ -72,7 +72,8 @@ class Setup:
 
     @property
     def source(self) -> BankSource:
-        quantize, config = self.config.quantize, self.config
+        quantize = self.config.quantize
+        config = self.config
         return BankSource(
             self.bank, self.pruned, quantize.group, config.model.dtype, config.lora, config.seed
         )
@@ -81,7 +82,8 @@ class Setup:
     def config(self) -> RunConfig:
         """LLM-Pruner's cut and fine-tune as the Llama-2-7B recipe has them, and a trial of 8 steps;
         nothing is read."""
-        rows, (first, last) = [{"source": "none.jsonl", "format": "text"}], self.cut_blocks
+        rows = [{"source": "none.jsonl", "format": "text"}]
+        (first, last) = self.cut_blocks
         cut = {
             "rate": 0.2,
             "importance": "taylor",
@@ -137,7 +139,8 @@ class Setup:
         return [self._row(self.tokens[1], random.Random(seed)) for seed in range(self.batch_size)]
 
     def _rows(self, count: int, seed: int) -> Rows:
-        drawn, (mean, most) = random.Random(seed), self.tokens
+        drawn = random.Random(seed)
+        (mean, most) = self.tokens
         lengths = [
             drawn.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD) for _ in range(count)
         ]
@@ -183,7 +186,8 @@ class Laps:
 
     def end(self, name: str) -> None:
         ended = now()
-        self.seconds[name], self._started = ended - self._started, ended
+        self.seconds[name] = ended - self._started
+        self._started = ended
 
 
 def now() -> float:

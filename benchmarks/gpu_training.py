@@ -26,7 +26,8 @@ from qpruner.quantization.assembly import plan_model
 from qpruner.runs.storage import working_folder
 from qpruner.training.finetune import Schedule, finetune
 
-TURNS, TURNS_SECONDS = 3, 300.0
+TURNS = 3
+TURNS_SECONDS = 300.0
 """Timed turns of the two fine-tunes, at most, and seconds after which none begins."""
 
 
@@ -47,7 +48,8 @@ def our_model(setup: Setup, *formats: str) -> Any:
 
 def train_ours(setup: Setup, model: Any, rows: Rows) -> float:
     """An epoch of `qpruner.training.finetune`; returns seconds."""
-    clock, config = Clock(), setup.config
+    clock = Clock()
+    config = setup.config
     schedule = Schedule(steps=len(rows) // setup.batch_size)
     with working_folder("qpruner-gpu-") as folder:
         finetune(
@@ -91,7 +93,9 @@ def plain_model(setup: Setup, bits: int, checkpointing: bool = True) -> Any:
 
 def train_plainly(model: Any, rows: Rows, setup: Setup, checkpointing: bool = True) -> float:
     """An epoch of transformers' Trainer with the same settings; returns seconds."""
-    clock, settings, has_gpu = Clock(), setup.config.training, torch.cuda.is_available()
+    clock = Clock()
+    settings = setup.config.training
+    has_gpu = torch.cuda.is_available()
     with working_folder("qpruner-gpu-") as folder:
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -122,7 +126,9 @@ def train_plainly(model: Any, rows: Rows, setup: Setup, checkpointing: bool = Tr
 def throughput(setup: Setup) -> Figures:
     """Non-padding tokens a second of our fine-tune and of Trainer with peft's QLoRA, both at 4
     bits."""
-    rows, ours, plain = setup.train_rows, our_model(setup, "nf4_double"), plain_model(setup, 4)
+    rows = setup.train_rows
+    ours = our_model(setup, "nf4_double")
+    plain = plain_model(setup, 4)
     turns: list[tuple[float, float]] = []
     started = time.monotonic()
     while len(turns) < 2 or (len(turns) <= TURNS and time.monotonic() - started < TURNS_SECONDS):

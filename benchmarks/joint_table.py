@@ -1,9 +1,9 @@
 """Fine-tune every plan of a small space of cuts and formats as a trial of a run would, for replays
 of a search.
 
-    .venv/bin/qpruner sensitivity CONFIG                                      # makes cuts, bank and
-    sensitivities .venv/bin/python benchmarks/joint_table.py CONFIG --groups 3 --out T.json
-    [--processes 2] [--again 0.1]
+    # makes cuts, bank and sensitivities
+    .venv/bin/qpruner sensitivity CONFIG
+    .venv/bin/python benchmarks/joint_table.py CONFIG --groups 3 --out T.json [--again 0.1]
 
 A plan of the table is a cut, a format for each of `--groups` runs of consecutive blocks, and one
 for the embeddings: with the demo's configuration 3 cuts x 3 formats in 3 runs and in the embeddings
@@ -86,7 +86,8 @@ def measure(config: RunConfig, groups: int, todo: list[tuple[Plan, int]], lines:
             name: formats[name]
             for name in (group.name for group in context.shapes.layout_of(cut).groups)
         }
-        losses, started = dict[int, float](), time.monotonic()
+        losses = dict[int, float]()
+        started = time.monotonic()
 
         def report(
             result: RungResult | None, checkpoint: Path, losses: dict[int, float] = losses
@@ -115,11 +116,9 @@ def table(
 ) -> dict[str, Any]:
     """Put the measured losses and the bytes of all plans into one record."""
     first = {plan: each["losses"] for (plan, seed), each in found.items() if seed == 0}
-    names, levels, sizes = (
-        list(of),
-        sorted({level for plan in first for level in plan[1:]}),
-        dict[str, Any](),
-    )
+    names = list(of)
+    levels = sorted({level for plan in first for level in plan[1:]})
+    sizes = dict[str, Any]()
     for cut in context.shapes.cuts:
         layout = context.shapes.layout_of(cut)
         sizes[cut] = {
@@ -192,7 +191,8 @@ def main() -> None:
     parser.add_argument("--again", type=float, default=0.1)
     asked = parser.parse_args()
     config = load_config(asked.config, asked.overrides)
-    context, lines = opened(config), asked.out.with_suffix(".lines")
+    context = opened(config)
+    lines = asked.out.with_suffix(".lines")
     of = members(context, asked.groups)
     plans = list(every_plan(context, of))
     again = np.random.default_rng(0).permutation(len(plans))[: round(asked.again * len(plans))]

@@ -1,8 +1,9 @@
 """Prune a Llama-2-7B-shaped random model by 20 %, and say what it took.
 
-    .venv/bin/python benchmarks/prune_7b.py              # first-order Taylor, nothing made up for,
-    as LLM-Pruner .venv/bin/python benchmarks/prune_7b.py --default    # what `rate: 0.2` alone
-    means
+    # first-order Taylor without compensation, as LLM-Pruner does it
+    .venv/bin/python benchmarks/prune_7b.py
+    # what `rate: 0.2` alone means
+    .venv/bin/python benchmarks/prune_7b.py --default
 
 13.5 GB of random bf16 weights are made here and written as a checkpoint of files of at most 10 GB,
 as Llama-2-7B's is, which is then loaded, cut on 10 samples of 64 tokens, saved and loaded again, by
@@ -11,7 +12,6 @@ weights and gradients of everything); it includes pages of weight files that are
 peaks and seconds of each step, then one JSON line. Takes 27 GB of disk.
 """
 
-import argparse
 import json
 import tempfile
 import threading
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import command_line
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,7 +40,8 @@ class Peak:
     """The highest resident memory of this process, read off /proc four times a second."""
 
     def __init__(self) -> None:
-        self.bytes, self._stop = 0, threading.Event()
+        self.bytes = 0
+        self._stop = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -48,7 +50,8 @@ class Peak:
 
     def take(self) -> int:
         """The peak since the last call."""
-        peak, self.bytes = max(self.bytes, resident_bytes()), 0
+        peak = max(self.bytes, resident_bytes())
+        self.bytes = 0
         return peak
 
 
@@ -100,12 +103,14 @@ class Steps:
 
     def __init__(self) -> None:
         self.figures: list[dict[str, Any]] = []
-        self._peak, self._started = Peak(), time.monotonic()
+        self._peak = Peak()
+        self._started = time.monotonic()
 
     def end(self, name: str) -> None:
         """Of a step, and begin the next."""
         peak = self._peak.take() / 1024**3
-        seconds, self._started = time.monotonic() - self._started, time.monotonic()
+        seconds = time.monotonic() - self._started
+        self._started = time.monotonic()
         self.figures.append({"step": name, "seconds": seconds, "peak_gib": peak})
         print(f"{name:6} {seconds:7.1f} s  peak {peak:.2f} GiB", flush=True)
 
@@ -127,7 +132,7 @@ def prune_folder(base: Path, folder: Path, settings: PruneConfig, steps: Steps) 
 
 def main() -> None:
     """Build, load, prune, save, load; print the peak of each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--num-layers", type=int, default=32)
     parser.add_argument(
@@ -148,7 +153,8 @@ def main() -> None:
     )
     steps = Steps()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        base, folder = Path(scratch, "base"), Path(scratch, "pruned")
+        base = Path(scratch, "base")
+        folder = Path(scratch, "pruned")
         random_llama(llama_7b(arguments.num_layers)).save_pretrained(base, max_shard_size="10GB")
         steps.end("build")
         pruned = prune_folder(base, folder, settings, steps)

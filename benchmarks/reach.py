@@ -93,7 +93,8 @@ def compared(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float,
 
 def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
     """Fine-tune and compare the plans of one finished search."""
-    searched, named = context.record(SearchRecord), rivals(context)
+    searched = context.record(SearchRecord)
+    named = rivals(context)
     jobs = {
         name: [final_job(context, name, origin, plan, context.config.seed + seed) for seed in SEEDS]
         for name, (origin, plan) in named.items()

@@ -1,24 +1,23 @@
-"""The table of record: peers at the bytes they are served at, and what a search returns in as many
-bytes.
+"""The table of record: peers at the bytes they are served at, and qpruner at the same bytes.
 
-    npm install --prefix NPM @node-llama-cpp/linux-x64@3.22.1          # llama.cpp's quantizer,
-    which xllamacpp lacks .venv/bin/python benchmarks/record.py benchmarks/record_smollm2.yaml --out
-    runs/record --libllama NPM \
-        --rows q4_0 ours-91.7 ... [--seeds 1 2 3] [--peer PEER --peer-python PYTHON] [--set
-        KEY=VALUE ...]
+    # llama.cpp's quantizer, which xllamacpp lacks
+    npm install --prefix NPM @node-llama-cpp/linux-x64@3.22.1
+    .venv/bin/python benchmarks/record.py benchmarks/record_smollm2.yaml --out runs/record \
+        --libllama NPM --rows q4_0 ours-91.7 ... [--seeds 1 2 3] [--set KEY=VALUE ...] \
+        [--peer PEER --peer-python PYTHON]
 
-Every row gets the same fine-tune (`finetune` and `training` of the file, so equal tokens) under
-three training seeds that no trial had. Its files are written as they are served, and everything in
-the row is of these files: bytes, loss on the judging rows, perplexity of WikiText-2 and C4,
-accuracy on `evaluate.tasks`, and speed on one thread. Quality of all rows is computed by
-transformers in bf16 from the weights in the files; `served loss` is llama.cpp's own for GGUF. Each
-row is compared with ours of the most bytes that are not more than its own, paired by row and seed;
-the 95 % intervals have the effects of both. What is finished is kept in OUT/record.jsonl, a line a
-row and seed, and not measured again. Without `--rows` only the table is printed.
+Every row gets the same fine-tune (`finetune` and `training` of the file) under three training seeds
+that no trial had. Its files are written as they are served, and every figure of the row is of these
+files: bytes, loss on the judging rows, perplexity of WikiText-2 and C4, accuracy on
+`evaluate.tasks`, and speed on one thread. The quality of all rows is computed by transformers in
+bf16, from the weights in the files; `served loss` of GGUF files is llama.cpp's own. Each row is
+compared with our largest row that takes no more bytes, paired by row and seed; the 95 % intervals
+hold the effects of both. OUT/record.jsonl keeps a line for each finished row and seed, which is
+then not measured again. Without `--rows` only the table is printed.
 
 Row `autoround` needs an interpreter with `auto-round auto-round-lib` beside qpruner (the second is
-its kernel for CPUs; no version conflicts in November 2026), row `llm-pruner` a clone of LLM-Pruner
-and its interpreter (llm_pruner.py says which).
+its kernel for CPUs; there were no version conflicts in November 2026). Row `llm-pruner` needs a
+clone of LLM-Pruner and its interpreter (llm_pruner.py says which).
 """
 
 import argparse
@@ -37,6 +36,7 @@ from typing import Any
 
 import torch
 import transformers
+from harness import append_record, command_line, print_heading, print_row, read_records
 from reach import SEEDS, compared
 from record_rows import ROWS, Bench, Files, Start
 
@@ -83,7 +83,9 @@ class Job:
 
 def measure(job: Job) -> dict[str, Any]:
     """Fine-tune, serve and score one row under one seed; under the first one time it too."""
-    bench, row, config = job.bench, ROWS[job.name], job.bench.config
+    bench = job.bench
+    row = ROWS[job.name]
+    config = job.bench.config
     folder = bench.asked.out / "tuned" / f"{row.tuned}-{job.seed}"
     record = FineTune(
         digest=folder.name,
@@ -144,7 +146,8 @@ def measure(job: Job) -> dict[str, Any]:
 
 def scores(bench: Bench, model: Any) -> dict[str, Any]:
     """Losses by row and window, and right answers by question."""
-    config, tokenizer = bench.config, load_tokenizer(str(bench.model))
+    config = bench.config
+    tokenizer = load_tokenizer(str(bench.model))
     texts = {"confirmation": load_confirmation(bench.data, CONFIRMATION)}
     for source in config.evaluate.text or ():
         examples = load_examples([source], "evaluate.text")
@@ -152,7 +155,8 @@ def scores(bench: Bench, model: Any) -> dict[str, Any]:
             [each.response for each in examples], tokenizer, config.data.max_length
         )
         texts[Path(source.source).stem] = windows[: config.evaluate.limit]
-    pad_id, size = int(tokenizer.pad_token_id), config.evaluate.batch_size
+    pad_id = int(tokenizer.pad_token_id)
+    size = config.evaluate.batch_size
     losses = {
         name: list(mean_loss(model, rows, pad_id, size).by_row) for name, rows in texts.items()
     }
@@ -209,32 +213,30 @@ def table(lines: list[dict[str, Any]]) -> None:
     bytes."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in ROWS:
-        of_row = sorted(
-            (each for each in lines if each["row"] == name), key=lambda each: each["seed"]
-        )
-        if [each["seed"] for each in of_row] == list(SEEDS):
+        of_row = [line for line in lines if line["row"] == name]
+        of_row.sort(key=lambda line: line["seed"])
+        if [line["seed"] for line in of_row] == list(SEEDS):
             rows[name] = of_row
-    rows = dict(sorted(rows.items(), key=lambda item: item[1][0]["bytes"]))
     if not rows:
         raise SystemExit(
             f"no row has all seeds yet; {len(lines)} of {len(ROWS) * len(SEEDS)} lines are measured"
         )
+    rows = dict(sorted(rows.items(), key=lambda item: item[1][0]["bytes"]))
     texts = list(next(iter(rows.values()))[0]["losses"])
-    measured = " | ".join([*texts, "accuracy"])
-    print(f"| row | MB | {measured} | MB of fine-tune | minutes | prefill | decode | served by |")
-    print("|---" * (8 + len(texts)) + "|")
+    measured = [*texts, "accuracy"]
+    speeds = ["prefill", "decode", "served by"]
+    print_heading(["row", "MB", *measured, "MB of fine-tune", "minutes", *speeds])
     for name, of_row in rows.items():
-        print(f"| {' | '.join(row_cells(name, of_row, texts))} |")
-    print(f"\n| row | minus ours | {measured} | who wins |")
-    print("|---" * (4 + len(texts)) + "|")
+        print_row(row_cells(name, of_row, texts))
+    print()
+    print_heading(["row", "minus ours", *measured, "who wins"])
     for name, of_row in rows.items():
-        fit = [
-            other
-            for other in rows
-            if rows[other][0]["bytes"] <= SLACK * of_row[0]["bytes"] and is_ours(other)
+        most_bytes = SLACK * of_row[0]["bytes"]
+        fitting = [
+            other for other in rows if is_ours(other) and rows[other][0]["bytes"] <= most_bytes
         ]
-        if fit and not is_ours(name):
-            print(f"| {name} | {fit[-1]} | {' | '.join(against(of_row, rows[fit[-1]], texts))} |")
+        if fitting and not is_ours(name):
+            print_row([name, fitting[-1], *against(of_row, rows[fitting[-1]], texts)])
 
 
 def is_ours(name: str) -> bool:
@@ -294,15 +296,14 @@ def against(
 
 
 def prepared(config: RunConfig, asked: argparse.Namespace) -> Bench:
-    found, place = run(config, lambda event: None, until="prepare").prepare, RunDir(config.output)
+    found = run(config, lambda event: None, until="prepare").prepare
+    place = RunDir(config.output)
     assert found
     return Bench(config, asked, place.base_model(found), place.stage("prepare") / "data")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, overrides=True)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[])
@@ -313,15 +314,14 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="a clone of LLM-Pruner")
     parser.add_argument("--peer-python", type=Path, help="an interpreter with transformers 4.43.4")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
     asked = parser.parse_args()
     asked.out = asked.out.absolute()
-    file, lines = asked.out / "record.jsonl", list[dict[str, Any]]()
-    if file.exists():
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file = asked.out / "record.jsonl"
+    lines = read_records(file)
     config = load_config(asked.config, [f"output={asked.out / 'base'}", *asked.overrides])
-    known = {(each["row"], each["seed"]) for each in lines}
-    settings, text = asked.out / "config.json", config.model_dump_json()
+    known = {(line["row"], line["seed"]) for line in lines}
+    settings = asked.out / "config.json"
+    text = config.model_dump_json()
     if settings.exists() and settings.read_text() != text:
         raise SystemExit(
             f"`--out`: {asked.out} has rows of another configuration: name another folder"
@@ -346,8 +346,7 @@ def main() -> None:
             ) as pool:
                 for found in pool.map(measure, [Job(bench, name, start, seed) for seed in part]):
                     lines.append(found)
-                    with file.open("a") as stream:
-                        stream.write(json.dumps(found) + "\n")
+                    append_record(file, found)
     table(lines)
 
 

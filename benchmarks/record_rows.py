@@ -180,7 +180,8 @@ def searched(config: RunConfig, name: str, pruned: bool = False) -> Start:
 def llm_pruner(bench: Bench) -> Start:
     """LLM-Pruner's own program cuts the model; its rows are rows of the base, so the units that it
     kept say all."""
-    folder, started = bench.asked.out / "llm-pruner", time.monotonic()
+    folder = bench.asked.out / "llm-pruner"
+    started = time.monotonic()
     if not (bench.asked.peer and bench.asked.peer_python):
         raise SystemExit(
             "row `llm-pruner` needs `--peer` and `--peer-python`: see benchmarks/llm_pruner.py"
@@ -258,7 +259,9 @@ def one_file(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
 
     The adapter is merged into the weights, which GPTQ rounds once more.
     """
-    bank, config, packed = start.bank, checkpoint_config(final), final.with_name("packed")
+    bank = start.bank
+    config = checkpoint_config(final)
+    packed = final.with_name("packed")
     recode(
         final, packed, lambda name, columns: name, True,
         gram_of=lambda path: read_grams(bank.folder, bank.inputs, config, [path]).get(path),
@@ -320,7 +323,8 @@ def llama_quantize(place: Path | None, source: Path, target: Path, kind: str) ->
     ]
     library.llama_backend_init()
     parameters = library.llama_model_quantize_default_params()
-    parameters.fields[0], parameters.fields[1] = 1, FILE_TYPES[kind]
+    parameters.fields[0] = 1
+    parameters.fields[1] = FILE_TYPES[kind]
     if status := library.llama_model_quantize(
         bytes(source), bytes(target), ctypes.byref(parameters)
     ):
@@ -334,7 +338,8 @@ def autoround(bench: Bench, start: Start, final: Path, folder: Path) -> Files:
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM
 
-    dense, texts = merged(final), final.with_name(f"{final.name}.jsonl")
+    dense = merged(final)
+    texts = final.with_name(f"{final.name}.jsonl")
     rows = load_examples(bench.config.data.train[:1], "data.train")
     lines = (
         json.dumps({"text": "\n".join((row.prompt, row.context, row.response))}) for row in rows

@@ -9,7 +9,6 @@ bit; times, memory, digests, paths and words are not. Prints what differs, then 
 where a number or tensor of both differs.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import command_line
 from safetensors.torch import load_file
 
 RECIPE = "tune_configs/demo_smollm2_cpu.yaml"
@@ -83,7 +83,8 @@ def run(commit: str, place: Path, config: str, overrides: list[str]) -> Path:
         text=True,
     )
     folder = place / parsed.stdout.strip()
-    code, output = folder / "code", folder / "run"
+    code = folder / "code"
+    output = folder / "run"
     folder.mkdir(parents=True, exist_ok=True)
     if output.exists():
         return output
@@ -165,26 +166,21 @@ def compare(kind: str, old: dict[str, Any], new: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, overrides=True)
     parser.add_argument("old")
     parser.add_argument("new", nargs="?", default="HEAD")
     parser.add_argument("--config", default=RECIPE)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument(
         "--keep", type=Path, help="where the runs stay; a temporary folder without it"
     )
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = asked.keep or Path(temporary)
-        runs = [
-            run(commit, place, asked.config, [*SMALL, *asked.overrides])
-            for commit in (asked.old, asked.new)
-        ]
-        different = compare("tensors", *(tensors(each) for each in runs)) + compare(
-            "numbers", *(numbers(each) for each in runs)
-        )
+        overrides = [*SMALL, *asked.overrides]
+        old = run(asked.old, place, asked.config, overrides)
+        new = run(asked.new, place, asked.config, overrides)
+        different = compare("tensors", tensors(old), tensors(new))
+        different += compare("numbers", numbers(old), numbers(new))
     sys.exit(1 if different else 0)
 
 

@@ -149,7 +149,8 @@ def empty_trials(folder: Path, num_trials: int) -> dict[str, float | None]:
 
     cpu = time.process_time()
     run_search(folder, "random", num_trials, 2, 0.0, {"cpu": 1.0}, listen)
-    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    seconds = time.monotonic() - began
+    cpu = time.process_time() - cpu
     ray.shutdown()
     # The first tenth fills pools and caches that do not grow with trials.
     later = [(done, size) for done, size in sizes if done >= num_trials // 10]

@@ -216,13 +216,12 @@ class Replay:
         their last rung."""
         done = [trial for trial in self.trials[:number] if trial.finished or as_if_finished]
         are_controls = [trial.control for trial in done]
-        scores, fit = [trial.scores[0] for trial in done], [trial.fits for trial in done]
+        scores = [trial.scores[0] for trial in done]
+        fit = [trial.fits for trial in done]
         chosen = choice.finalist_positions(scores, are_controls, SETTINGS.confirm, fit)
         finalists = [done[at] for at in chosen if done[at].fits]
-        fresh, are_controls = (
-            [trial.scores[0] for trial in finalists],
-            [trial.control for trial in finalists],
-        )
+        fresh = [trial.scores[0] for trial in finalists]
+        are_controls = [trial.control for trial in finalists]
         again = choice.contenders(fresh, are_controls, SETTINGS.confirm)
         means = [
             sum(each.scores) / 2 if at in again else each.scores[0]
@@ -251,11 +250,14 @@ class _Asha:
         # Of the configuration it reads `search` alone, and a whole one would name a model.
         config = RunConfig.model_construct(search=settings)
         self._scheduler = RecordedAsha(config, space, controls, [], lambda trial_id: False)
-        self._table, self._space, self._trials = table, space, dict[int, SimpleNamespace]()
+        self._table = table
+        self._space = space
+        self._trials = dict[int, SimpleNamespace]()
 
     def stops(self, suggestion: Suggestion, step: int, score: float) -> bool:
         """Return whether a trial that reports a rung ends there."""
-        index, plan = suggestion.index, suggestion.plan
+        index = suggestion.index
+        plan = suggestion.plan
         if index not in self._trials:
             plan_bytes = self._table.space_of(plan.cut, self._space.budget_bytes).plan_bytes(plan)
             about = {
@@ -292,7 +294,8 @@ def replay(task: Task) -> Replay:
     """Search a table; with several trials in flight, rungs are spread evenly over durations,
     log-normal around one."""
     table = Table.read(task.path)
-    steps, space = table.steps, table.space(task.budget, task.flops_fraction)
+    steps = table.steps
+    space = table.space(task.budget, task.flops_fraction)
     controls = [] if task.blind else table.controls(task.budget, task.flops_fraction)
     of_controls = [plan for _, plan in controls]
     priors = {} if task.blind else table.content["sensitivities"]
@@ -300,7 +303,9 @@ def replay(task: Task) -> Replay:
     ledger = Ledger(space, witness, controls, task.trials)
     asha = _Asha(table, space, of_controls) if task.asha and len(steps) > 1 else None
     generator = np.random.default_rng([task.seed, 2])
-    started, ended, spent = list[Suggestion](), dict[int, EndedTrial](), 0
+    started = list[Suggestion]()
+    ended = dict[int, EndedTrial]()
+    spent = 0
     events: list[tuple[float, int, Suggestion, int]] = []  # (time, order, suggestion, rung)
 
     def fill(now: float) -> None:
@@ -314,16 +319,16 @@ def replay(task: Task) -> Replay:
     fill(0.0)
     while events:
         now, _, suggestion, rung = heapq.heappop(events)
-        index, plan, step = suggestion.index, suggestion.plan, steps[rung]
+        index = suggestion.index
+        plan = suggestion.plan
+        step = steps[rung]
         if index in ended:
             continue
         spent += step - (steps[rung - 1] if rung else 0)
         own, further = (table.noise(plan, f"{task.seed} {which}") for which in ("own", "further"))
-        score, loss, finished = (
-            table.loss(plan, step) + own,
-            table.loss(plan),
-            rung == len(steps) - 1,
-        )
+        score = table.loss(plan, step) + own
+        loss = table.loss(plan)
+        finished = rung == len(steps) - 1
         ledger.observe(Observation(index, plan, step, score))
         if finished or (asha and asha.stops(suggestion, step, score)):
             ledger.close(suggestion)

@@ -43,7 +43,8 @@ LAYOUT = Layout(
     multiply_adds=10**6,
 )
 SIGMA = 1.0
-STEPS, FIRST_RUNG = 16, 4
+STEPS = 16
+FIRST_RUNG = 4
 CHECKPOINT_BYTES = 100_000
 
 
