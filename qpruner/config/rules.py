@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from qpruner.config import schema
 from qpruner.config.pruning import RATES, REDUCING
-from qpruner.config.section import Idle
+from qpruner.config.section import Idle, Section
 from qpruner.quantization.formats import DENSE, GridFormat, formats
 
 OF_UNITS = (
@@ -36,14 +36,18 @@ def take_out(*keys: str) -> str:
 # ---- keys that exclude each other
 
 
+def _exactly_one(name: str, section: Section, keys: Sequence[str]) -> Iterator[str]:
+    given = [key for key in keys if getattr(section, key) is not None]
+    got = "none"
+    if given:
+        got = f"{', '.join(given)}: {take_out(*(f'{name}.{key}' for key in given))}"
+    if len(given) != 1:
+        yield f"give exactly one of {', '.join(keys)}; got {got}"
+
+
 def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
     by_rate = prune.layer_rate is not None
-    given = [key for key in RATES if getattr(prune, key) is not None]
-    if len(given) != 1:
-        got = "none"
-        if given:
-            got = f"several: {take_out(*(f'prune.{key}' for key in given))}"
-        yield f"give one of `rates`, `rate` and `layer_rate`, got {got}"
+    yield from _exactly_one("prune", prune, RATES)
     rates = list(prune.rates or ())
     if rates != sorted(rates) or len(prune.cuts) < len(rates):
         yield f"`rates` must be different shares in ascending order, got {rates}"
@@ -62,12 +66,8 @@ def _prune_rules(prune: schema.PruneConfig) -> Iterator[str]:
 
 
 def _budget_rules(budget: schema.BudgetConfig) -> Iterator[str]:
-    given = list(budget.sizes)
-    if len(given) != 1:
-        got = "none"
-        if given:
-            got = f"{', '.join(given)}: {take_out(*(f'quantize.budget.{key}' for key in given))}"
-        yield f"give exactly one of fraction, mean_bits, gib, bytes; got {got}"
+    keys = [key for key in schema.BudgetConfig.model_fields if key != "flops_fraction"]
+    yield from _exactly_one("quantize.budget", budget, keys)
 
 
 def _quantize_rules(quantize: schema.QuantizeConfig) -> Iterator[str]:
@@ -123,11 +123,7 @@ def _search_rules(search: schema.SearchConfig) -> Iterator[str]:
 
 
 def _finetune_rules(finetune: schema.FinetuneConfig) -> Iterator[str]:
-    if (finetune.steps is None) == (finetune.epochs is None):
-        given = "neither"
-        if finetune.steps is not None:
-            given = f"both: {take_out('finetune.steps', 'finetune.epochs')}"
-        yield f"give exactly one of `steps` and `epochs`, got {given}"
+    yield from _exactly_one("finetune", finetune, ("steps", "epochs"))
 
 
 def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:

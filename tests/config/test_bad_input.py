@@ -61,11 +61,11 @@ RULES = [
     # within a section
     (
         "prune.layer_rate=0.25",
-        "`prune`: give one of `rates`, ... and `layer_rate`, got several: take one out",
+        "`prune`: give exactly one of rates, rate, layer_rate; got rate, layer_rate: take one out",
     ),
     (
         "prune={rates: [0, 0.2], rate: 0.1}",
-        "give one of `rates`, `rate` and `layer_rate`, got several: take one out",
+        "give exactly one of rates, rate, layer_rate; got rates, rate: take one out",
     ),
     (
         "prune={rates: [0.2, 0.1]}",
@@ -76,7 +76,7 @@ RULES = [
         "`rates` must be different shares in ascending order, got [0.1, 0.1000000000001]",
     ),
     ("prune={rates: [0, 0.95]}", "`prune.rates.1` ... less than or equal to 0.9, got 0.95"),
-    ("prune={rates: null}", "`prune`: give one of `rates`, `rate` and `layer_rate`, got none"),
+    ("prune={rates: null}", "`prune`: give exactly one of rates, rate, layer_rate; got none"),
     (
         "prune={layer_rate: 0.2, units: [block, mlp]}",
         "`layer_rate` applies to ... take `block` out of `units`",
@@ -153,9 +153,9 @@ RULES = [
     ),
     (
         "finetune={steps: 4, epochs: 1}",
-        "`finetune`: give exactly one of `steps` and `epochs`, got both: take one out",
+        "`finetune`: give exactly one of steps, epochs; got steps, epochs: take one out",
     ),
-    ("finetune={}", "`finetune`: give exactly one of `steps` and `epochs`, got neither"),
+    ("finetune={}", "`finetune`: give exactly one of steps, epochs; got none"),
     (
         "evaluate.text=[{source: x}]",
         "`text` is running text: give its sources `format: text`, got instruction",
@@ -270,7 +270,7 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
             "data.train.9.limit=3: `9` must be the number of an item, counted from 0 ... 1 item",
         ),
         ("data.train.first.limit=3", "`first` must be the number of an item"),
-        ("finetune.epochs=1", "exactly one ... both: take one out ... `--set finetune.steps=`"),
+        ("finetune.epochs=1", "exactly one ... steps, epochs: take one out ... `--set finetune.steps=`"),
         ("quantize.budget.bytes=9", "exactly one ... bytes ... `--set quantize.budget.fraction=`"),
     ],
 )
