@@ -270,7 +270,7 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
             "data.train.9.limit=3: `9` must be the number of an item, counted from 0 ... 1 item",
         ),
         ("data.train.first.limit=3", "`first` must be the number of an item"),
-        ("finetune.epochs=1", "exactly one ... steps, epochs: take one out ... `--set finetune.s"),
+        ("finetune.epochs=1", "got steps, epochs: take one out ... `--set finetune.steps=`"),
         ("quantize.budget.bytes=9", "exactly one ... bytes ... `--set quantize.budget.fraction=`"),
     ],
 )
