@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -301,6 +302,12 @@ def changed_by(change: str, raw: Raw) -> Raw:
 def said(message: str, text: str) -> bool:
     """Return True if a text has all parts of a message, which ` ... ` separates."""
     return all(part in text for part in message.split(" ... "))
+
+
+def assert_has(record: object, **expected: object) -> None:
+    """Compare some fields of a record, or some keys of a mapping, with what they should be."""
+    read = record.get if isinstance(record, dict) else partial(getattr, record)
+    assert {name: read(name) for name in expected} == expected
 
 
 @pytest.fixture

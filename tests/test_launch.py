@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, disk_of
+from conftest import ROOT, assert_has, disk_of
 
 TOOLS = ("bash", "dirname", "df", "awk", "cat", "sed", "env", "sha256sum")
 UNREACHABLE = {
@@ -115,8 +115,7 @@ def test_uv_gets_the_settings_of_pip(tmp_path: Path) -> None:
     assert {f"export UV_{each}" for each in given} <= {*found}
     assert not any("UV_NO_INDEX" in line for line in found)
     refused = translated(PIP_PREFER_BINARY="1")
-    assert refused.returncode == 1
-    assert refused.stdout == ""
+    assert_has(refused, returncode=1, stdout="")
     assert "`prefer-binary`, so pip installs" in refused.stderr
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Raw, command, with_key
+from conftest import Raw, assert_has, command, with_key
 from conftest import with_keys as changed
 
 from qpruner.config.load import validate_config
@@ -99,8 +99,7 @@ def test_gpu_settings_can_be_checked_without_a_gpu(tiny_raw: Raw) -> None:
     workers = {"finetune__num_workers": 4, "training__micro_batch_size": 1}
     raw = changed(tiny_raw, **gpus, **workers, model__dtype="float16")
     told = facts(raw, "--gpu")
-    assert told["concurrent_trials"] == 1
-    assert told["memory_free"] is None
+    assert_has(told, concurrent_trials=1, memory_free=None)
     halves = changed(
         raw, finetune__num_workers=1, search__resources_per_trial={"cpu": 4, "gpu": 0.5}
     )

@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from conftest import Raw, command
+from conftest import Raw, assert_has, command
 from made_records import made_finalist
 from made_run import GROUPS, TRIALS, MadeRun, recorded_run, trial, trials
 from plain_transformers import run_python
@@ -77,11 +77,7 @@ def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in text
     stages = {each["stage"]: each["state"] for each in json_of("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
-    assert (stages["prepare"], stages["search"], stages["evaluate"]) == (
-        "recorded",
-        "running",
-        "waiting",
-    )
+    assert_has(stages, prepare="recorded", search="running", evaluate="waiting")
 
 
 def test_status_names_the_winner(over: Path) -> None:
@@ -344,11 +340,13 @@ def test_compare_shows_hours_of_search_and_run(tmp_path: Path) -> None:
         "evaluate", EvalRecord(digest="old", seconds=1e6, gpu_seconds=1e6, rows=(), tested="asked")
     )
     [facts] = json_of("compare", tmp_path / "run")["runs"]
-    assert facts["search_hours"] == 0.5
-    assert facts["search_gpu_hours"] == 2.01
+    assert_has(facts, search_hours=0.5, search_gpu_hours=2.01)
     # Prepare to finetune.
-    assert facts["run_hours"] == pytest.approx(0.5 + 5 * 61.5 / 3600)
-    assert facts["run_gpu_hours"] == pytest.approx(2.01 + 5 * 2 * 61.5 / 3600)
+    assert_has(
+        facts,
+        run_hours=pytest.approx(0.5 + 5 * 61.5 / 3600),
+        run_gpu_hours=pytest.approx(2.01 + 5 * 2 * 61.5 / 3600),
+    )
 
 
 def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
@@ -373,8 +371,8 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     facts = json_of("compare", *runs)
     [found] = facts["differences"]
     accuracy, answers, confirmation = found["differences"]
-    assert (found["run"], found["other"], found["seeds"]) == (str(runs[1]), str(runs[0]), [0, 1, 2])
-    assert (accuracy["measure"], accuracy["verdict"], accuracy["num_pairs"]) == ("acc", None, 600)
+    assert_has(found, run=str(runs[1]), other=str(runs[0]), seeds=[0, 1, 2])
+    assert_has(accuracy, measure="acc", verdict=None, num_pairs=600)
     assert (
         0
         < accuracy["mean"] - accuracy["half_width"]
@@ -385,8 +383,7 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     assert facts["runs"][0]["test_metric"] == "acc"
     assert answers["mean"] == pytest.approx(0.5 - before, rel=0.01)
     assert answers["mean"] < -answers["half_width"]
-    assert confirmation["mean"] == 0
-    assert confirmation["verdict"] == "not distinguishable"
+    assert_has(confirmation, mean=0, verdict="not distinguishable")
     text = printed("compare", *runs)
     assert "second minus first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Raw, changed_by, command, raw_config, said, with_keys
+from conftest import Raw, assert_has, changed_by, command, raw_config, said, with_keys
 
 from qpruner.config.load import load_config, validate_config
 from qpruner.config.schema import RunConfig
@@ -354,7 +354,6 @@ def test_a_command_with_a_mistake_exits_with_code_2(
 def test_an_error_goes_to_stderr_without_a_traceback(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "qpruner", "check", "none.yaml")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
-    assert done.stdout == ""
+    assert_has(done, returncode=2, stdout="")
     assert done.stderr.startswith("error: configuration file ")
     assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Raw
+from conftest import ROOT, Raw, assert_has
 
 from qpruner.config.load import load_config
 from qpruner.pipeline import preflight
@@ -150,13 +150,8 @@ def test_the_paper_recipes_prune_like_llm_pruner(path: Path) -> None:
     calibration = config.calibration
     units = (prune.importance, prune.order, prune.aggregation, prune.reduction)
     assert units == ("taylor", "first", "element", "sum")
-    assert prune.round_to == 1
-    assert (prune.selection, prune.query_heads, prune.compensation) == (
-        "per_layer",
-        "modulo",
-        "none",
-    )
-    assert (calibration.num_samples, calibration.max_length, calibration.batch_size) == (10, 64, 10)
+    assert_has(prune, round_to=1, selection="per_layer", query_heads="modulo", compensation="none")
+    assert_has(calibration, num_samples=10, max_length=64, batch_size=10)
     assert calibration.data
     assert all(source.format == "text" for source in calibration.data)
 
@@ -164,11 +159,7 @@ def test_the_paper_recipes_prune_like_llm_pruner(path: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_7b_recipes_train_like_llm_pruner(variant: str) -> None:
     config = load_config(PAPER / f"llama2_7b_{variant}.yaml")
-    assert (config.prune.layer_rate, config.prune.first_layer, config.prune.last_layer) == (
-        0.25,
-        4,
-        29,
-    )
+    assert_has(config.prune, layer_rate=0.25, first_layer=4, last_layer=29)
     assert (config.lora.rank, config.training.batch_size, config.training.learning_rate) == (
         8,
         64,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Raw
+from conftest import Raw, assert_has
 
 from qpruner.config.schema import DataSource
 from qpruner.data.sources import Example, check_disjoint, load_examples, normalized
@@ -66,8 +66,7 @@ def test_rows_of_known_layouts(tmp_path: Path, row: Raw, columns: Raw, expected:
         assert examples_of(tmp_path, [row], columns=columns) == [Example("instruction", *expected)]
         return
     [found] = examples_of(tmp_path, [row], format="multiple_choice", columns=columns)
-    assert found.format == "multiple_choice"
-    assert found.response == expected
+    assert_has(found, format="multiple_choice", response=expected)
 
 
 @pytest.mark.parametrize("answer", ["E", 4, -1, "", "carbon dioxide"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import (
     Raw,
+    assert_has,
     fill,
     flip_a_byte,
     flipped,
@@ -445,8 +446,7 @@ def test_nan_weights_stop_the_first_stage_that_reads_them(
     model = model_with_nan(Path(tiny_raw["model"]["source"]), tmp_path / "model", parameter)
     raw = with_key(with_key(tiny_raw, "prune.importance", importance), "prune.rate", rate)
     error = failing(with_key(raw, "model.source", str(model)), "sensitivity")
-    assert error.stage == "prune"
-    assert error.cause == f"the weight {parameter} is NaN or infinite"
+    assert_has(error, stage="prune", cause=f"the weight {parameter} is NaN or infinite")
     # Nothing has been trained yet.
     assert "weights" in error.remedy
     assert "learning_rate" not in error.remedy

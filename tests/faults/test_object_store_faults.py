@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Raw, with_key
+from conftest import Raw, assert_has, with_key
 from object_store import Gate, Store, talk_to
 from real_driver import driver, ended
 from whole_runs import MINUTES, comparable, kill_when, outcome, said, written_config
@@ -118,8 +118,7 @@ def test_verbs_for_finished_runs_accept_a_uri(
 
     uri = store.uri(KILLED)
     status = json.loads(output("status", uri, "--json"))
-    assert status["run"] == uri
-    assert status["outcome"] == "done"
+    assert_has(status, run=uri, outcome="done")
     assert len(json.loads(output("trials", uri, "--json"))["trials"]) == len(
         trials_at(store, KILLED)
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Raw, away, flip_a_byte, full
+from conftest import Raw, assert_has, away, flip_a_byte, full
 from raylets import Raylets, raylets
 from real_driver import (
     Driver,
@@ -48,25 +48,35 @@ def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return ended(search_config(tiny_model, tmp_path_factory.mktemp("measured")), "sensitivity").run
 
 
+def copied(run: Path, model: Path, folder: Path, **keys: Any) -> Path:
+    """Copy a run into a folder, and write the configuration that continues it there."""
+    shutil.copytree(run, folder / "run")
+    return search_config(model, folder, **keys)
+
+
 @pytest.fixture
 def config(measured: Path, tiny_model: Path, tmp_path: Path) -> Path:
     """A configuration whose run folder has all stages up to the sensitivities."""
-    shutil.copytree(measured, tmp_path / "run")
-    return search_config(tiny_model, tmp_path)
+    return copied(measured, tiny_model, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(measured: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of an undisturbed search."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    shutil.copytree(measured, folder / "run")
-    return ended(search_config(tiny_model, folder)).run
+    return ended(copied(measured, tiny_model, tmp_path_factory.mktemp("undisturbed"))).run
 
 
-def finished(process: Driver) -> Raw:
-    """Wait for a search that must succeed, and return its record."""
+def finished(process: Driver, undisturbed: Path | None = None) -> Raw:
+    """Wait for a search that must succeed, and return its record.
+
+    Its trials and its winner must be those of the undisturbed search, each rung measured once.
+    """
     process.end_well()
-    return search_record(process.run)
+    record = search_record(process.run)
+    if undisturbed:
+        assert rungs_of(process.run) == rungs_of(undisturbed)
+        assert record["best_plan"] == search_record(undisturbed)["best_plan"]
+    return record
 
 
 def between(process: Driver, index: int) -> int:
@@ -88,12 +98,8 @@ def between(process: Driver, index: int) -> int:
 def test_a_killed_trial_resumes_from_its_last_rung(config: Path, undisturbed: Path) -> None:
     with driver(config) as process:
         os.kill(between(process, 1), signal.SIGKILL)
-        record = finished(process)
+        assert finished(process, undisturbed)["failures"] == {}
         assert "trial 1 lost its worker and is resumed from step" in process.said()
-    # The same trials, each rung measured once.
-    assert rungs_of(process.run) == rungs_of(undisturbed)
-    assert record["best_plan"] == search_record(undisturbed)["best_plan"]
-    assert record["failures"] == {}
     assert all(trial["kills"] == 0 for trial in trials_of(process.run).values())
 
 
@@ -107,13 +113,9 @@ def test_kills_between_rungs_lose_no_progress(
     """Worker and driver are killed after a checkpoint by time each, and none of them would ever
     reach a rung."""
     keys = {"search.steps": 128, "search.first_rung": 64, "search.max_trials": 1}
-    configs = [
-        search_config(tiny_model, tmp_path / name, **keys) for name in ("undisturbed", "disturbed")
-    ]
-    for config in configs:
-        shutil.copytree(measured, config.parent / "run")
-    whole = ended(configs[0]).run
-    run = configs[1].parent / "run"
+    whole = ended(copied(measured, tiny_model, tmp_path / "undisturbed", **keys)).run
+    config = copied(measured, tiny_model, tmp_path / "disturbed", **keys)
+    run = config.parent / "run"
     steps = [0]
 
     def saved() -> bool:
@@ -121,28 +123,25 @@ def test_kills_between_rungs_lose_no_progress(
         # Killed too late to say anything.
         assert trial.get("status", "running") == "running"
         assert not trial.get("rungs")
-        if (step := trial.get("saved_between", 0)) > steps[-1]:
-            steps.append(step)
-            return True
-        return False
+        if trial.get("saved_between", 0) == steps[-1]:
+            return False
+        steps.append(trial["saved_between"])
+        return True
 
-    for num_kills in (MAX_KILLS + 1, 1, 1):
-        with driver(configs[1], before=OFTEN) as process:
-            for kill in range(num_kills):
-                process.wait_until(saved, f"a checkpoint after step {steps[-1]}")
-                os.kill(
-                    process.process.pid if num_kills == 1 else pulse_of(run, 0)["pid"],
-                    signal.SIGKILL,
-                )
-                if num_kills > 1:
-                    said = f"trial 0 lost its worker and is resumed from step {steps[-1]}\n"
-                    process.wait_until(
-                        lambda said=said: said in process.said(), f"{said}, kill {kill}"
-                    )
-    with driver(configs[1]) as process:
-        record = finished(process)
-    assert rungs_of(run) == rungs_of(whole)
-    assert record["failures"] == {}
+    def is_resumed() -> bool:
+        return f"resumed from step {steps[-1]}\n" in process.said()
+
+    with driver(config, before=OFTEN) as process:
+        for _ in range(MAX_KILLS + 1):
+            process.wait_until(saved, "another checkpoint")
+            os.kill(pulse_of(run, 0)["pid"], signal.SIGKILL)
+            process.wait_until(is_resumed, "another worker on the trial")
+    for _ in range(2):
+        # The driver is killed at the end of the block.
+        with driver(config, before=OFTEN) as process:
+            process.wait_until(saved, "another checkpoint")
+    with driver(config) as process:
+        assert finished(process, whole)["failures"] == {}
     assert len(trials_of(run)[0]["begun"]) == len(steps) == MAX_KILLS + 4
 
 
@@ -159,12 +158,8 @@ def test_a_trial_that_keeps_dying_fails_alone(config: Path, tmp_path: Path) -> N
             time.sleep(0.02)
         record = finished(process)
     trial = trials_of(process.run)[1]
-    assert trial["failure"] == "lost"
-    assert trial["kills"] == 3
-    assert trial["reason"] == "its worker process died 3 times in a row"
-    assert record["failures"] == {"lost": 1}
-    assert record["num_failed"] == 1
-    assert record["num_trials"] == 5
+    assert_has(trial, failure="lost", kills=3, reason="its worker process died 3 times in a row")
+    assert_has(record, failures={"lost": 1}, num_failed=1, num_trials=5)
 
 
 def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path) -> None:
@@ -175,11 +170,9 @@ def test_a_hung_trial_is_killed_and_frees_its_slot(config: Path) -> None:
         record = finished(process)
         assert not psutil.pid_exists(pid)
     trials = trials_of(process.run)
-    assert trials[1]["status"] == "failed"
-    assert trials[1]["failure"] == "hung"
+    assert_has(trials[1], status="failed", failure="hung")
     assert "no progress for 20 s (`search.trial_timeout_seconds`)" in trials[1]["reason"]
-    assert record["num_trials"] == 5
-    assert record["failures"] == {"hung": 1}
+    assert_has(record, num_trials=5, failures={"hung": 1})
     # The next trials got the only slot.
     assert all(trials[index]["rungs"] for index in (2, 3, 4))
 
@@ -200,7 +193,7 @@ def test_ctrl_c_once_finishes_the_rung_and_can_resume(config: Path, undisturbed:
     trial = trials_of(process.run)[1]
     # The rung that ran was finished.
     assert len(trial["rungs"]) > 1
-    # No trial was started after it.
+    # No trial was started after that rung.
     assert trial["status"] == "running"
     assert 2 not in trials_of(process.run)
     assert not (process.run / "records" / "search.json").exists()
@@ -208,13 +201,10 @@ def test_ctrl_c_once_finishes_the_rung_and_can_resume(config: Path, undisturbed:
     [state] = process.run.glob("trials/*/0001/checkpoint-*/optimizer.pt")
     flip_a_byte(state)
     with driver(config) as process:
-        record = finished(process)
+        record = finished(process, undisturbed)
         assert f"{state.parent} is damaged: set aside in" in process.said()
-    assert rungs_of(process.run) == rungs_of(undisturbed)
-    assert record["best_plan"] == search_record(undisturbed)["best_plan"]
     # The damaged trial started again.
-    assert record["sessions"] == 2
-    assert record["resumed"] == 1
+    assert_has(record, sessions=2, resumed=1)
 
 
 def test_ctrl_c_twice_leaves_at_once_and_can_resume(config: Path, undisturbed: Path) -> None:
@@ -233,8 +223,7 @@ def test_ctrl_c_twice_leaves_at_once_and_can_resume(config: Path, undisturbed: P
         assert time.monotonic() - started < 30
         assert not psutil.pid_exists(pid)
     with driver(config) as process:
-        finished(process)
-    assert rungs_of(process.run) == rungs_of(undisturbed)
+        finished(process, undisturbed)
 
 
 def fresh_scores(run: Path) -> dict[int, tuple[int, Path]]:
@@ -267,7 +256,7 @@ def test_only_damaged_files_of_a_search_are_made_again(
     [record] = run.glob(f"trials/*/{third:04d}/trial.json")
     flip_a_byte(record)
     with driver(search_config(tiny_model, tmp_path)) as process:
-        again = finished(process)
+        again = finished(process, undisturbed)
         said = process.said()
     assert f"{weights.parent} is damaged: set aside in" in said
     assert str(score) in said
@@ -277,7 +266,6 @@ def test_only_damaged_files_of_a_search_are_made_again(
     after = fresh_scores(run)
     changed = {index for index in before if before[index] != after.get(index)}
     assert {first, other} <= changed <= {first, other, third}
-    assert rungs_of(run) == rungs_of(undisturbed)
     assert len(list(run.glob("trials/*/damaged/*/trial.json"))) == 1
     assert comparable(again["finalists"]) == comparable(search_record(undisturbed)["finalists"])
 
@@ -296,7 +284,7 @@ def spoil(path: Path) -> None:
 
 
 def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) -> None:
-    keys = {"search.searcher": "gp", "search.max_trials": 12, "search.max_concurrent": 1}
+    keys = {"search.searcher": "gp", "search.max_trials": 12}
     config = search_config(tiny_model, config.parent, **keys)
     path = next((ended(config, "bank").run / "banks" / "cut-20" / "nf4").glob("*.safetensors"))
     spoil(path)
@@ -304,17 +292,18 @@ def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) 
     with driver(config) as process:
         record = finished(process)
     trials = trials_of(process.run)
-    ruined = {
-        at
-        for at, trial in trials.items()
-        if (trial["cut"], trial["plan"][group]) == ("cut-20", "nf4")
-    }
-    failed = {index: trial for index, trial in trials.items() if trial["status"] == "failed"}
-    assert set(failed) == ruined
+    ruined = set()
+    proposed = set()
+    for index, trial in trials.items():
+        is_ruined = trial["cut"] == "cut-20" and trial["plan"][group] == "nf4"
+        assert (trial["status"] == "failed") == is_ruined
+        if is_ruined:
+            ruined.add(index)
+            # It is stopped at once.
+            assert "nan at step 1" in trial["reason"]
+        if trial["origin"] == "gp":
+            proposed.add(index)
     assert record["failures"] == {"diverged": len(ruined)}
-    # Stopped at once.
-    assert all("nan at step 1" in trial["reason"] for trial in failed.values())
-    proposed = {index for index, trial in trials.items() if trial["origin"] == "gp"}
     assert len(proposed) >= 8
     # The controls had shown it.
     assert len(ruined & proposed) <= 2
@@ -345,11 +334,8 @@ def big(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two runs of large batches: `measured` up to the sensitivities, `undisturbed`
     with its one trial."""
     folder = tmp_path_factory.mktemp("big")
-    for name, verb in (("measured", "sensitivity"), ("undisturbed", "search")):
-        config = search_config(tiny_model, folder / name, **BIG)
-        if name == "undisturbed":
-            shutil.copytree(folder / "measured" / "run", folder / name / "run")
-        ended(config, verb)
+    measured = ended(search_config(tiny_model, folder / "measured", **BIG), "sensitivity").run
+    ended(copied(measured, tiny_model, folder / "undisturbed", **BIG))
     return folder
 
 
@@ -379,33 +365,18 @@ def test_a_machine_out_of_memory_costs_one_worker(
     }
     with driver(config, **monitor) as process:
         between(process, 1)
-        pids = [
-            str(pulse["pid"])
-            for index in trials_of(process.run)
-            if (pulse := pulse_of(process.run, index))
-        ]
-        subprocess.run(
-            [sys.executable, "-c", HOG, str(limit - 2 * 10**8), *pids], check=True, timeout=120
-        )
+        pulses = [pulse_of(process.run, index) for index in trials_of(process.run)]
+        pids = [str(pulse["pid"]) for pulse in pulses if pulse]
+        command = [sys.executable, "-c", HOG, str(limit - 2 * 10**8), *pids]
+        subprocess.run(command, check=True, timeout=120)
         record = finished(process)
-        said = process.said()
-    killed = [
-        int(index)
-        for index in re.findall(r"trial (\d+) lost its worker, which Ray killed for memory", said)
-    ]
-    assert len(killed) == 1, said
-    smaller = [
-        index
-        for index, trial in trials_of(process.run).items()
-        if trial["micro_batch_size"] is not None
-    ]
-    # It alone resumes with half the rows at once.
-    assert smaller == killed
-    starts = {index: len(trial["begun"]) for index, trial in trials_of(process.run).items()}
-    # The other worker lived on.
-    assert starts == {index: 2 if index in killed else 1 for index in range(5)}
-    assert record["num_trials"] == 5
-    assert record["failures"] == {}
+    [killed] = re.findall(r"trial (\d+) lost its worker, which Ray killed", process.said())
+    for index, trial in trials_of(process.run).items():
+        is_killed = index == int(killed)
+        # It alone starts again, with half the rows at once.
+        assert (trial["micro_batch_size"] is not None) == is_killed
+        assert len(trial["begun"]) == 1 + is_killed
+    assert_has(record, num_trials=5, failures={})
 
 
 @pytest.mark.parametrize("retry", [True, False])
@@ -415,8 +386,8 @@ def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     """The process may take 450 MiB of address space more than at its first pulse, and 64 rows take
     more. Once the trial has shrunk, the limit goes: torch keeps the address space of a step that
     failed, so even one row may not fit."""
-    shutil.copytree(big / "measured" / "run", tmp_path / "run")
-    config = search_config(tiny_model, tmp_path, **BIG, **{"search.retry_out_of_memory": retry})
+    keys = BIG | {"search.retry_out_of_memory": retry}
+    config = copied(big / "measured" / "run", tiny_model, tmp_path, **keys)
     with driver(config) as process:
         pulse = process.wait_until(lambda: pulse_of(process.run, 0), "the first pulse")
         worker = psutil.Process(pulse["pid"])
@@ -433,43 +404,36 @@ def test_a_trial_out_of_memory_shrinks_or_is_infeasible(
     assert 20e6 < trial["peak_memory_bytes"] < 500e6
     assert trial["memory_counter"] == "rise of resident memory"
     if not retry:
-        assert trial["status"] == "failed"
-        assert trial["failure"] == "infeasible"
-        assert trial["reason"].startswith("out of memory: ")
-        assert trial["reason"].endswith("(micro-batch 64)")
+        assert_has(trial, status="failed", failure="infeasible")
+        assert re.fullmatch(r"out of memory: .*\(micro-batch 64\)", trial["reason"], re.DOTALL)
         assert code == 1
-        assert "none of 1 trial finished; the first reason: out of memory" in said
+        assert "the first reason: out of memory" in said
         return
     assert code == 0, said[-3000:]
     assert trial["status"] == "finished"
     assert trial["micro_batch_size"] in (32, 16, 8, 4)
     expected = trials_of(big / "undisturbed" / "run")[0]
     assert expected["micro_batch_size"] is None
-    losses, expected_losses = (
-        [rung["loss"] for rung in each["rungs"]] for each in (trial, expected)
-    )
-    assert losses == pytest.approx(expected_losses, rel=2e-3)
+    losses = [rung["loss"] for rung in trial["rungs"]]
+    assert losses == pytest.approx([rung["loss"] for rung in expected["rungs"]], rel=2e-3)
 
 
-GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-"""Folders of the memory limits of control groups, in version 1 and version 2."""
+GROUPS = Path("/sys/fs/cgroup")
 
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """The file with the memory limit of a new control group."""
-    base, name = (
-        (GROUPS[0], "memory.limit_in_bytes") if GROUPS[0].is_dir() else (GROUPS[1], "memory.max")
-    )
-    folder = base / f"qpruner-{os.getpid()}"
+    """The file with the memory limit of a new control group, of version 1 or version 2."""
+    folder = GROUPS / ("memory" if (GROUPS / "memory").is_dir() else "") / f"qpruner-{os.getpid()}"
     try:
         folder.mkdir()
     except OSError as error:
         pytest.skip(f"control groups cannot be made here: {error}")
     try:
-        if not (folder / name).exists():
+        limits = [*folder.glob("memory.limit_in_bytes"), *folder.glob("memory.max")]
+        if not limits:
             pytest.skip("control groups have no memory limit here")
-        yield folder / name
+        yield limits[0]
     finally:
         folder.rmdir()
 
@@ -479,25 +443,22 @@ def test_a_trial_the_kernel_kills_for_memory_shrinks(
 ) -> None:
     """Each new worker is moved into a small control group, until more are killed than may die for
     other reasons."""
-    shutil.copytree(big / "measured" / "run", tmp_path / "run")
-    pids: list[int] = []
+    pids = {0}
 
     def new_worker() -> int | None:
-        pulse = pulse_of(process.run, 0)
-        return pulse["pid"] if pulse and pulse["pid"] not in pids else None
+        pid = (pulse_of(process.run, 0) or {"pid": 0})["pid"]
+        return None if pid in pids else pid
 
-    with driver(search_config(tiny_model, tmp_path, **BIG)) as process:
+    with driver(copied(big / "measured" / "run", tiny_model, tmp_path, **BIG)) as process:
         group.write_text(str(20 * 2**20))
         for _ in range(MAX_KILLS + 1):
-            pids.append(process.wait_until(new_worker, "a new worker"))
-            (group.parent / "cgroup.procs").write_text(str(pids[-1]))
+            pid = process.wait_until(new_worker, "a new worker")
+            (group.parent / "cgroup.procs").write_text(str(pid))
+            pids.add(pid)
         finished(process)
-        assert (
-            process.said().count("trial 0 lost its worker and is resumed from its start")
-            == MAX_KILLS + 1
-        )
+        assert process.said().count("resumed from its start") == MAX_KILLS + 1
     trial = trials_of(process.run)[0]
-    assert (trial["status"], trial["micro_batch_size"], trial["kills"]) == ("finished", 4, 0)
+    assert_has(trial, status="finished", micro_batch_size=4, kills=0)
 
 
 # ---- storage
@@ -508,8 +469,7 @@ def test_a_full_or_missing_storage_is_waited_for(
     trouble: Any, passes: bool, disk: Path, measured: Path, undisturbed: Path, tiny_model: Path
 ) -> None:
     """Mounting an empty file system over the run folder makes its files unreachable."""
-    shutil.copytree(measured, disk / "run")
-    config = search_config(tiny_model, disk)
+    config = copied(measured, tiny_model, disk)
     with driver(config, QPRUNER_STORAGE_PATIENCE_SECONDS="60" if passes else "2") as process:
         between(process, 1)
         with trouble(disk / "run" if trouble is away else disk) as end:
@@ -551,10 +511,8 @@ def test_a_dead_machine_does_not_count_against_its_trial(config: Path, undisturb
             cluster.kill_machine(node)
         # No rung in between, which would reset the count.
         assert rungs_of(process.run)[1] == before
-        record = finished(process)
-    assert rungs_of(process.run) == rungs_of(undisturbed)
-    assert record["failures"] == {}
-    assert process.said().count("trial 1 lost its worker and is resumed from step") == MAX_KILLS + 1
+        assert finished(process, undisturbed)["failures"] == {}
+    assert process.said().count("resumed from step") == MAX_KILLS + 1
 
 
 def test_a_machine_dead_before_any_pulse_does_not_count(config: Path) -> None:
@@ -577,9 +535,7 @@ def test_a_machine_dead_before_any_pulse_does_not_count(config: Path) -> None:
             cluster.kill_machine(node)
             assert pulse_of(process.run, 0) is None
         assert finished(process)["failures"] == {}
-    assert (
-        process.said().count("trial 0 lost its worker and is resumed from its start") == MAX_KILLS
-    )
+    assert process.said().count("resumed from its start") == MAX_KILLS
 
 
 def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None:
@@ -592,13 +548,11 @@ def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None
         node = node_of(cluster, process.run, 1)
         raylet = node.all_processes["raylet"][0].process
         cluster.drain(node.node_id, seconds=3600)
-        record = finished(process)
+        assert finished(process, undisturbed)["failures"] == {}
         assert raylet.poll() is not None, "an idle drained machine leaves the cluster early"
         last = pulse_of(process.run, 4)
     assert last["node"] != node.node_id
-    assert rungs_of(process.run) == rungs_of(undisturbed)
-    assert record["failures"] == {}
-    assert process.said().count("lost its worker and is resumed from step") == 1
+    assert process.said().count("resumed from step") == 1
 
 
 def test_a_worker_declared_dead_writes_nothing_more(config: Path, undisturbed: Path) -> None:
@@ -619,9 +573,8 @@ def test_a_worker_declared_dead_writes_nothing_more(config: Path, undisturbed: P
         while process.process.poll() is None:
             writers.add(trials_of(process.run)[1]["worker"])
             time.sleep(0.02)
-        finished(process)
+        finished(process, undisturbed)
     assert writers == {second}
-    assert rungs_of(process.run) == rungs_of(undisturbed)
 
 
 def test_a_new_head_resumes_from_the_run_folder(config: Path, undisturbed: Path) -> None:
@@ -634,11 +587,7 @@ def test_a_new_head_resumes_from_the_run_folder(config: Path, undisturbed: Path)
         before = rungs_of(process.run)
         shutil.rmtree(process.run / "tune")  # nothing that Ray wrote is left
         with raylets(1) as another, driver(config, "--address", another.address) as second:
-            record = finished(second)
+            record = finished(second, undisturbed)
             assert "taking over from process" in second.said()
     assert before[1]
-    assert rungs_of(process.run) == rungs_of(undisturbed)
-    assert record["best_plan"] == search_record(undisturbed)["best_plan"]
-    assert record["failures"] == {}
-    assert record["sessions"] == 2
-    assert record["resumed"] == 2
+    assert_has(record, failures={}, sessions=2, resumed=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Raw, command
+from conftest import Raw, assert_has, command
 from real_driver import config_file, search_record
 from whole_runs import said
 
@@ -60,7 +60,7 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
     told = said(searched, "--plan", str(file), *compared, "--json")
     assert json.loads(told.splitlines()[-1])["best_plan"] == changed
     record = search_record(run)
-    assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
+    assert_has(record, num_trials=1, best_origin="given", ended=ENDED)
     listed = json.loads(said(run, "--json", verb="trials"))["trials"]
     assert [(row["from"], row["search"]) for row in listed] == [
         *((origin, "another") for origin in CONTROLS), ("given", "this"),
@@ -68,8 +68,7 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
     assert origins_of(record) == ["given"]
     assert record["rival"] is None
     tuned = {row["name"]: row for row in comparison_rows(run)}
-    assert tuned["searched"]["plan"] == changed
-    assert tuned["searched"]["origin"] == f"given, trial {record['best_index']}"
+    assert_has(tuned["searched"], plan=changed, origin=f"given, trial {record['best_index']}")
 
     said(searched, "--set", "search.confirm=9", verb="search")
     again = search_record(run)
@@ -84,7 +83,7 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
     file.write_text(said(run, "--trial", str(SEED), "--json", verb="plan"))
     said(searched, "--plan", str(file), verb="search")
     record = search_record(run)
-    assert (record["num_trials"], record["best_index"], record["best_origin"]) == (0, SEED, "given")
+    assert_has(record, num_trials=0, best_index=SEED, best_origin="given")
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -144,8 +143,13 @@ def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     run = uniform.parent / "run"
     said(uniform)
     record = search_record(run)
-    assert record["best_plan"] == {"embeddings": "bf16", "layers.0": "nf4", "layers.1": "nf4"}
-    assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
+    assert_has(
+        record,
+        best_plan={"embeddings": "bf16", "layers.0": "nf4", "layers.1": "nf4"},
+        num_trials=1,
+        best_origin="given",
+        ended=ENDED,
+    )
     assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
     rows = [row["name"] for row in comparison_rows(run)]
     # There is no other plan to draw.
@@ -161,8 +165,7 @@ def test_one_format_of_all_groups_is_searched_over_cuts(uniform: Path, tmp_path:
     cuts = ("prune.rate=null", "prune.rates=[0, 0.2]", "search.searcher=gp", f"output={run}", one)
     said(uniform, *(option for key in cuts for option in ("--set", key)), verb="search")
     record = search_record(run)
-    assert record["num_trials"] == 2
-    assert record["ended"] == "every plan inside the budget was tried"
+    assert_has(record, num_trials=2, ended="every plan inside the budget was tried")
 
 
 @pytest.mark.slow
@@ -171,7 +174,7 @@ def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) 
     run = tmp_path / "run"
     said(uniform, "--set", f"output={run}", *BY_INFORMATION, verb="search")
     record = search_record(run)
-    assert (record["num_trials"], record["best_origin"], record["ended"]) == (1, "given", ENDED)
+    assert_has(record, num_trials=1, best_origin="given", ended=ENDED)
     assert origins_of(record) == ["given"]
     # Half the bytes between all at 4 and all at 8.
     assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"]

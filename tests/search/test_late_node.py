@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import assert_has
 from made_searches import job_of
 from raylets import Raylets, raylets
 
@@ -173,12 +174,7 @@ def test_a_late_node_that_differs_is_named_and_not_retried(
     assert "repeat the command" in str(caught.value)
     first, second = read_trials(job.trials)
     assert first.status == "finished"
-    assert (second.status, second.kills, second.failure, second.worker) == (
-        "running",
-        0,
-        None,
-        None,
-    )
+    assert_has(second, status="running", kills=0, failure=None, worker=None)
 
     cluster.kill_machine(late[0])
     outcome = search(job, lambda held: 1, tell)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import assert_has
 from scipy import stats
 
 from qpruner.search.rungs import ENOUGH_PAIRS, Rungs, agreements
@@ -12,8 +13,13 @@ def test_the_agreement_is_kendalls_tau_over_pairs() -> None:
     early, late = generator.normal(size=(2, 20))
     trials = [("base", {1: one, 2: other}) for one, other in zip(early, late, strict=True)]
     [found] = agreements([*trials, ("base", {1: 0.0})], last=2)
-    assert (found.step, found.num_trials, found.across) == (1, 20, None)
-    assert found.within == pytest.approx(stats.kendalltau(early, late).statistic, abs=1e-4)
+    assert_has(
+        found,
+        step=1,
+        num_trials=20,
+        across=None,
+        within=pytest.approx(stats.kendalltau(early, late).statistic, abs=1e-4),
+    )
 
 
 def test_a_cut_that_recovers_late_disagrees_across_only() -> None:
@@ -22,11 +28,9 @@ def test_a_cut_that_recovers_late_disagrees_across_only() -> None:
     base = [("base", {1: 1.0 + at, 2: 10.0 + at, 4: 20.0 + at}) for at in range(4)]
     pruned = [("cut-20", {1: 9.0 + at, 2: 7.0 + at, 4: 9.0 + at}) for at in range(4)]
     first, second = agreements([*base, *pruned], last=4)
-    assert first.within == 1.0
-    assert first.across == (-1.0)
+    assert_has(first, within=1.0, across=-1.0)
     # A tie.
-    assert second.within == 1.0
-    assert second.across == 15 / 16
+    assert_has(second, within=1.0, across=15 / 16)
     assert agreements([], last=4) == ()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Raw, away, disk_of, flipped, texts, with_keys
+from conftest import Raw, assert_has, away, disk_of, flipped, texts, with_keys
 from made_records import made_finalist
 from made_searches import ANOTHER, MINE, SEED_PLAN, job_of, plan_of, trial
 from ray.exceptions import RaySystemError
@@ -186,7 +186,7 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
     )
     assert search.rest()[0] == (1, "unpruned-knapsack", SEED_PLAN)
     record = read_trials(job.trials)[1]
-    assert (record.search, record.origin, record.status) == (MINE, "unpruned-knapsack", "running")
+    assert_has(record, search=MINE, origin="unpruned-knapsack", status="running")
     # Killed before it went on, and once it is done, the search is the same: that trial and one
     # more.
     assert len(Searching(job).rest()) == 2
@@ -231,9 +231,9 @@ def test_a_trial_fails_after_three_deaths_in_a_row(tmp_path: Path) -> None:
         assert search.suggest(name) == index
         search.searcher.on_trial_complete(name, error=True)
     first, second = read_trials(search.job.trials)
-    assert (first.status, first.failure, first.kills) == ("failed", "lost", 3)
+    assert_has(first, status="failed", failure="lost", kills=3)
     assert len(first.times) == 2
-    assert (second.status, second.failure, second.kills) == ("running", None, 1)
+    assert_has(second, status="running", failure=None, kills=1)
     messages = search.messages()
     assert messages[0] == "trial 0 lost its worker and is resumed from its start"
     assert len(messages) == 3
@@ -271,10 +271,14 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
         search.searcher.on_error_text("a", f"{KILLED_FOR_MEMORY}: 1 worker(s) were killed")
         search.searcher.on_trial_complete("a", error=True)
         record = read_trial(job.trials, 0)
-        assert record.micro_batch_size == size
-        assert record.peak_memory_bytes == 7_000
-    assert (record.status, record.failure, record.seconds) == ("failed", "infeasible", 20.0)
-    assert record.reason == "out of memory: Ray killed its worker 3 times in a row"
+        assert_has(record, micro_batch_size=size, peak_memory_bytes=7_000)
+    assert_has(
+        record,
+        status="failed",
+        failure="infeasible",
+        seconds=20.0,
+        reason="out of memory: Ray killed its worker 3 times in a row",
+    )
     message = "trial 0 lost its worker, which Ray killed for memory, and is resumed from its start"
     assert search.messages() == [message] * 6
 
@@ -288,7 +292,7 @@ def test_deaths_for_memory_are_counted_apart(tmp_path: Path) -> None:
         search.searcher.on_error_text("a", text)
         search.searcher.on_trial_complete("a", error=True)
     record = read_trial(search.job.trials, 0)
-    assert (record.status, record.kills, record.memory_kills) == ("running", 2, 1)
+    assert_has(record, status="running", kills=2, memory_kills=1)
 
 
 @pytest.mark.parametrize("text", ["", KILLED_FOR_MEMORY])
@@ -301,10 +305,9 @@ def test_a_trial_whose_worker_died_is_tried_on_another_device(text: str, tmp_pat
     search.searcher.on_error_text("a", text)
     search.searcher.on_trial_complete("a", error=True)
     record = read_trial(search.job.trials, 0)
-    assert (record.status, record.failed_on, record.micro_batch_size) == ("running", ("bad",), None)
+    assert_has(record, status="running", failed_on=("bad",), micro_batch_size=None)
     # They would blame the plan.
-    assert record.kills == 0
-    assert record.memory_kills == 0
+    assert_has(record, kills=0, memory_kills=0)
 
 
 def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> None:
@@ -341,11 +344,11 @@ def test_a_hanging_trial_fails_but_not_while_storage_is_away(tmp_path: Path) -> 
         assert looked_for(5.0)
         search.searcher.on_trial_complete("a", error=True)
         record = read_trial(job.trials, 0)
-    assert record.status == "failed"
-    assert record.failure == "hung"
-    assert (
-        record.reason
-        == "no progress for 1 s (`search.trial_timeout_seconds`); its worker was killed"
+    assert_has(
+        record,
+        status="failed",
+        failure="hung",
+        reason="no progress for 1 s (`search.trial_timeout_seconds`); its worker was killed",
     )
 
 
@@ -570,7 +573,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(
     assert len(messages) == 1
     assert str(checkpoint) in messages[0]
     assert "trial 0 is restarted" in messages[0]
-    assert (found.rungs, found.status, found.times) == ((), "running", (1.0,))
+    assert_has(found, rungs=(), status="running", times=(1.0,))
     assert not checkpoint.exists()
     assert len(list(trials.glob("damaged/*/weights"))) == (damage == "flipped")
 
@@ -743,9 +746,12 @@ def test_a_search_by_accuracy(tiny_raw: Raw) -> None:
     }
     events: list[Event] = []
     found = run(validate_config(with_keys(tiny_raw, **keys)), events.append, until="search").search
-    assert found.metric == "accuracy"
-    assert found.metrics == {"qpruner_everyday_validation": "acc"}
-    assert found.ended == "all 6 trials were spent (`search.max_trials`)"
+    assert_has(
+        found,
+        metric="accuracy",
+        metrics={"qpruner_everyday_validation": "acc"},
+        ended="all 6 trials were spent (`search.max_trials`)",
+    )
     finalists = [
         (each.done, each.total)
         for each in events
