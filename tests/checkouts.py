@@ -1,13 +1,12 @@
 """Copy this checkout, for tests that build, install or run it as a new user would."""
 
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_program
 
 
 def copy_checkout(into: Path) -> Path:
@@ -24,31 +23,17 @@ def copy_checkout(into: Path) -> Path:
 def environment_with(environment: Path, *source: object) -> Path:
     """Make a virtual environment with what `pip install` finds at a source: a wheel, an archive or
     a checkout."""
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60
-    )
+    run_program(sys.executable, "-m", "venv", "--without-pip", environment)
     [site] = environment.glob("lib/python*/site-packages")
     # Shares the installed dependencies, but not the editable qpruner: .pth files there are not
     # followed.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        environment / "bin" / "python",
-        "install",
-        "--quiet",
-    )
-    options = ("--no-index", "--no-deps", "--no-build-isolation")
-    subprocess.run([*pip, *options, *map(str, source)], check=True, timeout=120)
+    pip = (sys.executable, "-m", "pip", "--python", environment / "bin" / "python")
+    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
+    run_program(*pip, "install", *options, *source)
     return environment
 
 
 def git(folder: Path, *arguments: str) -> str:
     """Run a git command, and return its output."""
-    done = subprocess.run(
-        ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run_program("git", "-C", folder, *arguments).stdout.strip()

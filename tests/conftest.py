@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
@@ -259,6 +259,33 @@ def command(*arguments: object) -> Result:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
     finally:
         logging.captureWarnings(False)
+
+
+def run_program(
+    *command: object,
+    code: int | None = 0,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    text: str | None = None,
+    minutes: float = 2,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program with some text as its input.
+
+    It must end with the exit code `code`, unless that is None.
+    """
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=folder,
+        env=environment,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60 * minutes,
+    )
+    assert code in (None, done.returncode), (
+        f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
+    return done
 
 
 def ignore(event: object) -> None:

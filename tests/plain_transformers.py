@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from conftest import Raw
+from conftest import Raw, run_program
 
 PROGRAM = """
 import importlib.abc, json, sys
@@ -63,16 +62,9 @@ for folder in ragged:
 
 def run_python(program: str, *arguments: str, folder: Path | None = None, **variables: str) -> str:
     """Run a program in a new process, which must succeed, and return its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=folder,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    command = (sys.executable, "-c", program, *arguments)
+    environment = os.environ | variables
+    return run_program(*command, folder=folder, environment=environment, minutes=10).stdout
 
 
 def plain_transformers_answers(

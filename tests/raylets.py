@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,12 +17,18 @@ OBJECT_STORE_BYTES = 80 * 2**20
 CLONE_NEWNS = 0x20000
 
 
+def raylet_of(node: Any) -> Any:
+    """Return the process of a node's raylet."""
+    return node.all_processes["raylet"][0].process
+
+
 @dataclass
 class Raylets:
     """A head without cores, and the living nodes for workers."""
 
     cluster: Any  # Ray's own
     nodes: list[Any] = field(default_factory=list)
+    joined: Any = None  # the cluster as qpruner sees it, if this process has joined it
 
     @property
     def address(self) -> str:
@@ -60,7 +65,7 @@ class Raylets:
 
     def kill(self, node: Any) -> None:
         """Kill a raylet (SIGKILL); its workers notice within seconds and end."""
-        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        raylet_of(node).kill()
         self.nodes.remove(node)
 
     def drain(self, node_id: str, seconds: float) -> None:
@@ -80,9 +85,7 @@ class Raylets:
 
     def kill_machine(self, node: Any) -> None:
         """Kill a raylet and all processes that it has started (SIGKILL)."""
-        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children(
-            recursive=True
-        )
+        workers = psutil.Process(raylet_of(node).pid).children(recursive=True)
         self.kill(node)
         for worker in workers:
             worker.kill()
@@ -91,7 +94,7 @@ class Raylets:
         """Kill the control store, the raylet and all other processes of the head (SIGKILL)."""
         for started in self.cluster.head_node.all_processes.values():
             for each in started:
-                os.kill(each.process.pid, signal.SIGKILL)
+                each.process.kill()
 
 
 @contextmanager
@@ -114,3 +117,14 @@ def raylets(number: int, **resources: Any) -> Iterator[Raylets]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@contextmanager
+def joined_raylets(number: int, **resources: Any) -> Iterator[Raylets]:
+    """Run a head and some nodes as `raylets` does, joined by this process until the block ends."""
+    from qpruner.cluster.connect import connect, disconnect
+
+    with raylets(number, **resources) as found:
+        found.joined = connect(found.address)
+        yield found
+        disconnect()

@@ -8,7 +8,6 @@ machines.
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from checkouts import copy_checkout
+from conftest import run_program
 from doc_blocks import blocks
 from object_store import Store, object_store
 
@@ -47,15 +47,9 @@ class Account:
 
     def run(self, *command: str, code: int = 0) -> str:
         """Run a command in the checkout, which must exit with this code; return its stderr."""
-        done = subprocess.run(
-            command,
-            cwd=self.checkout,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
+        done = run_program(
+            *command, code=code, folder=self.checkout, environment=self.environment, minutes=3
         )
-        assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stderr
 
     def follow(self, *starts: str, options: tuple[str, ...] = ("-euo", "pipefail")) -> None:

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checkouts import copy_checkout, environment_with
-from conftest import Raw, raw_config
+from conftest import Raw, raw_config, run_program
 from doc_blocks import FENCE, PAGES, ROOT, Block, blocks
 from tensorboard_server import serving
 
@@ -248,10 +247,7 @@ def test_the_syntax_is_right(block: Block) -> None:
     if block.language == "python":
         compile(block.text, str(block), "exec")
     else:
-        done = subprocess.run(
-            ["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=20
-        )
-        assert done.returncode == 0, done.stderr
+        run_program("bash", "-n", text=block.text)
 
 
 def commands_in(page: Path) -> list[tuple[str, list[str]]]:
@@ -331,10 +327,9 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def test_the_site_builds_and_needs_no_other_host(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    command = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path)
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # a warning about the future of MkDocs
-    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    assert "WARNING" not in run_program(*command, folder=ROOT, environment=quiet).stderr
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 15
     for page in pages:
@@ -396,21 +391,9 @@ def newcomer(checkout: Path) -> dict[str, str]:
 
 def execute(checkout: Path, language: str, text: str) -> None:
     """Run a block in the checkout as a new user would, with only its `.venv` on the path."""
-    command = (
-        ["bash", "-euo", "pipefail"]
-        if language == "bash"
-        else [str(checkout / ".venv/bin/python"), "-"]
-    )
-    done = subprocess.run(
-        command,
-        input=text,
-        cwd=checkout,
-        env=newcomer(checkout),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    shells = {"bash": ("bash", "-euo", "pipefail"), "python": (checkout / ".venv/bin/python", "-")}
+    environment = newcomer(checkout)
+    run_program(*shells[language], text=text, folder=checkout, environment=environment, minutes=15)
 
 
 def show_tensorboard(checkout: Path, command: str) -> None:

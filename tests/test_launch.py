@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_has, disk_of
+from conftest import ROOT, disk_of, run_program
 
 TOOLS = ("bash", "dirname", "df", "awk", "cat", "sed", "env", "sha256sum")
 UNREACHABLE = {
@@ -46,15 +46,12 @@ def program(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-def setup(checkout: Path, path: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "launch/setup.sh", "demo"],
-        cwd=checkout,
-        env={"PATH": path, "HOME": str(checkout), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def setup(
+    checkout: Path, path: str, code: int = 1, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    variables = {"PATH": path, "HOME": str(checkout), **environment}
+    script = ("bash", "launch/setup.sh", "demo")
+    return run_program(*script, code=code, folder=checkout, environment=variables)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +66,6 @@ def test_a_missing_or_old_python_is_named(
             f'[ "$1" = --version ] && echo "Python {version}" && exit 0\nexit 1',
         )
     done = setup(checkout, str(bare_path))
-    assert done.returncode == 1
     assert f"{problem}; install Python 3.11 or newer" in done.stderr
 
 
@@ -82,14 +78,11 @@ def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> N
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "qpruner-installed-demo").write_text(hashlib.sha256(asked).hexdigest())
     given = {"PIP_CONSTRAINT": str(versions), **UNREACHABLE}
-    done = setup(checkout, os.environ["PATH"], **given)
-    assert (done.returncode, done.stdout) == (0, "== .venv has qpruner[demo] already\n"), (
-        done.stderr
-    )
+    done = setup(checkout, os.environ["PATH"], code=0, **given)
+    assert done.stdout == "== .venv has qpruner[demo] already\n"
     versions.write_text("idna==3.11\n")
     done = setup(checkout, os.environ["PATH"], **given)
     # Pip was asked.
-    assert done.returncode == 1
     assert "== installing qpruner[demo]" in done.stdout
     assert "cannot reach a package index" in done.stderr or "the message is above" in done.stderr
 
@@ -102,20 +95,18 @@ def test_uv_gets_the_settings_of_pip(tmp_path: Path) -> None:
     )
     paths = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
 
-    def translated(**more: str) -> subprocess.CompletedProcess[str]:
-        script = (
-            f"{sys.executable} -m pip config list | {sys.executable} {ROOT}/launch/uv_settings.py"
-        )
-        return subprocess.run(
-            ["bash", "-c", script], env=paths | more, capture_output=True, text=True
-        )
+    python = sys.executable
+    script = f"{python} -m pip config list | {python} {ROOT}/launch/uv_settings.py"
+
+    def translated(code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+        return run_program("bash", "-c", script, code=code, environment=paths | more)
 
     found = translated(**UNREACHABLE, UV_NO_INDEX="0").stdout.splitlines()
     given = (f"DEFAULT_INDEX={UNREACHABLE['PIP_INDEX_URL']}", "FIND_LINKS=/a,/b", "HTTP_TIMEOUT=7")
     assert {f"export UV_{each}" for each in given} <= {*found}
     assert not any("UV_NO_INDEX" in line for line in found)
-    refused = translated(PIP_PREFER_BINARY="1")
-    assert_has(refused, returncode=1, stdout="")
+    refused = translated(code=1, PIP_PREFER_BINARY="1")
+    assert refused.stdout == ""
     assert "`prefer-binary`, so pip installs" in refused.stderr
 
 
@@ -123,15 +114,13 @@ def test_a_disk_without_room_is_refused(checkout: Path, tmp_path: Path) -> None:
     with disk_of("16m", tmp_path / "small") as disk:
         shutil.copytree(checkout, disk / "checkout")
         done = setup(disk / "checkout", os.environ["PATH"])
-    assert done.returncode == 1
     assert "the installation takes up to 8 GB, but only" in done.stderr
 
 
 def test_the_test_script_says_how_long_it_takes(checkout: Path, bare_path: Path) -> None:
     program(bare_path / "nproc", "echo 4")
-    command = ["bash", "launch/test.sh"]
-    done = subprocess.run(
-        command, cwd=checkout, env={"PATH": str(bare_path)}, capture_output=True, text=True
+    done = run_program(
+        "bash", "launch/test.sh", code=1, folder=checkout, environment={"PATH": str(bare_path)}
     )
     assert re.match(r"== about \d+ minutes on 4 cores, ", done.stdout), done.stderr
 

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 from checkouts import copy_checkout, environment_with, git
-from conftest import ROOT, Raw
+from conftest import ROOT, Raw, run_program
 
 from qpruner.runs.version import VERSION
 
 OTHERS = [f"3.{minor}" for minor in range(11, 15) if minor != sys.version_info.minor]
 """Supported versions of Python other than this one."""
-MINUTES = 60
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     checkout = copy_checkout(folder / "checkout")
     git(checkout, "init", "--quiet")
     git(checkout, "add", "--all")
-    git(
-        checkout,
-        "-c",
-        "user.name=test",
-        "-c",
-        "user.email=test@localhost",
-        "commit",
-        "--quiet",
-        "--message",
-        "all",
-    )
+    author = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    git(checkout, *author, "commit", "--quiet", "--message", "all")
     # Builds the source archive, unpacks it where no git is, and builds the wheel from that.
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", checkout]
-    subprocess.run(build, check=True, timeout=120)
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist")
+    run_program(*build, checkout)
     [wheel] = (folder / "dist").glob("*.whl")
     [archive] = (folder / "dist").glob("*.tar.gz")
     return Built(checkout, archive, wheel)
@@ -65,21 +55,10 @@ def environment(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run_in(environment: Path, *command: object, minutes: float = 1, **variables: str) -> str:
     """Run a command in a virtual environment, without access to the checkout, and return its
     output."""
-    bare = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
-    }
-    path = f"{environment / 'bin'}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [str(each) for each in command],
-        cwd=environment,
-        env=bare | {"PATH": path} | variables,
-        capture_output=True,
-        text=True,
-        timeout=minutes * MINUTES,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    bare = os.environ | {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}"}
+    for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+        bare.pop(name, None)
+    done = run_program(*command, folder=environment, environment=bare | variables, minutes=minutes)
     return done.stdout
 
 
@@ -157,29 +136,16 @@ def interpreter(version: str) -> str:
     for python in filter(None, found):
         # pyenv has a `python3.x` that fails for versions that are not selected.
         probe = f"import sys, venv, ensurepip; print('{version}' == '%d.%d' % sys.version_info[:2])"
-        if (
-            subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=60).stdout
-            == "True\n"
-        ):
+        if run_program(python, "-c", probe, code=None).stdout == "True\n":
             return str(python)
     pytest.skip(f"there is no Python {version} here")
 
 
 @pytest.mark.parametrize("version", OTHERS)
 def test_every_module_compiles(version: str, tmp_path: Path) -> None:
-    command = [
-        interpreter(version),
-        "-W",
-        "error",
-        "-m",
-        "compileall",
-        "-q",
-        "-f",
-        str(ROOT / "qpruner"),
-    ]
+    command = (interpreter(version), "-W", "error", "-m", "compileall", "-q", "-f")
     variables = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout
+    run_program(*command, ROOT / "qpruner", environment=variables)
     # Something was compiled.
     assert len(list(tmp_path.rglob("*.pyc"))) > 100
 
@@ -199,20 +165,10 @@ def test_it_works_with_another_python_from_an_index(
     folder = tmp_path / "environment"
     pip = ("python", "-m", "pip", "install", "--quiet")
     try:
-        subprocess.run([python, "-m", "venv", folder], check=True, timeout=2 * MINUTES)
+        run_program(python, "-m", "venv", folder)
+        download = ("python", "-m", "pip", "download", "--quiet", "--no-deps", "click")
         try:
-            _run_in(
-                folder,
-                "python",
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--dest",
-                folder / "x",
-                "click",
-            )
+            _run_in(folder, *download, "--dest", folder / "x")
         except (AssertionError, subprocess.TimeoutExpired):
             pytest.skip("no package index answers")
         _run_in(folder, *pip, f"{built.wheel}[demo]", minutes=30)

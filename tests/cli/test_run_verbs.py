@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from conftest import Raw, assert_has, command
+from conftest import Raw, assert_has, command, run_program
 from made_records import made_finalist
 from made_run import GROUPS, TRIALS, MadeRun, recorded_run, trial, trials
 from plain_transformers import run_python
@@ -453,10 +452,7 @@ def test_a_terminal_of_ascii_gets_plain_signs(tmp_path: Path) -> None:
     """Python would end with a UnicodeEncodeError at the sign of the first interval."""
     for name in ("a", "b"):
         MadeRun(tmp_path / name, num_trials=12, num_blocks=2)
-    command = [sys.executable, "-m", "qpruner", "compare", str(tmp_path / "a"), str(tmp_path / "b")]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"(+- " in done.stdout
-    assert done.stdout.isascii()
+    command = (sys.executable, "-m", "qpruner", "compare", tmp_path / "a", tmp_path / "b")
+    said = run_program(*command, environment=os.environ | {"PYTHONIOENCODING": "ascii"}).stdout
+    assert "(+- " in said
+    assert said.isascii()

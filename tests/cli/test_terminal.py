@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_program
 from made_run import MadeRun
 from rich.console import Console
 
@@ -60,10 +61,7 @@ def command_of(program: str, *options: object) -> list[str]:
 def in_a_pipe(program: str, *options: object, **environment: str) -> str:
     """Run a program and return all that a pipe received."""
     command = command_of(program, *options)
-    variables = os.environ | environment
-    return subprocess.run(
-        command, env=variables, capture_output=True, text=True, timeout=60, check=True
-    ).stdout
+    return run_program(*command, environment=os.environ | environment).stdout
 
 
 def on_a_terminal(*options: object, program: str = TELL, **environment: str) -> str:

@@ -15,16 +15,17 @@ from dataclasses import replace
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
-from raylets import Raylets, raylets
+from raylets import Raylets, joined_raylets
 
 from qpruner.cluster import ray_private
-from qpruner.cluster.connect import Cluster, connect, disconnect, ensure_token, read_growth
+from qpruner.cluster.connect import connect, disconnect, ensure_token, read_growth
 from qpruner.cluster.slots import LOOK_SECONDS, Node, Room, Slots, worker_resources
 from qpruner.errors import UserError
-from qpruner.runs.events import Event, Message, SlotsFound
+from qpruner.runs.events import SlotsFound
 
 TWO_NODES = Slots((Node(8, 2), Node(8, 1)))
 HEAD = Node(2, 0)
@@ -103,17 +104,16 @@ def test_private_names_of_ray_are_in_one_file_and_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def joined() -> Iterator[tuple[Raylets, Cluster]]:
+def cluster() -> Iterator[Raylets]:
     """A cluster that this process has joined; its only node runs no work."""
-    with raylets(0) as cluster:
-        yield cluster, connect(cluster.address)
-        disconnect()
+    with joined_raylets(0) as found:
+        yield found
 
 
-def test_a_process_in_one_cluster_cannot_join_another(joined: tuple[Raylets, Cluster]) -> None:
+def test_a_process_in_one_cluster_cannot_join_another(cluster: Raylets) -> None:
     """As in a notebook that has called `ray.init` itself."""
-    present = joined[0].address
-    assert not joined[1].was_joined
+    present = cluster.address
+    assert not cluster.joined.was_joined
     assert connect(present).was_joined
     assert connect("auto").was_joined
     with pytest.raises(UserError, match=rf"joined the Ray cluster at {present}.*`ray.shutdown"):
@@ -123,7 +123,7 @@ def test_a_process_in_one_cluster_cannot_join_another(joined: tuple[Raylets, Clu
 
 
 def test_a_cluster_with_another_ray_is_refused_with_both(
-    joined: tuple[Raylets, Cluster], monkeypatch: pytest.MonkeyPatch
+    cluster: Raylets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = metadata.version("ray")
     python = platform.python_version()
@@ -134,33 +134,33 @@ def test_a_cluster_with_another_ray_is_refused_with_both(
             started = f"started with: Ray: {{}} Python: {python}"
             both = f"{started.format(theirs)} .*{started.format('0.0.1')}"
             with pytest.raises(UserError, match=both):
-                connect(joined[0].address)
+                connect(cluster.address)
     finally:
-        connect(joined[0].address)
+        connect(cluster.address)
 
 
-def test_workers_are_counted_as_they_come_and_go(joined: tuple[Raylets, Cluster]) -> None:
+def test_workers_are_counted_as_they_come_and_go(cluster: Raylets) -> None:
     trial = {"cpu": 1.0, "gpu": 1.0}
-    raylets, cluster = joined
+    slots = cluster.joined.slots
     with pytest.raises(
         UserError, match="the largest of 1 machine has 0 CPUs and 0 GPUs: ask for less, or add"
     ):
-        cluster.slots().concurrent(trial, 2)
-    events: list[Event] = []
-    room = Room(cluster.slots, trial, 2, events.append)
+        slots().concurrent(trial, 2)
+    events: list[Any] = []
+    room = Room(slots, trial, 2, events.append)
     assert room(0) == 0
-    node = raylets.add(num_gpus=1)
-    assert cluster.slots().concurrent(trial, 2) == 1
-    raylets.add(num_cpus=3, num_gpus=3)
+    node = cluster.add(num_gpus=1)
+    assert slots().concurrent(trial, 2) == 1
+    cluster.add(num_cpus=3, num_gpus=3)
     time.sleep(LOOK_SECONDS)
     # No more than `search.max_concurrent`.
     assert room(0) == room(1) == 2
-    raylets.cluster.remove_node(node)
-    raylets.nodes.remove(node)
-    assert cluster.slots().fits(trial) == 3
-    waiting = next(event for event in events if isinstance(event, Message))
+    cluster.cluster.remove_node(node)
+    cluster.nodes.remove(node)
+    assert slots().fits(trial) == 3
+    first, waiting, second = events
+    assert [first, second] == [SlotsFound(0), SlotsFound(2)]
     assert "no machine of the cluster can run a trial" in waiting.text
-    assert events == [SlotsFound(0), waiting, SlotsFound(2)]
 
 
 LOCAL = """
@@ -186,13 +186,11 @@ def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
     """Start `LOCAL` on one core, without the variables that keep Ray on loopback in tests."""
     ours = ("RAY_AUTH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    command = [sys.executable, "-c", LOCAL]
-    pipe = subprocess.PIPE
-    core = min(os.sched_getaffinity(0))
+    core = str(min(os.sched_getaffinity(0)))
     with subprocess.Popen(
-        ["taskset", "-c", f"{core}", *command],
-        stdin=pipe,
-        stdout=pipe,
+        ["taskset", "-c", core, sys.executable, "-c", LOCAL],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env=kept | environment,
     ) as process:
@@ -203,13 +201,11 @@ def local_run(**environment: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_a_run_without_an_address_starts_its_own_ray(
-    joined: tuple[Raylets, Cluster], tmp_path: Path
-) -> None:
+def test_a_run_without_an_address_starts_its_own_ray(cluster: Raylets, tmp_path: Path) -> None:
     """This holds on the head of a cluster, whose variables name the cluster, and for two such runs
     at once. Ray listens on loopback only, and the first run makes a token that only its owner can
     read."""
-    address = joined[0].address
+    address = cluster.address
     head = {
         "RAY_ADDRESS": address,
         "RAY_GCS_SERVER_PORT": address.rpartition(":")[2],
@@ -217,7 +213,7 @@ def test_a_run_without_an_address_starts_its_own_ray(
     }
     with ExitStack() as stack:
         both = [stack.enter_context(local_run(**head)) for _ in range(2)]
-        said = [json.loads(process.stdout.readline()) for process in both if process.stdout]
+        said = [json.loads(process.stdout.readline()) for process in both]
         assert len({address, *(address for address, *_ in said)}) == 3
         for _, nodes, cores, listens in said:
             # The cores that the process may use, not all of the machine.

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 from conftest import ignore
 from made_searches import job_of
-from raylets import raylets
+from raylets import joined_raylets
 
-from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.executor import ClusterExecutor, GpuTime
 from qpruner.cluster.node_check import packed_check
 from qpruner.cluster.tasks import run_tasks
@@ -33,10 +32,8 @@ CHECK = packed_check({}, None)
 
 @pytest.fixture(scope="module")
 def four_gpus() -> Iterator[None]:
-    with raylets(1, num_cpus=2 * NUM_GPUS, num_gpus=NUM_GPUS) as started:
-        connect(started.address)
+    with joined_raylets(1, num_cpus=2 * NUM_GPUS, num_gpus=NUM_GPUS):
         yield
-        disconnect()
 
 
 # Workers cannot import this file; nested functions are pickled with their code.

@@ -1,6 +1,5 @@
 """The check of nodes on a real cluster: nodes with other storage, another qpruner, or no answer."""
 
-import os
 import shutil
 import signal
 import threading
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import raw_config
-from raylets import Raylets, raylets
+from raylets import Raylets, joined_raylets, raylet_of
 
 import qpruner
-from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.node_check import NodeReport, look_at_all
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
@@ -30,10 +28,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
     The working directory contains no qpruner, as workers import from it first.
     """
     monkeypatch.chdir(tmp_path)
-    with raylets(1) as found:
-        connect(found.address)
+    with joined_raylets(1) as found:
         yield found
-        disconnect()
 
 
 def test_nodes_that_differ_are_named_with_the_difference(
@@ -71,12 +67,8 @@ def test_nodes_that_differ_are_named_with_the_difference(
     [storage] = (line for line in lines if second[:8] in line)
     assert f"`output`: {config.output} cannot be written there (Read-only file system)" in storage
     [table] = [event for event in events if isinstance(event, TableMade)]
-    assert sorted(row[-1] for row in table.body) == [
-        "ok",
-        "ok",
-        "other versions, storage",
-        "storage",
-    ]
+    states = sorted(row[-1] for row in table.body)
+    assert states == ["ok", "ok", "other versions, storage", "storage"]
     # The check leaves no files.
     assert list(shared.iterdir()) == []
 
@@ -88,13 +80,13 @@ def test_a_silent_node_is_a_problem_and_a_dead_one_has_left(
     """A stopped raylet accepts connections but does not answer."""
     (tmp_path / "driver").write_text("driver")
     node = cluster.nodes[0]
-    raylet = node.all_processes["raylet"][0].process.pid
+    raylet = raylet_of(node)
     reports: list[NodeReport] = []
     seconds = 120.0 if dies else 4.0
     looking = threading.Thread(
         target=lambda: reports.extend(look_at_all(tmp_path, "driver", seconds))
     )
-    os.kill(raylet, signal.SIGSTOP)
+    raylet.send_signal(signal.SIGSTOP)
     try:
         looking.start()
         # Once another node has answered, every node was asked.
@@ -109,7 +101,7 @@ def test_a_silent_node_is_a_problem_and_a_dead_one_has_left(
         looking.join()
     finally:
         if not dies:
-            os.kill(raylet, signal.SIGCONT)
+            raylet.send_signal(signal.SIGCONT)
     [report] = [report for report in reports if report.id == node.node_id]
     assert report.has_left == dies
     assert ("no answer in 4 s" in report.problems["no answer"]) != dies

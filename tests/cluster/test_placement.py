@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 from conftest import texts
 from made_searches import CONTROLS, LAYOUT, job_of, plan_of
-from raylets import Raylets, raylets
+from raylets import Raylets, joined_raylets
 
-from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.slots import Room, Slots
 from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.tune.devices import MAX_FAILURES
@@ -46,19 +45,19 @@ NUM_TRIALS = 8
 
 
 @pytest.fixture(scope="module")
-def joined() -> Iterator[tuple[Raylets, Cluster]]:
+def cluster() -> Iterator[Raylets]:
     """A cluster of three nodes that this process has joined."""
-    with raylets(0) as cluster:
+    with joined_raylets(0) as found:
         for number in GPUS:
-            cluster.add(num_cpus=4, num_gpus=number)
-        yield cluster, connect(cluster.address)
-        disconnect()
+            found.add(num_cpus=4, num_gpus=number)
+        yield found
 
 
 @pytest.fixture
-def slots(joined: tuple[Raylets, Cluster]) -> Slots:
+def slots(cluster: Raylets) -> Slots:
     """The slots of that cluster."""
-    return joined[1].slots()
+    found: Slots = cluster.joined.slots()
+    return found
 
 
 # Workers cannot import this file; nested functions are pickled with their code.
@@ -125,7 +124,7 @@ def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> Non
     events: list[Event] = []
     outcome = search(job, Room(lambda: slots, job.resources, None, events.append), events.append)
     assert [event for event in events if isinstance(event, SlotsFound)] == [SlotsFound(sum(GPUS))]
-    assert [trial.status for trial in outcome.trials] == ["finished"] * NUM_TRIALS
+    assert statuses(outcome.trials) == ["finished"] * NUM_TRIALS
     ended = [json.loads(path.read_text()) for path in tmp_path.glob("ended-*")]
     assert len(ended) == NUM_TRIALS
     used: dict[str, set[str]] = defaultdict(set)
@@ -211,6 +210,20 @@ def breakdown(mended: Path | None = None) -> Callable[[TrialJob], None]:
     return fault
 
 
+def crash() -> Callable[[TrialJob], None]:
+    """Make a fault: a driver of the GPU that ends the process without an error of Python's."""
+
+    def fault(job: TrialJob) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    return fault
+
+
+def statuses(trials: list[TrialRecord]) -> list[str]:
+    """Return how each trial ended, with the reason if there is one."""
+    return [": ".join(filter(None, (trial.status, trial.reason))) for trial in trials]
+
+
 def searched(job: SearchJob, room: int = 2) -> tuple[list[TrialRecord], list[str]]:
     """Run a search; return its trials and the messages."""
     events: list[Event] = []
@@ -226,11 +239,11 @@ def on_gpus(folder: Path, trial: Trial, **settings: Any) -> SearchJob:
 
 
 @pytest.fixture(scope="module")
-def two_gpus(joined: tuple[Raylets, Cluster]) -> Iterator[None]:
+def two_gpus(cluster: Raylets) -> Iterator[None]:
     """Only the machine with two GPUs and four cores can run a trial that takes two cores."""
-    joined[0].cluster.remove_node(joined[0].nodes.pop())
+    cluster.cluster.remove_node(cluster.nodes.pop())
     yield
-    joined[0].add(num_cpus=4, num_gpus=GPUS[1])
+    cluster.add(num_cpus=4, num_gpus=GPUS[1])
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -240,9 +253,7 @@ def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path)
     trials, said = searched(
         on_gpus(tmp_path, on_device(tmp_path, out_of_memory(), "1"), max_trials=4)
     )
-    assert [trial.status for trial in trials] == ["finished"] * 4, [
-        trial.reason for trial in trials
-    ]
+    assert statuses(trials) == ["finished"] * 4
     [moved] = [trial for trial in trials if trial.failed_on]
     [device] = moved.failed_on
     assert device.startswith("GPU 1 of 127.0.0.1")
@@ -254,7 +265,7 @@ def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [out_of_memory, breakdown])
+@pytest.mark.parametrize("kind", [out_of_memory, breakdown, crash])
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(
     kind: Fault, tmp_path: Path
@@ -263,32 +274,11 @@ def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(
     them all."""
     trial = on_device(tmp_path, kind(), "1", seconds=10.0)
     trials, said = searched(on_gpus(tmp_path, trial))
-    assert [trial.status for trial in trials] == ["finished"] * 7, [
-        trial.reason for trial in trials
-    ]
-    moved = [trial for trial in trials if trial.failed_on]
-    assert len(moved) == MAX_FAILURES
-    [named] = [text for text in said if text.startswith("warning")]
-    assert "2 trials failed on GPU 1 of 127.0.0.1" in named
-    assert "gets no more trials" in named
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("two_gpus")
-def test_a_gpu_that_kills_processes_gets_no_more_trials(tmp_path: Path) -> None:
-    """A faulty driver ends the process without an error of Python's."""
-
-    def fault(job: TrialJob) -> None:
-        os.kill(os.getpid(), signal.SIGSEGV)
-
-    trial = on_device(tmp_path, fault, "1", seconds=10.0)
-    trials, said = searched(on_gpus(tmp_path, trial))
-    assert [trial.status for trial in trials] == ["finished"] * 7, [
-        trial.reason for trial in trials
-    ]
+    assert statuses(trials) == ["finished"] * 7
     assert len([trial for trial in trials if trial.failed_on]) == MAX_FAILURES
     [named] = [text for text in said if text.startswith("warning")]
     assert "2 trials failed on GPU 1 of 127.0.0.1" in named
+    assert "gets no more trials" in named
 
 
 @pytest.mark.slow
@@ -379,7 +369,7 @@ def test_a_search_in_which_everything_fails_ends_and_loses_no_plan(tmp_path: Pat
     (tmp_path / "mended").touch()
     trials, _ = searched(job)
     # No plan was lost.
-    assert [trial.status for trial in trials] == ["finished"] * 7
+    assert statuses(trials) == ["finished"] * 7
 
 
 @pytest.mark.slow
@@ -414,7 +404,7 @@ def test_a_worker_that_lost_its_trial_publishes_nothing(slots: Slots, tmp_path: 
     job = replace(search_of(tmp_path, slots, max_trials=1), trial=trial)
     outcome = search(job, lambda held: 1, lambda event: None)
     assert json.loads((tmp_path / "left").read_text()) == [[], "another", True]
-    assert [trial.status for trial in outcome.trials] == ["finished"]
+    assert statuses(outcome.trials) == ["finished"]
     left = sorted(path.name for path in folder.iterdir())
     # Unpublished copies are deleted.
     assert left == ["checkpoint-4", "pulse.json", "trial.json"]

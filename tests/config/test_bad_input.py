@@ -6,7 +6,6 @@ Mistakes about the model, its rows, tasks or device are tested in
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Raw, assert_has, changed_by, command, raw_config, said, with_keys
+from conftest import Raw, changed_by, command, raw_config, run_program, said, with_keys
 
 from qpruner.config.load import load_config, validate_config
 from qpruner.config.schema import RunConfig
@@ -353,7 +352,7 @@ def test_a_command_with_a_mistake_exits_with_code_2(
 
 def test_an_error_goes_to_stderr_without_a_traceback(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "qpruner", "check", "none.yaml")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert_has(done, returncode=2, stdout="")
+    done = run_program(*command, code=2, folder=tmp_path)
+    assert done.stdout == ""
     assert done.stderr.startswith("error: configuration file ")
     assert "Traceback" not in done.stderr

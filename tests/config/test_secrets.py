@@ -3,7 +3,6 @@ files."""
 
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import raw_config, with_key
+from conftest import raw_config, run_program, with_key
 
 from qpruner.runs.logs import logging_to, quiet_libraries
 
@@ -54,12 +53,9 @@ def test_no_file_of_a_run_or_of_ray_contains_a_token(
 ) -> None:
     raw = with_key(raw_config(tiny_model, tmp_path / "run"), "search.max_trials", 2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_key(raw, "finetune.compare", False)))
-    command = [sys.executable, "-m", "qpruner", "run", str(tmp_path / "config.yaml")]
-    environment = (
-        os.environ | SECRETS | {"HOME": str(tmp_path / "home"), "RAY_TMPDIR": str(ray_files)}
-    )
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=480)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = (sys.executable, "-m", "qpruner", "run", tmp_path / "config.yaml")
+    folders = {"HOME": str(tmp_path / "home"), "RAY_TMPDIR": str(ray_files)}
+    done = run_program(*command, environment=os.environ | SECRETS | folders, minutes=8)
     files = [
         path
         for folder in (tmp_path / "run", ray_files)
@@ -74,8 +70,7 @@ def test_no_file_of_a_run_or_of_ray_contains_a_token(
     assert any("tfevents" in path.name for path in told)
     # Ray's were.
     assert {"raylet.out", "gcs_server.out"} <= {path.name for path in told}
-    told[Path("stdout")] = done.stdout
-    told[Path("stderr")] = done.stderr
+    told[Path("output")] = (done.stdout + done.stderr).encode()
     found = [
         (path, name)
         for path, data in told.items()

@@ -7,17 +7,16 @@ in a folder.
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Raw, assert_has, with_key
+from conftest import Raw, assert_has, run_program, with_key
 from object_store import Gate, Store, talk_to
 from real_driver import driver, ended
-from whole_runs import MINUTES, comparable, kill_when, outcome, said, written_config
+from whole_runs import comparable, kill_when, outcome, said, written_config
 
 pytestmark = pytest.mark.slow
 
@@ -107,14 +106,7 @@ def test_verbs_for_finished_runs_accept_a_uri(
     store: Store, taken_up: TakenUp, tmp_path: Path
 ) -> None:
     def output(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "qpruner", *words],
-            capture_output=True,
-            text=True,
-            timeout=5 * MINUTES,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+        return run_program(sys.executable, "-m", "qpruner", *words, minutes=5).stdout
 
     uri = store.uri(KILLED)
     status = json.loads(output("status", uri, "--json"))

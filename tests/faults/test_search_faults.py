@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import Raw, assert_has, away, flip_a_byte, full
-from raylets import Raylets, raylets
+from raylets import Raylets, raylet_of, raylets
 from real_driver import (
     Driver,
     between_rungs,
@@ -520,7 +520,7 @@ def test_a_machine_dead_before_any_pulse_does_not_count(config: Path) -> None:
     was."""
 
     def begins(node: Any) -> bool:
-        for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children():
+        for worker in psutil.Process(raylet_of(node).pid).children():
             with suppress(psutil.NoSuchProcess):  # it has just ended
                 if "ImplicitFunc" in " ".join(worker.cmdline()):
                     return True
@@ -546,7 +546,7 @@ def test_trials_leave_a_drained_machine(config: Path, undisturbed: Path) -> None
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         between(process, 1)
         node = node_of(cluster, process.run, 1)
-        raylet = node.all_processes["raylet"][0].process
+        raylet = raylet_of(node)
         cluster.drain(node.node_id, seconds=3600)
         assert finished(process, undisturbed)["failures"] == {}
         assert raylet.poll() is not None, "an idle drained machine leaves the cluster early"
@@ -561,7 +561,7 @@ def test_a_worker_declared_dead_writes_nothing_more(config: Path, undisturbed: P
     with raylets(2) as cluster, driver(config, "--address", cluster.address) as process:
         pid = between(process, 1)
         first = trials_of(process.run)[1]["worker"]
-        raylet = node_of(cluster, process.run, 1).all_processes["raylet"][0].process.pid
+        raylet = raylet_of(node_of(cluster, process.run, 1)).pid
         for stopped in (raylet, pid):
             os.kill(stopped, signal.SIGSTOP)
         process.wait_until(

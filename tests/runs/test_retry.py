@@ -4,7 +4,6 @@ complete."""
 import errno
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from types import FrameType
 
 import pytest
 import torch
-from conftest import away, full, full_until_noticed
+from conftest import away, full, full_until_noticed, run_program
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -197,7 +196,5 @@ def test_a_folder_missing_on_this_machine_is_reported(tmp_path: Path) -> None:
 def test_a_storage_is_waited_for_two_minutes_unless_told_otherwise() -> None:
     code = "from qpruner.runs.storage.retry import PATIENCE_SECONDS; print(PATIENCE_SECONDS)"
     environment = {name: value for name, value in os.environ.items() if "PATIENCE" not in name}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = run_program(sys.executable, "-c", code, environment=environment)
     assert done.stdout.strip() == "120.0"

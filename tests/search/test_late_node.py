@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 from conftest import assert_has
 from made_searches import job_of
-from raylets import Raylets, raylets
+from raylets import Raylets, joined_raylets
 
 import qpruner
-from qpruner.cluster.connect import connect, disconnect
 from qpruner.cluster.node_check import packed_check, versions
 from qpruner.cluster.tasks import run_tasks
 from qpruner.cluster.tune import search
@@ -40,11 +39,9 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets
     """A head and one node, joined by this process from a folder without qpruner: workers import
     from there first."""
     monkeypatch.chdir(tmp_path)
-    with raylets(1, num_gpus=1) as found:
+    with joined_raylets(1, num_gpus=1) as found:
         found.in_a_thread()
-        connect(found.address)
         yield found
-        disconnect()
 
 
 def with_another_qpruner(cluster: Raylets, folder: Path) -> Any:

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ignore
 from made_searches import job_of
 from ray.cloudpickle import register_pickle_by_value
-from raylets import Raylets, raylets
+from raylets import Raylets, joined_raylets
 from transformers import AutoConfig
 
-from qpruner.cluster.connect import Cluster, connect, disconnect
 from qpruner.cluster.slots import Room
 from qpruner.cluster.tune import search
 from qpruner.errors import StageError, StorageError
@@ -32,12 +32,11 @@ SECONDS = 180.0
 
 
 @pytest.fixture
-def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Raylets, Cluster]]:
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
     """A head and one node with a slot, which this process has joined."""
     monkeypatch.chdir(tmp_path)
-    with raylets(1, num_gpus=1) as found:
-        yield found, connect(found.address)
-        disconnect()
+    with joined_raylets(1, num_gpus=1) as found:
+        yield found
 
 
 def within(room: Callable[[int], int]) -> Callable[[int], int]:
@@ -65,10 +64,10 @@ def reported(folder: Path, report: Report, result: RungResult) -> None:
 
 
 def test_a_search_without_hours_and_machines_ends_and_resumes(
-    joined: tuple[Raylets, Cluster], tmp_path: Path
+    cluster: Raylets, tmp_path: Path
 ) -> None:
     """The GPU hours are spent with the first rung, after which the only machine is killed."""
-    cluster, facts = joined
+    slots = cluster.joined.slots
     told: list[str] = []
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
@@ -91,14 +90,14 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(
     with pytest.raises(
         StageError, match=r"GPU hours were spent .*, and no machine is left that could run a trial"
     ):
-        search(job, within(Room(facts.slots, HELD, None, tell)), tell)
+        search(job, within(Room(slots, HELD, None, tell)), tell)
     assert any("add a machine" in text for text in told)
     [left] = read_trials(job.trials)
     assert (left.status, len(left.rungs), left.kills) == ("running", 1, 0)
 
     (tmp_path / "back").touch()
     cluster.add(num_gpus=1)
-    outcome = search(job, within(Room(facts.slots, HELD, None, tell)), tell)
+    outcome = search(job, within(Room(slots, HELD, None, tell)), tell)
     assert [(trial.status, len(trial.rungs)) for trial in outcome.trials] == [("finished", 2)]
     first, again = outcome.trials[0].begun
     assert (first.session, first.seconds, again.session, again.search) == (1, 0.0, 2, job.search)
@@ -108,7 +107,7 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(
 
 @pytest.mark.parametrize("room", [1, 2])
 def test_a_full_disk_of_the_driver_ends_the_search(
-    room: int, joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
+    room: int, cluster: Raylets, disk: Path, tmp_path: Path
 ) -> None:
     """The disk fills up after the trial has recorded its last rung and before the driver knows.
     With room for a second trial, Tune has learned by then that there is none."""
@@ -132,12 +131,12 @@ def test_a_full_disk_of_the_driver_ends_the_search(
     with pytest.raises(StorageError, match="no space left"):
         search(job, within(lambda held: room), tell)
     filler.unlink()
-    outcome = search(job, within(lambda held: 1), lambda event: None)
+    outcome = search(job, within(lambda held: 1), ignore)
     assert [(trial.status, trial.kills) for trial in outcome.trials] == [("finished", 0)]
 
 
 def test_a_trial_waits_for_a_storage_that_is_away(
-    joined: tuple[Raylets, Cluster], disk: Path, tmp_path: Path
+    cluster: Raylets, disk: Path, tmp_path: Path
 ) -> None:
     """transformers reports a missing file by an error without the errno of the system."""
     (disk / "config.json").write_text('{"model_type": "llama"}')
@@ -153,15 +152,13 @@ def test_a_trial_waits_for_a_storage_that_is_away(
     job = replace(
         job_of(tmp_path, max_trials=1), trial=trial, trials=disk / "trials", resources=HELD
     )
-    outcome = search(job, within(lambda held: 1), lambda event: None)
+    outcome = search(job, within(lambda held: 1), ignore)
     assert [(trial.status, trial.reason, trial.kills) for trial in outcome.trials] == [
         ("finished", None, 0)
     ]
 
 
-def test_a_worker_that_never_leaves_its_trial_is_killed(
-    joined: tuple[Raylets, Cluster], tmp_path: Path
-) -> None:
+def test_a_worker_that_never_leaves_its_trial_is_killed(cluster: Raylets, tmp_path: Path) -> None:
     """The next trial waits for this worker: the trial has not failed, and the death is not counted
     against it."""
 
