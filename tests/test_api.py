@@ -76,9 +76,7 @@ def test_an_unexpected_error_has_a_remedy(
     log = tmp_path / "run" / "qpruner.log"
     done = command("prepare", config, "--json")
     assert done.exit_code == 1
-    told = (
-        "ZeroDivisionError: nobody foresaw this\n  remedy: this is most likely a defect of qpruner"
-    )
+    told = "ZeroDivisionError: nobody foresaw this\n  remedy: "
     assert told in done.stderr
     assert f"please report it with {log}, which has the whole traceback" in done.stderr
     assert done.stderr.count("remedy:") == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -64,16 +65,10 @@ def over(tmp_path: Path) -> Path:
 
 def test_status_shows_stages_trials_and_the_best(run: Path) -> None:
     text = printed("status", run)
-    assert "running on" in text
-    assert "last sign of life" in text
-    assert (
-        "\n6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s "
-        "left\n" in text
-    )
-    assert (
-        "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB [848444]" in text
-    )
-    assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in text
+    counts = ("6 of 20", "3 finished", "1 stopped", "1 failed", "1 of 2 slots", "14 min 30 s left")
+    best = ("2.9000, trial 2 (gp)", "32.0 MB [848444]", "3.0000, trial 1 (unpruned-knapsack)")
+    for part in ("running on", "last sign of life", *counts, *best):
+        assert part in text
     stages = {each["stage"]: each["state"] for each in json_of("status", run)["stages"]}
     assert list(stages)[:2] == ["prepare", "prune"]
     assert_has(stages, prepare="recorded", search="running", evaluate="waiting")
@@ -86,10 +81,7 @@ def test_status_names_the_winner(over: Path) -> None:
 
     names = [line[:12].strip() for line in lines()]
     assert names == ["best so far", "best control", "begun", "failed", "remedy: lo", "winner"]
-    assert (
-        lines()[-1]
-        == "winner        selection loss 2.9500, trial 2 (gp); `qpruner plan` prints its plan"
-    )
+    assert "2.9500, trial 2 (gp); `qpruner plan`" in lines()[-1]
     record = RunDir(over).read_record("search", SearchRecord)
     assert record
     control = {
@@ -98,15 +90,14 @@ def test_status_names_the_winner(over: Path) -> None:
     }
     changes = {"best_index": 1, "best_origin": "unpruned-knapsack", **control}
     RunDir(over).write_record("search", record.model_copy(update=changes))
-    assert "trial 1 (unpruned-knapsack), a control that no searched plan beat; " in lines()[-1]
+    assert "trial 1 (unpruned-knapsack), a control" in lines()[-1]
 
 
 def test_status_tells_which_cut_was_left_out(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", num_trials=4, num_blocks=2, until="search")
     made.change("prune", left_out={"cut-30": "24 channels are no multiple of 32"})
-    assert "\nleft out      30 % pruned: 24 channels are no multiple of 32\n" in printed(
-        "status", tmp_path / "run"
-    )
+    [left_out] = [line for line in printed("status", made.run.root).splitlines() if "left" in line]
+    assert left_out.endswith("30 % pruned: 24 channels are no multiple of 32")
     lines = [line.split()[3:5] for line in printed("trials", tmp_path / "run").splitlines()]
     assert lines[0] == ["cut", "status"]
     assert lines[1] == ["20", "%"]
@@ -123,14 +114,11 @@ def test_status_shows_waiting_and_failed_trials(run: Path) -> None:
     write_trial(folder, trial(7, "484448", [], status="running"))
     text = printed("status", run)
     search = json_of("status", run)["search"]
-    assert "1 failed; 2 of 2 slots busy, 1 waiting for one; about" in text
+    assert "2 of 2 slots busy, 1 waiting" in text
     assert [each["trial"] for each in search["under_way"]] == [5, 6, 7]
-    assert "under way     trial 5 (gp), not pruned, step 3/8" in text
-    reason = "TrainingDiverged: the loss is nan"
-    assert (
-        f"failed        trial 4 (gp), diverged: {reason}\n  remedy: lower `training.learning_rate`"
-        in text
-    )
+    assert "trial 5 (gp), not pruned, step 3/8" in text
+    assert "trial 4 (gp), diverged: TrainingDiverged" in text
+    assert "remedy: lower `training.learning_rate`" in text
     text = printed("trials", run)
     shown = {line.split()[0]: line for line in text.splitlines()}
     # At step 3, with the loss of step 2.
@@ -150,18 +138,14 @@ def test_running_trials_of_an_ended_command_are_begun(tmp_path: Path, outcome: s
     RunDir(run).write_state(state.model_copy(update={"outcome": outcome}))
     write_trial(run / "trials" / TRIALS, trial(6, "484844", [], status="running"))
 
-    lines = printed("status", run).splitlines()
-    trials = (
-        "7 of 20 trials: 3 finished, 1 stopped, 1 failed; 2 begun; about 14 min 30 s left once it "
-        "goes on"
-    )
-    assert trials in lines
-    assert "begun         trial 5 (gp), not pruned, step 2/8" in lines
-    assert not any("under way" in line or "waiting for" in line for line in lines)
     snapshot = read_snapshot(RunDir(run))
-    assert "1 failed; 2 begun; about 14 min 30 s left once it goes on." in render(
-        snapshot, sections(snapshot)
-    )
+    status = printed("status", run)
+    assert "7 of 20 trials" in status
+    assert "trial 5 (gp), not pruned, step 2/8" in status
+    for text in (status, render(snapshot, sections(snapshot))):
+        assert "1 failed; 2 begun; about 14 min 30 s left once" in text
+    assert "under way" not in status
+    assert "waiting for" not in status
 
 
 def test_every_kind_of_failure_has_a_remedy() -> None:
@@ -190,9 +174,9 @@ def test_trials_mark_the_winner_once_it_is_chosen(run: Path, over: Path) -> None
     rows = json_of("trials", over)["trials"]
     assert [row["winner"] for row in rows] == [None, None, "yes", None, None, None]
     assert [rows[1][f"format {group}"] for group in GROUPS] == [*["int8"] * 2, *["nf4"] * 4]
-    assert rows[4]["reason"] == "TrainingDiverged: the loss is nan"
+    assert rows[4]["reason"].startswith("TrainingDiverged: ")
     shutil.rmtree(run / "trials")
-    assert printed("trials", run) == "there are no trials yet\n"
+    assert "no trials yet" in printed("trials", run)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +202,7 @@ def test_a_damaged_record_has_a_remedy(run: Path) -> None:
     done = command("status", run)
     assert done.exit_code == 1
     assert f"{run / 'run.json'} is not a RunState" in done.stderr
-    assert "remedy: repeat `qpruner run` to write it again" in done.stderr
+    assert "remedy: repeat `qpruner run`" in done.stderr
 
 
 # ---- plan
@@ -248,12 +232,12 @@ def test_plan_of_a_run_with_a_given_plan(tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "run", search__plan="mine.yaml")
     refused = command("plan", run)
     assert refused.exit_code == 2
-    assert "is not over, so there is no winner yet: `qpruner" in refused.stderr
+    assert "no winner yet: `qpruner" in refused.stderr
     assert yaml.safe_load(printed("plan", run, "--trial", 0)) == {"cut": "base", **trials()[0].plan}
     over = recorded_run(tmp_path / "over", is_over=True, search__plan="mine.yaml")
     assert yaml.safe_load(printed("plan", over)) == {"cut": "base", **trials()[2].plan}
     write_trial(RunDir(over).trials / TRIALS, trial(1, "884444", [3.3, 3.2, 3.0], origin="given"))
-    assert "given plan    validation loss 3.0000, trial 1 (given)" in printed("status", over)
+    assert "3.0000, trial 1 (given)" in printed("status", over)
 
 
 ALL_4 = dict.fromkeys(GROUPS, "nf4")
@@ -384,7 +368,7 @@ def test_compare_pairs_runs_of_the_same_questions(tmp_path: Path) -> None:
     assert answers["mean"] < -answers["half_width"]
     assert_has(confirmation, mean=0, verdict="not distinguishable")
     text = printed("compare", *runs)
-    assert "second minus first: +0.00% bytes, 3 training seeds, paired: acc +0." in text
+    assert re.search(r"second minus first: \+0\.00% bytes, 3 .*: acc \+0\.", text)
 
 
 def test_compare_pairs_only_equal_measurements(tmp_path: Path) -> None:

@@ -91,23 +91,18 @@ def on_a_terminal(*options: object, program: str = TELL, **environment: str) -> 
 
 def test_a_terminal_shows_the_search_live() -> None:
     seen = on_a_terminal()
-    assert "prepare recorded | search running" in seen
-    assert (
-        "6 of 20 trials: 3 finished, 1 stopped, 1 failed; 1 of 2 slots busy; about 14 min 30 s left"
-        in seen
-    )
-    assert "best so far   validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB" in seen
-    assert "best control  validation loss 3.0000, trial 1 (unpruned-knapsack)" in seen
-    # The loss of its rung.
-    assert "3/8" in seen
-    assert "3.1000 @2" in seen
+    counts = ("6 of 20", "3 finished", "1 stopped", "1 failed", "1 of 2 slots", "14 min 30 s")
+    best = ("2.9000, trial 2 (gp)", "32.0 MB", "3.0000, trial 1 (unpruned-knapsack)")
+    # The trial that runs has the loss of its rung.
+    for part in ("prepare recorded", "search running", *counts, *best, "3/8", "3.1000 @2"):
+        assert part in seen
     # Where the running trial is past its rung, in colour.
     assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m8", seen)
     # In a narrow window lines wrap, because the present state is at their end.
     seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
     assert re.search(r"search running, \d+ s", seen)
-    assert "1 of 2 slots busy; about 14 min 30 s left" in seen
-    assert "validation loss 2.9000, trial 2 (gp), not pruned, 32.0 MB" in seen
+    for part in ("1 of 2 slots", "14 min 30 s left", *best):
+        assert part in seen
 
 
 def test_prose_wraps_between_words() -> None:

@@ -111,6 +111,8 @@ def steps_of(job: Training) -> list[tuple[int, float]]:
     return [(int(step), float(loss)) for step, loss in lines]
 
 
+Trained = dict[str, tuple[Training, Losses]]
+"""Trainings and their losses, by name."""
 Run = Callable[[Callable[[Any], Any], Path, Any], Any]
 """Runs a function on a job in a group of two processes with one core each; the folder is for Ray
 Train."""
@@ -143,7 +145,7 @@ def run() -> Iterator[Run]:
 @pytest.fixture(scope="module")
 def trained(
     tiny_model: Path, rows: Rows, tmp_path_factory: pytest.TempPathFactory, run: Run
-) -> dict[str, tuple[Training, Losses]]:
+) -> Trained:
     """The same training in one process (`one`) and in two processes (the others)."""
     folder = tmp_path_factory.mktemp("group")
     one = Training(tiny_model, rows[:21], folder / "one", micro_batch_size=2)
@@ -163,9 +165,7 @@ def trained(
 
 
 @pytest.mark.parametrize("name", ["two", "accumulating"])
-def test_two_processes_take_the_steps_of_one(
-    name: str, trained: dict[str, tuple[Training, Losses]]
-) -> None:
+def test_two_processes_take_the_steps_of_one(name: str, trained: Trained) -> None:
     """In float32 only the order of additions differs: a loss changes by less than 1e-5 of it."""
     alone, one = trained["one"]
     together, two = trained[name]
@@ -183,7 +183,7 @@ def test_two_processes_take_the_steps_of_one(
 
 
 def test_two_processes_resume_in_the_middle_of_an_epoch(
-    trained: dict[str, tuple[Training, Losses]],
+    trained: Trained,
 ) -> None:
     """From their own checkpoint, and from a checkpoint of a single process."""
     expected = {step: loss for step, loss in trained["two"][1].items() if step > MIDDLE}
@@ -192,7 +192,7 @@ def test_two_processes_resume_in_the_middle_of_an_epoch(
 
 
 def test_a_killed_group_resumes_from_its_checkpoint(
-    trained: dict[str, tuple[Training, Losses]], run: Run, tmp_path: Path
+    trained: Trained, run: Run, tmp_path: Path
 ) -> None:
     """With dropout: each process has saved its own random state."""
     undisturbed, losses = trained["dropout"]

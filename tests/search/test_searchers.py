@@ -265,7 +265,8 @@ def test_scores_are_taken_while_a_plan_is_being_proposed() -> None:
     # Nothing waits for the gate.
     assert len(ledger.history().observations) == len(STEPS)
     ledger.hand_out_again(second)
-    assert ledger.poll() == second, "what needs no proposal is handed out"
+    # What needs no proposal is handed out.
+    assert ledger.poll() == second
     proposer.gate.set()
     assert ledger.next() is not None
     assert not ledger.is_proposing
