@@ -133,8 +133,7 @@ def token_ids() -> torch.Tensor:
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=token_ids(), use_cache=False).logits
-    return logits
+    return model(input_ids=token_ids(), use_cache=False).logits
 
 
 def final_model(tiny_model: Path, root: Path) -> Path:

@@ -59,8 +59,7 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """Read an object in one request, unlike pyarrow."""
-        found: bytes = self.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read()
-        return found
+        return self.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read()
 
     def write(self, key: str, data: bytes) -> None:
         with self._system.open_output_stream(f"{BUCKET}/{key}") as stream:
@@ -151,12 +150,11 @@ def machine(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
 @pytest.fixture(params=["folder", "uri"])
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
     """An empty run: once in a folder, and once at a URI."""
-    found: RunDir = (
+    return (
         request.getfixturevalue("machine")("first")
         if request.param == "uri"
         else RunDir(tmp_path / "run")
     )
-    return found
 
 
 def talk_to(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,7 @@ class Raylets:
 
     @property
     def address(self) -> str:
-        address: str = self.cluster.address
-        return address
+        return self.cluster.address
 
     def add(self, **resources: Any) -> Any:
         """Start a node with one core, or with the given arguments of `add_node` in Ray."""

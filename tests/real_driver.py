@@ -145,8 +145,7 @@ def rungs_of(run: Path) -> dict[int, list[Raw]]:
 
 
 def search_record(run: Path) -> Raw:
-    found: Raw = json.loads((run / "records" / "search.json").read_text())
-    return found
+    return json.loads((run / "records" / "search.json").read_text())
 
 
 def between_rungs(run: Path, index: int) -> int | None:

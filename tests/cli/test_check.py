@@ -34,8 +34,7 @@ def check(raw: Raw, *options: str, code: int = 0, verb: str = "check") -> str:
 
 
 def facts(raw: Raw, *options: str) -> Raw:
-    found: Raw = json.loads(check(raw, "--json", *options).splitlines()[-1])
-    return found
+    return json.loads(check(raw, "--json", *options).splitlines()[-1])
 
 
 def test_memory_is_printed_by_kind_of_work_and_part(tiny_raw: Raw) -> None:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -146,7 +145,7 @@ def test_workers_are_counted_as_they_come_and_go(cluster: Raylets) -> None:
         UserError, match="the largest of 1 machine has 0 CPUs and 0 GPUs: ask for less, or add"
     ):
         slots().concurrent(trial, 2)
-    events: list[Any] = []
+    events = []
     room = Room(slots, trial, 2, events.append)
     assert room(0) == 0
     node = cluster.add(num_gpus=1)

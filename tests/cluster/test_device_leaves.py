@@ -38,7 +38,7 @@ def test_if_the_other_machine_leaves_the_search_ends(tmp_path: Path, num_failure
             time.sleep(8.0)
             intact(job, start, report, progress)
 
-        said: list[str] = []
+        said = []
 
         def emit(event: Event) -> None:
             if isinstance(event, Message):

@@ -235,7 +235,7 @@ def test_an_error_or_the_last_allowed_death_ends_the_job(
 
 def test_a_process_killed_while_connecting_frees_its_slots(run: Run, tmp_path: Path) -> None:
     """Without `_Backend`, the next group would wait for them."""
-    killed: list[int] = []
+    killed = []
 
     def add_up(job: float) -> float:
         own = torch.tensor(job * (1 + torch.distributed.get_rank()))

@@ -12,11 +12,11 @@ from conftest import raw_config
 from raylets import Raylets, joined_raylets, raylet_of
 
 import qpruner
-from qpruner.cluster.node_check import NodeReport, look_at_all
+from qpruner.cluster.node_check import look_at_all
 from qpruner.config.load import validate_config
 from qpruner.errors import UserError
 from qpruner.pipeline.run import check
-from qpruner.runs.events import Event, TableMade
+from qpruner.runs.events import TableMade
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def test_nodes_that_differ_are_named_with_the_difference(
     apart = f"mount -t tmpfs apart {shared}"
     read_only = f"mount --bind {shared} {shared}; mount -o remount,ro,bind {shared}"
     config = validate_config(raw_config(tiny_model, shared / "runs" / "mine"))
-    events: list[Event] = []
+    events = []
     first, second = (
         cluster.add_apart(mounts, env_vars={"PYTHONPATH": str(code)}).node_id
         for mounts, code in ((apart, other), (read_only, same))
@@ -81,7 +81,7 @@ def test_a_silent_node_is_a_problem_and_a_dead_one_has_left(
     (tmp_path / "driver").write_text("driver")
     node = cluster.nodes[0]
     raylet = raylet_of(node)
-    reports: list[NodeReport] = []
+    reports = []
     seconds = 120.0 if dies else 4.0
     looking = threading.Thread(
         target=lambda: reports.extend(look_at_all(tmp_path, "driver", seconds))

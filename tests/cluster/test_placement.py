@@ -57,8 +57,7 @@ def cluster() -> Iterator[Raylets]:
 @pytest.fixture
 def slots(cluster: Raylets) -> Slots:
     """The slots of that cluster."""
-    found: Slots = cluster.joined.slots()
-    return found
+    return cluster.joined.slots()
 
 
 # Workers cannot import this file; nested functions are pickled with their code.
@@ -122,7 +121,7 @@ def search_of(folder: Path, slots: Slots, at_once: int = 0, **settings: Any) -> 
 def test_every_gpu_runs_one_trial_at_a_time(slots: Slots, tmp_path: Path) -> None:
     job = search_of(tmp_path, slots, at_once=sum(GPUS))
     assert job.resources == {"cpu": 1.0, "gpu": 1.0}
-    events: list[Event] = []
+    events = []
     outcome = search(job, Room(lambda: slots, job.resources, None, events.append), events.append)
     assert [event for event in events if isinstance(event, SlotsFound)] == [SlotsFound(sum(GPUS))]
     assert statuses(outcome.trials) == ["finished"] * NUM_TRIALS
@@ -225,7 +224,7 @@ def statuses(trials: list[TrialRecord]) -> list[str]:
 
 def searched(job: SearchJob, room: int = 2) -> tuple[list[TrialRecord], list[str]]:
     """Run a search; return its trials and the messages."""
-    events: list[Event] = []
+    events = []
     outcome = search(job, lambda held: room - held, events.append)
     return outcome.trials, texts(events)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Raw
 from raylets import Raylets, raylets
 from real_driver import Driver, driver, ended, pulse_of, search_config, search_record, trials_of
 
@@ -84,7 +83,7 @@ def test_random_kills_lose_no_trial_and_repeat_no_plan(
     number = TRIALS_A_ROUND
     num_drivers = 0
     generator = random.Random(SEED)
-    finished: dict[int, Raw] = {}
+    finished = {}
     killed: Counter[str] = Counter()
     with raylets(NUM_NODES) as cluster:
         code = None

@@ -76,7 +76,7 @@ def go(
     raw: Raw, until: str, emit: Emit | None = None, address: str | None = None
 ) -> tuple[Results, list[Event]]:
     """Run the flow in this process or on a cluster; return the records and the events."""
-    events: list[Event] = []
+    events = []
 
     def on_event(event: Event) -> None:
         events.append(event)
@@ -217,7 +217,7 @@ def test_the_remedy_for_a_damaged_file_loses_nothing_else(
     assert str(path) in caught.value.cause
     assert caught.value.remedy.startswith(remedy.format(run=run))
     if file.startswith("trials/"):
-        notes: list[str] = []
+        notes = []
         set_aside_damaged(run / "trials" / "0123abcd", "0123abcd", notes.append)
         assert len(notes) == 1
         assert str(path) in notes[0]
@@ -379,7 +379,7 @@ def test_a_disk_full_for_a_while_only_delays_a_stage(
             if isinstance(event, kind) and event.stage == stage and not fillers:
                 fillers.append(meanwhile.enter_context(full_until_noticed(disk, 4096)))
 
-        fillers: list[Path] = []
+        fillers = []
         go(on_disk, "bank", fill_once)
         # It was waited for.
         assert not fillers[0].exists()
@@ -469,7 +469,7 @@ def test_a_trial_reports_progress_while_it_loads(banked: Path, tiny_raw: Raw) ->
     The rows are loaded last, and are missing here.
     """
     root = copy_of(banked, tiny_raw)
-    beats = list[int]()
+    beats = []
     job = trial_of(root, tiny_raw, "nowhere")
     with pytest.raises(CorruptFile, match="nowhere"):
         run_trial(job, None, lambda result, checkpoint: None, beats.append)

@@ -88,8 +88,7 @@ def between(process: Driver, index: int) -> int:
             between_rungs(process.run, index) if f"trial {index:3d} [" in process.said() else None
         )
 
-    pid: int = process.wait_until(at_work, f"trial {index} between two rungs")
-    return pid
+    return process.wait_until(at_work, f"trial {index} between two rungs")
 
 
 # ---- processes
@@ -147,7 +146,7 @@ def test_kills_between_rungs_lose_no_progress(
 
 def test_a_trial_that_keeps_dying_fails_alone(config: Path, tmp_path: Path) -> None:
     with driver(config) as process:
-        killed = set[int]()
+        killed = set()
         while trials_of(process.run).get(1, {}).get("status") != "failed":
             pulse = pulse_of(process.run, 1)
             if pulse and pulse["pid"] not in killed:

@@ -163,7 +163,7 @@ def test_a_final_model_with_a_missing_object_is_incomplete(
 ) -> None:
     """Somebody may have deleted a damaged object."""
     config = machine("looking").config
-    events = list[Event]()
+    events = []
     context = Context(config, RunDir(config.output), events.append, None, preflight.inspect(config))
     final = context.run_dir.root / "final"
     assert final not in published_folders(context.run_dir.root)
@@ -212,7 +212,7 @@ def test_a_trial_runs_on_a_machine_without_local_copies(machine: Machine, tmp_pa
         candidate.plan,
         candidate.cut,
     )
-    told: list[RungResult] = []
+    told = []
     run_trial(trial, None, lambda result, checkpoint: told.append(result))
     assert [result.step for result in told] == [1, 2, 4]
     # One file per group of the plan; the other files of the bank are not downloaded.

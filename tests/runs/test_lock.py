@@ -66,7 +66,7 @@ def word(process: subprocess.Popen[str]) -> str:
 
 def held(root: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> list[str]:
     """Take the lock and release it; return the notifications."""
-    notes: list[str] = []
+    notes = []
     with hold_run(root, notes.append, heartbeat_seconds):
         return notes
 
@@ -125,7 +125,7 @@ def test_a_driver_elsewhere_is_silent_after_a_minute(age: int, state: str, tmp_p
 
 
 def test_a_live_driver_elsewhere_holds_the_run_until_it_dies(run_dir: RunDir) -> None:
-    notes: list[str] = []
+    notes = []
     with holding(run_dir.place, 0.5, ELSEWHERE) as first:
         assert word(first) == "held"
         refused = pytest.raises(UserError, match=rf"by process 1 on {HERE} since .*; wait")

@@ -93,7 +93,7 @@ def test_requests_go_through_the_proxy_of_the_environment(
 
 
 def test_https_is_tunnelled_through_its_own_proxy(use_proxy: UseProxy) -> None:
-    asked = list[str]()
+    asked = []
 
     def refuse() -> None:
         with suppress(OSError):
@@ -237,7 +237,7 @@ def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_
         folder_of(tmp_path, config="c", data__rows="r" * 100_000, data__empty="")
     )
     target = machine("second").stage("prune")
-    pieces = list[int]()
+    pieces = []
 
     def num_pieces() -> int:
         """Fetch the folder, and return how many pieces were read."""
@@ -275,7 +275,7 @@ def test_waiting_for_a_folder_shows_progress(
     files = {name: "w" * (number * base.PIECE_BYTES - 1) for name, number in pieces.items()}
     storage_at(run.stage("prune")).publish(folder_of(tmp_path, **files))
     target = machine("second").stage("prune")
-    heard = list[int]()
+    heard = []
     another = ExitStack()
     another.enter_context(exclusive(target))
 

@@ -119,7 +119,7 @@ def test_a_killed_writer_leaves_the_old_record_or_the_new(run_dir: RunDir) -> No
     """A reader never sees a part of one: the terminal, `qpruner status` and other nodes read at any
     time."""
     generator = random.Random(0)
-    digests = set[str]()
+    digests = set()
 
     def look(turn: int) -> None:
         record = run_dir.read_record("bank", BankRecord)
@@ -226,7 +226,7 @@ def test_folders_are_listed_moved_and_removed(run_dir: RunDir, tmp_path: Path) -
 def watched(folder: Path) -> Iterator[list[str]]:
     """Yield the list of system calls in the block: `rename`, and `fsync PATH` for open files below
     a folder."""
-    calls: list[str] = []
+    calls = []
 
     def on_call(frame: FrameType, event: str, function: object) -> None:
         if event == "c_call" and function in (os.rename, os.replace):

@@ -63,7 +63,7 @@ class Session:
     ) -> None:
         controls = [plan_of(index) for index in CONTROLS]
         self.config = config
-        self.trials = dict[int, Any]()
+        self.trials = {}
         self.space = space
         self.scheduler = RecordedAsha(config, space, controls, recorded, lambda trial_id: False)
 
@@ -212,11 +212,11 @@ class Search:
     ) -> None:
         """Run trials with these losses ``(trials, rungs)``; a new session begins after the rung
         `interrupted`."""
-        self.records = dict[int, TrialRecord]()
+        self.records = {}
         self.decisions = dict[tuple[int, int], str]()
         session = Session(config)
         for index, row in enumerate(values):
-            rungs: list[RungResult] = []
+            rungs = []
             for step, value in zip(config.search.rungs, row, strict=True):
                 rungs.append(rung(step, float(value)))
                 status = "finished" if step == config.search.steps else "running"

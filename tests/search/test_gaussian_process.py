@@ -158,7 +158,7 @@ def search(
 ) -> list[PrecisionPlan]:
     """The plans that `gp` runs, one after the other."""
     proposer = gp_of(space, **options)
-    ran: list[PrecisionPlan] = []
+    ran = []
     for index in range(trials):
         ran.append(proposer.propose(index, History(tuple(scored(ran, effects)))))
     return ran

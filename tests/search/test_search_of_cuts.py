@@ -161,7 +161,7 @@ def test_first_rungs_do_not_hide_a_cut_that_recovers() -> None:
     worst."""
     table = MadeTable.draw(103, 8)
     drawn = np.random.default_rng(1)
-    observations = list[Observation]()
+    observations = []
     for each in table.space.spaces:
         for number, row in enumerate(drawn.integers(3, size=(8, 8))):
             plan = each.plan_of(row)

@@ -35,7 +35,7 @@ from qpruner.pipeline.finalists import UNIT, further_seeds
 from qpruner.pipeline.run import run
 from qpruner.pipeline.search import choose_finalists, lost_controls
 from qpruner.plans.plan import PrecisionPlan
-from qpruner.runs.events import Event, Progress, TrialChanged
+from qpruner.runs.events import Progress, TrialChanged
 from qpruner.runs.records import RungResult, SearchRecord, TrialPulse, TrialRecord
 from qpruner.runs.storage import folder_digests
 from qpruner.search.roles import best_of
@@ -65,7 +65,7 @@ class Searching:
             write_trial(job.trials, record)
         self.job = job
         self.room = 2
-        self.events = list[Event]()
+        self.events = []
         self.ledger, _ = resume_search(job, proposer or RandomProposer(job.space, seed=0))
         self.halt = Halt(self.events.append)
         self.num_devices = 1
@@ -89,6 +89,11 @@ class Searching:
             time.sleep(0.001)
             given = self.searcher.suggest(name)
         return int(given["trial"]) if isinstance(given, dict) else given
+
+    def die(self, name: str, text: str) -> None:
+        """Let the worker of a trial die; Ray tells the text of an error."""
+        self.searcher.on_error_text(name, text)
+        self.searcher.on_trial_complete(name, error=True)
 
     def fail(self, name: str, **fields: Any) -> None:
         """Record a failure of the last suggested trial as its worker does."""
@@ -268,8 +273,7 @@ def test_a_trial_killed_for_memory_halves_its_micro_batch(tmp_path: Path) -> Non
     )
     for size in (8, 4, 2, 1, 1, 1, 1):
         assert search.suggest("a") == 0
-        search.searcher.on_error_text("a", f"{KILLED_FOR_MEMORY}: 1 worker(s) were killed")
-        search.searcher.on_trial_complete("a", error=True)
+        search.die("a", f"{KILLED_FOR_MEMORY}: 1 worker(s) were killed")
         record = read_trial(job.trials, 0)
         assert_has(record, micro_batch_size=size, peak_memory_bytes=7_000)
     assert_has(
@@ -289,8 +293,7 @@ def test_deaths_for_memory_are_counted_apart(tmp_path: Path) -> None:
     )
     for text in ("", "", KILLED_FOR_MEMORY):
         search.suggest("a")
-        search.searcher.on_error_text("a", text)
-        search.searcher.on_trial_complete("a", error=True)
+        search.die("a", text)
     record = read_trial(search.job.trials, 0)
     assert_has(record, status="running", kills=2, memory_kills=1)
 
@@ -302,8 +305,7 @@ def test_a_trial_whose_worker_died_is_tried_on_another_device(text: str, tmp_pat
     search = Searching(job_of(tmp_path), trial(0, "444444", [], status="running", **own))
     search.num_devices = 2
     assert search.suggest("a") == 0
-    search.searcher.on_error_text("a", text)
-    search.searcher.on_trial_complete("a", error=True)
+    search.die("a", text)
     record = read_trial(search.job.trials, 0)
     assert_has(record, status="running", failed_on=("bad",), micro_batch_size=None)
     # They would blame the plan.
@@ -513,7 +515,7 @@ def test_a_damaged_record_is_set_aside(tmp_path: Path) -> None:
     path = job.trials / "0001" / "trial.json"
     damaged = flipped(path.read_bytes(), b'"layers.0": ')
     path.write_bytes(damaged)
-    messages: list[str] = []
+    messages = []
     set_aside_damaged(job.trials, job.search, messages.append)
     assert len(messages) == 1
     assert str(path) in messages[0]
@@ -530,7 +532,7 @@ def test_a_damaged_record_is_set_aside(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ['{"sec', '{"seconds": 9.0, "record_digest": "0"}'])
 def test_a_damaged_clock_begins_at_zero(text: str, tmp_path: Path) -> None:
     trials = job_of(tmp_path).trials
-    messages = list[str]()
+    messages = []
     write_trial(trials, trial(0, "444444", [3, 3, 3], times=(10.0, 30.0)))
     clock = trials / f"search-{MINE}.json"
     clock.write_text(text)
@@ -548,7 +550,7 @@ def test_a_trial_whose_checkpoint_is_damaged_starts_anew(
 ) -> None:
     """A checkpoint on a storage that is away for a moment does not count as missing."""
     trials = job_of(tmp_path).trials
-    messages = list[str]()
+    messages = []
     checkpoint = trials / "0000" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(b"w" * 1000)
@@ -625,7 +627,7 @@ def test_trials_of_a_cut_with_other_weights_are_set_aside(tmp_path: Path) -> Non
     for at, model in enumerate(("old", "new", "")):
         write_trial(tmp_path, trial(at, "444444", [3.0], model=model, cut="cut-20"))
     write_trial(tmp_path, trial(3, "444444", [3.0], model="old", cut="cut-30"))
-    messages: list[str] = []
+    messages = []
     set_aside_others(tmp_path, {"cut-20": "new"}, messages.append)
     # No cut-30 is among those of this command.
     assert [each.index for each in read_trials(tmp_path)] == [1, 2, 3]
@@ -691,7 +693,7 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: Raw) ->
     config = validate_config(
         with_keys(tiny_raw, **{f"search.{key}": value for key, value in search.items()})
     )
-    events: list[Event] = []
+    events = []
 
     def searched() -> tuple[SearchRecord, list[str]]:
         events.clear()
@@ -744,7 +746,7 @@ def test_a_search_by_accuracy(tiny_raw: Raw) -> None:
         "search.tasks": ["qpruner_everyday_validation"],
         "sensitivity.methods": ["mutual_information"],
     }
-    events: list[Event] = []
+    events = []
     found = run(validate_config(with_keys(tiny_raw, **keys)), events.append, until="search").search
     assert_has(
         found,

@@ -68,7 +68,7 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(
 ) -> None:
     """The GPU hours are spent with the first rung, after which the only machine is killed."""
     slots = cluster.joined.slots
-    told: list[str] = []
+    told = []
 
     def trial(job: TrialJob, start: Path | None, report: Report, progress: Progress) -> None:
         for step in (4,) if start else (1, 4):

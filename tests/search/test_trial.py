@@ -34,7 +34,7 @@ def job(context: Context) -> TrialJob:
 
 def rungs_from(start: Path | None, job: TrialJob, kept: Path) -> list[RungResult]:
     """Run a trial, return its rungs, and keep its checkpoints in a folder."""
-    found: list[RungResult] = []
+    found = []
 
     def report(result: RungResult | None, checkpoint: Path) -> None:
         if result:
