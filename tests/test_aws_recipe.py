@@ -103,7 +103,7 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
     files[1].write_text(edited.replace("ami-0123456789abcdef0", "").replace("subnet-", "None-"))
     # without -e, as in a terminal
     account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=())
-    # A second time gives the same.
+    # A second time gives the same files.
     assert [file.read_text() for file in files] == [names, edited]
     if shutil.which("rsync"):  # the script needs it
         account.run(sys.executable, "launch/check_cluster.py", "cluster.yaml")
@@ -122,7 +122,7 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
         "gpu_spot": "qpruner-worker",
     }
 
-    # Ray's.
+    # The key is Ray's.
     assert len(ec2.describe_key_pairs()["KeyPairs"]) == 1
     ec2.terminate_instances(InstanceIds=[machine["InstanceId"] for machine in machines])
     s3.put_object(Bucket=bucket, Key="runs/mine/run.json", Body=b"{}")
@@ -157,7 +157,7 @@ def test_results_in_a_bucket_are_fetched(account: Account, tmp_path: Path) -> No
     account.run(*fetch, f"{run}/", str(mine))
     assert {str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()} == expected
     refused = account.run(*fetch, mistyped, str(mine), "report.html", "final", code=1)
-    # Even if files were fetched before.
+    # This holds even if files were fetched before.
     assert f"not fetched: report.html final; is {mistyped} the run's folder?" in refused
     assert "not fetched: record; " in account.run(*fetch, run, str(part), "final", "record", code=1)
     assert (part / "final" / "adapter" / "weights").is_file()

@@ -71,10 +71,10 @@ def test_demo(tmp_path: Path) -> None:
     assert list(table) == [name for name in order if name in table]
     assert {"base", "searched"} <= table.keys()
     best = min(finalists[name]["loss"] for name in controls if name in table)
-    # Only controls that lost as trials.
+    # Only controls that lost as trials are left out.
     assert all(finalists[name]["loss"] > best for name in left_out)
     unpruned = records["evaluate"]["rows"][0]["tasks"][0]
-    # Clearly above chance.
+    # The accuracy is clearly above chance.
     assert unpruned["value"] - 3 * unpruned["stderr"] > CHANCE
     assert table["searched"]["measured_bytes"] <= records["search"]["budget_bytes"]
     for row in records["comparison"]["rows"]:
@@ -95,14 +95,14 @@ def test_demo(tmp_path: Path) -> None:
     served = {row["form"]: row for row in rows if row["name"] == "searched"}
     assert rows[0]["name"] == "base"
     assert rows[-1]["name"] == "searched"
-    # The best simple alternative.
+    # This is the best simple alternative.
     assert rows[1]["name"] in table
     assert rows[1]["name"] in controls
     assert list(served) == ["gguf"]
     assert served["gguf"]["file_bytes"] < rows[0]["file_bytes"] / 3
     assert all((run / file).is_file() for row in served.values() for file in row["files"])
     tuned = table["searched"]["confirmation_loss"]
-    # Llama.cpp computes what was fine-tuned.
+    # The model in llama.cpp computes what was fine-tuned.
     assert abs(served["gguf"]["loss"] - tuned) < 0.05 * tuned
     assert max(served["gguf"]["decode_tokens_per_second"]) > min(
         rows[0]["decode_tokens_per_second"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checkouts import copy_checkout, environment_with
-from conftest import Raw, raw_config, run_program
+from conftest import Raw, raw_config, run_program, with_keys
 from doc_blocks import FENCE, PAGES, ROOT, Block, blocks
 from tensorboard_server import serving
 
@@ -175,25 +175,25 @@ def test_every_command_in_prose_runs_or_says_why_not() -> None:
         for command in INLINE_RUNNABLE
         if not command.startswith(("qpruner ", "tensorboard ", "python "))
     ]
-    # Only these are run: give its reason in INLINE_NOT_RUN.
+    # A command of another program needs a reason in INLINE_NOT_RUN.
     assert unlike == []
     unfilled = [
         command for command in INLINE_RUNNABLE if re.search(r"\b[A-Z]{3,}\b|\.\.\.", command)
     ]
-    # A word that PLACES does not have.
+    # PLACES has every word in capitals.
     assert unfilled == []
     unused = [
         start
         for start in INLINE_NOT_RUN
         if not any(command.startswith(start) for command in INLINE)
     ]
-    # A reason for nothing.
+    # Each reason is about something.
     assert unused == []
     assert "qpruner status runs/demo" in INLINE_RUNNABLE
 
 
 def test_every_block_runs_or_says_why_not() -> None:
-    # A language that no test runs.
+    # Tests run every language.
     assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == []
     for page in PAGES:
         fences = len(re.findall(r"^```", page.read_text(encoding="utf-8"), re.MULTILINE))
@@ -361,12 +361,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 
 def smallest_config(model: Path, output: Path) -> Raw:
     """Make the configuration of the shortest run: three plans of two blocks, and no comparison."""
-    raw = raw_config(model, output)
-    raw["sensitivity"] |= {"methods": ["fisher"]}
-    raw["quantize"] |= {"group": "block"}
-    raw["search"] |= {"steps": 2, "confirm": 1}
-    raw["finetune"] = {"steps": 2, "compare": False}
-    return raw
+    return with_keys(
+        raw_config(model, output),
+        sensitivity__methods=["fisher"],
+        quantize__group="block",
+        search__steps=2,
+        search__confirm=1,
+        finetune={"steps": 2, "compare": False},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -378,15 +380,17 @@ def demo(checkout: Path) -> Path:
 
 def newcomer(checkout: Path) -> dict[str, str]:
     """Return the environment variables of a new user in the checkout."""
-    ours = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_INDEX_URL")
-    system = [
-        place
-        for place in os.environ["PATH"].split(":")
-        if Path(place) != Path(sys.executable).parent
-    ]
-    own = {"PYTHON": sys.executable, "EDITOR": "cat", "HOME": str(checkout.parent)}
-    own["PATH"] = ":".join([str(checkout / ".venv" / "bin"), *system])
-    return {name: value for name, value in os.environ.items() if name not in ours} | own
+    places = os.environ["PATH"].split(":")
+    system = [place for place in places if Path(place) != Path(sys.executable).parent]
+    variables = os.environ | {
+        "PYTHON": sys.executable,
+        "EDITOR": "cat",
+        "HOME": str(checkout.parent),
+        "PATH": ":".join([str(checkout / ".venv" / "bin"), *system]),
+    }
+    for name in ("PYTHONPATH", "VIRTUAL_ENV", "PIP_INDEX_URL"):
+        variables.pop(name, None)
+    return variables
 
 
 def execute(checkout: Path, language: str, text: str) -> None:
@@ -409,10 +413,9 @@ def show_tensorboard(checkout: Path, command: str) -> None:
 def test_block(block: Block, checkout: Path, request: pytest.FixtureRequest) -> None:
     if "runs/demo" in block.text:
         request.getfixturevalue("demo")
-    lines = block.text.splitlines(keepends=True)
-    server = [line for line in lines if line.startswith("tensorboard ")]
-    execute(checkout, block.language, "".join(line for line in lines if line not in server))
-    for line in server:
+    server = re.compile("^tensorboard .*\n", re.MULTILINE)
+    execute(checkout, block.language, server.sub("", block.text))
+    for line in server.findall(block.text):
         show_tensorboard(checkout, line)
 
 
@@ -443,10 +446,7 @@ def test_mixed_models_load_after_our_import_only(folder: str, demo: Path) -> Non
         f'AutoModelForCausalLM.from_pretrained("runs/demo/{folder}")'
     )
     execute(demo, "python", f"import qpruner.hf\n{load}")
-    are_alike = "per_layer_config" not in (demo / f"runs/demo/{folder}/config.json").read_text()
-    with (
-        nullcontext()
-        if are_alike and folder == "export/merged"
-        else pytest.raises(AssertionError, match="Error")
-    ):
+    is_mixed = "per_layer_config" in (demo / f"runs/demo/{folder}/config.json").read_text()
+    is_plain = folder == "export/merged" and not is_mixed
+    with nullcontext() if is_plain else pytest.raises(AssertionError, match="Error"):
         execute(demo, "python", load)

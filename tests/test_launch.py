@@ -82,7 +82,7 @@ def test_other_versions_are_installed_again(checkout: Path, tmp_path: Path) -> N
     assert done.stdout == "== .venv has qpruner[demo] already\n"
     versions.write_text("idna==3.11\n")
     done = setup(checkout, os.environ["PATH"], **given)
-    # Pip was asked.
+    # This time pip was asked.
     assert "== installing qpruner[demo]" in done.stdout
     assert "cannot reach a package index" in done.stderr or "the message is above" in done.stderr
 

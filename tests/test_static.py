@@ -33,14 +33,14 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_schema_is_current() -> None:
     written = (ROOT / "tune_configs" / "schema.json").read_text()
-    # Run: qpruner schema > tune_configs/schema.json.
+    # `qpruner schema > tune_configs/schema.json` writes it again.
     assert written == config_schema()
 
 
 @pytest.mark.parametrize("page", ["configuration.md", "commands.md"])
 def test_the_reference_is_current(page: str) -> None:
     made = runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
-    # Run: python docs/reference.py.
+    # `python docs/reference.py` writes them again.
     assert (ROOT / "docs" / page).read_text() == made[page]
 
 

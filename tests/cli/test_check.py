@@ -104,7 +104,7 @@ def test_gpu_settings_can_be_checked_without_a_gpu(tiny_raw: Raw) -> None:
     )
     assert facts(halves, "--gpu")["concurrent_trials"] == 2
     refused = check(changed(raw, search__resources_per_trial={"gpu": 0}), "--gpu", code=2)
-    # Trials that hold no GPU anywhere.
+    # These trials hold no GPU anywhere.
     assert "use `search.max_hours`" in refused
 
 
@@ -252,7 +252,7 @@ def test_a_plan_over_the_budget_is_refused(
         inspection.shapes.reference.plan_bytes(inspection.shapes.reference.uniform("int8"))
         - inspection.shapes.budget_bytes
     )
-    # Rounded up, never down.
+    # The number is rounded up, never down.
     assert 0 <= float(told[1]) * 1e6 - over < 101
 
 

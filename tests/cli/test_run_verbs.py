@@ -324,7 +324,7 @@ def test_compare_shows_hours_of_search_and_run(tmp_path: Path) -> None:
     )
     [facts] = json_of("compare", tmp_path / "run")["runs"]
     assert_has(facts, search_hours=0.5, search_gpu_hours=2.01)
-    # Prepare to finetune.
+    # These are the stages from prepare to finetune.
     assert_has(
         facts,
         run_hours=pytest.approx(0.5 + 5 * 61.5 / 3600),

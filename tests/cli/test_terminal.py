@@ -96,7 +96,7 @@ def test_a_terminal_shows_the_search_live() -> None:
     # The trial that runs has the loss of its rung.
     for part in ("prepare recorded", "search running", *counts, *best, "3/8", "3.1000 @2"):
         assert part in seen
-    # Where the running trial is past its rung, in colour.
+    # The bar shows in colour where the running trial is past its rung.
     assert re.search(r"\x1b\[38;5;\d+;48;5;\d+m8", seen)
     # In a narrow window lines wrap, because the present state is at their end.
     seen = " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", on_a_terminal(COLUMNS="40")).split())
@@ -197,7 +197,7 @@ def test_a_pipe_gets_one_line_per_row(made: MadeRun) -> None:
     text = in_a_pipe(TABLES, made.run.root)
     lines = text.splitlines()
     plans = [line.split()[-1] for line in lines[1:21]]
-    # One line a trial, with the plan of 60 groups.
+    # Each trial is one line, with its plan of 60 groups.
     assert plans == [str(plan_of(trial)) for trial in made.trials]
     # A column is as wide as its widest cell; two spaces separate columns.
     told = []
@@ -206,9 +206,9 @@ def test_a_pipe_gets_one_line_per_row(made: MadeRun) -> None:
         widths = [max(map(len, column)) for column in zip(*part, strict=True)]
         told += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in part]
     assert lines[-len(told) :] == told
-    # Narrow enough for a page, whoever reads it.
+    # The table is narrow enough for a page.
     assert max(map(len, told)) <= 120
-    # Nothing drawn.
+    # Nothing is drawn.
     assert text.replace("±", "").isascii()
 
 
@@ -219,7 +219,7 @@ def test_a_terminal_folds_wide_tables(made: MadeRun) -> None:
     assert max(map(len, seen.splitlines())) <= 100
     first = seen[: seen.index("\r\n1 ")]
     plan = [line.split()[-1] for line in first.splitlines() if line.split()]
-    # Whole, in several lines.
+    # The plan is whole, in several lines.
     assert "".join(part for part in plan if set(part) <= {"4", "8"}) == str(plan_of(made.trials[0]))
 
 
@@ -247,6 +247,6 @@ def test_a_picture_shows_the_search_at_one_moment(tmp_path: Path) -> None:
     assert f"prune 1 min 30 s | search running, {duration(moment - begun + 1)}" in seen
     assert "of 64 trials: " in seen
     assert "8 of 8 slots busy" in seen
-    # What came later.
+    # This came later.
     assert "all 64 trials" not in seen
     assert "url(" not in picture.replace("url(#", "")

@@ -23,7 +23,7 @@ from typing import TypeVar
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, raw_config, with_keys
+from conftest import ROOT, raw_config, run_program, with_keys
 
 Found = TypeVar("Found")
 
@@ -155,15 +155,8 @@ class Machine:
 
     def entered(self, folder: Path) -> list[str]:
         """Return the words before a command that run it on this machine."""
-        return [
-            "nsenter",
-            f"--target={self.first.pid}",
-            "--mount",
-            "--net",
-            "--pid",
-            "--uts",
-            f"--wd={folder}",
-        ]
+        target = f"--target={self.first.pid}"
+        return ["nsenter", target, "--mount", "--net", "--pid", "--uts", f"--wd={folder}"]
 
     def processes(self) -> list[str]:
         """Return the command lines of all processes except the first process and those of sshd."""
@@ -177,11 +170,9 @@ class Machine:
                 lines.append(line)
         return lines
 
-    def network(self, *command: str) -> None:
+    def network(self, command: str) -> None:
         """Run `ip` in the network of this machine, with the process ids of the real machine."""
-        subprocess.run(
-            ["nsenter", f"--net=/proc/{self.first.pid}/ns/net", "ip", *command], check=True
-        )
+        run_program("nsenter", f"--net=/proc/{self.first.pid}/ns/net", "ip", *command.split())
 
     def end(self) -> None:
         """End the first process, and with it all others of this machine."""
@@ -199,9 +190,9 @@ class Machines:
         self.hosts: list[Machine] = []
         self.addresses = [f"{NETWORK}.{number}" for number in range(1, num_hosts + 1)]
         try:
-            self.laptop.network("link", "add", "bridge", "type", "bridge")
-            self.laptop.network("addr", "add", f"{NETWORK}.254/24", "dev", "bridge")
-            self.laptop.network("link", "set", "bridge", "up")
+            self.laptop.network("link add bridge type bridge")
+            self.laptop.network(f"addr add {NETWORK}.254/24 dev bridge")
+            self.laptop.network("link set bridge up")
             keys = self.laptop.home / ".ssh"
             keys.mkdir(mode=0o700)
             new_key(keys / "id_ed25519")
@@ -226,21 +217,11 @@ class Machines:
             self.laptop.home / ".ssh" / "id_ed25519.pub", host.home / ".ssh" / "authorized_keys"
         )
         port = f"host{len(self.hosts)}"
-        self.laptop.network(
-            "link",
-            "add",
-            port,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            str(host.first.pid),
-        )
-        self.laptop.network("link", "set", port, "master", "bridge", "up")
-        host.network("addr", "add", f"{address}/24", "dev", "eth0")
-        host.network("link", "set", "eth0", "up")
+        peer = f"peer name eth0 netns {host.first.pid}"
+        self.laptop.network(f"link add {port} type veth {peer}")
+        self.laptop.network(f"link set {port} master bridge up")
+        host.network(f"addr add {address}/24 dev eth0")
+        host.network("link set eth0 up")
         wait_for(
             lambda: "Server listening" in host.log.read_text(), f"sshd on {address}: {host.log}"
         )
@@ -267,7 +248,7 @@ def machines(
 
 def new_key(path: Path) -> None:
     """Make a new ssh key without a passphrase."""
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+    run_program("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path)
 
 
 def wait_for(look: Callable[[], Found | None], what: str, seconds: float = 120.0) -> Found:

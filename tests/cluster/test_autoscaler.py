@@ -62,14 +62,8 @@ def cluster_file(path: Path, worker: dict[str, float]) -> Path:
 
     resources = worker | {"object_store_memory": 80 * 2**20}
     most = MAX_WORKERS
-    commands = (
-        "setup",
-        "head_setup",
-        "worker_setup",
-        "initialization",
-        "head_start_ray",
-        "worker_start_ray",
-    )
+    commands = ("setup", "head_setup", "worker_setup", "initialization")
+    starts = ("head_start_ray", "worker_start_ray")
     config = {
         "cluster_name": "test",
         "max_workers": most,
@@ -88,7 +82,7 @@ def cluster_file(path: Path, worker: dict[str, float]) -> Path:
         },
         "file_mounts": {},
         "cluster_synced_files": [],
-        **{f"{name}_commands": [] for name in commands},
+        **{f"{name}_commands": [] for name in (*commands, *starts)},
     }
     prepared = prepare_config(config)
     validate_config(prepared)

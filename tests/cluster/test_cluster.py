@@ -69,10 +69,10 @@ def test_a_trial_gets_a_gpu_if_any_machine_has_one() -> None:
     assert TWO_NODES.resources_per_trial({"cpu": 2.0, "gpu": 0}) == {"cpu": 2.0}
     assert Slots((Node(4, 0),)).resources_per_trial(None) == {"cpu": 1.0}
     assert CLOUD.fits({"gpu": 1}) == 0
-    # As Ray counts.
+    # This is how Ray counts.
     assert [Node(1, 0).fits({"cpu": share}) for share in (0.1, 0.2, 0.3)] == [10, 5, 3]
     for num_workers, gpu in ((1, 0.5), (2, 1)):
-        # Whole for a group.
+        # A process of a group gets whole GPUs.
         assert worker_resources({"cpu": 2, "gpu": 0.5}, num_workers) == {"cpu": 2, "gpu": gpu}
     assert worker_resources({"cpu": 2}, 2) == {"cpu": 2}
 

@@ -220,7 +220,7 @@ def test_stages_share_the_only_gpu_of_a_cluster(
     before = models()
     there = sensed("there", tell, one_gpu)
     nodes, begin = events[:2]
-    # Head and worker.
+    # The rows are those of the head and the worker.
     assert isinstance(nodes, TableMade)
     assert [row[-1] for row in nodes.body] == ["ok", "ok"]
     # Nodes are checked before the first stage.

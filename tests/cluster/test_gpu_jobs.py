@@ -113,7 +113,7 @@ def test_every_job_of_a_flow_runs_on_its_own_gpu(four_gpus: None, tmp_path: Path
         and one["began"] < other["ended"]
         and other["began"] < one["ended"]
     ]
-    # Two jobs at once on one GPU.
+    # No two jobs ran at once on one GPU.
     assert not at_once
     assert {place["given"] for place in places if place["job"] == "bank"} == {
         str(gpu) for gpu in range(NUM_GPUS)

@@ -319,11 +319,11 @@ def test_a_plan_too_large_for_every_gpu_is_the_only_one_lost(tmp_path: Path) -> 
     trials, said = searched(on_gpus(tmp_path, on_device(tmp_path, fault)))
     [lost] = [trial for trial in trials if trial.status != "finished"]
     assert (lost.index, lost.failure, len(lost.failed_on)) == (1, "infeasible", 1)
-    # Tried on both.
+    # It was tried on both GPUs.
     assert lost.device not in lost.failed_on
     assert not [text for text in said if text.startswith("warning")]
     assert failing_devices(trials) == []
-    # Both go on.
+    # Both GPUs go on.
     assert {trial.device for trial in trials if trial.index > 1} == {
         lost.device,
         *lost.failed_on,
@@ -341,7 +341,7 @@ def test_with_one_device_the_plan_is_blamed_at_once(tmp_path: Path) -> None:
         (),
         3,
     )
-    # After two larger ones.
+    # Two larger micro-batches came before.
     assert lost.reason
     assert "(micro-batch 1)" in lost.reason
 

@@ -179,15 +179,8 @@ def test_a_job_resumes_a_search_that_was_run_attached(
     cluster.script("fetch.sh", str(run), str(tmp_path / "fetched"))
     fetched = {path.name for path in (tmp_path / "fetched").iterdir()}
     assert fetched == {"report.html", "report.md", "pictures", "results.json", "records", "final"}
-    part = cluster.laptop(
-        "bash",
-        "launch/fetch.sh",
-        str(cluster.file),
-        str(run),
-        str(tmp_path / "part"),
-        "gone",
-        "records",
-    )
+    places = (str(cluster.file), str(run), str(tmp_path / "part"))
+    part = cluster.laptop("bash", "launch/fetch.sh", *places, "gone", "records")
     assert part.returncode == 1 and "error: not fetched: gone; " in part.stdout, part.stdout[-3000:]
     # The other parts are fetched.
     assert (tmp_path / "part" / "records").is_dir()
@@ -205,10 +198,6 @@ def test_down_leaves_nothing(cluster: Cluster) -> None:
     assert not any(
         psutil.pid_exists(machine.first.pid) for machine in [*hosts, cluster.machines.laptop]
     )
-    kept = [
-        path
-        for name in ("ray-config-*", "ray_ssh_*", "ray/cluster-*")
-        for path in Path("/tmp").glob(name)
-    ]
     # Ray's launcher wrote only to /tmp of the laptop.
-    assert not kept
+    for name in ("ray-config-*", "ray_ssh_*", "ray/cluster-*"):
+        assert not list(Path("/tmp").glob(name))

@@ -5,6 +5,7 @@ and trials use CPUs.
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -92,12 +93,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         cluster = Slurm(made.hosts, checkout, environment)
         munge = f"mkdir -p /run/munge && munged --force --key-file={key} --pid-file=/run/munge/pid"
         for node in range(2):
-            cluster.run(
-                "sh",
-                "-c",
-                f"{munge} --log-file=/tmp/munged.log --seed-file=/tmp/munged.seed",
-                node=node,
-            )
+            files = "--log-file=/tmp/munged.log --seed-file=/tmp/munged.seed"
+            cluster.run("sh", "-c", f"{munge} {files}", node=node)
         cluster.run("sh", "-c", "mkdir -p /tmp/state && slurmctld")
         for node in range(2):
             cluster.run("slurmd", node=node)
@@ -116,13 +113,8 @@ def test_a_search_under_slurm(slurm: Slurm, tiny_model: Path) -> None:
     assert num_trials(output) == 3
     # The token is deleted at the end.
     assert not list(slurm.checkout.glob(".ray-token-*"))
-    left = [
-        line
-        for node in slurm.nodes
-        for line in node.processes()
-        if "raylet" in line or "gcs_server" in line
-    ]
-    assert not left
+    for node in slurm.nodes:
+        assert not re.search("raylet|gcs_server", "\n".join(node.processes()))
 
 
 def test_a_job_fails_if_ray_does_not_start(slurm: Slurm, tiny_model: Path) -> None:

@@ -289,12 +289,12 @@ def test_overrides_remove_keys_and_change_list_items(write_yaml: Callable[..., P
     def load(*overrides: str) -> RunConfig:
         return load_config(path, list(overrides))
 
-    # The default.
+    # This is the default.
     assert load("finetune.random_plans=").finetune.random_plans == 3
-    # Null with `layer_rate`.
+    # The rate is null beside `layer_rate`.
     assert load("prune.rate=", "prune.layer_rate=0.2").prune.rate is None
     budget = "quantize.budget={bytes: 1000}"
-    # The default.
+    # This is the default.
     assert load("prune.rate=", budget).prune.rates == (0.0, 0.1, 0.2)
     data = load("data.validation.0.split=train[:3]", "data.train.0.limit=8").data
     assert data.validation[0].split == "train[:3]"

@@ -116,7 +116,7 @@ def test_a_key_is_named_once_and_never_at_its_default() -> None:
         "prune.order",
     ]
     whole = validate_config(config_of("finetune={steps: 4}").model_dump(mode="json"))
-    # A file with every key, as `check --show-config` prints it.
+    # Such a file has every key, as `check --show-config` prints it.
     assert whole.warnings == ()
     *_, warning = warnings = load_config(DEMO, ["finetune.compare=false"]).warnings
     assert len(warnings) == 2

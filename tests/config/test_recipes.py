@@ -26,7 +26,7 @@ def named(path: Path) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=named)
 def test_a_recipe_is_complete_and_says_how_to_run_it(path: Path) -> None:
     config = load_config(path)
-    # A key without effect.
+    # No key is without effect.
     assert config.warnings == ()
     head = [line for line in path.read_text().split("output:")[0].splitlines() if line]
     assert all(line.startswith("#") for line in head)
@@ -34,7 +34,7 @@ def test_a_recipe_is_complete_and_says_how_to_run_it(path: Path) -> None:
     assert all(
         word in text for word in ("Hardware:", "Time:", "Command:", str(path.relative_to(ROOT)))
     ), text
-    # A time that was never filled in.
+    # A time was never filled in.
     assert "TIME" not in text
     schema = re.search(r"\$schema=(\S+)", text)
     assert (path.parent / schema[1]).is_file()

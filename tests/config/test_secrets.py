@@ -66,9 +66,9 @@ def test_no_file_of_a_run_or_of_ray_contains_a_token(
     kinds = {"qpruner.log", "results.json", "prune.json", "trial.json"}
     # The run's files were looked at.
     assert kinds <= {path.name for path in told}
-    # TensorBoard's were.
+    # So were those of TensorBoard.
     assert any("tfevents" in path.name for path in told)
-    # Ray's were.
+    # So were those of Ray.
     assert {"raylet.out", "gcs_server.out"} <= {path.name for path in told}
     told[Path("output")] = (done.stdout + done.stderr).encode()
     found = [

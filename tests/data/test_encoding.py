@@ -175,7 +175,7 @@ def test_calibration_text_skips_blank_lines(
     )
     samples = importance_samples(config, rows, with_bos)
     begins = [sample["input_ids"].count(with_bos.bos_token_id) for sample in samples]
-    # One per row with text.
+    # Each row with text has one.
     assert begins in ([1, 0], [1, 1])
     # Every token is predicted.
     assert all(sample["labels"] == sample["input_ids"] for sample in samples)
@@ -210,7 +210,7 @@ def test_saved_rows_are_read_back_one_by_one(tmp_path: Path) -> None:
     [file] = (tmp_path / "train").glob("*.arrow")
     offsets = struct.pack("<5i", 0, 8, 16, 24, 32)
     content = file.read_bytes()
-    # One in each of the two columns.
+    # There is one in each of the two columns.
     assert content.count(offsets) == 2
     file.write_bytes(content.replace(offsets, struct.pack("<5i", 0, 8, 16, 7, 32)))
     with pytest.raises(CorruptFile, match="the encoded rows in"):

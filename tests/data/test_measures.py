@@ -24,7 +24,7 @@ def test_every_task_has_the_same_weight() -> None:
     variances = [np.var(values, ddof=1) / len(values) for values in tasks]
     assert found.stderr == pytest.approx(math.sqrt(sum(variances)) / 2)
 
-    # Averaged per question.
+    # Seeds are averaged for each question.
     assert averaged([[[0.0, 1.0], [2.0]], [[1.0, 1.0], [4.0]]]) == [[0.5, 1.0], [3.0]]
 
 
@@ -52,7 +52,7 @@ def test_of_one_seed_the_interval_is_students_over_questions() -> None:
     assert interval([[[0.1]]]) == (0.1, None)
     assert not interval([[[0.1, 0.1]]]).excludes_zero
     low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(1 - 0.05 / 15)
-    # 15 pairs of six.
+    # Six plans make 15 pairs.
     assert interval([[differences.tolist()]], 15).half_width == pytest.approx((high - low) / 2)
 
 

@@ -160,7 +160,7 @@ def test_only_damaged_files_are_set_aside_and_made_again(
     assert names(events, StageFinished) == [stage]
     assert {*names(events, StageSkipped)} == {"prepare", "prune", "bank"} - {stage}
     assert {**folder_digests(folder), **measured} == {**before, **measured}
-    # Intact again.
+    # Now everything is intact again.
     assert names(go(tiny_raw, "bank")[1], StageFinished) == []
 
 
@@ -175,7 +175,7 @@ def test_rows_damaged_during_a_stage_are_named(banked: Path, tiny_raw: Raw) -> N
     assert error.stage == "sensitivity"
     assert str(rows) in error.cause
     assert error.remedy.startswith("repeat the command: the damaged file is set aside")
-    # So it is.
+    # The next command makes the file again.
     assert names(go(tiny_raw, "bank")[1], StageFinished)[0] == "prepare"
 
 

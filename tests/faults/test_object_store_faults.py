@@ -83,7 +83,7 @@ def test_a_killed_run_ends_as_undisturbed_on_another_machine(
     before, told = taken_up
     assert told["run"] == store.uri(KILLED)
     trials = trials_at(store, KILLED)
-    # Not rerun.
+    # The finished trial was not run again.
     assert trials[0] == before[0]
     report = json.loads(store.read(f"{KILLED}/results.json"))
     assert {"report": comparable(report), "trials": comparable(trials)} == undisturbed
@@ -181,7 +181,7 @@ def test_a_server_away_is_waited_for_then_reported(
     assert code == (0 if comes_back else 1), said[-3000:]
     if not comes_back:
         told = json.loads(said.splitlines()[-1])
-        # Not an error of Ray Tune.
+        # It is no error of Ray Tune.
         assert told["kind"] == "StageError"
         assert "cannot be reached" in told["error"]
         assert "bring the storage back" in told["error"]

@@ -119,7 +119,7 @@ def test_kills_between_rungs_lose_no_progress(
 
     def saved() -> bool:
         trial = trials_of(run).get(0, {})
-        # Killed too late to say anything.
+        # A later kill would prove nothing.
         assert trial.get("status", "running") == "running"
         assert not trial.get("rungs")
         if trial.get("saved_between", 0) == steps[-1]:
@@ -304,7 +304,7 @@ def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) 
             proposed.add(index)
     assert record["failures"] == {"diverged": len(ruined)}
     assert len(proposed) >= 8
-    # The controls had shown it.
+    # The controls had shown that it diverges.
     assert len(ruined & proposed) <= 2
     assert record["best_cut"] != "cut-20" or record["best_plan"][group] == "int8"
 
@@ -480,7 +480,7 @@ def test_a_full_or_missing_storage_is_waited_for(
                 code, said = process.end(minutes=2)
                 assert code == 1, said[-3000:]
                 told = json.loads(said.splitlines()[-1])
-                # Not an error of Ray Tune.
+                # It is no error of Ray Tune.
                 assert told["kind"] == "StageError"
                 assert "no space left" in told["error"]
                 assert "make room" in told["error"]
@@ -508,7 +508,7 @@ def test_a_dead_machine_does_not_count_against_its_trial(config: Path, undisturb
                 lambda: node_of(cluster, process.run, 1), "trial 1 on a living node"
             )
             cluster.kill_machine(node)
-        # No rung in between, which would reset the count.
+        # A rung in between would reset the count.
         assert rungs_of(process.run)[1] == before
         assert finished(process, undisturbed)["failures"] == {}
     assert process.said().count("resumed from step") == MAX_KILLS + 1

@@ -25,8 +25,7 @@ from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import run
 from qpruner.pipeline.tuning import setting_aside_damaged_adapter
-from qpruner.runs.events import Event
-from qpruner.runs.records import SELECTION, RungResult
+from qpruner.runs.records import SELECTION
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import (
     FILES,

@@ -255,7 +255,7 @@ def test_a_copy_is_fetched_and_compared_once(run: RunDir, machine: Machine, tmp_
     assert (target / "data" / "empty").read_bytes() == b""
     assert files_in(target) == {"config": 1, "data/rows": 100_000, "data/empty": 0}
     named = calls.index("rename")
-    # Durable before its list.
+    # The files are durable before their list.
     assert {Path(call).name for call in calls[:named]} >= {"config", "data", "prune", "rows"}
     assert num_pieces() == 0
     base.verified.clear()  # as in another process
@@ -312,7 +312,7 @@ def test_written_files_are_uploaded_and_not_downloaded(
     assert store.read(key_of(entry)) == b"codes"
     with pytest.raises(FileNotFoundError), writing_folder(target) as folder:
         (folder / "weights").read_text()
-    # What was not finished replaced nothing.
+    # An unfinished folder replaces nothing.
     assert fetch(target).is_dir()
 
 

@@ -175,12 +175,12 @@ def test_the_best_of_each_cut_reaches_the_last_rung() -> None:
     assert session.report_all(OF_BASE, 0.3) == [CONTINUE] * 3 + [STOP]
     # No trial of this cut has reached the last rung.
     assert session.report(10, rung(1, 0.9)) == CONTINUE
-    # Not the best of its cut.
+    # It is not the best of its cut.
     assert session.report(11, rung(1, 1.0)) == STOP
     assert session.report_all(10, 0.2, (2, 4, 8)) == [CONTINUE, CONTINUE, STOP]
-    # Its elder was worse there, and ended better.
+    # Its elder was worse there and ended better.
     assert session.report(12, rung(1, 0.8)) == CONTINUE
-    # Worse than its elder.
+    # It is worse than its elder.
     assert session.report(12, rung(2, 0.28)) == STOP
 
 
@@ -236,7 +236,7 @@ class Search:
 
     def _decide(self, session: Session, index: int, result: RungResult) -> str:
         action = session.report(index, result)
-        # Asked again, answered otherwise.
+        # The same question always gets the same answer.
         assert self.decisions.setdefault((index, result.step), action) == action
         return action
 
@@ -250,7 +250,7 @@ def test_an_interruption_anywhere_changes_no_decision(steps: int, metric: str, s
     values = plans - np.array([0.0, 0.1, 0.15, 0.18]) + generator.normal(0, 0.12, (24, 4))
     undisturbed = Search(config, values)
     stopped_at = {step for (_, step), action in undisturbed.decisions.items() if action == STOP}
-    # Every rung must decide something for this to say anything.
+    # The test proves something only if every rung decides something.
     assert stopped_at == set(config.search.rungs)
     for place in undisturbed.decisions:
         interrupted = Search(config, values, place)

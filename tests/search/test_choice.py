@@ -177,7 +177,7 @@ def test_a_format_that_is_predicted_worse_is_not_taken(better: str, worse: str) 
     rises = {better: (0.1,) * 4, worse: (0.2,) * 4}
     assert set(seed_plan(rises, space).formats) == {better}
     assert set(best_uniform(space, rises).formats) == {better}
-    # The largest, if nothing is known.
+    # It is the largest one if nothing is known.
     assert set(best_uniform(space).formats) == {levels[-1]}
 
 
@@ -189,7 +189,7 @@ def space_of_families(levels: tuple[str, ...], budget: int = 10**9) -> PlanSpace
 def test_formats_of_equal_bytes_are_drawn_alike() -> None:
     space = space_of_families(("w3", "w3_hqq"))
     plan = space.uniform("w3")
-    # All others.
+    # These are all other plans.
     assert len(random_plans(space, plan, 20, seed=0)) == 15
 
 
@@ -304,9 +304,9 @@ def test_contenders_are_those_a_paired_interval_cannot_exclude() -> None:
     assert contenders(scores, controls, 3, losses) == [0]
     wide = [(rows + level + generator.normal(0, 0.2, 100)).tolist() for level in levels]
     scores = [3.0, 3.005, 3.5, 3.01, 3.011, 3.02]
-    # The three lowest and the best control.
+    # These are the three lowest and the best control.
     assert contenders(scores, controls, 3, wide) == [0, 1, 3, 4]
-    # Without losses by row.
+    # This is what holds without losses by row.
     assert contenders(scores, controls, 4) == [0, 1, 3, 4]
     assert contenders([], [], 3) == []
 

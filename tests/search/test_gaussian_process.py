@@ -271,7 +271,7 @@ def test_what_a_group_is_not_offered_has_no_effect() -> None:
         bool((part == part.T).all()) and part.isfinite().all() for part in model.parts.values()
     )
     features = model.features(rows_of(space, plans_in(space)))
-    # Centred in the plans of the space.
+    # The features are centred over the plans of the space.
     assert features[:, :-1].mean(0).abs().max() < 1e-9
     # Blocks have a depth all the same.
     assert {"depth", "group", "level"} <= set(model.parts)

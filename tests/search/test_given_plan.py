@@ -176,5 +176,5 @@ def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) 
     record = search_record(run)
     assert_has(record, num_trials=1, best_origin="given", ended=ENDED)
     assert origins_of(record) == ["given"]
-    # Half the bytes between all at 4 and all at 8.
+    # The budget is half way between all groups at 4 bits and all at 8.
     assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"]

@@ -29,7 +29,7 @@ def test_a_cut_that_recovers_late_disagrees_across_only() -> None:
     pruned = [("cut-20", {1: 9.0 + at, 2: 7.0 + at, 4: 9.0 + at}) for at in range(4)]
     first, second = agreements([*base, *pruned], last=4)
     assert_has(first, within=1.0, across=-1.0)
-    # A tie.
+    # One of the 16 pairs is a tie.
     assert_has(second, within=1.0, across=15 / 16)
     assert agreements([], last=4) == ()
 

@@ -121,7 +121,7 @@ def search(table: MadeTable, searcher: str, trials: int, seed: int) -> list[Prec
     )
     while (suggestion := ledger.next()) is not None:
         plan = suggestion.plan
-        # Nothing over budget, nothing twice.
+        # No plan is over the budget, and none comes twice.
         assert table.space.is_feasible(plan)
         assert plan not in scores[0]
         for rung, step in enumerate(STEPS):
@@ -177,7 +177,7 @@ def test_first_rungs_do_not_hide_a_cut_that_recovers() -> None:
     expected = posterior.mean(plans.tensor(same)).numpy()
     actual = np.array([table.loss(plan) for plan in same])
     assert np.argsort(expected).tolist() == np.argsort(actual).tolist()
-    # At the first rung the late cut is 0.15 behind or more.
+    # At the first rung the late cut is at least 0.15 behind.
     assert np.abs(expected - actual).max() < 0.02
 
 

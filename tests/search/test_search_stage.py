@@ -135,14 +135,12 @@ def test_each_search_pays_for_its_part_of_a_trial(tmp_path: Path) -> None:
     # The hours of the search before are not its own.
     assert Searching(job, cut_off).suggest("a") == 0
     revived = read_trial(job.trials, 0)
-    assert (revived.search, revived.gpu_seconds_of(ANOTHER), revived.gpu_seconds_of(MINE)) == (
-        MINE,
-        3500.0,
-        0.0,
-    )
+    assert revived.search == MINE
+    assert revived.gpu_seconds_of(ANOTHER) == 3500.0
+    assert revived.gpu_seconds_of(MINE) == 0.0
 
     again = Searching(job, revived.model_copy(update={"gpu_seconds": 3500.0 + 3601.0}))
-    # Taken up again, it is counted once.
+    # A trial that is taken up again is counted once.
     assert read_trial(job.trials, 0).gpu_seconds_of(MINE) == 3601.0
     assert [again.suggest("a"), again.suggest("b")] == [0, None]
     assert again.ledger.ended == "1 GPU hours were spent (`search.max_gpu_hours` is 1)"
@@ -165,23 +163,15 @@ def test_trials_of_another_budget_inform_the_search(tmp_path: Path) -> None:
         trial(1, "888844", [3.0, 2.9, 2.8], ANOTHER, origin="unpruned-knapsack"),
         trial(2, "484444", [3.5], ANOTHER),
     )
-    scores = [(item.index, item.step, item.score) for item in search.ledger.history().observations]
-    assert scores == [
-        (0, 1, 3.4),
-        (0, 2, 3.3),
-        (0, 4, 3.2),
-        (1, 1, 3.0),
-        (1, 2, 2.9),
-        (1, 4, 2.8),
-        (2, 1, 3.5),
-    ]
-    found = search.rest()
-    assert [(index, origin) for index, origin, _ in found] == [
-        (3, "unpruned-knapsack"),
-        *((n, "random") for n in (4, 5, 6)),
-    ]
-    assert {plan for *_, plan in found}.isdisjoint({"444444", "888844", "484444"})
-    assert all(job.space.is_feasible(plan_of(plan)) for *_, plan in found)
+    observations = search.ledger.history().observations
+    assert [item.index for item in observations] == [0, 0, 0, 1, 1, 1, 2]
+    assert [item.step for item in observations] == [1, 2, 4, 1, 2, 4, 1]
+    assert [item.score for item in observations] == [3.4, 3.3, 3.2, 3.0, 2.9, 2.8, 3.5]
+    indices, origins, plans = zip(*search.rest(), strict=True)
+    assert indices == (3, 4, 5, 6)
+    assert origins == ("unpruned-knapsack", "random", "random", "random")
+    assert {"444444", "888844", "484444"}.isdisjoint(plans)
+    assert all(job.space.is_feasible(plan_of(plan)) for plan in plans)
 
 
 def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
@@ -195,10 +185,8 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
     # Killed before it went on, and once it is done, the search is the same: that trial and one
     # more.
     assert len(Searching(job).rest()) == 2
-    assert [
-        index
-        for index, *_ in Searching(job, record.model_copy(update={"status": "finished"})).rest()
-    ] == [2]
+    [last] = Searching(job, record.model_copy(update={"status": "finished"})).rest()
+    assert last[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -209,10 +197,7 @@ def test_a_control_stopped_by_another_search_is_resumed(tmp_path: Path) -> None:
         (trial(0, "484444", [3.5], status="failed", failure="storage"), True),
         (trial(0, "484444", [3.5], status="failed", failure="diverged"), False),
         # it may have waited for its files
-        (
-            trial(0, "484444", [], status="failed", failure="hung"),
-            True,
-        ),
+        (trial(0, "484444", [], status="failed", failure="hung"), True),
         (trial(0, "484444", [3.5], status="failed", failure="hung"), False),
     ],
 )
@@ -220,11 +205,11 @@ def test_a_trial_that_failed_without_fault_is_resumed(
     record: TrialRecord, is_resumed: bool, tmp_path: Path
 ) -> None:
     job = job_of(tmp_path)
+    resumed = record.model_copy(update={"search": MINE, "status": "running"})
     assert Searching(job, record).rest()[0][0] == (0 if is_resumed else 1)
     [found] = read_trials(job.trials)
-    assert (found.search, found.status) == (
-        (MINE, "running") if is_resumed else (record.search, record.status)
-    )
+    expected = resumed if is_resumed else record
+    assert_has(found, search=expected.search, status=expected.status)
 
 
 # ---- trials that do not end by themselves
@@ -308,7 +293,7 @@ def test_a_trial_whose_worker_died_is_tried_on_another_device(text: str, tmp_pat
     search.die("a", text)
     record = read_trial(search.job.trials, 0)
     assert_has(record, status="running", failed_on=("bad",), micro_batch_size=None)
-    # They would blame the plan.
+    # Deaths there would be blamed on the plan.
     assert_has(record, kills=0, memory_kills=0)
 
 
@@ -388,7 +373,7 @@ def test_errors_of_all_trials_end_the_search(tmp_path: Path) -> None:
     fail("a", "b")
     search.searcher.on_trial_result("good", {METRIC: 3.0, TIME: 2, "loss": 3.0})
     fail("c", "d")
-    # Two in a row each time.
+    # There were two in a row each time.
     assert not search.halt.requested
     fail("e")
     assert search.halt.requested
@@ -397,7 +382,7 @@ def test_errors_of_all_trials_end_the_search(tmp_path: Path) -> None:
     assert failures == {0: None, 1: "error", 2: "error", 3: "machine", 4: "machine", 5: "machine"}
     reason = "3 trials in a row failed, the last on bad, trial 4 with error d"
     assert read_trial(job.trials, 4).reason == reason
-    # By the next command, before new plans.
+    # The next command runs them before new plans.
     assert [index for index, *_ in Searching(job).rest()][:4] == [0, 3, 4, 5]
 
 
@@ -447,7 +432,7 @@ def test_only_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
         ]
 
     search.searcher.on_trial_complete("a", error=True)
-    # Who goes on has its own.
+    # A trial that goes on keeps its checkpoints.
     assert checkpoints() == [{"checkpoint-4"}, set(left)]
     Searching(job)
     assert checkpoints() == [{"checkpoint-4"}, set(left)]
@@ -467,7 +452,7 @@ def test_no_more_plans_are_handed_out_than_there_is_room_for(tmp_path: Path) -> 
     assert search.suggest("d") == 2
     search.room = 1
     search.searcher.on_trial_complete("a", error=True)
-    # Two are in flight, one too many.
+    # Two are in flight, which is one too many.
     assert search.suggest("e") is None
 
 
@@ -493,7 +478,7 @@ def test_a_waiting_trial_is_withdrawn_after_the_hours(tmp_path: Path) -> None:
         for each in search.events
         if isinstance(each, TrialChanged) and each.is_withdrawn
     ]
-    # No longer shown as waiting.
+    # It is no longer shown as waiting.
     assert withdrawn == [1]
     # The trial that has begun may have to be resumed.
     assert search.suggest("c") is None
@@ -629,7 +614,7 @@ def test_trials_of_a_cut_with_other_weights_are_set_aside(tmp_path: Path) -> Non
     write_trial(tmp_path, trial(3, "444444", [3.0], model="old", cut="cut-30"))
     messages = []
     set_aside_others(tmp_path, {"cut-20": "new"}, messages.append)
-    # No cut-30 is among those of this command.
+    # This command has no cut-30.
     assert [each.index for each in read_trials(tmp_path)] == [1, 2, 3]
     assert len(messages) == 1
     assert "20 % pruned, has other weights now" in messages[0]

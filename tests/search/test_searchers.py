@@ -265,7 +265,7 @@ def test_scores_are_taken_while_a_plan_is_being_proposed() -> None:
     # Nothing waits for the gate.
     assert len(ledger.history().observations) == len(STEPS)
     ledger.hand_out_again(second)
-    # What needs no proposal is handed out.
+    # A trial that needs no proposal is handed out.
     assert ledger.poll() == second
     proposer.gate.set()
     assert ledger.next() is not None
@@ -299,7 +299,7 @@ def test_proposals_that_nobody_takes_are_dropped() -> None:
     ledger.drop_proposals()
     proposer.gate.set()
     assert ledger.next() is not None
-    # The one that had begun, and a new one.
+    # They are the one that had begun and a new one.
     assert len(proposer.asked) <= 2
 
 
@@ -345,7 +345,7 @@ def test_plans_of_another_cut_and_over_budget_are_controls(make: MakeProposer) -
     suggestions = run(with_other)
     assert [(item.origin, item.plan) for item in suggestions[:3]] == controls
     assert all(space.is_feasible(item.plan) for item in suggestions[3:])
-    # Every plan, and those two.
+    # These are all plans, and those two.
     assert len(suggestions) == 2 + sum(map(space.is_feasible, plans_in(space)))
     known = {item.plan for item in with_other.history().observations}
     assert other not in known

@@ -101,7 +101,7 @@ def test_a_search_without_hours_and_machines_ends_and_resumes(
     assert [(trial.status, len(trial.rungs)) for trial in outcome.trials] == [("finished", 2)]
     first, again = outcome.trials[0].begun
     assert (first.session, first.seconds, again.session, again.search) == (1, 0.0, 2, job.search)
-    # What it took before, and the pause is not in it.
+    # The pause between both is not counted.
     assert first.time + again.seconds < again.time
 
 

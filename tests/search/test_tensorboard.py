@@ -116,10 +116,10 @@ def test_hparams_has_a_row_for_every_trial_that_is_over(written: Path) -> None:
         f"loss at step {step}" for step in steps
     ]
     assert {info.name for info in columns.hparam_infos} == set(rows[0])
-    # What tells trials apart comes first.
+    # Columns that tell trials apart come first.
     assert sorted(rows[0])[:5] == ["#", "Cut", "From", "MB", "Status"]
     tags = read(written, run_name(trials()[2])).Tags()["scalars"]
-    # Else the parallel coordinates lack it.
+    # Otherwise the parallel coordinates would lack a metric.
     assert {metric.name.tag for metric in columns.metric_infos} <= set(tags)
 
 
@@ -214,8 +214,8 @@ def test_tensorboard_in_a_browser_lists_the_trials(tmp_path: Path) -> None:
             "2.9000",
         ):
             table.get_by_text(text, exact=True).first.wait_for()
-        # Each trial once.
+        # Each trial is listed once.
         assert table.get_by_text(re.compile(r"^\s*\d{4} of ")).count() == len(names)
         cut = "cell => [cell, cell.parentElement].some(each => each.scrollWidth > each.clientWidth)"
-        # Each name whole.
+        # Each name is shown whole.
         assert not any(table.get_by_text(name, exact=True).first.evaluate(cut) for name in names)

@@ -49,7 +49,7 @@ def test_a_trial_resumed_between_rungs_scores_the_same(job: TrialJob, tmp_path: 
     whole = rungs_from(None, job, tmp_path / "whole")
     assert [(rung.step, len(rung.train_losses)) for rung in whole] == [(3, 3), (6, 3)]
     between = tmp_path / "whole" / "checkpoint-1"
-    # Saved before the first rung.
+    # It was saved before the first rung.
     assert between.exists()
     assert rungs_from(between, job, tmp_path / "resumed") == whole
 
