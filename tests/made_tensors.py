@@ -20,8 +20,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def token_rows(count: int, length: int, seed: int = 1, end: int = 400) -> list[list[int]]:
     """Draw rows of token ids, none of them special."""
-    rows: list[list[int]] = torch.randint(3, end, (count, length), generator=seeded(seed)).tolist()
-    return rows
+    return torch.randint(3, end, (count, length), generator=seeded(seed)).tolist()
 
 
 def same(first: Tensors, second: Tensors) -> bool:

@@ -246,7 +246,7 @@ def test_only_damaged_files_of_a_search_are_made_again(
     (run / "records" / "search.json").unlink()
     before = fresh_scores(run)
     first, other = sorted(before)[:2]
-    (weights,) = run.glob(f"trials/*/{first:04d}/checkpoint-*/adapter_model.safetensors")
+    [weights] = run.glob(f"trials/*/{first:04d}/checkpoint-*/adapter_model.safetensors")
     before[first][1].unlink()  # the score of the intact weights
     flip_a_byte(weights)
     score = before[other][1]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import raw_config, texts, with_key
+from conftest import assert_has, raw_config, texts, with_key
 from mixed_models import held_out_scoring, row_job
 from object_store import Store, talk_to
 
@@ -118,8 +118,7 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: P
     assert sent
     assert "checkpoint-12" not in sent
     found, _ = tune(job)
-    assert found.steps == 12
-    assert (found.train_loss, found.losses) == (whole.train_loss, whole.losses)
+    assert_has(found, steps=12, train_loss=whole.train_loss, losses=whole.losses)
     assert [path.name for path in published_folders(job.checkpoints)] == ["checkpoint-12"]
     assert {"adapter", "adapter.files.json", "progress"} <= set(children(job.folder))
     jobs = [machine("fourth", row) for row in ("whole", "searched")]

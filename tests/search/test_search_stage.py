@@ -705,7 +705,9 @@ def test_finalists_alike_are_trained_again_under_further_seeds(tiny_raw: Raw) ->
         if json.loads(path.read_text())["seed"] in further_seeds(config)
     ]
     assert len(seeded) == 2 * len(again)
-    damaged, missing, kept = seeded[0], seeded[1], seeded[-1]
+    damaged = seeded[0]
+    missing = seeded[1]
+    kept = seeded[-1]
     damaged.write_bytes(damaged.read_bytes()[:-20])
     missing.unlink()
     (kept.parent / "checkpoints").mkdir()  # its driver was killed just after the score
@@ -745,6 +747,7 @@ def test_a_search_by_accuracy(tiny_raw: Raw) -> None:
         if isinstance(each, Progress) and each.detail == UNIT
     ]
     num_answers = len(found.finalists) * finalists[-1][1] // len(found.finalists)
-    assert finalists[-1] == (num_answers, num_answers) and num_answers > len(found.finalists)
+    assert finalists[-1] == (num_answers, num_answers)
+    assert num_answers > len(found.finalists)
     assert finalists == sorted(set(finalists))
     assert all(each.mean.accuracy is not None for each in found.finalists)
