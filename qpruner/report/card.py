@@ -11,18 +11,15 @@ from qpruner.data.sources import BUILDERS
 from qpruner.export.card import front_matter, loading_section
 from qpruner.plans.plan import cut_title
 from qpruner.report.content import code, markdown, prose
-from qpruner.report.results import by_row, rows
+from qpruner.report.results import by_row, winner_row
 from qpruner.report.sections import measured
 from qpruner.report.snapshot import Snapshot
 from qpruner.runs.records import SEARCHED
 from qpruner.runs.storage import read_text
 from qpruner.wording import counted
 
-# metric's name in lm-eval -> its name on the hub
-METRICS = {
-    "acc": "accuracy",
-    "acc_norm": "accuracy",
-}
+METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
+"""Name of a metric in lm-eval -> its name on the hub."""
 
 
 def model_card(run: Snapshot) -> str:
@@ -30,8 +27,9 @@ def model_card(run: Snapshot) -> str:
 
     If `card.license` is not set, the licence comes from the base model's card.
     """
-    assert run.results.evaluate and run.results.search and run.results.prepare
-    config, search = run.state.config, run.results.search
+    assert run.results.prepare and run.results.search
+    search = run.results.search
+    config = run.state.config
     base = config["model"]["source"]
     stated = {name: value for name, value in config.get("card", {}).items() if value is not None}
     base_card = ""
@@ -47,34 +45,34 @@ def model_card(run: Snapshot) -> str:
         model_name=run.name,
         eval_results=list(_task_scores(run)),
     )
-    winner = next(row for row in rows(run.results) if row.name == SEARCHED)
-    about = (
+    winner = winner_row(run.results)
+    lead = (
         f"{code(base)}, {cut_title(search.best_cut)}, quantized to {winner.mean_bits:.2f} mean "
         f"bits by a plan from {winner.origin} (`{winner.title}` below), fine-tuned by qpruner "
         f"{run.state.environment['qpruner']} with training seed {winner.seeds[0]}: "
         f"{winner.measured_bytes / 1e6:.1f} MB. The table below has every seed."
     )
-    head = f"---\n{data.to_yaml()}\n---"
-    title, parts = f"# {prose(run.name)}", markdown(measured(run.results))
-    return (
-        "\n\n".join([head, title, about, loading_section("packed").rstrip(), "## Measured", *parts])
-        + "\n"
-    )
+    blocks = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {prose(run.name)}",
+        lead,
+        loading_section("packed").rstrip(),
+        "## Measured",
+        *markdown(measured(run.results)),
+    ]
+    return "\n\n".join(blocks) + "\n"
 
 
 def _task_scores(run: Snapshot) -> Iterator[EvalResult]:
-    """Yield the final model's score on each task.
-
-    The final model is the winner under the first training seed.
-    """
-    assert run.results.evaluate
-    winner = by_row(run.results)[SEARCHED][0]
-    for score in winner.tasks:
+    """Yield the final model's score on each task: the winner's, under the first training seed."""
+    final = by_row(run.results)[SEARCHED][0]
+    for score in final.tasks:
+        metric = score.metric.partition(",")[0]
         yield EvalResult(
             task_type="text-generation",
             dataset_type=score.task,
             dataset_name=f"{score.task} ({counted(score.num_questions, 'question')})",
-            metric_type=METRICS.get(metric := score.metric.partition(",")[0], metric),
+            metric_type=METRICS.get(metric, metric),
             metric_name=score.metric,
             metric_value=round(score.value, 4),
         )
@@ -100,7 +98,7 @@ def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, An
     """
     source = config["model"]["source"]
     base = source if _is_hub_id(source, folder) else None
-    data = dict.fromkeys(each["source"] for each in config["data"]["train"])
+    data = dict.fromkeys(rows["source"] for rows in config["data"]["train"])
     metadata = front_matter(base_card)
     licence = {
         name: metadata[name]
@@ -112,6 +110,6 @@ def _known(config: dict[str, Any], folder: Path, base_card: str) -> dict[str, An
         licence["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
     return {
         "base_model": base,
-        "datasets": [each for each in data if _is_hub_id(each, folder)] or None,
+        "datasets": [name for name in data if _is_hub_id(name, folder)] or None,
         **licence,
     }

@@ -1,6 +1,6 @@
-"""Writes the claim about how the winner compares with others.
+"""Writes the claim about how the winner compares with other plans.
 
-It goes as far as the measured spread allows a verdict.
+The claim gives a verdict only where the measured spread allows one.
 """
 
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ from qpruner.wording import counted
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The winner's row of the final table, `searched`, compared with the row `other`.
+class RowComparison:
+    """A comparison of the winner's row in the final table with the row `other`.
 
     `other` is the row of its rival, or `random`. `origin` says what suggested the plan of `other`.
-    `more_bytes` is how many bytes more `other` takes, as a share of the bytes of `searched`.
+    `more_bytes` is how many bytes more `other` takes, as a share of the winner's bytes.
     """
 
     other: str
@@ -50,28 +50,31 @@ class Comparison:
     differences: tuple[Difference, ...]
 
 
-def comparisons(results: Results) -> list[Comparison]:
+def comparisons(results: Results) -> list[RowComparison]:
     """Compare the winner with its rival, then with random plans of equal bytes."""
-    # The spread of random plans needs at least two of them.
+    others = []
+    rival = rival_row(results)
+    if rival:
+        others.append(rival)
     random_plans = {plan_of(tuned) for tuned in by_row(results).get(RANDOM, ())}
-    others = [rival_row(results), RANDOM if len(random_plans) > 1 else None]
-    return [compared(results, other) for other in others if other]
+    if len(random_plans) > 1:  # a single plan has no spread
+        others.append(RANDOM)
+    return [compared(results, other) for other in others]
 
 
-def compared(results: Results, other: str) -> Comparison:
-    """Compare the winner with another row of the final table, over the seeds that both have.
+def compared(results: Results, other: str) -> RowComparison:
+    """Compare the winner with another row of the final table, over the training seeds of both.
 
-    These are training seeds. The verdict is by what the search minimized: the loss or, in a search
-    by accuracy, the accuracy.
+    The verdict is by what the search minimized: the loss or, in a search by accuracy, the accuracy.
     """
     assert results.search and results.evaluate
     tuned = by_row(results)
     pairs = paired(tuned[SEARCHED], tuned[other])
-    decisive = (
-        accuracy_name(results.evaluate.metrics) if results.search.by_accuracy else CONFIRMATION_LOSS
-    )
+    decisive = CONFIRMATION_LOSS
+    if results.search.by_accuracy:
+        decisive = accuracy_name(results.evaluate.metrics)
     measured = {**over_questions(pairs), **over_confirmation_rows(pairs)}
-    return Comparison(
+    return RowComparison(
         other=other,
         origin=tuned[other][0].origin,
         seeds=seeds_of(pairs),
@@ -91,9 +94,9 @@ def finalists(search: SearchRecord) -> list[Finalist]:
 
 
 def difference_from(finalist: Finalist, search: SearchRecord) -> Difference | None:
-    """Return the winner's loss less that of another finalist, as trials on the rows that chose it.
+    """Subtract a finalist's loss from the winner's, as trials on the rows that chose the winner.
 
-    None for the winner itself. In a search by accuracy the loss decides nothing.
+    Returns None for the winner itself. In a search by accuracy the loss gives no verdict.
     """
     if finalist.index == search.best_index:
         return None
@@ -110,12 +113,12 @@ def difference_from(finalist: Finalist, search: SearchRecord) -> Difference | No
 
 
 def finalist_differences(search: SearchRecord) -> dict[int, Difference | None]:
-    """Map the trial of each finalist, in the order of `finalists`, to `difference_from` it."""
-    return {each.index: difference_from(each, search) for each in finalists(search)}
+    """Map the trial number of each of the `finalists` to `difference_from` it."""
+    return {finalist.index: difference_from(finalist, search) for finalist in finalists(search)}
 
 
 def headline(results: Results) -> str:
-    """Say how small the winner is, and how it compares with its rival, no surer than the spread."""
+    """Say how small the winner is, and how it compares with its rival."""
     assert results.search and results.prune
     search = results.search
     winner = by_row(results)[SEARCHED][0]
@@ -127,7 +130,7 @@ def headline(results: Results) -> str:
 
 
 def _beside_rival(results: Results, search: SearchRecord) -> str:
-    """Compare the winner with its rival: after their fine-tunes or, without these, as trials."""
+    """Compare the winner with its rival after their fine-tunes, or as trials if it had none."""
     rival = search.rival_as_trial
     if rival is None:
         return "compared with no other plan"
@@ -143,7 +146,8 @@ def _beside_rival(results: Results, search: SearchRecord) -> str:
         decisive = difference_from(rival, search)
         where = ", both as trials on the rows that chose the winner"
     else:
-        decisive = next(each for each in compared(results, row).differences if each.verdict)
+        estimates = compared(results, row).differences
+        decisive = next(found for found in estimates if found.verdict)
         where = ""
     assert decisive
     preposition = "from" if decisive.verdict == SAME else "than"
@@ -153,12 +157,11 @@ def _beside_rival(results: Results, search: SearchRecord) -> str:
 
 def _lost(search: SearchRecord) -> str:
     """Name the controls that were not measured: one of them may be better than the winner."""
-    lost = ", ".join(f"({control_title(name)})" for name in search.lost_controls)
-    return (
-        f"; {counted(len(search.lost_controls), 'simple alternative')} without a result {lost}"
-        if lost
-        else ""
-    )
+    if not search.lost_controls:
+        return ""
+    titles = ", ".join(f"({control_title(name)})" for name in search.lost_controls)
+    number = counted(len(search.lost_controls), "simple alternative")
+    return f"; {number} without a result {titles}"
 
 
 def claim(results: Results) -> str:
@@ -168,20 +171,24 @@ def claim(results: Results) -> str:
     rival = results.search.rival_as_trial
     if not items:
         items = ["No other plan had this fine-tune, so nothing is claimed at equal bytes."]
-        difference = rival and difference_from(rival, results.search)
+        difference = difference_from(rival, results.search) if rival else None
         if rival and difference and difference.verdict:
             title = control_title(rival.origin)
-            against = f"Against {title}, as trials on the rows that chose the winner"
-            items.append(f"{against}: {difference.text}.")
+            items.append(
+                f"Against {title}, as trials on the rows that chose the winner: {difference.text}."
+            )
     for name, reason in results.search.lost_controls.items():
         items.append(f"Without a result: {control_title(name)}, {reason}.")
     return "\n- ".join([f"{headline(results)}.", *items])
 
 
-def _item(found: Comparison) -> str:
-    if found.other in (RANDOM, BEST_SEARCHED):
-        other = "random plans of equal bytes" if found.other == RANDOM else "the best searched plan"
-    else:
-        other = f"the best control in the budget ({control_title(found.other)})"
-    against = f"Against {other} ({found.origin}, {found.more_bytes:+.2%} bytes)"
-    return f"{against}, {differences_text(found.seeds, found.differences)}."
+def _item(comparison: RowComparison) -> str:
+    other = f"the best control in the budget ({control_title(comparison.other)})"
+    if comparison.other == RANDOM:
+        other = "random plans of equal bytes"
+    elif comparison.other == BEST_SEARCHED:
+        other = "the best searched plan"
+    estimates = differences_text(comparison.seeds, comparison.differences)
+    return (
+        f"Against {other} ({comparison.origin}, {comparison.more_bytes:+.2%} bytes), {estimates}."
+    )

@@ -5,6 +5,7 @@ A part is a paragraph, a list, a table, code or a section. `html` renders the pa
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -21,11 +22,11 @@ BAR_WIDTH = 15  # characters of an interval that is drawn without graphics
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedCell:
     """A cell with another model's figure and the winner's difference from it.
 
-    The difference is drawn with its 95 % interval. `times` is the winner's figure as a multiple,
-    for what has no interval.
+    The difference is drawn with its 95 % interval. For figures without an interval, `times` is the
+    winner's figure as a multiple of this one.
     """
 
     figure: str
@@ -35,30 +36,30 @@ class Compared:
     @property
     def in_words(self) -> str:
         """The cell with the figures of its interval."""
-        about = self.difference.text if self.difference else self.times
-        return f"{self.figure} ({about})" if about else self.figure
+        remark = self.difference.text if self.difference else self.times
+        return f"{self.figure} ({remark})" if remark else self.figure
 
     def __str__(self) -> str:
         """Draw the interval in plain characters.
 
         `|` is no difference and `o` the mean; to the right is better.
         """
-        if not (self.difference and self.difference.bar):
+        bar = self.difference.bar if self.difference else None
+        if bar is None:
             return f"{self.figure}  {self.times}"
-        middle, line = BAR_WIDTH // 2, [" "] * BAR_WIDTH
-        # At least a character away from the middle: an interval that excludes zero must not touch
-        # it.
-        ends = [
-            middle + int(math.copysign(max(1, round(abs(end) * middle)), end))
-            for end in self.difference.bar
-        ]
-        line[ends[0] : ends[2] + 1] = ["-"] * (ends[2] + 1 - ends[0])
-        line[middle], line[ends[1]] = "|", "o"
+        middle = BAR_WIDTH // 2
+        # An interval that excludes zero must not touch the middle.
+        low, mean, high = (
+            middle + int(math.copysign(max(1, round(abs(share) * middle)), share)) for share in bar
+        )
+        line = [" "] * low + ["-"] * (high + 1 - low) + [" "] * (BAR_WIDTH - high - 1)
+        line[middle] = "|"
+        line[mean] = "o"
         return f"{self.figure}  [{''.join(line)}]"
 
 
-# a plan is drawn as a bar, or written with a letter per group
-Cell = str | PrecisionPlan | Compared
+Cell = str | PrecisionPlan | ComparedCell
+"""Text, a plan (drawn as a bar, or written with a letter per group), or a comparison."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,23 @@ class Table:
     @property
     def are_numbers(self) -> list[bool]:
         """Whether each column holds only numbers, which are then right-aligned."""
-        columns = zip(*self.rows, strict=True) if self.rows else [("",)] * len(self.headings)
+        if not self.rows:
+            return [False] * len(self.headings)
         return [
             all(isinstance(cell, str) and NUMBER.fullmatch(cell) for cell in column)
-            for column in columns
+            for column in zip(*self.rows, strict=True)
         ]
 
     def without_empty_columns(self) -> Table:
         """Drop the columns in which every cell is `-`."""
-        kept = [
-            column
-            for column in range(len(self.headings))
-            if any(row[column] != "-" for row in self.rows)
-        ]
-        rows = [tuple(row[column] for column in kept) for row in self.rows]
-        return replace(self, headings=tuple(self.headings[column] for column in kept), rows=rows)
+        columns = zip(*self.rows, strict=True)
+        is_kept = [any(cell != "-" for cell in column) for column in columns]
+        headings = tuple(itertools.compress(self.headings, is_kept))
+        return replace(
+            self,
+            headings=headings,
+            rows=[tuple(itertools.compress(row, is_kept)) for row in self.rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -133,16 +136,19 @@ def report_md(run: Snapshot, listed: Sequence[Section], pictures: str) -> str:
 
     `pictures` is the relative path of the folder with the plots' PNG files.
     """
-    blocks = [f"# qpruner: {prose(run.name)}", prose(run.standing), *filter(None, [run.missing])]
+    blocks = [f"# qpruner: {prose(run.name)}", prose(run.standing)]
+    if run.missing:
+        blocks.append(run.missing)
     for section in listed:
-        blocks += [f"## {section.heading}", *markdown(section.parts, pictures)]
+        blocks.append(f"## {section.heading}")
+        blocks += markdown(section.parts, pictures)
     return "\n\n".join(blocks) + "\n"
 
 
 def markdown(parts: Iterable[Part], pictures: str = "") -> list[str]:
-    """Render parts as Markdown blocks, to be joined by empty lines.
+    """Render parts as Markdown blocks, which are to be joined by empty lines.
 
-    Plots need `pictures`, the folder of PNG files.
+    Plots are links to PNG files in the folder `pictures`.
     """
     return [block for part in parts for block in _part(part, pictures)]
 
@@ -167,13 +173,13 @@ def _part(part: Part, pictures: str) -> list[str]:
 
 def pipe_table(headings: Sequence[str], body: Sequence[Sequence[Cell]]) -> str:
     """Render a table, with the cells' text escaped."""
-    texts = [
-        [each.in_words if isinstance(each, Compared) else str(each) for each in row]
-        for row in (headings, *body)
-    ]
-    lines = [[_inline(text).replace("|", "\\|") for text in row] for row in texts]
-    first, *others = (f"| {' | '.join(line)} |" for line in lines)
+    first, *others = (f"| {' | '.join(map(_table_cell, row))} |" for row in (headings, *body))
     return "\n".join([first, "|" + "---|" * len(headings), *others])
+
+
+def _table_cell(cell: Cell) -> str:
+    text = cell.in_words if isinstance(cell, ComparedCell) else str(cell)
+    return _inline(text).replace("|", "\\|")
 
 
 def prose(text: str) -> str:

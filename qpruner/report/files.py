@@ -1,5 +1,6 @@
 """Writes all files of a run's report: `report.html`, `report.md`, `results.json`, plots, card."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Literal
@@ -8,10 +9,10 @@ from pydantic import BaseModel, ConfigDict
 
 from qpruner.report import html
 from qpruner.report.card import model_card
-from qpruner.report.claim import Comparison, claim, comparisons, finalist_differences
+from qpruner.report.claim import RowComparison, claim, comparisons, finalist_differences
 from qpruner.report.content import report_md
 from qpruner.report.plots.chart import Chart
-from qpruner.report.results import Row, rows
+from qpruner.report.results import TableRow, rows
 from qpruner.report.sections import sections
 from qpruner.report.snapshot import Snapshot, read_snapshot
 from qpruner.report.statistics import Difference
@@ -31,10 +32,12 @@ def write_report(run_dir: RunDir) -> Path:
 
     Returns the path of `report.html`.
     """
-    run, scratch = read_snapshot(run_dir), run_dir.scratch(PICTURES)
+    run = read_snapshot(run_dir)
     listed = sections(run)
-    for plot in (part for section in listed for part in section.parts if isinstance(part, Chart)):
-        (scratch / f"{plot.name}.png").write_bytes(plot.png())
+    scratch = run_dir.scratch(PICTURES)
+    for part in itertools.chain.from_iterable(section.parts for section in listed):
+        if isinstance(part, Chart):
+            (scratch / f"{part.name}.png").write_bytes(part.png())
     storage_at(run_dir.root / PICTURES).publish(scratch)
     write_text(run_dir.root / "results.json", summary_text(run))
     write_text(run_dir.root / "report.md", report_md(run, listed, PICTURES))
@@ -60,9 +63,9 @@ class Summary(BaseModel):
     claim: str | None
     """How the winner compares with what users would do instead, and with random plans of equal
     bytes."""
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[RowComparison, ...]
     """The comparisons behind the claim: of the winner with its rival and with random plans."""
-    table: tuple[Row, ...]
+    table: tuple[TableRow, ...]
     """The final table: means over training seeds, with losses in nats per token."""
     finalist_differences: dict[int, Difference | None]
     """Trial number of each of `records.search.finalists`, the winner first -> the winner's loss
@@ -79,7 +82,8 @@ class Summary(BaseModel):
 
 def summary_text(run: Snapshot) -> str:
     """Return the content of `results.json`: all records and figures of the run."""
-    results, is_complete = run.results, run.is_complete
+    results = run.results
+    is_complete = run.is_complete
     summary = Summary(
         standing=run.standing,
         claim=claim(results) if is_complete else None,
@@ -90,16 +94,15 @@ def summary_text(run: Snapshot) -> str:
         trials=run.trials,
         state=run.state,
     )
-    return (
-        json.dumps(without_nan(summary.model_dump(mode="json")), indent=2, allow_nan=False) + "\n"
-    )
+    content = without_nan(summary.model_dump(mode="json"))
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def summary_schema() -> str:
     """Return the JSON schema of `results.json`, which `qpruner schema --results` prints."""
-    schema = Summary.model_json_schema(mode="serialization")
-    about = {
+    schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": "urn:qpruner:results:4",
+        **Summary.model_json_schema(mode="serialization"),
     }
-    return json.dumps(about | schema, indent=2, sort_keys=True) + "\n"
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"

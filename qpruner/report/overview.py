@@ -1,7 +1,4 @@
-"""Builds the first screen: the winner beside the base and the best simple alternative.
-
-It also tells how sure the differences are.
-"""
+"""Builds the first screen: the winner beside the base and the best simple alternative."""
 
 import math
 import statistics
@@ -11,21 +8,21 @@ from dataclasses import dataclass
 from qpruner.data.measures import accuracy_name
 from qpruner.plans.plan import UNPRUNED, cut_title, formats_text
 from qpruner.report.claim import compared, difference_from
-from qpruner.report.content import Compared, Paragraph, Table
-from qpruner.report.results import Row, rows
+from qpruner.report.content import ComparedCell, Paragraph, Table
+from qpruner.report.results import TableRow, rows
 from qpruner.report.served import decode_in_llama_cpp
 from qpruner.report.statistics import ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS, Difference
-from qpruner.runs.records import BASE, SEARCHED, Results
+from qpruner.runs.records import BASE, SEARCHED, Finalist, Results
 from qpruner.search.roles import control_title, rival_row
 from qpruner.wording import counted
 
-SIZE, PERPLEXITY, LLAMA_CPP, TRANSFORMERS = (
-    "size, MB",
-    "perplexity",
-    "tokens/s, llama.cpp",
-    "tokens/s, transformers",
-)
-DIGITS = {SIZE: 1, PERPLEXITY: 2, LLAMA_CPP: 1, TRANSFORMERS: 1}  # of the others: 3
+SIZE = "size, MB"
+PERPLEXITY = "perplexity"
+LLAMA_CPP = "tokens/s, llama.cpp"
+TRANSFORMERS = "tokens/s, transformers"
+DIGITS = {SIZE: 1, PERPLEXITY: 2, LLAMA_CPP: 1, TRANSFORMERS: 1}
+"""Digits after the point of figures that are not shown with three."""
+
 Figures = Mapping[str, float | None]
 
 
@@ -33,7 +30,7 @@ Figures = Mapping[str, float | None]
 class _Rival:
     """A column of the first screen: a model's figures and the winner's differences from it.
 
-    It also has the number of training seeds behind them.
+    `num_seeds` is the number of training seeds behind the differences.
     """
 
     heading: str
@@ -41,65 +38,64 @@ class _Rival:
     differences: Sequence[Difference] = ()
     num_seeds: int = 1
 
-    def cell(self, measure: str, ours: float) -> Compared | str:
+    def cell(self, measure: str, ours: float) -> ComparedCell | str:
         """Show the figure beside the winner's."""
-        if (theirs := self.figures.get(measure)) is None:
+        theirs = self.figures.get(measure)
+        if theirs is None:
             return "-"
-        difference = next((each for each in self.differences if each.measure == measure), None)
-        return Compared(
-            _text(measure, theirs), f"{ours / theirs:.2f}x" if theirs else "", difference
+        return ComparedCell(
+            figure=_text(measure, theirs),
+            times=f"{ours / theirs:.2f}x" if theirs else "",
+            difference=next(
+                (found for found in self.differences if found.measure == measure), None
+            ),
         )
 
 
 def overview(results: Results) -> Iterator[Paragraph | Table]:
-    """Yield the winner's plan, its figures beside those of its rivals, and how sure they are.
-
-    The figures are in one table.
-    """
+    """Yield the winner's plan, its figures beside its rivals' in a table, and how sure they are."""
     assert results.search and results.evaluate
-    search, row = results.search, next(row for row in rows(results) if row.name == SEARCHED)
-    about = (
-        f"{row.title.capitalize()} ({row.origin}): {cut_title(row.cut)}, "
-        f"{formats_text(search.best_plan)}"
-    )
+    search = results.search
+    by_name = {row.name: row for row in rows(results)}
+    winner = by_name[SEARCHED]
     yield Paragraph(
-        f"{about}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter included.", is_note=True
+        f"{winner.title.capitalize()} ({winner.origin}): {cut_title(winner.cut)}, "
+        f"{formats_text(search.best_plan)}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter "
+        "included.",
+        is_note=True,
     )
-    rivals = list(_rivals(results))
-    ours = {**_figures(row, results), SELECTION_LOSS: search.winner.as_trial.selection.loss}
-    metric, body = accuracy_name(results.evaluate.metrics), []
-    for measure, value in ours.items():
-        cells = [rival.cell(measure, value) for rival in rivals] if value is not None else []
-        if any(cell != "-" for cell in cells):
-            body.append(
-                (
-                    f"test {metric}" if measure == metric else measure,
-                    _text(measure, value or 0.0),
-                    *cells,
-                )
-            )
-    headings = ("measure", "this model", *(rival.heading for rival in rivals))
-    yield Table("This model beside the base and the plan that it has to beat", headings, body)
+    rivals = list(_rivals(results, by_name))
+    yield _figures_table(results, winner, rivals)
     yield Paragraph(_how_sure(rivals), is_note=True)
 
 
-def _rivals(results: Results) -> Iterator[_Rival]:
+def _figures_table(results: Results, winner: TableRow, rivals: Sequence[_Rival]) -> Table:
+    """Build the table of all figures that the winner and one of its rivals have."""
+    assert results.search and results.evaluate
+    metric = accuracy_name(results.evaluate.metrics)
+    ours = {
+        **_figures(winner, results),
+        SELECTION_LOSS: results.search.winner.as_trial.selection.loss,
+    }
+    body = []
+    for measure, value in ours.items():
+        if value is None:
+            continue
+        cells = [rival.cell(measure, value) for rival in rivals]
+        if any(cell != "-" for cell in cells):
+            heading = f"test {metric}" if measure == metric else measure
+            body.append((heading, _text(measure, value), *cells))
+    headings = ("measure", "this model", *(rival.heading for rival in rivals))
+    return Table("This model beside the base and the plan that it has to beat", headings, body)
+
+
+def _rivals(results: Results, by_name: Mapping[str, TableRow]) -> Iterator[_Rival]:
     """Yield the base and the winner's rival.
 
-    They are compared after the same fine-tune if they had it; else the rival is compared as a
-    trial.
+    They are compared after the same fine-tune if they had it. Otherwise the base is shown as it is,
+    and the rival is compared as a trial.
     """
     assert results.search and results.prune and results.evaluate
-    tuned = {"base\nsame fine-tune": BASE}
-    rival, row = results.search.rival_as_trial, rival_row(results)
-    heading = (
-        f"best simple alternative\n{control_title(rival.origin)}"
-        if rival and rival.control
-        else "best searched plan"
-    )
-    if row not in (None, BASE):
-        tuned[heading] = row
-    by_name = {row.name: row for row in rows(results)}
     for base in results.evaluate.untuned:
         if base.name != BASE or BASE in by_name:
             continue
@@ -110,20 +106,40 @@ def _rivals(results: Results) -> Iterator[_Rival]:
             LLAMA_CPP: decode_in_llama_cpp(results, BASE),
         }
         yield _Rival("base\nno fine-tune", figures)
-    for title, name in tuned.items():
-        if name in by_name:
-            found = compared(results, name)
-            yield _Rival(
-                title, _figures(by_name[name], results), found.differences, len(found.seeds)
-            )
-    if row is None and rival and (difference := difference_from(rival, results.search)):
+    if BASE in by_name:
+        yield _tuned_rival("base\nsame fine-tune", by_name[BASE], results)
+
+    rival = results.search.rival_as_trial
+    if rival is None:
+        return
+    row = rival_row(results)
+    if row is None:
+        difference = difference_from(rival, results.search)
+        assert difference, "the rival is not the winner"
         figures = {SIZE: rival.plan_bytes / 1e6, SELECTION_LOSS: rival.as_trial.selection.loss}
-        yield _Rival(f"{heading}, as a trial", figures, (difference,), len(difference.seeds))
+        heading = f"{_heading(rival)}, as a trial"
+        yield _Rival(heading, figures, (difference,), len(difference.seeds))
+    elif row != BASE:
+        yield _tuned_rival(_heading(rival), by_name[row], results)
 
 
-def _figures(row: Row, results: Results) -> Figures:
+def _heading(rival: Finalist) -> str:
+    if rival.control:
+        return f"best simple alternative\n{control_title(rival.origin)}"
+    return "best searched plan"
+
+
+def _tuned_rival(heading: str, row: TableRow, results: Results) -> _Rival:
+    """Compare the winner with another row of the final table."""
+    comparison = compared(results, row.name)
+    figures = _figures(row, results)
+    return _Rival(heading, figures, comparison.differences, len(comparison.seeds))
+
+
+def _figures(row: TableRow, results: Results) -> Figures:
     """Return a row's figures by the names of `Difference.measure`, in the order of the table."""
     assert results.evaluate
+    speeds = row.decode_tokens_per_second
     return {
         SIZE: row.measured_bytes / 1e6,
         CONFIRMATION_LOSS: row.confirmation_loss,
@@ -131,8 +147,7 @@ def _figures(row: Row, results: Results) -> Figures:
         ANSWER_LOSS: row.answer_loss,
         PERPLEXITY: row.perplexity,
         LLAMA_CPP: decode_in_llama_cpp(results, row.name),
-        TRANSFORMERS: row.decode_tokens_per_second
-        and statistics.median(row.decode_tokens_per_second),
+        TRANSFORMERS: statistics.median(speeds) if speeds else None,
     }
 
 
@@ -141,16 +156,14 @@ def _text(measure: str, value: float) -> str:
 
 
 def _how_sure(rivals: Sequence[_Rival]) -> str:
-    """Explain the bars: on how much data they rest, and what they leave out."""
-    *_, last = (_Rival("", {}), *rivals)
-    if not last.differences:
+    """Explain the bars: how much data they rest on, and what they leave out."""
+    if not rivals or not rivals[-1].differences:
         return "How sure: nothing that one would do instead was measured beside it."
-    numbers = {each.noun: each.num_pairs for each in last.differences if each.num_pairs}
-    seeds = (
-        f"{last.num_seeds} training seeds"
-        if last.num_seeds > 1
-        else "one training seed, whose luck is in no bar"
-    )
+    last = rivals[-1]
+    numbers = {found.noun: found.num_pairs for found in last.differences if found.num_pairs}
+    seeds = "one training seed, whose luck is in no bar"
+    if last.num_seeds > 1:
+        seeds = f"{last.num_seeds} training seeds"
     behind = ", ".join([*(counted(number, noun) for noun, number in numbers.items()), seeds])
     return (
         "How sure: a bar is this model's difference with its 95 % interval, on its own scale: "

@@ -1,14 +1,15 @@
 """Computes the rows of a run's final table from its records."""
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qpruner.data import measures
 from qpruner.plans.plan import plan_of
-from qpruner.runs.records import FineTune, Results, StandardError
+from qpruner.runs.records import SEARCHED, FineTune, Results, StandardError
 from qpruner.search.roles import title_of
 
 Speed = tuple[float, float, float]
@@ -16,13 +17,14 @@ Speed = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of the final table: a plan, fine-tuned under one or more training seeds.
 
-    The row `random` has several plans. Figures are means over these fine-tunes with their standard
-    deviations, `..._spread`; memory is a maximum. Losses are in nats per token, answer losses in
+    The row `random` has several plans. Figures are means over these fine-tunes, and `..._spread` is
+    their standard deviation; memory is a maximum. Losses are in nats per token, answer losses in
     nats per answer (None if a task has no choices). `accuracy_stderr` is the standard error over
-    questions. Records use `name`, reports use `title`. Each plan has one character per group.
+    questions. Records refer to a row by its `name`, and reports show its `title`. A plan is written
+    with one character per group.
     """
 
     name: str
@@ -49,23 +51,25 @@ class Row:
     decode_tokens_per_second: Speed | None
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: Results) -> list[TableRow]:
     """Compute the rows of the final table, in the order of `by_row`."""
     return [_row(title_of(name, results.search), tuned) for name, tuned in by_row(results).items()]
 
 
-def by_row(results: Results) -> dict[str, list[FineTune]]:
-    """Group the run's fine-tunes by the name of their row.
+def winner_row(results: Results) -> TableRow:
+    """Compute the winner's row of the final table."""
+    return next(row for row in rows(results) if row.name == SEARCHED)
 
-    Rows and fine-tunes keep the order of the records.
-    """
+
+def by_row(results: Results) -> dict[str, list[FineTune]]:
+    """Group the run's fine-tunes by the name of their row, in the order of the records."""
     rows: dict[str, list[FineTune]] = {}
     for tuned in results.fine_tunes:
         rows.setdefault(tuned.name, []).append(tuned)
     return rows
 
 
-def _row(title: str, tuned: Sequence[FineTune]) -> Row:
+def _row(title: str, tuned: Sequence[FineTune]) -> TableRow:
     first = tuned[0]
     correct = [[task.correct for task in record.tasks] for record in tuned]
     accuracy = _over_seeds([measures.over_tasks(tasks).mean for tasks in correct])
@@ -75,7 +79,7 @@ def _row(title: str, tuned: Sequence[FineTune]) -> Row:
     # Fine-tunes of the same plan share their measurement.
     timings = list(dict.fromkeys(record.inference for record in tuned if record.inference))
     assert accuracy.mean is not None and confirmation_loss.mean is not None
-    return Row(
+    return TableRow(
         name=first.name,
         title=title,
         origin=first.origin,
@@ -96,12 +100,8 @@ def _row(title: str, tuned: Sequence[FineTune]) -> Row:
         perplexity=perplexity.mean,
         perplexity_spread=perplexity.spread,
         inference_memory_bytes=max((timing.memory_bytes for timing in timings), default=None),
-        prefill_tokens_per_second=_speed(
-            [turn for timing in timings for turn in timing.prefill_tokens_per_second]
-        ),
-        decode_tokens_per_second=_speed(
-            [turn for timing in timings for turn in timing.decode_tokens_per_second]
-        ),
+        prefill_tokens_per_second=_speed(timing.prefill_tokens_per_second for timing in timings),
+        decode_tokens_per_second=_speed(timing.decode_tokens_per_second for timing in timings),
     )
 
 
@@ -120,7 +120,10 @@ def _over_seeds(values: Sequence[float]) -> _OverSeeds:
 
 
 def answer_losses(tuned: Sequence[FineTune]) -> list[float]:
-    """Return the answer loss of each model, a mean over tasks; none if a task has no choices."""
+    """Return the mean answer loss over tasks of each model.
+
+    The list is empty if one of the tasks has no choices.
+    """
     losses = [[task.answer_loss for task in record.tasks] for record in tuned]
     if not all(all(tasks) for tasks in losses):
         return []
@@ -136,10 +139,16 @@ def speed_text(turns: Sequence[float] | None) -> str:
     """Format speeds: the median and, in brackets, minimum and maximum; `-` if none was measured."""
     if not turns:
         return "-"
-    figures = (statistics.median(turns), min(turns), max(turns))
-    median, least, most = (f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in figures)
+    median, least, most = map(_speed_digits, (statistics.median(turns), min(turns), max(turns)))
     return f"{median} ({least}-{most})"
 
 
-def _speed(values: Sequence[float]) -> Speed | None:
-    return (statistics.median(values), min(values), max(values)) if values else None
+def _speed_digits(speed: float) -> str:
+    return f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"
+
+
+def _speed(turns_by_model: Iterable[Sequence[float]]) -> Speed | None:
+    turns = list(itertools.chain.from_iterable(turns_by_model))
+    if not turns:
+        return None
+    return statistics.median(turns), min(turns), max(turns)

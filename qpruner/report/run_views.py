@@ -3,17 +3,18 @@
 It needs no heavy imports.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from qpruner.data import measures
 from qpruner.data.measures import accuracy_in_full
 from qpruner.errors import UserError
 from qpruner.plans.plan import formats_text, plan_of
 from qpruner.report.claim import finalists
-from qpruner.report.results import by_row, rows
+from qpruner.report.results import by_row, winner_row
 from qpruner.report.snapshot import RUNNING, Snapshot
 from qpruner.report.statistics import (
     Difference,
@@ -30,35 +31,20 @@ from qpruner.search.progress import score_title, search_progress
 from qpruner.search.trial_records import read_pulse
 from qpruner.wording import counted
 
+ENDS: tuple[Literal["finished", "stopped", "failed", "running"], ...] = (
+    "finished",
+    "stopped",
+    "failed",
+    "running",
+)
+"""The states in which trials are counted."""
+
 
 def status(run: Snapshot, now: float) -> dict[str, Any]:
     """Return what `qpruner status` shows: stages with state and time, and the search.
 
     `now` is in Unix seconds.
     """
-    stages: list[dict[str, Any]] = []
-    for name in run.state.asked:
-        if (state := run.state.stages.get(name)) is None:
-            stages.append(
-                {"stage": name, "state": "waiting", "seconds": None, "steps": None, "text": ""}
-            )
-            continue
-        is_running = state.state == "running"
-        shown = run.outcome if is_running else state.state  # a command that ended runs no stage
-        steps = f"{state.done}/{state.total}" if state.total and is_running else None
-        recorded = (
-            run.results.search.total_seconds
-            if name == "search" and run.results.search
-            else state.seconds
-        )
-        seconds = (
-            (now if shown == RUNNING else run.state.updated) - state.started
-            if is_running
-            else recorded
-        )
-        stages.append(
-            {"stage": name, "state": shown, "seconds": seconds, "steps": steps, "text": state.text}
-        )
     return {
         "run": run.run_dir.storage.address,
         "outcome": run.outcome,
@@ -69,29 +55,57 @@ def status(run: Snapshot, now: float) -> dict[str, Any]:
         "command": run.state.command,
         "folder": run.state.folder,
         "seconds_since_sign_of_life": max(0.0, now - run.last_sign),
-        "stages": stages,
+        "stages": [_stage_status(run, name, now) for name in run.state.asked],
         "left_out": run.results.left_out,
         "search": _search_status(run),
         "to_compare": run.how_to_compare,
     }
 
 
+def _stage_status(run: Snapshot, name: str, now: float) -> dict[str, Any]:
+    """Return the state and time of a stage; `now` is in Unix seconds."""
+    status: dict[str, Any] = {
+        "stage": name,
+        "state": "waiting",
+        "seconds": None,
+        "steps": None,
+        "text": "",
+    }
+    stage = run.state.stages.get(name)
+    if stage is None:
+        return status
+    status |= {"state": stage.state, "seconds": stage.seconds, "text": stage.text}
+    if stage.state == "running":
+        # After the command has ended, no stage runs.
+        last = now if run.outcome == RUNNING else run.state.updated
+        status |= {"state": run.outcome, "seconds": last - stage.started}
+        if stage.total:
+            status["steps"] = f"{stage.done}/{stage.total}"
+    elif name == "search" and run.results.search:
+        status["seconds"] = run.results.search.total_seconds
+    return status
+
+
 def _search_status(run: Snapshot) -> dict[str, Any] | None:
-    search, record = run.state.search, run.results.search
+    search = run.state.search
+    record = run.results.search
     if search is None:
         return None
-    now = search_progress(search, run.trials)
+    progress = search_progress(search, run.trials)
+    best = progress.best
+    control = progress.best_control
+    failed = [trial for trial in progress.trials if trial.status == "failed"]
     return {
         **search.model_dump(),
         "score_title": score_title(search),
-        **{name: now.count(name) for name in ("finished", "stopped", "failed", "running")},
-        "trials": len(now.trials),
-        "under_way": [trial_row(run, trial) for trial in now.running],
-        "failures": [trial_row(run, trial) for trial in now.trials if trial.status == "failed"],
-        "reused": len(run.trials) - len(now.trials),
-        "seconds_left": now.seconds_left,
-        "best": trial_row(run, now.best) if now.best else None,
-        "best_control": trial_row(run, now.best_control) if now.best_control else None,
+        **{name: progress.count(name) for name in ENDS},
+        "trials": len(progress.trials),
+        "under_way": [trial_row(run, trial) for trial in progress.running],
+        "failures": [trial_row(run, trial) for trial in failed],
+        "reused": len(run.trials) - len(progress.trials),
+        "seconds_left": progress.seconds_left,
+        "best": trial_row(run, best) if best else None,
+        "best_control": trial_row(run, control) if control else None,
         "winner": record.best_index if record else None,
         "control_won": record.control_won if record else None,
         "finalists": list(map(finalist_row, finalists(record))) if record else [],
@@ -112,14 +126,14 @@ def finalist_row(finalist: Finalist) -> dict[str, Any]:
 
 def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
     """Return a trial as a flat row: figures of its last rung, then the format of every group."""
-    last = trial.rungs[-1] if trial.rungs else None
-    search, record = run.state.search, run.results.search
+    search = run.state.search
+    record = run.results.search
     assert search
-    pulse = (
-        None
-        if trial.is_over
-        else read_pulse(run.run_dir.trials / search.trials_digest, trial.index)
-    )
+    last = trial.rungs[-1] if trial.rungs else None
+    step = last.step if last else 0
+    if not trial.is_over:
+        pulse = read_pulse(run.run_dir.trials / search.trials_digest, trial.index)
+        step = max(step, pulse.step if pulse else 0)
     return {
         "trial": trial.index,
         "winner": "yes" if record and trial.index == record.best_index else None,
@@ -129,8 +143,7 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
         "bytes": trial.plan_bytes,
         "mean_bits": trial.mean_bits,
         "plan": str(plan_of(trial)),
-        # may be later than the last rung
-        "step": max(last.step if last else 0, pulse.step if pulse else 0),
+        "step": step,  # may be later than the last rung
         "rung": last.step if last else None,
         "loss": last.loss if last else None,
         "accuracy": last.accuracy if last else None,
@@ -159,17 +172,20 @@ def winner(run: Snapshot) -> TrialRecord:
 
 def trial(run: Snapshot, index: int) -> TrialRecord:
     """Return the trial with a number; raise `UserError` if there is none."""
-    if (found := next((each for each in run.trials if each.index == index), None)) is None:
-        raise UserError(
-            f"{run.run_dir.place} has no trial {index}, only {counted(len(run.trials), 'trial')}: "
-            "`qpruner trials` lists them"
-        )
-    return found
+    for trial in run.trials:
+        if trial.index == index:
+            return trial
+    raise UserError(
+        f"{run.run_dir.place} has no trial {index}, only {counted(len(run.trials), 'trial')}: "
+        "`qpruner trials` lists them"
+    )
 
 
 def summary(run: Snapshot) -> dict[str, Any]:
     """Collect the figures of a run that `qpruner compare` shows."""
-    config, search, record = run.state.config, run.state.search, run.results.search
+    config = run.state.config
+    search = run.state.search
+    record = run.results.search
     statuses = [trial.status for trial in run.own_trials]
     control = search_progress(search, run.trials).best_control if search else None
     facts: dict[str, Any] = {
@@ -179,7 +195,7 @@ def summary(run: Snapshot) -> dict[str, Any]:
         "searcher": record.searcher if record else config["search"]["searcher"],
         "metric": config["search"]["metric"],
         "budget_bytes": search.budget_bytes if search else None,
-        **{name: statuses.count(name) for name in ("finished", "stopped", "failed", "running")},
+        **{name: statuses.count(name) for name in ENDS},
         "best_control": control.rungs[-1].value(search.metric) if search and control else None,
     }
     if record is None:
@@ -209,7 +225,7 @@ def _final(results: Results) -> dict[str, float | str | None]:
     """Return the winner's figures after its fine-tune; empty before it is evaluated."""
     if not results.evaluate:
         return {}
-    row = next(each for each in rows(results) if each.name == SEARCHED)
+    row = winner_row(results)
     return {
         "final_confirmation_loss": row.confirmation_loss,
         "test_metric": accuracy_in_full(results.evaluate.metrics),
@@ -224,29 +240,28 @@ def _final(results: Results) -> dict[str, float | str | None]:
 def differing_settings(runs: Sequence[Snapshot]) -> dict[str, list[Any]]:
     """Return the settings that differ between runs: key -> one value per run, None if unset."""
     settings = [flat(_by_place(run.state.config)) for run in runs]
-    keys = dict.fromkeys(key for each in settings for key in each if key != "output")
-    values = {key: [each.get(key) for each in settings] for key in keys}
-    return {
-        key: found for key, found in values.items() if any(value != found[0] for value in found)
-    }
+    differing = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(settings)):
+        values = [of_run.get(key) for of_run in settings]
+        if key != "output" and any(value != values[0] for value in values):
+            differing[key] = values
+    return differing
 
 
 def _by_place(setting: Any) -> Any:
     """Turn lists of mappings into mappings by position, so that `data.train.0.limit` is one key."""
     if isinstance(setting, list) and setting and isinstance(setting[0], dict):
         setting = {f"{place}": item for place, item in enumerate(setting)}
-    return (
-        {key: _by_place(value) for key, value in setting.items()}
-        if isinstance(setting, dict)
-        else setting
-    )
+    if not isinstance(setting, dict):
+        return setting
+    return {key: _by_place(value) for key, value in setting.items()}
 
 
 @dataclass(frozen=True)
 class Against:
     """The figures of one run's fine-tuned winner minus those of another's.
 
-    They are taken over the training seeds that both runs have. `no_figures` says why nothing can be
+    `seeds` are the training seeds that both runs have. `no_figures` says why nothing can be
     compared.
     """
 
@@ -257,25 +272,15 @@ class Against:
 
 
 def against(run: Results, other: Results) -> Against:
-    """Compare the fine-tuned winners of two runs on the data that both share.
-
-    The comparison is paired by training seed and data row.
-    """
-    if (
-        run.finetune is None
-        or other.finetune is None
-        or run.evaluate is None
-        or other.evaluate is None
-    ):
+    """Compare the fine-tuned winners of two runs, paired by training seed and shared data row."""
+    if run.evaluate is None or other.evaluate is None:
         return Against((), None, "one of the runs has no final table yet")
+    assert run.prepare and other.prepare
     pairs = paired(by_row(run)[SEARCHED], by_row(other)[SEARCHED])
-    prepared = [each.prepare.digest if each.prepare else None for each in (run, other)]
-    measured = (
-        dict(over_questions(pairs))
-        if pairs and run.evaluate.tested == other.evaluate.tested
-        else {}
-    )
-    if pairs and prepared[0] == prepared[1]:
+    measured: dict[str, Sequence[measures.Answers]] = {}
+    if pairs and run.evaluate.tested == other.evaluate.tested:
+        measured |= over_questions(pairs)
+    if pairs and run.prepare.digest == other.prepare.digest:
         measured |= over_confirmation_rows(pairs)
     if not measured:
         return Against(
@@ -287,8 +292,9 @@ def against(run: Results, other: Results) -> Against:
     return Against(seeds_of(pairs), more_bytes(pairs), None, differences(pairs, measured, decisive))
 
 
-def against_text(found: Against) -> str:
+def against_text(against: Against) -> str:
     """Describe the differences between two runs in one line."""
-    if found.no_figures:
-        return f"nothing to compare, {found.no_figures}"
-    return f"{found.more_bytes:+.2%} bytes, {differences_text(found.seeds, found.differences)}"
+    if against.no_figures:
+        return f"nothing to compare, {against.no_figures}"
+    differences = differences_text(against.seeds, against.differences)
+    return f"{against.more_bytes:+.2%} bytes, {differences}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import yaml
 
 from qpruner.data.measures import accuracy_in_full
-from qpruner.plans.plan import cut_title, in_base, plan_of
+from qpruner.plans.plan import PrecisionPlan, cut_title, in_base, plan_of
 from qpruner.report import tables
 from qpruner.report.claim import claim, finalists, headline
 from qpruner.report.content import Code, Items, Paragraph, Part, Section, Table
@@ -24,38 +24,39 @@ from qpruner.wording import counted, duration
 
 def sections(run: Snapshot) -> list[Section]:
     """Return the sections that are not empty for this run."""
-    listed: list[tuple[str, str, Iterator[Part]]] = [
-        ("answer", headline(run.results) if run.is_complete else "So far", answer(run)),
-        (
-            "claim",
-            "The claim and its tables",
-            measured(run.results) if run.is_complete else iter(()),
-        ),
-        (
-            "quality",
-            "Quality by task",
-            iter([tables.by_task(run.results)] if run.results.evaluate else ()),
-        ),
-        ("plans", "The plans", _plans(run)),
-        ("search", "The search", _search(run)),
-        ("pruning", "Pruning", _pruning(run)),
-        ("cost", "Cost", iter([tables.stages(run)])),
-        ("repeat", "To repeat it", _repeat(run)),
+    results = run.results
+    listed = [
+        Section("answer", headline(results) if run.is_complete else "So far", [*answer(run)]),
+        Section("claim", "The claim and its tables", [*_claim(run)]),
+        Section("quality", "Quality by task", [*_quality(run)]),
+        Section("plans", "The plans", [*_plans(run)]),
+        Section("search", "The search", [*_search(run)]),
+        Section("pruning", "Pruning", [*_pruning(run)]),
+        Section("cost", "Cost", [tables.stages(run)]),
+        Section("repeat", "To repeat it", [*_repeat(run)]),
     ]
-    found = [Section(name, heading, list(parts)) for name, heading, parts in listed]
-    return [section for section in found if section.parts]
+    return [section for section in listed if section.parts]
 
 
 def answer(run: Snapshot) -> Iterator[Part]:
     """Yield the first screen: the winner beside its rivals, or how far the search is.
 
-    The picture follows.
+    The plot of all trials follows.
     """
-    parts: list[Part | None] = [*map(Paragraph, _unfinished_search(run))]
     if run.is_complete:
-        parts = [*overview(run.results)]
-    parts += [score_by_bytes(run), Paragraph(how) if (how := run.how_to_compare) else None]
-    yield from filter(None, parts)
+        yield from overview(run.results)
+    else:
+        yield from map(Paragraph, _unfinished_search(run))
+    chart = score_by_bytes(run)
+    if chart:
+        yield chart
+    if run.how_to_compare:
+        yield Paragraph(run.how_to_compare)
+
+
+def _claim(run: Snapshot) -> Iterator[Part]:
+    if run.is_complete:
+        yield from measured(run.results)
 
 
 def measured(results: Results) -> Iterator[Part]:
@@ -65,53 +66,57 @@ def measured(results: Results) -> Iterator[Part]:
     yield Items(tuple(item.removeprefix("- ") for item in items))
     if results.search and len(results.search.finalists) > 1:
         yield tables.fresh_scores(results.search)
-    yield from filter(
-        None, [*tables.final_tables(results), served(results), tables.legend(results)]
-    )
+    yield from tables.final_tables(results)
+    if results.serve:
+        yield served(results, results.serve)
+    yield tables.legend(results)
+
+
+def _quality(run: Snapshot) -> Iterator[Part]:
+    if run.results.evaluate:
+        yield tables.by_task(run.results)
 
 
 def _plans(run: Snapshot) -> Iterator[Part]:
-    search, shown = run.results.search, {}
+    search = run.results.search
+    plans: dict[str, PrecisionPlan] = {}
     if search:
-        shown = {
-            f"{finalist.index}: {finalist_title(finalist, search)}": plan_of(finalist)
-            for finalist in finalists(search)
-        }
+        for finalist in finalists(search):
+            title = finalist_title(finalist, search)
+            plans[f"{finalist.index}: {title}"] = plan_of(finalist)
     elif run.state.search:
-        now = search_progress(run.state.search, run.trials)
-        found = (("best so far", now.best), ("best control", now.best_control))
-        shown = {f"{trial.index}: {title}": plan_of(trial) for title, trial in found if trial}
-    if shown:
-        measured, bank = run.results.sensitivity, run.results.bank
-        if measured and bank:
-            measured = measured.model_copy(
-                update={"groups": _in_base(run, bank.cut, measured.groups)}
-            )
-        named = {
-            name: replace(plan, groups=_in_base(run, plan.cut, plan.groups))
-            for name, plan in shown.items()
-        }
-        yield plan_bars(named, measured)
+        progress = search_progress(run.state.search, run.trials)
+        titled = {"best so far": progress.best, "best control": progress.best_control}
+        for title, trial in titled.items():
+            if trial:
+                plans[f"{trial.index}: {title}"] = plan_of(trial)
+    if not plans:
+        return
+
+    for name, plan in plans.items():
+        plans[name] = replace(plan, groups=_in_base(run, plan.cut, plan.groups))
+    sensitivity = run.results.sensitivity
+    bank = run.results.bank
+    if sensitivity and bank:
+        groups = _in_base(run, bank.cut, sensitivity.groups)
+        sensitivity = sensitivity.model_copy(update={"groups": groups})
+    yield plan_bars(plans, sensitivity)
 
 
 def _in_base(run: Snapshot, cut: str, groups: Sequence[str]) -> tuple[str, ...]:
     """Name a cut's groups by the base model's block numbers."""
-    made = run.results.prune.cuts.get(cut) if run.results.prune else None
-    return (
-        in_base(groups, len(made.layers), made.dropped_blocks)
-        if made and made.dropped_blocks
-        else tuple(groups)
-    )
+    record = run.results.prune.cuts.get(cut) if run.results.prune else None
+    if record is None or not record.dropped_blocks:
+        return tuple(groups)
+    return in_base(groups, len(record.layers), record.dropped_blocks)
 
 
 def _search(run: Snapshot) -> Iterator[Part]:
-    if search := run.results.search:
-        yield Paragraph(
-            " ".join(
-                [search_text(search), *(f"{line}." for line in failing_devices(run.own_trials))]
-            )
-        )
-        if not run.is_complete:  # else the claim has it
+    search = run.results.search
+    if search:
+        remarks = [f"{line}." for line in failing_devices(run.own_trials)]
+        yield Paragraph(" ".join([search_text(search), *remarks]))
+        if not run.is_complete:  # otherwise the claim has this table
             yield tables.fresh_scores(search)
         if search.rungs:
             yield tables.rungs(search)
@@ -149,24 +154,26 @@ def search_text(search: SearchRecord) -> str:
 def _unfinished_search(run: Snapshot) -> list[str]:
     if run.state.search is None or run.results.search:
         return []
+    progress = search_progress(run.state.search, run.trials)
     is_running = run.outcome == RUNNING
-    now = search_progress(run.state.search, run.trials)
-    lines = [f"{line}." for line, _ in search_lines(run.state.search, now, is_running)]
-    remark = "The best so far were chosen by the rows that score them, so this is optimistic."
-    return [*lines, remark] if now.best else lines
+    lines = [f"{line}." for line, _ in search_lines(run.state.search, progress, is_running)]
+    if progress.best:
+        lines.append(
+            "The best so far were chosen by the rows that score them, so this is optimistic."
+        )
+    return lines
 
 
 def _pruning(run: Snapshot) -> Iterator[Part]:
-    if record := run.results.prune:
-        yield tables.cuts(record)
-        if left_out := run.results.left_out:
-            yield Items(
-                tuple(
-                    f"{cut_title(name)}: left out, because {why}" for name, why in left_out.items()
-                )
-            )
-        if len(record.cuts) > 1:
-            yield kept_by_block(record.cuts)
+    record = run.results.prune
+    if record is None:
+        return
+    yield tables.cuts(record)
+    left_out = run.results.left_out.items()
+    if left_out:
+        yield Items(tuple(f"{cut_title(cut)}: left out, because {why}" for cut, why in left_out))
+    if len(record.cuts) > 1:
+        yield kept_by_block(record.cuts)
 
 
 def _repeat(run: Snapshot) -> Iterator[Part]:

@@ -1,7 +1,6 @@
-"""Reads a run from its folder, finished or not.
+"""Reads a run from its folder, finished or not, for reports and commands such as `qpruner status`.
 
-Reports use it, and commands such as `qpruner status`. The run's state file and its lock show
-whether the latest command is still running.
+The run's state file and its lock show whether the latest command is still running.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ GONE = "most likely gone"  # outcome of a command on another machine whose heart
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment.
+    """A run at one moment: the state and records of its latest command, and all of its trials.
 
-    It has the state and records of the run's latest command, its driver, and all trials in its
-    search's folder. The driver is the process that holds the lock of the run, if any.
+    `driver` is the process that holds the lock of the run, if any. `trials` has all trials in the
+    folder of the search, also those of other searches.
     """
 
     run_dir: RunDir
@@ -64,7 +63,7 @@ class Snapshot:
     def process(self) -> Holder | RunState:
         """The living process that holds the lock; without one, the process of `state`.
 
-        The command of the former may be newer than `state`.
+        A living process may run a newer command than the one in `state`.
         """
         return self.driver.holder if self.driver and self.driver.state == "alive" else self.state
 
@@ -77,26 +76,18 @@ class Snapshot:
         is_newer = (self.process.host, self.process.pid) != (self.state.host, self.state.pid)
         if self.state.outcome != RUNNING and not is_newer:
             return self.state.outcome
-        return (
-            {"alive": RUNNING, "silent": GONE}.get(self.driver.state, CUT_OFF)
-            if self.driver
-            else CUT_OFF
-        )
+        if self.driver is None:
+            return CUT_OFF
+        return {"alive": RUNNING, "silent": GONE}.get(self.driver.state, CUT_OFF)
 
     @property
     def last_sign(self) -> float:
-        """Time of the driver's last heartbeat or, without a lock, of the last state update.
-
-        It is in Unix seconds.
-        """
+        """Unix seconds of the driver's last heartbeat or, without a lock, of the last state."""
         return self.driver.beat if self.driver else self.state.updated
 
     @property
     def is_complete(self) -> bool:
-        """Whether the winner is fine-tuned and evaluated.
-
-        Other plans to compare it with may still be missing.
-        """
+        """Whether the winner is fine-tuned and evaluated, if not yet compared with others."""
         return self.results.evaluate is not None
 
     @property
@@ -105,19 +96,19 @@ class Snapshot:
 
         It is None if `finetune.compare` is set, or the run is not finished.
         """
-        is_finished = self.is_complete and self.state.until == "report" and not self.state.compares
-        how = (
+        if not self.is_complete or self.state.until != "report" or self.state.compares:
+            return None
+        return (
             "To compare the winner with the base, the controls and random plans after the same "
             f"fine-tune, run `{self.state.command} --set finetune.compare=true`; the winner's own "
             "fine-tune is kept."
         )
-        return how if is_finished else None
 
     @property
     def plan(self) -> PrecisionPlan | None:
         """The plan of the winner or, before the search is over, of the best finished trial.
 
-        Notebooks draw it.
+        Notebooks draw it as a bar.
         """
         if record := self.results.search:
             return PrecisionPlan.from_dict(record.best_plan, record.best_cut)
@@ -135,18 +126,15 @@ class Snapshot:
 
     @property
     def best_trial(self) -> TrialRecord | None:
-        """The winner's trial or, before the search is over, the best of the finished trials.
-
-        The best is the one in the budget with the best last score.
-        """
+        """The winner's trial or, before the search is over, the best finished one in the budget."""
         if self.results.search:
             best = self.results.search.best_index
             return next((trial for trial in self.trials if trial.index == best), None)
+        search = self.state.search
+        if search is None:
+            return None
         finished = [trial for trial in self.own_trials if trial.status == "finished"]
-        in_budget = [
-            trial for trial in finished if self.state.search and fits(trial, self.state.search)
-        ]
-        return best_of(in_budget, self.metric)
+        return best_of([trial for trial in finished if fits(trial, search)], search.metric)
 
     @property
     def best_title(self) -> str:
@@ -158,11 +146,10 @@ class Snapshot:
     @property
     def own_trials(self) -> list[TrialRecord]:
         """The trials of this search, without those of searches with another budget or searcher."""
-        return [
-            trial
-            for trial in self.trials
-            if self.state.search and trial.search == self.state.search.search
-        ]
+        search = self.state.search
+        if search is None:
+            return []
+        return [trial for trial in self.trials if trial.search == search.search]
 
     @property
     def metric(self) -> str:
@@ -181,30 +168,28 @@ class Snapshot:
     def standing(self) -> str:
         """How far the run has come, in one or two sentences."""
         if self.missing is None:
-            resumed = (
-                f"; resumed {counted(self.state.resumed, 'time')} after a command that did not "
-                "finish"
-            )
-            return f"Finished{resumed if self.state.resumed else ''}."
-        at_work = next(
-            (name for name, stage in self.state.stages.items() if stage.state == "running"), None
-        )
-        stage = f" in stage {at_work}" if at_work else ""
+            if not self.state.resumed:
+                return "Finished."
+            times = counted(self.state.resumed, "time")
+            return f"Finished; resumed {times} after a command that did not finish."
+        running = [name for name, stage in self.state.stages.items() if stage.state == "running"]
+        stage = f" in stage {running[0]}" if running else ""
         match self.outcome:
             case "failed":
-                cause = (self.state.error or "").removeprefix(f"stage `{at_work}` failed: ")
+                cause = self.state.error or ""
+                if running:
+                    cause = cause.removeprefix(f"stage `{running[0]}` failed: ")
                 return f"Failed{stage}: {cause}"
             case "interrupted":
                 return f"Interrupted{stage}; repeat the command to resume."
             case "done":
                 return f"Ended after stage {self.state.until}, as asked."
             case "running":
-                process = self.process
-                was = (
-                    f"it was running on {process.host} (process {process.pid}) when this was "
-                    "written"
+                process = f"{self.process.host} (process {self.process.pid})"
+                return (
+                    f"Unfinished{stage}: it was running on {process} when this was written; "
+                    "`qpruner status` shows whether it still is."
                 )
-                return f"Unfinished{stage}: {was}; `qpruner status` shows whether it still is."
         return f"Unfinished{stage}: its process is {self.outcome}; repeat the command to resume."
 
     @property
@@ -221,46 +206,44 @@ def read_snapshot(run: RunDir) -> Snapshot:
     Raises `UserError` if it holds no run, and `CorruptFile` if a record cannot be read.
     """
     # The lock is read first, because a command writes its last state before it releases the lock.
-    driver, state = driver_of(run.root), run.read_state(RunState)
-    if state is None:
-        raise UserError(_no_run(run))
-    # Records of other stages belong to an older configuration.
-    ended = [
-        name
-        for name in Results.model_fields
-        if name in state.stages and state.stages[name].state != "running"
-    ]
-    kinds = {name: get_args(Results.model_fields[name].annotation)[0] for name in ended}
-    results = Results.model_validate(
-        {name: run.read_record(name, kind) for name, kind in kinds.items()}
-    )
-    trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
-    return Snapshot(run, state, driver, results, tuple(trials))
-
-
-def _no_run(run: RunDir) -> str:
-    """Say why a folder is not a run, and which folder to name instead."""
     driver = driver_of(run.root)
-    if driver and driver.state == "alive":
-        process = (
-            f"process {driver.holder.pid} on {driver.holder.host}, since {driver.holder.since}"
-        )
-        return (
-            f"{run.place} has no {STATE} yet: a command is starting there ({process}); try again "
-            "soon"
-        )
-    what = (
-        f"is not a run folder, because it has no {STATE}"
-        if children(run.root)
-        else "does not exist or is empty"
+    state = run.read_state(RunState)
+    if state is None:
+        raise UserError(_no_run(run, driver))
+    records = {}
+    for name, field in Results.model_fields.items():
+        stage = state.stages.get(name)
+        # The record of a stage that the command has not reached is of an older configuration.
+        if stage and stage.state != "running":
+            records[name] = run.read_record(name, get_args(field.annotation)[0])
+    trials = read_trials(run.trials / state.search.trials_digest) if state.search else []
+    return Snapshot(
+        run_dir=run,
+        state=state,
+        driver=driver,
+        results=Results.model_validate(records),
+        trials=tuple(trials),
     )
+
+
+def _no_run(run: RunDir, driver: Driver | None) -> str:
+    """Say why a folder is not a run, and which folder to name instead."""
+    if driver and driver.state == "alive":
+        holder = driver.holder
+        return (
+            f"{run.place} has no {STATE} yet: a command is starting there (process {holder.pid} on "
+            f"{holder.host}, since {holder.since}); try again soon"
+        )
+    what = "does not exist or is empty"
+    if children(run.root):
+        what = f"is not a run folder, because it has no {STATE}"
     return (
         f"{run.place} {what}: name the folder that a configuration of `qpruner run` calls `output`"
     )
 
 
 def driver_text(run: RunDir) -> str | None:
-    """Name the living process that works on a run; None if there is none."""
+    """Describe the living process that works on a run; None if there is none."""
     driver = driver_of(run.root)
     if driver is None or driver.state != "alive":
         return None

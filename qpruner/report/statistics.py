@@ -13,13 +13,13 @@ from qpruner.runs.records import RANDOM, FineTune
 from qpruner.wording import counted
 
 SAME = "not distinguishable"
-ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS = (
-    "answer loss",
-    "confirmation loss",
-    "selection loss",
-)
+
+ANSWER_LOSS = "answer loss"
+CONFIRMATION_LOSS = "confirmation loss"
+SELECTION_LOSS = "selection loss"
 LOSSES = (ANSWER_LOSS, CONFIRMATION_LOSS, SELECTION_LOSS)
 """The measures in nats, for which lower is better; all other measures are accuracies."""
+
 Pair = tuple[FineTune, FineTune]  # one fine-tune of each of two rows, with the same training seed
 Measured = Mapping[str, Sequence[Answers]]
 """Measure -> for each pair of fine-tunes, for each task, how much the first exceeds the second on
@@ -48,21 +48,22 @@ class Difference:
     @property
     def text(self) -> str:
         """The difference, its interval and the verdict in words."""
-        about = [] if self.spread is None else [f"± {self.spread:.4f} over seeds"]
-        about.append(counted(self.num_pairs, self.noun))
-        ends = "no interval"
-        if self.half_width is not None:
-            ends = (
-                f"95 % interval {self.mean - self.half_width:+.4f} to "
-                f"{self.mean + self.half_width:+.4f}"
-            )
-            ends += self.condition
+        details = []
+        if self.spread is not None:
+            details.append(f"± {self.spread:.4f} over seeds")
+        details.append(counted(self.num_pairs, self.noun))
+        if self.half_width is None:
+            details.append("no interval")
+        else:
+            low = self.mean - self.half_width
+            high = self.mean + self.half_width
+            details.append(f"95 % interval {low:+.4f} to {high:+.4f}{self.condition}")
         verdict = f", {self.verdict}" if self.verdict else ""
-        return f"{self.measure} {self.mean:+.4f}{self.unit} ({', '.join([*about, ends])}){verdict}"
+        return f"{self.measure} {self.mean:+.4f}{self.unit} ({', '.join(details)}){verdict}"
 
     @property
     def short_text(self) -> str:
-        """The mean and half of the interval; empty without an interval."""
+        """The mean and half of the interval; empty if there is no interval."""
         if not self.half_width:
             return ""
         unit = self.unit or f" in {self.measure}"
@@ -70,42 +71,41 @@ class Difference:
 
     @property
     def unit(self) -> str:
-        """The unit of the mean, after a space: nats; empty for accuracies."""
+        """The unit of the mean, with a space before it: nats, or nothing for accuracies."""
         return " nats" if self.measure in LOSSES else ""
 
     @property
     def condition(self) -> str:
-        """What the interval is conditional on: a single training seed, if there is only one."""
+        """The training seed that the interval holds for, if there is only one."""
         return f" under training seed {self.seeds[0]} alone" if len(self.seeds) == 1 else ""
 
     @property
     def noun(self) -> str:
-        """The unit of `num_pairs`: row or question."""
+        """What `num_pairs` counts: row or question."""
         return "row" if self.measure in (CONFIRMATION_LOSS, SELECTION_LOSS) else "question"
 
     @property
     def bar(self) -> tuple[float, float, float] | None:
-        """Low end, mean and high end of the interval, as shares of its far end.
+        """Low end, mean and high end of the interval, as shares of the end that is further from 0.
 
-        Those that are better are positive.
+        Positive values are better for the first model. It is None if there is no interval.
         """
         if not self.half_width:
             return None
-        better, far = (
-            -self.mean if self.measure in LOSSES else self.mean,
-            abs(self.mean) + self.half_width,
+        gain = -self.mean if self.measure in LOSSES else self.mean
+        far_end = abs(gain) + self.half_width
+        return (
+            (gain - self.half_width) / far_end,
+            gain / far_end,
+            (gain + self.half_width) / far_end,
         )
-        return (better - self.half_width) / far, better / far, (better + self.half_width) / far
 
 
-def verdict_of(measure: str, found: Interval) -> str:
-    """Say whether the first model is better or worse than the second.
-
-    It says so as far as the interval allows.
-    """
-    if not found.excludes_zero:
+def verdict_of(measure: str, difference: Interval) -> str:
+    """Say whether the first model is better or worse, or cannot be distinguished."""
+    if not difference.excludes_zero:
         return SAME
-    return "better" if (found.mean < 0) == (measure in LOSSES) else "worse"
+    return "better" if (difference.mean < 0) == (measure in LOSSES) else "worse"
 
 
 def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
@@ -119,33 +119,31 @@ def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
 
 
 def more_bytes(pairs: Sequence[Pair]) -> float:
-    """Return (second - first) / first of the models' bytes.
+    """Return how many bytes more the second model takes, as a share of the first one's bytes.
 
-    It is that of the pair with the largest absolute share.
+    The pair for which this share is furthest from zero counts.
     """
     shares = [theirs.measured_bytes / ours.measured_bytes - 1 for ours, theirs in pairs]
     return max(shares, key=abs)
 
 
 def over_questions(pairs: Sequence[Pair]) -> Measured:
-    """Return the first minus the second model's accuracies, by question.
+    """Subtract the second model's accuracy on each question from the first model's.
 
-    If every task has choices, the differences of the answer losses are returned too.
+    If every task has choices, subtract the answer losses too.
     """
     accuracy = measures.accuracy_name({task.task: task.metric for task in pairs[0][0].tasks})
     tasks = [list(zip(ours.tasks, theirs.tasks, strict=True)) for ours, theirs in pairs]
-    measured = {
-        accuracy: [[less(one.correct, other.correct) for one, other in both] for both in tasks]
-    }
-    if all(one.answer_loss and other.answer_loss for both in tasks for one, other in both):
+    measured = {accuracy: [[less(a.correct, b.correct) for a, b in pair] for pair in tasks]}
+    if all(a.answer_loss and b.answer_loss for pair in tasks for a, b in pair):
         measured[ANSWER_LOSS] = [
-            [less(one.answer_loss, other.answer_loss) for one, other in both] for both in tasks
+            [less(a.answer_loss, b.answer_loss) for a, b in pair] for pair in tasks
         ]
     return measured
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Measured:
-    """Return first minus second model's confirmation losses by row."""
+    """Subtract the second model's confirmation loss on each row from the first model's."""
     rows = [[less(ours.confirmation.by_row, theirs.confirmation.by_row)] for ours, theirs in pairs]
     return {CONFIRMATION_LOSS: rows}
 
@@ -157,7 +155,7 @@ def differences(pairs: Sequence[Pair], measured: Measured, decisive: str) -> tup
     means over seeds includes the effects of plan, seeds and questions.
     """
     seeds = seeds_of(pairs)
-    found = []
+    estimates = []
     for measure, by_pair in measured.items():
         means = [measures.over_tasks(tasks).mean for tasks in by_pair]
         by_seed = _means(means, [theirs.seed for _, theirs in pairs])
@@ -166,7 +164,7 @@ def differences(pairs: Sequence[Pair], measured: Measured, decisive: str) -> tup
             interval = measures.prediction_interval(by_plan)
         else:
             interval = measures.interval(by_pair)
-        found.append(
+        estimates.append(
             Difference(
                 measure=measure,
                 mean=interval.mean,
@@ -177,18 +175,18 @@ def differences(pairs: Sequence[Pair], measured: Measured, decisive: str) -> tup
                 verdict=verdict_of(measure, interval) if measure == decisive else None,
             )
         )
-    return tuple(found)
+    return tuple(estimates)
 
 
-def differences_text(seeds: Sequence[int], found: Sequence[Difference]) -> str:
+def differences_text(seeds: Sequence[int], estimates: Sequence[Difference]) -> str:
     """Describe differences that are paired over these training seeds."""
-    return (
-        f"{counted(len(seeds), 'training seed')}, paired: {'; '.join(each.text for each in found)}"
-    )
+    texts = "; ".join(difference.text for difference in estimates)
+    return f"{counted(len(seeds), 'training seed')}, paired: {texts}"
 
 
 def _means(values: Sequence[float], keys: Sequence[object]) -> list[float]:
+    """Average the values that have the same key."""
     grouped: dict[object, list[float]] = {}
     for key, value in zip(keys, values, strict=True):
         grouped.setdefault(key, []).append(value)
-    return [statistics.fmean(each) for each in grouped.values()]
+    return [statistics.fmean(group) for group in grouped.values()]

@@ -7,8 +7,8 @@ from qpruner.data import measures
 from qpruner.plans.plan import UNPRUNED, cut_title, formats_text, plan_of
 from qpruner.quantization.formats import by_size, format_of
 from qpruner.report.claim import difference_from, finalists
-from qpruner.report.content import Compared, Table
-from qpruner.report.results import Row, answer_losses, perplexities, rows, speed_text
+from qpruner.report.content import ComparedCell, Table
+from qpruner.report.results import TableRow, answer_losses, perplexities, rows, speed_text
 from qpruner.report.snapshot import STATUSES, Snapshot
 from qpruner.runs.records import (
     RANDOM,
@@ -96,17 +96,15 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def cells(row: Row) -> dict[str, str]:
+def cells(row: TableRow) -> dict[str, str]:
     """Format a row of the final table: heading -> cell."""
-    first, *others = row.seeds
+    accuracy = _figure(row.accuracy, row.accuracy_spread, 3)
     return {
         "row": row.title,
-        "seeds": f"{len(row.seeds)} ({first}-{others[-1]})" if others else f"1 ({first})",
+        "seeds": _seeds(row.seeds),
         "bytes": f"{row.measured_bytes / 1e6:.1f} MB",
         "mean bits": f"{row.mean_bits:.2f}",
-        TEST_ACCURACY: (
-            f"{_figure(row.accuracy, row.accuracy_spread, 3)}{error_text(row.accuracy_stderr, 3)}"
-        ),
+        TEST_ACCURACY: accuracy + error_text(row.accuracy_stderr, 3),
         "test answer loss": _figure(row.answer_loss, row.answer_loss_spread),
         "perplexity": _figure(row.perplexity, row.perplexity_spread, 2),
         "cut": cut_title(row.cut),
@@ -114,31 +112,39 @@ def cells(row: Row) -> dict[str, str]:
         "confirmation loss": _figure(row.confirmation_loss, row.confirmation_loss_spread),
         "parameters": f"{row.num_parameters / 1e6:.1f} M",
         "peak memory": f"{row.peak_memory_bytes / 1e6:.0f} MB",
-        "inference memory": "-"
-        if row.inference_memory_bytes is None
-        else f"{row.inference_memory_bytes / 1e6:.0f} MB",
+        "inference memory": (
+            "-"
+            if row.inference_memory_bytes is None
+            else f"{row.inference_memory_bytes / 1e6:.0f} MB"
+        ),
         "prefill tokens/s": speed_text(row.prefill_tokens_per_second),
         "decode tokens/s": speed_text(row.decode_tokens_per_second),
     }
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"1 ({seeds[0]})"
+    return f"{len(seeds)} ({seeds[0]}-{seeds[-1]})"
+
+
 def final_tables(results: Results) -> list[Table]:
-    """Split the final table into parts that fit a terminal and paper."""
-    return [_final(results, caption, headings) for caption, headings in FINAL]
+    """Split the final table into parts that fit a terminal and paper.
 
-
-def _final(results: Results, caption: str, headings: tuple[str, ...]) -> Table:
-    """Build one part of the final table.
-
-    The caption names the metrics of the accuracy if tasks differ in them.
+    A caption names the metrics of the accuracy if tasks differ in them.
     """
     assert results.evaluate
-    name = measures.accuracy_name(results.evaluate.metrics)
-    if name == measures.ACCURACY and TEST_ACCURACY in headings:
-        caption += f"; {measures.accuracy_in_full(results.evaluate.metrics)}"
-    shown = tuple(f"test {name}" if heading == TEST_ACCURACY else heading for heading in headings)
-    body = [tuple(line[heading] for heading in headings) for line in map(cells, rows(results))]
-    return Table(caption, shown, body).without_empty_columns()
+    metrics = results.evaluate.metrics
+    name = measures.accuracy_name(metrics)
+    lines = [cells(row) for row in rows(results)]
+    parts = []
+    for caption, keys in FINAL:
+        if name == measures.ACCURACY and TEST_ACCURACY in keys:
+            caption += f"; {measures.accuracy_in_full(metrics)}"
+        headings = tuple(f"test {name}" if key == TEST_ACCURACY else key for key in keys)
+        body = [tuple(line[key] for key in keys) for line in lines]
+        parts.append(Table(caption, headings, body).without_empty_columns())
+    return parts
 
 
 def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:
@@ -148,50 +154,47 @@ def _figure(value: float | None, spread: float | None, digits: int = 4) -> str:
 
 
 def legend(results: Results) -> Table:
-    """Build the legend of the final table.
-
-    It explains its rows, its figures, and what they were measured on.
-    """
-    terms, setting = list(TERMS.items()), results.inference
+    """Build the legend, which explains the rows and figures of the final table."""
+    terms = dict(TERMS)
+    setting = results.inference
     if setting:
-        about = (
+        terms["inference memory and tokens/s"] = (
             f"of one sequence on {setting.device}, with the adapter: {setting.prompt_tokens} "
             f"tokens read (prefill), {setting.new_tokens} written (decode); medians of turns, in "
             f"brackets minimum and maximum. The memory is the {setting.memory_counter}."
         )
-        terms.append(("inference memory and tokens/s", about))
-    return Table("How to read the table", ("term", "meaning"), terms)
+    return Table("How to read the table", ("term", "meaning"), list(terms.items()))
 
 
 def by_task(results: Results) -> Table:
-    """Build the table of every model, before and after its fine-tune.
+    """Build the table of every model's accuracy by task, and of its losses over all tasks.
 
-    It has the accuracy by task, and the losses over all tasks.
+    The models before any fine-tune come first.
     """
     assert results.evaluate
     models: dict[str, list[FineTune]] = {}
-    for row in (*results.evaluate.untuned, *results.fine_tunes):
-        title = title_of(row.name, results.search) + (" (no fine-tune)" if row.seed is None else "")
-        models.setdefault(title, []).append(row)
+    for record in (*results.evaluate.untuned, *results.fine_tunes):
+        title = title_of(record.name, results.search)
+        if record.seed is None:
+            title += " (no fine-tune)"
+        models.setdefault(title, []).append(record)
     tasks = [
-        f"{each.task} {each.metric} ({counted(each.num_questions, 'question')})"
-        for each in results.evaluate.rows[0].tasks
+        f"{task.task} {task.metric} ({counted(task.num_questions, 'question')})"
+        for task in results.evaluate.rows[0].tasks
     ]
-    body = [
-        (title, *map(_accuracy, zip(*(row.tasks for row in found), strict=True)), *_losses(found))
-        for title, found in models.items()
-    ]
-    caption = "Accuracy by held-out task (se: standard error over questions)"
+    body = []
+    for title, records in models.items():
+        scores_by_task = zip(*(record.tasks for record in records), strict=True)
+        body.append((title, *map(_accuracy, scores_by_task), *_losses(records)))
     return Table(
-        caption, ("model", *tasks, "answer loss", "perplexity"), body
+        "Accuracy by held-out task (se: standard error over questions)",
+        ("model", *tasks, "answer loss", "perplexity"),
+        body,
     ).without_empty_columns()
 
 
 def _accuracy(scores: Sequence[TaskScore]) -> str:
-    """Format a model's accuracy on a task.
-
-    It is the mean over training seeds, with its standard error over questions.
-    """
+    """Format the mean accuracy over training seeds, with its standard error over questions."""
     value = statistics.fmean(score.value for score in scores)
     stderr = measures.over_tasks(measures.averaged([[score.correct] for score in scores])).stderr
     return f"{value:.3f}{error_text(stderr, 3)}"
@@ -206,11 +209,9 @@ def _losses(models: Sequence[FineTune]) -> tuple[str, str]:
 
 
 def cuts(record: PruneRecord) -> Table:
-    """Build the table of the cuts.
-
-    It tells what each cut removed, what it computes, and its loss before any fine-tune.
-    """
-    base, last = record.cuts[UNPRUNED], list(record.cuts.values())[-1]
+    """Build the table of the cuts: what each removed, and its loss before any fine-tune."""
+    base = record.cuts[UNPRUNED]
+    last = list(record.cuts.values())[-1]
     body = [
         (
             cut_title(name),
@@ -244,13 +245,16 @@ def cuts(record: PruneRecord) -> Table:
 
 def trials(run: Snapshot) -> Table:
     """Build the table of all trials, with the score of each trial's last rung."""
-    body, best, own = [], run.best_trial, run.state.search and run.state.search.search
+    search = run.state.search
+    best = run.best_trial
+    body = []
     for trial in run.trials:
         last = trial.rungs[-1] if trial.rungs else None
+        is_own = search is not None and trial.search == search.search
         body.append(
             (
                 f"{trial.index}",
-                trial.origin if trial.search == own else f"{trial.origin}, another search",
+                trial.origin if is_own else f"{trial.origin}, another search",
                 STATUSES[trial.status] + (f", {run.best_title}" if trial is best else ""),
                 f"{trial.plan_bytes / 1e6:.2f}",
                 cut_title(trial.cut),
@@ -262,7 +266,6 @@ def trials(run: Snapshot) -> Table:
                 trial.reason or "-",
             )
         )
-    title = score_title(run.state.search) if run.state.search else "score"
     headings = (
         "trial",
         "from",
@@ -270,7 +273,7 @@ def trials(run: Snapshot) -> Table:
         "MB",
         "cut",
         "mean bits",
-        title,
+        score_title(search) if search else "score",
         "step",
         "seconds",
         "plan",
@@ -286,10 +289,10 @@ def trials(run: Snapshot) -> Table:
 
 
 def fresh_scores(search: SearchRecord) -> Table:
-    """Build the table of the finalists, as trials on fresh rows.
+    """Build the table of the finalists (winner, controls, best trials), as trials on fresh rows.
 
-    They are the winner, the controls and the best trials. Most of a loss's own standard error comes
-    from the choice of rows; pairing the losses by row removes this part.
+    Most of a loss's own standard error comes from the choice of rows; pairing the losses by row
+    removes this part.
     """
     body = [_finalist(finalist, search) for finalist in finalists(search)]
     of_steps = f" of {counted(search.steps, 'step')}" if search.steps else ""
@@ -313,12 +316,13 @@ def fresh_scores(search: SearchRecord) -> Table:
     return Table(caption, headings, body).without_empty_columns()
 
 
-def _finalist(finalist: Finalist, search: SearchRecord) -> tuple[str | Compared, ...]:
+def _finalist(finalist: Finalist, search: SearchRecord) -> tuple[str | ComparedCell, ...]:
     """Return the cells of one finalist."""
     size = _megabytes(finalist.plan_bytes)
-    if not finalist.fits:
-        is_large = finalist.plan_bytes > search.budget_bytes
-        size += ", exceeds the budget" if is_large else ", computes more than the budget"
+    if finalist.plan_bytes > search.budget_bytes:
+        size += ", exceeds the budget"
+    elif not finalist.fits:
+        size += ", computes more than the budget"
     num_seeds = len(finalist.fine_tunes)
     mean = finalist.mean
     accuracy = "-"
@@ -331,27 +335,23 @@ def _finalist(finalist: Finalist, search: SearchRecord) -> tuple[str | Compared,
         cut_title(finalist.cut),
         formats_text(finalist.plan),
         size,
-        Compared(loss, difference=difference_from(finalist, search)),
+        ComparedCell(loss, difference=difference_from(finalist, search)),
         "-" if num_seeds == 1 else f"{mean.loss:.4f} ({num_seeds} seeds)",
         accuracy,
     )
 
 
 def rungs(search: SearchRecord) -> Table:
-    """Build the table that tells how far early scores can be trusted.
-
-    It has each rung's order of the trials.
-    """
+    """Build the table that shows how far the scores of early rungs can be trusted."""
     body = [
-        (f"{each.step}", f"{each.num_trials}", _tau(each.within), _tau(each.across))
-        for each in search.rungs
+        (f"{rung.step}", f"{rung.num_trials}", _tau(rung.within), _tau(rung.across))
+        for rung in search.rungs
     ]
-    caption = (
-        "Order of the finished trials at a rung against that at the last one: Kendall's tau, from "
-        "-1 to 1"
-    )
     return Table(
-        caption, ("step", "trials", "within a cut", "between cuts"), body
+        "Order of the finished trials at a rung against that at the last one: Kendall's tau, from "
+        "-1 to 1",
+        ("step", "trials", "within a cut", "between cuts"),
+        body,
     ).without_empty_columns()
 
 
@@ -360,30 +360,31 @@ def _tau(value: float | None) -> str:
 
 
 def stages(run: Snapshot) -> Table:
-    """Build the table of the stages that were begun, with state, seconds and GPU seconds.
-
-    It also has the sums.
-    """
+    """Build the table of the stages that were begun, with state and times, and the sum of all."""
+    seconds = run.results.seconds
     # Trials of other searches count, too.
-    gpu = run.results.gpu_seconds | {"search": sum(trial.gpu_seconds for trial in run.trials)}
+    gpu_seconds = run.results.gpu_seconds
+    gpu_seconds["search"] = sum(trial.gpu_seconds for trial in run.trials)
     if run.results.search:
-        gpu["search"] += run.results.search.confirmation_gpu_seconds
-    begun = {
-        name: stage.state
-        for name, stage in run.state.stages.items()
-        if name in Results.model_fields
-    }
-    figures = (run.results.seconds, gpu)
-    body = [
-        (name, STATES[state], *(_seconds(each.get(name)) for each in figures))
-        for name, state in begun.items()
-    ]
-    sums = (_seconds(sum(each.get(name, 0.0) for name in begun)) for each in figures)
-    caption = "Stages; GPU seconds are those of the jobs times the GPUs held for them, busy or not"
+        gpu_seconds["search"] += run.results.search.confirmation_gpu_seconds
+
+    body = []
+    total = total_gpu = 0.0
+    for name, stage in run.state.stages.items():
+        if name not in Results.model_fields:
+            continue
+        taken = seconds.get(name, 0.0)
+        taken_gpu = gpu_seconds.get(name, 0.0)
+        body.append((name, STATES[stage.state], _seconds(taken), _seconds(taken_gpu)))
+        total += taken
+        total_gpu += taken_gpu
+    body.append(("all stages", "-", _seconds(total), _seconds(total_gpu)))
     return Table(
-        caption, ("stage", "state", "seconds", "GPU seconds"), [*body, ("all stages", "-", *sums)]
+        "Stages; GPU seconds are those of the jobs times the GPUs held for them, busy or not",
+        ("stage", "state", "seconds", "GPU seconds"),
+        body,
     )
 
 
-def _seconds(value: float | None) -> str:
+def _seconds(value: float) -> str:
     return f"{value:.1f}" if value else "-"

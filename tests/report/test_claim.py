@@ -23,7 +23,7 @@ from made_run import (
 from scipy import stats
 
 from qpruner.report.claim import claim, comparisons, headline
-from qpruner.report.content import Compared
+from qpruner.report.content import ComparedCell
 from qpruner.report.results import rows
 from qpruner.report.sections import search_text
 from qpruner.report.statistics import SAME, Difference
@@ -362,7 +362,7 @@ def test_an_interval_is_drawn_with_better_to_the_right(
 ) -> None:
     """One that excludes zero does not touch the middle."""
     found = Difference(measure, mean, None, half_width, num_pairs=8, seeds=(0,), verdict=SAME)
-    assert str(Compared("2.0", difference=found)) == drawn
+    assert str(ComparedCell("2.0", difference=found)) == drawn
 
 
 def test_one_random_plan_says_nothing_of_random_plans() -> None:

@@ -15,7 +15,7 @@ from qpruner.plans.plan import formats_text
 from qpruner.report import tables
 from qpruner.report.card import model_card
 from qpruner.report.claim import claim, comparisons, finalist_differences, finalists, headline
-from qpruner.report.content import Compared, Paragraph, Table, report_md
+from qpruner.report.content import ComparedCell, Paragraph, Table, report_md
 from qpruner.report.overview import overview
 from qpruner.report.results import rows
 from qpruner.report.sections import sections
@@ -181,7 +181,7 @@ def test_a_further_seed_of_the_winner_turns_no_verdict() -> None:
     shown = finalist_differences(results.search)
     assert shown[9] and shown[9].seeds == (0, 1001) and shown[3] and shown[3].seeds == (0,)
     [row] = [row for row in tables.fresh_scores(results.search).rows if row[1] == "3"]
-    assert isinstance(row[-2], Compared) and row[-2].figure == f"{beaten.mean.loss:.4f}"
+    assert isinstance(row[-2], ComparedCell) and row[-2].figure == f"{beaten.mean.loss:.4f}"
 
 
 def test_a_control_that_was_not_trained_again_is_no_rival() -> None:

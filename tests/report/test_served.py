@@ -46,8 +46,9 @@ def results() -> Results:
 
 
 def test_every_row_shows_what_was_measured_of_its_files(results: Results) -> None:
-    table = served(results)
-    assert table and "2 CPU threads" in table.caption
+    assert results.serve
+    table = served(results, results.serve)
+    assert "2 CPU threads" in table.caption
     by_form = {line[1]: line[2:] for line in table.rows}
     assert by_form["GGUF F16"] == (
         "100.0 MB",
@@ -65,11 +66,10 @@ def test_every_row_shows_what_was_measured_of_its_files(results: Results) -> Non
         "1 to bf16",
         "loaded by transformers",
     )
-    assert served(results_of(searched_row([1.0]))) is None
     setting = ServeSetting(threads=2, build="", prompt_tokens=0, new_tokens=0, num_rows=0)
     unmeasured = ServeRecord(digest="0", seconds=1.0, rows=ROWS[-1:], setting=setting)
-    table = served(results.model_copy(update={"serve": unmeasured}))
-    assert table and "not measured" in table.caption and not re.search("[0-9]", table.caption)
+    table = served(results, unmeasured)
+    assert "not measured" in table.caption and not re.search("[0-9]", table.caption)
     assert table.headings == ("row", "served as", "files", "mean bits", "recoded", "checked")
 
 
