@@ -50,9 +50,9 @@ CUT_FILE = "cut.json"  # name of the record in the folder of a cut, which is wri
 
 @dataclass(frozen=True)
 class Wanted:
-    """A cut to make.
+    """A cut to make: its settings, its digest and its folder.
 
-    It has its settings, its digest and its folder, which has the record alone if nothing is cut.
+    If nothing is cut, the folder has only the record.
     """
 
     settings: PruneConfig
@@ -106,9 +106,9 @@ class Prune(Stage[PruneRecord]):
     def detail(self) -> str:
         cuts = self._expected.cuts
         most = list(cuts.values())[-1].settings
-        return describe(
-            most, ", ".join(map(cut_title, cuts)) if len(cuts) > 1 else target_text(most)
-        )
+        if len(cuts) > 1:
+            return describe(most, ", ".join(map(cut_title, cuts)))
+        return describe(most, target_text(most))
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
@@ -203,16 +203,18 @@ def make_cuts(
 
     The importances in the folders `saved` are used again.
     """
-    made, left_out = dict[str, CutRecord](), dict[str, str]()
-    cutter, model = Cutter(config, base, data, saved, emit), None
-    for name, each in wanted.items():
-        record = read_cut(each.folder)
-        if record and record.digest == each.digest:  # made by a process that has died
+    made: dict[str, CutRecord] = {}
+    left_out: dict[str, str] = {}
+    cutter = Cutter(config, base, data, saved, emit)
+    model = None
+    for name, cut in wanted.items():
+        record = read_cut(cut.folder)
+        if record and record.digest == cut.digest:  # made by a process that has died
             made[name] = record
             continue
         model = model or cutter.load()
         try:
-            made[name] = cutter.make(name, model, each)
+            made[name] = cutter.make(name, model, cut)
         except (UserError, TrainingDiverged) as error:
             if name == UNPRUNED and isinstance(error, TrainingDiverged):
                 raise

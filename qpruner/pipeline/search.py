@@ -228,7 +228,8 @@ class Search(Stage[SearchRecord]):
         )
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        job, banks = self._job(), self.context.run_dir.root / "banks"
+        job = self._job()
+        banks = self.context.run_dir.root / "banks"
         parts = [banks / name for name in files_in(banks) if Path(name).name.startswith(".")]
         for_each(remove, parts)  # of entries that killed workers were writing
         _ = self.context.machines.cluster  # connects to Ray
@@ -252,13 +253,11 @@ class Search(Stage[SearchRecord]):
         write_json(
             scratch / "best.json", next(trial for trial in trials if trial.index == best.index)
         )
-        statuses, all_trials = (
-            [trial.status for trial in outcome.trials],
-            (*outcome.trials, *outcome.reused),
-        )
+        statuses = [trial.status for trial in outcome.trials]
+        all_trials = (*outcome.trials, *outcome.reused)
         scores = (
-            (each.cut, {rung.step: rung.cost(self._metric) for rung in each.rungs})
-            for each in all_trials
+            (trial.cut, {rung.step: rung.cost(self._metric) for rung in trial.rungs})
+            for trial in all_trials
         )
         return {
             "trials_digest": self.trials_digest,
@@ -370,12 +369,10 @@ class Search(Stage[SearchRecord]):
 def choose_finalists(trials: Sequence[TrialRecord], job: SearchJob) -> list[TrialRecord]:
     """Choose the best finished trials, all controls (plans that need no search)."""
     if not trials:
-        cause, remedy = (
-            "`search.max_hours` passed before any trial could start",
-            "find out why with `ray status`",
-        )
         raise StageError(
-            "search", cause, f"{remedy} or raise `search.max_hours`, then repeat the command"
+            "search",
+            "`search.max_hours` passed before any trial could start",
+            "find out why with `ray status` or raise `search.max_hours`, then repeat the command",
         )
     finished = sorted(
         (trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.index

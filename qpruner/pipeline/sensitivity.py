@@ -1,7 +1,4 @@
-"""The sensitivity stage: score the harm to the model if one group gets a smaller format.
-
-Several methods score it.
-"""
+"""The sensitivity stage: score, by several methods, the harm if a group gets a smaller format."""
 
 from __future__ import annotations
 
@@ -63,12 +60,11 @@ class Sensitivity(Stage[SensitivityRecord]):
         return ", ".join(self.config.measured_methods) or "nothing to measure"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, ending, methods = (
-            self.context,
-            f"-{self._scores_digest()}.json",
-            self.config.measured_methods,
-        )
-        folder, found = context.run_dir.root / FOLDER, dict[str, MethodScores]()
+        context = self.context
+        methods = self.config.measured_methods
+        ending = f"-{self._scores_digest()}.json"
+        folder = context.run_dir.root / FOLDER
+        found: dict[str, MethodScores] = {}
         for name in children(folder):
             if not name.endswith(ending):
                 remove(folder / name)
