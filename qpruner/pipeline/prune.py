@@ -359,10 +359,8 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWid
     """
     from qpruner.pruning.prune import block_sizes
 
-    family, after = (
-        family_of(base),
-        block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers)),
-    )
+    family = family_of(base)
+    after = block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers))
     position = {
         old: new
         for new, old in enumerate(sorted(set(range(len(before))) - set(pruned.dropped_blocks)))

@@ -148,10 +148,8 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
     """Write the base model as a GGUF file in float16."""
     from qpruner.export.gguf.writing import write_gguf
 
-    model, tokenizer = (
-        load_dense(str(base), config.model.dtype, config.model, on_progress),
-        load_tokenizer(str(base)),
-    )
+    model = load_dense(str(base), config.model.dtype, config.model, on_progress)
+    tokenizer = load_tokenizer(str(base))
     file = folder / f"base-{UNPACKED}.gguf"
     save_checkpoint(model.half(), tokenizer, folder / UNPACKED)
     del model

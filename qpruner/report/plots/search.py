@@ -12,13 +12,11 @@ from qpruner.search.choice import non_dominated
 from qpruner.search.progress import score_title
 from qpruner.search.roles import control_title
 
-SEARCHED, CONTROL, GIVEN, STOPPED, FAILED = (
-    "searched",
-    "control",
-    "given plan",
-    "stopped early",
-    "failed",
-)
+SEARCHED = "searched"
+CONTROL = "control"
+GIVEN = "given plan"
+STOPPED = "stopped early"
+FAILED = "failed"
 SHAPES = {
     SEARCHED: "circle",
     CONTROL: "diamond",
@@ -64,14 +62,12 @@ def score_by_bytes(run: Snapshot) -> Chart | None:
         "color": "var(--muted)",
         "strokeWidth": 1.5,
     }
-    sizes, strokes = (
-        f"datum.kind === '{CONTROL}' ? {each}" for each in ("130 : 60", "'var(--text)' : null")
-    )
+    is_control = f"datum.kind === '{CONTROL}'"
     point = {
         "type": "point",
         "filled": True,
-        "size": {"expr": sizes},
-        "stroke": {"expr": strokes},
+        "size": {"expr": f"{is_control} ? 130 : 60"},
+        "stroke": {"expr": f"{is_control} ? 'var(--text)' : null"},
         "strokeWidth": 1,
     }
     by_legend = {"name": "cuts", "select": {"type": "point", "fields": ["cut"]}, "bind": "legend"}
@@ -146,14 +142,12 @@ def _score_axis(metric: str, title: str, points: Values) -> Spec:
     """
     sign = -1 if metric == "accuracy" else 1
     costs = sorted(sign * point["score"] for point in points)
-    of_cuts = [
+    best_of_cuts = [
         min(sign * point["score"] for point in points if point["cut"] == cut)
-        for cut in {each["cut"] for each in points}
+        for cut in {point["cut"] for point in points}
     ]
-    best, reach = (
-        costs[0],
-        max(REACH * (statistics.median(costs) - costs[0]), max(of_cuts) - costs[0]),
-    )
+    best = costs[0]
+    reach = max(REACH * (statistics.median(costs) - best), max(best_of_cuts) - best)
     axis = quantity("score", title)
     if not 0 < reach < costs[-1] - best:  # all scores fit
         return axis
@@ -171,17 +165,17 @@ def _space_names(points: Values, ends: Sequence[float]) -> None:
 
     The winner's name is placed first.
     """
-    sizes, taken = [point["megabytes"] for point in points], list[tuple[float, float]]()
-    for point in sorted(
-        (each for each in points if each["name"]), key=lambda each: not each["best"]
-    ):
+    sizes = [point["megabytes"] for point in points]
+    taken: list[tuple[float, float]] = []
+    named = [point for point in points if point["name"]]
+    for point in sorted(named, key=lambda point: not point["best"]):
         along = (point["megabytes"] - min(sizes)) / (max(sizes) - min(sizes) or 1)
         down = HEIGHT * (max(ends) - point["score"]) / (max(ends) - min(ends) or 1)
         near = [other for where, other in taken if abs(along - where) < NAME_WIDTH]
         free = (
-            each
-            for each in (0, 13, -13, 26, -26)
-            if all(abs(down + each - other) >= 13 for other in near)
+            shift
+            for shift in (0, 13, -13, 26, -26)
+            if all(abs(down + shift - other) >= 13 for other in near)
         )
         point["below"] = next(free, 0)
         taken.append((along, down + point["below"]))
