@@ -54,11 +54,11 @@ def rivals(context: Context) -> dict[str, tuple[str, PrecisionPlan]]:
     searched = context.record(SearchRecord)
     controls = [each for each in searched.finalists if each.control and each.fits]
     returned = (
-        searched.best_origin,
-        PrecisionPlan.from_dict(searched.best_plan, searched.best_cut),
+        searched.winner.origin,
+        plan_of(searched.winner),
     )
     found = {"returned": returned}
-    if searched.control_won:
+    if searched.winner.control:
         found["control"] = returned
     elif searched.rival is not None:
         best = searched.finalist(searched.rival)
@@ -105,7 +105,7 @@ def measure(context: Context, out: Path, processes: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "trials": searched.num_trials,
         "stopped": searched.num_stopped,
-        "cut": searched.best_cut,
+        "cut": searched.winner.cut,
         "origins": {name: origin for name, (origin, _) in named.items()},
         "plans": {name: str(plan) for name, (_, plan) in named.items()},
         "bytes": {

@@ -167,7 +167,7 @@ def searched(config: RunConfig, name: str, pruned: bool = False) -> Start:
             - found.seconds
             + found.total_seconds
         )
-        plan, cut = found.best_plan, found.best_cut
+        plan, cut = found.winner.plan, found.winner.cut
         if pruned and cut == UNPRUNED:  # a control won, which the paper's flow does not have
             others = [each for each in found.finalists if each.cut != UNPRUNED and each.fits]
             best = min(others, key=lambda finalist: finalist.mean.loss)

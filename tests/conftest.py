@@ -337,6 +337,15 @@ def assert_has(record: object, **expected: object) -> None:
     assert {name: read(name) for name in expected} == expected
 
 
+def winner_in(record: Raw) -> Raw:
+    """Return the winning plan's fine-tune as a trial, from the JSON of a search's record."""
+    [winner] = [
+        finalist for finalist in record["finalists"] if finalist["index"] == record["best_index"]
+    ]
+    of_trial: Raw = winner["fine_tunes"][0]
+    return of_trial
+
+
 @pytest.fixture
 def tiny_raw(tiny_model: Path, tmp_path: Path) -> Raw:
     return raw_config(tiny_model, tmp_path / "run")

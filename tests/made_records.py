@@ -47,7 +47,7 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
         "num_reused": 0,
         "resumed": 0,
     }
-    fields |= {"best_index": 7, "best_origin": "gp", "best_plan": plan, "best_cut": "cut-20"}
+    fields |= {"best_index": 7}
     finalists = (
         made_finalist(2, "unpruned-knapsack", 2.125),
         made_finalist(7, "gp", 2.0625, plan=plan),
@@ -56,8 +56,7 @@ def made_search(plan: dict[str, str], **changes: Any) -> SearchRecord:
     fields |= {"ended": ended, "finalists": finalists} | changes
     winner = next(each for each in fields["finalists"] if each.index == fields["best_index"])
     rival = rival_of(fields["finalists"], winner, fields["metric"])
-    decided = {"rival": rival.index if rival else None, "control_won": winner.control}
-    return SearchRecord(**decided | fields)
+    return SearchRecord(**{"rival": rival.index if rival else None} | fields)
 
 
 def made_finalist(

@@ -46,8 +46,8 @@ def run(config: RunConfig, address: str | None, until: str, quiet: bool) -> Fact
         "seconds": results.seconds,
     }
     if results.search:
-        figures["best_plan"] = results.search.best_plan
-        figures["best_cut"] = results.search.best_cut
+        figures["best_plan"] = results.search.winner.plan
+        figures["best_cut"] = results.search.winner.cut
     if results.serve:
         figures["serve"] = results.serve.model_dump(mode="json", include={"rows", "setting"})
     if results.finetune and results.evaluate:

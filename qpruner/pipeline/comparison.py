@@ -10,7 +10,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import held_out, measure_in_turns, unquantized
-from qpruner.pipeline.finetune import final_job, first_seed, winner_origin, winning_plan
+from qpruner.pipeline.finetune import final_job, first_seed, winner_origin
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.stage import Stage
 from qpruner.pipeline.tuning import (
@@ -119,7 +119,7 @@ def final_jobs(context: Context) -> list[FineTuneJob]:
     """
     config = context.config
     search = context.record(SearchRecord)
-    winner = winning_plan(search)
+    winner = plan_of(search.winner)
     first = first_seed(config)
     seeds = range(first, first + config.finetune.seeds)
     rival = search.rival_as_trial

@@ -23,7 +23,7 @@ from qpruner.pipeline.tuning import (
     setting_aside_damaged_adapter,
     tune_all,
 )
-from qpruner.plans.plan import PrecisionPlan
+from qpruner.plans.plan import PrecisionPlan, plan_of
 from qpruner.runs import storage
 from qpruner.runs.events import Emit
 from qpruner.runs.records import CONFIRMATION, SEARCHED, FinetuneRecord, SearchRecord
@@ -53,7 +53,7 @@ class Finetune(Stage[FinetuneRecord]):
             self.context,
             SEARCHED,
             winner_origin(search),
-            winning_plan(search),
+            plan_of(search.winner),
             first_seed(self.config),
         )
 
@@ -117,14 +117,9 @@ class Finetune(Stage[FinetuneRecord]):
         return 2 * self.context.inspection.shapes.checkpoint_bytes
 
 
-def winning_plan(search: SearchRecord) -> PrecisionPlan:
-    """Return the plan that won the search."""
-    return PrecisionPlan.from_dict(search.best_plan, search.best_cut)
-
-
 def winner_origin(search: SearchRecord) -> str:
     """Say where the winning plan comes from."""
-    return f"{search.best_origin}, trial {search.best_index}"
+    return f"{search.winner.origin}, trial {search.best_index}"
 
 
 def first_seed(config: RunConfig) -> int:

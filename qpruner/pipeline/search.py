@@ -279,10 +279,6 @@ class Search(Stage[SearchRecord]):
             "finalists": finalists,
             "rungs": agreements(scores, self.config.search.steps),
             "best_index": best.index,
-            "best_origin": best.origin,
-            "best_plan": best.plan,
-            "best_cut": best.cut,
-            "control_won": best.control,
             "rival": rival.index if rival else None,
             "lost_controls": lost_controls(job, all_trials, outcome.ended),
             "resumed": resumed,
@@ -350,7 +346,7 @@ class Search(Stage[SearchRecord]):
         return (
             f"{record.num_finished} finished, {record.num_stopped} stopped early, "
             f"{record.num_failed} failed; winner: trial {record.best_index} "
-            f"[{PrecisionPlan.from_dict(record.best_plan, record.best_cut)}] ({record.best_origin})"
+            f"[{plan_of(record.winner)}] ({record.winner.origin})"
         )
 
     def unfinished(self) -> Iterable[Path]:

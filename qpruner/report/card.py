@@ -47,7 +47,7 @@ def model_card(run: Snapshot) -> str:
     )
     winner = winner_row(run.results)
     lead = (
-        f"{code(base)}, {cut_title(search.best_cut)}, quantized to {winner.mean_bits:.2f} mean "
+        f"{code(base)}, {cut_title(search.winner.cut)}, quantized to {winner.mean_bits:.2f} mean "
         f"bits by a plan from {winner.origin} (`{winner.title}` below), fine-tuned by qpruner "
         f"{run.state.environment['qpruner']} with training seed {winner.seeds[0]}: "
         f"{winner.measured_bytes / 1e6:.1f} MB. The table below has every seed."

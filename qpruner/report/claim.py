@@ -124,8 +124,8 @@ def headline(results: Results) -> str:
     winner = by_row(results)[SEARCHED][0]
     ratio = results.prune.cuts[UNPRUNED].bytes_before / winner.measured_bytes
     smaller = f"{ratio:.1f} times smaller than the base"
-    if search.control_won:
-        smaller += f". A plan that needs no search won: {control_title(search.best_origin)}"
+    if search.winner.control:
+        smaller += f". A plan that needs no search won: {control_title(search.winner.origin)}"
     return f"{smaller}; {_beside_rival(results, search)}{_lost(search)}"
 
 

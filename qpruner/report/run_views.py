@@ -107,7 +107,7 @@ def _search_status(run: Snapshot) -> dict[str, Any] | None:
         "best": trial_row(run, best) if best else None,
         "best_control": trial_row(run, control) if control else None,
         "winner": record.best_index if record else None,
-        "control_won": record.control_won if record else None,
+        "control_won": record.winner.control if record else None,
         "finalists": list(map(finalist_row, finalists(record))) if record else [],
     }
 
@@ -205,8 +205,8 @@ def summary(run: Snapshot) -> dict[str, Any]:
     mean_losses = [fmean(losses) for losses in zip(*fresh.losses.values(), strict=True)]
     facts |= {
         "winner": record.best_index,
-        "from": record.best_origin,
-        "cut": record.best_cut,
+        "from": record.winner.origin,
+        "cut": record.winner.cut,
         "bytes": chosen.plan_bytes,
         "mean_bits": chosen.mean_bits,
         "formats": formats_text(chosen.plan),

@@ -126,7 +126,7 @@ def _search(run: Snapshot) -> Iterator[Part]:
 
 def search_text(search: SearchRecord) -> str:
     """Describe how the search ran."""
-    by = "a given plan" if search.best_origin == GIVEN else search.searcher
+    by = "a given plan" if search.winner.origin == GIVEN else search.searcher
     what = "loss" if search.metric == "loss" else accuracy_in_full(search.metrics)
     gpus = f", {duration(search.total_gpu_seconds)} on GPUs" if search.total_gpu_seconds else ""
     text = (

@@ -111,7 +111,7 @@ class Snapshot:
         Notebooks draw it as a bar.
         """
         if record := self.results.search:
-            return PrecisionPlan.from_dict(record.best_plan, record.best_cut)
+            return plan_of(record.winner)
         return plan_of(self.best_trial) if self.best_trial else None
 
     @property
@@ -141,7 +141,7 @@ class Snapshot:
         """The title of the best trial in reports: `winner`, `given plan` or `best so far`."""
         if self.results.search is None:
             return "best so far"
-        return "given plan" if self.results.search.best_origin == GIVEN else "winner"
+        return "given plan" if self.results.search.winner.origin == GIVEN else "winner"
 
     @property
     def own_trials(self) -> list[TrialRecord]:

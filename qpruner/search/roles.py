@@ -102,10 +102,10 @@ def title_of(name: str, search: SearchRecord | None) -> str:
     """
     if name != SEARCHED or search is None:
         return control_title(name)
-    if search.best_origin == GIVEN:
-        winner = search.winner
-        return f"given plan ({winner.origin})" if winner.control else "given plan"
-    return f"winner ({control_title(search.best_origin)})" if search.control_won else name
+    winner = search.winner
+    if winner.origin == GIVEN:
+        return "given plan"
+    return f"winner ({control_title(winner.origin)})" if winner.control else name
 
 
 def finalist_title(finalist: Finalist, search: SearchRecord) -> str:

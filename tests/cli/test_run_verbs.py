@@ -84,11 +84,7 @@ def test_status_names_the_winner(over: Path) -> None:
     assert "2.9500, trial 2 (gp); `qpruner plan`" in lines()[-1]
     record = RunDir(over).read_record("search", SearchRecord)
     assert record
-    control = {
-        "finalists": (made_finalist(1, "unpruned-knapsack", 2.9),),
-        "control_won": True,
-    }
-    changes = {"best_index": 1, "best_origin": "unpruned-knapsack", **control}
+    changes = {"best_index": 1, "finalists": (made_finalist(1, "unpruned-knapsack", 2.9),)}
     RunDir(over).write_record("search", record.model_copy(update=changes))
     assert "trial 1 (unpruned-knapsack), a control" in lines()[-1]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Raw, assert_has, away, flip_a_byte, full
+from conftest import Raw, assert_has, away, flip_a_byte, full, winner_in
 from raylets import Raylets, raylet_of, raylets
 from real_driver import (
     Driver,
@@ -75,7 +75,7 @@ def finished(process: Driver, undisturbed: Path | None = None) -> Raw:
     record = search_record(process.run)
     if undisturbed:
         assert rungs_of(process.run) == rungs_of(undisturbed)
-        assert record["best_plan"] == search_record(undisturbed)["best_plan"]
+        assert winner_in(record)["plan"] == winner_in(search_record(undisturbed))["plan"]
     return record
 
 
@@ -306,7 +306,8 @@ def test_the_searcher_avoids_plans_that_diverge(config: Path, tiny_model: Path) 
     assert len(proposed) >= 8
     # The controls had shown that it diverges.
     assert len(ruined & proposed) <= 2
-    assert record["best_cut"] != "cut-20" or record["best_plan"][group] == "int8"
+    winner = winner_in(record)
+    assert winner["cut"] != "cut-20" or winner["plan"][group] == "int8"
 
 
 # ---- memory

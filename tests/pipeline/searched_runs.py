@@ -25,15 +25,17 @@ from qpruner.runs.run_dir import RunDir
 from qpruner.training.jobs import FineTuneJob
 
 
-def searched_record(plan: PrecisionPlan, losses: dict[str, float] | None = None) -> SearchRecord:
+def searched_record(
+    plan: PrecisionPlan, losses: dict[str, float] | None = None, origin: str = "gp"
+) -> SearchRecord:
     """Make the record of a search that `plan` won with a loss of 1.9; `losses` are those of its
     controls."""
     found = [
         made_finalist(index, origin, loss)
         for index, (origin, loss) in enumerate((losses or {"cut-20-knapsack": 2.0}).items())
     ]
-    found.append(made_finalist(7, "gp", 1.9, cut=plan.cut, plan=plan.as_dict()))
-    return made_search(plan.as_dict(), digest="0" * 16, best_cut=plan.cut, finalists=tuple(found))
+    found.append(made_finalist(7, origin, 1.9, cut=plan.cut, plan=plan.as_dict()))
+    return made_search(plan.as_dict(), digest="0" * 16, finalists=tuple(found))
 
 
 def with_winner(

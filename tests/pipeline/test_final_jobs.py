@@ -141,8 +141,7 @@ def test_if_a_control_won_the_best_searched_plan_is_its_rival(
         made_finalist(3, "gp", 2.0, cut=plan.cut, plan=plan.as_dict()),
         made_finalist(7, "cut-20-knapsack", 1.9, cut=won.cut, plan=won.as_dict()),
     )
-    about = {"best_origin": "cut-20-knapsack", "best_cut": won.cut, "finalists": fresh}
-    searched = made_search(won.as_dict(), digest="0" * 16, **about)
+    searched = made_search(won.as_dict(), digest="0" * 16, finalists=fresh)
     rows = by_row(context, searched)
     assert plans_of(rows["best searched"]) == [(1, plan), (2, plan)]
     assert {job.record.origin for job in rows["best searched"]} == {"gp, trial 3"}
@@ -213,19 +212,17 @@ def test_equal_models_with_equal_fine_tunes_are_one_job(context: Context) -> Non
 
 
 @pytest.mark.parametrize(
-    ("found", "title"),
+    ("origin", "title"),
     [
-        ({}, "searched"),
-        ({"best_origin": "cut-20-knapsack", "control_won": True}, "winner (20 % pruned, knapsack)"),
-        ({"best_origin": GIVEN}, "given plan"),
+        ("gp", "searched"),
+        ("cut-20-knapsack", "winner (20 % pruned, knapsack)"),
+        (GIVEN, "given plan"),
     ],
 )
-def test_a_row_is_named_as_in_the_final_table(
-    found: dict[str, Any], title: str, context: Context
-) -> None:
+def test_a_row_is_named_as_in_the_final_table(origin: str, title: str, context: Context) -> None:
     """Every message about a row uses its title in the table."""
     winner = a_winner(context)
-    found_context = with_records(context, search=searched_record(winner).model_copy(update=found))
+    found_context = with_records(context, search=searched_record(winner, origin=origin))
     labels = [job.label for job in Comparison(found_context).jobs if job.record.name == "searched"]
     assert labels == [f"{title}, training seed {seed}" for seed in (1, 2, 3)]
     tuned = finetune_record(Finetune(found_context).job)

@@ -135,10 +135,11 @@ def answers(num_questions: int, num_correct: int) -> list[float]:
 def results_of(
     tuned: Sequence[FineTune],
     untuned: Sequence[tuple[str, tuple[TaskScore, ...]]] = (),
+    origin: str = "gp",
     **changes: Any,
 ) -> Results:
-    """Return a finished run with the rows `tuned`, the searched one last; `changes` update the
-    search's record.
+    """Return a finished run with the rows `tuned`, the searched one last, whose plan has this
+    `origin`; `changes` update the search's record.
 
     The winner's rival is the row `RIVAL`, if there is one.
     """
@@ -152,7 +153,7 @@ def results_of(
     told = {"ended": "all 16 trials were spent (`search.max_trials`)", "resumed": 3, "sessions": 2}
     plans: dict[str, Any] = {row.name: {"plan": row.plan, "cut": row.cut} for row in tuned}
     control = made_finalist(2, RIVAL, 2.125, reused=True, **plans.get(RIVAL, {}))
-    best = made_finalist(11, "gp", 2.0625, losses={0: (2.03125, 2.09375)}, **plans[SEARCHED])
+    best = made_finalist(11, origin, 2.0625, losses={0: (2.03125, 2.09375)}, **plans[SEARCHED])
     search = STAGE | trials | told | {"finalists": (control, best), "best_index": 11} | changes
     winner = next(row for row in tuned if row.name == SEARCHED)
     before = [candidate(name, winner.plan, seed=None, tasks=scores) for name, scores in untuned]
@@ -364,8 +365,7 @@ class MadeRun:
     def win(self, best: TrialRecord, **changes: Any) -> None:
         """Make a trial the winner, and the only one scored on fresh rows."""
         fresh = (finalist_of(best, 3.0),)
-        chosen = {"best_index": best.index, "best_plan": best.plan, "best_origin": best.origin}
-        self.change("search", **chosen, finalists=fresh, rival=None, **changes)
+        self.change("search", best_index=best.index, finalists=fresh, rival=None, **changes)
 
     def _make_trials(self, count: int) -> list[TrialRecord]:
         ends, trials = [STARTED] * 8, []
@@ -470,7 +470,7 @@ class MadeRun:
             "ended": f"all {len(statuses)} trials were spent (`search.max_trials`)",
         }
         search |= {"trials_digest": TRIALS, "budget_bytes": BUDGET, "search_seconds": 1800.0}
-        search |= {"best_index": best.index, "best_origin": best.origin}
+        search |= {"best_index": best.index}
         search |= {"finalists": tuple(found)}
         untuned = [(name, self._scores(name)) for name in UNTUNED]
         made = with_figures(results_of(self._scored(best.plan), untuned, **search, **self._stage))

@@ -56,10 +56,10 @@ def test_the_card_says_where_the_plan_came_from() -> None:
     for found, title in (
         ({}, "searched"),
         (
-            {"best_origin": "unpruned-knapsack", "control_won": True},
+            {"origin": "unpruned-knapsack"},
             "winner (not pruned, knapsack)",
         ),
-        ({"best_origin": GIVEN}, "given plan"),
+        ({"origin": GIVEN}, "given plan"),
     ):
         card = model_card(snapshot(results_of(searched_row([1.0]), **found)))
         words = f"by a plan from gp, trial 11 (`{title}` below), fine-tuned by qpruner"

@@ -61,7 +61,7 @@ def test_a_control_that_won_is_named() -> None:
         made_finalist(4, "gp", 2.0, plan=SEED_PLAN),
         made_finalist(11, RIVAL, 1.9, plan=PLAN),
     )
-    results = results_of(scored, best_origin=RIVAL, finalists=fresh)
+    results = results_of(scored, finalists=fresh)
     said = (
         "3.0 times smaller than the base. A plan that needs no search won: not pruned, knapsack; "
     )
@@ -75,11 +75,9 @@ def test_a_control_that_won_is_named() -> None:
 
 
 def test_a_plan_that_was_given_is_not_called_searched() -> None:
-    results = results_of([*row_of(RIVAL, [2.0]), *searched_row([1.0])], best_origin=GIVEN)
+    results = results_of([*row_of(RIVAL, [2.0]), *searched_row([1.0])], origin=GIVEN)
     assert rows(results)[-1].title == "given plan"
-    alone = search_text(
-        made_search(PLAN, best_origin=GIVEN, finalists=(made_finalist(7, GIVEN, 2.0),))
-    )
+    alone = search_text(made_search(PLAN, finalists=(made_finalist(7, GIVEN, 2.0),)))
     assert alone.startswith("a given plan on loss, "), "no searcher chose it"
 
 

@@ -201,7 +201,7 @@ def test_a_control_that_won_is_compared_with_the_best_searched_plan() -> None:
         UNIFORM,
         finalist(11, RIVAL, WINNER, **UNPRUNED),
     )
-    won = {"finalists": fresh, "best_origin": RIVAL}
+    won = {"finalists": fresh}
     alone = searched_row([1.0], plan=NF4)
     width = half_width(0.5 * GAIN, 3)
     lead = (
@@ -224,9 +224,6 @@ def test_a_control_that_won_without_a_search_is_compared_with_the_next() -> None
     """Its row is then the winner's, and says what it is."""
     won = {
         "best_index": 3,
-        "best_origin": "unpruned-knapsack",
-        "best_cut": "base",
-        "best_plan": NF4,
     }
     fresh = (UNIFORM, KNAPSACK)
     results = results_of(searched_row([1.0]), finalists=fresh, steps=8, **won)

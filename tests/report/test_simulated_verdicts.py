@@ -111,8 +111,7 @@ def simulated(
             _tuned(rival.origin if rival.control else BEST_SEARCHED, rival, judging, judging_seeds)
             + scored
         )
-    chosen = {"best_index": winner.index, "best_origin": winner.origin}
-    return results_of(scored, finalists=tuple(found), **chosen)
+    return results_of(scored, finalists=tuple(found), best_index=winner.index)
 
 
 def _finalist(at: int, losses: dict[int, Any]) -> Finalist:

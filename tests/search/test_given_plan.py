@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Raw, assert_has, command
+from conftest import Raw, assert_has, command, winner_in
 from real_driver import config_file, search_record
 from whole_runs import said
 
@@ -60,7 +60,8 @@ def test_a_given_plan_wins_and_joins_the_next_search(searched: Path) -> None:
     told = said(searched, "--plan", str(file), *compared, "--json")
     assert json.loads(told.splitlines()[-1])["best_plan"] == changed
     record = search_record(run)
-    assert_has(record, num_trials=1, best_origin="given", ended=ENDED)
+    assert_has(record, num_trials=1, ended=ENDED)
+    assert winner_in(record)["origin"] == "given"
     listed = json.loads(said(run, "--json", verb="trials"))["trials"]
     assert [(row["from"], row["search"]) for row in listed] == [
         *((origin, "another") for origin in CONTROLS), ("given", "this"),
@@ -83,7 +84,8 @@ def test_a_plan_that_a_search_has_tried_is_not_tried_again(searched: Path) -> No
     file.write_text(said(run, "--trial", str(SEED), "--json", verb="plan"))
     said(searched, "--plan", str(file), verb="search")
     record = search_record(run)
-    assert_has(record, num_trials=0, best_index=SEED, best_origin="given")
+    assert_has(record, num_trials=0, best_index=SEED)
+    assert winner_in(record)["origin"] == "given"
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -143,13 +145,9 @@ def test_one_format_runs_whole_without_a_search(uniform: Path) -> None:
     run = uniform.parent / "run"
     said(uniform)
     record = search_record(run)
-    assert_has(
-        record,
-        best_plan={"embeddings": "bf16", "layers.0": "nf4", "layers.1": "nf4"},
-        num_trials=1,
-        best_origin="given",
-        ended=ENDED,
-    )
+    assert_has(record, num_trials=1, ended=ENDED)
+    plan = {"embeddings": "bf16", "layers.0": "nf4", "layers.1": "nf4"}
+    assert_has(winner_in(record), plan=plan, origin="given")
     assert json.loads((run / "records" / "sensitivity.json").read_text())["methods"] == {}
     rows = [row["name"] for row in comparison_rows(run)]
     # There is no other plan to draw.
@@ -174,7 +172,8 @@ def test_the_seed_plan_of_a_sensitivity_is_taken(uniform: Path, tmp_path: Path) 
     run = tmp_path / "run"
     said(uniform, "--set", f"output={run}", *BY_INFORMATION, verb="search")
     record = search_record(run)
-    assert_has(record, num_trials=1, best_origin="given", ended=ENDED)
+    assert_has(record, num_trials=1, ended=ENDED)
+    assert winner_in(record)["origin"] == "given"
     assert origins_of(record) == ["given"]
     # The budget is half way between all groups at 4 bits and all at 8.
-    assert sorted(record["best_plan"].values()) == ["bf16", "int8", "nf4"]
+    assert sorted(winner_in(record)["plan"].values()) == ["bf16", "int8", "nf4"]

@@ -310,11 +310,7 @@ class SearchRecord(Record):
     ones included."""
     finalists: tuple[Finalist, ...]
     best_index: int
-    best_origin: str
-    best_cut: str = "base"
-    best_plan: dict[str, str]
-    control_won: bool
-    """Whether the winner is a control, because no plan of the searcher beat it on fresh rows."""
+    """Number of the winner's trial, which is among the finalists."""
     lost_controls: dict[str, str] = {}
     """Origin of each control in the budget that has no finished trial -> the reason."""
     rival: int | None
