@@ -110,36 +110,32 @@ class Bank(Stage[BankRecord]):
             for key, entry in entries.items()
         }
         sizes = files_in(bank.folder)
-        by_level = {
-            level: {group: each for (group, name), each in entries.items() if name == level}
-            for level in self._levels
-        }
+        ratios: dict[str, dict[str, float]] = {level: {} for level in self._levels}
+        errors: dict[str, dict[str, float]] = {level: {} for level in self._levels}
+        for (group, level), entry in entries.items():
+            ratios[level][group] = entry.residual_ratio
+            errors[level][group] = entry.error
         return {
             "cut": context.shapes.reference.cut,
             "left_out": self._unfit,
             "files": files,
             "bytes": sum(sizes[name] for name in files),
-            "residual_ratio": {
-                level: {name: each.residual_ratio for name, each in of.items()}
-                for level, of in by_level.items()
-            },
-            "error": {
-                level: {name: each.error for name, each in of.items()}
-                for level, of in by_level.items()
-            },
+            "residual_ratio": ratios,
+            "error": errors,
         }
 
     def _fill(self) -> Made:
         """Make the wanted entries that the bank lacks, and return all wanted."""
         bank = self._bank
         wanted = [(group, level) for group, levels in self._wanted.items() for level in levels]
-        found = for_each(lambda key: bank.entry(*key), wanted)
-        entries: Made = {key: entry for key, entry in zip(wanted, found, strict=True) if entry}
-        missing = {
-            group: tuple(each for each in of if (group, each) not in entries)
-            for group, of in self._wanted.items()
-        }
-        missing = {group: levels for group, levels in missing.items() if levels}
+        entries: Made = {}
+        missing: dict[str, tuple[str, ...]] = {}
+        earlier = for_each(lambda key: bank.entry(*key), wanted)
+        for (group, level), entry in zip(wanted, earlier, strict=True):
+            if entry:
+                entries[group, level] = entry
+            else:
+                missing[group] = (*missing.get(group, ()), level)
         if missing:
             self.notify(f"{len(wanted) - len(entries)} entries to make")
             entries |= self._make(missing)
@@ -261,12 +257,16 @@ def fill(job: FillJob, emit: Emit) -> Made:
 
     made: Made = {}
     for group, levels in job.missing.items():
-        found = {level: job.bank.entry(group, level) for level in levels}
-        left = [level for level, entry in found.items() if entry is None]
-        made |= {(group, level): entry for level, entry in found.items() if entry}
+        left = []
+        for level in levels:
+            entry = job.bank.entry(group, level)
+            if entry:
+                made[group, level] = entry
+            else:
+                left.append(level)
         if left:
-            entries = [entry for entry, _ in make_entries(job.bank, group, left)]
-            made |= {(group, level): entry for level, entry in zip(left, entries, strict=True)}
+            for level, (entry, _) in zip(left, make_entries(job.bank, group, left), strict=True):
+                made[group, level] = entry
         emit(GroupPacked(group))
     return made
 

@@ -3,6 +3,7 @@
 They must exist, must not overlap between uses, and must be such as can be encoded.
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,35 +53,33 @@ def check_rows(config: RunConfig) -> Rows:
     """
     check_cache()
     examples: dict[str, list[Example]]
-    tasks: dict[str, dict[str, TaskQuestions]]
     examples, tasks = together(lambda: _load_splits(config), lambda: _tasks(config))
+    scoring, testing = tasks
+    by_task: dict[str, dict[str, list[str]]] = {"search": {}, "fresh": {}, "evaluate": {}}
     limit = config.search.limit
-    asked = {
-        "search": {name: task.texts[:limit] for name, task in tasks["search"].items()},
-        "fresh": {
-            name: task.texts[limit:]
-            for name, task in tasks["search"].items()
-            if config.search.by_accuracy
-        },
-        "evaluate": {name: task.texts for name, task in tasks["evaluate"].items()},
-    }
-    questions = {
-        use: [normalized(text) for texts in asked[use].values() for text in texts] for use in asked
-    }
+    for name, task in scoring.items():
+        by_task["search"][name] = task.texts[:limit]
+        if config.search.by_accuracy:
+            by_task["fresh"][name] = task.texts[limit:]
+    for name, task in testing.items():
+        by_task["evaluate"][name] = task.texts
+
+    questions = {}
+    num_questions = {}
+    for use, texts in by_task.items():
+        questions[use] = list(map(normalized, itertools.chain(*texts.values())))
+        title = "test" if use == "evaluate" else use
+        num_questions[title] = {name: len(of_task) for name, of_task in texts.items()}
     _check_overlap(config, examples, questions)
-    uses = {"search": "search", "fresh": "fresh", "evaluate": "test"}
-    numbers = {
-        name: {task: len(texts) for task, texts in asked[use].items()} for use, name in uses.items()
-    }
-    metrics = {
-        use: {name: task.metric for name, task in of_use.items()} for use, of_use in tasks.items()
-    }
     return Rows(
-        examples,
-        questions,
-        numbers,
-        metrics,
-        (*_doubtful_rows(examples), *_few_tokens(config, examples)),
+        examples=examples,
+        questions=questions,
+        num_questions=num_questions,
+        metrics={
+            "search": {name: task.metric for name, task in scoring.items()},
+            "evaluate": {name: task.metric for name, task in testing.items()},
+        },
+        warnings=(*_doubtful_rows(examples), *_few_tokens(config, examples)),
     )
 
 
@@ -103,12 +102,15 @@ def check_cache() -> None:
 
 def _load_splits(config: RunConfig) -> dict[str, list[Example]]:
     """Load the rows; return them by split."""
-    sources = {name: (getattr(config.data, name), f"data.{name}") for name in SPLITS}
-    sources["calibration"] = (config.calibration.data, "calibration.data")
-    sources["text"] = (config.evaluate.text, "evaluate.text")
-    given = {name: each for name, each in sources.items() if each[0]}
-    loaded = together(*(partial(load_examples, *each) for each in given.values()))
-    examples: dict[str, list[Example]] = dict(zip(given, loaded, strict=True))
+    loads = {}
+    for name in SPLITS:
+        loads[name] = partial(load_examples, getattr(config.data, name), f"data.{name}")
+    if config.calibration.data:
+        loads["calibration"] = partial(load_examples, config.calibration.data, "calibration.data")
+    if config.evaluate.text:
+        loads["text"] = partial(load_examples, config.evaluate.text, "evaluate.text")
+    loaded = together(*loads.values())
+    examples: dict[str, list[Example]] = dict(zip(loads, loaded, strict=True))
     examples.setdefault("calibration", examples["train"])
     # Without repeated rows, because half of the rows choose the winner and half judge it.
     different: dict[str | int, Example] = {}
@@ -127,7 +129,8 @@ def _doubtful_rows(examples: dict[str, list[Example]]) -> Iterator[str]:
     """Warn about rows without a response."""
     for split in SPLITS:
         rows = examples[split]
-        if empty := [row for row in rows if row.format != "text" and not row.response.strip()]:
+        empty = [row for row in rows if row.format != "text" and not row.response.strip()]
+        if empty:
             yield (
                 f"{counted(len(empty), 'row')} of `data.{split}` of {len(rows)} have no response, "
                 f"such as {empty[0].prompt[:90]!r}: they train the model to say nothing; add "
@@ -213,7 +216,8 @@ def _check_overlap(
 
 def include_path(config: RunConfig) -> str | None:
     """Return the absolute path of the folder of additional lm-eval tasks."""
-    if (source := config.evaluate.include_path) is None:
+    source = config.evaluate.include_path
+    if source is None:
         return None
     path = resolve_source(source, "evaluate.include_path")
     if not Path(path).is_dir():
@@ -225,26 +229,32 @@ def include_path(config: RunConfig) -> str | None:
     return absolute_source(path)
 
 
-def _tasks(config: RunConfig) -> dict[str, dict[str, TaskQuestions]]:
-    """Load the questions of `search.tasks` and `evaluate.tasks`, by section and task."""
-    search, evaluate, folder = config.search, config.evaluate, include_path(config)
-    loads = {}
-    if search.tasks:
-        wanted = (search.num_questions, search.named_metric)
-        loads["search"] = partial(task_questions, search.tasks, folder, "search.tasks", *wanted)
-    loads["evaluate"] = partial(
-        task_questions, evaluate.tasks, folder, "evaluate.tasks", evaluate.limit
-    )
-    found: dict[str, dict[str, TaskQuestions]] = {"search": {}}
-    found |= zip(loads, together(*loads.values()), strict=True)
-    for name, task in found["search"].items() if search.by_accuracy else ():
-        if search.limit is not None and len(task.texts) < 2 * search.limit:
-            raise UserError(
-                "`search.limit` must be at most half of the questions of a task, because equally "
-                f"many others choose the winner; {name} has {len(task.texts)}, got {search.limit}; "
-                f"lower it to {len(task.texts) // 2}"
-            )
-    return found
+def _tasks(config: RunConfig) -> list[dict[str, TaskQuestions]]:
+    """Load the questions of `search.tasks` and of `evaluate.tasks`, by task."""
+    search = config.search
+    evaluate = config.evaluate
+    folder = include_path(config)
+
+    def scoring() -> dict[str, TaskQuestions]:
+        if not search.tasks:
+            return {}
+        return task_questions(
+            search.tasks, folder, "search.tasks", search.num_questions, search.named_metric
+        )
+
+    def testing() -> dict[str, TaskQuestions]:
+        return task_questions(evaluate.tasks, folder, "evaluate.tasks", evaluate.limit)
+
+    tasks = together(scoring, testing)
+    if search.by_accuracy and search.limit is not None:
+        for name, task in tasks[0].items():
+            if len(task.texts) < 2 * search.limit:
+                raise UserError(
+                    "`search.limit` must be at most half of the questions of a task, because "
+                    f"equally many others choose the winner; {name} has {len(task.texts)}, got "
+                    f"{search.limit}; lower it to {len(task.texts) // 2}"
+                )
+    return tasks
 
 
 def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> None:
@@ -252,7 +262,7 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
 
     The tokenizer of a .gguf file takes 15 s to convert, so only `prepare` checks it.
     """
-    source, settings = check_source(config.model), config.data
+    source = check_source(config.model)
     if source.endswith(".gguf"):
         return
     try:
@@ -263,14 +273,19 @@ def check_encoding(config: RunConfig, examples: dict[str, list[Example]]) -> Non
             f"`model.source`: no tokenizer can be loaded from {source}: {reason}; "
             "name a model with a tokenizer"
         ) from error
+    check = partial(
+        encode,
+        tokenizer=tokenizer,
+        max_length=config.data.max_length,
+        template=config.data.template,
+        response_only=config.data.response_only,
+    )
     for rows in examples.values():
         # Encode a few rows of each format, or all rows if none of these fits.
         sample = [*rows[:64], *{row.format: row for row in rows}.values()]
         try:
-            encode(
-                sample, tokenizer, settings.max_length, settings.template, settings.response_only
-            )
+            check(sample)
         except UserError:
-            encode(rows, tokenizer, settings.max_length, settings.template, settings.response_only)
+            check(rows)
     importance_samples(config, examples["calibration"], tokenizer)
     sensitivity_samples(config, examples["train"], tokenizer)

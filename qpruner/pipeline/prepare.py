@@ -16,6 +16,7 @@ from qpruner.data.encoding import (
 from qpruner.models.checkpoint import Base, prepare_base
 from qpruner.models.loading import OnWork, load_tokenizer, resolve_source
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.preflight_rows import SPLITS
 from qpruner.pipeline.stage import Stage
 from qpruner.runs.events import Emit, Progress
 from qpruner.runs.records import PrepareRecord
@@ -44,7 +45,8 @@ class Prepare(Stage[PrepareRecord]):
         return f"base model {self.config.model.source}, encoding the data"
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        context, folder = self.context, scratch / "model"
+        context = self.context
+        folder = scratch / "model"
         # Other machines see the storage of the run, but not the hub cache of this machine.
         is_shared = bool(context.address) or not context.run_dir.storage.fills_this_disk
         provide = partial(_provide_base, context.worker_config.model, folder, is_shared)
@@ -86,18 +88,19 @@ def loading_progress(emit: Emit, stage: str) -> OnWork:
 
 def _encode_splits(context: Context, model_path: str, folder: Path) -> dict[str, int]:
     """Encode every split and the calibration samples; return the number of rows by split."""
-    config, settings = context.config, context.config.data
-    tokenizer, examples = load_tokenizer(model_path), context.inspection.rows.examples
-    splits = {
-        name: encode(
+    config = context.config
+    settings = config.data
+    tokenizer = load_tokenizer(model_path)
+    examples = context.inspection.rows.examples
+    splits = {}
+    for name in SPLITS:
+        splits[name] = encode(
             examples[name],
             tokenizer,
             settings.max_length,
             settings.template,
             settings.response_only,
         )
-        for name in ("train", "validation", "confirmation")
-    }
     if settings.packing:
         splits["train"] = pack(splits["train"], settings.max_length)
     splits["importance"] = importance_samples(config, examples["calibration"], tokenizer)

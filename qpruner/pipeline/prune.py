@@ -233,20 +233,20 @@ class Cutter:
         from qpruner.data.calibration import Samples
         from qpruner.pruning.prune import FirstScores, load_importance
 
-        self._config, self._source, self._emit = config, str(fetch(base)), emit
-        self._tokenizer, self._on_work = (
-            load_tokenizer(self._source),
-            loading_progress(emit, "prune"),
-        )
+        self._config = config
+        self._source = str(fetch(base))
+        self._emit = emit
+        self._on_work = loading_progress(emit, "prune")
+        self._tokenizer = load_tokenizer(self._source)
         self._pad_id = int(self._tokenizer.pad_token_id)
         # Lists, because a stored exception would keep a mapped file open.
-        samples, self._rows = (
-            list(load_encoded(data / name)) for name in ("importance", "sensitivity")
-        )
+        samples = list(load_encoded(data / "importance"))
         self._samples = Samples(samples, self._pad_id, config.calibration.batch_size)
+        self._rows = list(load_encoded(data / "sensitivity"))
         self._first = FirstScores()
         for folder in saved:
-            if record := read_cut(folder):
+            record = read_cut(folder)
+            if record:
                 self._first.add(load_importance(fetch(folder)), record.dropped_blocks)
 
     def load(self) -> PreTrainedModel:
@@ -277,11 +277,8 @@ class Cutter:
         if name != UNPRUNED:
             listed = Storage(wanted.folder).read_list()
             assert listed, "writing_folder wrote the list"
-            weights = {
-                file: sha256
-                for file, sha256 in listed.sha256.items()
-                if file.endswith(".safetensors")
-            }
+            digests = listed.sha256.items()
+            weights = {file: sha256 for file, sha256 in digests if file.endswith(".safetensors")}
             record = record.model_copy(update={"weights": digest_of(weights)})
             after = f"{pruned.parameters_after / 1e6:.1f}M parameters, loss {record.loss:.4f}"
             self._emit(Message("prune", f"{cut_title(name)}: {after}"))
@@ -293,7 +290,9 @@ class Cutter:
         from qpruner.data.losses import mean_loss
         from qpruner.pruning.prune import block_sizes, prune
 
-        config, settings, started = self._config, wanted.settings, time.monotonic()
+        config = self._config
+        settings = wanted.settings
+        started = time.monotonic()
         base_config = copy.deepcopy(model.config)
         block_parameters = block_sizes(model, range(base_config.num_hidden_layers))
         memory = PeakMemory()
@@ -301,6 +300,7 @@ class Cutter:
         peak_bytes = memory.bytes()
         loss = mean_loss(pruned.model, self._rows, self._pad_id, config.calibration.batch_size).mean
         element_bytes = DTYPE_BYTES[config.model.dtype]
+        num_removed = pruned.parameters_before - pruned.parameters_after
         return pruned, CutRecord(
             digest=wanted.digest,
             seconds=time.monotonic() - started,
@@ -308,8 +308,7 @@ class Cutter:
             selection=settings.selection,
             compensation=settings.compensates_by,
             target=target_text(settings),
-            achieved_rate=(pruned.parameters_before - pruned.parameters_after)
-            / pruned.parameters_before,
+            achieved_rate=num_removed / pruned.parameters_before,
             parameters_before=pruned.parameters_before,
             parameters_after=pruned.parameters_after,
             bytes_before=pruned.parameters_before * element_bytes,
@@ -360,20 +359,17 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWid
     from qpruner.pruning.prune import block_sizes
 
     family = family_of(base)
-    after = block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers))
-    position = {
-        old: new
-        for new, old in enumerate(sorted(set(range(len(before))) - set(pruned.dropped_blocks)))
-    }
+    after = iter(block_sizes(pruned.model, range(pruned.model.config.num_hidden_layers)))
     layers = []
     for index, parameters in enumerate(before):
         layer_config = base.per_layer_config[index]
         kinds = {kind.name: kind for kind in family.unit_kinds(layer_config)}
-        is_dropped = index in pruned.dropped_blocks
-        kept = {
-            name: () if is_dropped else tuple(range(kind.num_units)) for name, kind in kinds.items()
-        }
-        kept |= {} if is_dropped else pruned.kept.get(index, {})
+        kept: dict[str, tuple[int, ...]] = dict.fromkeys(kinds, ())
+        kept_parameters = 0
+        if index not in pruned.dropped_blocks:
+            kept = {name: tuple(range(kind.num_units)) for name, kind in kinds.items()}
+            kept |= pruned.kept.get(index, {})
+            kept_parameters = next(after)
         layers.append(
             LayerWidths(
                 layer=index,
@@ -383,7 +379,7 @@ def layer_widths(base: Any, pruned: Pruned, before: list[int]) -> tuple[LayerWid
                 base_mlp_channels=kinds[MLP].num_units,
                 heads_per_group=layer_config.num_attention_heads // kinds[ATTENTION].num_units,
                 base_parameters=parameters,
-                kept_parameters=0 if is_dropped else after[position[index]],
+                kept_parameters=kept_parameters,
             )
         )
     return tuple(layers)

@@ -29,7 +29,8 @@ class Report(Stage[Record]):
 
         run_dir = self.context.run_dir
         write_report(run_dir)
-        if remark := missing_remark(missing_keys(read_text(run_dir.root / CARD) or "")):
+        remark = missing_remark(missing_keys(read_text(run_dir.root / CARD) or ""))
+        if remark:
             self.notify(remark)
         return {}
 

@@ -268,10 +268,9 @@ class RunProgress:
                     ),
                 )
             case events.SearchPlanned(search):
-                self._state = self._state.model_copy(update={"search": search})
+                self._change(search=search)
             case events.SlotsFound(slots) if self._state.search:
-                search = self._state.search.model_copy(update={"slots": slots})
-                self._state = self._state.model_copy(update={"search": search})
+                self._change(search=self._state.search.model_copy(update={"slots": slots}))
             case events.Progress(stage, done, total, detail):
                 update: dict[str, object] = {"done": done, "total": total}
                 if detail:
@@ -309,20 +308,21 @@ class RunProgress:
             raise
         finally:
             if self.has_begun:
-                self._state = self._state.model_copy(update={"outcome": outcome, "error": text})
+                self._change(outcome=outcome, error=text)
                 self._write()
 
+    def _change(self, **fields: object) -> None:
+        self._state = self._state.model_copy(update=fields)
+
     def _set(self, stage: str, state: StageState) -> None:
-        self._state = self._state.model_copy(
-            update={"stages": {**self._state.stages, stage: state}}
-        )
+        self._change(stages={**self._state.stages, stage: state})
 
     def _update(self, stage: str, update: dict[str, object]) -> None:
         if stage in self._state.stages:
             self._set(stage, self._state.stages[stage].model_copy(update=update))
 
     def _write(self) -> None:
-        self._state = self._state.model_copy(update={"updated": time.time()})
+        self._change(updated=time.time())
         self._written = time.monotonic()
         if not self._holds_run():
             return

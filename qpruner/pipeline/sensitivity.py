@@ -61,23 +61,27 @@ class Sensitivity(Stage[SensitivityRecord]):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
-        methods = self.config.measured_methods
         ending = f"-{self._scores_digest()}.json"
+        methods = self.config.measured_methods
         folder = context.run_dir.root / FOLDER
-        found: dict[str, MethodScores] = {}
+        by_method: dict[str, MethodScores] = {}
         for name in children(folder):
             if not name.endswith(ending):
                 remove(folder / name)
-            elif scores := self.read_intact(
-                folder / name, MethodScores, folder.parent, "its scores are computed again"
-            ):
-                found[name.removesuffix(ending)] = scores
-        for method, scores in _scored(context, set(methods) - found.keys(), dict(found)):
+                continue
+            remedy = "its scores are computed again"
+            earlier = self.read_intact(folder / name, MethodScores, folder.parent, remedy)
+            if earlier:
+                by_method[name.removesuffix(ending)] = earlier
+        missing = set(methods) - by_method.keys()
+        for method, scores in _scored(context, missing, dict(by_method)):
             write_json(folder / f"{method}{ending}", scores)
-            found[method] = scores
+            by_method[method] = scores
             self.notify(f"{_range(method, scores)} {scores.unit}, {scores.seconds:.1f} s")
-        groups = context.shapes.reference.names
-        return {"groups": groups, "methods": {method: found[method] for method in methods}}
+        return {
+            "groups": context.shapes.reference.names,
+            "methods": {method: by_method[method] for method in methods},
+        }
 
     def summary(self, record: SensitivityRecord) -> str:
         ranges = ", ".join(_range(method, scores) for method, scores in record.methods.items())
@@ -134,14 +138,13 @@ def _scored(
         yield from known.items()
     if missing.intersection(EXPANSION):
         if not known.keys() >= set(MEASUREMENT):
-            measured, known = measured.tables, {}
+            known = {}
+            measured = measured.tables
         if measured.groups and not known:
-            known = _on_model(
-                context, measured, [group.name for group in measured.groups], scoring.by_measurement
-            )
-        by_expansion = partial(
-            scoring.by_expansion, tables=scoring.table_rises(known, measured.groups)
-        )
+            names = [group.name for group in measured.groups]
+            known = _on_model(context, measured, names, scoring.by_measurement)
+        rises = scoring.table_rises(known, measured.groups)
+        by_expansion = partial(scoring.by_expansion, tables=rises)
         yield from _on_model(context, subject, EXPANSION, by_expansion).items()
 
 

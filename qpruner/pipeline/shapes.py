@@ -270,7 +270,7 @@ def shapes_of(
             cut = cut_of(name)
             layout = layout_for(config, cut.model_config, on_gpu, name)
             if packs:
-                _check_offers(layout, on_gpu, may_stay_dense=not (record or cut.settings.is_off))
+                _check_offers(layout, on_gpu, is_planned=not (record or cut.settings.is_off))
         except UserError as error:
             errors[name] = error
         else:
@@ -365,13 +365,16 @@ def _asked_bytes(budget: BudgetConfig, layout: Layout) -> int:
     return round(float(np.interp(budget.mean_bits, means, sizes)))
 
 
-def _check_offers(layout: Layout, on_gpu: bool, may_stay_dense: bool) -> None:
-    """Raise an error if a group takes none of the formats."""
+def _check_offers(layout: Layout, on_gpu: bool, is_planned: bool) -> None:
+    """Raise an error if a group takes none of the formats.
+
+    If the cut is still planned, the error also says how to make it without quantizing it.
+    """
     for group in layout.groups:
         if all(refusals(name, group.linears, on_gpu) for name in group.formats):
             state = f"group {group.name} takes none of"
             problem = _refused(group.formats, group.linears, on_gpu, state)
-            if may_stay_dense:
+            if is_planned:
                 problem += " (to prune without quantizing, use `qpruner prune`)"
             raise UserError(problem)
 
