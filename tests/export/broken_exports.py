@@ -1,16 +1,17 @@
 """Break exports for vLLM."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from made_tensors import token_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from qpruner.export.recode import recode
 from qpruner.export.vllm.writing import dense_paths, vllm_format
 
-ROWS = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
+ROWS = token_rows(2, 24)
 DAMAGES = {
     "no adapter": "-?[0-9]% of its adapter's effect|diverge by",
     "a swapped head": "diverge by",
@@ -20,31 +21,26 @@ DAMAGES = {
 
 
 def damaged(run: Path, folder: Path, damage: str) -> Path:
+    """Damage an export; return a folder with the final model in its formats, to compare it with."""
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    model = folder / "model.safetensors"
     if damage == "no adapter":
-        file = folder / "adapter" / "adapter_model.safetensors"
-        save_file(
-            {
-                name: each.zero_() if "lora_B" in name else each
-                for name, each in load_file(file).items()
-            },
-            file,
-        )
+        change_weights(adapter, "lora_B", torch.Tensor.zero_)
     elif damage == "a swapped head":
-        _roll(folder, "model.embed_tokens.weight", lambda each: 1)
+        change_weights(model, "embed_tokens.weight", lambda weight: weight.roll(1, 0))
     else:
-        _roll(folder, "model.layers.0.self_attn.q_proj.weight_packed", lambda each: len(each) // 4)
+        change_weights(
+            model, "layers.0.self_attn.q_proj.weight_packed", lambda q: q.roll(len(q) // 4, 0)
+        )
+    final = run / "final"
     recoded = folder.with_name("recoded")
-    recode(
-        run / "final",
-        recoded,
-        vllm_format,
-        False,
-        fixed=dense_paths(AutoConfig.from_pretrained(run / "final")),
-    )
+    recode(final, recoded, vllm_format, False, fixed=dense_paths(AutoConfig.from_pretrained(final)))
     return recoded
 
 
-def _roll(folder: Path, name: str, rows: Any) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights[name] = weights[name].roll(rows(weights[name]), 0).contiguous()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def change_weights(file: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change the tensors of a file that have this in their names."""
+    weights = load_file(file)
+    changed = {name: change(weights[name]).contiguous() for name in weights if part in name}
+    assert changed
+    save_file(weights | changed, file, {"format": "pt"})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from broken_exports import DAMAGES, ROWS, damaged
-from final_models import pruned_model, run_of
+from final_models import pruned_model, run_of, run_of_llama
 from served_models import continued
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,6 +29,8 @@ from qpruner.pruning.surgery import cut
 from qpruner.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.serve
+RAGGED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite")
+"""Families that are tried with blocks of different widths."""
 
 GENERATE = """
 import json, os, sys
@@ -66,19 +68,15 @@ def generated(folder: Path, ids: list[int], tmp_path: Path) -> list[int]:
     ("family", "is_ragged"),
     [
         *((family, False) for family in ("llama", "qwen2")),
-        *(
-            (family, True)
-            for family in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite")
-        ),
+        *((family, True) for family in RAGGED),
     ],
 )
 def test_vllm_serves_four_bits_with_an_adapter(
     family: str, is_ragged: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
     pruned = pruned_model(family, tiny_model, tmp_path / "pruned", is_ragged)
-    done = export(
-        RunDir(run_of(pruned, tmp_path / "run", ("w4", "bf16"))), "vllm", tmp_path / "out"
-    )
+    run = run_of(pruned, tmp_path / "run", ("w4", "bf16"))
+    done = export(RunDir(run), "vllm", tmp_path / "out")
     # Rounding makes 0.015 in Granite, whose tiny model predicts more sharply (in float32 32 tokens
     # are the same); without its scale of logits it is 0.46.
     most = 0.05 if family == "granite" else 0.01
@@ -89,10 +87,7 @@ def test_vllm_serves_four_bits_with_an_adapter(
 
 @pytest.fixture(scope="module")
 def in_four_bits(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("four-bits")
-    run = run_of(
-        pruned_model("llama", tiny_model, root / "pruned", True), root / "run", ("w4", "bf16")
-    )
+    run = run_of_llama(tiny_model, tmp_path_factory.mktemp("four-bits"), ("w4", "bf16"))
     export(RunDir(run), "vllm", run / "exported")
     return run
 
@@ -111,11 +106,7 @@ def test_other_widths_are_checked_in_transformers_on_a_cpu(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("compressed_tensors")
-    run = run_of(
-        pruned_model("llama", tiny_model, tmp_path / "pruned", False),
-        tmp_path / "run",
-        ("w4", "w8"),
-    )
+    run = run_of_llama(tiny_model, tmp_path, ("w4", "w8"), is_ragged=False)
     done = export(RunDir(run), "vllm_merged", tmp_path / "out")
     assert done.by.startswith("vLLM" if torch.cuda.is_available() else "compressed-tensors")
 
@@ -130,19 +121,13 @@ def test_smollm2_continues_by_the_same_tokens(is_ragged: bool, tmp_path: Path) -
     model: Any = load_dense(str(source), "float32")
     if is_ragged:
         channels = model.config.intermediate_size
-        cut(
-            model,
-            {
-                i: {"attention": (0, 2), "mlp": tuple(range(0, channels - 64 * i))}
-                for i in range(1, 6)
-            },
-        )
+        widths = {index: tuple(range(channels - 64 * index)) for index in range(1, 6)}
+        cut(model, {index: {"attention": (0, 2), "mlp": mlp} for index, mlp in widths.items()})
     tokenizer = load_tokenizer(str(source))
     folder = tmp_path / "smollm2"
     save_checkpoint(model, tokenizer, folder)
-    write_config(
-        json.loads((folder / "config.json").read_text()), AutoConfig.from_pretrained(folder), folder
-    )
+    described = json.loads((folder / "config.json").read_text())
+    write_config(described, AutoConfig.from_pretrained(folder), folder)
     ids = tokenizer("The capital of France is")["input_ids"]
-    expected = continued(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids, 32)
-    assert generated(folder, ids, tmp_path) == expected
+    in_float32 = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert generated(folder, ids, tmp_path) == continued(in_float32, ids, 32)

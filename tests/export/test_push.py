@@ -75,52 +75,48 @@ def loaded(card: bytes) -> Any:
     return names["model"]
 
 
-def test_the_final_model_is_pushed_to_a_private_repository(
-    finished: Path, hub: Hub, tmp_path: Path
-) -> None:
+def test_the_final_model_is_pushed_to_a_private_repository(finished: Path, hub: Hub) -> None:
     done = push(finished, "--json")
     summary = json.loads(done.stdout.splitlines()[-1])
     repository = hub.repositories[REPO]
+    files = repository.files
+    local = {path.name: path.read_bytes() for path in (finished / "final").iterdir()}
     assert repository.private
     assert summary["is_private"]
-    size = f"{summary['num_bytes'] / 1e6:.1f} MB"
-    assert f"[push] {summary['num_files']} files, {size}, uploading to {REPO} ...\n" in done.stderr
-    assert summary["num_bytes"] == sum(map(len, repository.files.values()))
-    assert summary["card_lacks"] == ["base_model", "datasets"]
-    assert (
-        "does not state: base model, datasets; set `card.base_model`, `card.datasets` and repeat"
-        in done.stderr
-    )
-    local = {path.name: path.read_bytes() for path in (finished / "final").iterdir()}
-    assert set(repository.files) == set(local)
     assert summary["num_files"] == len(local)
-    changed = {name for name in local if local[name] != repository.files[name]}
+    assert summary["num_bytes"] == sum(map(len, files.values()))
+    assert f"{len(local)} files, {summary['num_bytes'] / 1e6:.1f} MB" in done.stderr
+    assert summary["card_lacks"] == ["base_model", "datasets"]
+    assert "`card.base_model`, `card.datasets`" in done.stderr
+    assert set(files) == set(local)
+    changed = {name for name in local if local[name] != files[name]}
     assert changed == {"README.md", "adapter_config.json"}
-    assert f'from_pretrained("{REPO}")' in repository.files["README.md"].decode()
-    assert str(finished.parent) not in "".join(repository.files[name].decode() for name in changed)
+    assert f'from_pretrained("{REPO}")'.encode() in files["README.md"]
+    assert all(str(finished.parent).encode() not in files[name] for name in changed)
     assert TOKEN not in done.output
-    # Loaded by its repository name: packed layers and the adapter both come from the hub.
-    places = (REPO, finished / "final")
-    found, expected = (
-        logits_of(AutoModelForCausalLM.from_pretrained(each, cache_dir=tmp_path)) for each in places
-    )
-    assert torch.equal(found, expected)
+
+
+def test_a_pushed_model_is_loaded_by_its_repository_name(
+    finished: Path, hub: Hub, tmp_path: Path
+) -> None:
+    """Packed layers and the adapter both come from the hub."""
+    push(finished)
+    of_hub = AutoModelForCausalLM.from_pretrained(REPO, cache_dir=tmp_path)
+    here = AutoModelForCausalLM.from_pretrained(finished / "final")
+    assert torch.equal(logits_of(of_hub), logits_of(here))
 
 
 def test_a_merged_model_replaces_the_final_model(run: Path, hub: Hub) -> None:
     """An adapter pushed before is deleted, because transformers would attach it to the merged
     model."""
-    assert (
-        "has no merged model: run `qpruner export" in push(run, "--what", "merged", code=2).stderr
-    )
+    refused = push(run, "--what", "merged", code=2)
+    assert "has no merged model: run `qpruner export" in refused.stderr
     merged = export(RunDir(run), "merged", run / "export" / "merged").folder
-    files = {
-        ".gitattributes": b"*.safetensors filter=lfs",
-        "notes/mine.txt": b"",
-        "adapter_config.json": b"{}",
-    }
+    attributes = b"*.safetensors filter=lfs"
+    earlier = {"notes/mine.txt": b"", "adapter_config.json": b"{}"}
+    files = earlier | {".gitattributes": attributes}
     hub.repositories[REPO] = Repository(private=True, files=files)
-    assert "MB, 2 earlier files removed, private" in push(run, "--what", "merged").stdout
+    assert "2 earlier files removed, private" in push(run, "--what", "merged").stdout
     names = {path.name for path in merged.iterdir()} - {MARK}
     assert set(files) == {*names, "README.md", ".gitattributes"}
     card = files["README.md"].decode()
@@ -133,11 +129,10 @@ def test_a_merged_model_replaces_the_final_model(run: Path, hub: Hub) -> None:
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "config.json"])
 def test_an_export_of_an_earlier_final_model_is_not_pushed(run: Path, hub: Hub, name: str) -> None:
     """It would get the model card of the current final model."""
-    (run / "final" / name).write_bytes((run / "final" / name).read_bytes() + b" ")
+    with (run / "final" / name).open("ab") as file:
+        file.write(b" ")
     done = push(run, "--what", "peft", code=2)
-    assert re.search(
-        r"delete this folder, then repeat `qpruner export \S+run --to peft`", done.stderr
-    )
+    assert re.search(r"delete this folder.*`qpruner export \S+run --to peft`", done.stderr)
     assert not hub.repositories
 
 
@@ -146,28 +141,29 @@ def test_a_peft_export_is_loaded_as_its_card_says(finished: Path, hub: Hub) -> N
     files = hub.repositories[REPO].files
     assert {"adapter_model.safetensors", "base/config.json", "base/model.safetensors"} <= set(files)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
-    assert not [name for name, content in files.items() if str(finished.parent).encode() in content]
+    assert all(str(finished.parent).encode() not in content for content in files.values())
     # Activations of 8-bit layers are rounded to integers; one rounded differently changes a logit
     # by 0.08.
     assert off_by(logits_of(loaded(files["README.md"])), finished / "final") < 0.3
 
 
 def test_a_public_repository_needs_the_public_option(finished: Path, hub: Hub) -> None:
-    hub.repositories[REPO] = Repository(private=False)
-    refused = push(finished, code=2)
-    assert f"{REPO} exists and is public: give `--public`" in refused.stderr
-    assert "uploading" not in refused.stderr
-    assert not hub.repositories[REPO].files
+    repository = Repository(private=False)
+    hub.repositories[REPO] = repository
+    refused = push(finished, code=2).stderr
+    assert f"{REPO} exists and is public: give `--public`" in refused
+    assert "uploading" not in refused
+    assert not repository.files
     assert not hub.objects
     assert push(finished, "--public").stdout.rstrip().endswith("public")
-    assert "model.safetensors" in hub.repositories[REPO].files
+    assert "model.safetensors" in repository.files
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "code", "message"),
     [
         ("HF_TOKEN", "", 2, "set HF_TOKEN to a token with write"),
-        ("HF_TOKEN", "hf_wrong", 1, "check that the token may write to the repository"),
+        ("HF_TOKEN", "hf_wrong", 1, "check that the token may write"),
         ("ENDPOINT", "http://127.0.0.1:9", 1, "the hub cannot be reached"),
         ("HF_HUB_OFFLINE", True, 2, "HF_HUB_OFFLINE is set"),
     ],
