@@ -297,6 +297,11 @@ def texts(events: Iterable[object]) -> list[str]:
     return [event.text for event in events if isinstance(event, Message)]
 
 
+def events_of(events: Iterable[Any], kind: type[Any], stage: str) -> list[Any]:
+    """List the events of a kind that a stage emitted."""
+    return [event for event in events if isinstance(event, kind) and event.stage == stage]
+
+
 def with_key(raw: Raw, key: str, value: Any) -> Raw:
     """Return a copy of a configuration with `section.key` set."""
     changed = copy.deepcopy(raw)

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import flip_a_byte, ignore, raw_config, with_key, with_keys
+from conftest import (
+    changed_by,
+    events_of,
+    flip_a_byte,
+    ignore,
+    raw_config,
+    texts,
+    with_key,
+    with_keys,
+)
 from mixed_models import bank_of_run
 from safetensors.torch import load_file, save_file
 from whole_runs import comparable
@@ -22,10 +31,10 @@ from qpruner.pipeline.flow import recorded
 from qpruner.pipeline.run import check, run
 from qpruner.quantization.bank import BankSource, read_plan
 from qpruner.quantization.formats import format_of, formats
-from qpruner.runs.events import Event, Message, Progress, StageSkipped, TrialChanged
+from qpruner.runs.events import Event, Progress, StageSkipped, TrialChanged
 from qpruner.runs.records import BankRecord
 from qpruner.runs.run_dir import RunDir
-from qpruner.runs.storage import file_digest, folder_digests
+from qpruner.runs.storage import folder_digests
 
 Raw = dict[str, Any]
 DOWN = "layers.1.down"
@@ -59,19 +68,11 @@ def raw(finished: Path, tiny_raw: Raw) -> Raw:
 
 def built(events: list[Event]) -> list[str]:
     """List the groups that were built."""
-    return [
-        event.detail for event in events if isinstance(event, Progress) and event.stage == "bank"
-    ]
-
-
-def said(events: list[Event]) -> str:
-    return "\n".join(
-        event.text for event in events if isinstance(event, Message) and event.stage == "bank"
-    )
+    return [event.detail for event in events_of(events, Progress, "bank")]
 
 
 def is_skipped(events: list[Event]) -> bool:
-    return "bank" in [event.stage for event in events if isinstance(event, StageSkipped)]
+    return bool(events_of(events, StageSkipped, "bank"))
 
 
 def test_a_finished_bank_is_not_made_again(raw: Raw) -> None:
@@ -81,21 +82,25 @@ def test_a_finished_bank_is_not_made_again(raw: Raw) -> None:
     flip_a_byte(bank.file(DOWN, "nf4"))
     bank.file("layers.0.qkv", "int8").unlink()
     _, events = filled(raw)
-    assert is_skipped(events) and built(events) == []
+    assert is_skipped(events)
+    assert built(events) == []
     read_plan(bank, {DOWN: "nf4", "layers.0.qkv": "int8"})
     assert folder_digests(bank.folder) == before
 
 
 def test_another_format_builds_no_file_anew(tiny_raw: Raw) -> None:
     filled(with_key(tiny_raw, "quantize.bits", [4, 16]))
-    before = places(folder := bank_in(tiny_raw).folder / "nf4")
+    folder = bank_in(tiny_raw).folder / "nf4"
+    before = places(folder)
     record, _ = filled(with_key(tiny_raw, "quantize.bits", [4, 8, 16]))
-    assert places(folder) == before and len(record.files) == len(before)
+    assert places(folder) == before
+    assert len(record.files) == len(before)
 
 
 def places(folder: Path) -> dict[str, tuple[int, int]]:
     """Tell files apart from later ones of the same name."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+    stats = {path.name: path.stat() for path in folder.iterdir()}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 @pytest.mark.parametrize("changed", ["int8", "nf4"])
@@ -106,20 +111,20 @@ def test_a_new_version_is_packed_anew(
     folder = bank_in(raw).folder
     before = {level: places(folder / level) for level in ("nf4", "int8")}
     if changed == "int8":
-        monkeypatch.setitem(
-            formats(), "int8", replace(format_of("int8"), version=format_of("int8").version + 1)
-        )
+        int8 = format_of("int8")
+        monkeypatch.setitem(formats(), "int8", replace(int8, version=int8.version + 1))
     else:
-        (about := tmp_path / "new" / "bitsandbytes-99.0.dist-info").mkdir(parents=True)
+        about = tmp_path / "new" / "bitsandbytes-99.0.dist-info"
+        about.mkdir(parents=True)
         (about / "METADATA").write_text(
             "Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 99.0\n"
         )
         monkeypatch.syspath_prepend(str(about.parent))
     _, events = filled(raw)
     assert len(built(events)) == 8
-    for level in ("nf4", "int8"):
-        same = set(places(folder / level).values()) & set(before[level].values())
-        assert bool(same) == (level != changed)
+    for level, files in before.items():
+        kept = set(places(folder / level).values()) & set(files.values())
+        assert bool(kept) == (level != changed)
 
 
 def test_entries_that_a_new_bank_lacks_are_kept(raw: Raw) -> None:
@@ -129,9 +134,8 @@ def test_entries_that_a_new_bank_lacks_are_kept(raw: Raw) -> None:
     before = folder_digests(bank.folder)
     (bank.folder / "int8" / ".layers.0.down.safetensors.123").write_bytes(b"a part")
     record, _ = filled(with_key(raw, "quantize.bits", [4, 16]))
-    assert {name.partition("/")[0] for name in record.files} == {"nf4"} and folder_digests(
-        bank.folder
-    ) == before
+    assert {name.partition("/")[0] for name in record.files} == {"nf4"}
+    assert folder_digests(bank.folder) == before
     _, events = filled(raw)
     assert built(events) == []
 
@@ -156,13 +160,11 @@ def with_controls(sensed_raw: Raw, tiny_raw: Raw) -> Context:
 
 
 def test_the_bank_takes_at_most_the_estimated_room(with_controls: Context) -> None:
-    context = with_controls
-    folder = context.places.bank_of("cut-20").folder
+    folder = with_controls.places.bank_of("cut-20").folder
     assert {"nf4", "q4_0"} <= {path.name for path in folder.iterdir()}
-    size = sum(
-        path.stat().st_size for path in (context.run_dir.root / "banks").rglob("*.safetensors")
-    )
-    assert size <= Bank(context).disk_bytes() < 1.5 * size
+    files = (with_controls.run_dir.root / "banks").rglob("*.safetensors")
+    size = sum(path.stat().st_size for path in files)
+    assert size <= Bank(with_controls).disk_bytes() < 1.5 * size
 
 
 def interrupt(raw: Raw, num_groups: int) -> list[Event]:
@@ -183,7 +185,8 @@ def interrupt(raw: Raw, num_groups: int) -> list[Event]:
 def test_groups_of_an_interrupted_command_are_reused(finished: Path, tiny_raw: Raw) -> None:
     first = interrupt(tiny_raw, 3)
     _, events = filled(tiny_raw)
-    assert not set(built(first)) & set(built(events)) and len({*built(first), *built(events)}) == 8
+    assert not set(built(first)) & set(built(events))
+    assert len({*built(first), *built(events)}) == 8
     assert folder_digests(bank_in(tiny_raw).folder) == folder_digests(finished / "banks" / "cut-20")
 
 
@@ -194,45 +197,41 @@ def test_a_bank_of_other_weights_is_not_used(raw: Raw, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     other = with_key(raw, "prune.importance", "random")
     after, events = filled(other)
-    assert (
-        before.files["nf4/layers.0.down.safetensors"]
-        != after.files["nf4/layers.0.down.safetensors"]
-    )
+    name = "nf4/layers.0.down.safetensors"
+    assert before.files[name] != after.files[name]
     assert len(built(events)) == 8
     expected = folder_digests(folder)
     shutil.rmtree(folder)
     (tmp_path / "copy").rename(folder)
     read_plan(bank_in(other), {DOWN: "nf4"})
-    assert file_digest(folder / "nf4" / f"{DOWN}.json") == expected[f"nf4/{DOWN}.json"]
-    assert file_digest(folder / "int8" / f"{DOWN}.json") != expected[f"int8/{DOWN}.json"], (
-        "not needed yet"
-    )
+    digests = folder_digests(folder)
+    assert digests[f"nf4/{DOWN}.json"] == expected[f"nf4/{DOWN}.json"]
+    # Not needed yet.
+    assert digests[f"int8/{DOWN}.json"] != expected[f"int8/{DOWN}.json"]
 
 
 def test_a_cut_that_no_format_holds_is_left_out(tiny_raw: Raw) -> None:
     """Its widths depend on scores, so this shows only once it is made: here in one block only."""
     del tiny_raw["quantize"]["bits"]
-    keys = {
-        "prune": {"rates": [0, 0.05], "round_to": 16, "units": ["mlp"]},
-        "quantize.budget": {"bytes": 400_000},
-    }
-    raw = with_keys(tiny_raw, **keys, **{"quantize.formats": ["q4_0", "q8_0"]})
-    shutil.copytree(raw["model"]["source"], model := Path(raw["output"]).parent / "model")
+    changes = (
+        "prune={rates: [0, 0.05], round_to: 16, units: [mlp]}; "
+        "quantize.budget={bytes: 400000}; quantize.formats=[q4_0, q8_0]"
+    )
+    raw = changed_by(changes, tiny_raw)
+    model = Path(raw["output"]).parent / "model"
+    shutil.copytree(raw["model"]["source"], model)
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.2
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    raw["model"]["source"] = str(model)
-    assert list(preflight.inspect(validate_config(raw)).shapes.cuts) == ["base", "cut-5"]
+    config = validate_config(with_key(raw, "model.source", str(model)))
+    raw = with_key(raw, "model.source", str(model))
+    assert list(preflight.inspect(config).shapes.cuts) == ["base", "cut-5"]
     record, events = filled(raw)
-    assert (
-        list(record.left_out) == ["cut-5"]
-        and "columns do not divide by 32" in record.left_out["cut-5"]
-    )
-    assert any("left out" in event.text for event in events if isinstance(event, Message))
-    assert any(
-        "5 % pruned is left out" in text
-        for text in check(validate_config(raw), ignore).inspection.warnings
-    )
+    assert list(record.left_out) == ["cut-5"]
+    assert "columns do not divide by 32" in record.left_out["cut-5"]
+    assert any("left out" in text for text in texts(events))
+    warnings = check(config, ignore).inspection.warnings
+    assert any("5 % pruned is left out" in text for text in warnings)
     _, events = filled(raw)
     assert is_skipped(events)
 
@@ -248,38 +247,31 @@ def test_a_cut_slower_than_expected_is_refused_before_packing(tiny_raw: Raw) -> 
     assert not RunDir(raw["output"]).read_record("bank", BankRecord)
 
 
-GPTQ = {
-    "quantize.rounding": "gptq",
-    "calibration.num_samples": 4,
-    "quantize.formats": ["q4_0", "bf16"],
-}
+GPTQ = "quantize.rounding=gptq; calibration.num_samples=4; quantize.formats=[q4_0, bf16]"
 
 
 def test_gram_matrices_are_kept_for_first_use(tiny_raw: Raw) -> None:
     """Those of every cut; a damaged one is found when it is read, and gathered again by the next
     command."""
     del tiny_raw["quantize"]["bits"]
-    raw = with_keys(tiny_raw, **GPTQ)
-    _, events = filled(raw)
+    raw = changed_by(GPTQ, tiny_raw)
+    filled(raw)
     root = Path(raw["output"]) / "banks"
     before = folder_digests(root)
-    assert {
-        f"{cut}/grams/model.layers.{index}.json" for cut in ("base", "cut-20") for index in range(2)
-    } <= set(before)
+    for cut in ("base", "cut-20"):
+        assert f"{cut}/grams/model.layers.0.json" in before
+        assert f"{cut}/grams/model.layers.1.json" in before
     bank = bank_in(raw)
     bank.file(DOWN, "q4_0").unlink()
     read_plan(bank, {DOWN: "q4_0"})
     assert folder_digests(root) == before, "made again by the same matrices"
     flip_a_byte(root / "cut-20" / "grams" / "model.layers.1.safetensors")
     bank.file(DOWN, "q4_0").unlink()
-    with pytest.raises(
-        CorruptFile, match=r"grams/model\.layers\.1\.safetensors, .* is missing, damaged or changed"
-    ):
+    with pytest.raises(CorruptFile, match=r"grams/model\.layers\.1\.safetensors.*damaged"):
         read_plan(bank, {DOWN: "q4_0"})
     _, events = filled(raw)
-    assert not is_skipped(events) and [each for each in built(events) if "layers." in each] == [
-        DOWN
-    ]
+    assert not is_skipped(events)
+    assert [group for group in built(events) if "layers." in group] == [DOWN]
     assert folder_digests(root) == before
 
 
@@ -299,14 +291,12 @@ def test_workers_build_what_this_process_builds(
 def test_entries_damaged_under_a_search_are_made_again(tiny_raw: Raw) -> None:
     """Also those of the base model, which only controls use, and for the second command's scores of
     finalists."""
-    keys = {
-        "search.max_trials": 3,
-        "search.steps": 1,
-        "sensitivity.methods": ["mutual_information"],
-    }
-    raw, root = with_keys(tiny_raw, **keys), Path(tiny_raw["output"])
+    changes = "search.max_trials=3; search.steps=1; sensitivity.methods=[mutual_information]"
+    raw = changed_by(changes, tiny_raw)
+    root = Path(tiny_raw["output"])
     filled(raw)
-    bank, flipped = bank_in(raw), list[Event]()
+    bank = bank_in(raw)
+    flipped: list[Event] = []
     before = folder_digests(bank.folder)
 
     def flip(event: Event) -> None:
@@ -315,21 +305,25 @@ def test_entries_damaged_under_a_search_are_made_again(tiny_raw: Raw) -> None:
             flip_a_byte(bank.file(DOWN, "nf4"))
 
     searched = run(validate_config(raw), flip, until="search").search
-    assert searched and searched.num_failed == 0
+    assert searched
+    assert searched.num_failed == 0
     assert before.items() <= folder_digests(bank.folder).items()
     config = validate_config(raw)
-    context = Context(config, RunDir(root), ignore, None, preflight.inspect(config))
-    for checkpoint in (checkpoints := list(root.glob("trials/*/*/checkpoint-*"))):
+    expected = preflight.inspect(config).shapes.checkpoint_bytes
+    checkpoints = list(root.glob("trials/*/*/checkpoint-*"))
+    assert checkpoints
+    for checkpoint in checkpoints:
         size = sum(path.stat().st_size for path in checkpoint.iterdir())
-        expected = context.inspection.shapes.checkpoint_bytes
         assert expected < 1.2 * size < 2 * expected, "adapter and moments in float32"
     whole = folder_digests(root / "banks")
     flip_a_byte(next((root / "banks" / "base").rglob("*.safetensors")))
-    for path in (scores := list(root.glob("candidates/*/record.json"))):
+    scores = list(root.glob("candidates/*/record.json"))
+    assert scores
+    for path in scores:
         path.unlink()
     (root / "records" / "search.json").unlink()
-    again = run(validate_config(raw), ignore, until="search").search
-    assert checkpoints and scores and again
-    one, other = (comparable(found.model_dump(mode="json")) for found in (searched, again))
+    again = run(config, ignore, until="search").search
+    assert again
+    one, other = (comparable(record.model_dump(mode="json")) for record in (searched, again))
     assert one["finalists"] == other["finalists"]
     assert folder_digests(root / "banks") == whole

@@ -38,9 +38,8 @@ def test_each_cut_has_controls_and_the_paper_one(context: Context) -> None:
     assert [plan.cut for _, plan in found] == [UNPRUNED, "cut-20", "cut-20", "cut-20"]
     *_, (_, knapsack), (_, paper) = found
     assert context.shapes.space.is_feasible(knapsack)
-    assert set(paper.formats) <= {"bf16", "nf4", "int8"} and context.shapes.space_of(
-        "cut-20"
-    ).plan_bytes(paper)
+    assert set(paper.formats) <= {"bf16", "nf4", "int8"}
+    assert context.shapes.space_of("cut-20").plan_bytes(paper)
 
 
 def test_controls_that_no_budget_holds_are_the_smallest(context: Context) -> None:
@@ -64,10 +63,10 @@ def test_a_control_over_the_budget_takes_no_trial_of_a_plan_that_may_win(context
             for origin, plan in controls(given)
         }
         over = [origin for origin, plan_bytes in size.items() if plan_bytes > least]
-        assert len(over) < len(size) and over == [*size][len(size) - len(over) :], (
-            "those over the budget come last"
-        )
-        assert set(expected) <= set(over) and (expected or not over)
+        assert len(over) < len(size)
+        assert over == [*size][len(size) - len(over) :], "those over the budget come last"
+        assert set(expected) <= set(over)
+        assert expected or not over
 
 
 def test_a_base_of_other_widths_is_no_control(context: Context) -> None:
@@ -103,12 +102,12 @@ def test_a_cut_of_too_many_multiply_adds_may_not_win(context: Context, tmp_path:
         made={"cut-5": pruned.cuts[UNPRUNED], **pruned.cuts},
     )
     limited = with_shapes(context, limited_shapes)
-    assert limited_shapes.may_win("cut-20") and not limited_shapes.may_win(UNPRUNED)
+    assert limited_shapes.may_win("cut-20")
+    assert not limited_shapes.may_win(UNPRUNED)
     assert limited_shapes.space.cuts == ("cut-20",)
     found = dict(controls(limited))
-    assert {plan.cut for plan in found.values()} == {UNPRUNED, "cut-20"} and found[
-        "paper"
-    ].cut == "cut-20"
+    assert {plan.cut for plan in found.values()} == {UNPRUNED, "cut-20"}
+    assert found["paper"].cut == "cut-20"
     plan = {"cut": "cut-5", "plan": slow.smallest().as_dict()}
     (file := tmp_path / "plan.json").write_text(json.dumps(plan))
     search = context.config.search.model_copy(update={"plan": str(file)})
@@ -138,7 +137,8 @@ def test_a_plan_of_the_base_can_be_given(context: Context, tmp_path: Path) -> No
 @pytest.mark.parametrize("lost", [0, 1], ids=["own", "a finalist of another search"])
 def test_a_search_that_lost_a_trial_runs_again(lost: int, context: Context) -> None:
     """Its number gets another plan."""
-    search, run_dir = Search(context), context.run_dir
+    search = Search(context)
+    run_dir = context.run_dir
     about = {"origin": "gp", "plan": {}, "plan_bytes": 1, "mean_bits": 4.0, "status": "finished"}
     for index, of in enumerate((search.search_digest, "another")):
         fields = {"index": index, "digest": search.trials_digest, "search": of, **about}
@@ -160,19 +160,19 @@ def test_a_search_that_lost_a_trial_runs_again(lost: int, context: Context) -> N
 
 def test_what_the_reference_measured_counts_for_groups_of_any_cut(context: Context) -> None:
     """A format that was not measured takes that of another, four times larger for each bit less."""
-    space, values = (
-        context.shapes.space_of(context.shapes.reference.cut),
-        context.record(SensitivityRecord).methods["fisher"].values,
-    )
+    space = context.shapes.space_of(context.shapes.reference.cut)
+    values = context.record(SensitivityRecord).methods["fisher"].values
     measured = shared(context, "fisher", space.base_groups, ("nf4", "bf16"))
-    assert measured["nf4"][1:] == list(values["nf4"][1:]) and set(measured["bf16"]) == {0.0}
+    assert measured["nf4"][1:] == list(values["nf4"][1:])
+    assert set(measured["bf16"]) == {0.0}
     [of_group] = shared(context, "fisher", space.base_groups[1:2], ("w3",))["w3"]
     assert of_group == 4 * values["nf4"][1]
 
 
 def test_the_same_formats_of_another_cut_are_another_given_plan(context: Context) -> None:
     """Else the record of the first would be taken for that of the second."""
-    plan, found = context.shapes.space.spaces[0].smallest(), set[str]()
+    plan = context.shapes.space.spaces[0].smallest()
+    found = set[str]()
     for cut in ("cut-20", UNPRUNED):
         given = with_shapes(context, replace(context.shapes), plan=replace(plan, cut=cut))
         found.add(Search(given).digest)

@@ -75,7 +75,8 @@ def test_check_names_all_that_has_to_change_at_once(config: Callable[..., dict[s
         events.append,
     )
     shapes = found.inspection.shapes
-    assert set(shapes.cuts) == {"base", "cut-10"} and not shapes.left_out
+    assert set(shapes.cuts) == {"base", "cut-10"}
+    assert not shapes.left_out
     assert psutil.Process().cpu_times().user - took < 15, "seconds, without the imports"
 
 
@@ -86,10 +87,8 @@ def test_a_run_ends_in_a_served_file(config: Callable[..., dict[str, Any]], tmp_
     assert "The configuration is valid" in said(file, verb="check")
     said(file)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert (
-        results["records"]["search"]["num_trials"] == 6
-        and not results["records"]["search"]["num_failed"]
-    )
+    assert results["records"]["search"]["num_trials"] == 6
+    assert not results["records"]["search"]["num_failed"]
     assert results["table"][-1]["measured_bytes"] <= BUDGET
     rows = {row["name"]: row for row in results["records"]["serve"]["rows"]}
     served = rows["searched"]
@@ -97,4 +96,5 @@ def test_a_run_ends_in_a_served_file(config: Callable[..., dict[str, Any]], tmp_
     assert abs(served["loss"] - results["table"][-1]["confirmation_loss"]) < 0.05, (
         "llama.cpp computes the same model"
     )
-    assert served["decode_tokens_per_second"] and rows["base"]["loss"]
+    assert served["decode_tokens_per_second"]
+    assert rows["base"]["loss"]

@@ -32,9 +32,8 @@ def test_killed_between_cuts_and_repeated_gives_the_same(tiny_model: Path, tmp_p
         "prune": {"rates": [0.1, 0.2], "compensation": "none"},
         "quantize.budget": {"bytes": 200_000},
     }
-    undisturbed, killed = (
-        config_file(tiny_model, tmp_path / name, **rates) for name in ("undisturbed", "killed")
-    )
+    undisturbed = config_file(tiny_model, tmp_path / "undisturbed", **rates)
+    killed = config_file(tiny_model, tmp_path / "killed", **rates)
     kill_when(killed, (killed.parent / "run" / "cuts" / "cut-10" / "cut.json").exists)
     events: list[Event] = []
     found = [
@@ -83,7 +82,8 @@ def test_killed_inside_every_stage_gives_the_same(
 def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_path: Path) -> None:
     """The stages before the search stay recorded."""
     root = Path(shutil.copytree(undisturbed, tmp_path / "run"))
-    first, before = search_record(root), trials_of(root)
+    first = search_record(root)
+    before = trials_of(root)
     other = (
         "quantize.budget={fraction: 0.8}",
         "search.searcher=random",
@@ -94,12 +94,12 @@ def test_another_budget_starts_from_the_trials_there_are(undisturbed: Path, tmp_
         undisturbed.parent / "config.yaml", *(f"--set={key}" for key in other), verb="search"
     )
     assert told.count("already recorded") == 4
-    second, after = search_record(root), trials_of(root)
-    assert (
-        second["trials_digest"] == first["trials_digest"]
-        and second["budget_bytes"] > first["budget_bytes"]
-    )
-    assert (second["num_trials"], second["num_reused"]) == (3, len(before))
+    second = search_record(root)
+    after = trials_of(root)
+    assert second["trials_digest"] == first["trials_digest"]
+    assert second["budget_bytes"] > first["budget_bytes"]
+    assert second["num_trials"] == 3
+    assert second["num_reused"] == len(before)
     assert second["ended"] == "all 3 trials were spent (`search.max_trials`)"
     assert {index: after[index] for index in before} == before, "reused trials stay unchanged"
     plans = {(trial["cut"], *trial["plan"].values()) for trial in after.values()}
@@ -121,7 +121,8 @@ def test_a_comparison_is_added_to_a_finished_run(
 ) -> None:
     """The comparison may be killed, and changes nothing of the winner."""
     config = written_config(tmp_path / "added", tiny_model)
-    root, compared = config.parent / "run", ("--set", "finetune.compare=true")
+    root = config.parent / "run"
+    compared = ("--set", "finetune.compare=true")
 
     def written() -> dict[Path, int]:
         paths = (*(root / "records").iterdir(), root / "final" / "config.json")
@@ -138,14 +139,16 @@ def test_a_comparison_is_added_to_a_finished_run(
         "controls are trials, and scored on fresh rows, "
         "also where nothing is compared after a fine-tune"
     )
-    assert table() == ["searched"] and num_tuned(root) == 1
+    assert table() == ["searched"]
+    assert num_tuned(root) == 1
     kill_when(
         config,
         lambda: num_tuned(root) >= 3,
         signal.SIGKILL,
         *compared,
     )
-    assert table() == ["searched"] and written() == before
+    assert table() == ["searched"]
+    assert written() == before
     assert "Unfinished in stage comparison: " in (root / "report.html").read_text()
     claim = json.loads((root / "results.json").read_text())["claim"]
     assert has_claim(root, claim)
@@ -159,4 +162,5 @@ def test_a_comparison_is_added_to_a_finished_run(
     assert {path: time for path, time in written().items() if path in before} == before
     assert outcome(root) == outcome(undisturbed)
     before = written()
-    assert said(config, *compared).count("already recorded") == 8 and written() == before
+    assert said(config, *compared).count("already recorded") == 8
+    assert written() == before

@@ -19,11 +19,9 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.nodes import row, troubles
 
 GIB = 1024**3
-L40S, M60, P40 = (
-    ("NVIDIA L40S", 45 * GIB, (8, 9)),
-    ("Tesla M60", 8 * GIB, (5, 2)),
-    ("P40", GIB, (6, 1)),
-)
+L40S = ("NVIDIA L40S", 45 * GIB, (8, 9))
+M60 = ("Tesla M60", 8 * GIB, (5, 2))
+P40 = ("P40", GIB, (6, 1))
 RUN = Path("/shared/runs/mine")
 FINE = NodeReport("ab" * 28, "10.0.0.5 (worker, abababab)", Node(8, 2), {}, (L40S, L40S))
 
@@ -65,20 +63,20 @@ def test_a_problem_is_named_with_its_remedy(
 ) -> None:
     report = replace(FINE, **fields)
     told = found(report, unseen=unseen)
-    assert list(told) == [word] and part in told[word]
+    assert list(told) == [word]
+    assert part in told[word]
     assert row(report, told)[-1] == word
 
 
 def test_a_node_that_left_has_no_problems() -> None:
     left = replace(FINE, problems={"no answer": "gone"}, has_left=True)
-    assert found(left, unseen=True) == {} and row(left, {})[-1] == "left the cluster"
+    assert found(left, unseen=True) == {}
+    assert row(left, {})[-1] == "left the cluster"
 
 
 def test_older_gpus_run_what_they_can() -> None:
-    assert (
-        found(replace(FINE, gpus=(P40,))) == {}
-        and found(replace(FINE, gpus=(M60,)), bits=(8, 16)) == {}
-    )
+    assert found(replace(FINE, gpus=(P40,))) == {}
+    assert found(replace(FINE, gpus=(M60,)), bits=(8, 16)) == {}
 
 
 def test_a_node_that_no_trial_fits_on_needs_no_gpus() -> None:
@@ -106,7 +104,9 @@ def test_gpus_declared_to_ray_need_no_driver(monkeypatch: pytest.MonkeyPatch) ->
             "qpruner.cluster.node_check._has_hardware", lambda has=has_hardware: has
         )
         seen, told = _gpus(2)
-        assert seen == [] and told.startswith(trouble) and bool(told) == has_hardware
+        assert seen == []
+        assert told.startswith(trouble)
+        assert bool(told) == has_hardware
 
 
 @pytest.mark.gpu
@@ -114,7 +114,8 @@ def test_gpus_that_ray_hides_are_seen() -> None:
     """A process that reserves no GPU sees all GPUs of its node."""
     code = "import json; from qpruner.cluster.node_check import _gpus; print(json.dumps(_gpus(1)))"
     seen, told = json.loads(run_python(code, CUDA_VISIBLE_DEVICES="").splitlines()[-1])
-    assert len(seen) == torch.cuda.device_count() > 0 and told == ""
+    assert len(seen) == torch.cuda.device_count() > 0
+    assert told == ""
 
 
 @pytest.mark.parametrize(

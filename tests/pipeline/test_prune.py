@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import command, raw_config, with_key
+from conftest import command, events_of, raw_config, texts, with_key
 from plain_transformers import plain_transformers_answers
 
 from qpruner.config.load import validate_config
@@ -79,52 +79,57 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 # ---- the folder and the record
 
 
+def rows_of(groups: tuple[int, ...], size: int) -> torch.Tensor:
+    """Return the rows of key/value groups that have `size` rows each."""
+    return torch.arange(2 * size).view(2, size)[list(groups)].flatten()
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_the_folder_holds_what_the_record_says(raw: Raw, tiny_model: Path) -> None:
     """The recorded indices are enough to repeat the cut on the base model."""
     record, folder, events = pruned(changed(raw, rate=0.3, steps=2))
     written = RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert written and written.cuts["cut-30"] == record == read_json(folder / "cut.json", CutRecord)
-    base, cut = load_dense(str(tiny_model), "bfloat16"), load_dense(str(folder), "bfloat16")
+    assert written
+    assert written.cuts["cut-30"] == record == read_json(folder / "cut.json", CutRecord)
+    base = load_dense(str(tiny_model), "bfloat16")
+    cut = load_dense(str(folder), "bfloat16")
     assert [layer.layer for layer in record.layers] == [0, 1]
     for layer in record.layers:
-        old, new = base.model.layers[layer.layer], cut.model.layers[layer.layer]
-        rows = torch.cat(
-            [torch.arange(64 * group, 64 * (group + 1)) for group in layer.kept_kv_groups]
-        )
-        queries = torch.cat(
-            [torch.arange(128 * group, 128 * (group + 1)) for group in layer.kept_kv_groups]
-        )
+        old = base.model.layers[layer.layer]
+        new = cut.model.layers[layer.layer]
+        keys = rows_of(layer.kept_kv_groups, 64)
+        queries = rows_of(layer.kept_kv_groups, 128)
         channels = list(layer.kept_mlp_channels)
-        assert torch.equal(new.self_attn.k_proj.weight, old.self_attn.k_proj.weight[rows])
+        assert torch.equal(new.self_attn.k_proj.weight, old.self_attn.k_proj.weight[keys])
         assert torch.equal(new.self_attn.o_proj.weight, old.self_attn.o_proj.weight[:, queries])
         assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight[:, channels])
-        assert (layer.base_kv_groups, layer.base_mlp_channels, layer.heads_per_group) == (2, 256, 2)
-        assert layer.base_parameters == sum(parameter.numel() for parameter in old.parameters())
-        assert layer.kept_parameters == sum(parameter.numel() for parameter in new.parameters())
-    before, after = (
-        sum(parameter.numel() for parameter in model.parameters()) for model in (base, cut)
-    )
-    assert (record.parameters_before, record.parameters_after) == (before, after)
-    assert (record.bytes_before, record.bytes_after) == (2 * before, 2 * after)
+        assert layer.base_kv_groups == 2
+        assert layer.base_mlp_channels == 256
+        assert layer.heads_per_group == 2
+        assert layer.base_parameters == num_parameters(old)
+        assert layer.kept_parameters == num_parameters(new)
+    before = num_parameters(base)
+    after = num_parameters(cut)
+    assert record.parameters_before == before
+    assert record.parameters_after == after
+    assert record.bytes_before == 2 * before
+    assert record.bytes_after == 2 * after
     assert record.achieved_rate == pytest.approx((before - after) / before)
     assert abs(record.achieved_rate - 0.3) * before <= 3 * 64
     assert record.target == "target 30.00% of all parameters"
-    assert (record.importance, record.selection, record.compensation) == (
-        "taylor",
-        "per_layer",
-        "none",
-    )
-    assert record.seconds > 0 and record.peak_memory_bytes >= 0 and record.memory_counter
-    (finished,) = [
-        event for event in events if isinstance(event, StageFinished) and event.stage == "prune"
-    ]
-    assert (
-        f"(target 30.00% of all parameters, achieved {record.achieved_rate:.2%})"
-        in finished.figures
-    )
-    (started,) = [
-        event for event in events if isinstance(event, StageStarted) and event.stage == "prune"
-    ]
+    assert record.importance == "taylor"
+    assert record.selection == "per_layer"
+    assert record.compensation == "none"
+    assert record.seconds > 0
+    assert record.peak_memory_bytes >= 0
+    assert record.memory_counter
+    (finished,) = events_of(events, StageFinished, "prune")
+    assert record.target in finished.figures
+    assert f"{record.achieved_rate:.2%}" in finished.figures
+    (started,) = events_of(events, StageStarted, "prune")
     assert started.detail.endswith("per_layer, in 2 steps")
     with np.load(folder / "importance.npz") as scores:
         assert set(scores.files) == {"0.attention", "0.mlp", "1.attention", "1.mlp"}
@@ -175,26 +180,24 @@ def test_a_model_that_was_pruned_earlier_is_not_cut_again(raw: Raw, tmp_path: Pa
     first, folder, _ = pruned(changed(raw, rate=0.3, first_layer=1))
     again = with_key(with_key(raw, "model.source", str(folder)), "output", str(tmp_path / "again"))
     record, _, events = pruned(again)
-    assert "pruned earlier: the cut is skipped" in next(
-        event.text for event in events if isinstance(event, Message)
-    )
+    assert "the cut is skipped" in texts(events)[0]
     assert record.parameters_before == record.parameters_after == first.parameters_after
     assert record.achieved_rate == 0
 
 
 def test_no_weight_file_is_mapped_while_its_model_is_cut(raw: Raw) -> None:
     """The pages of a mapped file stay in memory, so the model would need twice its memory."""
-    base, mapped = Path(raw["model"]["source"]).resolve(), list[str]()
+    base = Path(raw["model"]["source"]).resolve()
+    maps: list[str] = []
 
-    def check_maps(event: Event) -> None:
+    def read_maps(event: Event) -> None:
         if isinstance(event, Progress) and event.detail.startswith("cutting"):
-            files = re.findall(r"\S+\.safetensors", Path("/proc/self/maps").read_text())
-            mapped.extend(file for file in files if Path(file).parent == base)
-            checked.append(event)
+            maps.append(Path("/proc/self/maps").read_text())
 
-    checked: list[Event] = []
-    run(validate_config(changed(raw, rate=0.3)), check_maps, until="prune")
-    assert checked and not mapped
+    run(validate_config(changed(raw, rate=0.3)), read_maps, until="prune")
+    assert maps
+    files = re.findall(r"\S+\.safetensors", "".join(maps))
+    assert not [file for file in files if Path(file).parent == base]
 
 
 # ---- several cuts
@@ -202,17 +205,12 @@ def test_no_weight_file_is_mapped_while_its_model_is_cut(raw: Raw) -> None:
 
 def measured(events: list[Event]) -> list[str]:
     """List the passes over the samples that measured importance, and the cuts that were made."""
-    found = [
+    passes = [
         event.detail
-        for event in events
-        if isinstance(event, Progress) and event.done == event.total
+        for event in events_of(events, Progress, "prune")
+        if event.done == event.total and event.detail.startswith("importance")
     ]
-    made = [
-        event.text.partition(":")[0]
-        for event in events
-        if isinstance(event, Message) and " loss " in event.text
-    ]
-    return [*(detail for detail in found if detail.startswith("importance")), *made]
+    return passes + [text.partition(":")[0] for text in texts(events) if " loss " in text]
 
 
 def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Path) -> None:
@@ -251,10 +249,12 @@ def test_cuts_share_importance_and_equal_each_made_alone(raw: Raw, tmp_path: Pat
     one, other = (
         {name: (cut.weights, cut.layers, cut.loss) for name, cut in cuts.items()} for cuts in known
     )
-    assert one == other and list(one) == ["base", "cut-10", "cut-30"]
+    assert one == other
+    assert list(one) == ["base", "cut-10", "cut-30"]
     assert [round(cut.achieved_rate, 1) for cut in known[0].values()] == [0.0, 0.1, 0.3]
     work = [cut.multiply_adds for cut in known[0].values()]
-    assert work == sorted(work, reverse=True) and work[0] > work[-1]
+    assert work == sorted(work, reverse=True)
+    assert work[0] > work[-1]
     assert stages(pruned(several)[2]) == {"prepare": False, "prune": False}
 
 
@@ -269,10 +269,12 @@ def test_a_cut_that_cannot_be_made_is_left_out(raw: Raw, write_yaml: Callable[[R
     told = r"60 % pruned is left out: .* the highest rate is 0\.\d+ \(`prune.rates`: 0.6\)"
     assert re.search(told, command("check", write_yaml(raw)).output.replace("\n", " "))
     record, folder, events = pruned(raw)
-    assert folder.name == "cut-10" and record.target.startswith("target 10.00%")
+    assert folder.name == "cut-10"
+    assert record.target.startswith("target 10.00%")
     assert any(re.search(told, event.text) for event in events if isinstance(event, Message))
     written = RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert written and list(written.left_out) == ["cut-60"]
+    assert written
+    assert list(written.left_out) == ["cut-60"]
     with pytest.raises(UserError, match=r"the highest rate is 0\.\d+"):
         pruned(changed(raw, rates=[0.6, 0.7]))
 
@@ -334,8 +336,11 @@ def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
     first, _, events = pruned(raw)
     assert stages(events) == {"prepare": True, "prune": True}
     assert stages(pruned(raw)[2]) == {"prepare": False, "prune": False}
-    before, record = digests(raw), RunDir(raw["output"]).read_record("prune", PruneRecord)
-    assert record and before[1] == record.digest and first.digest != before[1]
+    before = digests(raw)
+    record = RunDir(raw["output"]).read_record("prune", PruneRecord)
+    assert record
+    assert before[1] == record.digest
+    assert first.digest != before[1]
     later = {
         "lora.rank": 8,
         "quantize.budget.fraction": 0.75,
@@ -344,10 +349,8 @@ def test_only_a_key_of_prune_runs_it_again(raw: Raw) -> None:
     }
     for key, value in later.items():
         assert digests(with_key(raw, key, value)) == before, key
-    solved, depth = (
-        {"compensation": "least_squares"},
-        {"units": ["block", "mlp"], "rate": 0.5, "depth_share": 0.8},
-    )
+    solved = {"compensation": "least_squares"}
+    depth = {"units": ["block", "mlp"], "rate": 0.5, "depth_share": 0.8}
     others = [
         *(
             {"rate": 0.3},
@@ -369,9 +372,8 @@ def test_a_record_with_other_fields_is_made_again(raw: Raw) -> None:
     """The message names the likely reason: another version of qpruner wrote the record."""
     RunDir(raw["output"]).write_record("prune", pruned(raw)[0])
     events = pruned(raw)[2]
-    assert stages(events)["prune"] and any(
-        "an earlier version of qpruner wrote it" in f"{each}" for each in events
-    )
+    assert stages(events)["prune"]
+    assert any("an earlier version of qpruner wrote it" in f"{each}" for each in events)
 
 
 # ---- calibration samples

@@ -29,7 +29,8 @@ from qpruner.pipeline.preflight import Inspection, inspect
 from qpruner.pipeline.preflight_rows import num_cut
 
 QUESTIONS = "package:qpruner/demo/data/questions_{}.jsonl"
-TEST_TASK, SEARCH_TASK = "qpruner_everyday_test", "qpruner_everyday_validation"
+TEST_TASK = "qpruner_everyday_test"
+SEARCH_TASK = "qpruner_everyday_validation"
 BY_ACCURACY = f"search.metric=accuracy; search.tasks=[{SEARCH_TASK}]; search.limit="
 
 
@@ -137,7 +138,8 @@ def _pickled_only(folder: Path) -> None:
 
 
 def _second_shard_missing(folder: Path) -> None:
-    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    first = "model-00001-of-00002.safetensors"
+    second = "model-00002-of-00002.safetensors"
     (folder / "model.safetensors").rename(folder / first)
     index = {
         "metadata": {},
@@ -504,10 +506,8 @@ def test_enough_to_tell_plans_apart_is_no_warning(warned: Any) -> None:
 def test_rows_without_a_response_are_a_warning(warned: Any, tmp_path: Path) -> None:
     """The response is an empty cell, or missing."""
     rows = [{"instruction": f"Say {number}.", "output": "word " * 300} for number in range(40)]
-    rows[3], rows[7] = (
-        {"instruction": "Explain tea.", "output": " "},
-        {"instruction": "Explain salt."},
-    )
+    rows[3] = {"instruction": "Explain tea.", "output": " "}
+    rows[7] = {"instruction": "Explain salt."}
     (tmp_path / "rows.jsonl").write_text(jsonl(*rows))
     source = f"{tmp_path}/rows.jsonl"
     [empty] = warned({"data.train": [{"source": source}], "data.max_length": 256}, "`data.train`")

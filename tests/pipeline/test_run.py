@@ -24,7 +24,9 @@ from qpruner.search.trial_records import Materials, TrialJob
 def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None:
     root, told = ended
     report = json.loads((root / "results.json").read_text())
-    table, records, claim = report["table"], report["records"], report["claim"]
+    table = report["table"]
+    records = report["records"]
+    claim = report["claim"]
     names = [row["name"] for row in table]
     controls = [
         "unpruned-uniform",
@@ -57,7 +59,8 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     assert names == ["base", *pruned, *tuned, *rival, *random, "searched"]
     instead = [name for name, each in confirmed.items() if each["control"]]
     assert {"unpruned-uniform", "cut-20-knapsack"} <= set(instead)
-    assert told["status"] == "ok" and told["claim"] == claim
+    assert told["status"] == "ok"
+    assert told["claim"] == claim
     assert table[-1]["measured_bytes"] <= records["search"]["budget_bytes"]
     text = (root / "report.md").read_text()
     assert all(f"| {row['title']} |" in text for row in table)
@@ -74,7 +77,8 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
             "reading is faster"
         )
         assert row["perplexity"] > 1
-    assert "| decode tokens/s |" in text and "on `evaluate.text`" in text
+    assert "| decode tokens/s |" in text
+    assert "on `evaluate.text`" in text
     rows = records["comparison"]["rows"]
     winner = records["finetune"]["winner"]
     training = ("digest", "seed", "plan", "losses", "adapter_sha256", "seconds", "gpu_seconds")
@@ -87,15 +91,15 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
 
 
 def test_no_trial_is_over_budget_or_twice(undisturbed: Path) -> None:
-    search, trials = search_record(undisturbed), trials_of(undisturbed).values()
+    search = search_record(undisturbed)
+    trials = trials_of(undisturbed).values()
     plans = [(trial["cut"], *trial["plan"].values()) for trial in trials]
     assert len(plans) == len(set(plans)) == search["num_trials"]
     fits = [trial for trial in trials if not trial["origin"].startswith(("unpruned-", "paper"))]
     assert all(trial["plan_bytes"] <= search["budget_bytes"] for trial in fits)
     controls = [trial for trial in trials if is_control(trial["origin"])]
-    assert controls and all(trial["status"] == "finished" for trial in controls), (
-        "controls are exempt from ASHA"
-    )
+    assert controls
+    assert all(trial["status"] == "finished" for trial in controls), "controls are exempt from ASHA"
     confirmed = {each["index"] for each in search["finalists"]}
     assert {trial["index"] for trial in controls} <= confirmed, (
         "and scored again on fresh rows with the finalists"
@@ -189,11 +193,9 @@ def test_repeating_a_finished_run_computes_nothing(undisturbed: Path) -> None:
     assert less.startswith(lacking.format("datasets", "`card.datasets`"))
     assert not nothing
     card = (undisturbed / "final" / "README.md").read_text()
-    assert (
-        "base_model: someone/base\n" in card
-        and "license: mit\n" in card
-        and "datasets: []\n" in card
-    )
+    assert "base_model: someone/base\n" in card
+    assert "license: mit\n" in card
+    assert "datasets: []\n" in card
 
 
 def test_a_trial_alone_gives_the_losses_of_the_search(undisturbed: Path) -> None:

@@ -81,7 +81,9 @@ def test_the_page_of_200_trials_is_small_and_loads_nothing(
             assert name == "aria-labelledby" or value.startswith("#"), f"it loads {name}={value}"
             assert value.removeprefix("#") in ids, f"{name}={value} leads nowhere"
     style = long_page.style.get_text()
-    assert not long_page("link") and "url(" not in style and "@import" not in style
+    assert not long_page("link")
+    assert "url(" not in style
+    assert "@import" not in style
     assert long_page.find("meta", content=re.compile("default-src 'none'"))
 
 
@@ -90,19 +92,19 @@ def test_the_page_answers_first_and_has_every_part(
 ) -> None:
     text = words(long_page)
     first, *others = long_page.main("section", recursive=False)
-    assert (first["id"], first.details) == ("answer", None), (
-        "the answer and the picture are not folded away"
-    )
+    assert first["id"] == "answer"
+    assert first.details is None, "the answer and the picture are not folded away"
     assert all(
         each.details and each.details.h2 and not each.details.has_attr("open") for each in others
     )
-    assert (
-        first.figure["data-plot"] == "pareto"
-        and f"Budget {BUDGET / 1e6:.1f} MB, adapter included." in text
-    )
-    assert len(first("table")) == 1 and len(first("tr")) <= 9 and len(first.tr("th")) <= 6
+    assert first.figure["data-plot"] == "pareto"
+    assert f"Budget {BUDGET / 1e6:.1f} MB, adapter included." in text
+    assert len(first("table")) == 1
+    assert len(first("tr")) <= 9
+    assert len(first.tr("th")) <= 6
     bars = first("svg")
-    assert len(bars) == 5 and all("95 % interval" in bar["aria-label"] for bar in bars)
+    assert len(bars) == 5
+    assert all("95 % interval" in bar["aria-label"] for bar in bars)
     claim = json.loads((long_run / "results.json").read_text())["claim"].splitlines()[0]
     for each in (
         claim,
@@ -114,14 +116,14 @@ def test_the_page_answers_first_and_has_every_part(
         assert each in text
     assert {each["data-plot"] for each in long_page("figure")} == {"plans", "pareto", "kept"}
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (long_run / "report.md").read_text())
-    assert len(shown) == 3 and all(
-        (long_run / picture).read_bytes().startswith(b"\x89PNG") for picture in shown
-    )
+    assert len(shown) == 3
+    assert all((long_run / picture).read_bytes().startswith(b"\x89PNG") for picture in shown)
 
 
 def test_every_table_names_its_rows_and_columns(long_page: BeautifulSoup) -> None:
     found = long_page.main("table")
-    assert len(found) > 10 and len(long_page.main("tr")) > 200
+    assert len(found) > 10
+    assert len(long_page.main("tr")) > 200
     for table in found:
         assert table.caption
         assert all(
@@ -129,13 +131,14 @@ def test_every_table_names_its_rows_and_columns(long_page: BeautifulSoup) -> Non
         )
         for row in table.tbody("tr"):
             first, *others = row(["th", "td"])
-            assert (first.name, first["scope"]) == ("th", "row") and all(
-                cell.name == "td" for cell in others
-            )
+            assert first.name == "th"
+            assert first["scope"] == "row"
+            assert all(cell.name == "td" for cell in others)
     classes = {
         heading.get_text(): heading.get("class") for table in found for heading in table.thead("th")
     }
-    assert (classes["test acc"], classes["from"]) == (["number"], None)
+    assert classes["test acc"] == ["number"]
+    assert classes["from"] is None
 
 
 @pytest.mark.parametrize(("until", "mark"), [("search", "winner"), ("sensitivity", "best so far")])
@@ -148,10 +151,8 @@ def test_the_table_of_trials_marks_the_best_in_words(until: str, mark: str, tmp_
     assert [row[0] for row in table.rows if row[2].endswith(f", {mark}")] == [
         f"{run.best_trial.index}"
     ]
-    assert (
-        table.headings[-2:] == ("plan", "reason")
-        and table.rows[7][-1] == "TrainingDiverged: loss is nan"
-    )
+    assert table.headings[-2:] == ("plan", "reason")
+    assert table.rows[7][-1] == "TrainingDiverged: loss is nan"
     for trial in made.trials:
         made.write(trial, reason=None)
     assert tables.trials(read_snapshot(made.run)).headings[-1] == "plan", "no column of dashes"
@@ -164,7 +165,8 @@ def test_a_cut_that_computes_too_much_is_never_the_best(tmp_path: Path) -> None:
     made.write(best, cut="base")
     made.change_search(may_win=("cut-20",))
     run = read_snapshot(made.run)
-    assert run.best_trial and run.best_trial.index != best.index
+    assert run.best_trial
+    assert run.best_trial.index != best.index
 
 
 def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
@@ -182,16 +184,19 @@ def test_text_from_configurations_and_names_stays_text(tmp_path: Path) -> None:
     made.change("sensitivity", methods=measured | {"<b>of ours</b>": measured["kl"]})
     write_report(made.run)
     page = page_of(root)
-    assert HOSTILE in page.get_text() and not page(["img", "b"])
+    assert HOSTILE in page.get_text()
+    assert not page(["img", "b"])
     assert not any(name.startswith("on") for name, _ in attributes_of(page))
     assert len(page("script")) == len(page_now(MadeRun(tmp_path / "plain", 4, 2))("script"))
     prose = (root / "report.md").read_text().split("```yaml")[0]
-    assert "<script" not in prose and "<img" not in prose
+    assert "<script" not in prose
+    assert "<img" not in prose
 
 
 @pytest.mark.parametrize("until", ["sensitivity", "finetune"])
 def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: str) -> None:
-    root, left = tmp_path / "run", STAGES[STAGES.index(until) + 1 :]
+    root = tmp_path / "run"
+    left = STAGES[STAGES.index(until) + 1 :]
     begun = {left[0]: StageState(state="running", started=0.0)}
     MadeRun(
         root, 6, 2, until=until, outcome="failed", error="no space left for /runs", stages=begun
@@ -199,14 +204,14 @@ def test_a_failed_run_has_a_page_that_says_where_and_why(tmp_path: Path, until: 
     done = command("report", root, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.output.splitlines()[-1])["page"] == str(root / "report.html")
-    text, markdown = words(page_of(root)), (root / "report.md").read_text()
+    text = words(page_of(root))
+    markdown = (root / "report.md").read_text()
     missing = f"There is no result yet from: {', '.join(left)}."
     for said in (f"Failed in stage {left[0]}: no space left for /runs", missing):
-        assert said in text and said in markdown
-    assert ("best so far were chosen by the rows" in text, "The winner, every control" in text) == (
-        until == "sensitivity",
-        until == "finetune",
-    )
+        assert said in text
+        assert said in markdown
+    assert ("best so far were chosen by the rows" in text) == (until == "sensitivity")
+    assert ("The winner, every control" in text) == (until == "finetune")
     jsonschema.validate(
         json.loads((root / "results.json").read_text()), json.loads(summary_schema())
     )
@@ -219,8 +224,10 @@ def test_records_of_an_older_configuration_are_not_shown(tmp_path: Path) -> None
     stages = {name: made.state.stages[name] for name in ("prepare", "prune")}
     made.change_state(stages=stages, search=None, outcome="interrupted")
     text = words(page_now(made))
-    assert "Interrupted" in text and "223.4 MB" in text
-    assert "92.0 MB" not in text and "The search" not in text
+    assert "Interrupted" in text
+    assert "223.4 MB" in text
+    assert "92.0 MB" not in text
+    assert "The search" not in text
 
 
 def test_results_follow_the_published_schema(long_run: Path) -> None:
@@ -281,13 +288,13 @@ def test_blocks_are_numbered_as_in_the_base_model(tmp_path: Path) -> None:
 def test_python_has_a_table_of_trials_and_the_plan(long_run: Path) -> None:
     found = qpruner.read_run(long_run)
     frame = found.to_dataframe()
-    assert len(frame) == len(found.trials) and frame["bytes"][1] == found.trials[1].plan_bytes
+    assert len(frame) == len(found.trials)
+    assert frame["bytes"][1] == found.trials[1].plan_bytes
     assert repr(found).startswith(
         "<Snapshot of the run 'run': 200 trials; prepare, prune, bank, sensitivity, search"
     )
-    assert found.plan.as_dict() == found.best_plan and found.plan._repr_html_().endswith(
-        "</span> 20 % pruned"
-    )
+    assert found.plan.as_dict() == found.best_plan
+    assert found.plan._repr_html_().endswith("</span> 20 % pruned")
     hostile = PrecisionPlan(('"><script>',), ("int8",))
     assert [tag.name for tag in BeautifulSoup(hostile._repr_html_(), "html.parser")(True)] == [
         "span"
@@ -316,7 +323,9 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
     write_report(made.run)
     alone = read_snapshot(made.run)
     results = alone.results
-    assert results.finetune and results.evaluate and results.search
+    assert results.finetune
+    assert results.evaluate
+    assert results.search
     scored = results.evaluate.rows
     base, _, _, winner = (row.accuracy for row in scored)
     lead, nothing, as_trial = claim(results).splitlines()
@@ -334,12 +343,15 @@ def test_a_winner_alone_is_shown_with_the_way_to_compare(tmp_path: Path) -> None
     assert "nothing is claimed at equal bytes" in nothing
     facts, text = status(root)
     markdown = (root / "report.md").read_text()
-    assert f"`{COMMAND}`" in facts["to_compare"] and COMMAND in text and f"`{COMMAND}`" in markdown
+    assert f"`{COMMAND}`" in facts["to_compare"]
+    assert COMMAND in text
+    assert f"`{COMMAND}`" in markdown
     assert COMMAND in [code.get_text() for code in page_of(root)("code")]
     assert "finetune.compare" not in (root / "final" / "README.md").read_text(), (
         "its readers have no such run"
     )
-    assert (alone.standing, alone.missing) == ("Finished.", None)
+    assert alone.standing == "Finished."
+    assert alone.missing is None
     assert [each["stage"] for each in facts["stages"]][-3:] == ["finetune", "evaluate", "report"]
 
 
@@ -349,23 +361,27 @@ def test_without_its_comparison_the_winner_is_complete(tmp_path: Path) -> None:
     made = MadeRun(root, 6, 2, until="evaluate", stages=begun, outcome="interrupted")
     (root / "final").mkdir()
     write_report(made.run)
-    run, summary = read_snapshot(made.run), json.loads((root / "results.json").read_text())
+    run = read_snapshot(made.run)
+    summary = json.loads((root / "results.json").read_text())
     assert run.standing == "Interrupted in stage comparison; repeat the command to resume."
     assert run.missing == "There is no result yet from: comparison."
-    assert [row["name"] for row in summary["table"]] == ["searched"] and summary["claim"] == claim(
-        run.results
-    )
+    assert [row["name"] for row in summary["table"]] == ["searched"]
+    assert summary["claim"] == claim(run.results)
     assert run.standing in (root / "report.md").read_text()
     assert "Measured" in (root / "final" / "README.md").read_text()
     facts, text = status(root)
-    assert facts["to_compare"] is None and "finetune.compare" not in text, "it is asked for"
+    assert facts["to_compare"] is None
+    assert "finetune.compare" not in text, "it is asked for"
     last = [(each["stage"], each["state"]) for each in facts["stages"]][-2:]
     assert last == [("comparison", "interrupted"), ("report", "waiting")]
 
     compared = read_snapshot(MadeRun(tmp_path / "compared", num_trials=6, num_blocks=2).run)
     found = compared.results
-    assert found.comparison and found.evaluate and found.fine_tunes == found.comparison.rows
+    assert found.comparison
+    assert found.evaluate
+    assert found.fine_tunes == found.comparison.rows
     assert found.inference == found.comparison.inference, (
         "memory and speed as measured beside the others"
     )
-    assert compared.how_to_compare is None and compared.standing == "Finished."
+    assert compared.how_to_compare is None
+    assert compared.standing == "Finished."

@@ -36,7 +36,8 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any) -> Iterator[Any]:
     """Yield a function that opens a page offline and waits for its plots; console messages and
     requests fail a test."""
-    contexts, complaints = [], []
+    contexts = []
+    complaints = []
 
     def open_page(path: Path, **options: Any) -> Any:
         context = browser.new_context(offline=True, **options)
@@ -84,10 +85,8 @@ def test_plots_are_drawn_with_descriptions_and_answer_a_pointer(
     assert re.search(r"plan\s*[48]{60}", page.locator("#vg-tooltip-element").inner_text())
     measured = read_snapshot(RunDir(long_run, create=False)).results.sensitivity
     assert measured
-    figure, place = (
-        page.locator('figure[data-plot="plans"]'),
-        measured.groups.index("layers.07.mlp"),
-    )
+    figure = page.locator('figure[data-plot="plans"]')
+    place = measured.groups.index("layers.07.mlp")
     values = next(
         method.values for name, method in measured.methods.items() if name != "mutual_information"
     )
@@ -175,7 +174,8 @@ def test_print_unfolds_all_parts_in_light_colours(
     assert variable(page, "--page") == "#ffffff"
     page.set_viewport_size({"width": 718, "height": 1000})  # A4 with margins
     pdf = page.pdf(format="A4", path=tmp_path / "page.pdf")
-    assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") > 5
+    assert pdf.startswith(b"%PDF")
+    assert pdf.count(b"/Type /Page\n") > 5
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert folded.count() == num_folded
 

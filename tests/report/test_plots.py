@@ -53,9 +53,8 @@ def test_every_trial_is_in_the_plot_with_the_front_and_the_best(tmp_path: Path) 
         made.record("search").best_index
     ]
     kinds = Counter(point["kind"] for point in points)
-    assert kinds["control"] == 3 and kinds["stopped early"] == sum(
-        trial.status == "stopped" for trial in made.trials
-    )
+    assert kinds["control"] == 3
+    assert kinds["stopped early"] == sum(trial.status == "stopped" for trial in made.trials)
     finished = [
         (trial.plan_bytes / 1e6, trial.rungs[-1].loss)
         for trial in made.trials
@@ -80,7 +79,8 @@ def test_the_edge_does_not_cut_the_winners_label(made: MadeRun) -> None:
     for best, side in ((finished[-1], "end"), (finished[0], "start")):
         made.win(best)
         halo, label = re.findall(r"<text([^>]*)>winner[^<]*</text>", drawn(made, "pareto", 320))
-        assert f'text-anchor="{side}"' in halo and f'text-anchor="{side}"' in label
+        assert f'text-anchor="{side}"' in halo
+        assert f'text-anchor="{side}"' in label
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,8 @@ def test_one_far_control_does_not_press_the_others_together(
     assert all(("clamp" in scale) == is_cut for scale in scales)
     if is_cut:
         low, high = scales[0]["domain"]
-        assert min(shown) - 1 < low <= min(shown) and max(shown) <= high < max(shown) + 1
+        assert min(shown) - 1 < low <= min(shown)
+        assert max(shown) <= high < max(shown) + 1
     assert chart.png().startswith(b"\x89PNG")
 
 
@@ -132,7 +133,8 @@ def test_trials_have_the_colour_of_their_cut(made: MadeRun) -> None:
     picture = drawn(made, "pareto")
     texts = re.findall(r">([^<]+)</text>", picture)
     assert [text for text in texts if text.endswith("pruned")] == ["not pruned", "20 % pruned"]
-    assert all(colour in picture for colour in CUT_COLORS[:2]) and CUT_COLORS[2] not in picture
+    assert all(colour in picture for colour in CUT_COLORS[:2])
+    assert CUT_COLORS[2] not in picture
 
 
 def test_a_given_plan_is_marked(made: MadeRun) -> None:
@@ -141,10 +143,9 @@ def test_a_given_plan_is_marked(made: MadeRun) -> None:
     made.win(given, num_trials=1)
     made.change_search(search="9" * 16)
     [ringed] = [point for point in values_of(made, "pareto") if point["best"]]
-    assert (ringed["trial"], ringed["kind"]) == (
-        12,
-        "given plan",
-    ) and ">given plan</text>" in drawn(made, "pareto")
+    assert ringed["trial"] == 12
+    assert ringed["kind"] == "given plan"
+    assert ">given plan</text>" in drawn(made, "pareto")
 
 
 def test_names_of_controls_do_not_overlap(made: MadeRun) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from banked_decoders import LEVELS, Banked, banked
-from conftest import changed_by
+from conftest import changed_by, events_of, texts
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import SensitivityConfig
@@ -90,14 +90,10 @@ def record_of(raw: Raw, change: str, events: list[Event]) -> SensitivityRecord:
     return record
 
 
-def of_stage(events: list[Event], kind: type[Any]) -> list[Any]:
-    """Return the events of a kind that the stage emitted."""
-    return [event for event in events if isinstance(event, kind) and event.stage == "sensitivity"]
-
-
 def measured(events: list[Event]) -> set[str]:
     """Return the methods whose results were reported."""
-    return {event.text.split()[0] for event in of_stage(events, Message)} - {"warning:"}
+    messages = events_of(events, Message, "sensitivity")
+    return {event.text.split()[0] for event in messages} - {"warning:"}
 
 
 def test_an_interrupted_stage_keeps_the_methods_it_has_measured(raw: Raw) -> None:
@@ -129,7 +125,7 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
     assert second["kl"] == first["kl"]
     assert measured(events) == {"first_order", "fisher", "second_order"}
     assert record_of(raw, f"{three}; quantize.budget={{fraction: 0.9}}", events) == record
-    assert of_stage(events, StageSkipped)
+    assert events_of(events, StageSkipped, "sensitivity")
     # The damage is found when the configured methods change, because the scores are read again
     # then.
     (file,) = (Path(raw["output"]) / "sensitivities").glob("kl-*.json")
@@ -139,8 +135,7 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
     assert third["fisher"] == second["fisher"]
     assert third["kl"].values == second["kl"].values
     (aside,) = (Path(raw["output"]) / "damaged").iterdir()
-    texts = [event.text for event in events if isinstance(event, Message)]
-    assert any(str(file) in text and str(aside) in text for text in texts)
+    assert any(str(file) in text and str(aside) in text for text in texts(events))
     fourth = record_of(raw, f"{three}; lora.rank=2", events).methods
     assert measured(events) == {"kl", "loss", "first_order", "fisher", "second_order"}
     assert fourth["kl"].values != second["kl"].values
@@ -148,7 +143,8 @@ def test_only_missing_sensitivities_are_measured(raw: Raw) -> None:
 
 def steps(events: list[Event], detail: str) -> int:
     """Return the number of steps of some work of the stage."""
-    (total,) = {event.total for event in of_stage(events, Progress) if event.detail == detail}
+    progress = events_of(events, Progress, "sensitivity")
+    (total,) = {event.total for event in progress if event.detail == detail}
     return total
 
 
@@ -173,6 +169,7 @@ def test_sensitivities_use_their_own_batch_size(raw: Raw) -> None:
     events: list[Event] = []
     change = "sensitivity.methods=[fisher]; sensitivity.batch_size=5; calibration.batch_size=32"
     first = record_of(raw, change, events)
-    steps = [event for event in of_stage(events, Progress) if "fisher" in event.detail]
-    assert [(event.done, event.total) for event in steps] == [(done, 7) for done in range(1, 8)]
+    progress = events_of(events, Progress, "sensitivity")
+    steps = [(event.done, event.total) for event in progress if "fisher" in event.detail]
+    assert steps == [(done, 7) for done in range(1, 8)]
     assert record_of(raw, f"{change}; evaluate.batch_size=2", events) == first

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_tensors import distance, token_rows
 from tiny_families import family_model, kept_of
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA | {"query_pre_attn_scalar": 14},
     "gemma3_text": GEMMA,
 }
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5)).tolist()
+(IDS,) = token_rows(1, 24, 5, 512)
 MOST_ERROR = 4e-3
 """Largest relative error of logits. llama.cpp keeps keys and values in float16, and has a table of
 GELU in it: 0.0003 to 0.0018 here with xllamacpp, to 0.0032 with node-llama-cpp's AVX-512
@@ -60,12 +61,11 @@ def error_of(file: Path, model: Any, adapter: Path | None = None, num_tokens: in
     """Return the relative error of llama.cpp's logits; check that both continue by the same
     `num_tokens` tokens."""
     with Llama(file, adapter) as llama:
-        found = torch.from_numpy(llama.logits(IDS))
+        logits = torch.from_numpy(llama.logits(IDS))
         llama.prefill(IDS)
         assert llama.decode(num_tokens) == continued(model, IDS, num_tokens)
     with torch.no_grad():
-        expected = model(torch.tensor([IDS])).logits[0].float()
-    return float((found - expected).norm() / expected.norm())
+        return distance(logits, model(torch.tensor([IDS])).logits[0])
 
 
 def continued(model: Any, ids: list[int], num_tokens: int) -> list[int]:

@@ -10,6 +10,8 @@ import gguf
 import numpy
 import pytest
 import torch
+from broken_exports import change_weights
+from made_tensors import token_rows
 from mixed_models import final_model
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +29,8 @@ from qpruner.export.gguf.writing import write_adapter, write_gguf
 from qpruner.export.recode import dense, recode
 from qpruner.hf import load
 
-ROWS = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(1)).tolist()
+ROWS = token_rows(4, 64, end=500)
+DIVERGED = r"predictions in xllamacpp .* diverge by"
 ADAPTER = "adapter_model.safetensors"
 Tensors = dict[str, numpy.ndarray]
 
@@ -37,15 +40,9 @@ def final(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A final model whose attention and predictions are sharp, unlike those of a random model."""
     folder = tmp_path_factory.mktemp("checked")
     sharp = shutil.copytree(tiny_model, folder / "sharp")
-    weights = load_file(sharp / "model.safetensors")
-    scales = {
-        name: 8 if "proj" in name else 20 if name == "model.norm.weight" else 1 for name in weights
-    }
-    save_file(
-        {name: each * scales[name] for name, each in weights.items()},
-        sharp / "model.safetensors",
-        {"format": "pt"},
-    )
+    weights = sharp / "model.safetensors"
+    change_weights(weights, "proj", lambda weight: weight * 8)
+    change_weights(weights, "model.norm.weight", lambda weight: weight * 20)
     return final_model(sharp, folder)
 
 
@@ -113,24 +110,25 @@ def test_unpacked_weights_are_compared_closely(final: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["model", "adapter"])
 def test_a_flipped_bit_on_disk_is_found(name: str, checkpoint: Path, tmp_path: Path) -> None:
-    files = {each: checkpoint / f"{each}.gguf" for each in ("model", "adapter")}
+    files = {part: checkpoint / f"{part}.gguf" for part in ("model", "adapter")}
     files[name] = damaged(files[name], tmp_path / "damaged.gguf", flip)
-    with pytest.raises(StageError, match=r"damaged\.gguf has other bytes in `"):
+    with pytest.raises(StageError, match=r"damaged\.gguf has other bytes"):
         check_bytes(checkpoint, files["model"], files["adapter"])
 
 
 def test_a_lost_adapter_of_one_layer_is_found(checkpoint: Path, tmp_path: Path) -> None:
     other = shutil.copytree(checkpoint, tmp_path / "other")
     adapter = load_file(other / ADAPTER)
-    save_file(
-        {name: each for name, each in adapter.items() if "layers.1.mlp.up_proj" not in name},
-        other / ADAPTER,
-    )
+    lost = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
+    for side in "AB":
+        del adapter[lost.format(side)]
+    save_file(adapter, other / ADAPTER)
     write_adapter(other, other / "adapter.gguf")
-    with pytest.raises(StageError, match=r"has no tensor `blk\.1\.ffn_up\.weight\.lora_a`"):
-        check(checkpoint, checkpoint / "model.gguf", other / "adapter.gguf", ROWS)
-    with pytest.raises(StageError, match="has a tensor that the checkpoint lacks"):
-        check(other, checkpoint / "model.gguf", checkpoint / "adapter.gguf", ROWS)
+    model = checkpoint / "model.gguf"
+    with pytest.raises(StageError, match=r"no tensor `blk\.1\.ffn_up\.weight\.lora_a`"):
+        check(checkpoint, model, other / "adapter.gguf", ROWS)
+    with pytest.raises(StageError, match="a tensor that the checkpoint lacks"):
+        check(other, model, checkpoint / "adapter.gguf", ROWS)
 
 
 @pytest.mark.parametrize("damage", [shift_the_head, restore_the_order_of_q])
@@ -145,19 +143,17 @@ def test_rows_in_another_order_are_found(
 
 def test_a_missing_adapter_is_found(checkpoint: Path, tmp_path: Path) -> None:
     empty = damaged(checkpoint / "adapter.gguf", tmp_path / "empty.gguf", remove_the_adapter)
-    for function, adapter in ((check, None), (check_predictions, empty)):
-        with pytest.raises(StageError, match=r"predictions in xllamacpp .* diverge by"):
-            function(checkpoint, checkpoint / "model.gguf", adapter, ROWS)
+    model = checkpoint / "model.gguf"
+    with pytest.raises(StageError, match=DIVERGED):
+        check(checkpoint, model, None, ROWS)
+    with pytest.raises(StageError, match=DIVERGED):
+        check_predictions(checkpoint, model, empty, ROWS)
 
 
 def test_a_missing_weak_adapter_is_found(checkpoint: Path, tmp_path: Path) -> None:
     """Its effect is smaller than the rounding of inputs in llama.cpp."""
     weak = shutil.copytree(checkpoint, tmp_path / "weak")
-    adapter = load_file(weak / ADAPTER)
-    save_file(
-        {name: each * (0.002 if "lora_B" in name else 1) for name, each in adapter.items()},
-        weak / ADAPTER,
-    )
+    change_weights(weak / ADAPTER, "lora_B", lambda weight: weight * 0.002)
     write_adapter(weak, weak / "adapter.gguf")
     check_predictions(weak, weak / "model.gguf", weak / "adapter.gguf", ROWS)
     empty = damaged(weak / "adapter.gguf", tmp_path / "empty.gguf", remove_the_adapter)
@@ -167,10 +163,11 @@ def test_a_missing_weak_adapter_is_found(checkpoint: Path, tmp_path: Path) -> No
 
 def test_other_tokens_are_found(checkpoint: Path, tmp_path: Path) -> None:
     other = shutil.copytree(checkpoint, tmp_path / "other")
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokens = tokenizer["model"]["vocab"]
+    tokens |= {"a": tokens["b"], "b": tokens["a"]}
+    file.write_text(json.dumps(tokenizer))
     with pytest.raises(StageError, match="makes other tokens of"):
         check(other, checkpoint / "model.gguf", checkpoint / "adapter.gguf", ROWS)
 
@@ -182,11 +179,11 @@ def test_another_perplexity_is_found(final: Path) -> None:
     log_probabilities = next_log_probabilities(model, row)
     likeliest, ids = log_probabilities.topk(TOP)
     actual = of_next_tokens(log_probabilities, row)
-    same = Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
-    assert compare_served(final, [row], [same], "a server", rounding_inputs).divergence < 1e-3
-    with pytest.raises(
-        StageError, match=r"perplexity in a server differs by \+2\.\d%, more than 1%"
-    ):
-        compare_served(
-            final, [row], [same._replace(actual=same.actual - 0.02)], "a server", rounding_inputs
-        )
+
+    def divergence(actual: torch.Tensor) -> float:
+        served = Predictions(ids.numpy(), likeliest.numpy(), actual.numpy())
+        return compare_served(final, [row], [served], "a server", rounding_inputs).divergence
+
+    assert divergence(actual) < 1e-3
+    with pytest.raises(StageError, match=r"perplexity in a server .* \+2\.\d%, more than 1%"):
+        divergence(actual - 0.02)

@@ -125,8 +125,8 @@ def test_an_adapter_does_what_it_does_in_transformers(
 def packed_model(model: Any, tokenizer: Path, root: Path) -> Path:
     checkpoint = saved(model.bfloat16(), tokenizer, root / "pruned")
     bank = bank_source(checkpoint, root / "bank")
-    tables = dict.fromkeys(table_paths(model.config), "q8_0")
-    packed, _ = assemble(bank, mixed_plan(groups_of(bank), ("q4_0", "q8_0", "bf16")) | tables)
+    plan = mixed_plan(groups_of(bank), ("q4_0", "q8_0", "bf16"))
+    packed, _ = assemble(bank, plan | dict.fromkeys(table_paths(model.config), "q8_0"))
     save_checkpoint(packed, load_tokenizer(str(tokenizer)), root / "packed")
     return root / "packed"
 
@@ -143,34 +143,28 @@ def packed(
 
 
 def test_packed_bytes_are_those_of_the_checkpoint(packed: Path, tmp_path: Path) -> None:
-    write_gguf(packed, tmp_path / "model.gguf", "tiny")
-    found = {
-        tensor.name: tensor.data.view("uint8")
-        for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors
-    }
-    stored = {
-        name: each.view(torch.uint8).numpy()
-        for name, each in load_file(packed / "model.safetensors").items()
-    }
+    file = tmp_path / "model.gguf"
+    write_gguf(packed, file, "tiny")
+    written = {tensor.name: tensor.data.view("uint8") for tensor in gguf.GGUFReader(file).tensors}
+    weights = load_file(packed / "model.safetensors")
+    stored = {name: weight.view(torch.uint8).numpy() for name, weight in weights.items()}
     q, k, v = (stored[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv")
-    if "blk.0.attn_qkv.weight" in found:
-        assert numpy.array_equal(found["blk.0.attn_qkv.weight"], numpy.concatenate([q, k, v]))
+    expected = {
+        "token_embd.weight": stored["model.embed_tokens.weight"],
+        "blk.0.attn_output.weight": stored["model.layers.0.self_attn.o_proj.weight"],
+        "blk.0.ffn_gate.weight": stored["model.layers.0.mlp.gate_proj.weight"],
+        "blk.0.ffn_down.weight": stored["model.layers.0.mlp.down_proj.weight"],
+    }
+    if "blk.0.attn_qkv.weight" in written:
+        expected["blk.0.attn_qkv.weight"] = numpy.concatenate([q, k, v])
     else:
-        assert numpy.array_equal(found["blk.0.attn_v.weight"], v)
+        expected["blk.0.attn_v.weight"] = v
         for name, rows in (("q", q), ("k", k)):  # rows i and i + 16 of a head become neighbours
             neighbours = rows.reshape(-1, 2, 16, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-            assert numpy.array_equal(found[f"blk.0.attn_{name}.weight"], neighbours)
-    others = {
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.down_proj": "ffn_down",
-    }
-    for old, new in others.items():
-        assert numpy.array_equal(
-            found[f"blk.0.{new}.weight"], stored[f"model.layers.0.{old}.weight"]
-        )
-    assert numpy.array_equal(found["token_embd.weight"], stored["model.embed_tokens.weight"])
-    assert ("output.weight" in found) == ("lm_head.weight" in stored)
+            expected[f"blk.0.attn_{name}.weight"] = neighbours
+    for name, rows in expected.items():
+        assert numpy.array_equal(written[name], rows), name
+    assert ("output.weight" in written) == ("lm_head.weight" in stored)
 
 
 def test_a_full_disk_is_named(tiny_model: Path, tmp_path: Path) -> None:
