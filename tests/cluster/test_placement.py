@@ -244,6 +244,7 @@ def two_gpus(cluster: Raylets) -> Iterator[None]:
     cluster.add(num_cpus=4, num_gpus=GPUS[1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_gpus")
 def test_a_trial_that_runs_out_of_memory_is_tried_on_another_gpu(tmp_path: Path) -> None:
     """With one of two slots too small, most trials were lost, controls too, and the command ended

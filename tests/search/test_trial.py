@@ -83,7 +83,7 @@ def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_pa
 
 def test_a_training_that_diverged_has_the_worst_score(job: TrialJob, tmp_path: Path) -> None:
     """A winner must not be chosen among the seeds under which its plan happens to train."""
-    training = job.config.training.model_copy(update={"learning_rate": 1e6})
+    training = job.config.training.model_copy(update={"learning_rate": 1e30})
     bank = job.materials.banks[job.cut]
     config = job.config.model_copy(update={"training": training})
     made = plan_job(config, bank, job.materials.data, job.plan, tmp_path / "diverged")
