@@ -84,17 +84,21 @@ def _job(
     scoring = Scoring(digest=digest, half=SELECTION)
     if search.by_accuracy:
         assert search.limit is not None
+        context = stage.context
+        # The files of the user's own tasks may have changed.
+        asked = (context.task_digest("search"), context.inspection.rows.metrics["search"])
         scoring = replace(
             scoring,
+            digest=digest_of(digest, *asked),
             tasks=search.tasks,
             limit=search.limit,
             skip=search.limit,  # the questions after those of the trials
             metric=search.named_metric,
         )
     plan = plan_of(trial)
-    origin = job.control_of(plan) or trial.origin
-    if origin == trial.origin and not job.owns(trial):
-        origin += " of another search"
+    control = job.control_of(plan)
+    own_origin = trial.origin if job.owns(trial) else f"{trial.origin} of another search"
+    origin = control or own_origin
     made = make_job(
         stage.context,
         plan,

@@ -151,7 +151,10 @@ class Prune(Stage[PruneRecord]):
         return found
 
     def summary(self, record: PruneRecord) -> str:
-        shown = [cut for name, cut in record.cuts.items() if name in self.context.shapes.cuts]
+        # Without stages that pack, no machine here needs to be able to run a trial.
+        expected = self._expected
+        usable = self.context.shapes.cuts if expected.packs else expected.cuts
+        shown = [cut for name, cut in record.cuts.items() if name in usable]
         sizes = ", ".join(f"{each.parameters_after / 1e6:.1f}M" for each in shown)
         before = record.cuts[UNPRUNED].parameters_before
         if len(shown) > 1:

@@ -284,7 +284,7 @@ class ProgressFile:
         self._path = path
         self._written = float("-inf")
         with contextlib.suppress(OSError):  # a model without a fine-tune may have no folder yet
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, done: int, total: int) -> None:
         """Write the progress if all is done or an interval has passed."""
