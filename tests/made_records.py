@@ -7,6 +7,7 @@ from typing import Any
 from conftest import Raw
 
 from qpruner.data.measures import over_tasks
+from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.formats import format_of
 from qpruner.runs.records import (
     SELECTION,
@@ -19,6 +20,7 @@ from qpruner.runs.records import (
     RowLosses,
     SearchRecord,
     TaskScore,
+    TrialRecord,
 )
 from qpruner.runs.records.search import is_control
 from qpruner.search.roles import rival_of
@@ -122,6 +124,20 @@ def made_fine_tune(
         for half, by_row in (losses or {}).items()
     }
     return FineTune(name=name, plan=plan, seed=seed, losses=by_half, **fields | changes)
+
+
+def made_trial(plan: PrecisionPlan, **fields: Any) -> TrialRecord:
+    """Make a finished trial of this plan."""
+    known: Raw = {
+        "index": 0,
+        "digest": "1" * 16,
+        "plan": plan.as_dict(),
+        "cut": plan.cut,
+        "plan_bytes": 100_000_000,
+        "mean_bits": 4.0,
+        "status": "finished",
+    }
+    return TrialRecord(**known | fields)
 
 
 def made_layer(index: int, groups: int, channels: int) -> LayerWidths:

@@ -50,7 +50,7 @@ def _trial_job(stage: Stage[Any], trial: TrialRecord, job: SearchJob) -> FineTun
     checkpoint = checkpoint_of(job.trials, trial)
     assert checkpoint is not None, "a finished trial has a checkpoint"
     # Another session may leave another checkpoint of the same trial.
-    of_trial = _job(stage, trial, stage.config.seed, job, trial.checkpoint)
+    of_trial = finalist_job(stage, trial, stage.config.seed, job, trial.checkpoint)
     last = trial.rungs[-1]
     known = {
         "steps": last.step,
@@ -62,7 +62,7 @@ def _trial_job(stage: Stage[Any], trial: TrialRecord, job: SearchJob) -> FineTun
     return replace(of_trial, record=of_trial.record.model_copy(update=known), adapter=checkpoint)
 
 
-def _job(
+def finalist_job(
     stage: Stage[Any],
     trial: TrialRecord,
     seed: int,
@@ -97,8 +97,8 @@ def _job(
         )
     plan = plan_of(trial)
     control = job.control_of(plan)
-    own_origin = trial.origin if job.owns(trial) else f"{trial.origin} of another search"
-    origin = control or own_origin
+    searched = trial.origin if job.owns(trial) else f"{trial.origin} of another search"
+    origin = control or searched
     made = make_job(
         stage.context,
         plan,
@@ -140,7 +140,7 @@ def with_further_seeds(
         f"{counted(len(seeds), 'further seed')} (`search.confirm_seeds`)"
     )
     contenders = [trial for trial in trials if trial.index in chosen]
-    jobs = [_job(stage, trial, seed, job) for trial in contenders for seed in seeds]
+    jobs = [finalist_job(stage, trial, seed, job) for trial in contenders for seed in seeds]
     tuned = tune_all(stage, jobs)
     jobs = [replace(job, record=record) for job, record in zip(jobs, tuned, strict=True)]
     tuned = score_all(stage, jobs, UNIT)  # those whose questions have changed since

@@ -228,7 +228,7 @@ class Search(Stage[SearchRecord]):
         )
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        job = self._job()
+        job = self.search_job()
         banks = self.context.run_dir.root / "banks"
         parts = [banks / name for name in files_in(banks) if Path(name).name.startswith(".")]
         for_each(remove, parts)  # of entries that killed workers were writing
@@ -284,7 +284,7 @@ class Search(Stage[SearchRecord]):
             "resumed": resumed,
         }
 
-    def _job(self) -> SearchJob:
+    def search_job(self) -> SearchJob:
         """Collect everything that the trials need."""
         from qpruner.cluster.tune import SearchJob
         from qpruner.search.trial import run_trial
@@ -350,7 +350,8 @@ class Search(Stage[SearchRecord]):
         )
 
     def unfinished(self) -> Iterable[Path]:
-        return [*super().unfinished(), self.context.run_dir.trials]
+        run_dir = self.context.run_dir
+        return [*super().unfinished(), run_dir.trials, run_dir.candidates]
 
     def disk_bytes(self) -> int:
         are_here, settings = self.context.run_dir.storage.fills_this_disk, self.config.search

@@ -255,7 +255,10 @@ def scores_line(record: FineTune) -> str:
     for half, losses in record.losses.items():
         stderr = over_questions(losses.by_row).stderr
         scores.append(f"{half} loss {losses.mean:.4f}{error_text(stderr, 4)}")
-    return ", ".join([*scores, *tasks_text(record)])
+    scores += tasks_text(record)
+    if record.accuracy is not None and len(record.tasks) > 1:
+        scores.append(f"mean {record.accuracy:.3f}{error_text(record.accuracy_stderr, 3)}")
+    return ", ".join(scores)
 
 
 def tasks_text(record: FineTune) -> list[str]:

@@ -132,7 +132,7 @@ def tune(job: FineTuneJob) -> tuple[FineTune, list[str]]:
     digest = ""
     if is_first:
         digest = publish_adapter(model, job.adapter, job.checkpoints, ownership)
-    _remove_staging(job)
+        _remove_staging(job)  # not by the other processes, which may share this machine
     measured = {
         "steps": result.steps,
         "train_loss": result.train_loss,

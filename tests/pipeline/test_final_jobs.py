@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import with_keys
-from made_records import made_finalist, made_search
+from made_records import made_finalist, made_search, made_trial
 from searched_runs import (
     a_winner,
     folders,
@@ -26,7 +26,7 @@ from qpruner.pipeline.comparison import Comparison, final_jobs
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import Evaluate, scores_digest
-from qpruner.pipeline.finalists import further_seeds
+from qpruner.pipeline.finalists import finalist_job, further_seeds
 from qpruner.pipeline.finetune import Finetune, final_job
 from qpruner.pipeline.search import Search
 from qpruner.pipeline.tuning import distinct, job_progress
@@ -41,7 +41,7 @@ from qpruner.runs.records import (
     SensitivityRecord,
 )
 from qpruner.search.choice import seed_plan
-from qpruner.training.jobs import FineTuneJob
+from qpruner.training.jobs import FineTuneJob, ProgressFile
 
 # of the base one plan fits
 CONTROLS = (
@@ -249,6 +249,50 @@ def test_only_what_a_fine_tune_depends_on_repeats_it(
     contexts = (context, changed(key, value))
     before, after = (final_job(each, "searched", "gp", plan, 0) for each in contexts)
     assert (before.folder == after.folder) == is_same
+
+
+@pytest.mark.parametrize(
+    ("search", "is_control", "origin"),
+    [
+        ("another", True, "cut-20-uniform"),
+        ("another", False, "gp of another search"),
+        ("this", False, "gp"),
+    ],
+)
+def test_a_finalist_says_where_its_plan_comes_from(
+    search: str, is_control: bool, origin: str, context: Context
+) -> None:
+    """A control is named as one, whichever search ran it: reports know it by its name."""
+    stage = Search(context)
+    job = replace(stage.search_job(), search="this")
+    plan = dict(job.controls)["cut-20-uniform"] if is_control else a_winner(context)
+    trial = made_trial(plan, search=search, origin="cut-20-uniform" if is_control else "gp")
+    record = finalist_job(stage, trial, 0, job).record
+    assert (record.name, record.origin) == (origin, origin)
+
+
+def test_scores_of_finalists_depend_on_the_files_of_tasks(
+    changed: Callable[[str, Any], Context],
+) -> None:
+    """Another prompt may be asked with the same questions."""
+    search = {"metric": "accuracy", "tasks": ["qpruner_everyday_validation"], "limit": 2}
+    context = changed("search", {"steps": 4, "first_rung": 1, **search})
+    trial = made_trial(a_winner(context), search="this", origin="gp")
+
+    def digest(files: list[str]) -> str:
+        own = replace(context)
+        own.__dict__["task_files"] = files
+        stage = Search(own)
+        return finalist_job(stage, trial, 0, stage.search_job()).scoring.digest
+
+    assert digest(["prompt"]) == digest(["prompt"])
+    assert digest(["prompt"]) != digest(["another prompt"])
+
+
+def test_progress_is_written_before_any_fine_tune_has_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "candidates" / "0123" / "progress"
+    ProgressFile(file).write(1, 1)
+    assert file.read_text() == "1 1"
 
 
 def test_progress_of_workers_and_records_adds_up(context: Context, tmp_path: Path) -> None:

@@ -162,6 +162,16 @@ def test_pruning_alone_may_leave_any_width(raw: Raw, monkeypatch: pytest.MonkeyP
     assert any(len(layer.kept_mlp_channels) % 64 for layer in record.layers)
 
 
+def test_pruning_alone_needs_no_machine_for_trials(raw: Raw) -> None:
+    """One prunes on a workstation, and searches on a cluster later."""
+    config = validate_config(
+        changed(raw, rate=0.2) | {"search": {"resources_per_trial": {"gpu": 64}}}
+    )
+    for _ in range(2):
+        results = run(config, lambda event: None, until="prune")
+        assert results.prune and "cut-20" in results.prune.cuts
+
+
 def test_dropped_blocks_are_listed_and_keep_nothing(raw: Raw) -> None:
     record, folder, _ = pruned(changed(raw, rate=0.5, units=["block", "mlp"], depth_share=0.8))
     assert len(record.dropped_blocks) == 1
