@@ -445,6 +445,6 @@ class RunConfig(Section):
         return tuple(f"`{key}` has no effect: {reason}" for key, reason in reasons.items())
 
     def is_set(self, key: str) -> bool:
-        """Return whether a key of a section, `section.key`, differs from its default."""
+        """Return True if the key `section.key` has another value than its default."""
         section, name = key.split(".")
         return bool(getattr(self, section).is_set(name))

@@ -208,7 +208,10 @@ def write_settings(settings: Mapping[str, Any], file: Path) -> None:
 
 
 def write_tensors(state: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors as transformers names their files, with an index if there are several."""
+    """Write tensors to safetensors files with the names that transformers expects.
+
+    Several files also get an index.
+    """
     retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)
 
 

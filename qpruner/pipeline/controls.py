@@ -66,11 +66,12 @@ def _can_win(shapes: Shapes, plan: PrecisionPlan) -> bool:
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan of the paper's flow on the least pruned cut on which it may win.
+    """Return the plan that the paper's method gives for the least pruned cut on which it may win.
 
-    None is returned if it cannot be made. It needs the mutual information, a cut, and widths that
-    nf4 and int8 take. Embeddings stay unpacked. If it may win on no cut, it is the smallest plan of
-    the most pruned one.
+    A plan may win if it keeps to the budget in bytes and multiply-adds. If it may on no cut, the
+    smallest plan of the most pruned cut is returned. Embeddings stay unpacked. None is returned if
+    the mutual information was not measured, or if no pruned cut has layers that nf4 and int8 can
+    all pack.
     """
     if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None

@@ -171,7 +171,7 @@ def winner(run: Snapshot) -> TrialRecord:
 
 
 def trial(run: Snapshot, index: int) -> TrialRecord:
-    """Return the trial with a number; raise `UserError` if there is none."""
+    """Return the trial whose number is `index`; raise `UserError` if there is none."""
     for trial in run.trials:
         if trial.index == index:
             return trial

@@ -53,10 +53,10 @@ def served(results: Results, record: ServeRecord) -> Table:
 
 
 def decode_in_llama_cpp(results: Results, name: str) -> float | None:
-    """Return the tokens per second at which llama.cpp decodes with a row's model.
+    """Return the median tokens per second at which llama.cpp decodes with a row's model.
 
-    Of the final model's files, those with the lowest loss count. Returns None if this was not
-    measured.
+    If the final model has several forms, the one with the lowest loss is used. Returns None if the
+    speed was not measured.
     """
     if results.serve is None or results.serve.best is None:
         return None

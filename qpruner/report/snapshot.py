@@ -35,10 +35,10 @@ GONE = "most likely gone"  # outcome of a command on another machine whose heart
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment: the state and records of its latest command, and all of its trials.
+    """A run at one moment: the state and records of its latest command, and its trials.
 
-    `driver` is the process that holds the lock of the run, if any. `trials` has all trials in the
-    folder of the search, also those of other searches.
+    `driver` is the process that holds the run's lock, if any. `trials` includes those of searches
+    with another budget or searcher, which share the folder; `own_trials` leaves them out.
     """
 
     run_dir: RunDir

@@ -121,7 +121,7 @@ def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
 def more_bytes(pairs: Sequence[Pair]) -> float:
     """Return how many bytes more the second model takes, as a share of the first one's bytes.
 
-    The pair for which this share is furthest from zero counts.
+    If pairs differ, the share furthest from zero is returned.
     """
     shares = [theirs.measured_bytes / ours.measured_bytes - 1 for ours, theirs in pairs]
     return max(shares, key=abs)
@@ -149,10 +149,11 @@ def over_confirmation_rows(pairs: Sequence[Pair]) -> Measured:
 
 
 def differences(pairs: Sequence[Pair], measured: Measured, decisive: str) -> tuple[Difference, ...]:
-    """Estimate the mean difference in every measure; the measure `decisive` gives the verdict.
+    """Estimate the mean difference in every measure; only the measure `decisive` gets a verdict.
 
-    Against several random plans, the interval is that of one more random plan: the spread of their
-    means over seeds includes the effects of plan, seeds and questions.
+    Against several random plans, the interval is where the difference from one more random plan
+    would fall. It is computed from the spread between plans, each averaged over its seeds, so it
+    covers the effects of plan, seeds and questions.
     """
     seeds = seeds_of(pairs)
     estimates = []

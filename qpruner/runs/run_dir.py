@@ -105,7 +105,10 @@ class RunDir:
         return storage.storage_at(self.stage(name)).staging
 
     def scratch(self, name: str) -> Path:
-        """Make an empty folder at the `scratch_path` of a folder of the run."""
+        """Make an empty folder in which to prepare the run's folder `name`, at its `scratch_path`.
+
+        Anything already there is deleted.
+        """
         return storage.empty_folder(self.scratch_path(name))
 
     def begin(self, name: str) -> Path:

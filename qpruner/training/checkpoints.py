@@ -38,10 +38,10 @@ class SaveClock:
         return time.monotonic() - self._last >= self._pause
 
     def saved(self, since: float) -> None:
-        """Note that the training was saved just now.
+        """Record that a save of the training has just finished.
 
         Args:
-            since: When saving began, in seconds of the monotonic clock.
+            since: When that save began, in seconds of the monotonic clock.
         """
         self._last = time.monotonic()
         self._pause = max(self._seconds, COST * (self._last - since))

@@ -22,16 +22,16 @@ from qpruner.search.rungs import Rungs
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934), resumed from the records of trials.
 
-    Plans outside the space or over the budget, which only controls have, do not compete.
+    Only controls may be outside the space or over the budget; such plans do not compete.
 
     Args:
         config: The configuration of the run.
         space: The plans that compete.
         controls: Plans made without a search; their trials are never stopped.
         recorded: The records of earlier sessions.
-        is_cancelled: Says by the id of a waiting trial whether it must not start.
-        on_error: Gets the id and the error of a trial, and a function that holds its worker, before
-            the searcher learns of the error.
+        is_cancelled: Takes the id of a waiting trial; returns True if it must not start any more.
+        on_error: Called when a trial fails, before the searcher learns of it, with the trial's id,
+            the error, and a function that reserves the device of its worker.
     """
 
     def __init__(

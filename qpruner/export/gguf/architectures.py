@@ -31,7 +31,7 @@ class Widths(NamedTuple):
 
 
 def block_widths(config: Any) -> list[Widths]:
-    """List the widths of all blocks."""
+    """Return the numbers of heads and MLP channels of each block."""
     key = family_of(config).channels_key
     blocks = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     return [

@@ -71,7 +71,8 @@ def check(
         checkpoint: The folder that the export was written from.
         exported: The folder of the export.
         rows: Rows of token ids.
-        on_progress: Is called before and after the export is loaded.
+        on_progress: Called before and after the export makes its predictions, and for each row
+            that is compared.
         server: The program that loads it; by default vLLM, if it can.
 
     Raises:

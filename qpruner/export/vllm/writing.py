@@ -98,9 +98,10 @@ def _fused(config: Any) -> Iterator[tuple[str, ...]]:
 def write_vllm(
     checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress
 ) -> None:
-    """Write a checkpoint whose packed layers have formats of vLLM, and its adapter.
+    """Write a checkpoint for vLLM, and its adapter if it has one.
 
-    The adapter names `target` as the folder of its base.
+    Every packed layer must have a format that vLLM supports. The adapter names `target`, where the
+    export will finally be, as its base model.
     """
     config = checkpoint_config(checkpoint)
     formats = formats_of(config)
@@ -164,7 +165,10 @@ def _quantization_config(config: Any, formats: Mapping[str, str]) -> dict[str, A
 
 
 def write_config(described: dict[str, Any], config: Any, folder: Path) -> None:
-    """Write config.json, and `modeling_ragged.py` with its entry there if blocks differ."""
+    """Write config.json for the exported model.
+
+    If blocks differ in size, also copy `modeling_ragged.py` and register it in config.json.
+    """
     if needs_modeling(config):
         model = f"Ragged{MODEL_MAPPING[type(config)].__name__}"
         causal_model = f"Ragged{MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__}"

@@ -145,9 +145,9 @@ class TrialRecord(Recorded):
 
     @property
     def is_control(self) -> bool:
-        """Whether no searcher proposed the plan.
+        """Whether the plan is a control, which no searcher proposed.
 
-        It is one that users would try instead, or that they gave.
+        A control is a plan that the user gave, or one that users would try instead of a search.
         """
         return self.is_given or is_control(self.origin)
 
@@ -200,9 +200,9 @@ class SearchClock(Recorded):
 
 
 class Finalist(Recorded):
-    """One of the best trials or a control, with its scores on fresh rows.
+    """One of the best trials, or a control, with its scores on fresh rows.
 
-    The search itself scores no trial on them.
+    Fresh rows are rows on which the search scores no trial.
     """
 
     index: int

@@ -184,9 +184,9 @@ def progress_seconds(path: Path) -> float:
 
 
 def write_progress(path: Path, text: str) -> bool:
-    """Try once to write progress to a file; return True if that worked.
+    """Write progress to a file without trying again; return True if that worked.
 
-    All other writes are tried again.
+    Every other function that writes tries again while the storage is full or away.
     """
     with contextlib.suppress(OSError, StorageError):
         storage_at(path).write(text.encode(), durable=False)

@@ -302,7 +302,7 @@ class Storage:
         return dict(zip(names, for_each(digest_of, names), strict=True))
 
     def delete(self) -> None:
-        """Delete the file or folder; a folder deleted in part never counts as complete."""
+        """Delete the file or folder; a partly deleted folder never passes for a complete one."""
         if not self.path.is_dir():
             self.path.unlink(missing_ok=True)
             return
