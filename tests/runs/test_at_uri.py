@@ -203,16 +203,12 @@ def written_in(folder: Path) -> dict[str, float]:
 
 def test_a_trial_runs_on_a_machine_without_local_copies(machine: Machine, tmp_path: Path) -> None:
     job = machine("fifth")
-    candidate = job.candidate
-    trial = TrialJob(
-        job.config,
-        Materials({candidate.cut: candidate.bank}, job.data),
-        candidate.plan,
-        candidate.cut,
-    )
+    record = job.record
+    materials = Materials({record.cut: job.bank}, job.data)
+    trial = TrialJob(job.config, materials, record.plan, record.cut)
     told = []
     run_trial(trial, None, lambda result, checkpoint: told.append(result))
     assert [result.step for result in told] == [1, 2, 4]
     # One file per group of the plan; the other files of the bank are not downloaded.
     copies = list((tmp_path / "fifth" / "bank").iterdir())
-    assert len(copies) == len(candidate.plan)
+    assert len(copies) == len(record.plan)
