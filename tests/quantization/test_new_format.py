@@ -19,11 +19,7 @@ FIVE_BITS = '''
 
 from dataclasses import dataclass
 
-import torch
-
 from qpruner.quantization.formats.format import GridFormat
-
-SHIFTS = torch.arange(0, 40, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +34,25 @@ class FiveBits(GridFormat):
 
     def grid(self, weight):
         scale = weight.abs().amax(dim=-1, keepdim=True) / 15
-        return scale, torch.full_like(scale, 16)
+        return scale, scale.new_full(scale.shape, 16)
 
     def store(self, codes, scales, zeros):
-        words = (codes.long().reshape(len(codes), -1, 8) << SHIFTS).sum(dim=-1, keepdim=True)
+        import torch
+
+        shifts = torch.arange(0, 40, 5)
+        words = (codes.long().reshape(len(codes), -1, 8) << shifts).sum(dim=-1, keepdim=True)
         packed = words.view(torch.uint8)[..., :5].reshape(len(codes), -1)
         return {"weight": torch.cat([packed, scales.contiguous().view(torch.uint8)], dim=1)}
 
     def unpack(self, tensors, columns, dtype):
+        import torch
+
         packed = tensors["weight"]
+        shifts = torch.arange(0, 40, 5)
         split = columns * 5 // 8
         words = torch.zeros(len(packed), columns // 8, 8, dtype=torch.uint8)
         words[..., :5] = packed[:, :split].reshape(len(packed), -1, 5)
-        codes = (words.view(torch.int64) >> SHIFTS) & 31
+        codes = (words.view(torch.int64) >> shifts) & 31
         scales = packed[:, split:].contiguous().view(torch.float32)
         weight = (codes.reshape(len(packed), -1, 32) - 16) * scales[..., None]
         return weight.reshape(len(packed), columns).to(dtype)
