@@ -66,12 +66,12 @@ def _can_win(shapes: Shapes, plan: PrecisionPlan) -> bool:
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan that the paper's method gives for the least pruned cut on which it may win.
+    """Return the plan of the paper's method, on the least pruned cut where it can win.
 
-    A plan may win if it keeps to the budget in bytes and multiply-adds. If it may on no cut, the
-    smallest plan of the most pruned cut is returned. Embeddings stay unpacked. None is returned if
-    the mutual information was not measured, or if no pruned cut has layers that nf4 and int8 can
-    all pack.
+    A plan can win if it keeps to the budget of bytes and multiply-adds. If no cut has such a plan,
+    the smallest plan of the most pruned cut is returned. Only pruned cuts count whose layers nf4
+    and int8 can all pack; embeddings stay unpacked. Returns None if there is no such cut, or if the
+    mutual information was not measured.
     """
     if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None

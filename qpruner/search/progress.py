@@ -83,16 +83,14 @@ def best_of(finished: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
 def score_name(search: SearchState | SearchRecord) -> str:
     """Return the name of the score that compares trials.
 
-    It is `loss`, or lm-eval's name of the accuracy.
+    It is `loss` or, in a search by accuracy, lm-eval's name for the metric. If the tasks have
+    different metrics, it is `accuracy`.
     """
     return "loss" if search.metric == "loss" else accuracy_name(search.metrics)
 
 
 def score_title(search: SearchState | SearchRecord) -> str:
-    """Return the heading over trials' scores.
-
-    It is `validation loss`, or lm-eval's name of the accuracy.
-    """
+    """Return the heading over trials' scores: `validation loss`, or what `score_name` returns."""
     return f"{'validation ' if search.metric == 'loss' else ''}{score_name(search)}"
 
 

@@ -98,7 +98,8 @@ def rival_row(results: Results) -> str | None:
 def title_of(name: str, search: SearchRecord | None) -> str:
     """Return a row's name in reports.
 
-    It tells if the winner, the row `searched`, is a given plan or a control.
+    The row `searched` holds the winner. If that is a plan that the user gave, or a control, its
+    name says so.
     """
     if name != SEARCHED or search is None:
         return control_title(name)

@@ -120,10 +120,10 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
 def set_aside_others(
     folder: Path, models: Mapping[str, str], notify: Callable[[str], None]
 ) -> None:
-    """Move trials of other weights into `damaged/`.
+    """Move trials into `damaged/` whose cut has other weights now than when they ran.
 
-    A cut that was made again may differ, as on another machine. `models` maps cuts to their present
-    digests (see `TrialRecord.model`).
+    This happens if a cut is made again, for example on another machine, and differs. `models` maps
+    cuts to their present digests (see `TrialRecord.model`).
     """
     for record in read_trials(folder):
         if record.model and record.model != models.get(record.cut, record.model):

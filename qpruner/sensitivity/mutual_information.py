@@ -97,7 +97,7 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
 
 
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
-    """Estimate mutual information in nats, by Ross's estimator, which may be negative.
+    """Estimate mutual information in nats by Ross's estimator; the estimate may be negative.
 
     It is ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``. `components` is ``(samples, components)``.
     Every label must occur twice; a rare one uses fewer neighbours.

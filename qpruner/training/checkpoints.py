@@ -34,7 +34,11 @@ class SaveClock:
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Return True if a kill would cost more than saving does."""
+        """Return True if the last save is long enough ago.
+
+        That is the given number of seconds, or `COST` times as long as the last save took,
+        whichever is longer.
+        """
         return time.monotonic() - self._last >= self._pause
 
     def saved(self, since: float) -> None:

@@ -30,8 +30,8 @@ class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
         controls: Plans made without a search; their trials are never stopped.
         recorded: The records of earlier sessions.
         is_cancelled: Takes the id of a waiting trial; returns True if it must not start any more.
-        on_error: Called when a trial fails, before the searcher learns of it, with the trial's id,
-            the error, and a function that reserves the device of its worker.
+        on_error: Called when a trial fails, before the searcher is told. Takes the trial's id, the
+            text of the error, and a function that keeps the device of the trial's worker reserved.
     """
 
     def __init__(

@@ -73,7 +73,8 @@ def check(
         rows: Rows of token ids.
         on_progress: Called before and after the export makes its predictions, and for each row
             that is compared.
-        server: The program that loads it; by default vLLM, if it can.
+        server: The program that loads the export. By default it is vLLM, if that is installed and
+            has kernels for the export's bit-widths on this machine, and transformers otherwise.
 
     Raises:
         UserError: No package is installed that could load the export.

@@ -98,10 +98,10 @@ def _fused(config: Any) -> Iterator[tuple[str, ...]]:
 def write_vllm(
     checkpoint: Path, folder: Path, target: Path, on_progress: OnWork = ignore_progress
 ) -> None:
-    """Write a checkpoint for vLLM, and its adapter if it has one.
+    """Write a checkpoint for vLLM into `folder`, and its adapter if it has one.
 
-    Every packed layer must have a format that vLLM supports. The adapter names `target`, where the
-    export will finally be, as its base model.
+    Every packed layer must have a format that vLLM supports. The export will be moved to `target`
+    later, so the adapter's config gives that path for its base model.
     """
     config = checkpoint_config(checkpoint)
     formats = formats_of(config)

@@ -178,7 +178,7 @@ def read_json(path: Path, kind: type[RecordType]) -> RecordType | None:
 def progress_seconds(path: Path) -> float:
     """Return the seconds between two writes of progress.
 
-    There are more in an object store, which charges for each write.
+    The interval is longer in an object store, which charges for each write.
     """
     return 1.0 if storage_at(path).fills_this_disk else 5.0
 
