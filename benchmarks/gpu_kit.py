@@ -30,6 +30,7 @@ ROOTS = (
     "accelerate",
     "bitsandbytes",
     "filelock",
+    "joblib",
     "peft",
     "psutil",
     "pydantic",

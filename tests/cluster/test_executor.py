@@ -236,10 +236,10 @@ def test_stages_share_the_only_gpu_of_a_cluster(
     for name, method in here.sensitivity.methods.items():
         for level, values in method.values.items():
             # A group that is not offered the format has no value.
-            assert there.sensitivity.methods[name].values[level] == [
+            assert there.sensitivity.methods[name].values[level] == tuple(
                 value if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)
                 for value in values
-            ]
+            )
 
 
 @pytest.mark.slow
