@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class GpuTime:
-    """Adds up the seconds for which GPUs were reserved, busy or idle."""
+    """Adds up GPU seconds: those of all reserved GPUs, whether they were busy or idle."""
 
     seconds: float = 0.0
 

@@ -74,7 +74,7 @@ class Slots:
         return sum(node.fits(resources) for node in self.nodes)
 
     def at_most(self, resources: Resources) -> int:
-        """Count the tasks that fit at once after the autoscaler has started all machines it may."""
+        """Count the tasks that fit at once on as many machines as the autoscaler may start."""
         by_worker = sorted((node.fits(resources) for node in self.workers), reverse=True)
         started = by_worker[: self.max_workers]
         grown = self.head.fits(resources) + sum(started)

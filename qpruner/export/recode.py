@@ -208,9 +208,9 @@ def write_settings(settings: Mapping[str, Any], file: Path) -> None:
 
 
 def write_tensors(state: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors to safetensors files with the names that transformers expects.
+    """Write tensors to safetensors files with the file names that transformers expects.
 
-    Several files also get an index.
+    If they do not fit into one file of `SHARD_BYTES`, an index file is written too.
     """
     retry_storage(lambda: save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES), folder)
 

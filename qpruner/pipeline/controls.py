@@ -66,12 +66,12 @@ def _can_win(shapes: Shapes, plan: PrecisionPlan) -> bool:
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan of the paper's method, on the least pruned cut where it can win.
+    """Return the plan of the paper's method; return None if mutual information was not measured.
 
-    A plan can win if it keeps to the budget of bytes and multiply-adds. If no cut has such a plan,
-    the smallest plan of the most pruned cut is returned. Only pruned cuts count whose layers nf4
-    and int8 can all pack; embeddings stay unpacked. Returns None if there is no such cut, or if the
-    mutual information was not measured.
+    Pruned cuts are considered if nf4 and int8 can each pack every layer but the embeddings, which
+    stay unpacked; None is returned if there is no such cut. The plan is for the least pruned of
+    these cuts that has a plan within the budget of bytes and multiply-adds. If none has one, it is
+    the smallest plan of the most pruned cut.
     """
     if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None
@@ -91,7 +91,7 @@ def paper_plan(context: Context) -> PrecisionPlan | None:
 
 
 def _paper_space(shapes: Shapes, cut: str) -> PlanSpace | None:
-    """Return the plans of a cut in the paper's formats; None if a layer takes none of them."""
+    """Return the plans of a cut in the paper's formats; None if a layer cannot take one of them."""
     layout = shapes.layout_of(cut)
     groups = []
     for group in layout.groups:

@@ -53,10 +53,10 @@ def served(results: Results, record: ServeRecord) -> Table:
 
 
 def decode_in_llama_cpp(results: Results, name: str) -> float | None:
-    """Return the median tokens per second at which llama.cpp decodes with a row's model.
+    """Return the median decoding speed in llama.cpp of a row's model, in tokens per second.
 
-    If the final model has several forms, the one with the lowest loss is used. Returns None if the
-    speed was not measured.
+    The final model may be served with its adapter merged and in a file of its own; then the one
+    with the lower loss is used. Returns None if the speed was not measured.
     """
     if results.serve is None or results.serve.best is None:
         return None

@@ -128,9 +128,9 @@ def more_bytes(pairs: Sequence[Pair]) -> float:
 
 
 def over_questions(pairs: Sequence[Pair]) -> Measured:
-    """Subtract the second model's accuracy on each question from the first model's.
+    """Return, for each question, the first model's accuracy minus the second's.
 
-    If every task has choices, subtract the answer losses too.
+    If every task has choices, return the differences of the answer losses too.
     """
     accuracy = measures.accuracy_name({task.task: task.metric for task in pairs[0][0].tasks})
     tasks = [list(zip(ours.tasks, theirs.tasks, strict=True)) for ours, theirs in pairs]
@@ -143,7 +143,7 @@ def over_questions(pairs: Sequence[Pair]) -> Measured:
 
 
 def over_confirmation_rows(pairs: Sequence[Pair]) -> Measured:
-    """Subtract the second model's confirmation loss on each row from the first model's."""
+    """Return, for each row of the confirmation data, the first model's loss minus the second's."""
     rows = [[less(ours.confirmation.by_row, theirs.confirmation.by_row)] for ours, theirs in pairs]
     return {CONFIRMATION_LOSS: rows}
 

@@ -96,10 +96,10 @@ def rival_row(results: Results) -> str | None:
 
 
 def title_of(name: str, search: SearchRecord | None) -> str:
-    """Return a row's name in reports.
+    """Return the name that reports give to a row.
 
-    The row `searched` holds the winner. If that is a plan that the user gave, or a control, its
-    name says so.
+    The row `searched` holds the winner. It is called `given plan` if the user gave that plan, and
+    `winner (...)` with the name of the control if it is a control.
     """
     if name != SEARCHED or search is None:
         return control_title(name)

@@ -120,7 +120,7 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
 def set_aside_others(
     folder: Path, models: Mapping[str, str], notify: Callable[[str], None]
 ) -> None:
-    """Move trials into `damaged/` whose cut has other weights now than when they ran.
+    """Move each trial into `damaged/` if the weights of its cut have changed since it ran.
 
     This happens if a cut is made again, for example on another machine, and differs. `models` maps
     cuts to their present digests (see `TrialRecord.model`).

@@ -34,10 +34,10 @@ class SaveClock:
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Return True if the last save is long enough ago.
+        """Return True if enough time has passed since the last save.
 
-        That is the given number of seconds, or `COST` times as long as the last save took,
-        whichever is longer.
+        Enough is the given number of seconds or `COST` times the duration of that save, whichever
+        is longer.
         """
         return time.monotonic() - self._last >= self._pause
 

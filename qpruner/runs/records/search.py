@@ -140,7 +140,7 @@ class TrialRecord(Recorded):
 
     @property
     def is_given(self) -> bool:
-        """Whether the plan was first tried because the user gave it."""
+        """Whether the trial was created for a plan that the user gave."""
         return self.origin == GIVEN
 
     @property
@@ -192,7 +192,7 @@ class TrialPulse(Recorded):
 class SearchClock(Recorded):
     """The time that a search took, and its number of sessions.
 
-    Each command that runs its trials begins a session.
+    Each command that runs trials of the search begins a session.
     """
 
     seconds: float
