@@ -66,12 +66,15 @@ def _can_win(shapes: Shapes, plan: PrecisionPlan) -> bool:
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan of the paper's method; return None if mutual information was not measured.
+    """Return the plan of the paper's method, or None if there is none.
 
-    Pruned cuts are considered if nf4 and int8 can each pack every layer but the embeddings, which
-    stay unpacked; None is returned if there is no such cut. The plan is for the least pruned of
-    these cuts that has a plan within the budget of bytes and multiply-adds. If none has one, it is
-    the smallest plan of the most pruned cut.
+    The method prunes, then chooses nf4 or int8 for each group by mutual information, and leaves the
+    embeddings unpacked. Its plan is for the least pruned cut on which such a plan is within the
+    budget of bytes and multiply-adds. If there is none on any cut, the smallest plan of the most
+    pruned cut is returned.
+
+    The unpruned model does not count as a cut here, nor does a cut with a layer that cannot take
+    both formats. None is returned if no cut is left, or if mutual information was not measured.
     """
     if MUTUAL_INFORMATION not in context.record(SensitivityRecord).methods:
         return None

@@ -58,7 +58,7 @@ class Stage(ABC, Generic[RecordType]):
         """Delete the record if files that it describes are damaged or missing."""
 
     def inputs(self) -> tuple[Any, ...]:
-        """Return everything that the record depends on, for its digest."""
+        """Return everything that the record depends on, for the digest of the stage."""
         return ()
 
     @property

@@ -55,8 +55,9 @@ def served(results: Results, record: ServeRecord) -> Table:
 def decode_in_llama_cpp(results: Results, name: str) -> float | None:
     """Return the median decoding speed in llama.cpp of a row's model, in tokens per second.
 
-    The final model may be served with its adapter merged and in a file of its own; then the one
-    with the lower loss is used. Returns None if the speed was not measured.
+    The final model may be served in two forms: with its adapter merged into the weights, and with
+    the adapter in a separate file. If both were measured, the form with the lower loss counts.
+    Returns None if the speed was not measured.
     """
     if results.serve is None or results.serve.best is None:
         return None

@@ -114,7 +114,7 @@ def paired(ours: Sequence[FineTune], theirs: Sequence[FineTune]) -> list[Pair]:
 
 
 def seeds_of(pairs: Sequence[Pair]) -> tuple[int, ...]:
-    """Return the training seeds of the pairs."""
+    """Return the training seeds of pairs of fine-tunes, each seed once."""
     return tuple(dict.fromkeys(ours.seed for ours, _ in pairs if ours.seed is not None))
 
 

@@ -98,8 +98,9 @@ def rival_row(results: Results) -> str | None:
 def title_of(name: str, search: SearchRecord | None) -> str:
     """Return the name that reports give to a row.
 
-    The row `searched` holds the winner. It is called `given plan` if the user gave that plan, and
-    `winner (...)` with the name of the control if it is a control.
+    The row `searched` holds the winner. It is called `given plan` if the user gave the winner's
+    plan, `winner (CONTROL)` if the winner is a control, and otherwise `searched`. Other rows get
+    the title of `control_title`.
     """
     if name != SEARCHED or search is None:
         return control_title(name)

@@ -120,10 +120,11 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
 def set_aside_others(
     folder: Path, models: Mapping[str, str], notify: Callable[[str], None]
 ) -> None:
-    """Move each trial into `damaged/` if the weights of its cut have changed since it ran.
+    """Move a trial into `damaged/` if its pruned model (its cut) is not the one that it ran on.
 
-    This happens if a cut is made again, for example on another machine, and differs. `models` maps
-    cuts to their present digests (see `TrialRecord.model`).
+    The cut was then pruned again with another result, for example on another machine, or is packed
+    in another way. `models` maps cuts to their present digests (see `TrialRecord.model`); trials of
+    other cuts stay.
     """
     for record in read_trials(folder):
         if record.model and record.model != models.get(record.cut, record.model):

@@ -69,9 +69,9 @@ def expand(
 
 
 def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
-    """Compute the first-order and the Fisher term of one layer, not yet divided by the tokens.
+    """Compute the first-order and the Fisher term of one layer, summed over the tokens.
 
-    `error` is the quantization error of the layer's weight; its memory is reused. `slopes` and
+    `error` is the quantization error of the layer's weight, and is overwritten. `slopes` and
     `squares` are the sums, over samples, of the weight's gradient and of its square. All are
     float32 ``(rows, columns)``.
     """

@@ -100,7 +100,8 @@ def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
     """Estimate mutual information in nats by Ross's estimator; the estimate may be negative.
 
     It is ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``. `components` is ``(samples, components)``.
-    Every label must occur twice; a rare one uses fewer neighbours.
+    Every label must occur at least twice. For a label with at most `num_neighbors` samples, k is
+    one less than their number.
     """
     from scipy.special import digamma
     from sklearn.neighbors import KDTree, NearestNeighbors

@@ -22,12 +22,13 @@ from qpruner.search.rungs import Rungs
 class RecordedAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA (Li et al., arXiv 1810.05934), resumed from the records of trials.
 
-    Only controls may be outside the space or over the budget; such plans do not compete.
+    A control may be outside the space or over the budget; it then enters no rung, so no trial is
+    compared with it. Any other control is compared like a trial of the search, but never stopped.
 
     Args:
         config: The configuration of the run.
-        space: The plans that compete.
-        controls: Plans made without a search; their trials are never stopped.
+        space: The plans that are compared at rungs.
+        controls: Plans made without a search; their trials always run to the last rung.
         recorded: The records of earlier sessions.
         is_cancelled: Takes the id of a waiting trial; returns True if it must not start any more.
         on_error: Called when a trial fails, before the searcher is told. Takes the trial's id, the

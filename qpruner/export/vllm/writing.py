@@ -101,7 +101,7 @@ def write_vllm(
     """Write a checkpoint for vLLM into `folder`, and its adapter if it has one.
 
     Every packed layer must have a format that vLLM supports. The export will be moved to `target`
-    later, so the adapter's config gives that path for its base model.
+    later, so the adapter's config names that path as the path of its base model.
     """
     config = checkpoint_config(checkpoint)
     formats = formats_of(config)
