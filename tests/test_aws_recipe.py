@@ -105,6 +105,8 @@ def test_the_recipe_makes_machines_and_removes_everything(account: Account, tmp_
     account.follow("export AWS_DEFAULT_REGION=us-west-2", "sed -i.bak", options=())
     # A second time gives the same files.
     assert [file.read_text() for file in files] == [names, edited]
+    # launch/up.sh names the cluster before it checks the file.
+    files[1].write_text(edited.replace("NAME-REPLACE", "qpruner-of-a-test"))
     if shutil.which("rsync"):  # the script needs it
         account.run(sys.executable, "launch/check_cluster.py", "cluster.yaml")
     account.run(sys.executable, "-c", START)
