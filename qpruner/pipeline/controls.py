@@ -66,12 +66,12 @@ def _can_win(shapes: Shapes, plan: PrecisionPlan) -> bool:
 
 
 def paper_plan(context: Context) -> PrecisionPlan | None:
-    """Return the plan of the paper's method, or None if there is none.
+    """Return the plan of the paper's method, or None if no cut can have one.
 
     The method prunes, then chooses nf4 or int8 for each group by mutual information, and leaves the
-    embeddings unpacked. Its plan is for the least pruned cut on which such a plan is within the
-    budget of bytes and multiply-adds. If there is none on any cut, the smallest plan of the most
-    pruned cut is returned.
+    embeddings unpacked. Of the cuts that have such a plan within the budget of bytes and
+    multiply-adds, the least pruned is used. If no cut has one, the smallest such plan of the most
+    pruned cut is returned, although it is over the budget.
 
     The unpruned model does not count as a cut here, nor does a cut with a layer that cannot take
     both formats. None is returned if no cut is left, or if mutual information was not measured.

@@ -158,7 +158,7 @@ def trial_row(run: Snapshot, trial: TrialRecord) -> dict[str, Any]:
 
 
 def winner(run: Snapshot) -> TrialRecord:
-    """Return the winner's trial, or that of a given plan (`--plan`).
+    """Return the trial that won the search, or that of the plan that the user gave (`--plan`).
 
     Raises `UserError` before the search is over.
     """

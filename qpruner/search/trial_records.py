@@ -120,11 +120,12 @@ def set_aside_damaged(folder: Path, search: str, notify: Callable[[str], None]) 
 def set_aside_others(
     folder: Path, models: Mapping[str, str], notify: Callable[[str], None]
 ) -> None:
-    """Move a trial into `damaged/` if its pruned model (its cut) is not the one that it ran on.
+    """Move every trial into `damaged/` whose pruned model (its cut) has changed since it ran.
 
-    The cut was then pruned again with another result, for example on another machine, or is packed
-    in another way. `models` maps cuts to their present digests (see `TrialRecord.model`); trials of
-    other cuts stay.
+    A cut changes if it is pruned again with another result, for example on another machine, or if
+    it is packed in another way. `models` maps cuts to their present digests, which are compared
+    with `TrialRecord.model`. Trials of cuts that are not in `models` stay, as do those without a
+    digest.
     """
     for record in read_trials(folder):
         if record.model and record.model != models.get(record.cut, record.model):

@@ -69,11 +69,11 @@ def expand(
 
 
 def rises(error: torch.Tensor, slopes: torch.Tensor, squares: torch.Tensor) -> tuple[float, float]:
-    """Compute the first-order and the Fisher term of one layer, summed over the tokens.
+    """Compute the first-order and the Fisher term of the rise of the loss by one layer.
 
-    `error` is the quantization error of the layer's weight, and is overwritten. `slopes` and
-    `squares` are the sums, over samples, of the weight's gradient and of its square. All are
-    float32 ``(rows, columns)``.
+    They are not yet divided by the number of tokens. `error` is the quantization error of the
+    layer's weight, and is overwritten. `slopes` is the sum of the samples' gradients of the weight,
+    `squares` the sum of the squares of these gradients. All are float32 ``(rows, columns)``.
     """
     # Not `torch.dot`: for 45 million terms, a layer of a 7B model, its result was 0.4 to 0.9 % too
     # small (2026-11).

@@ -99,9 +99,9 @@ def spread_positions(rows: Rows, max_positions: int, seed: int) -> list[dict[str
 def estimate(components: Floats, labels: Integers, num_neighbors: int) -> float:
     """Estimate mutual information in nats by Ross's estimator; the estimate may be negative.
 
-    It is ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``. `components` is ``(samples, components)``.
-    Every label must occur at least twice. For a label with at most `num_neighbors` samples, k is
-    one less than their number.
+    It is ``psi(N) + <psi(k)> - <psi(N_c)> - <psi(m)>``. N_c is the number of samples with the same
+    label, at least 2. k is `num_neighbors`, or ``N_c - 1`` if that is less. `components` has the
+    shape ``(samples, components)``.
     """
     from scipy.special import digamma
     from sklearn.neighbors import KDTree, NearestNeighbors

@@ -43,10 +43,10 @@ def pruned_model(
     family: str, tokenizer: Path, folder: Path, is_ragged: bool, **others: Any
 ) -> Path:
     """Write a tiny model as pruning leaves it."""
-    options = SIZES | others
+    options = dict(SIZES)
     if family.startswith("gemma"):
         options |= {"layer_types": ["full_attention"] * 3, "sliding_window": 512}
-    model = family_model(family, **options)
+    model = family_model(family, **options | others)
     if is_ragged:
         cut(model, KEPT)
     save_checkpoint(model.to(torch.bfloat16), load_tokenizer(str(tokenizer)), folder)
