@@ -103,20 +103,24 @@ def test_a_command_out_of_memory_names_a_remedy(
 
 
 MULTIPLIES = """
-import resource, sys, torch
+import os, resource, sys, torch
 from qpruner.models.memory import is_out_of_memory
+torch.set_num_threads(1)
 dtype = getattr(torch, sys.argv[1])
 ones = lambda size: torch.ones(size, size, dtype=dtype)
 ones(512) @ ones(512)
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for spare in range(4, 22, 2):
-    resource.setrlimit(resource.RLIMIT_AS, (taken + spare * 2**20, resource.RLIM_INFINITY))
-    try:
-        for size in range(600, 4000, 200):
-            ones(size) @ ones(size)
-    except Exception as error:
-        print(is_out_of_memory(error), error)
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_AS, (taken + spare * 2**20, resource.RLIM_INFINITY))
+        try:
+            for size in range(600, 4000, 200):
+                ones(size) @ ones(size)
+        except Exception as error:
+            print(is_out_of_memory(error), error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
@@ -124,9 +128,10 @@ for spare in range(4, 22, 2):
 def test_torchs_errors_are_known_as_out_of_memory(dtype: str) -> None:
     """They include oneDNN's error of a product in bfloat16.
 
-    With even less memory, torch may crash.
+    Every amount of memory has a process of its own: where memory is short, oneDNN ends the process
+    on some processors.
     """
     done = subprocess.run([sys.executable, "-c", MULTIPLIES, dtype], capture_output=True, text=True)
     known = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]
-    assert len(known) == 9
+    assert len(known) >= 3, done
     assert all(line.startswith("True") for line in known), done
