@@ -9,6 +9,7 @@ from qpruner.errors import UserError
 from qpruner.quantization.formats.format import Capability as Capability
 from qpruner.quantization.formats.format import Format as Format
 from qpruner.quantization.formats.format import GridFormat as GridFormat
+from qpruner.quantization.formats.format import ScaledFormat as ScaledFormat
 
 DENSE = "bf16"  # the format of unpacked weights, which have the type `model.dtype`
 ALIASES = {4: "nf4", 8: "int8", 16: DENSE}  # format for each bit-width of `quantize.bits`

@@ -13,7 +13,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qpruner.quantization.formats.format import Capability, GridFormat, Tensors, read_as, row_parts
+from qpruner.quantization.formats.format import (
+    Capability,
+    ScaledFormat,
+    Tensors,
+    read_as,
+    row_parts,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +31,11 @@ NORM = 0.7  # p of HQQ
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed(GridFormat):
+class Packed(ScaledFormat):
     """Stores codes of 2, 3, 4 or 8 bits, with a scale and an integer zero for each group."""
 
     bits: int
-    group_size: int
+    scale_type: str = "bfloat16"
     half_quadratic: bool = False
     """Whether scales and zeros are fitted by HQQ.
 
@@ -93,6 +99,21 @@ class Packed(GridFormat):
                 difference = code.to(torch.int16) - zero[rows]
             grouped[rows].copy_(difference).mul_(scale[rows])
         return weight
+
+    def read_scales(self, packed: torch.Tensor, columns: int) -> torch.Tensor:
+        import torch
+
+        _, scales, _ = torch.split(packed, self._row_bytes(columns), dim=1)
+        return read_as(scales, torch.bfloat16).unsqueeze(-1)
+
+    def write_scales(
+        self, packed: torch.Tensor, columns: int, scales: torch.Tensor
+    ) -> torch.Tensor:
+        import torch
+
+        codes, _, zeros = torch.split(packed, self._row_bytes(columns), dim=1)
+        stored = scales.squeeze(-1).to(torch.bfloat16).contiguous().view(torch.uint8)
+        return torch.cat([codes, stored, zeros], dim=1)
 
     def parts(self, tensors: Tensors, columns: int) -> Tensors:
         """Slice packed tensors into those of a layer in a checkpoint of compressed-tensors."""

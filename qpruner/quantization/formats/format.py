@@ -122,6 +122,8 @@ class Format(ABC):
 class GridFormat(Format):
     """A format whose groups of columns round to evenly spaced grids: ``scale * (code - zero)``.
 
+    A format may give another meaning to `zero` in all these functions.
+
     With its grid, `qpruner.quantization.rounding` can also round by the inputs of the layer (GPTQ);
     all other formats round to nearest.
     """
@@ -191,6 +193,40 @@ class GridFormat(Format):
             scales.append(scale.flatten(1))
             zeros.append(zero.flatten(1))
         return torch.cat(codes, dim=1), torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledFormat(GridFormat):
+    """A format whose stored scales can be trained while the codes stay as they are.
+
+    The tensor `weight` of `pack` holds, for every group of a row, a scale and in some formats a
+    minimum, so a weight is ``scale * (code - zero)`` or ``scale * code + minimum``.
+    """
+
+    group_size: int
+    num_scales: int = 1  # numbers stored for a group: a scale, or a scale and a minimum
+    scale_type: str  # type of torch in which they are stored
+
+    @abstractmethod
+    def read_scales(self, packed: torch.Tensor, columns: int) -> torch.Tensor:
+        """Read scales and minima as they are stored.
+
+        Args:
+            packed: Rows of a packed weight, uint8 ``(rows, row bytes)``.
+            columns: The columns of the weight.
+
+        Returns:
+            ``(rows, groups, num_scales)`` of type `scale_type`.
+        """
+
+    @abstractmethod
+    def write_scales(
+        self, packed: torch.Tensor, columns: int, scales: torch.Tensor
+    ) -> torch.Tensor:
+        """Return packed rows with other scales, rounded to `scale_type`.
+
+        The arguments are those of `read_scales`; `scales` has the shape of its result.
+        """
 
 
 def inverse_of(scale: torch.Tensor, steps: int = 1) -> torch.Tensor:

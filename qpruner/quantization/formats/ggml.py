@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qpruner.quantization.formats.format import (
     Capability,
     Format,
-    GridFormat,
+    ScaledFormat,
     Tensors,
     decode_rows,
     inverse_of,
@@ -63,11 +63,17 @@ class Blocks(Format):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Simple(Blocks, GridFormat):
-    """Blocks of 32 weights: a scale, then the codes."""
+class Simple(Blocks, ScaledFormat):
+    """Blocks of 32 weights: a scale, in some formats a minimum, then the codes."""
 
-    group_size: int | None = BLOCK_SIZE
+    group_size: int = BLOCK_SIZE
     block_size: int = BLOCK_SIZE
+    scale_type: str = "float16"
+
+    @property
+    def header_bytes(self) -> int:
+        """The bytes of a block's scale and minimum."""
+        return 2 * self.num_scales
 
     def values(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         return scale.half().float() * (codes - zero)
@@ -75,20 +81,39 @@ class Simple(Blocks, GridFormat):
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         import torch
 
-        header = scales.half().unsqueeze(-1).view(torch.uint8)  # (rows, blocks, 2)
+        header = self._header(scales, zeros).half().contiguous().view(torch.uint8)
         body = self._to_bytes(codes.reshape(len(codes), -1, BLOCK_SIZE))
         return {"weight": torch.cat([header, body], dim=-1).flatten(1)}
+
+    def read_scales(self, packed: torch.Tensor, columns: int) -> torch.Tensor:
+        import torch
+
+        blocks = packed.view(len(packed), -1, self.block_bytes)
+        return read_as(blocks[..., : self.header_bytes], torch.float16)
+
+    def write_scales(
+        self, packed: torch.Tensor, columns: int, scales: torch.Tensor
+    ) -> torch.Tensor:
+        import torch
+
+        blocks = packed.view(len(packed), -1, self.block_bytes)
+        header = scales.half().contiguous().view(torch.uint8)
+        return torch.cat([header, blocks[..., self.header_bytes :]], dim=-1).flatten(1)
+
+    def _header(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Return what is stored before the codes: float32 ``(rows, blocks, num_scales)``."""
+        return scales.unsqueeze(-1)
 
     def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
         return self._to_codes(blocks).float().mul_(float16(blocks[:, :2]))
 
     @abstractmethod
     def _to_bytes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Turn codes ``(rows, blocks, 32)`` into the bytes after the scale."""
+        """Turn codes ``(rows, blocks, 32)`` into the bytes after the header."""
 
     @abstractmethod
     def _to_codes(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Read signed codes, int8 ``(blocks, 32)``, from uint8 ``(blocks, block bytes)``."""
+        """Read codes without their offset, int8 ``(blocks, 32)``, from whole blocks of uint8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +135,41 @@ class Signed(Simple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Q4(Signed):
-    """A scale and 16 bytes: the first 16 weights in the lower halves, the others in the upper."""
+class Ranged(Simple):
+    """Blocks with a scale and a minimum, which span their range: ``scale * code + minimum``.
+
+    The minimum takes the place of the zero in the arguments of a grid format.
+    """
+
+    num_scales: int = 2
+
+    def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        minimum = weight.amin(dim=-1, keepdim=True)
+        span = weight.amax(dim=-1, keepdim=True) - minimum
+        # GPUs divide by a plain number less exactly.
+        return span / span.new_full(span.shape, self.num_codes - 1), minimum
+
+    def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        # As llama.cpp does, halves are rounded up.
+        steps = (weight - zero).mul_(inverse_of(scale)).add_(0.5)
+        return steps.clamp_(0, self.num_codes - 1).trunc_()
+
+    def values(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return scale.half().float() * codes + zero.half().float()
+
+    def _header(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return torch.stack([scales, zeros], dim=-1)
+
+    def _decode(self, blocks: torch.Tensor) -> torch.Tensor:
+        return super()._decode(blocks).add_(float16(blocks[:, 2:4]))
+
+
+class Nibbles:
+    """16 bytes of codes: the first 16 weights in the lower halves, the others in the upper."""
+
+    header_bytes: int
 
     def _to_bytes(self, codes: torch.Tensor) -> torch.Tensor:
         return _join_nibbles(codes)
@@ -119,12 +177,13 @@ class Q4(Signed):
     def _to_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return _split_nibbles(blocks, 2).view(torch.int8).sub_(8)
+        return _split_nibbles(blocks, self.header_bytes).view(torch.int8)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Q5(Signed):
-    """As `Q4`, with the fifth bits of all weights in 4 bytes before the others."""
+class FiveBits:
+    """As `Nibbles`, with the fifth bits of all weights in 4 bytes before the others."""
+
+    header_bytes: int
 
     def _to_bytes(self, codes: torch.Tensor) -> torch.Tensor:
         import torch
@@ -138,11 +197,39 @@ class Q5(Signed):
     def _to_codes(self, blocks: torch.Tensor) -> torch.Tensor:
         import torch
 
-        bits = blocks[:, 2:6].to(torch.int64).mul_(ONES).bitwise_and_(BIT_OF_BYTE)
+        start = self.header_bytes
+        high = blocks[:, start : start + 4]
+        bits = high.to(torch.int64).mul_(ONES).bitwise_and_(BIT_OF_BYTE)
         # Adding 127 sets the highest bit of every byte that is not 0; it is moved to the fifth.
         bits.add_(127 * ONES).bitwise_right_shift_(3).bitwise_and_(16 * ONES)
-        codes = _split_nibbles(blocks, 6).bitwise_or_(bits.view(torch.uint8))
-        return codes.view(torch.int8).sub_(16)
+        codes = _split_nibbles(blocks, start + 4).bitwise_or_(bits.view(torch.uint8))
+        return codes.view(torch.int8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q4(Nibbles, Signed):
+    """A scale, then 4 bits a weight."""
+
+    def _to_codes(self, blocks: torch.Tensor) -> torch.Tensor:
+        return super()._to_codes(blocks).sub_(8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q4Ranged(Nibbles, Ranged):
+    """A scale and a minimum, then 4 bits a weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q5(FiveBits, Signed):
+    """A scale, then 5 bits a weight."""
+
+    def _to_codes(self, blocks: torch.Tensor) -> torch.Tensor:
+        return super()._to_codes(blocks).sub_(16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q5Ranged(FiveBits, Ranged):
+    """A scale and a minimum, then 5 bits a weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +283,14 @@ Q4_0 = Q4(
     num_codes=16,
     block_bytes=18,
 )
+Q4_1 = Q4Ranged(
+    name="q4_1",
+    bits=4,
+    letter="l",
+    colour="#a1d99b",
+    num_codes=16,
+    block_bytes=20,
+)
 Q5_0 = Q5(
     name="q5_0",
     bits=5,
@@ -203,6 +298,14 @@ Q5_0 = Q5(
     colour="#74c476",
     num_codes=32,
     block_bytes=22,
+)
+Q5_1 = Q5Ranged(
+    name="q5_1",
+    bits=5,
+    letter="m",
+    colour="#41ab5d",
+    num_codes=32,
+    block_bytes=24,
 )
 Q8_0 = Q8(
     name="q8_0",

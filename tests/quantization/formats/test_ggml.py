@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qpruner.quantization.formats import format_of
 
-SIMPLE = {"q4_0": 2, "q5_0": 6, "q8_0": 8}
+SIMPLE = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
 K_QUANTS = {"q2_k": 10, "q3_k": 11, "q4_k": 12, "q6_k": 14}
 EVERY = SIMPLE | K_QUANTS
 SHAPES = [(40, 512), (1, 256), (13, 1280)]
