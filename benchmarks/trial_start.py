@@ -43,7 +43,8 @@ def from_scratch(config: RunConfig, checkpoint: Path, plan: dict[str, str]) -> t
     starts: dict[str, torch.Tensor] = {}
     for name, paths in group_linears(model.config, config.quantize.group).items():
         weights = {path: model.get_submodule(path).weight for path in paths}
-        [entry] = build_entries(weights, [format_of(plan[name])], config.lora, config.seed)
+        packing = format_of(plan[name])
+        [entry] = build_entries(weights, [packing], lambda packing: config.lora, config.seed)
         for path in paths:
             own = {
                 key.removeprefix(f"{path}."): value

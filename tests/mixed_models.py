@@ -101,7 +101,7 @@ def plan_job(
         title="searched",
         bank=bank,
         folder=folder,
-        adapter=folder / "adapter",
+        trained=folder / "trained",
         config=config,
         data=data,
         scoring=Scoring(half=CONFIRMATION),
@@ -119,7 +119,7 @@ def held_out_scoring(config: RunConfig, text: Path | None = None) -> Scoring:
 def job_in(job: FineTuneJob, folder: Path, **fields: Any) -> FineTuneJob:
     """Return the job in another folder, with these fields of its record changed."""
     record = job.record.model_copy(update=fields)
-    return replace(job, folder=folder, adapter=folder / "adapter", record=record)
+    return replace(job, folder=folder, trained=folder / "trained", record=record)
 
 
 def mixed_model(bank: BankSource, plan: Mapping[str, str]) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from qpruner.config import schema
 from qpruner.config.pruning import RATES, REDUCING
 from qpruner.config.section import Idle, Section
-from qpruner.quantization.formats import DENSE, GridFormat, formats
+from qpruner.quantization.formats import DENSE, GridFormat, ScaledFormat, formats
 
 OF_UNITS = (
     "importance",
@@ -161,8 +161,48 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
             "`evaluate.tasks` must not share tasks with `search.tasks`, both name "
             f"{', '.join(seen)}: the report must use tasks that the search has not seen"
         )
+    yield from _scale_rules(run)
     yield from _size_rules(run)
     yield from _worker_rules(run)
+
+
+def _scale_rules(run: schema.RunConfig) -> Iterator[str]:
+    if run.training.method != "scales":
+        return
+    scaled = [name for name, known in formats().items() if isinstance(known, ScaledFormat)]
+    remedy = f"name some of {', '.join([*scaled, DENSE])}, or take `training.method: adapter`"
+    for key, names in (
+        ("formats", run.quantize.levels),
+        ("embeddings", run.quantize.embedding_levels),
+    ):
+        others = [name for name in names if name not in (*scaled, DENSE)]
+        if others:
+            yield (
+                f"`training.method: scales` needs formats with scales to train, but "
+                f"`quantize.{key}` has {', '.join(others)}: {remedy}"
+            )
+    for form in run.serve.to:
+        if form.endswith("_merged"):
+            yield (
+                f"`training.method: scales` gives one plain file, without an adapter to merge, but "
+                f"`serve.to` has {form}: name {form.removesuffix('_merged')}"
+            )
+        server = form.partition("_")[0]
+        lacking = [name for name in run.quantize.levels if not _stores(server, name)]
+        if lacking:
+            yield (
+                f"`training.method: scales` trains what a file stores, but a file for {server} "
+                f"(`serve.to`) cannot store {', '.join(lacking)}: name other formats in "
+                "`quantize.formats`, or take `training.method: adapter`"
+            )
+
+
+def _stores(server: str, name: str) -> bool:
+    """Return True if a file for `gguf` or `vllm` can store a format that has scales."""
+    known = formats().get(name)
+    if known is None or not isinstance(known, ScaledFormat):
+        return True  # unpacked, or refused by another rule
+    return bool(known.ggml_type) == (server == "gguf")
 
 
 def _size_rules(run: schema.RunConfig) -> Iterator[str]:

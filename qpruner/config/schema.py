@@ -16,7 +16,7 @@ from qpruner.config.pruning import DataSource as DataSource
 from qpruner.config.pruning import Named, OneOrMore, Positive, Share
 from qpruner.config.pruning import PruneConfig as PruneConfig
 from qpruner.config.section import Section
-from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of
+from qpruner.quantization.formats import ALIASES, DENSE, Method, by_size, format_of
 
 Bits = Literal[4, 8, 16]
 AccuracyMetric = Literal["acc_norm", "acc", "exact_match"]
@@ -159,6 +159,10 @@ class LoraConfig(Section):
 class TrainingConfig(Section):
     """Optimizer settings for trials and the final fine-tune."""
 
+    method: Method = "adapter"
+    """adapter trains LoRA matrices beside the packed weights. scales trains the scales that the
+    packed weights store, so that the result is one plain file. It needs formats of llama.cpp's
+    simple kinds (q4_0, ...) or of `w`; models that are not packed get an adapter."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate (AdamW, warm-up, cosine)."""
     batch_size: Positive = 64

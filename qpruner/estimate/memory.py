@@ -8,7 +8,7 @@ and unpack their weight in each pass.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -73,7 +73,7 @@ def comparison_memory(config: RunConfig, inspection: Inspection) -> Memory:
     Its largest step trains the base model, neither pruned nor quantized.
     """
     shapes = inspection.shapes
-    base = shapes.base
+    base = replace(shapes.base, method="adapter")  # an unpacked model stores no scales
     about = "of the base model, unpacked (`finetune.compare`, `training.micro_batch_size`)"
     return _step(config, inspection, base, base.plan_bytes(base.dense()), about)
 
@@ -92,7 +92,7 @@ def _step(
         layout,
         hidden_size=int(shapes.model_config.hidden_size),
         tokens=rows * length,
-        rank=config.lora.rank,
+        rank=config.lora.rank if layout.method == "adapter" else None,
         checkpointing=training.gradient_checkpointing,
     )
     parts["logits"] = logit_bytes(shapes, labelled)
@@ -133,13 +133,17 @@ def _trial_bytes(layout: Layout, shapes: Shapes) -> int:
 
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
-    """Return the bytes by part that training always holds; adapters are trained in float32."""
-    adapters = layout.trained_bytes
+    """Return the bytes by part that training always holds.
+
+    Adapters, or changes of scales, are trained in float32.
+    """
+    is_adapter = layout.method == "adapter"
+    trained = layout.trained_bytes
     return {
-        "weights": plan_bytes - layout.adapter_bytes,
-        "adapters": adapters,
-        "gradients": adapters,
-        "optimizer": 2 * adapters,
+        "weights": plan_bytes - (layout.adapter_bytes if is_adapter else 0),
+        "adapters" if is_adapter else "scales": trained,
+        "gradients": trained,
+        "optimizer": 2 * trained,
     }
 
 
@@ -153,6 +157,8 @@ def _unpacked(layout: Layout, plan_bytes: int) -> dict[str, int]:
     largest = _largest(_blocks(layout))
     piece = PIECE["other" if torch.cuda.is_available() else "cpu"]
     in_pieces = min(largest, piece) * (layout.element_bytes + 2 * FLOAT32_BYTES)
+    if layout.method == "scales":  # the gradient of a piece, and its product with the weights
+        in_pieces += 2 * min(largest, piece) * layout.element_bytes
     return {"unpacked weights": max(largest * layout.element_bytes, in_pieces)}
 
 
@@ -330,9 +336,12 @@ def _by_measurement(shapes: Shapes, groups: Sequence[Group], tokens: int) -> dic
 
 
 def activation_bytes(
-    layout: Layout, hidden_size: int, tokens: int, rank: int, checkpointing: bool
+    layout: Layout, hidden_size: int, tokens: int, rank: int | None, checkpointing: bool
 ) -> int:
-    """Count the bytes that a forward pass with adapters keeps for the backward pass."""
+    """Count the bytes that a forward pass keeps for the backward pass.
+
+    `rank` is that of adapters; None if scales are trained.
+    """
     blocks: dict[str, list[LinearShape]] = {}
     for group in _blocks(layout):
         block = ".".join(group.name.split(".")[:2])  # such as `layers.07`

@@ -22,8 +22,9 @@ from qpruner.models.memory import limit_threads, release
 from qpruner.pipeline.shapes import layout_for
 from qpruner.plans.plan import UNPRUNED
 from qpruner.quantization.assembly import attach_adapters
-from qpruner.quantization.formats import format_of
+from qpruner.quantization.formats import format_of, trained_by
 from qpruner.quantization.mixed import packed_layer
+from qpruner.quantization.scales import make_trainable
 
 Batch = dict[str, torch.Tensor]
 FEW = 1
@@ -134,7 +135,11 @@ def small_model(config: RunConfig, model_config: Any, num_blocks: int) -> Any:
                 layer = model.get_submodule(linear.name)
                 tensors = packing.pack(layer.weight.data)
                 model.set_submodule(linear.name, packed_layer(layer, packing, tensors, dtype))
-    adapted: Any = attach_adapters(model, {}, config.lora, config.quantize.group, config.seed)
+    adapted: Any = model
+    if trained_by(config.training.method, layout.smallest().formats) == "scales":
+        make_trainable(model)
+    else:
+        adapted = attach_adapters(model, {}, config.lora, config.quantize.group, config.seed)
     if config.training.gradient_checkpointing:
         adapted.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})

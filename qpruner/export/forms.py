@@ -30,6 +30,7 @@ from qpruner.export.recode import (
     copy_adapter,
     dense,
     formats_of,
+    has_adapter,
     read_settings,
     recode,
     tensor_bytes,
@@ -54,6 +55,12 @@ AGAINST_SHORTAGE = (
 NUM_ROWS = 8  # number of rows of `data.confirmation` on which predictions are compared
 LONGEST = 256  # tokens of a row that are compared
 RECODED = "recoded"
+WITH_ADAPTER: Mapping[Form, Form] = {
+    "peft": "merged",
+    "gguf_merged": "gguf",
+    "vllm_merged": "vllm",
+}
+"""Forms that need an adapter, and the form that a model without one has instead."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def export(
 ) -> Exported:
     """Export the final model of a run to a new folder.
 
-    The form `merged` has dense weights with the adapter merged in; `peft` has the adapter, and the
+    The form `merged` has dense weights with any adapter merged in; `peft` has the adapter, and the
     quantized model in a subfolder. `gguf` and `vllm` have packed weights for llama.cpp and vLLM,
     with the adapter in files of its own; `gguf_merged` and `vllm_merged` have it merged into the
     packed weights.
@@ -110,13 +117,15 @@ def export(
         StageError: The export and the model differ.
     """
     final = run.root / "final"
-    if not exists(final / ADAPTER_FILES[0]):
+    if not exists(final / "config.json"):
         raise UserError(f"{run.place} has no final model: repeat `qpruner run` to finish the run")
     if target.exists():
         raise UserError(f"{target} exists: delete this folder or name another with `--out`")
     record = ExportRecord(final=run.final_digests())
     final = fetch(final)
     reason = refusal(form, checkpoint_config(final))
+    if not has_adapter(final) and form in WITH_ADAPTER:
+        reason = f"it has no adapter (`training.method: scales`): export {WITH_ADAPTER[form]}"
     if reason:
         raise UserError(f"this model cannot be exported as {form}: {reason}")
 
@@ -301,7 +310,7 @@ def _peft(work: _Work) -> Exported:
 
 
 def _gguf(work: _Work) -> Exported:
-    """Write files for llama.cpp: the model, its adapter unless it is merged, and a Modelfile."""
+    """Write files for llama.cpp: the model, a Modelfile, and any adapter that is not merged."""
     from qpruner.export.gguf import checking, vocabulary, writing
     from qpruner.export.gguf.modelfile import modelfile
 
@@ -310,7 +319,7 @@ def _gguf(work: _Work) -> Exported:
     model = work.folder / f"{work.name}.gguf"
     writing.write_gguf(checkpoint, model, work.name, work.on_progress)
     adapter = None
-    if not work.form.endswith("merged"):
+    if not work.form.endswith("merged") and has_adapter(checkpoint):
         adapter = work.folder / f"{work.name}-adapter.gguf"
         writing.write_adapter(checkpoint, adapter, work.on_progress)
 

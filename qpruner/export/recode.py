@@ -69,7 +69,7 @@ def recode(
     old = formats_of(config)
     new = old | changed
     widths = columns_of(config)
-    adapter = _adapter(final) if merge else {}
+    adapter = _adapter(final) if merge and has_adapter(final) else {}
     copy_other_files(final, folder, () if merge else ADAPTER_FILES)
     _write_config(final, folder, new)
 
@@ -135,6 +135,11 @@ def columns_of(config: Any) -> dict[str, int]:
         for name, parameter in skeleton(config).named_parameters()
         if name.endswith(".weight")
     }
+
+
+def has_adapter(checkpoint: Path) -> bool:
+    """Return True if a checkpoint has an adapter beside its weights."""
+    return (checkpoint / ADAPTER_FILES[0]).is_file()
 
 
 def take_weight(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from qpruner.config.schema import QuantizeConfig
 from qpruner.models import ragged
 from qpruner.models.families import block_paths, family_of
 from qpruner.plans.plan import EMBEDDINGS, HEAD, UNPRUNED, Group, Layout, LinearShape
-from qpruner.quantization.formats import format_of
+from qpruner.quantization.formats import Method, format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,6 +92,7 @@ def layout_of(
     lora_rank: int,
     on_gpu: bool,
     cut: str = UNPRUNED,
+    method: Method = "adapter",
 ) -> Layout:
     """List groups with the formats that each takes, and count the bytes of all other parts.
 
@@ -126,6 +127,7 @@ def layout_of(
         num_parameters=num_parameters,
         multiply_adds=multiply_adds(model),
         cut=cut,
+        method=method,
     )
 
 

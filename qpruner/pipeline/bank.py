@@ -20,7 +20,7 @@ from qpruner.pipeline.prepare import loading_progress
 from qpruner.pipeline.shapes import Shapes, left_out_text
 from qpruner.pipeline.stage import Stage, disk_bytes_in
 from qpruner.plans.plan import UNPRUNED, Layout
-from qpruner.quantization.formats import PAPER, format_of
+from qpruner.quantization.formats import PAPER, format_of, trained_by
 from qpruner.runs.events import Emit, Event, GroupPacked, Progress
 from qpruner.runs.records import BankRecord
 from qpruner.runs.storage import fetch, files_in, for_each, remove
@@ -223,20 +223,22 @@ def bank_bytes(config: RunConfig, shapes: Shapes) -> int:
     for layout in shapes.layouts.values():
         for level in layout.levels:
             if format_of(level).is_packed:
-                size += sum(sizes.get(level, 0) for sizes in layout.sizes) + layout.trained_bytes
+                size += sum(sizes.get(level, 0) for sizes in layout.sizes)
+                if trained_by(layout.method, [level]) == "adapter":
+                    size += layout.start_bytes
     extra = [level for level in PAPER if level not in pruned.levels]
     # one plan of formats that are not the run's
     if extra and MUTUAL_INFORMATION in config.measured_methods:
         blocks = [group for group in pruned.groups if not group.is_table]
         size += (
             sum(group.packed_bytes(extra[-1], pruned.element_bytes) for group in blocks)
-            + pruned.trained_bytes
+            + pruned.start_bytes
         )
     if UNPRUNED not in shapes.layouts:  # two plans, each in the budget or the smallest
         smallest = base.plan_bytes(base.smallest())
         largest = base.plan_bytes(base.largest())
         plan_bytes = max(smallest, min(shapes.budget_bytes, largest))
-        size += 2 * (plan_bytes - base.adapter_bytes + base.trained_bytes)
+        size += 2 * (plan_bytes + base.start_bytes)
     return size
 
 

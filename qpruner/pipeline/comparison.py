@@ -18,7 +18,7 @@ from qpruner.pipeline.tuning import (
     distinct,
     job_keys,
     score_all,
-    setting_aside_damaged_adapter,
+    setting_aside_damaged_folder,
     tune_all,
 )
 from qpruner.plans.plan import PrecisionPlan, plan_of
@@ -78,7 +78,7 @@ class Comparison(Stage[ComparisonRecord]):
         if context.record(EvalRecord).text:
             text = context.run_dir.stage("evaluate") / "text"
         scoring = held_out(context, text)
-        with setting_aside_damaged_adapter(context.run_dir, self.name):
+        with setting_aside_damaged_folder(context.run_dir, self.name):
             tuned = tune_all(self, self.jobs, self.config.finetune.num_workers, own_process=True)
             jobs = [
                 replace(job, record=record, scoring=scoring)

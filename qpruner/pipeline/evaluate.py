@@ -14,7 +14,7 @@ from qpruner.pipeline.stage import Stage
 from qpruner.pipeline.tuning import (
     job_progress,
     score_all,
-    setting_aside_damaged_adapter,
+    setting_aside_damaged_folder,
     tasks_text,
 )
 from qpruner.plans.plan import UNPRUNED, PrecisionPlan, plan_of
@@ -70,7 +70,7 @@ class Evaluate(Stage[EvalRecord]):
         settings = self.config.evaluate
         scoring = held_out(context, text)
         jobs = [replace(job, scoring=scoring) for job in self.jobs]
-        with setting_aside_damaged_adapter(context.run_dir, self.name):
+        with setting_aside_damaged_folder(context.run_dir, self.name):
             rows = score_all(self, jobs, "answers")
             before = context.machines.gpu_time.seconds
             setting, rows = measure_in_turns(self, jobs, rows)

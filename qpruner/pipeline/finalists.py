@@ -13,7 +13,7 @@ from qpruner.plans.plan import plan_of
 from qpruner.runs.records import GIVEN, SELECTION, Finalist, TrialRecord, digest_of
 from qpruner.search import choice
 from qpruner.search.trial_records import checkpoint_of
-from qpruner.training.checkpoints import ADAPTER_WEIGHTS
+from qpruner.training.checkpoints import TRAINED_WEIGHTS
 from qpruner.training.jobs import FineTuneJob, Scoring
 from qpruner.wording import counted
 
@@ -57,9 +57,9 @@ def _trial_job(stage: Stage[Any], trial: TrialRecord, job: SearchJob) -> FineTun
         "train_loss": last.train_loss,
         "peak_memory_bytes": trial.peak_memory_bytes or 0,
         "memory_counter": trial.memory_counter or "",
-        "adapter_sha256": trial.checkpoint[ADAPTER_WEIGHTS],
+        "trained_sha256": trial.checkpoint[TRAINED_WEIGHTS[of_trial.record.method]],
     }
-    return replace(of_trial, record=of_trial.record.model_copy(update=known), adapter=checkpoint)
+    return replace(of_trial, record=of_trial.record.model_copy(update=known), trained=checkpoint)
 
 
 def finalist_job(

@@ -1,4 +1,4 @@
-"""The finetune stage: fine-tune the adapters of the winning plan anew.
+"""The finetune stage: fine-tune the winning plan anew.
 
 It writes the folder `final`.
 """
@@ -20,7 +20,7 @@ from qpruner.pipeline.tuning import (
     are_recorded,
     job_keys,
     make_job,
-    setting_aside_damaged_adapter,
+    setting_aside_damaged_folder,
     tune_all,
 )
 from qpruner.plans.plan import PrecisionPlan, plan_of
@@ -28,13 +28,13 @@ from qpruner.runs import storage
 from qpruner.runs.events import Emit
 from qpruner.runs.records import CONFIRMATION, SEARCHED, FinetuneRecord, SearchRecord
 from qpruner.search.roles import title_of
-from qpruner.training.checkpoints import ADAPTER_WEIGHTS
+from qpruner.training.checkpoints import TRAINED_WEIGHTS, load_trained
 from qpruner.training.jobs import FineTuneJob, Scoring
 from qpruner.wording import counted
 
 
 class Finetune(Stage[FinetuneRecord]):
-    """Fine-tune the adapters of the winning plan for `finetune.steps` or epochs.
+    """Fine-tune the winning plan for `finetune.steps` or epochs.
 
     The result is written to the folder `final`.
     """
@@ -103,7 +103,7 @@ class Finetune(Stage[FinetuneRecord]):
         context.forget(self.name)  # because the final folder is about to be overwritten
         before = context.machines.gpu_time.seconds
         write = partial(write_final, self.job, context.run_dir.root / "final")
-        with setting_aside_damaged_adapter(context.run_dir, self.name):
+        with setting_aside_damaged_folder(context.run_dir, self.name):
             context.machines.executor.run(write, context.emit)
         # An earlier command may have run the fine-tune.
         held = winner.gpu_seconds + context.machines.gpu_time.seconds - before
@@ -141,18 +141,21 @@ def final_job(
 
 
 def write_final(winner: FineTuneJob, folder: Path, emit: Emit) -> None:
-    """Write packed weights, adapter and tokenizer in a folder.
+    """Write packed weights, tokenizer and any adapter in a folder.
 
     Transformers loads the folder after `import qpruner.hf`.
     """
     from qpruner.quantization.assembly import assemble
 
-    on_progress, adapter = loading_progress(emit, "finetune"), storage.fetch(winner.adapter)
+    on_progress, trained = loading_progress(emit, "finetune"), storage.fetch(winner.trained)
     with reporting_tensors(on_progress):
         model, _ = assemble(winner.bank, winner.record.plan)
+    if winner.record.method == "scales":
+        load_trained(model, trained)
     scratch = storage.empty_folder(storage.storage_at(folder.with_name(f".{folder.name}")).staging)
     with storage.writing_folder(scratch):
         save_checkpoint(model, load_tokenizer(str(winner.bank.checkpoint)), scratch, on_progress)
-        for file in ("adapter_config.json", ADAPTER_WEIGHTS):
-            shutil.copy2(adapter / file, scratch / file)
+        if winner.record.method == "adapter":
+            for file in ("adapter_config.json", TRAINED_WEIGHTS["adapter"]):
+                shutil.copy2(trained / file, scratch / file)
     storage.storage_at(folder).publish(scratch)

@@ -69,6 +69,7 @@ class Places:
             quantize.rounding,
             calibration,
             config.lora.model_copy(update={"dropout": 0.0}),
+            config.training.method,
             config.seed,
             VERSION,
         )
@@ -81,4 +82,5 @@ class Places:
             seed=config.seed,
             inputs=inputs,
             uses_grams=uses_grams,
+            method=config.training.method,
         )

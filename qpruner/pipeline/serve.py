@@ -109,7 +109,7 @@ class Serve(Stage[ServeRecord]):
 
     def inputs(self) -> tuple[Any, ...]:
         prepared, tuned = self.context.record(PrepareRecord), self.context.record(FinetuneRecord)
-        about = ([tuned.winner.adapter_sha256], self._rival and self._rival.record.digest)
+        about = ([tuned.winner.trained_sha256], self._rival and self._rival.record.digest)
         return (prepared.digest, tuned.digest, about, self.config.serve, _versions())
 
     @cached_property

@@ -168,10 +168,12 @@ def write_rival(rival: FineTuneJob, folder: Path, on_progress: OnWork) -> list[S
     if any(chosen.is_packed and not chosen.ggml_type for chosen in formats):
         return []
     write_final(rival, folder / PLAN, lambda event: None)
-    model, adapter = folder / "rival.gguf", folder / "rival-adapter.gguf"
-    writing.write_gguf(folder / PLAN, model, model.stem, on_progress)
-    writing.write_adapter(folder / PLAN, adapter, on_progress)
-    return [_in_llama_cpp(rival.record.name, PLAN, rival.record.mean_bits, model, adapter)]
+    files = [folder / "rival.gguf"]
+    writing.write_gguf(folder / PLAN, files[0], files[0].stem, on_progress)
+    if rival.record.method == "adapter":
+        files.append(folder / "rival-adapter.gguf")
+        writing.write_adapter(folder / PLAN, files[1], on_progress)
+    return [_in_llama_cpp(rival.record.name, PLAN, rival.record.mean_bits, *files)]
 
 
 def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -> Served:

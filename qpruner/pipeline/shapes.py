@@ -66,7 +66,7 @@ class Shapes:
     def checkpoint_bytes(self) -> int:
         """Estimated bytes of a training checkpoint at most.
 
-        It has the adapter of the base model and its two Adam moments.
+        It has what is trained of the base model, and its two Adam moments.
         """
         return 3 * self.base.trained_bytes
 
@@ -296,7 +296,7 @@ def shapes_of(
 def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> Layout:
     """List the groups of a model (layers that share a format).
 
-    They serve to compute the bytes of plans, adapters included.
+    They serve to compute the bytes of plans, any adapters included.
     """
     return layout_of(
         model_config,
@@ -305,6 +305,7 @@ def layout_for(config: RunConfig, model_config: Any, on_gpu: bool, cut: str) -> 
         config.lora.rank,
         on_gpu,
         cut,
+        config.training.method,
     )
 
 

@@ -16,11 +16,12 @@ from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
+from qpruner.quantization.formats import trained_by
 from qpruner.runs import storage
 from qpruner.runs.events import Progress
 from qpruner.runs.records import FineTune, digest_of
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.checkpoints import ADAPTER_WEIGHTS, is_damaged
+from qpruner.training.checkpoints import TRAINED_WEIGHTS, is_damaged
 from qpruner.training.jobs import FineTuneJob, Scoring, score, tune
 from qpruner.wording import error_text
 
@@ -77,6 +78,7 @@ def make_job(
         mean_bits=layout.mean_bits(plan),
         num_parameters=layout.num_parameters,
         bank=bank.inputs if bank.uses_grams else "",
+        method=trained_by(config.training.method, plan.formats),
     )
     folder = context.run_dir.candidates / digest
     return FineTuneJob(
@@ -84,7 +86,7 @@ def make_job(
         title=title,
         bank=bank,
         folder=folder,
-        adapter=folder / "adapter",
+        trained=folder / "trained",
         config=config,
         data=context.places.data,
         scoring=scoring,
@@ -124,8 +126,8 @@ def tune_all(
     tuned: dict[Path, FineTune] = {}
     for job, record in zip(models, storage.for_each(_recorded, folders), strict=True):
         if isinstance(record, FineTune):
-            # A training that diverged left no adapter to score anew.
-            if record.adapter_sha256 or record.scored == job.scoring.digest:
+            # A training that diverged left nothing to score anew.
+            if record.trained_sha256 or record.scored == job.scoring.digest:
                 tuned[job.folder] = record
         elif record:
             where = storage.quarantine(job.folder, job.folder.parent)
@@ -164,12 +166,12 @@ def _recorded(folder: Path) -> FineTune | str | None:
 
     If the folder is damaged, a message is returned instead.
     """
-    weights = folder / "adapter" / ADAPTER_WEIGHTS
     try:
         record = storage.read_json(folder / "record.json", FineTune)
         if record is None:
             return None
-        if record.adapter_sha256:  # a training that diverged leaves none
+        if record.trained_sha256:  # a training that diverged leaves none
+            weights = folder / "trained" / TRAINED_WEIGHTS[record.method]
             if not storage.exists(weights):
                 return None
             storage.storage_at(weights.parent).verify()
@@ -196,8 +198,8 @@ def _under_own_names(jobs: Iterable[FineTuneJob], records: dict[Path, FineTune])
 
 
 @contextmanager
-def setting_aside_damaged_adapter(run: RunDir, stage: str) -> Iterator[None]:
-    """Set aside the folder of an adapter that the `with` block finds damaged.
+def setting_aside_damaged_folder(run: RunDir, stage: str) -> Iterator[None]:
+    """Set aside the folder of a fine-tune that the `with` block finds damaged.
 
     `StageError` of this stage is raised then. A folder that this process finds intact stays:
     another machine may not see it.

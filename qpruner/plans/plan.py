@@ -20,7 +20,15 @@ import yaml
 from qpruner.config.load import parse_yaml
 from qpruner.config.pruning import UNPRUNED as UNPRUNED
 from qpruner.errors import PlanRefused
-from qpruner.quantization.formats import ALIASES, DENSE, by_size, format_of
+from qpruner.quantization.formats import (
+    ALIASES,
+    DENSE,
+    Method,
+    ScaledFormat,
+    by_size,
+    format_of,
+    trained_by,
+)
 from qpruner.runs.records import Finalist, FineTune, TrialRecord
 
 EMBEDDINGS = "embeddings"
@@ -97,6 +105,14 @@ class Group:
     def num_weights(self) -> int:
         """Return the number of weights of all its layers."""
         return sum(linear.num_weights for linear in self.linears)
+
+    def num_scales(self, name: str) -> int:
+        """Count the scales and minima that a format stores and that can be trained."""
+        stored = format_of(name)
+        if not isinstance(stored, ScaledFormat):
+            return 0
+        num_groups = sum(item.num_weights for item in self.linears) // stored.group_size
+        return num_groups * stored.num_scales
 
     def packed_bytes(self, name: str, element_bytes: int) -> int:
         """Count the bytes of its weights in a format, offered or not, without biases."""
@@ -233,11 +249,12 @@ class Layout(PlansOfCut):
 
     groups: tuple[Group, ...]  # in model order
     ungrouped_bytes: int  # norms, biases and other weights in no group
-    adapter_bytes: int  # LoRA matrices as they are served, see `trained_bytes`
+    adapter_bytes: int  # LoRA matrices as they are served, see `start_bytes`
     element_bytes: int  # bytes of one unquantized weight
     num_parameters: int  # without adapters
     multiply_adds: int  # per token
     cut: str = UNPRUNED
+    method: Method = "adapter"  # that trains plans which store scales
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -264,25 +281,31 @@ class Layout(PlansOfCut):
 
     @property
     def fixed_bytes(self) -> int:
-        """Return the bytes of everything that is the same in all plans."""
-        return self.ungrouped_bytes + self.adapter_bytes
+        """Return the bytes of everything that is the same in all plans of a search."""
+        return self.ungrouped_bytes + (self.adapter_bytes if self.method == "adapter" else 0)
+
+    @property
+    def start_bytes(self) -> int:
+        """Count the bytes of the adapters in float32, as the bank keeps them."""
+        return self.adapter_bytes // self.element_bytes * 4
 
     @property
     def trained_bytes(self) -> int:
-        """Count the bytes of the adapters in float32.
-
-        That is how they are trained, and kept in the bank and in checkpoints.
-        """
-        return self.adapter_bytes // self.element_bytes * 4
+        """Count the bytes of what is trained, in float32: the adapters, or the most scales."""
+        if self.method == "adapter":
+            return self.start_bytes
+        return 4 * sum(max(map(group.num_scales, group.formats)) for group in self.groups)
 
     def dense(self) -> PrecisionPlan:
         """Return the plan with every group unpacked, whether that is offered or not."""
         return self.plan(DENSE for _ in self.groups)
 
     def plan_bytes(self, plan: PrecisionPlan) -> int:
-        """Count the bytes of the whole model under `plan`: groups, other weights and adapters."""
+        """Count the bytes of the whole model under `plan`: groups, other weights, any adapters."""
         assert plan.groups == self.names, "a plan names the groups in the model's order"
-        plan_bytes = self.fixed_bytes
+        plan_bytes = self.ungrouped_bytes
+        if trained_by(self.method, plan.formats) == "adapter":
+            plan_bytes += self.adapter_bytes
         for group, name in zip(self.groups, plan.formats, strict=True):
             plan_bytes += group.packed_bytes(name, self.element_bytes)
         return plan_bytes

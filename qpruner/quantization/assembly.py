@@ -1,4 +1,4 @@
-"""Assemble the model of a plan (a format for every group of layers), and add LoRA adapters.
+"""Assemble the model of a plan (a format for every group of layers), and make it trainable.
 
 Packed weights come from the bank, unpacked weights from the checkpoint.
 """
@@ -19,8 +19,9 @@ from qpruner.models.families import family_of
 from qpruner.models.layout import group_linears, group_paths, table_paths
 from qpruner.models.loading import device
 from qpruner.plans.plan import HEAD
+from qpruner.quantization import scales
 from qpruner.quantization.bank import BankSource, read_plan
-from qpruner.quantization.formats import formats
+from qpruner.quantization.formats import formats, trained_by
 from qpruner.quantization.mixed import MixedPrecisionConfig, flag_for_peft
 from qpruner.runs.storage import OnPiece, fetch
 
@@ -83,9 +84,16 @@ def assemble(
 
 def plan_model(
     bank: BankSource, plan: Mapping[str, str], seed: int, on_piece: OnPiece = lambda: None
-) -> PeftModel:
-    """Build the model of a plan (group -> format) with its initial adapters."""
+) -> PeftModel | PreTrainedModel:
+    """Build the trainable model of a plan (group -> format).
+
+    It has its initial adapters or, if scales are trained, those of its packed layers.
+    """
     model, starts = assemble(bank, plan, on_piece)
+    if trained_by(bank.method, plan.values()) == "scales":
+        scales.make_trainable(model)
+        torch.manual_seed(seed)
+        return model
     return attach_adapters(model, starts, bank.lora, bank.grouping, seed)
 
 
@@ -165,9 +173,11 @@ def cast_adapters(model: Any) -> None:
 def measured_bytes(model: Any) -> int:
     """Count the bytes of all tensors of a model as they are saved; a shared tensor counts once.
 
-    Adapters are trained in float32 and saved in the model's type.
+    Adapters are trained in float32 and saved in the model's type. Changes of scales are saved in
+    the packed weights.
     """
     uncounted = [name for number_format in formats().values() for name in number_format.uncounted]
+    uncounted.append("scale_changes")
     endings = tuple(f".{name}" for name in uncounted)
     sizes: dict[int, int] = {}  # by address
     for name, tensor in model.state_dict().items():

@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,7 +30,7 @@ from qpruner.models.checkpoint import read_tensors
 from qpruner.models.layout import group_linears, group_paths, logits_path
 from qpruner.models.loading import checkpoint_config, device
 from qpruner.plans.plan import OUTSIDE_BLOCKS, Group
-from qpruner.quantization.formats import Format, format_of, formats
+from qpruner.quantization.formats import Format, Method, format_of, formats, trained_by
 from qpruner.quantization.loftq import loftq_start
 from qpruner.quantization.mixed import layer_tensors
 from qpruner.quantization.rounding import change_size, pack_together
@@ -85,6 +85,7 @@ class BankSource:
     seed: int
     inputs: str = ""  # digest of all that the entries depend on besides their formats
     uses_grams: bool = False  # whether GPTQ rounds weights, by the Gram matrices in `GRAMS`
+    method: Method = "adapter"  # `training.method`
 
     def file(self, group: str, level: str) -> Path:
         """Return the path of the entry of a (group, format)."""
@@ -148,7 +149,7 @@ class Entry:
 def build_entries(
     weights: Mapping[str, torch.Tensor],
     packings: Iterable[Format],
-    lora: LoraConfig | None,
+    lora_of: Callable[[Format], LoraConfig | None],
     seed: int,
     grams: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Entry]:
@@ -157,7 +158,7 @@ def build_entries(
     Args:
         weights: Path of each layer and its weight ``(rows, columns)``.
         packings: The formats.
-        lora: Settings of the initial adapters; None makes no adapters.
+        lora_of: Maps a format to the settings of the initial adapters; None makes no adapters.
         seed: Seeds the randomized SVD of LoftQ.
         grams: For GPTQ, path of each layer and the Gram matrix of its inputs (columns, columns).
             Layers with the same matrix are packed together.
@@ -174,6 +175,7 @@ def build_entries(
             together = pack_together(packing, [weights[path] for path in paths], gram_of[paths[0]])
             layers.update(zip(paths, together, strict=True))
 
+        lora = lora_of(packing)
         tensors: Tensors = {}
         plain = 0.0  # squared error without adapters
         left = 0.0  # squared error with them
@@ -217,8 +219,12 @@ def make_entries(
     dtype = getattr(torch, bank.dtype)
     weights = {names[name]: tensor.to(device(), dtype) for name, tensor in stored.items()}
     grams = read_grams(bank.folder, bank.inputs, config, paths) if bank.uses_grams else None
-    lora = None if group in OUTSIDE_BLOCKS else bank.lora
-    entries = build_entries(weights, map(format_of, levels), lora, bank.seed, grams)
+
+    def lora_of(packing: Format) -> LoraConfig | None:
+        has_adapter = trained_by(bank.method, [packing.name]) == "adapter"
+        return bank.lora if has_adapter and group not in OUTSIDE_BLOCKS else None
+
+    entries = build_entries(weights, map(format_of, levels), lora_of, bank.seed, grams)
     for level, entry in zip(levels, entries, strict=True):
         yield write_entry(bank, group, level, entry), entry.tensors
         on_piece()

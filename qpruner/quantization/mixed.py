@@ -203,3 +203,8 @@ class MixedPrecisionQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Tell transformers that adapters on a mixed-precision model can be trained."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Tell transformers that scales of a mixed-precision model can be trained."""
+        return True

@@ -16,9 +16,6 @@ from qpruner.errors import CorruptFile
 from qpruner.quantization.formats import ScaledFormat
 from qpruner.quantization.formats.layers import PackedLayer
 
-SCALE_CHANGES = "scale_changes.safetensors"
-"""The file with the trained `PackedLayer.scale_changes` of all layers, by the layer's path."""
-
 
 def scaled_layers(model: torch.nn.Module) -> Iterator[tuple[str, list[PackedLayer]]]:
     """Yield the layers whose scales can be trained, those with the same weight together.
@@ -33,7 +30,11 @@ def scaled_layers(model: torch.nn.Module) -> Iterator[tuple[str, list[PackedLaye
 
 
 def make_trainable(model: torch.nn.Module) -> None:
-    """Give every layer in a `ScaledFormat` a trainable parameter `scale_changes` of zeros."""
+    """Give every layer in a `ScaledFormat` a trainable parameter `scale_changes` of zeros.
+
+    All other parameters are frozen.
+    """
+    model.requires_grad_(False)
     for _, layers in scaled_layers(model):
         first = layers[0]
         assert isinstance(first.format, ScaledFormat)
@@ -55,8 +56,10 @@ def changes_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_changes(model: torch.nn.Module, folder: Path) -> None:
+def load_changes(model: torch.nn.Module, path: Path) -> None:
     """Set the `scale_changes` of a model whose scales are trainable to those of a file.
+
+    The file has what `changes_of` returned, in safetensors.
 
     Raises:
         CorruptFile: The file is missing, cut short, or of another model.
@@ -64,7 +67,6 @@ def load_changes(model: torch.nn.Module, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / SCALE_CHANGES
     try:
         state = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Decide when to save a training, and store a fine-tune's checkpoints and its adapter.
+"""Decide when to save a training, and store a fine-tune's checkpoints and what it trained.
 
 Only one process may write them (see `Ownership`).
 """
@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.errors import CorruptFile, TakenOver
+from qpruner.quantization.formats import Method
 from qpruner.runs import storage
 from qpruner.runs.records import Recorded
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINED_WEIGHTS: Mapping[Method, str] = {
+    "adapter": "adapter_model.safetensors",
+    "scales": "scale_changes.safetensors",
+}
+"""The file with what each method has trained, in checkpoints and in the folder of a fine-tune."""
 SECONDS = 30.0
 """Seconds of training between two saves; more if saving takes longer than this over `COST`."""
 
@@ -133,39 +140,63 @@ def keep_checkpoint(checkpoint: Path, folder: Path, ownership: Ownership) -> Non
             storage.remove(old)
 
 
-def publish_adapter(
-    model: PeftModel, adapter: Path, checkpoints: Path, ownership: Ownership
+def save_trained(model: PeftModel | PreTrainedModel, folder: Path) -> None:
+    """Save the adapter of a model, or the changes of its scales, to a folder."""
+    from peft import PeftModel
+    from safetensors.torch import save_file
+
+    from qpruner.quantization.scales import changes_of
+
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(changes_of(model), folder / TRAINED_WEIGHTS["scales"])
+
+
+def publish_trained(
+    model: PeftModel | PreTrainedModel, trained: Path, checkpoints: Path, ownership: Ownership
 ) -> str:
-    """Save the adapter to a temporary folder in `checkpoints`, and move it to `adapter`.
+    """Save what was trained to a temporary folder in `checkpoints`, and move it to `trained`.
 
     Returns:
-        The sha256 of the adapter's weights.
+        The sha256 of its weights.
 
     Raises:
         TakenOver: Another process has become the owner of the fine-tune.
     """
-    aside = storage.storage_at(checkpoints / f"adapter-{ownership.worker}").staging
+    aside = storage.storage_at(checkpoints / f"trained-{ownership.worker}").staging
     with storage.writing_folder(aside):
-        storage.retry_storage(lambda: model.save_pretrained(aside), aside)
-    digest = storage.file_digest(aside / ADAPTER_WEIGHTS)
+        storage.retry_storage(lambda: save_trained(model, aside), aside)
+    [weights] = [aside / name for name in TRAINED_WEIGHTS.values() if (aside / name).exists()]
+    digest = storage.file_digest(weights)
     ownership.check()
-    storage.storage_at(adapter).publish(aside)
+    storage.storage_at(trained).publish(aside)
     return digest
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load saved weights into a model's adapters, in the dtype in which they are served.
+def load_trained(model: PeftModel | PreTrainedModel, folder: Path) -> None:
+    """Load a saved adapter in the dtype in which it is served, or write saved scales into a model.
+
+    A model that is not one of peft gets scales.
 
     Raises:
-        CorruptFile: The file is missing or cut short.
+        CorruptFile: The file is missing, cut short or of another model.
     """
-    from peft import set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from qpruner.quantization import scales
     from qpruner.quantization.assembly import cast_adapters
 
-    path = storage.fetch(folder) / ADAPTER_WEIGHTS
+    folder = storage.fetch(folder)
+    if not isinstance(model, PeftModel):
+        scales.make_trainable(model)
+        scales.load_changes(model, folder / TRAINED_WEIGHTS["scales"])
+        scales.fold(model)
+        return
+    path = folder / TRAINED_WEIGHTS["adapter"]
     try:
         state: dict[str, Any] = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:

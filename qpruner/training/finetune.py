@@ -1,9 +1,9 @@
-"""Train adapters with transformers' Trainer, for trials and the final fine-tune alike.
+"""Train adapters or scales with transformers' Trainer, for trials and the final fine-tune alike.
 
-A checkpoint holds adapter, optimizer, scheduler and random state, so a resumed training gives the
-same result as an uninterrupted one. If torch has a process group, its processes share every batch
-and sum their gradients, so that losses equal those of one process. The first process saves and
-calls the listener.
+A checkpoint holds what is trained, optimizer, scheduler and random state, so a resumed training
+gives the same result as an uninterrupted one. If torch has a process group, its processes share
+every batch and sum their gradients, so that losses equal those of one process. The first process
+saves and calls the listener.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from qpruner.data.encoding import IGNORED_LABEL, collate, row_lengths
 from qpruner.data.losses import Rows, labelled_only, predicted_labels
 from qpruner.errors import TrainingDiverged
 from qpruner.models.families import family_of
+from qpruner.quantization.scales import load_changes
 from qpruner.runs.storage import retry_storage
-from qpruner.training.checkpoints import SECONDS, SaveClock
+from qpruner.training.checkpoints import SECONDS, TRAINED_WEIGHTS, SaveClock, save_trained
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 DIVERGED_BY = 1.0
 """How far above a blind guess the loss of a diverged training is, in nats per token."""
@@ -99,7 +101,7 @@ class TrainingResult(NamedTuple):
 
 
 def finetune(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     rows: Rows,
     settings: TrainingConfig,
     schedule: Schedule,
@@ -110,10 +112,10 @@ def finetune(
     listener: Listener | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train a model's adapters (see `attach_adapters`) in place.
+    """Train the adapters or the scales of a model (see `plan_model`) in place.
 
     Args:
-        model: The model with its adapters.
+        model: The model.
         rows: Encoded rows, the same in all processes.
         settings: Batch size, counted over all processes, learning rate and so on.
         schedule: How long to train, and when to save.
@@ -133,7 +135,7 @@ def finetune(
     batches = _Batches(row_lengths(rows), settings, seed, share)
     listener = listener or Listener()
     joins = not (torch.cuda.is_available() or family_of(model.config).has_learned_positions)
-    vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     callback = _Callback(
         rungs=schedule.rungs,
         listener=listener,
@@ -178,8 +180,8 @@ def _losses(state: TrainerState) -> list[float]:
     return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
 
 
-def _shared(model: PeftModel, start: Path | None) -> Path | None:
-    """Let DistributedDataParallel share the adapters alone: each process has read the rest itself.
+def _shared(model: PeftModel | PreTrainedModel, start: Path | None) -> Path | None:
+    """Let DistributedDataParallel share what is trained: each process has read the rest itself.
 
     Returns:
         The first process's `start`, in every process. Machines may see different latest checkpoints
@@ -282,6 +284,17 @@ class _Trainer(Trainer):  # type: ignore[misc]
             lambda: super(_Trainer, self)._save_checkpoint(*arguments, **named),
             Path(self.args.output_dir),
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        save_trained(self.model, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        changes = Path(resume_from_checkpoint) / TRAINED_WEIGHTS["scales"]
+        if changes.exists():
+            load_changes(self.model, changes)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def store_flos(self) -> None:
         """Do not count operations.

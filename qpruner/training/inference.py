@@ -19,7 +19,7 @@ from qpruner.data.encoding import load_encoded
 from qpruner.models.memory import PeakMemory, begin_job, read_weights, release
 from qpruner.quantization.assembly import measured_bytes
 from qpruner.runs.records import Inference, InferenceSetting
-from qpruner.training.checkpoints import load_adapter
+from qpruner.training.checkpoints import load_trained
 from qpruner.training.jobs import FineTuneJob, ProgressFile, build
 from qpruner.wording import counted
 
@@ -92,7 +92,7 @@ def prompt_of(data: Path) -> list[int]:
 
 def _fine_tuned(job: FineTuneJob) -> Any:
     model = build(job)
-    load_adapter(model, job.adapter)
+    load_trained(model, job.trained)
     return model
 
 

@@ -27,13 +27,14 @@ from qpruner.training.checkpoints import (
     Ownership,
     keep_checkpoint,
     latest_checkpoint,
-    load_adapter,
-    publish_adapter,
+    load_trained,
+    publish_trained,
 )
 from qpruner.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from qpruner.data.losses import LossResult
     from qpruner.quantization.bank import BankSource
@@ -59,14 +60,15 @@ class FineTuneJob:
     """A worker's job: to fine-tune a plan and score it, or to score it as it is.
 
     `record` has the plan and the training seed; the worker returns it with what it measured. The
-    seed sets data order and dropout. Without a seed the model is scored with its initial adapters.
+    seed sets data order and dropout. Without a seed the model is scored as the plan gives it, with
+    any initial adapters.
     """
 
     record: FineTune
     title: str  # name of the model for people
     bank: BankSource
     folder: Path  # for the files of the fine-tune
-    adapter: Path  # folder of the fine-tuned adapter, in peft's format
+    trained: Path  # folder of what was trained: the adapter in peft's format, or the scales
     config: RunConfig
     data: Path
     scoring: Scoring = Scoring()
@@ -97,9 +99,9 @@ class FineTuneJob:
 
 
 def tune(job: FineTuneJob) -> tuple[FineTune, list[str]]:
-    """Fine-tune a plan on all training rows, save the adapter, and score the model.
+    """Fine-tune a plan on all training rows, save what was trained, and score the model.
 
-    The fine-tune begins from the initial adapters or the latest checkpoint. If another process
+    The fine-tune begins from the plan's model or the latest checkpoint. If another process
     starts the same fine-tune, this process raises `TakenOver` before its next write.
 
     Returns:
@@ -131,14 +133,14 @@ def tune(job: FineTuneJob) -> tuple[FineTune, list[str]]:
     scores = _scores(job, model)
     digest = ""
     if is_first:
-        digest = publish_adapter(model, job.adapter, job.checkpoints, ownership)
+        digest = publish_trained(model, job.trained, job.checkpoints, ownership)
         _remove_staging(job)  # not by the other processes, which may share this machine
     measured = {
         "steps": result.steps,
         "train_loss": result.train_loss,
         "peak_memory_bytes": peak,
         "memory_counter": memory.counter,
-        "adapter_sha256": digest,
+        "trained_sha256": digest,
         "seconds": time.monotonic() - started,
     }
     return job.record.model_copy(update=measured | scores), tracker_errors
@@ -148,13 +150,13 @@ def score(job: FineTuneJob) -> FineTune:
     """Score a model, and return its record with the scores.
 
     Raises:
-        CorruptFile: If a fine-tuned adapter cannot be read.
+        CorruptFile: If what a fine-tune has trained cannot be read.
     """
     started = time.monotonic()
     begin_job(job.threads)
     model = build(job)
     if job.record.seed is not None:
-        load_adapter(model, job.adapter)
+        load_trained(model, job.trained)
     progress = ProgressFile(job.progress)
     scores = _scores(job, model, progress)
     if not job.scoring.tasks:
@@ -163,15 +165,15 @@ def score(job: FineTuneJob) -> FineTune:
     return job.record.model_copy(update=scores | seconds)
 
 
-def build(job: FineTuneJob) -> PeftModel:
-    """Build the job's model with its initial adapters."""
+def build(job: FineTuneJob) -> PeftModel | PreTrainedModel:
+    """Build the job's model as its training begins."""
     from qpruner.quantization.assembly import plan_model
 
     return plan_model(job.bank, job.record.plan, job.bank.seed)
 
 
 def _train(
-    job: FineTuneJob, model: PeftModel, ownership: Ownership
+    job: FineTuneJob, model: PeftModel | PreTrainedModel, ownership: Ownership
 ) -> tuple[TrainingResult, list[str]]:
     from qpruner.training.finetune import Listener, Schedule, Share, finetune
     from qpruner.training.tracked_finetune import tracked
@@ -216,7 +218,9 @@ def _remove_staging(job: FineTuneJob) -> None:
 
 
 def _scores(
-    job: FineTuneJob, model: PeftModel, progress: ProgressFile | None = None
+    job: FineTuneJob,
+    model: PeftModel | PreTrainedModel,
+    progress: ProgressFile | None = None,
 ) -> dict[str, Any]:
     """Return the fields of the record that `job.scoring` asks for, and the bytes of the model."""
     from qpruner.data.losses import mean_loss

@@ -120,12 +120,12 @@ RULES = [
     (
         "quantize.rounding=gptq; quantize.bits=[4]; lora.init=plain",
         "`quantize.rounding: gptq` changes nothing ... and the formats nf4: take one of w2 ... "
-        "q5_0, or `lora",
+        "q5_1, or `lora",
     ),
     (
         "quantize.rounding=gptq; lora.init=plain",
         "`quantize.rounding: gptq` changes nothing ... and the formats nf4, int8: take one of w2 "
-        "... q5_0, or `lora",
+        "... q5_1, or `lora",
     ),
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
     (

@@ -22,7 +22,7 @@ DAMAGES = {
 
 def damaged(run: Path, folder: Path, damage: str) -> Path:
     """Damage an export; return a folder with the final model in its formats, to compare it with."""
-    adapter = folder / "adapter" / "adapter_model.safetensors"
+    adapter = folder / "trained" / "adapter_model.safetensors"
     model = folder / "model.safetensors"
     if damage == "no adapter":
         change_weights(adapter, "lora_B", torch.Tensor.zero_)

@@ -229,11 +229,11 @@ def test_errors_of_other_readers_get_a_remedy(tmp_path: Path) -> None:
     file."""
     from safetensors.torch import load_file
 
-    from qpruner.training.checkpoints import load_adapter
+    from qpruner.training.checkpoints import load_trained
 
     row = tmp_path / "candidates" / "searched"
     with pytest.raises(StageError) as caught, explained(Evaluate, tmp_path):
-        load_adapter(torch.nn.Identity(), row / "adapter")  # type: ignore[arg-type]
+        load_trained(torch.nn.Identity(), row / "trained")  # type: ignore[arg-type]
     assert caught.value.remedy.startswith(f"delete {row}, then")
     (path := tmp_path / "model.safetensors").touch()
     with (

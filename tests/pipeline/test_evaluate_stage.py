@@ -35,10 +35,10 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert resources["gpu"] == 0.5
         for position, job in enumerate(jobs):
             if function is tune:
-                job.adapter.mkdir(parents=True)
-                (job.adapter / "adapter_model.safetensors").touch()
+                job.trained.mkdir(parents=True)
+                (job.trained / "adapter_model.safetensors").touch()
                 losses = {CONFIRMATION: RowLosses(mean=2.0, by_row=(2.0,))}
-                measured = {"seconds": 8.0, "steps": 4, "adapter_sha256": "1", "losses": losses}
+                measured = {"seconds": 8.0, "steps": 4, "trained_sha256": "1", "losses": losses}
                 yield position, (job.record.model_copy(update=measured), [])
             elif function is score:
                 tasks = (

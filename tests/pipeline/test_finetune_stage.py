@@ -20,7 +20,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate, scores_digest
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import run_stage
-from qpruner.pipeline.tuning import setting_aside_damaged_adapter, tune_all
+from qpruner.pipeline.tuning import setting_aside_damaged_folder, tune_all
 from qpruner.runs.events import Event, StageSkipped
 from qpruner.runs.records import CONFIRMATION, EvalRecord, FineTune, FinetuneRecord, TaskScore
 from qpruner.runs.run_dir import RunDir
@@ -56,8 +56,8 @@ def test_an_interrupted_comparison_is_completed(
     seeds = {folder: seed for (_, seed), folder in jobs.items()}
     recorded = sorted(set(seeds) - {jobs["random", 2]})
     for number, folder in enumerate(recorded):
-        (folder / "adapter").mkdir(parents=True)
-        (folder / "adapter" / "adapter_model.safetensors").touch()
+        (folder / "trained").mkdir(parents=True)
+        (folder / "trained" / "adapter_model.safetensors").touch()
         write_json(folder / "record.json", a_record(folder, seeds[folder], 2.0 + number))
     # its driver was killed just then
     (recorded[0] / "checkpoints" / "checkpoint-4").mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_an_interrupted_comparison_is_completed(
             folder = jobs[each.name, each.seed]
             assert folder not in recorded or each.confirmation.mean == 2.0 + recorded.index(folder)
 
-        weights = jobs["random", 2] / "adapter" / "adapter_model.safetensors"
+        weights = jobs["random", 2] / "trained" / "adapter_model.safetensors"
         flip_a_byte(weights)
         mended = finetune_all(whole)
         assert told(events, "comparison") == ["warning", "random, training seed 2"], (
@@ -102,7 +102,7 @@ def test_an_interrupted_comparison_is_completed(
             for event in events
         )
         trained = next(each for each in mended if (each.name, each.seed) == ("random", 2))
-        assert trained.adapter_sha256 == file_digest(weights)
+        assert trained.trained_sha256 == file_digest(weights)
 
         again = finetune_all(fewer)
         assert [(each.name, each.seed) for each in again] == [
@@ -125,7 +125,7 @@ def test_the_winner_is_trained_and_scored_once(
     job = Finetune(alone).job
     weights, final = (
         folder / "adapter_model.safetensors"
-        for folder in (job.adapter, alone.run_dir.root / "final")
+        for folder in (job.trained, alone.run_dir.root / "final")
     )
 
     def messages() -> list[str]:
@@ -252,7 +252,7 @@ def test_two_workers_fine_tune_what_one_does(
         finally:
             context.close()
         left = sorted(path.name for path in folder.iterdir())
-        assert left == ["adapter", "adapter.files.json", "owner.json", "progress", "record.json"]
+        assert left == ["owner.json", "progress", "record.json", "trained", "trained.files.json"]
         assert folder.joinpath("progress").read_text() == "14 14"
         assert not list(context.run_dir.root.glob(".scratch*"))
         shutil.rmtree(folder)
@@ -268,12 +268,12 @@ def test_an_intact_row_is_not_set_aside(tmp_path: Path) -> None:
     """A machine that cannot read the row may not see the storage."""
     run_dir = RunDir(tmp_path)
     folder = run_dir.candidates / "0123abcd"
-    (weights := folder / "adapter" / "adapter_model.safetensors").parent.mkdir(parents=True)
+    (weights := folder / "trained" / "adapter_model.safetensors").parent.mkdir(parents=True)
     weights.touch()
     write_json(folder / "record.json", a_record(folder, 1, 2.0))
     with (
         pytest.raises(StageError, match="visible to all"),
-        setting_aside_damaged_adapter(run_dir, "evaluate"),
+        setting_aside_damaged_folder(run_dir, "evaluate"),
     ):
         raise CorruptFile(f"adapter {weights} cannot be read", weights)
     assert weights.exists()
@@ -287,5 +287,5 @@ def a_record(folder: Path, seed: int | None, loss: float) -> FineTune:
         seed,
         {CONFIRMATION: (loss,)},
         digest=folder.name,
-        adapter_sha256="1",
+        trained_sha256="1",
     )

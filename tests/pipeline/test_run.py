@@ -81,7 +81,7 @@ def test_whole_run_ends_in_the_table(ended: tuple[Path, dict[str, Any]]) -> None
     assert "on `evaluate.text`" in text
     rows = records["comparison"]["rows"]
     winner = records["finetune"]["winner"]
-    training = ("digest", "seed", "plan", "losses", "adapter_sha256", "seconds", "gpu_seconds")
+    training = ("digest", "seed", "plan", "losses", "trained_sha256", "seconds", "gpu_seconds")
     assert all(rows[-1][key] == winner[key] for key in training), "it is one and the same"
     assert rows[-1] == records["evaluate"]["rows"][-1] | {"inference": rows[-1]["inference"]}
     assert all(row["measured_bytes"] == row["plan_bytes"] for row in rows), (

@@ -59,8 +59,9 @@ def weights() -> Tensors:
 def entry_of(
     level: str = "nf4", layers: Tensors | None = None, grams: Tensors | None = None, **lora: Any
 ) -> Entry:
+    settings = LORA.model_copy(update=lora)
     [entry] = build_entries(
-        layers or weights(), [format_of(level)], LORA.model_copy(update=lora), seed=0, grams=grams
+        layers or weights(), [format_of(level)], lambda packing: settings, seed=0, grams=grams
     )
     return entry
 

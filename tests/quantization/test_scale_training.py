@@ -93,7 +93,7 @@ def test_folded_scales_compute_the_same_bits(name: str, tmp_path: Path) -> None:
         changes.copy_(normal(*changes.shape, seed=4) * 0.1)
     ids = torch.arange(ROWS)
     outputs = model(ids)
-    save_file(scales.changes_of(model), tmp_path / scales.SCALE_CHANGES)
+    save_file(scales.changes_of(model), tmp_path / "changes")
     scales.fold(model)
     assert model.get_submodule("head").weight is model.table.weight
     assert not list(filter(lambda weight: weight.requires_grad, model.parameters()))
@@ -102,7 +102,7 @@ def test_folded_scales_compute_the_same_bits(name: str, tmp_path: Path) -> None:
 
     loaded = Tied(name)
     scales.make_trainable(loaded)
-    scales.load_changes(loaded, tmp_path)
+    scales.load_changes(loaded, tmp_path / "changes")
     assert torch.equal(loaded(ids), outputs)
 
 
@@ -134,12 +134,12 @@ def test_a_layer_of_another_format_stays_frozen() -> None:
 def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
     model = Tied("q4_0")
     scales.make_trainable(model)
-    file = tmp_path / scales.SCALE_CHANGES
+    file = tmp_path / "changes"
     if damage == "cut short":
         save_file(scales.changes_of(model), file)
         file.write_bytes(file.read_bytes()[:-5])
     elif damage == "of another plan":
         save_file({"other": torch.zeros(3)}, file)
     with pytest.raises(CorruptFile) as caught:
-        scales.load_changes(model, tmp_path)
+        scales.load_changes(model, file)
     assert caught.value.path == file

@@ -24,7 +24,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.preflight_rows import include_path
 from qpruner.pipeline.run import run
-from qpruner.pipeline.tuning import setting_aside_damaged_adapter
+from qpruner.pipeline.tuning import setting_aside_damaged_folder
 from qpruner.runs.records import SELECTION
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import (
@@ -39,7 +39,7 @@ from qpruner.runs.storage import (
 )
 from qpruner.search.trial import run_trial
 from qpruner.search.trial_records import Materials, TrialJob
-from qpruner.training.checkpoints import ADAPTER_WEIGHTS
+from qpruner.training.checkpoints import TRAINED_WEIGHTS
 from qpruner.training.jobs import FineTuneJob, Scoring, score, tune
 
 pytestmark = pytest.mark.slow
@@ -139,20 +139,20 @@ def test_a_row_with_a_damaged_adapter_is_set_aside(
 ) -> None:
     run_dir = RunDir(machine("evaluating").config.output)
     adapter = run_dir.candidates / "0123abcd" / "adapter"
-    (tmp_path / ADAPTER_WEIGHTS).write_bytes(b"weights")
+    (tmp_path / TRAINED_WEIGHTS["adapter"]).write_bytes(b"weights")
     storage_at(adapter).put_folder(tmp_path)
     write_text(adapter.with_name("record.json"), "{}")
-    store.damage(f"run/candidates/0123abcd/adapter/{ADAPTER_WEIGHTS}")
-    with pytest.raises(StageError) as caught, setting_aside_damaged_adapter(run_dir, "evaluate"):
+    store.damage(f"run/candidates/0123abcd/trained/{TRAINED_WEIGHTS['adapter']}")
+    with pytest.raises(StageError) as caught, setting_aside_damaged_folder(run_dir, "evaluate"):
         fetch(adapter)
     [aside] = children(run_dir.candidates / "damaged")
     place = f"{run_dir.place}/candidates"
-    assert f"{place}/0123abcd/adapter/{ADAPTER_WEIGHTS} is damaged" in caught.value.cause
+    assert f"{place}/0123abcd/trained/{TRAINED_WEIGHTS['adapter']} is damaged" in caught.value.cause
     assert f"set aside in {place}/damaged/{aside}" in caught.value.cause
     assert caught.value.remedy == "repeat the command: only that row is fine-tuned again"
     assert not files_in(adapter.parent)
     assert "record.json" in children(run_dir.candidates / "damaged" / aside)
-    with pytest.raises(CorruptFile), setting_aside_damaged_adapter(run_dir, "evaluate"):
+    with pytest.raises(CorruptFile), setting_aside_damaged_folder(run_dir, "evaluate"):
         fetch(run_dir.stage("nowhere"))
 
 

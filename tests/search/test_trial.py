@@ -96,5 +96,5 @@ def test_a_training_that_diverged_has_the_worst_score(job: TrialJob, tmp_path: P
     assert losses.mean == worst
     assert set(losses.by_row) == {worst}
     assert len(losses.by_row) == len(load_confirmation(job.materials.data, SELECTION))
-    assert_has(record, scored="asked", accuracy=None, adapter_sha256="")
+    assert_has(record, scored="asked", accuracy=None, trained_sha256="")
     assert record.seconds > 0

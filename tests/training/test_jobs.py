@@ -40,7 +40,7 @@ from qpruner.training.checkpoints import (
     is_damaged,
     keep_checkpoint,
     latest_checkpoint,
-    load_adapter,
+    load_trained,
 )
 from qpruner.training.evaluate import score_tasks
 from qpruner.training.finetune import Schedule
@@ -76,7 +76,7 @@ def copied(tuned: Tuned, tmp_path: Path) -> FineTuneJob:
 
 def tuned_model(job: FineTuneJob) -> PeftModel:
     model = build(job)
-    load_adapter(model, job.adapter)
+    load_trained(model, job.trained)
     return model
 
 
@@ -101,7 +101,7 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     )
     assert loss_on(job, tuned_model(job), rows).mean < loss_on(job, build(job), rows).mean
     left = sorted(path.name for path in job.folder.iterdir())
-    assert left == ["adapter", "adapter.files.json", "checkpoints", "owner.json", "progress"]
+    assert left == ["checkpoints", "owner.json", "progress", "trained", "trained.files.json"]
     kept = sorted(path.name for path in job.checkpoints.iterdir())
     assert kept == ["checkpoint-4", "checkpoint-4.files.json"]
     assert outcome.steps == 4
@@ -115,11 +115,11 @@ def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
 
 def test_a_finished_unrecorded_fine_tune_takes_no_step(tuned: Tuned, copied: FineTuneJob) -> None:
     """The driver was killed before it recorded the fine-tune, and the adapter is missing."""
-    shutil.rmtree(copied.adapter)
+    shutil.rmtree(copied.trained)
     copied.progress.unlink()
     again, _ = tune(copied)
     assert not copied.progress.exists(), "no step was reported"
-    figures = ("steps", "train_loss", "losses", "adapter_sha256")
+    figures = ("steps", "train_loss", "losses", "trained_sha256")
     assert [getattr(again, name) for name in figures] == [
         getattr(tuned[1], name) for name in figures
     ]
@@ -284,10 +284,10 @@ def test_a_fine_tuned_row_without_its_adapter_is_not_scored(
     copied: FineTuneJob, damage: Callable[[Path], object]
 ) -> None:
     """Else the table would show the untuned model's accuracy as that of the fine-tuned model."""
-    damage(copied.adapter)
+    damage(copied.trained)
     with pytest.raises(CorruptFile) as caught:
         score(replace(copied, scoring=held_out_scoring(copied.config)))
-    assert caught.value.path and caught.value.path.parent == copied.adapter
+    assert caught.value.path and caught.value.path.parent == copied.trained
     assert str(caught.value.path) in str(caught.value)
 
 
@@ -311,7 +311,7 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: Tuned) -> None:
     assert np.corrcoef(alone, outcome.confirmation.by_row)[0, 1] > 0.9
     assert found.confirmation == outcome.confirmation, "the other half keeps its losses"
     with pytest.raises(CorruptFile, match="adapter"):
-        score(replace(as_trial, adapter=job.folder))
+        score(replace(as_trial, trained=job.folder))
 
 
 def test_accuracy_is_confirmed_on_later_questions(tuned: Tuned) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from qpruner.export.recode import (
-    ADAPTER_FILES,
     columns_of,
     copy_adapter,
     copy_other_files,
     formats_of,
+    has_adapter,
     read_settings,
     take_weight,
     weights_of,
@@ -110,7 +110,7 @@ def write_vllm(
         assert len(names) == 1, f"vLLM loads {', '.join(paths)} into one layer"
 
     copy_other_files(checkpoint, folder)
-    if (checkpoint / ADAPTER_FILES[0]).is_file():
+    if has_adapter(checkpoint):
         copy_adapter(checkpoint, folder / ADAPTER_FOLDER, target)
 
     state = weights_of(checkpoint)

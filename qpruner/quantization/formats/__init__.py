@@ -4,6 +4,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 from qpruner.errors import UserError
 from qpruner.quantization.formats.format import Capability as Capability
@@ -14,6 +15,9 @@ from qpruner.quantization.formats.format import ScaledFormat as ScaledFormat
 DENSE = "bf16"  # the format of unpacked weights, which have the type `model.dtype`
 ALIASES = {4: "nf4", 8: "int8", 16: DENSE}  # format for each bit-width of `quantize.bits`
 PAPER = (ALIASES[4], ALIASES[8])  # the formats of the QPruner paper
+
+Method = Literal["adapter", "scales"]
+"""What a fine-tune trains: LoRA matrices beside the weights, or the scales that they store."""
 
 NO_FORMATS = {"format", "layers"}
 """Files of this folder that make no format; `layers` imports torch."""
@@ -70,3 +74,9 @@ def by_size(names: Iterable[str]) -> tuple[str, ...]:
         UserError: There is no format of such a name.
     """
     return tuple(sorted(names, key=lambda name: format_of(name).order))
+
+
+def trained_by(method: Method, formats: Iterable[str]) -> Method:
+    """Return the method that trains a plan with these formats: adapters if it stores no scales."""
+    has_scales = any(isinstance(format_of(name), ScaledFormat) for name in formats)
+    return method if has_scales else "adapter"

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from qpruner.quantization.formats import Method
 from qpruner.runs.records.base import Recorded, StandardError
 
 Half = Literal["selection", "confirmation"]
@@ -51,7 +52,7 @@ class TaskScore(Recorded):
 
 
 class Inference(Recorded):
-    """Memory and speed of a model with its adapter while it generates one sequence."""
+    """Memory and speed of a model while it generates one sequence."""
 
     memory_bytes: int
     prefill_tokens_per_second: tuple[float, ...]
@@ -98,21 +99,24 @@ class FineTune(Recorded):
     plan: dict[str, str]
     """Group -> name of its format."""
     plan_bytes: int
-    """Bytes of the whole quantized model with its adapter, computed from the plan."""
+    """Bytes of the whole quantized model with any adapter, computed from the plan."""
     mean_bits: float
     num_parameters: int
     bank: str = ""
     """Digest of the inputs of the bank by whose Gram matrices GPTQ rounded the weights; empty
     without GPTQ."""
 
+    method: Method = "adapter"
+    """What the fine-tune trains: an adapter beside the weights, or the scales that they store."""
     steps: int = 0
     train_loss: float | None = None
     measured_bytes: int = 0
-    """Bytes of the packed tensors of the model with its adapter, as measured."""
+    """Bytes of the packed tensors of the model with any adapter, as measured."""
     peak_memory_bytes: int = 0
     """Peak memory of the training; 0 without a fine-tune."""
     memory_counter: str = ""
-    adapter_sha256: str = ""
+    trained_sha256: str = ""
+    """sha256 of the file with what was trained; empty if the training diverged."""
     seconds: float = 0.0
     """Seconds of the training and of the scores right after it; 0 for a trial."""
     gpu_seconds: float = 0.0
