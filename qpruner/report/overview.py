@@ -60,7 +60,7 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
     winner = by_name[SEARCHED]
     yield Paragraph(
         f"{winner.title.capitalize()} ({winner.origin}): {cut_title(winner.cut)}, "
-        f"{formats_text(search.winner.plan)}. Budget {search.budget_bytes / 1e6:.1f} MB, adapter "
+        f"{formats_text(search.winner.plan)}. Budget {search.budget_bytes / 1e6:.1f} MB, any adapter "
         "included.",
         is_note=True,
     )

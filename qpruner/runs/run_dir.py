@@ -159,10 +159,14 @@ class RunDir:
     def final_digests(self) -> dict[str, str]:
         """Return the sha256 of the files that differ between final models, by name.
 
-        They are the adapter, and the config.json with the plan.
+        They are the config.json with the plan, and what was trained: the adapter or, in a model
+        without one, the weights.
         """
-        names = ("adapter_model.safetensors", "config.json")
-        return {name: storage.file_digest(self.root / "final" / name) for name in names}
+        final = self.root / "final"
+        weights = [name for name in storage.children(final) if name.endswith(".safetensors")]
+        adapters = [name for name in weights if name.startswith("adapter")]
+        names = ["config.json", *(adapters or sorted(weights))]
+        return {name: storage.file_digest(final / name) for name in names}
 
     def record_path(self, name: str) -> Path:
         """Return the path of the record of a stage."""

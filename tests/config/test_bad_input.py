@@ -127,6 +127,19 @@ RULES = [
         "`quantize.rounding: gptq` changes nothing ... and the formats nf4, int8: take one of w2 "
         "... q5_1, or `lora",
     ),
+    (
+        "training.method=scales",
+        "`training.method: scales` needs formats with scales to train, but `quantize.formats` has "
+        "nf4, int8: name some of ... q4_0 ... bf16, or take `training.method: adapter`",
+    ),
+    (
+        "training.method=scales; quantize.bits=; quantize.formats=[q4_0]; serve.to=[gguf_merged]",
+        "`training.method: scales` gives one plain file ... `serve.to` has gguf_merged: name gguf",
+    ),
+    (
+        "training.method=scales; quantize.bits=; quantize.formats=[q4_0, w4]; serve.to=[vllm]",
+        "but a file for vllm (`serve.to`) cannot store q4_0: name other formats",
+    ),
     ("quantize.bits=[8, 4]", "`bits` must be different bit-widths in ascending order, got [8, 4]"),
     (
         "quantize.budget={}",

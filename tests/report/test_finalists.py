@@ -240,7 +240,7 @@ def test_a_control_that_won_without_a_search_is_compared_with_the_next() -> None
     about, table, _ = overview(results)
     assert about == Paragraph(
         "Winner (not pruned, knapsack) (gp, trial 11): 20 % pruned, nf4. "
-        "Budget 101.5 MB, adapter included.",
+        "Budget 101.5 MB, any adapter included.",
         True,
     )
     assert (

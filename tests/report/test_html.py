@@ -98,7 +98,7 @@ def test_the_page_answers_first_and_has_every_part(
         each.details and each.details.h2 and not each.details.has_attr("open") for each in others
     )
     assert first.figure["data-plot"] == "pareto"
-    assert f"Budget {BUDGET / 1e6:.1f} MB, adapter included." in text
+    assert f"Budget {BUDGET / 1e6:.1f} MB, any adapter included." in text
     assert len(first("table")) == 1
     assert len(first("tr")) <= 9
     assert len(first.tr("th")) <= 6
