@@ -60,8 +60,8 @@ def overview(results: Results) -> Iterator[Paragraph | Table]:
     winner = by_name[SEARCHED]
     yield Paragraph(
         f"{winner.title.capitalize()} ({winner.origin}): {cut_title(winner.cut)}, "
-        f"{formats_text(search.winner.plan)}. Budget {search.budget_bytes / 1e6:.1f} MB, any adapter "
-        "included.",
+        f"{formats_text(search.winner.plan)}. Budget {search.budget_bytes / 1e6:.1f} MB, any "
+        "adapter included.",
         is_note=True,
     )
     rivals = list(_rivals(results, by_name))
