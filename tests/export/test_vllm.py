@@ -58,7 +58,8 @@ def test_formats_of_vllm_stay_and_others_become_the_nearest(name: str) -> None:
     is_vllms = name.startswith(("w", DENSE))
     assert nearest.name == name if is_vllms else nearest.name.startswith(("w", DENSE))
     size = format_of(name).packed_bytes(4096, 256, 2)
-    assert 0.8 < nearest.packed_bytes(4096, 256, 2) / size < 1.3
+    # q5_1 takes 6 bits a weight, halfway between the formats of 4.6 and of 8 bits.
+    assert 0.75 < nearest.packed_bytes(4096, 256, 2) / size < 1.3
 
 
 def test_a_format_of_vllm_must_divide_the_width() -> None:

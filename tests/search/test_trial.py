@@ -71,7 +71,7 @@ def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_pa
         return replace(made, scoring=Scoring(half=SELECTION))
 
     seed = config.seed
-    last = replace(fine_tune(tmp_path / "trial", seed), adapter=tmp_path / "checkpoint-6")
+    last = replace(fine_tune(tmp_path / "trial", seed), trained=tmp_path / "checkpoint-6")
     trial = score(last)
     assert tune(fine_tune(tmp_path / "again", seed))[0].losses == trial.losses
     other, _ = tune(fine_tune(tmp_path / "other", seed + 1))
