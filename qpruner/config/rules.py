@@ -134,7 +134,7 @@ def _evaluate_rules(evaluate: schema.EvaluateConfig) -> Iterator[str]:
 
 def _run_rules(run: schema.RunConfig) -> Iterator[str]:
     levels = ", ".join(run.quantize.levels)
-    if run.quantize.rounding == "gptq" and run.lora.init == "plain":
+    if run.quantize.uses_grams and run.lora.init == "plain":
         grids = [
             name
             for name, known in formats().items()
@@ -142,8 +142,9 @@ def _run_rules(run: schema.RunConfig) -> Iterator[str]:
         ]
         if not set(grids) & set(run.quantize.levels):
             yield (
-                "`quantize.rounding: gptq` changes nothing with `lora.init: plain` and the formats "
-                f"{levels}: take one of {', '.join(grids)}, or `lora.init: loftq`"
+                f"`quantize.rounding: {run.quantize.rounding}` changes nothing with `lora.init: "
+                f"plain` and the formats {levels}: take one of {', '.join(grids)}, or `lora.init: "
+                "loftq`"
             )
 
     method = run.search.plan_method
@@ -277,6 +278,8 @@ def _idle_in_prune(prune: schema.PruneConfig) -> Iterator[Idle]:
 
 
 def _idle_in_quantize(quantize: schema.QuantizeConfig) -> Iterator[Idle]:
+    if quantize.rounding != "tuned":
+        yield f"`quantize.rounding` is {quantize.rounding}", ["tuning"]
     doubled = [name for name, known in formats().items() if known.doubled]
     if not set(doubled) & set(quantize.named):
         yield f"{' or '.join(doubled)} is not among the formats", ["double_quant"]

@@ -94,6 +94,17 @@ class BudgetConfig(Section):
         return key, value
 
 
+class TuningConfig(Section):
+    """How gradients change the codes of a block, for `quantize.rounding: tuned`."""
+
+    iterations: Positive = 60
+    """Optimizer steps a block, each on 8 training rows."""
+    rows: Positive = 240
+    """Training rows, of which the first 128 tokens are taken; fewer if there are fewer."""
+    rate: PositiveFloat = 0.02
+    """Learning rate of Adam, in units of a group's scale; it falls to 0."""
+
+
 class QuantizeConfig(Section):
     """Mixed-precision quantization."""
 
@@ -110,12 +121,20 @@ class QuantizeConfig(Section):
     embeddings: OneOrMore[Named] = (DENSE,)
     """Formats for the token embeddings and for the head (one group if they are tied); bf16 leaves
     them unpacked."""
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq", "tuned"] = "nearest"
     """Round weights to the nearest code, or so that the layer's outputs on the calibration rows
     change least (GPTQ). LoftQ then counts errors of outputs too. nf4, k-quants, 8 bits and untied
-    embeddings always round to nearest."""
+    embeddings always round to nearest. tuned is GPTQ in trials; before each final fine-tune
+    gradients change the codes of one block after the other, see [formats](formats.md#rounding)."""
+    tuning: TuningConfig = TuningConfig()
+    """How `rounding: tuned` changes the codes of a block."""
     budget: BudgetConfig = BudgetConfig(fraction=0.5)
     """The size that a plan may have."""
+
+    @property
+    def uses_grams(self) -> bool:
+        """Whether GPTQ rounds weights, by Gram matrices of the layers' inputs."""
+        return self.rounding != "nearest"
 
     @property
     def named(self) -> tuple[str, ...]:

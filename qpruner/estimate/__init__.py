@@ -74,7 +74,7 @@ def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], m
         "trial, scoring": memory_of.scoring_memory,
         "prune": memory_of.prune_memory,
     }
-    if config.quantize.rounding == "gptq":
+    if config.quantize.uses_grams:
         counters["bank"] = memory_of.rounding_memory
     if config.measured_methods:
         counters["sensitivity"] = memory_of.sensitivity_memory

@@ -87,7 +87,7 @@ class Bank(Stage[BankRecord]):
         return all(bank.has_grams() for bank in self._banks)
 
     def detail(self) -> str:
-        rounding = ", GPTQ" if self.config.quantize.rounding == "gptq" else ""
+        rounding = ", GPTQ" if self.config.quantize.uses_grams else ""
         return (
             f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}, "
             f"{self.config.lora.init} start"
@@ -204,7 +204,7 @@ class Bank(Stage[BankRecord]):
 
         shapes = self.context.inspection.shapes
         size = bank_bytes(self.config, shapes)
-        if self.config.quantize.rounding == "gptq":
+        if self.config.quantize.uses_grams:
             model_configs = {name: cut.model_config for name, cut in shapes.cuts.items()}
             model_configs[UNPRUNED] = shapes.model_config
             for name, model_config in model_configs.items():
@@ -238,7 +238,7 @@ def bank_bytes(config: RunConfig, shapes: Shapes) -> int:
         smallest = base.plan_bytes(base.smallest())
         largest = base.plan_bytes(base.largest())
         plan_bytes = max(smallest, min(shapes.budget_bytes, largest))
-        size += 2 * (plan_bytes + base.start_bytes)
+        size += 2 * (plan_bytes - base.adapter_bytes + base.start_bytes)
     return size
 
 

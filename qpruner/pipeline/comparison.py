@@ -78,6 +78,7 @@ class Comparison(Stage[ComparisonRecord]):
         if context.record(EvalRecord).text:
             text = context.run_dir.stage("evaluate") / "text"
         scoring = held_out(context, text)
+        before = context.machines.gpu_time.seconds
         with setting_aside_damaged_folder(context.run_dir, self.name):
             tuned = tune_all(self, self.jobs, self.config.finetune.num_workers, own_process=True)
             jobs = [
@@ -85,7 +86,6 @@ class Comparison(Stage[ComparisonRecord]):
                 for job, record in zip(self.jobs, tuned, strict=True)
             ]
             rows = score_all(self, jobs, "answers")
-            before = context.machines.gpu_time.seconds
             setting, rows = measure_in_turns(self, jobs, rows)
         winner = context.record(FinetuneRecord).winner.digest
         held = {row.digest: row.total_gpu_seconds for row in rows if row.digest != winner}

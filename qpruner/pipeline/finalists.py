@@ -108,6 +108,7 @@ def finalist_job(
         title=f"finalist trial {trial.index} ({origin})",
         origin=origin,
         config=config.model_copy(update={"finetune": length, "training": training}),
+        tunes_rounding=False,
     )
     return replace(made, survives_divergence=True)
 

@@ -99,9 +99,9 @@ class Finetune(Stage[FinetuneRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         num_workers = self.config.finetune.num_workers
+        before = context.machines.gpu_time.seconds
         [winner] = tune_all(self, [self.job], num_workers, own_process=True)
         context.forget(self.name)  # because the final folder is about to be overwritten
-        before = context.machines.gpu_time.seconds
         write = partial(write_final, self.job, context.run_dir.root / "final")
         with setting_aside_damaged_folder(context.run_dir, self.name):
             context.machines.executor.run(write, context.emit)
@@ -149,7 +149,7 @@ def write_final(winner: FineTuneJob, folder: Path, emit: Emit) -> None:
 
     on_progress, trained = loading_progress(emit, "finetune"), storage.fetch(winner.trained)
     with reporting_tensors(on_progress):
-        model, _ = assemble(winner.bank, winner.record.plan)
+        model, _ = assemble(winner.bank, winner.record.plan, tuned=winner.tuned)
     if winner.record.method == "scales":
         load_trained(model, trained)
     scratch = storage.empty_folder(storage.storage_at(folder.with_name(f".{folder.name}")).staging)

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.models.loading import checkpoint_config
-from qpruner.plans.plan import UNPRUNED
+from qpruner.plans.plan import OUTSIDE_BLOCKS, UNPRUNED
+from qpruner.quantization.formats import format_of
 from qpruner.runs.records import PrepareRecord, PruneRecord, Results, digest_of
 from qpruner.runs.run_dir import RunDir
 from qpruner.runs.storage import fetch, fetch_file
 
 if TYPE_CHECKING:
+    from qpruner.plans.plan import PrecisionPlan
     from qpruner.quantization.bank import BankSource
+    from qpruner.quantization.tuned import TunedPlan
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Places:
         config = self.config
         quantize = config.quantize
         made = self.records.get(PruneRecord).cuts[cut]
-        uses_grams = quantize.rounding == "gptq"
+        uses_grams = quantize.uses_grams
         calibration: tuple[Any, ...] = ()
         if uses_grams:
             calibration = (config.calibration, self.records.get(PrepareRecord).digest)
@@ -66,7 +69,7 @@ class Places:
             made.digest,
             made.weights,
             quantize.group,
-            quantize.rounding,
+            "gptq" if uses_grams else "nearest",
             calibration,
             config.lora.model_copy(update={"dropout": 0.0}),
             config.training.method,
@@ -83,4 +86,33 @@ class Places:
             inputs=inputs,
             uses_grams=uses_grams,
             method=config.training.method,
+        )
+
+    def tuned_of(self, plan: PrecisionPlan) -> TunedPlan | None:
+        """Describe the tuned rounding of a plan; return None if nothing of it is tuned."""
+        from qpruner.quantization.tuned import VERSION, TunedPlan, is_tunable
+
+        quantize = self.config.quantize
+        formats = plan.as_dict()
+        in_blocks = {name for group, name in formats.items() if group not in OUTSIDE_BLOCKS}
+        if quantize.rounding != "tuned" or not any(
+            is_tunable(format_of(name)) for name in in_blocks
+        ):
+            return None
+        bank = self.bank_of(plan.cut)
+        digest = digest_of(
+            bank.inputs,
+            bank.digests(formats.values()),
+            formats,
+            quantize.tuning,
+            self.records.get(PrepareRecord).digest,
+            VERSION,
+        )
+        return TunedPlan(
+            bank=bank,
+            plan=formats,
+            folder=self.run_dir.tuned / digest,
+            digest=digest,
+            data=self.data,
+            settings=quantize.tuning,
         )

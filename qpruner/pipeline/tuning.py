@@ -22,7 +22,7 @@ from qpruner.runs.events import Progress
 from qpruner.runs.records import FineTune, digest_of
 from qpruner.runs.run_dir import RunDir
 from qpruner.training.checkpoints import TRAINED_WEIGHTS, is_damaged
-from qpruner.training.jobs import FineTuneJob, Scoring, score, tune
+from qpruner.training.jobs import FineTuneJob, Scoring, score, tune, tune_rounding
 from qpruner.wording import error_text
 
 Result = TypeVar("Result")
@@ -38,6 +38,7 @@ def make_job(
     title: str,
     origin: str,
     config: RunConfig | None = None,
+    tunes_rounding: bool = True,
 ) -> FineTuneJob:
     """Make the job that fine-tunes or scores a plan.
 
@@ -50,14 +51,17 @@ def make_job(
         title: The name of its row for people.
         origin: Where the plan comes from.
         config: A configuration with another length of the fine-tune than that of the run.
+        tunes_rounding: Whether `quantize.rounding: tuned` applies; trials have GPTQ instead.
     """
     config = config or context.worker_config
     bank = context.places.bank_of(plan.cut)
     layout = context.shapes.layout_of(plan.cut)
     formats = plan.as_dict()
+    tuned = context.places.tuned_of(plan) if tunes_rounding else None
     digest = digest_of(
         bank.inputs,
         bank.digests(formats.values()),
+        tuned.digest if tuned else "",
         config.lora,
         config.training,
         (config.finetune.steps, config.finetune.epochs),
@@ -90,6 +94,7 @@ def make_job(
         config=config,
         data=context.places.data,
         scoring=scoring,
+        tuned=tuned,
         trackers=context.trackers,
     )
 
@@ -144,6 +149,7 @@ def tune_all(
             stage.notify(f"warning: {checkpoint} is damaged; {job.label} does not resume from it")
 
     wanted = [job for job in models if job.folder not in tuned]
+    _tune_roundings(stage, wanted)
     runs = _run_jobs(stage, tune, wanted, len(models), "steps", num_workers, own_process)
     for job, (record, tracker_errors) in runs:
         held = record.seconds * stage.context.machines.gpus_held(num_workers)
@@ -153,6 +159,16 @@ def tune_all(
         for error in tracker_errors:
             stage.notify(f"warning: {job.label}: {error}")
     return _under_own_names(jobs, tuned)
+
+
+def _tune_roundings(stage: Stage[Any], jobs: Iterable[FineTuneJob]) -> None:
+    """Tune the rounding of the plans of these jobs, in parallel, unless that has been done."""
+    plans = {job.tuned.folder: job for job in jobs if job.tuned}
+    wanted = [job for job in plans.values() if job.tuned and not job.tuned.is_done]
+    machines = stage.context.machines
+    for job, record in _run_jobs(stage, tune_rounding, wanted, len(wanted), "blocks rounded"):
+        machines.gpu_time.add(record.seconds * machines.gpus_held())
+        stage.notify(f"{job.title}: rounding tuned in {record.seconds:.0f} s")
 
 
 def _tuned_line(job: FineTuneJob, record: FineTune) -> str:
@@ -242,6 +258,7 @@ def score_all(stage: Stage[Any], jobs: Sequence[FineTuneJob], unit: str) -> list
         else:
             wanted.append(job)
 
+    _tune_roundings(stage, wanted)
     # files of an interrupted command
     storage.for_each(storage.remove, [job.progress for job in wanted])
     for job, record in _run_jobs(stage, score, wanted, len(models), unit):

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples, at_tokens
 from qpruner.data.losses import hooked
+from qpruner.data.stream import BlockStream
 from qpruner.models.families import block_paths
 from qpruner.models.layout import group_linears, logits_path
 from qpruner.plans.plan import HEAD, Layout
-from qpruner.pruning.compensation import BlockStream, GramSums
+from qpruner.pruning.compensation import GramSums
 
 LOOKUPS = 0.3
 """Share of the mean diagonal of the Gram matrix that is added to the diagonal for a tied head.

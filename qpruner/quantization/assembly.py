@@ -23,6 +23,7 @@ from qpruner.quantization import scales
 from qpruner.quantization.bank import BankSource, read_plan
 from qpruner.quantization.formats import formats, trained_by
 from qpruner.quantization.mixed import MixedPrecisionConfig, flag_for_peft
+from qpruner.quantization.tuned import TunedPlan
 from qpruner.runs.storage import OnPiece, fetch
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ ADAPTER = "default"  # name that peft gives to a model's only adapter
 
 
 def assemble(
-    bank: BankSource, formats_by_group: Mapping[str, str], on_piece: OnPiece = lambda: None
+    bank: BankSource,
+    formats_by_group: Mapping[str, str],
+    on_piece: OnPiece = lambda: None,
+    tuned: TunedPlan | None = None,
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """Build the model of a plan, and make the bank entries that it lacks.
 
@@ -43,6 +47,8 @@ def assemble(
         bank: Where packed weights and the checkpoint are.
         formats_by_group: The plan, which maps each group to the name of its format.
         on_piece: Called after each piece of work, to show that the process is alive.
+        tuned: The tuned rounding of this plan, which goes before the entries. Its layers get no
+            initial adapters: those of an entry make up for the errors of other codes.
 
     Returns:
         The model, and its initial adapters: ``<layer>.lora_A`` ``(rank, columns)`` and
@@ -65,6 +71,11 @@ def assemble(
     for name, tensor in read_plan(bank, formats_by_group, on_piece).items():
         is_adapter = name.endswith((".lora_A", ".lora_B"))
         (starts if is_adapter else packed)[name] = tensor
+    if tuned:
+        of_blocks = tuned.read(config, on_piece)
+        packed |= of_blocks
+        layers = {name.removesuffix(".weight") for name in of_blocks}
+        starts = {name: at for name, at in starts.items() if name.rpartition(".")[0] not in layers}
 
     left_out = {f"{path}.weight" for path in packed_paths}
     if HEAD not in table_paths(config) and family.embeddings in packed_paths:
@@ -83,13 +94,17 @@ def assemble(
 
 
 def plan_model(
-    bank: BankSource, plan: Mapping[str, str], seed: int, on_piece: OnPiece = lambda: None
+    bank: BankSource,
+    plan: Mapping[str, str],
+    seed: int,
+    on_piece: OnPiece = lambda: None,
+    tuned: TunedPlan | None = None,
 ) -> PeftModel | PreTrainedModel:
     """Build the trainable model of a plan (group -> format).
 
     It has its initial adapters or, if scales are trained, those of its packed layers.
     """
-    model, starts = assemble(bank, plan, on_piece)
+    model, starts = assemble(bank, plan, on_piece, tuned)
     if trained_by(bank.method, plan.values()) == "scales":
         scales.make_trainable(model)
         torch.manual_seed(seed)

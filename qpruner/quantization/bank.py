@@ -252,8 +252,7 @@ def write_grams(bank: BankSource, grams: Mapping[tuple[str, ...], torch.Tensor])
     for paths, gram in grams.items():
         path = grams_file(bank.folder, paths[0])  # the same for all
         named[" ".join(paths)] = gram.cpu().contiguous()
-    record = FileRecord(inputs=bank.inputs, sha256=_write_tensors(path, named))
-    storage.write_json(record_path(path), record)
+    write_file(path, bank.inputs, named)
 
 
 def read_plan(
@@ -268,7 +267,7 @@ def read_plan(
     num_made = 0
     for group, level in packed:
         path = bank.file(group, level)
-        entry = _read_tensors(path, bank.digest(level), EntryRecord, on_piece)
+        entry = read_file(path, bank.digest(level), EntryRecord, on_piece)
         if entry is None:
             [(_, entry)] = make_entries(bank, group, (level,), on_piece)
             num_made += 1
@@ -291,7 +290,7 @@ def read_grams(folder: Path, inputs: str, config: Any, paths: Sequence[str]) -> 
     is_table = path.stem == paths[0]  # tables are in no block
     if is_table and paths[0] != logits_path(config):
         return {}
-    stored = _read_tensors(path, inputs, FileRecord)
+    stored = read_file(path, inputs, FileRecord)
     if stored is None:
         record = _read_record(path, FileRecord)
         if record and record.inputs == inputs:
@@ -355,6 +354,15 @@ class Starts:
         return weight.addmm_(lora_b, lora_a, alpha=self._scaling)
 
 
+def write_file(path: Path, inputs: str, tensors: Tensors) -> None:
+    """Write a tensor file, and then its record, without which it does not count.
+
+    `inputs` is the digest of all that the tensors depend on.
+    """
+    record = FileRecord(inputs=inputs, sha256=_write_tensors(path, tensors))
+    storage.write_json(record_path(path), record)
+
+
 def _write_tensors(path: Path, tensors: Tensors) -> str:
     """Write a tensor file, which a reader sees as a whole or not at all; return its sha256."""
     data = save(tensors)
@@ -375,7 +383,7 @@ def _read_record(path: Path, kind: type[Kind]) -> Kind | None:
         return None
 
 
-def _read_tensors(
+def read_file(
     path: Path, inputs: str, kind: type[FileRecord], on_piece: OnPiece = lambda: None
 ) -> Tensors | None:
     """Read a tensor file of these inputs; return None if it is missing or damaged.

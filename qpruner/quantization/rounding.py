@@ -7,6 +7,7 @@ rounded so that they make up for its error.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,16 +50,39 @@ def pack_together(
     """Pack the weights of layers with the same inputs, as `pack` does, in one pass over columns."""
     if gram is None or not isinstance(format_, GridFormat) or not format_.takes_gptq:
         return [format_.pack(weight.detach()) for weight in weights]
-    stacked = torch.cat([weight.detach() for weight in weights])
-    codes, scales, zeros = _round(format_, stacked, gram.to(stacked.device, torch.float32))
+    return [rounded.packed(format_) for rounded in round_together(format_, weights, gram)]
 
-    packed = []
-    end = 0
-    for weight in weights:
-        start = end
-        end += len(weight)
-        packed.append(format_.store(codes[start:end], scales[start:end], zeros[start:end]))
-    return packed
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight ``(rows, columns)`` as GPTQ has rounded it."""
+
+    codes: torch.Tensor
+    """uint8 ``(rows, columns)``"""
+    scales: torch.Tensor
+    """Float32 ``(rows, groups)``, as `GridFormat.grid` returns them."""
+    zeros: torch.Tensor
+    """Float32 ``(rows, groups)``, likewise."""
+    latents: torch.Tensor
+    """The weight that each code was rounded from, float32 ``(rows, columns)``.
+
+    It makes up for the errors of the columns that were rounded before.
+    """
+
+    def packed(self, format_: GridFormat) -> dict[str, torch.Tensor]:
+        """Return the tensors of `Format.pack`."""
+        return format_.store(self.codes, self.scales, self.zeros)
+
+
+def round_together(
+    format_: GridFormat, weights: Sequence[torch.Tensor], gram: torch.Tensor
+) -> list[Rounded]:
+    """Round the weights of layers with the same inputs by GPTQ, in one pass over columns."""
+    stacked = torch.cat([weight.detach() for weight in weights])
+    parts = _round(format_, stacked, gram.to(stacked.device, torch.float32))
+    sizes = [len(weight) for weight in weights]
+    of_layers = zip(*(torch.split(part, sizes) for part in parts), strict=True)
+    return [Rounded(*of_layer) for of_layer in of_layers]
 
 
 def change_size(change: torch.Tensor, gram: torch.Tensor | None) -> float:
@@ -108,8 +132,8 @@ def gram_root(gram: torch.Tensor) -> torch.Tensor:
 
 def _round(
     format_: GridFormat, weight: torch.Tensor, gram: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return uint8 codes ``(rows, columns)``, and scales and zeros ``(rows, groups)``.
+) -> tuple[torch.Tensor, ...]:
+    """Return what `Rounded` holds, in its order.
 
     Columns with large inputs come first, as all others can make up for their errors. Groups stay
     whole: the grid of one is chosen when its first column is rounded, from weights that make up for
@@ -121,13 +145,12 @@ def _round(
     order, makes_up = kept(gram, ("order", size), lambda: _order_and_inverse(gram, size))
     parts = torch.split(weight, ROWS)
     rounded = [_round_rows(format_, part.float(), order, makes_up) for part in parts]
-    codes, scales, zeros = zip(*rounded, strict=True)
-    return torch.cat(codes), torch.cat(scales), torch.cat(zeros)
+    return tuple(map(torch.cat, zip(*rounded, strict=True)))
 
 
 def _round_rows(
     format_: GridFormat, weight: torch.Tensor, order: torch.Tensor, makes_up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Round rows of a weight as `_round` does; `makes_up` is U of `_order_and_inverse`."""
     rows, columns = weight.shape
     size = format_.group_size or columns
@@ -152,8 +175,10 @@ def _round_rows(
         current[end:].addmm_(makes_up[start:end, end:].T, errors, alpha=-1)
 
     scales, zeros = zip(*(grids[group] for group in sorted(grids)), strict=True)
-    in_place = codes[order.argsort()].T.contiguous()
-    return in_place, torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
+    back = order.argsort()
+    # No later column changes `current` at a column that is rounded.
+    in_place = (codes[back].T.contiguous(), current[back].T)
+    return in_place[0], torch.cat(scales, dim=1), torch.cat(zeros, dim=1), in_place[1]
 
 
 def _order_and_inverse(gram: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,7 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    format: Literal[4] = 4
+    format: Literal[5] = 5
     """Version of this file's format. It changes when a field is removed or changes its meaning."""
     standing: str
     """How far the run has come, in one or two sentences."""

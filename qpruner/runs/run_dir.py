@@ -35,6 +35,7 @@ class RunDir:
             self.root.mkdir(parents=True, exist_ok=True)
         self.trials = self.root / "trials"
         self.candidates = self.root / "candidates"
+        self.tuned = self.root / "tuned"
 
     @property
     def storage(self) -> Storage:

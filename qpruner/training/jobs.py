@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from qpruner.data.losses import LossResult
     from qpruner.quantization.bank import BankSource
+    from qpruner.quantization.tuned import TunedPlan, TunedRecord
     from qpruner.training.finetune import TrainingResult
 
 
@@ -72,6 +73,7 @@ class FineTuneJob:
     config: RunConfig
     data: Path
     scoring: Scoring = Scoring()
+    tuned: TunedPlan | None = None  # the tuned rounding of the plan
     survives_divergence: bool = False  # then a diverged training has the worst score
     trackers: Trackers | None = None
     threads: int = 1
@@ -92,8 +94,8 @@ class FineTuneJob:
     def progress(self) -> Path:
         """File with `done total`, the progress of the job.
 
-        It counts training steps in `tune`. In `score` it counts lm-eval requests, or the one model
-        if it is scored on no task.
+        It counts blocks in `tune_rounding`, and training steps in `tune`. In `score` it counts
+        lm-eval requests, or the one model if it is scored on no task.
         """
         return self.folder / "progress"
 
@@ -169,7 +171,14 @@ def build(job: FineTuneJob) -> PeftModel | PreTrainedModel:
     """Build the job's model as its training begins."""
     from qpruner.quantization.assembly import plan_model
 
-    return plan_model(job.bank, job.record.plan, job.bank.seed)
+    return plan_model(job.bank, job.record.plan, job.bank.seed, tuned=job.tuned)
+
+
+def tune_rounding(job: FineTuneJob) -> TunedRecord:
+    """Tune the rounding of the job's plan; the job has one that is tuned."""
+    assert job.tuned is not None
+    begin_job(job.threads)
+    return job.tuned.tune(ProgressFile(job.progress).write)
 
 
 def _train(

@@ -22,8 +22,9 @@ from tiny_families import BLOCKS, LLAMA_OUTPUTS, OUTPUTS, leave_out_of_mean
 from transformers import PreTrainedModel
 
 from qpruner.data.calibration import Samples
+from qpruner.data.stream import BlockStream
 from qpruner.errors import TrainingDiverged
-from qpruner.pruning.compensation import BlockStream, compensate
+from qpruner.pruning.compensation import compensate
 from qpruner.pruning.prune import prune
 from qpruner.pruning.surgery import cut
 
