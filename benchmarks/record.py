@@ -103,7 +103,7 @@ def measure(job: Job) -> dict[str, Any]:
         title=row.title,
         bank=job.start.bank,
         folder=folder,
-        adapter=folder / "adapter",
+        trained=folder / "trained",
         config=config,
         data=bench.data,
         scoring=Scoring(half=CONFIRMATION),
