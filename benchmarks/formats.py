@@ -24,7 +24,7 @@ from harness import append_record, command_line, print_heading, print_row
 from qpruner.config.load import load_config
 from qpruner.config.schema import RunConfig
 from qpruner.data.calibration import Samples
-from qpruner.data.encoding import load_confirmation, load_encoded
+from qpruner.data.encoding import load_encoded, load_scored
 from qpruner.data.losses import mean_loss
 from qpruner.models.layout import layout_of
 from qpruner.models.loading import checkpoint_config, load_dense, load_tokenizer
@@ -136,7 +136,7 @@ class Rows:
         start_seconds = time.monotonic() - started
         pad_id = int(load_tokenizer(str(self.model)).pad_token_id)
         train, validation = (load_encoded(self.data / name) for name in ("train", "validation"))
-        fresh = load_confirmation(self.data, CONFIRMATION)
+        fresh = load_scored(self.data, CONFIRMATION)
         before = mean_loss(model, validation, pad_id, config.evaluate.batch_size).mean
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as work:

@@ -114,7 +114,7 @@ def open_case(case: Case, arguments: Any) -> Context:
     config = load_config(
         arguments.config,
         [
-            f"output={(arguments.out / 'run').absolute()}",
+            f"output={(arguments.out / case.method).absolute()}",
             "prune.rates=[0,0.2]",
             f"quantize.formats=[{case.format}]",
             "quantize.embeddings=[q8_0]",
@@ -145,7 +145,7 @@ def job_of(wanted: FineTuning, context: Context) -> FineTuneJob:
             "finetune": config.finetune.model_copy(update={"steps": wanted.steps}),
         }
     )
-    scoring = Scoring(half=SELECTION if wanted.round == 1 else CONFIRMATION)
+    scoring = Scoring(rows=SELECTION if wanted.round == 1 else CONFIRMATION)
     name = "-".join(str(value) for value in wanted.key.values())
     job = make_job(
         context,
@@ -164,7 +164,7 @@ def measure(job: FineTuneJob) -> Record:
     """Fine-tune and score; return what is recorded beside the key."""
     started = time.monotonic()
     record, _ = tune(job)
-    half = job.scoring.half
+    half = job.scoring.rows
     assert half
     losses = record.losses[half]
     return {

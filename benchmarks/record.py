@@ -43,7 +43,7 @@ from record_rows import ROWS, Bench, Files, Start
 from qpruner.config.load import load_config
 from qpruner.config.schema import RunConfig
 from qpruner.data import measures
-from qpruner.data.encoding import load_confirmation, load_encoded, text_windows
+from qpruner.data.encoding import load_encoded, load_scored, text_windows
 from qpruner.data.losses import mean_loss
 from qpruner.data.sources import load_examples
 from qpruner.export.gguf.isolation import isolated
@@ -106,7 +106,7 @@ def measure(job: Job) -> dict[str, Any]:
         trained=folder / "trained",
         config=config,
         data=bench.data,
-        scoring=Scoring(half=CONFIRMATION),
+        scoring=Scoring(rows=CONFIRMATION),
     )
     known = folder / "measured.json"
     if not known.exists():
@@ -148,7 +148,7 @@ def scores(bench: Bench, model: Any) -> dict[str, Any]:
     """Losses by row and window, and right answers by question."""
     config = bench.config
     tokenizer = load_tokenizer(str(bench.model))
-    texts = {"confirmation": load_confirmation(bench.data, CONFIRMATION)}
+    texts = {"confirmation": load_scored(bench.data, CONFIRMATION)}
     for source in config.evaluate.text or ():
         examples = load_examples([source], "evaluate.text")
         windows = text_windows(

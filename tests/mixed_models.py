@@ -104,7 +104,7 @@ def plan_job(
         trained=folder / "trained",
         config=config,
         data=data,
-        scoring=Scoring(half=CONFIRMATION),
+        scoring=Scoring(rows=CONFIRMATION),
     )
 
 

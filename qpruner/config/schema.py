@@ -175,6 +175,15 @@ class LoraConfig(Section):
     """Randomized SVD is many times faster and loses little at these ranks."""
 
 
+class LearningRates(Section):
+    """A learning rate for each method of training."""
+
+    adapter: PositiveFloat
+    """Learning rate of plans that get an adapter."""
+    scales: PositiveFloat
+    """Learning rate of plans whose scales are trained."""
+
+
 class TrainingConfig(Section):
     """Optimizer settings for trials and the final fine-tune."""
 
@@ -182,8 +191,10 @@ class TrainingConfig(Section):
     """adapter trains LoRA matrices beside the packed weights. scales trains the scales that the
     packed weights store, so that the result is one plain file. It needs formats of llama.cpp's
     simple kinds (q4_0, ...) or of `w`; models that are not packed get an adapter."""
-    learning_rate: PositiveFloat = 1e-4
-    """Peak learning rate (AdamW, warm-up, cosine)."""
+    learning_rate: PositiveFloat | LearningRates | Literal["auto"] = 1e-4
+    """Peak learning rate (AdamW, warm-up, cosine): a number, or one for each method as `{adapter:
+    0.001, scales: 0.002}`. auto tries three for each method before the search, see [the
+    search](search.md#the-learning-rate)."""
     batch_size: Positive = 64
     """Rows per optimizer step."""
     micro_batch_size: Positive = 4
@@ -196,6 +207,18 @@ class TrainingConfig(Section):
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def of(self, method: Method) -> "TrainingConfig":
+        """Return the settings with the learning rate of a method alone."""
+        return self.model_copy(update={"learning_rate": self.rate_of(method)})
+
+    def rate_of(self, method: Method) -> float:
+        """Return the learning rate of a method; `auto` has been replaced by then."""
+        rate = self.learning_rate
+        assert rate != "auto", "the pilot stage chooses"
+        if isinstance(rate, LearningRates):
+            return rate.adapter if method == "adapter" else rate.scales
+        return rate
 
 
 SensitivityMethod = Literal[
@@ -451,6 +474,11 @@ class RunConfig(Section):
     def is_searched(self) -> bool:
         """Whether plans are searched: several are possible, and none is given."""
         return self.search.plan is None and self.has_choice
+
+    @property
+    def trial_finetune(self) -> FinetuneConfig:
+        """The settings of a fine-tune that is as long as a trial."""
+        return self.finetune.model_copy(update={"steps": self.search.steps, "epochs": None})
 
     @property
     def num_trials(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
 from qpruner.errors import CorruptFile, UserError
-from qpruner.runs.records import CONFIRMATION, SELECTION, Half
+from qpruner.runs.records import CONFIRMATION, SELECTION, VALIDATION, ScoredRows
 from qpruner.runs.storage import fetch, retry_storage, writing_folder
 from qpruner.wording import counted
 
@@ -267,13 +267,17 @@ def load_encoded(folder: Path) -> EncodedRows:
         ) from error
 
 
-def load_confirmation(data: Path, half: Half) -> list[Row]:
-    """Load the half of the confirmation rows that selects the winner, or the one that judges it.
+def load_scored(data: Path, name: ScoredRows) -> list[Row]:
+    """Load the validation rows, or one half of the confirmation rows.
 
-    No trial is scored on either half.
+    No trial is scored on either half: one selects the winner, the other judges it.
     """
-    first = (SELECTION, CONFIRMATION).index(half)
-    rows: list[Row] = load_encoded(data / "confirmation")[first::2]
+    rows: list[Row]
+    if name == VALIDATION:
+        rows = load_encoded(data / "validation")[:]
+    else:
+        first = (SELECTION, CONFIRMATION).index(name)
+        rows = load_encoded(data / "confirmation")[first::2]
     return rows
 
 

@@ -18,6 +18,7 @@ from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import wanted_stages
+from qpruner.pipeline.pilot import Pilot, num_fine_tunes
 from qpruner.pipeline.preflight import Inspection, most_controls
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
 from qpruner.pipeline.prune import Prune
@@ -92,11 +93,15 @@ def stage_times(
     evaluation = count.evaluation() * rates.scoring
     steps = expected_steps(config)[0] + num_confirmed_again(config) * config.search.steps
     search = count.training(steps) * rates.training + count.search_scores() * rates.scoring
+    tried = num_fine_tunes(config)
+    pilot = count.training(config.search.steps) * rates.training
+    pilot += count.split("validation") * rates.scoring
     compared = num_compared(config)
     compared_at_once = max(1, min(slots // workers, compared))
 
     times: dict[Any, tuple[float, int]] = {
         Prune: (count.prune() * rates.scoring, 1),
+        Pilot: (tried * pilot, min(slots, tried)),
         Search: (search, min(slots, config.num_trials)),
         Finetune: (finetune, workers),
         Evaluate: ((1 + UNTUNED) * evaluation, min(slots, 1 + UNTUNED)),

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from qpruner.cluster.slots import Slots
-from qpruner.config.schema import RunConfig
+from qpruner.config.schema import LearningRates, RunConfig
 from qpruner.models.loading import absolute_source
 from qpruner.pipeline.machines import Machines
 from qpruner.pipeline.places import Places
@@ -70,14 +71,26 @@ class Context:
             self.machines.on_gpu,
         )
 
-    @cached_property
+    @property
     def worker_config(self) -> RunConfig:
-        """The configuration with absolute paths, because workers run in another current folder."""
+        """The configuration for workers.
+
+        Paths are absolute, because workers run in another current folder. Learning rates are those
+        that the pilot chose, once it has.
+        """
         model = self.config.model
         model = model.model_copy(update={"source": absolute_source(model.source)})
         folder = include_path(self.config)
         evaluate = self.config.evaluate.model_copy(update={"include_path": folder})
-        return self.config.model_copy(update={"model": model, "evaluate": evaluate})
+        changes: dict[str, Any] = {"model": model, "evaluate": evaluate}
+        if self.records.pilot:
+            rates = self.records.pilot.rates
+            fallback = next(iter(rates.values()))  # no plan of the run is trained by it
+            chosen = LearningRates(
+                adapter=rates.get("adapter", fallback), scales=rates.get("scales", fallback)
+            )
+            changes["training"] = self.config.training.model_copy(update={"learning_rate": chosen})
+        return self.config.model_copy(update=changes)
 
     def task_digest(self, use: str) -> str:
         """Compute the digest of what a use, `search` or `evaluate`, asks.

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qpruner.data.encoding import load_confirmation, save_encoded, text_windows
+from qpruner.data.encoding import load_scored, save_encoded, text_windows
 from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.finetune import final_job
@@ -134,7 +134,7 @@ def held_out_text(context: Context, folder: Path) -> tuple[str | None, Path | No
         return f"`evaluate.text` in {len(rows)} windows of {length} tokens", folder
     if any(row.format == "multiple_choice" for row in examples["confirmation"]):
         return None, None
-    rows = load_confirmation(context.places.data, CONFIRMATION)
+    rows = load_scored(context.places.data, CONFIRMATION)
     save_encoded(rows, folder)
     part = "responses" if context.config.data.response_only else "whole rows"
     if all(row.format == "text" for row in examples["confirmation"]):

@@ -75,13 +75,12 @@ def finalist_job(
     """
     config = stage.context.worker_config
     search = config.search
-    length = config.finetune.model_copy(update={"steps": search.steps, "epochs": None})
     training = config.training
     if trial.micro_batch_size:
         training = training.model_copy(update={"micro_batch_size": trial.micro_batch_size})
     questions = stage.context.inspection.rows.questions["fresh"]
     digest = digest_of(search.metric, questions, checkpoint)
-    scoring = Scoring(digest=digest, half=SELECTION)
+    scoring = Scoring(digest=digest, rows=SELECTION)
     if search.by_accuracy:
         assert search.limit is not None
         context = stage.context
@@ -107,7 +106,7 @@ def finalist_job(
         name=origin,
         title=f"finalist trial {trial.index} ({origin})",
         origin=origin,
-        config=config.model_copy(update={"finetune": length, "training": training}),
+        config=config.model_copy(update={"finetune": config.trial_finetune, "training": training}),
         tunes_rounding=False,
     )
     return replace(made, survives_divergence=True)

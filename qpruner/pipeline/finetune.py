@@ -136,7 +136,7 @@ def final_job(
 ) -> FineTuneJob:
     """Make the job of a model of the final table, which is scored on the judging rows."""
     title = title_of(name, context.record(SearchRecord))
-    scoring = Scoring(half=CONFIRMATION)
+    scoring = Scoring(rows=CONFIRMATION)
     return make_job(context, plan, seed, scoring, name=name, title=title, origin=origin)
 
 

@@ -19,6 +19,7 @@ from qpruner.pipeline.comparison import Comparison
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.finetune import Finetune
+from qpruner.pipeline.pilot import Pilot
 from qpruner.pipeline.prepare import Prepare
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.report import Report
@@ -37,6 +38,7 @@ STAGES: Stages = (
     Prune,
     Bank,
     Sensitivity,
+    Pilot,
     Search,
     Finetune,
     Evaluate,

@@ -127,7 +127,7 @@ class Search(Stage[SearchRecord]):
                 for level in sorted({*quantize.levels, *quantize.embedding_levels, *PAPER})
             ],
             config.prune.model_copy(update=dict.fromkeys(RATES)),
-            config.training,
+            context.worker_config.training,
             config.lora,
             config.seed,
             scored,

@@ -195,12 +195,12 @@ def measure_in_turns(
     Yield done and total turns, then the setting and all rows.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llama.cpp may be a build for GPUs
-    from qpruner.data.encoding import load_confirmation, load_encoded
+    from qpruner.data.encoding import load_encoded, load_scored
     from qpruner.export.gguf.llama_cpp import build
 
     ids = [token for row in load_encoded(job.data / "confirmation") for token in row["input_ids"]]
     prompt = (ids * -(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
-    judging = load_confirmation(job.data, CONFIRMATION)
+    judging = load_scored(job.data, CONFIRMATION)
     measured = [each for each in served if each.model]
     turns: list[list[Turn]] = [[] for _ in measured]
     total = NUM_TURNS * len(measured)

@@ -54,9 +54,11 @@ def make_job(
         tunes_rounding: Whether `quantize.rounding: tuned` applies; trials have GPTQ instead.
     """
     config = config or context.worker_config
+    formats = plan.as_dict()
+    method = trained_by(config.training.method, plan.formats)
+    config = config.model_copy(update={"training": config.training.of(method)})
     bank = context.places.bank_of(plan.cut)
     layout = context.shapes.layout_of(plan.cut)
-    formats = plan.as_dict()
     tuned = context.places.tuned_of(plan) if tunes_rounding else None
     digest = digest_of(
         bank.inputs,
@@ -82,7 +84,8 @@ def make_job(
         mean_bits=layout.mean_bits(plan),
         num_parameters=layout.num_parameters,
         bank=bank.inputs if bank.uses_grams else "",
-        method=trained_by(config.training.method, plan.formats),
+        method=method,
+        learning_rate=config.training.rate_of(method),
     )
     folder = context.run_dir.candidates / digest
     return FineTuneJob(

@@ -120,6 +120,9 @@ def _search(run: Snapshot) -> Iterator[Part]:
             yield tables.fresh_scores(search)
         if search.rungs:
             yield tables.rungs(search)
+    pilot = run.results.pilot
+    if pilot:
+        yield Paragraph(f"Tried before the search: {pilot.text}.")
     if run.trials:
         yield tables.trials(run)
 

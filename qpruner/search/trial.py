@@ -16,6 +16,7 @@ from qpruner.data.measures import over_tasks
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.quantization.assembly import plan_model
+from qpruner.quantization.formats import trained_by
 from qpruner.runs.records import RungResult
 from qpruner.runs.storage import fetch, working_folder
 from qpruner.search.trial_records import Progress, Report, TrialJob
@@ -75,9 +76,8 @@ def run_trial(
         schedule = Schedule(config.search.steps, rungs=rungs, save_seconds=job.save_seconds)
         listener = Listener(on_rung, on_step, on_save=on_save)
         train = load_encoded(materials.data / "train")
-        finetune(
-            peft_model, train, config.training, schedule, work, config.seed, pad_id, start, listener
-        )
+        training = config.training.of(trained_by(config.training.method, job.plan.values()))
+        finetune(peft_model, train, training, schedule, work, config.seed, pad_id, start, listener)
 
 
 def score(

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpruner.config.schema import RunConfig
-from qpruner.data.encoding import load_confirmation, load_encoded
+from qpruner.data.encoding import load_encoded, load_scored
 from qpruner.data.measures import over_tasks
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.models.memory import PeakMemory, begin_job
-from qpruner.runs.records import FineTune, Half, RowLosses
+from qpruner.runs.records import FineTune, RowLosses, ScoredRows
 from qpruner.runs.storage import fetch, progress_seconds, storage_at, write_progress
 from qpruner.training.checkpoints import (
     Ownership,
@@ -47,7 +47,7 @@ class Scoring:
     """What a model is scored on."""
 
     digest: str = ""  # of the rows, questions and text, for `FineTune.scored`
-    half: Half | None = None  # of the confirmation rows
+    rows: ScoredRows | None = None
     text: Path | None = None  # folder with windows of held-out text
     tasks: Sequence[str] = ()
     limit: int | None = None  # questions of each task
@@ -249,10 +249,10 @@ def _scores(
         "accuracy": None,
         "accuracy_stderr": None,
     }
-    if asked.half:
-        rows = load_confirmation(job.data, asked.half)
+    if asked.rows:
+        rows = load_scored(job.data, asked.rows)
         losses = _recorded(mean_loss(model, rows, pad_id, batch_size))
-        scores["losses"] = {**job.record.losses, asked.half: losses}
+        scores["losses"] = {**job.record.losses, asked.rows: losses}
     if asked.text:
         scores["text_loss"] = mean_loss(model, load_encoded(asked.text), pad_id, batch_size).mean
     if asked.tasks:
@@ -279,13 +279,13 @@ def _worst_scores(job: FineTuneJob) -> dict[str, Any]:
     """
     from qpruner.training.finetune import DIVERGED_BY
 
-    half = job.scoring.half
-    assert half
+    name = job.scoring.rows
+    assert name
     worst = math.log(len(_tokenizer(job))) + DIVERGED_BY
-    by_row = (worst,) * len(load_confirmation(job.data, half))
+    by_row = (worst,) * len(load_scored(job.data, name))
     return {
         "scored": job.scoring.digest,
-        "losses": {half: RowLosses(mean=worst, by_row=by_row)},
+        "losses": {name: RowLosses(mean=worst, by_row=by_row)},
         "accuracy": 0.0 if job.scoring.tasks else None,
     }
 

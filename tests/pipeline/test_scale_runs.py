@@ -6,7 +6,7 @@ import pytest
 from conftest import raw_config, with_keys
 
 from qpruner.config.load import validate_config
-from qpruner.data.encoding import load_confirmation
+from qpruner.data.encoding import load_scored
 from qpruner.data.losses import mean_loss
 from qpruner.errors import UserError
 from qpruner.export.forms import Form, export
@@ -56,7 +56,7 @@ def test_the_scored_weights_are_those_of_the_file(
     final = run_dir.root / "final"
     files = {path.name for path in final.iterdir()}
     assert not any("adapter" in name or "scale" in name for name in files)
-    rows = load_confirmation(run_dir.stage("prepare") / "data", CONFIRMATION)
+    rows = load_scored(run_dir.stage("prepare") / "data", CONFIRMATION)
     pad_id = int(load_tokenizer(str(final)).pad_token_id)
     scored = mean_loss(load(final).eval(), rows, pad_id, config.evaluate.batch_size)
     assert winner.confirmation.by_row == tuple(round(loss, 4) for loss in scored.by_row)

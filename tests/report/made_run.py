@@ -36,7 +36,6 @@ from qpruner.runs.records import (
     Finalist,
     FineTune,
     FinetuneRecord,
-    Half,
     Inference,
     InferenceSetting,
     MethodScores,
@@ -45,6 +44,7 @@ from qpruner.runs.records import (
     Results,
     RungResult,
     RunState,
+    ScoredRows,
     SearchRecord,
     SearchState,
     SensitivityRecord,
@@ -110,7 +110,7 @@ def candidate(
     """Make a fine-tune of a row with this loss on both of two rows."""
     origin = (dict.fromkeys((BASE, PRUNED), "unquantized") | ORIGINS).get(name, name)
     sizes = {"plan_bytes": measured_bytes, "measured_bytes": measured_bytes}
-    losses: dict[Half, Sequence[float]] = {CONFIRMATION: (confirmation_loss,) * 2}
+    losses: dict[ScoredRows, Sequence[float]] = {CONFIRMATION: (confirmation_loss,) * 2}
     return made_fine_tune(name, plan, seed, losses, tasks, origin=origin, **sizes, **changes)
 
 

@@ -128,7 +128,7 @@ def test_a_fine_tune_resumes_on_another_machine(machine: Machine, config_file: P
 
 
 def test_a_further_seed_leaves_nothing_on_its_machine(machine: Machine) -> None:
-    job = replace(machine("seeded", "seed-1"), scoring=Scoring(half=SELECTION))
+    job = replace(machine("seeded", "seed-1"), scoring=Scoring(rows=SELECTION))
     tune(replace(job, survives_divergence=True))
     assert published_folders(job.checkpoints)
     assert not storage_at(job.checkpoints).staging.exists()

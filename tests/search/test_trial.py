@@ -11,7 +11,7 @@ import pytest
 from conftest import assert_has
 from mixed_models import plan_job
 
-from qpruner.data.encoding import load_confirmation
+from qpruner.data.encoding import load_scored
 from qpruner.errors import TrainingDiverged
 from qpruner.models.loading import load_tokenizer
 from qpruner.pipeline.context import Context
@@ -68,7 +68,7 @@ def test_training_again_under_the_own_seed_scores_the_same(job: TrialJob, tmp_pa
             changes["training"] = config.training.model_copy(update={"micro_batch_size": size})
         own = config.model_copy(update=changes)
         made = plan_job(own, materials.banks[job.cut], materials.data, job.plan, folder, seed)
-        return replace(made, scoring=Scoring(half=SELECTION))
+        return replace(made, scoring=Scoring(rows=SELECTION))
 
     seed = config.seed
     last = replace(fine_tune(tmp_path / "trial", seed), trained=tmp_path / "checkpoint-6")
@@ -87,7 +87,7 @@ def test_a_training_that_diverged_has_the_worst_score(job: TrialJob, tmp_path: P
     bank = job.materials.banks[job.cut]
     config = job.config.model_copy(update={"training": training})
     made = plan_job(config, bank, job.materials.data, job.plan, tmp_path / "diverged")
-    made = replace(made, scoring=Scoring(digest="asked", half=SELECTION))
+    made = replace(made, scoring=Scoring(digest="asked", rows=SELECTION))
     with pytest.raises(TrainingDiverged):
         tune(made)
     record, _ = tune(replace(made, survives_divergence=True))
@@ -95,6 +95,6 @@ def test_a_training_that_diverged_has_the_worst_score(job: TrialJob, tmp_path: P
     worst = math.log(len(load_tokenizer(str(bank.checkpoint)))) + DIVERGED_BY
     assert losses.mean == worst
     assert set(losses.by_row) == {worst}
-    assert len(losses.by_row) == len(load_confirmation(job.materials.data, SELECTION))
+    assert len(losses.by_row) == len(load_scored(job.materials.data, SELECTION))
     assert_has(record, scored="asked", accuracy=None, trained_sha256="")
     assert record.seconds > 0

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import RunConfig
-from qpruner.data.encoding import load_confirmation, load_encoded, save_encoded, text_windows
+from qpruner.data.encoding import load_encoded, load_scored, save_encoded, text_windows
 from qpruner.data.losses import Rows, mean_loss
 from qpruner.errors import CorruptFile, StorageError
 from qpruner.models.layout import layout_of
@@ -95,7 +95,7 @@ def loss_on(job: FineTuneJob, model: torch.nn.Module, rows: Rows) -> Any:
 
 def test_a_fine_tune_leaves_its_adapter_and_its_last_step(tuned: Tuned) -> None:
     job, outcome = tuned
-    rows, judging = load_encoded(job.data / "validation"), load_confirmation(job.data, CONFIRMATION)
+    rows, judging = load_encoded(job.data / "validation"), load_scored(job.data, CONFIRMATION)
     assert loss_on(job, tuned_model(job), judging).mean == pytest.approx(
         outcome.confirmation.mean, abs=1e-6
     )
@@ -239,7 +239,7 @@ def test_the_loss_on_a_text_covers_all_its_windows(tuned: Tuned, tmp_path: Path)
     assert weights[:-1] == [31] * (len(rows) - 1)
     every = [token for row in rows for token in row["input_ids"]]
     assert every == tokenizer("\n\n".join(texts))["input_ids"], "nothing is cut off"
-    without = score(replace(job, record=record, scoring=Scoring(half=SELECTION)))
+    without = score(replace(job, record=record, scoring=Scoring(rows=SELECTION)))
     assert without.text_loss is None and not without.tasks, "scores of another scoring are gone"
 
 
@@ -295,7 +295,7 @@ def test_a_confirmation_scores_the_last_rungs_adapter(tuned: Tuned) -> None:
     job, outcome = tuned
     model, rows = tuned_model(job), load_encoded(job.data / "confirmation")
     choosing, judging = (loss_on(job, model, rows[part::2]) for part in (0, 1))
-    as_trial = replace(job, scoring=Scoring(half=SELECTION))
+    as_trial = replace(job, scoring=Scoring(rows=SELECTION))
     found = score(replace(as_trial, record=outcome))
     assert found.selection.loss == pytest.approx(choosing.mean, abs=1e-6)
     assert found.losses[SELECTION].by_row == pytest.approx(choosing.by_row, abs=1e-4), (
@@ -325,7 +325,7 @@ def test_accuracy_is_confirmed_on_later_questions(tuned: Tuned) -> None:
     limit = next(
         n for n in range(4, 31) if accuracy(n, 2 * n) not in (accuracy(0, n), accuracy(n, 60))
     )
-    scoring = Scoring(half=SELECTION, tasks=(task,), limit=limit, skip=limit)
+    scoring = Scoring(rows=SELECTION, tasks=(task,), limit=limit, skip=limit)
     found = score(replace(job, scoring=scoring))
     assert found.accuracy == pytest.approx(accuracy(limit, 2 * limit))
     assert found.selection.accuracy == found.accuracy

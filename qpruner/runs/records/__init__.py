@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import model_validator
 
+from qpruner.quantization.formats import Method
 from qpruner.runs.records.base import RUN_ID as RUN_ID
 from qpruner.runs.records.base import Record as Record
 from qpruner.runs.records.base import Recorded as Recorded
@@ -17,12 +18,13 @@ from qpruner.runs.records.base import digest_of as digest_of
 from qpruner.runs.records.base import flat as flat
 from qpruner.runs.records.finetunes import CONFIRMATION as CONFIRMATION
 from qpruner.runs.records.finetunes import SELECTION as SELECTION
+from qpruner.runs.records.finetunes import VALIDATION as VALIDATION
 from qpruner.runs.records.finetunes import FineTune as FineTune
-from qpruner.runs.records.finetunes import Half as Half
 from qpruner.runs.records.finetunes import Inference as Inference
 from qpruner.runs.records.finetunes import InferenceSetting as InferenceSetting
 from qpruner.runs.records.finetunes import RowLosses as RowLosses
 from qpruner.runs.records.finetunes import Score as Score
+from qpruner.runs.records.finetunes import ScoredRows as ScoredRows
 from qpruner.runs.records.finetunes import TaskScore as TaskScore
 from qpruner.runs.records.search import BASE as BASE
 from qpruner.runs.records.search import BEST_SEARCHED as BEST_SEARCHED
@@ -149,6 +151,29 @@ class BankRecord(Record):
     of W - Q."""
     error: dict[str, dict[str, float]] = {}
     """Format -> group -> squared norm of W - Q - BA (as above), divided by that of W."""
+
+
+class PilotRecord(Record):
+    """The learning rates that the pilot chose, and its fine-tunes."""
+
+    rates: dict[Method, float]
+    fine_tunes: tuple[FineTune, ...]
+    """Of each method one fine-tune for each rate, scored on the validation rows."""
+
+    @property
+    def text(self) -> str:
+        """The rates that were chosen, and the losses at all that were tried."""
+        parts = []
+        for method, rate in self.rates.items():
+            tried = [
+                f"{record.losses[VALIDATION].mean:.4f} at {record.learning_rate:g}"
+                if record.trained_sha256
+                else f"diverged at {record.learning_rate:g}"
+                for record in self.fine_tunes
+                if record.method == method
+            ]
+            parts.append(f"{rate:g} for {method} (validation loss {', '.join(tried)})")
+        return f"learning rate {'; '.join(parts)}"
 
 
 class FinetuneRecord(Record):
@@ -287,6 +312,7 @@ class Results(Recorded):
     prune: PruneRecord | None = None
     bank: BankRecord | None = None
     sensitivity: SensitivityRecord | None = None
+    pilot: PilotRecord | None = None
     search: SearchRecord | None = None
     finetune: FinetuneRecord | None = None
     evaluate: EvalRecord | None = None

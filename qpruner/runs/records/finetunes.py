@@ -5,11 +5,12 @@ from typing import Literal
 from qpruner.quantization.formats import Method
 from qpruner.runs.records.base import Recorded, StandardError
 
-Half = Literal["selection", "confirmation"]
-"""The halves of the `data.confirmation` rows: the first selects the winner, the second judges it.
-"""
-SELECTION: Half = "selection"
-CONFIRMATION: Half = "confirmation"
+ScoredRows = Literal["validation", "selection", "confirmation"]
+"""What a fine-tune is scored on: the `data.validation` rows, as trials are, or one of the halves of
+the `data.confirmation` rows, of which the first selects the winner and the second judges it."""
+VALIDATION: ScoredRows = "validation"
+SELECTION: ScoredRows = "selection"
+CONFIRMATION: ScoredRows = "confirmation"
 
 
 class Score(Recorded):
@@ -108,6 +109,8 @@ class FineTune(Recorded):
 
     method: Method = "adapter"
     """What the fine-tune trains: an adapter beside the weights, or the scales that they store."""
+    learning_rate: float = 0.0
+    """The peak learning rate."""
     steps: int = 0
     train_loss: float | None = None
     measured_bytes: int = 0
@@ -128,7 +131,7 @@ class FineTune(Recorded):
     """Seconds of a scoring apart from the training."""
     scoring_gpu_seconds: float = 0.0
     """These seconds times the GPUs that were held for them."""
-    losses: dict[Half, RowLosses] = {}
+    losses: dict[ScoredRows, RowLosses] = {}
     tasks: tuple[TaskScore, ...] = ()
     """Scores on tasks: those of `evaluate.tasks` or, of a finalist, those that selected."""
     accuracy: float | None = None
