@@ -1,4 +1,7 @@
-"""A run that trains scales ends in one plain file, whose weights were scored bit for bit."""
+"""A run that trains scales, on tuned rounding, ends in one plain file.
+
+Its weights are those that were scored, bit for bit.
+"""
 
 from pathlib import Path
 
@@ -19,7 +22,8 @@ from qpruner.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 
-SERVED: dict[Form, list[str]] = {"gguf": ["q4_0", "q4_1", "q8_0"], "vllm": ["w4", "w8"]}
+SERVED: dict[Form, list[str]] = {"gguf": ["q4_0", "q4_1"], "vllm": ["w4", "w8"]}
+EMBEDDINGS = {"gguf": "q8_0", "vllm": "w8"}
 KEYS = {
     "training.method": "scales",
     "training.learning_rate": 0.02,
@@ -44,8 +48,9 @@ def test_the_scored_weights_are_those_of_the_file(
         llama_cpp.library_path()
     else:
         pytest.importorskip("compressed_tensors")
-    formats = {"quantize.formats": SERVED[form], "quantize.embeddings": SERVED[form][-1:]}
-    config = validate_config(with_keys(raw_config(tiny_model, tmp_path / "run"), **KEYS | formats))
+    formats = {"quantize.formats": SERVED[form], "quantize.embeddings": [EMBEDDINGS[form]]}
+    own = {"quantize.rounding": "tuned", "quantize.tuning": {"iterations": 8}} | formats
+    config = validate_config(with_keys(raw_config(tiny_model, tmp_path / "run"), **KEYS | own))
     run(config, lambda event: None, until="finetune")
     run_dir = RunDir(tmp_path / "run")
     record = run_dir.read_record("finetune", FinetuneRecord)
@@ -53,6 +58,8 @@ def test_the_scored_weights_are_those_of_the_file(
     winner = record.winner
     assert winner.method == "scales"
 
+    [tuned] = run_dir.tuned.iterdir()
+    assert (tuned / "tuned.json").exists()
     final = run_dir.root / "final"
     files = {path.name for path in final.iterdir()}
     assert not any("adapter" in name or "scale" in name for name in files)
