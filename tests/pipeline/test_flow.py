@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import raw_config, with_key
+from conftest import raw_config, with_keys
 from made_run import STATE
 
 import qpruner
@@ -62,12 +62,18 @@ def test_each_stage_is_in_the_module_of_its_name() -> None:
 
 def test_until_ends_with_its_stage() -> None:
     raw = raw_config(Path("model"), Path("run"))
-    most = validate_config(with_key(with_key(raw, "finetune.compare", True), "serve.to", ["gguf"]))
-    least = validate_config(with_key(with_key(raw, "finetune.compare", False), "serve.to", []))
+    wanted = {"finetune.compare": True, "serve.to": ["gguf"], "training.learning_rate": "auto"}
+    most = validate_config(with_keys(raw, **wanted))
+    unwanted = {"finetune.compare": False, "serve.to": [], "training.learning_rate": 1e-3}
+    least = validate_config(with_keys(raw, **unwanted))
     for name in NAMES:
         assert stages_until(name)[-1].name == name
         assert wanted_stages(most, name) == stages_until(name)
-    assert set(NAMES) - set(names_of(wanted_stages(least))) == {"comparison", "serve"}
+    assert set(NAMES) - set(names_of(wanted_stages(least))) == {
+        "pilot",
+        "comparison",
+        "serve",
+    }
 
 
 def test_the_stages_of_a_state_without_them_are_those_that_began() -> None:
