@@ -50,25 +50,44 @@ def auto(model: Path, folder: Path, **keys: object) -> Raw:
 
 
 @pytest.fixture(scope="module")
-def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Raw, Results]:
+def tried(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Raw, PilotRecord]:
     raw = auto(tiny_model, tmp_path_factory.mktemp("pilot") / "run", **{"search.max_trials": 2})
-    return raw, piloted(raw, until="search")[0]
+    return raw, recorded(piloted(raw)[0])
 
 
-def test_the_best_rate_on_validation_rows_is_taken(searched: tuple[Raw, Results]) -> None:
-    record = recorded(searched[1])
-    tried = losses(record, "adapter")
-    assert tuple(tried) == pilot.RATES["adapter"]
-    assert record.rates == {"adapter": min(tried, key=tried.__getitem__)}
-    assert len(set(tried.values())) == len(tried)
-    for rate, loss in tried.items():
+def test_the_best_rate_on_validation_rows_is_taken(tried: tuple[Raw, PilotRecord]) -> None:
+    record = tried[1]
+    of_rates = losses(record, "adapter")
+    assert tuple(of_rates) == pilot.RATES["adapter"]
+    assert record.rates == {"adapter": min(of_rates, key=of_rates.__getitem__)}
+    assert len(set(of_rates.values())) == len(of_rates)
+    for rate, loss in of_rates.items():
         assert f"{loss:.4f} at {rate:g}" in record.text
 
 
-def test_trials_and_finalists_have_that_rate(searched: tuple[Raw, Results]) -> None:
-    """The trial of the plan on which rates were tried repeats the best of those fine-tunes."""
-    raw, results = searched
-    record = recorded(results)
+def test_a_fine_tune_at_a_rate_that_diverges_is_not_taken(
+    tried: tuple[Raw, PilotRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tried[0] | {"output": str(tmp_path / "run")}
+    shutil.copytree(tried[0]["output"], raw["output"])
+    monkeypatch.setitem(pilot.RATES, "adapter", (1e-3, 1e30))
+    record = recorded(piloted(raw)[0])
+    assert record.rates == {"adapter": 1e-3}
+    assert "diverged at 1e+30" in record.text
+    monkeypatch.setitem(pilot.RATES, "adapter", (1e30,))
+    with pytest.raises(StageError, match=r"set a lower one as `training\.learning_rate`"):
+        piloted(raw)
+
+
+@pytest.mark.slow
+def test_trials_and_finalists_have_that_rate(tried: tuple[Raw, PilotRecord]) -> None:
+    """The trial of the plan on which rates were tried repeats the best of those fine-tunes.
+
+    The search begins after a command that ended with the pilot, which is not done again.
+    """
+    raw, record = tried
+    results, events = piloted(raw, until="search")
+    assert "pilot" in {event.stage for event in events if isinstance(event, StageSkipped)}
     [rate] = record.rates.values()
     [best] = [tuned for tuned in record.fine_tunes if tuned.learning_rate == rate]
     [trials] = RunDir(Path(raw["output"])).trials.iterdir()
@@ -86,35 +105,16 @@ def test_trials_and_finalists_have_that_rate(searched: tuple[Raw, Results]) -> N
     assert {tuned.learning_rate for tuned in fine_tunes} == {rate}
 
 
-def test_a_repeated_command_tries_nothing_again(searched: tuple[Raw, Results]) -> None:
-    _, events = piloted(searched[0], until="search")
-    skipped = {event.stage for event in events if isinstance(event, StageSkipped)}
-    assert {"pilot", "search"} <= skipped
-
-
+@pytest.mark.slow
 def test_each_method_of_a_run_has_its_rate(tiny_model: Path, tmp_path: Path) -> None:
     """The models that are not packed, to which `compare` gives the fine-tune too, get adapters."""
     results, _ = piloted(auto(tiny_model, tmp_path / "run", **SCALES))
     record = recorded(results)
     assert record.rates.keys() == {"scales", "adapter"}
     for method, rate in record.rates.items():
-        tried = losses(record, method)
-        assert tuple(tried) == pilot.RATES[method]  # type: ignore[index]
-        assert rate == min(tried, key=tried.__getitem__)
-
-
-def test_a_fine_tune_at_a_rate_that_diverges_is_not_taken(
-    searched: tuple[Raw, Results], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raw = searched[0] | {"output": str(tmp_path / "run")}
-    shutil.copytree(searched[0]["output"], raw["output"])
-    monkeypatch.setitem(pilot.RATES, "adapter", (1e-3, 1e30))
-    record = recorded(piloted(raw)[0])
-    assert record.rates == {"adapter": 1e-3}
-    assert "diverged at 1e+30" in record.text
-    monkeypatch.setitem(pilot.RATES, "adapter", (1e30,))
-    with pytest.raises(StageError, match=r"set a lower one as `training\.learning_rate`"):
-        piloted(raw)
+        of_rates = losses(record, method)
+        assert tuple(of_rates) == pilot.RATES[method]  # type: ignore[index]
+        assert rate == min(of_rates, key=of_rates.__getitem__)
 
 
 def test_a_rate_for_each_method_can_be_given(tiny_model: Path, tmp_path: Path) -> None:
