@@ -35,7 +35,7 @@ def facts(
     for name, work in works(config).items():
         estimate = work(config, inspection)
         memory[name] = {"at": estimate.about, "parts": estimate.parts, "total": estimate.total}
-        is_in_slots = name.startswith(("trial", "comparison"))
+        is_in_slots = name.startswith(("trial", "comparison", "tuned"))
         at_once.append(estimate.total * sharing if is_in_slots else estimate.total)
     hours = None
     if rates is not None:
@@ -76,6 +76,8 @@ def works(config: RunConfig) -> Mapping[str, Callable[[RunConfig, Inspection], m
     }
     if config.quantize.uses_grams:
         counters["bank"] = memory_of.rounding_memory
+    if config.quantize.rounding == "tuned":
+        counters["tuned rounding"] = memory_of.tuned_rounding_memory
     if config.measured_methods:
         counters["sensitivity"] = memory_of.sensitivity_memory
     if config.finetune.compare:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
 from qpruner.estimate.step_times import measure
-from qpruner.pipeline.comparison import Comparison
+from qpruner.pipeline.comparison import Comparison, num_rounded
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import wanted_stages
@@ -23,6 +23,7 @@ from qpruner.pipeline.preflight import Inspection, most_controls
 from qpruner.pipeline.preflight_rows import CHARACTERS_A_TOKEN, about_labelled, about_tokens
 from qpruner.pipeline.prune import Prune
 from qpruner.pipeline.search import Search
+from qpruner.quantization.tuned import BATCH_SIZE, MOST_TOKENS
 
 IMPORTANCE_PASSES = {"fisher": 3, "taylor": 3, "fluctuation": 1, "activation_norm": 1}
 """Forward passes that the importance of a criterion takes; a backward pass counts as two."""
@@ -96,16 +97,21 @@ def stage_times(
     tried = num_fine_tunes(config)
     pilot = count.training(config.search.steps) * rates.training
     pilot += count.split("validation") * rates.scoring
+    rounding = count.tuned_rounding() * rates.scoring
     compared = num_compared(config)
+    rounded = num_rounded(config)
     compared_at_once = max(1, min(slots // workers, compared))
 
     times: dict[Any, tuple[float, int]] = {
         Prune: (count.prune() * rates.scoring, 1),
         Pilot: (tried * pilot, min(slots, tried)),
         Search: (search, min(slots, config.num_trials)),
-        Finetune: (finetune, workers),
+        Finetune: (rounding + finetune, workers),
         Evaluate: ((1 + UNTUNED) * evaluation, min(slots, 1 + UNTUNED)),
-        Comparison: (compared * (finetune + evaluation), compared_at_once * workers),
+        Comparison: (
+            rounded * rounding + compared * (finetune + evaluation),
+            compared_at_once * workers,
+        ),
     }
     stages: dict[str, StageTime] = {}
     for stage in wanted_stages(config):
@@ -209,6 +215,17 @@ class _Tokens:
         finalists += num_confirmed_again(config)
         at_rungs = rungs * (self.split("validation") + questions)
         return at_rungs + finalists * (self.split("confirmation") / 2 + questions)
+
+    def tuned_rounding(self) -> float:
+        """Count the tokens of the pass that tunes the codes of a plan.
+
+        Every row passes each block unquantized and tuned.
+        """
+        if self._config.quantize.rounding != "tuned":
+            return 0.0
+        tuning = self._config.quantize.tuning
+        rows = 2 * tuning.rows + 3 * tuning.iterations * BATCH_SIZE
+        return float(rows * MOST_TOKENS)
 
     def evaluation(self) -> float:
         return self._questions("evaluate") + sum(self._lengths.get("text", ()))

@@ -22,6 +22,7 @@ from qpruner.pruning.grams import gram_bytes
 from qpruner.pruning.settings import cuttable_layers
 from qpruner.pruning.units import available, unit_sizes
 from qpruner.quantization.formats.layers import PIECE
+from qpruner.quantization.tuned import BATCH_SIZE, MOST_TOKENS
 from qpruner.sensitivity.expansion import BYTES_A_WEIGHT
 from qpruner.sensitivity.measurement import POSITIONS
 
@@ -40,6 +41,13 @@ FLOAT32_BYTES = 4
 COMPONENT_BYTES = 32
 """Bytes per output value for principal components in float64: value, copy for LAPACK, vectors and a
 spare copy."""
+
+TUNED_BYTES = 20
+"""Bytes per weight of a block whose codes are tuned: its start, its move, the gradient of that, and
+Adam's two averages, in float32."""
+ROUNDED_BYTES = 16
+"""Bytes per weight of the layer that is being rounded: where it starts, its codes and values, and
+how far rounding moves it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ def training_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """
     shapes = inspection.shapes
     layout = _largest_trial(config, shapes)
-    plan_bytes = _trial_bytes(layout, shapes)
+    plan_bytes = shapes.most_plan_bytes(layout)
     about = "(`training.micro_batch_size`), in the final fine-tune too"
     return _step(config, inspection, layout, plan_bytes, about)
 
@@ -104,7 +112,7 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
     """Estimate the scoring of a trial at a rung, beside the state of its optimizer."""
     shapes = inspection.shapes
     layout = _largest_trial(config, shapes)
-    plan_bytes = _trial_bytes(layout, shapes)
+    plan_bytes = shapes.most_plan_bytes(layout)
     rows = config.evaluate.batch_size
     length = config.data.max_length
     labelled = length  # of tasks: lm-eval pads answers
@@ -123,13 +131,6 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
 
 def _largest_trial(config: RunConfig, shapes: Shapes) -> Layout:
     return shapes.base if config.is_searched else shapes.reference
-
-
-def _trial_bytes(layout: Layout, shapes: Shapes) -> int:
-    """Return the bytes of the largest plan within the budget."""
-    smallest = layout.plan_bytes(layout.smallest())
-    largest = layout.plan_bytes(layout.largest())
-    return min(max(shapes.budget_bytes, smallest), largest)
 
 
 def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
@@ -206,7 +207,7 @@ def _importance_memory(config: RunConfig, shapes: Shapes, settings: PruneConfig)
 
 
 def _compensation_memory(config: RunConfig, shapes: Shapes, settings: PruneConfig) -> Memory:
-    parts = _by_block(config, shapes)
+    parts = _by_block(shapes, *_calibration(config))
     if settings.compensates_by == "least_squares":
         widest = _widest_input(shapes.base)
         hidden_size = int(shapes.model_config.hidden_size)
@@ -222,26 +223,51 @@ def rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
     shapes = inspection.shapes
     base = shapes.base
     tokens = config.calibration.batch_size * config.calibration.max_length
-    parts = _by_block(config, shapes)
+    parts = _by_block(shapes, *_calibration(config))
     parts["activations"] += FLOAT32_BYTES * tokens * _widest_input(base)
     parts["Gram matrices"] = 2 * max(gram_bytes(base, shapes.model_config))
     return Memory(f"inputs of {_samples(config)} (`quantize.rounding`)", parts)
 
 
-def _by_block(config: RunConfig, shapes: Shapes) -> dict[str, int]:
+def tuned_rounding_memory(config: RunConfig, inspection: Inspection) -> Memory:
+    """Estimate how codes are tuned: one block of the dense model at a time.
+
+    The unquantized model and the one whose blocks are tuned have hidden states of their own.
+    """
+    shapes = inspection.shapes
+    base = shapes.base
+    rows = config.quantize.tuning.rows
+    parts = _by_block(shapes, rows, MOST_TOKENS, BATCH_SIZE)
+    parts["hidden states"] += rows * MOST_TOKENS * _bytes_a_token(shapes)
+    weights = [sum(group.num_weights for group in block) for block in _by_number(base).values()]
+    parts["packed weights"] = shapes.most_plan_bytes(base)
+    parts["codes, gradients and optimizer"] = (TUNED_BYTES + base.element_bytes) * max(weights)
+    parts["rounding"] = ROUNDED_BYTES * _largest(_blocks(base))
+    parts["activations"] = _kept_dense(base, BATCH_SIZE * MOST_TOKENS) // len(weights)
+    parts["Gram matrices"] = max(gram_bytes(base, shapes.model_config))
+    about = f"steps of {BATCH_SIZE} rows x {MOST_TOKENS} tokens (`quantize.rounding: tuned`)"
+    return Memory(about, parts)
+
+
+def _calibration(config: RunConfig) -> tuple[int, int, int]:
+    calibration = config.calibration
+    return calibration.num_samples, calibration.max_length, calibration.batch_size
+
+
+def _by_block(shapes: Shapes, num_samples: int, length: int, batch_size: int) -> dict[str, int]:
     """Count a pass of all samples through one block after the other.
 
     Attention masks take one byte per pair of tokens.
     """
     base = shapes.base
-    calibration = config.calibration
-    length = calibration.max_length
-    bytes_a_token = int(shapes.model_config.hidden_size) * base.element_bytes
-    bytes_a_sample = length * (bytes_a_token + length)
     parts = _weights(base)
-    parts["hidden states"] = calibration.num_samples * bytes_a_sample
-    parts["activations"] = _widest(base, calibration.batch_size * length)
+    parts["hidden states"] = num_samples * length * (_bytes_a_token(shapes) + length)
+    parts["activations"] = _widest(base, batch_size * length)
     return parts
+
+
+def _bytes_a_token(shapes: Shapes) -> int:
+    return int(shapes.model_config.hidden_size) * shapes.base.element_bytes
 
 
 def _samples(config: RunConfig) -> str:
@@ -342,11 +368,16 @@ def activation_bytes(
 
     `rank` is that of adapters; None if scales are trained.
     """
-    blocks: dict[str, list[LinearShape]] = {}
-    for group in _blocks(layout):
-        block = ".".join(group.name.split(".")[:2])  # such as `layers.07`
-        blocks.setdefault(block, []).extend(group.linears)
-    kept = [_kept(linears, tokens, layout.element_bytes, rank) for linears in blocks.values()]
+    blocks = _by_number(layout).values()
+    kept = [
+        _kept(
+            [linear for group in block for linear in group.linears],
+            tokens,
+            layout.element_bytes,
+            rank,
+        )
+        for block in blocks
+    ]
     if not checkpointing:
         return sum(kept)
     inputs = len(blocks) * tokens * hidden_size * layout.element_bytes
@@ -384,6 +415,15 @@ def _weights(dense: Layout) -> dict[str, int]:
 def _blocks(layout: Layout) -> list[Group]:
     """Return the groups inside of blocks, whose layers have adapters."""
     return [group for group in layout.groups if not group.is_table]
+
+
+def _by_number(layout: Layout) -> dict[str, list[Group]]:
+    """Return the groups of each block, such as `layers.07`."""
+    blocks: dict[str, list[Group]] = {}
+    for group in _blocks(layout):
+        block = ".".join(group.name.split(".")[:2])
+        blocks.setdefault(block, []).append(group)
+    return blocks
 
 
 def _largest(groups: Iterable[Group]) -> int:

@@ -11,6 +11,7 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.controls import controls
 from qpruner.pipeline.evaluate import held_out, measure_in_turns, unquantized
 from qpruner.pipeline.finetune import final_job, first_seed, winner_origin
+from qpruner.pipeline.preflight import most_controls
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.stage import Stage
 from qpruner.pipeline.tuning import (
@@ -106,7 +107,13 @@ class Comparison(Stage[ComparisonRecord]):
         return f"training seed {first}: confirmation loss {', '.join(losses)}"
 
     def disk_bytes(self) -> int:
-        return 6 * self.context.inspection.shapes.checkpoint_bytes
+        shapes = self.context.inspection.shapes
+        return 6 * shapes.checkpoint_bytes + num_rounded(self.config) * shapes.tuned_bytes
+
+
+def num_rounded(config: RunConfig) -> int:
+    """Count the plans, beside the winner's, whose codes may be tuned for their fine-tunes."""
+    return most_controls(config) + (config.finetune.random_plans if config.has_choice else 0)
 
 
 def final_jobs(context: Context) -> list[FineTuneJob]:

@@ -114,7 +114,8 @@ class Finetune(Stage[FinetuneRecord]):
         return f"confirmation loss {winner.confirmation.mean:.4f}, training seed {winner.seed}"
 
     def disk_bytes(self) -> int:
-        return 2 * self.context.inspection.shapes.checkpoint_bytes
+        shapes = self.context.inspection.shapes
+        return 2 * shapes.checkpoint_bytes + shapes.tuned_bytes
 
 
 def winner_origin(search: SearchRecord) -> str:

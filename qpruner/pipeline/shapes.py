@@ -70,6 +70,19 @@ class Shapes:
         """
         return 3 * self.base.trained_bytes
 
+    def most_plan_bytes(self, layout: Layout) -> int:
+        """Return the bytes of the largest plan within the budget."""
+        smallest = layout.plan_bytes(layout.smallest())
+        largest = layout.plan_bytes(layout.largest())
+        return min(max(self.budget_bytes, smallest), largest)
+
+    @property
+    def tuned_bytes(self) -> int:
+        """Bytes on disk, at most, of the tuned codes of a plan."""
+        if self.config.quantize.rounding != "tuned":
+            return 0
+        return self.most_plan_bytes(self.base)
+
     @property
     def _pruning(self) -> list[PruneConfig]:
         """The settings of the cuts that remove something."""

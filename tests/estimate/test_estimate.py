@@ -271,6 +271,10 @@ def test_hours_follow_the_configuration(inspection: Inspection, changed: Changed
     assert sum(twice.values()) == pytest.approx(sum(once.values()) / 2)
     longer = of(finetune__steps=8)
     assert {name for name in once if longer[name] > once[name]} == {"finetune", "comparison"}
+    formats = {"quantize__bits": None, "quantize__formats": ["q4_0", "q8_0"]}
+    untuned = of(**formats)
+    tuned = of(**formats, quantize__rounding="tuned")
+    assert {name for name in once if tuned[name] > untuned[name]} == {"finetune", "comparison"}
     assert of(prune__rate=0)["prune"] == 0
     assert once["prune"] < of(prune__units=["block", "mlp"])["prune"]
 

@@ -1,5 +1,5 @@
-"""Compare the peak memory of sensitivities, scoring and GPTQ's inputs with the prediction of
-`qpruner check`."""
+"""Compare the peak memory of sensitivities, scoring, GPTQ's inputs and tuned rounding with the
+prediction of `qpruner check`."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,18 +10,30 @@ from typing import Any
 import pytest
 import torch
 from banked_decoders import BUDGET, LEVELS, Banked, banked, samples_of
-from conftest import changed_by, raw_config, with_key
+from conftest import changed_by, raw_config, with_key, with_keys
+from mixed_models import bank_source
+from tiny_decoders import rows_of
 from torch.profiler import ProfilerActivity, profile
 
 from qpruner.config.load import validate_config
 from qpruner.config.schema import QuantizeConfig, RunConfig, SensitivityConfig
+from qpruner.data.calibration import Samples
+from qpruner.data.encoding import save_encoded
 from qpruner.data.losses import mean_loss
-from qpruner.estimate.memory import rounding_memory, scoring_memory, sensitivity_memory
+from qpruner.estimate.memory import (
+    rounding_memory,
+    scoring_memory,
+    sensitivity_memory,
+    tuned_rounding_memory,
+)
 from qpruner.models.cpu import has_bfloat16
 from qpruner.models.layout import layout_of
+from qpruner.models.loading import load_dense, load_tokenizer
 from qpruner.pipeline import preflight
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pruning.grams import Grams, gather, gram_bytes
+from qpruner.quantization.bank import write_grams
+from qpruner.quantization.tuned import MOST_TOKENS, TunedPlan
 from qpruner.sensitivity.expansion import expand
 from qpruner.sensitivity.measurement import measure
 from qpruner.sensitivity.methods import by_information
@@ -130,6 +142,36 @@ def test_check_predicts_the_memory(
     # `qpruner.models.cpu` copies the weights of a product to float32.
     copies = 1.0 if has_bfloat16() else 1.25
     assert 0.4 * beside < peak_bytes(lambda: METHODS[method](subject, config)) <= copies * beside
+
+
+def test_check_predicts_the_memory_of_tuned_rounding(
+    raw: dict[str, Any], inspection: Inspection, tiny_model: Path, tmp_path: Path
+) -> None:
+    banked(tmp_path, num_hidden_layers=2, **SHAPES["many weights"])
+    checkpoint = tmp_path / "model"
+    load_tokenizer(str(tiny_model)).save_pretrained(checkpoint)
+    save_encoded(rows_of([MOST_TOKENS] * 32), tmp_path / "data" / "train")
+    plain = bank_source(checkpoint, tmp_path / "tuned bank", dtype="bfloat16", group="block")
+    bank = replace(plain, uses_grams=True, inputs="grams", method="scales")
+    model = load_dense(str(checkpoint), "bfloat16")
+    for grams in gather(model, Samples(rows_of([MOST_TOKENS] * 8), 1, 4)):
+        write_grams(bank, grams)
+    quantize = {"quantize.bits": None, "quantize.formats": ["q4_0"], "quantize.rounding": "tuned"}
+    config = validate_config(with_keys(raw, **quantize, **{"quantize.tuning": {"rows": 32}}))
+    layout = layout_of(
+        model.config, config.quantize, element_bytes=2, lora_rank=8, on_gpu=False, method="scales"
+    )
+    plan = layout.smallest().as_dict()
+    settings = config.quantize.tuning.model_copy(update={"iterations": 2})
+    tuned = TunedPlan(bank, plan, tmp_path / "plan", "digest", tmp_path / "data", settings)
+    shapes = replace(
+        inspection.shapes, model_config=model.config, base=layout, layouts={"base": layout}
+    )
+    del model
+    expected = tuned_rounding_memory(config, replace(inspection, shapes=shapes)).total
+    peak = peak_bytes(lambda: tuned.tune(lambda done, total: None))
+    copies = 1.0 if has_bfloat16() else 1.25
+    assert 0.4 * expected < peak <= copies * expected
 
 
 def test_the_disk_of_gram_matrices_is_told_exactly(subject: Banked) -> None:
