@@ -5,7 +5,8 @@
     .venv/bin/python benchmarks/rates.py benchmarks/record_smollm2.yaml --out runs/rates \
         --round 1 --set model.source=runs/moved
 
-Round 1 fine-tunes every case (a method, a format of the blocks, a cut) at three rates, for 32
+The methods are adapters, scales, and scales on tuned rounding (`tuned`); the first two are rounded
+by GPTQ. Round 1 fine-tunes every case (a method, a format of the blocks, a cut) at each rate, for 32
 steps under one seed, and scores it on the rows that choose. Round 2 fine-tunes it at the two best
 of these rates for 8, 32 and 128 steps under three seeds, and scores it on the rows that judge;
 `--cases` and `--steps` take a part of this. The embeddings are in q8_0. Each finished fine-tune is
@@ -38,12 +39,17 @@ from qpruner.pipeline.context import Context
 from qpruner.pipeline.flow import recorded
 from qpruner.pipeline.run import run
 from qpruner.pipeline.tuning import make_job
+from qpruner.quantization.tuned import TunedPlan
 from qpruner.runs.records import CONFIRMATION, SELECTION, BankRecord
 from qpruner.runs.run_dir import RunDir
 from qpruner.training.jobs import FineTuneJob, Scoring, tune
 
 ROWS = Path(__file__).with_name("rates_rows.jsonl")
-RATES = {"adapter": (3e-4, 1e-3, 3e-3), "scales": (1e-3, 2e-3, 4e-3)}
+RATES = {
+    "adapter": (3e-4, 1e-3, 3e-3),
+    "scales": (1e-3, 2e-3, 4e-3, 8e-3),
+    "tuned": (1e-3, 2e-3, 4e-3),
+}
 FORMATS = ("q4_0", "w3")
 CUTS = {"base": UNPRUNED, "20": "cut-20"}
 ROUND_1_STEPS = 32
@@ -119,7 +125,8 @@ def open_case(case: Case, arguments: Any) -> Context:
             f"quantize.formats=[{case.format}]",
             "quantize.embeddings=[q8_0]",
             "quantize.budget={bytes: 400000000}",
-            f"training.method={case.method}",
+            f"training.method={'adapter' if case.method == 'adapter' else 'scales'}",
+            f"quantize.rounding={'tuned' if case.method == 'tuned' else 'gptq'}",
             *arguments.overrides,
         ],
     )
@@ -158,6 +165,11 @@ def job_of(wanted: FineTuning, context: Context) -> FineTuneJob:
         config=own,
     )
     return replace(job, survives_divergence=True)
+
+
+def tune_rounding(plan: TunedPlan) -> float:
+    """Tune the codes of a plan, and return the seconds that it took."""
+    return plan.tune(lambda done, total: None).seconds
 
 
 def measure(job: FineTuneJob) -> Record:
@@ -215,6 +227,11 @@ def main() -> None:
     contexts = {case: open_case(case, arguments) for case in {wanted.case: None for wanted in left}}
     jobs = [job_of(fine_tuning, contexts[fine_tuning.case]) for fine_tuning in left]
     with fresh_processes(arguments.processes) as pool:
+        plans = {job.tuned.folder: job.tuned for job in jobs if job.tuned}
+        for seconds in pool.map(
+            tune_rounding, [plan for plan in plans.values() if not plan.is_done]
+        ):
+            print(f"rounding of a plan tuned in {seconds:.0f} s", flush=True)
         results = pool.map(measure, jobs)
         for fine_tuning, measured in zip(left, results, strict=True):
             row = fine_tuning.key | measured | provenance()
