@@ -6,9 +6,9 @@
         --round 1 --set model.source=runs/moved
 
 The methods are adapters, scales, and scales on tuned rounding (`tuned`); the first two are rounded
-by GPTQ. Round 1 fine-tunes every case (a method, a format of the blocks, a cut) at each rate, for 32
-steps under one seed, and scores it on the rows that choose. Round 2 fine-tunes it at the two best
-of these rates for 8, 32 and 128 steps under three seeds, and scores it on the rows that judge;
+by GPTQ. Round 1 fine-tunes every case (a method, a format of the blocks, a cut) at each rate, for
+32 steps under one seed, and scores it on the rows that choose. Round 2 fine-tunes it at the two
+best of these rates for 8, 32 and 128 steps under three seeds, and scores it on the rows that judge;
 `--cases` and `--steps` take a part of this. The embeddings are in q8_0. Each finished fine-tune is
 a line of `benchmarks/rates_rows.jsonl`, and is not made again: an interrupted round goes on.
 """
