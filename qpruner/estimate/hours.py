@@ -15,6 +15,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.data.sources import Example
 from qpruner.estimate.step_times import measure
 from qpruner.pipeline.comparison import Comparison, num_rounded
+from qpruner.pipeline.controls import may_merge
 from qpruner.pipeline.evaluate import Evaluate
 from qpruner.pipeline.finetune import Finetune
 from qpruner.pipeline.flow import wanted_stages
@@ -100,6 +101,7 @@ def stage_times(
     rounding = count.tuned_rounding() * rates.scoring
     compared = num_compared(config)
     rounded = num_rounded(config)
+    merged = config.finetune.seeds if may_merge(config) else 0
     compared_at_once = max(1, min(slots // workers, compared))
 
     times: dict[Any, tuple[float, int]] = {
@@ -109,7 +111,7 @@ def stage_times(
         Finetune: (rounding + finetune, workers),
         Evaluate: ((1 + UNTUNED) * evaluation, min(slots, 1 + UNTUNED)),
         Comparison: (
-            rounded * rounding + compared * (finetune + evaluation),
+            rounded * rounding + compared * (finetune + evaluation) + merged * evaluation,
             compared_at_once * workers,
         ),
     }
@@ -164,6 +166,8 @@ def num_compared(config: RunConfig) -> int:
     # Base and pruned model, and the controls, the best of which gets the other training seeds too.
     once = 2 + most_controls(config)
     if config.is_searched:
+        once += settings.seeds - 1
+    if may_merge(config):  # the base is merged under every seed
         once += settings.seeds - 1
     drawn = settings.random_plans if config.has_choice else 0
     return once + (1 + drawn) * settings.seeds - 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from qpruner.config.schema import RunConfig
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.controls import controls
+from qpruner.pipeline.controls import controls, may_merge, merged_plan
 from qpruner.pipeline.evaluate import held_out, measure_in_turns, unquantized
 from qpruner.pipeline.finetune import final_job, first_seed, winner_origin
 from qpruner.pipeline.preflight import most_controls
@@ -23,8 +23,11 @@ from qpruner.pipeline.tuning import (
     tune_all,
 )
 from qpruner.plans.plan import PrecisionPlan, plan_of
+from qpruner.quantization.formats import format_of
 from qpruner.runs.records import (
+    BASE,
     BEST_SEARCHED,
+    MERGED,
     PAPER,
     RANDOM,
     SEARCHED,
@@ -32,9 +35,10 @@ from qpruner.runs.records import (
     EvalRecord,
     FinetuneRecord,
     SearchRecord,
+    digest_of,
 )
 from qpruner.search.choice import random_plans
-from qpruner.search.roles import is_beaten
+from qpruner.search.roles import control_title, is_beaten
 from qpruner.training.jobs import FineTuneJob
 from qpruner.wording import counted
 
@@ -108,7 +112,11 @@ class Comparison(Stage[ComparisonRecord]):
 
     def disk_bytes(self) -> int:
         shapes = self.context.inspection.shapes
-        return 6 * shapes.checkpoint_bytes + num_rounded(self.config) * shapes.tuned_bytes
+        size = 6 * shapes.checkpoint_bytes + num_rounded(self.config) * shapes.tuned_bytes
+        if may_merge(self.config):
+            unpacked = shapes.base.plan_bytes(shapes.base.dense())
+            size += self.config.finetune.seeds * (unpacked + shapes.budget_bytes)
+        return size
 
 
 def num_rounded(config: RunConfig) -> int:
@@ -121,8 +129,9 @@ def final_jobs(context: Context) -> list[FineTuneJob]:
 
     Controls that the winner beat as trials are left out, but its rival and the paper's flow stay.
     If a control won, the rival is the best searched plan. Random plans have about the winner's
-    bytes, and its cut. The winner, its rival and the random plans get `finetune.seeds` training
-    seeds each, the other rows get one.
+    bytes, and its cut. The winner, its rival, the random plans and the merged model get
+    `finetune.seeds` training seeds each, and so does the base that is merged; the other rows get
+    one.
     """
     config = context.config
     search = context.record(SearchRecord)
@@ -138,9 +147,11 @@ def final_jobs(context: Context) -> list[FineTuneJob]:
         for seed in seeds:
             jobs.extend(final_job(context, name, origin, plan, seed) for plan in plans)
 
-    dense = unquantized(context, winner)
+    dense, merged = unquantized(context, winner), merged_plan(context)
     for name, plan in dense.items():
-        add(name, "unquantized", [plan], seeds[:1])
+        add(name, "unquantized", [plan], seeds if name == BASE and merged else seeds[:1])
+    if merged:
+        jobs += [merged_job(context, job, merged) for job in jobs if job.record.name == BASE]
     for name, plan in controls(context):
         is_rival = rival is not None and plan_of(rival) == plan
         is_needed = is_rival or name == PAPER or plan not in beaten
@@ -155,3 +166,30 @@ def final_jobs(context: Context) -> list[FineTuneJob]:
         add(RANDOM, counted(len(drawn), "random plan"), drawn, seeds)
     add(SEARCHED, winner_origin(search), [winner], seeds)
     return jobs
+
+
+def merged_job(context: Context, unpacked: FineTuneJob, plan: PrecisionPlan) -> FineTuneJob:
+    """Make the job that merges the adapter of a fine-tune of the base model, and rounds it."""
+    layout = replace(context.shapes.base, method="scales")
+    packed = [name for name in dict.fromkeys(plan.formats) if format_of(name).is_packed]
+    digest = digest_of(MERGED, unpacked.record.digest, plan.as_dict())
+    record = unpacked.record.model_copy(
+        update={
+            "digest": digest,
+            "name": MERGED,
+            "origin": f"rounded to {', '.join(packed)} as llama-quantize does",
+            "plan": plan.as_dict(),
+            "plan_bytes": layout.plan_bytes(plan),
+            "mean_bits": layout.mean_bits(plan),
+            "is_merged": True,
+        }
+    )
+    folder = context.run_dir.candidates / digest
+    return replace(
+        unpacked,
+        record=record,
+        title=control_title(MERGED),
+        folder=folder,
+        trained=folder / "trained",
+        merges=unpacked,
+    )

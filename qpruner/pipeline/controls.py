@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qpruner.config.schema import MUTUAL_INFORMATION
+from qpruner.config.schema import MUTUAL_INFORMATION, RunConfig
 from qpruner.models.layout import refusals
 from qpruner.pipeline.context import Context
 from qpruner.pipeline.shapes import Shapes
@@ -24,7 +24,7 @@ from qpruner.plans.plan import UNPRUNED, Group, PrecisionPlan
 from qpruner.plans.space import PlanSpace
 from qpruner.quantization.formats import DENSE, PAPER, format_of
 from qpruner.runs.records import BankRecord, SensitivityRecord
-from qpruner.search.choice import BEST_FIRST, controls_of, seed_plan
+from qpruner.search.choice import BEST_FIRST, best_uniform, controls_of, seed_plan
 
 Control = tuple[str, PrecisionPlan]
 
@@ -142,3 +142,34 @@ def shared(
         return factor * values.get(group, mean)
 
     return {level: [value(group, level) for group in groups] for level in levels}
+
+
+def may_merge(config: RunConfig) -> bool:
+    """Return True if one of the formats for blocks is llama.cpp's."""
+    return any(format_of(name).ggml_type for name in config.quantize.levels)
+
+
+def merged_plan(context: Context) -> PrecisionPlan | None:
+    """Return the largest uniform plan of the base model in llama.cpp's formats, without an adapter.
+
+    None is returned if no such plan fits the budget, or if a group is offered no such format.
+    """
+    shapes = context.shapes
+    groups = tuple(_in_llama_cpp(group, shapes.on_gpu) for group in shapes.base.groups)
+    if not (may_merge(context.config) and all(group.formats for group in groups)):
+        return None
+    layout = replace(shapes.base, groups=groups, method="scales")
+    space = shapes.space_of(UNPRUNED, layout)
+    plan = best_uniform(space)
+    return plan if shapes.may_win(UNPRUNED) and space.is_feasible(plan) else None
+
+
+def _in_llama_cpp(group: Group, on_gpu: bool) -> Group:
+    """Offer a group only formats that GGUF files have; embeddings and head may stay unpacked."""
+
+    def is_taken(name: str) -> bool:
+        if not format_of(name).is_packed:
+            return group.is_table
+        return bool(format_of(name).ggml_type) and not refusals(name, group.linears, on_gpu)
+
+    return replace(group, formats=tuple(filter(is_taken, group.formats)))

@@ -174,10 +174,10 @@ def measure_in_turns(
     if context.config.serve.uses_llama_cpp:
         return None, list(rows)
     # Fine-tunes of a plan that differ only in the training seed are measured once.
-    models: dict[PrecisionPlan, FineTuneJob] = {}
+    models: dict[tuple[bool, PrecisionPlan], FineTuneJob] = {}
     for job in sorted(jobs, key=lambda job: job.record.cut):
         if job.record.seed is not None:
-            models.setdefault(plan_of(job.record), job)
+            models.setdefault(_model_of(job.record), job)
 
     resources, _ = context.machines.task_resources(1)
     stage.notify(f"{counted(len(models), 'model')} in turns: memory and tokens a second")
@@ -195,9 +195,14 @@ def measure_in_turns(
         on_tick=on_tick,
         on_held=context.machines.gpu_time.add,
     )
-    of_plan = dict(zip(models, figures, strict=True))
+    of_model = dict(zip(models, figures, strict=True))
     measured = []
     for row in rows:
-        taken = None if row.seed is None else of_plan[plan_of(row)]
+        taken = None if row.seed is None else of_model[_model_of(row)]
         measured.append(row.model_copy(update={"inference": taken}))
     return setting, measured
+
+
+def _model_of(record: FineTune) -> tuple[bool, PrecisionPlan]:
+    """Return what memory and speed depend on: the plan, and whether it has no adapter beside it."""
+    return record.is_merged, plan_of(record)

@@ -3,7 +3,6 @@
 It writes the folder `final`.
 """
 
-import shutil
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 from qpruner.cluster.slots import worker_resources
 from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
-from qpruner.models.checkpoint import save_checkpoint
-from qpruner.models.loading import load_tokenizer, reporting_tensors
 from qpruner.pipeline.context import Context
-from qpruner.pipeline.prepare import loading_progress
+from qpruner.pipeline.final_model import write_final
 from qpruner.pipeline.stage import Stage
 from qpruner.pipeline.tuning import (
     are_recorded,
@@ -25,10 +22,8 @@ from qpruner.pipeline.tuning import (
 )
 from qpruner.plans.plan import PrecisionPlan, plan_of
 from qpruner.runs import storage
-from qpruner.runs.events import Emit
 from qpruner.runs.records import CONFIRMATION, SEARCHED, FinetuneRecord, SearchRecord
 from qpruner.search.roles import title_of
-from qpruner.training.checkpoints import TRAINED_WEIGHTS, load_trained
 from qpruner.training.jobs import FineTuneJob, Scoring
 from qpruner.wording import counted
 
@@ -139,24 +134,3 @@ def final_job(
     title = title_of(name, context.record(SearchRecord))
     scoring = Scoring(rows=CONFIRMATION)
     return make_job(context, plan, seed, scoring, name=name, title=title, origin=origin)
-
-
-def write_final(winner: FineTuneJob, folder: Path, emit: Emit) -> None:
-    """Write packed weights, tokenizer and any adapter in a folder.
-
-    Transformers loads the folder after `import qpruner.hf`.
-    """
-    from qpruner.quantization.assembly import assemble
-
-    on_progress, trained = loading_progress(emit, "finetune"), storage.fetch(winner.trained)
-    with reporting_tensors(on_progress):
-        model, _ = assemble(winner.bank, winner.record.plan, tuned=winner.tuned)
-    if winner.record.method == "scales":
-        load_trained(model, trained)
-    scratch = storage.empty_folder(storage.storage_at(folder.with_name(f".{folder.name}")).staging)
-    with storage.writing_folder(scratch):
-        save_checkpoint(model, load_tokenizer(str(winner.bank.checkpoint)), scratch, on_progress)
-        if winner.record.method == "adapter":
-            for file in ("adapter_config.json", TRAINED_WEIGHTS["adapter"]):
-                shutil.copy2(trained / file, scratch / file)
-    storage.storage_at(folder).publish(scratch)

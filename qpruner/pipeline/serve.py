@@ -14,13 +14,20 @@ from qpruner.config.schema import RunConfig
 from qpruner.errors import UserError
 from qpruner.export.commands import commands
 from qpruner.models.loading import check_source, load_tokenizer
-from qpruner.pipeline.finetune import final_job
+from qpruner.pipeline.comparison import final_jobs
 from qpruner.pipeline.report import report_unfinished
 from qpruner.pipeline.served_rows import ServeJob, serve
 from qpruner.pipeline.stage import Stage
-from qpruner.plans.plan import UNPRUNED, plan_of
+from qpruner.plans.plan import UNPRUNED
 from qpruner.pruning.settings import uniform_remedy
-from qpruner.runs.records import SEARCHED, FinetuneRecord, PrepareRecord, ServedForm, ServeRecord
+from qpruner.runs.records import (
+    MERGED,
+    SEARCHED,
+    FinetuneRecord,
+    PrepareRecord,
+    ServedForm,
+    ServeRecord,
+)
 from qpruner.runs.storage import display_name
 from qpruner.search.roles import rival_row
 from qpruner.training.jobs import FineTuneJob
@@ -109,18 +116,20 @@ class Serve(Stage[ServeRecord]):
 
     def inputs(self) -> tuple[Any, ...]:
         prepared, tuned = self.context.record(PrepareRecord), self.context.record(FinetuneRecord)
-        about = ([tuned.winner.trained_sha256], self._rival and self._rival.record.digest)
+        others = [job.record.digest for job in self._others]
+        about = ([tuned.winner.trained_sha256], others)
         return (prepared.digest, tuned.digest, about, self.config.serve, _versions())
 
     @cached_property
-    def _rival(self) -> FineTuneJob | None:
-        """The winner's rival, with the winner's training seed; None if it had no fine-tune."""
-        results = self.context.records
-        name = rival_row(results)
-        if results.comparison is None or name is None:
-            return None
-        row = next(row for row in results.comparison.rows if row.name == name)
-        return final_job(self.context, name, row.origin, plan_of(row), row.seed)
+    def _others(self) -> list[FineTuneJob]:
+        """The merged model and the winner's rival, with its training seed, if they were made."""
+        if self.context.records.comparison is None:
+            return []
+        shown = (MERGED, rival_row(self.context.records))
+        first: dict[str, FineTuneJob] = {}
+        for job in final_jobs(self.context):
+            first.setdefault(job.record.name, job)
+        return [job for name, job in first.items() if name in shown]
 
     def detail(self) -> str:
         return f"{', '.join(self.config.serve.to)}{self.config.serve.how}"
@@ -141,7 +150,7 @@ class Serve(Stage[ServeRecord]):
             threads=threads,
             layout=context.shapes.layout_of(winner.cut),
             winner=winner,
-            rival=self._rival,
+            others=tuple(self._others),
         )
         return context.machines.executor.run(partial(serve, job), context.emit)
 

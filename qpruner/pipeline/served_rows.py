@@ -15,7 +15,7 @@ from typing import Any
 from qpruner.config.schema import RunConfig
 from qpruner.models.checkpoint import save_checkpoint
 from qpruner.models.loading import OnWork, load_dense, load_tokenizer
-from qpruner.pipeline.finetune import write_final
+from qpruner.pipeline.final_model import write_final
 from qpruner.pipeline.prepare import loading_progress
 from qpruner.plans.plan import Layout
 from qpruner.quantization.formats import format_of
@@ -55,7 +55,7 @@ class Served:
 class ServeJob:
     """The work of the stage.
 
-    It has folders, the winner, and the best simple alternative (`rival`).
+    It has folders, the winner, and the fine-tuned models that are measured beside it.
     """
 
     config: RunConfig
@@ -66,7 +66,7 @@ class ServeJob:
     threads: int
     layout: Layout
     winner: FineTune
-    rival: FineTuneJob | None = None
+    others: tuple[FineTuneJob, ...] = ()
 
 
 def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
@@ -83,7 +83,8 @@ def serve(job: ServeJob, emit: Emit) -> dict[str, Any]:
     work = storage_at(job.scratch / "base").staging
     try:
         rows = [write_base(job.config, fetch(job.base), empty_folder(work), on_progress)]
-        rows += write_rival(job.rival, work, on_progress) if job.rival else []
+        for other in job.others:
+            rows += write_fine_tuned(other, work / other.record.name, on_progress)
         for each in isolated(measure_in_turns, job, [*rows, *forms]):
             if isinstance(each, dict):
                 return each
@@ -157,23 +158,29 @@ def write_base(config: RunConfig, base: Path, folder: Path, on_progress: OnWork)
     return _in_llama_cpp(BASE, UNPACKED, 16.0, file)
 
 
-def write_rival(rival: FineTuneJob, folder: Path, on_progress: OnWork) -> list[Served]:
-    """Write the best simple alternative, fine-tuned, as GGUF files.
+def write_fine_tuned(job: FineTuneJob, folder: Path, on_progress: OnWork) -> list[Served]:
+    """Write a fine-tuned model as GGUF files.
 
     No row is returned if llama.cpp lacks its formats.
     """
     from qpruner.export.gguf import writing
 
-    formats = map(format_of, rival.record.plan.values())
+    record = job.record
+    formats = map(format_of, record.plan.values())
     if any(chosen.is_packed and not chosen.ggml_type for chosen in formats):
         return []
-    write_final(rival, folder / PLAN, lambda event: None)
-    files = [folder / "rival.gguf"]
-    writing.write_gguf(folder / PLAN, files[0], files[0].stem, on_progress)
-    if rival.record.method == "adapter":
-        files.append(folder / "rival-adapter.gguf")
-        writing.write_adapter(folder / PLAN, files[1], on_progress)
-    return [_in_llama_cpp(rival.record.name, PLAN, rival.record.mean_bits, *files)]
+    folder.mkdir(parents=True)
+    if job.merges:
+        checkpoint = fetch(job.trained)
+    else:
+        checkpoint = folder / PLAN
+        write_final(job, checkpoint, lambda event: None)
+    files = [folder / "model.gguf"]
+    writing.write_gguf(checkpoint, files[0], record.name, on_progress)
+    if record.method == "adapter" and not job.merges:
+        files.append(folder / "adapter.gguf")
+        writing.write_adapter(checkpoint, files[1], on_progress)
+    return [_in_llama_cpp(record.name, PLAN, record.mean_bits, *files)]
 
 
 def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -> Served:

@@ -14,6 +14,7 @@ from qpruner.config.schema import RunConfig
 from qpruner.data.measures import over_questions
 from qpruner.errors import CorruptFile, StageError
 from qpruner.pipeline.context import Context
+from qpruner.pipeline.final_model import merge
 from qpruner.pipeline.stage import Stage
 from qpruner.plans.plan import PrecisionPlan
 from qpruner.quantization.formats import trained_by
@@ -21,7 +22,7 @@ from qpruner.runs import storage
 from qpruner.runs.events import Progress
 from qpruner.runs.records import FineTune, digest_of
 from qpruner.runs.run_dir import RunDir
-from qpruner.training.checkpoints import TRAINED_WEIGHTS, is_damaged
+from qpruner.training.checkpoints import is_damaged
 from qpruner.training.jobs import FineTuneJob, Scoring, score, tune, tune_rounding
 from qpruner.wording import error_text
 
@@ -153,7 +154,10 @@ def tune_all(
 
     wanted = [job for job in models if job.folder not in tuned]
     _tune_roundings(stage, wanted)
-    runs = _run_jobs(stage, tune, wanted, len(models), "steps", num_workers, own_process)
+    trainings = [job for job in wanted if not job.merges]
+    mergers = [job for job in wanted if job.merges]
+    num_trained = len(models) - len(mergers)
+    runs = _run_jobs(stage, tune, trainings, num_trained, "steps", num_workers, own_process)
     for job, (record, tracker_errors) in runs:
         held = record.seconds * stage.context.machines.gpus_held(num_workers)
         tuned[job.folder] = _record(job, record, gpu_seconds=held)
@@ -161,6 +165,11 @@ def tune_all(
         stage.notify(_tuned_line(job, record))
         for error in tracker_errors:
             stage.notify(f"warning: {job.label}: {error}")
+    # These read the trainings above.
+    for job, record in _run_jobs(stage, merge, mergers, len(mergers), "models merged"):
+        held = (record.seconds + record.scoring_seconds) * stage.context.machines.gpus_held()
+        tuned[job.folder] = _record(job, record, gpu_seconds=held)
+        stage.notify(_tuned_line(job, record))
     return _under_own_names(jobs, tuned)
 
 
@@ -190,10 +199,10 @@ def _recorded(folder: Path) -> FineTune | str | None:
         if record is None:
             return None
         if record.trained_sha256:  # a training that diverged leaves none
-            weights = folder / "trained" / TRAINED_WEIGHTS[record.method]
-            if not storage.exists(weights):
+            trained = folder / "trained"
+            if trained not in storage.published_folders(folder):
                 return None
-            storage.storage_at(weights.parent).verify()
+            storage.storage_at(trained).verify()
     except CorruptFile as error:
         return str(error)
     return record

@@ -24,6 +24,7 @@ from qpruner.report.statistics import (
 )
 from qpruner.runs.records import (
     BEST_SEARCHED,
+    MERGED,
     RANDOM,
     SEARCHED,
     SELECTION,
@@ -33,6 +34,8 @@ from qpruner.runs.records import (
 )
 from qpruner.search.roles import compared_as_trials, control_title, rival_row
 from qpruner.wording import counted
+
+_MERGED = "fine-tuning in 16 bits, then quantizing"
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,13 @@ class RowComparison:
 
 
 def comparisons(results: Results) -> list[RowComparison]:
-    """Compare the winner with its rival, then with random plans of equal bytes."""
+    """Compare the winner with its rival, the merged model, and random plans of equal bytes."""
     others = []
     rival = rival_row(results)
     if rival:
         others.append(rival)
+    if MERGED in by_row(results):
+        others.append(MERGED)
     random_plans = {plan_of(tuned) for tuned in by_row(results).get(RANDOM, ())}
     if len(random_plans) > 1:  # a single plan has no spread
         others.append(RANDOM)
@@ -126,7 +131,8 @@ def headline(results: Results) -> str:
     smaller = f"{ratio:.1f} times smaller than the base"
     if search.winner.control:
         smaller += f". A plan that needs no search won: {control_title(search.winner.origin)}"
-    return f"{smaller}; {_beside_rival(results, search)}{_lost(search)}"
+    beside = f"{_beside_rival(results, search)}{_beside_merged(results)}"
+    return f"{smaller}; {beside}{_lost(search)}"
 
 
 def _beside_rival(results: Results, search: SearchRecord) -> str:
@@ -146,13 +152,28 @@ def _beside_rival(results: Results, search: SearchRecord) -> str:
         decisive = difference_from(rival, search)
         where = ", both as trials on the rows that chose the winner"
     else:
-        estimates = compared(results, row).differences
-        decisive = next(found for found in estimates if found.verdict)
+        decisive = _decisive(results, row)
         where = ""
     assert decisive
-    preposition = "from" if decisive.verdict == SAME else "than"
-    by = f" ({decisive.short_text})" if decisive.short_text else ""
-    return f"{decisive.verdict} {preposition} {which}{where}{by}"
+    return _verdict_text(decisive, f"{which}{where}")
+
+
+def _beside_merged(results: Results) -> str:
+    """Compare the winner with the merged model after their fine-tunes, if there is one."""
+    if MERGED not in by_row(results):
+        return ""
+    return f", and {_verdict_text(_decisive(results, MERGED), _MERGED)}"
+
+
+def _decisive(results: Results, row: str) -> Difference:
+    """Return the difference from a row of the final table that has the verdict."""
+    return next(found for found in compared(results, row).differences if found.verdict)
+
+
+def _verdict_text(difference: Difference, other: str) -> str:
+    preposition = "from" if difference.verdict == SAME else "than"
+    by = f" ({difference.short_text})" if difference.short_text else ""
+    return f"{difference.verdict} {preposition} {other}{by}"
 
 
 def _lost(search: SearchRecord) -> str:
@@ -188,6 +209,8 @@ def _item(comparison: RowComparison) -> str:
         other = "random plans of equal bytes"
     elif comparison.other == BEST_SEARCHED:
         other = "the best searched plan"
+    elif comparison.other == MERGED:
+        other = _MERGED
     estimates = differences_text(comparison.seeds, comparison.differences)
     return (
         f"Against {other} ({comparison.origin}, {comparison.more_bytes:+.2%} bytes), {estimates}."

@@ -55,6 +55,10 @@ TERMS = {
     "..., knapsack": "the same with the best plan by a sensitivity.",
     "the paper's flow": "what the flow of the QPruner paper gives at the same bytes.",
     "best searched plan": "the best plan of the searcher, if a control won.",
+    "merged, then rounded": (
+        "the base model, fine-tuned unpacked; then its adapter was merged into the weights, and "
+        "these were rounded to the largest format that fits the budget, without calibration."
+    ),
     RANDOM: f"plans drawn at random, within {SAME_BYTES:.0%} of the winner's bytes.",
     SEARCHED: (
         "the plan that was best on fresh rows: `winner (...)` if it is a control, `given plan` if "

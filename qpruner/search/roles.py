@@ -13,6 +13,7 @@ from qpruner.plans.plan import UNPRUNED, cut_title, plan_of
 from qpruner.runs.records import (
     BEST_SEARCHED,
     GIVEN,
+    MERGED,
     PAPER,
     RANDOM,
     SEARCHED,
@@ -90,7 +91,7 @@ def rival_row(results: Results) -> str | None:
     if rival is None:
         return None
     for tuned in results.fine_tunes:
-        if tuned.name not in (SEARCHED, RANDOM) and plan_of(tuned) == plan_of(rival):
+        if tuned.name not in (SEARCHED, RANDOM, MERGED) and plan_of(tuned) == plan_of(rival):
             return tuned.name
     return None
 
@@ -122,6 +123,8 @@ def control_title(name: str) -> str:
         return "the paper's flow"
     if name == BEST_SEARCHED:
         return "best searched plan"
+    if name == MERGED:
+        return "merged, then rounded"
     cut, _, kind = name.rpartition("-")
     return (
         f"{cut_title(UNPRUNED if cut == 'unpruned' else cut)}, {kind}" if is_control(name) else name

@@ -9,7 +9,7 @@ import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
@@ -19,8 +19,7 @@ from qpruner.data.encoding import load_encoded
 from qpruner.models.memory import PeakMemory, begin_job, read_weights, release
 from qpruner.quantization.assembly import measured_bytes
 from qpruner.runs.records import Inference, InferenceSetting
-from qpruner.training.checkpoints import load_trained
-from qpruner.training.jobs import FineTuneJob, ProgressFile, build
+from qpruner.training.jobs import FineTuneJob, ProgressFile, build_trained
 from qpruner.wording import counted
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def measure_inference(job: InferenceJob) -> tuple[InferenceSetting, list[Inferen
     for turn in range(num_turns):
         position = turn % len(turns)
         release()  # the model of the turn before
-        turns[position].append(take_turn(_fine_tuned(job.models[position]), prompt, NEW_TOKENS))
+        turns[position].append(take_turn(build_trained(job.models[position]), prompt, NEW_TOKENS))
         progress.write(turn + 1, num_turns)
 
     counter = PeakMemory().counter
@@ -88,12 +87,6 @@ def prompt_of(data: Path) -> list[int]:
     rows = load_encoded(data / "confirmation")
     tokens = itertools.chain.from_iterable(row["input_ids"] for row in rows)
     return list(itertools.islice(itertools.cycle(tokens), PROMPT_TOKENS))
-
-
-def _fine_tuned(job: FineTuneJob) -> Any:
-    model = build(job)
-    load_trained(model, job.trained)
-    return model
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]

@@ -74,6 +74,9 @@ class FineTuneJob:
     data: Path
     scoring: Scoring = Scoring()
     tuned: TunedPlan | None = None  # the tuned rounding of the plan
+    merges: FineTuneJob | None = None
+    """The fine-tune of the unpacked model whose adapter is merged before the weights are rounded;
+    `trained` is then a folder with the whole model."""
     survives_divergence: bool = False  # then a diverged training has the worst score
     trackers: Trackers | None = None
     threads: int = 1
@@ -156,9 +159,7 @@ def score(job: FineTuneJob) -> FineTune:
     """
     started = time.monotonic()
     begin_job(job.threads)
-    model = build(job)
-    if job.record.seed is not None:
-        load_trained(model, job.trained)
+    model = build_trained(job)
     progress = ProgressFile(job.progress)
     scores = _scores(job, model, progress)
     if not job.scoring.tasks:
@@ -172,6 +173,22 @@ def build(job: FineTuneJob) -> PeftModel | PreTrainedModel:
     from qpruner.quantization.assembly import plan_model
 
     return plan_model(job.bank, job.record.plan, job.bank.seed, tuned=job.tuned)
+
+
+def build_trained(job: FineTuneJob) -> PeftModel | PreTrainedModel:
+    """Build the job's model as its training left it; without a training seed, as it would begin.
+
+    Raises:
+        CorruptFile: If what a fine-tune has trained cannot be read.
+    """
+    if job.merges:
+        from qpruner import hf
+
+        return hf.load(fetch(job.trained))
+    model = build(job)
+    if job.record.seed is not None:
+        load_trained(model, job.trained)
+    return model
 
 
 def tune_rounding(job: FineTuneJob) -> TunedRecord:

@@ -29,6 +29,7 @@ from qpruner.runs.records.finetunes import TaskScore as TaskScore
 from qpruner.runs.records.search import BASE as BASE
 from qpruner.runs.records.search import BEST_SEARCHED as BEST_SEARCHED
 from qpruner.runs.records.search import GIVEN as GIVEN
+from qpruner.runs.records.search import MERGED as MERGED
 from qpruner.runs.records.search import OF_EVERY_CUT as OF_EVERY_CUT
 from qpruner.runs.records.search import PAPER as PAPER
 from qpruner.runs.records.search import PRUNED as PRUNED

@@ -22,6 +22,8 @@ The row `searched` has the plan of the winner, even if no searcher proposed it.
 """
 BEST_SEARCHED = "best searched"
 """Name of the row with the best plan that a searcher proposed, if a control won."""
+MERGED = "merged"
+"""Name of the row of the base model that was fine-tuned unpacked, then merged and rounded."""
 GIVEN = "given"
 """Origin of a plan that the user gave in place of a search."""
 PAPER = "paper"
