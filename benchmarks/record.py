@@ -50,7 +50,7 @@ from qpruner.export.gguf.isolation import isolated
 from qpruner.export.recode import tensor_bytes
 from qpruner.hf import load
 from qpruner.models.loading import load_dense, load_tokenizer
-from qpruner.pipeline.finetune import write_final
+from qpruner.pipeline.final_model import write_final
 from qpruner.pipeline.run import run
 from qpruner.pipeline.served_rows import (
     NEW_TOKENS,

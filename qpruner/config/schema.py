@@ -364,14 +364,16 @@ class FinetuneConfig(Section):
     """Passes over the training rows."""
     compare: bool = False
     """After the report on the winner, give base, pruned model, random plans and controls that did
-    not lose as trials the same fine-tune, for the final table and its claim. `--set
+    not lose as trials the same fine-tune, for the final table and its claim. If formats of
+    llama.cpp are offered, the fine-tuned base is also merged with its adapter and rounded. `--set
     finetune.compare=true` adds this to a finished run."""
     num_workers: Positive = 1
     """Workers with a GPU or cores each that share every batch through Ray Train; losses are as with
     one worker."""
     seeds: Positive = 3
-    """With `compare`: training seeds (data order and dropout) for the winner, its rival and the
-    random plans, counted from `seed` + 1. With one, the claim holds for one training seed only."""
+    """With `compare`: training seeds (data order and dropout) for the winner, its rival, the random
+    plans and the merged model, counted from `seed` + 1. With one, the claim holds for one training
+    seed only."""
     random_plans: NonNegativeInt = 3
     """With `compare`: number of random plans of equal bytes, each under all `seeds`. The claim
     needs several."""

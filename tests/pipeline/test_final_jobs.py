@@ -149,6 +149,57 @@ def test_if_a_control_won_the_best_searched_plan_is_its_rival(
     assert added <= num_compared(context.config), "as `check` counts"
 
 
+def in_formats(raw: dict[str, Any], context: Context, *formats: str, budget: int) -> Context:
+    """Return the run with other formats for all groups, and a budget in bytes."""
+    keys = {
+        "quantize.bits": None,
+        "quantize.formats": list(formats),
+        "quantize.embeddings": ["q8_0"],
+        "quantize.budget": {"bytes": budget},
+        "finetune.seeds": 2,
+    }
+    config = validate_config(with_keys(raw, **keys))
+    return replace(context, config=config, inspection=preflight.inspect(config))
+
+
+def test_the_base_is_merged_and_rounded_to_the_largest_format_that_fits(
+    context: Context, sensed_raw: dict[str, Any]
+) -> None:
+    offered = ("q4_0", "q5_1", "q8_0")
+    base = in_formats(sensed_raw, context, *offered, budget=10**6).shapes.base
+    sizes = {}
+    for name in offered:
+        formats = tuple("q8_0" if group.is_table else name for group in base.groups)
+        sizes[name] = replace(base, method="scales").plan_bytes(base.plan(formats))
+    for name, above in (("q4_0", "q5_1"), ("q5_1", "q8_0")):
+        between = (sizes[name] + sizes[above]) // 2
+        given = in_formats(sensed_raw, context, *offered, budget=between)
+        smallest = given.shapes.space.spaces[0].smallest()
+        rows = by_row(given, searched_record(smallest))
+        merged = rows["merged"]
+        assert [job.record.seed for job in merged] == [1, 2]
+        assert [job.merges for job in merged] == rows["base"], "the adapters of the same fine-tunes"
+        assert {job.record.plan_bytes for job in merged} == {sizes[name]}, "no adapter beside them"
+        blocks = {group.name: group.is_table for group in base.groups}
+        for job in merged:
+            chosen = {job.record.plan[group] for group, is_table in blocks.items() if not is_table}
+            assert chosen == {name} and job.record.is_merged
+        added = len(distinct(sum(rows.values(), list[FineTuneJob]()))) - 1 - len(merged)
+        assert added <= num_compared(given.config), "as `check` counts"
+
+
+@pytest.mark.parametrize("formats", [("q4_0", "q8_0"), ("nf4", "int8")])
+def test_a_merged_model_that_llama_cpp_cannot_serve_in_the_budget_has_no_row(
+    formats: tuple[str, ...], context: Context, sensed_raw: dict[str, Any]
+) -> None:
+    base = in_formats(sensed_raw, context, *formats, budget=10**6).shapes.base
+    smallest = replace(base, method="scales").plan_bytes(base.smallest())
+    budget = smallest - 1 if "q4_0" in formats else 10**6
+    given = in_formats(sensed_raw, context, *formats, budget=budget)
+    rows = by_row(given, searched_record(given.shapes.space.spaces[0].smallest()))
+    assert "merged" not in rows and len(rows["base"]) == 1
+
+
 def test_seeds_that_chose_the_winner_do_not_judge_it(
     changed: Callable[[str, Any], Context],
 ) -> None:

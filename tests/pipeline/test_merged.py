@@ -39,7 +39,7 @@ def test_the_merged_row_has_the_bytes_of_llama_cpps_quantizer(
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("xllamacpp")
     config = validate_config(with_keys(raw_config(tiny_model, tmp_path / "run"), **KEYS))
-    run(config, lambda event: None)
+    results = run(config, lambda event: None)
     run_dir = RunDir(tmp_path / "run")
     record = run_dir.read_record("comparison", ComparisonRecord)
     assert record is not None
@@ -67,9 +67,10 @@ def test_the_merged_row_has_the_bytes_of_llama_cpps_quantizer(
         group = next(name for name in row.plan if name.startswith("layers.0"))
         number_type = gguf.GGMLQuantizationType[row.plan[group].upper()]
         blocks = gguf.quantize(expected.numpy(), number_type)
-        assert torch.equal(written[f"{path}.weight"], torch.from_numpy(np.ascontiguousarray(blocks)))
+        assert torch.equal(
+            written[f"{path}.weight"], torch.from_numpy(np.ascontiguousarray(blocks))
+        )
 
-    results = run_dir.results()
     other = next(each for each in comparisons(results) if each.other == MERGED)
     assert other.seeds == (1, 2)
     assert "fine-tuning in 16 bits, then quantizing" in claim(results)

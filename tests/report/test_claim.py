@@ -32,6 +32,7 @@ from qpruner.runs.records import (
     BEST_SEARCHED,
     CONFIRMATION,
     GIVEN,
+    MERGED,
     RANDOM,
     SEARCHED,
     FineTune,
@@ -72,6 +73,24 @@ def test_a_control_that_won_is_named() -> None:
     assert [(row.name, row.title) for row in rows(results)] == named
     assert by_task(results).rows[-1][0] == title
     assert "needs no search" not in claim(results_of([*row_of(RIVAL, [2.0]), *searched_row([1.0])]))
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_the_headline_says_whether_fine_tuning_first_is_better(num_seeds: int) -> None:
+    """The merged model comes beside the best simple alternative, never in its place."""
+    tuned = [
+        *row_of(RIVAL, [2.0, 2.01, 1.99][:num_seeds]),
+        *row_of(MERGED, [1.5, 1.52, 1.48][:num_seeds]),
+        *searched_row([1.8, 1.81, 1.79][:num_seeds]),
+    ]
+    results = results_of(tuned)
+    assert [found.other for found in comparisons(results)] == [RIVAL, MERGED]
+    beside_rival, _, beside_merged = headline(results).partition(", and ")
+    assert "the best simple alternative" in beside_rival
+    if num_seeds > 1:
+        assert beside_merged.startswith("worse than fine-tuning in 16 bits, then quantizing (+0.3")
+    [line] = [line for line in claim(results).splitlines() if "16 bits, then" in line[:60]]
+    assert line.startswith("- Against fine-tuning in 16 bits, then quantizing (")
 
 
 def test_a_plan_that_was_given_is_not_called_searched() -> None:
