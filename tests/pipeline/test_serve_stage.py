@@ -85,7 +85,7 @@ def test_the_best_simple_alternative_is_served_in_formats_of_llama_cpp(
     job = plan_job(validate_config(sensed_raw), bank, tmp_path, plan, tmp_path / "row")
     rival = job_in(job, job.folder, **named)
     shutil.copytree(final_model(tiny_model, tmp_path), rival.trained)
-    found = served_rows.write_rival(rival, tmp_path, lambda *_: None)
+    found = served_rows.write_fine_tuned(rival, tmp_path / "served", lambda *_: None)
     assert [each.row.name for each in found] == ["unpruned-uniform"] * is_served
     for each in found:
         assert each.model and each.adapter and each.adapter.stat().st_size > 0
