@@ -1,8 +1,12 @@
 """Write a checkpoint in the layout of compressed-tensors, which vLLM and transformers read.
 
 Formats of `quantization/formats/compressed_tensors.py` are sliced into its tensors; each is one of
-its config groups. Embeddings and head are unpacked, which changes no weight: vLLM before 0.32 reads
-no packed embeddings.
+its config groups.
+
+Embeddings and head are unpacked, which changes no weight. vLLM 0.34 (its file
+`compressed_tensors_embedding.py`) reads packed embeddings on GPUs only, if their codes have 2, 4 or
+8 bits and no zeros, which our formats have. It cannot tie a head to them: it looks for the
+attribute `weight`, and packed embeddings have none.
 """
 
 import shutil
