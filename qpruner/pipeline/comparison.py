@@ -79,6 +79,11 @@ class Comparison(Stage[ComparisonRecord]):
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
+        if not any(job.merges for job in self.jobs):
+            self.notify(
+                "no model is merged, then rounded: no format of llama.cpp that is offered for "
+                "blocks fits the budget in all of them"
+            )
         text = None
         if context.record(EvalRecord).text:
             text = context.run_dir.stage("evaluate") / "text"
