@@ -81,8 +81,8 @@ class Comparison(Stage[ComparisonRecord]):
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
         if not any(job.merges for job in self.jobs):
             self.notify(
-                "no model is merged, then rounded: no format of llama.cpp that is offered for "
-                "blocks fits the budget in all of them"
+                "the table has no merged model: none of the formats on offer that llama.cpp has "
+                "fits the budget in the whole model, not pruned"
             )
         text = None
         if context.record(EvalRecord).text:

@@ -4,9 +4,9 @@ Formats of `quantization/formats/compressed_tensors.py` are sliced into its tens
 its config groups.
 
 Embeddings and head are unpacked, which changes no weight. vLLM 0.34 (its file
-`compressed_tensors_embedding.py`) reads packed embeddings on GPUs only, if their codes have 2, 4 or
-8 bits and no zeros, which our formats have. It cannot tie a head to them: it looks for the
-attribute `weight`, and packed embeddings have none.
+`compressed_tensors_embedding.py`) reads packed embeddings on GPUs only. Their codes must have 2, 4
+or 8 bits and no zeros, but our formats have zeros. A head cannot be tied to them: it takes their
+attribute `weight`, which they lack.
 """
 
 import shutil

@@ -110,8 +110,8 @@ class FineTune(Recorded):
     method: Method = "adapter"
     """What the fine-tune trains: an adapter beside the weights, or the scales that they store."""
     is_merged: bool = False
-    """Whether the fine-tune was of the unpacked model, and its adapter was then merged into the
-    weights, before they were rounded to the plan."""
+    """Says that the unpacked model was fine-tuned, its adapter merged into the weights, and these
+    rounded to the plan."""
     learning_rate: float = 0.0
     """The peak learning rate."""
     steps: int = 0
