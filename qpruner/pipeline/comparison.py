@@ -81,8 +81,8 @@ class Comparison(Stage[ComparisonRecord]):
         self.notify(f"the winner is done: {report_unfinished(context.run_dir)}")
         if not any(job.merges for job in self.jobs):
             self.notify(
-                "the table has no merged model: none of the formats on offer that llama.cpp has "
-                "fits the budget in the whole model, not pruned"
+                "the table has no merged model: no single format of llama.cpp on offer makes the "
+                "unpruned model fit the budget"
             )
         text = None
         if context.record(EvalRecord).text:
