@@ -207,6 +207,14 @@ class TrainingConfig(Section):
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit is AdamW of bitsandbytes, which keeps its two averages in 8 bits: a quarter of
+    their memory. It is for `method: scales` with a large model."""
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of the optimizer's two averages for each trained value."""
+        return 8 if self.optimizer == "adamw" else 2
 
     def of(self, method: Method) -> "TrainingConfig":
         """Return the settings with the learning rate of a method alone."""

@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qpruner.config.schema import EXPANSION, INFORMATION, MEASUREMENT, PruneConfig, RunConfig
+from qpruner.config.schema import (
+    EXPANSION,
+    INFORMATION,
+    MEASUREMENT,
+    PruneConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from qpruner.models.layout import skeleton
 from qpruner.pipeline.preflight import Inspection
 from qpruner.pipeline.preflight_rows import most_labelled
@@ -95,7 +102,7 @@ def _step(
     rows = training.micro_batch_size
     length = config.data.max_length
     labelled = rows * most_labelled(inspection.rows.examples.get("train"), config.data)
-    parts = _held(layout, plan_bytes)
+    parts = _held(layout, plan_bytes, config.training)
     parts["activations"] = activation_bytes(
         layout,
         hidden_size=int(shapes.model_config.hidden_size),
@@ -122,7 +129,7 @@ def scoring_memory(config: RunConfig, inspection: Inspection) -> Memory:
         )
 
     num_logits = rows * labelled * int(shapes.model_config.vocab_size)
-    parts = _held(layout, plan_bytes)
+    parts = _held(layout, plan_bytes, config.training)
     parts["activations"] = _widest(layout, rows * length)
     parts["logits"] = num_logits * (shapes.base.element_bytes + 2 * FLOAT32_BYTES)
     parts |= _unpacked(layout, plan_bytes)
@@ -133,7 +140,7 @@ def _largest_trial(config: RunConfig, shapes: Shapes) -> Layout:
     return shapes.base if config.is_searched else shapes.reference
 
 
-def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
+def _held(layout: Layout, plan_bytes: int, training: TrainingConfig) -> dict[str, int]:
     """Return the bytes by part that training always holds.
 
     Adapters, or changes of scales, are trained in float32.
@@ -144,7 +151,7 @@ def _held(layout: Layout, plan_bytes: int) -> dict[str, int]:
         "weights": plan_bytes - (layout.adapter_bytes if is_adapter else 0),
         "adapters" if is_adapter else "scales": trained,
         "gradients": trained,
-        "optimizer": 2 * trained,
+        "optimizer": trained // FLOAT32_BYTES * training.moment_bytes,
     }
 
 

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 DIVERGED_BY = 1.0
 """How far above a blind guess the loss of a diverged training is, in nats per token."""
 
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
+"""transformers' name of each `training.optimizer`."""
+
 MOST_JOINED = 1024
 """Most tokens of a micro-batch whose rows are joined.
 
@@ -334,7 +337,7 @@ def _arguments(
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        optim="adamw_torch",
+        optim=OPTIMIZERS[settings.optimizer],
         seed=seed,
         data_seed=seed,
         use_cache=False,  # with a cache joined rows would see each other

@@ -23,6 +23,7 @@ from qpruner.cluster.tune import SearchJob, search
 from qpruner.cluster.tune.devices import MAX_FAILURES
 from qpruner.cluster.tune.driver import MAX_ERRORS
 from qpruner.cluster.tune.worker import check_free_memory
+from qpruner.config.schema import TrainingConfig
 from qpruner.errors import StageError
 from qpruner.runs.events import Event, SlotsFound, TrialChanged
 from qpruner.runs.records import RungResult, TrialRecord
@@ -348,11 +349,13 @@ def test_with_one_device_the_plan_is_blamed_at_once(tmp_path: Path) -> None:
 
 
 def test_a_device_without_room_for_the_model_begins_no_trial() -> None:
-    check_free_memory(LAYOUT, plan_of("888888"))
+    check_free_memory(LAYOUT, plan_of("888888"), TrainingConfig())
     with pytest.raises(
         MemoryError, match=r"GB are free, and the model takes at least 11529215\d\d.* GB"
     ):
-        check_free_memory(replace(LAYOUT, ungrouped_bytes=2**60), plan_of("888888"))
+        check_free_memory(
+            replace(LAYOUT, ungrouped_bytes=2**60), plan_of("888888"), TrainingConfig()
+        )
 
 
 @pytest.mark.slow

@@ -139,6 +139,8 @@ def test_memory_grows_with_length_and_batch(inspection: Inspection, changed: Cha
     assert before["optimizer"] == 2 * before["adapters"] == 4 * base.adapter_bytes
     smallest = base.plan_bytes(base.smallest())
     assert before["weights"] + base.adapter_bytes == max(inspection.shapes.budget_bytes, smallest)
+    quarter = training(training__optimizer="adamw_8bit")
+    assert 4 * quarter["optimizer"] == before["optimizer"]
     thrifty = training(training__gradient_checkpointing=True)
     assert thrifty["activations"] < before["activations"]
     scoring = memory.scoring_memory(changed(), inspection)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from made_tensors import distance, token_rows
+from mixed_models import bank_source, groups_of
 from transformers import TrainerCallback
 
-from qpruner.config.schema import TrainingConfig
+from qpruner.config.schema import LoraConfig, TrainingConfig
 from qpruner.data.encoding import EncodedRows, load_encoded, save_encoded
 from qpruner.errors import TrainingDiverged
+from qpruner.quantization.assembly import plan_model
 from qpruner.training.finetune import Listener, Schedule, Share, _Batches, finetune, step_losses
 
 Rows = list[dict[str, list[int]]]
@@ -92,6 +94,28 @@ def test_rungs_have_full_checkpoints_and_only_adapters_change(
     changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert changed
     assert all("lora_" in name for name in changed)
+
+
+def test_averages_in_8_bits_learn_alike_and_resume(
+    tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    # bitsandbytes keeps the averages of fewer than 4096 values in 32 bits.
+    bank = bank_source(tiny_model, tmp_path / "bank", LoraConfig(rank=64, alpha=64))
+    plan = dict.fromkeys(groups_of(bank), "nf4")
+
+    def trained(folder: str, **others: Any) -> list[float]:
+        return losses(plan_model(bank, plan, seed=5), rows, tmp_path / folder, **others)
+
+    plain = trained("plain")
+    whole = trained("whole", optimizer="adamw_8bit")
+    assert whole[0] == plain[0]
+    assert whole != plain
+    assert whole == pytest.approx(plain, rel=0.02)
+    first = tmp_path / "whole" / "first"
+    state = torch.load(first / "optimizer.pt", weights_only=True)["state"]
+    kept = [averages["__bnb_optimizer_quant_state__"]["state1"] for averages in state.values()]
+    assert torch.uint8 in {values.dtype for values in kept}
+    assert trained("resumed", start=first, optimizer="adamw_8bit") == whole[3:]
 
 
 def test_gradient_checkpointing_changes_no_loss(fresh: Fresh, rows: Rows, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ray import tune
 from qpruner.cluster.node_check import own_device, own_name
 from qpruner.cluster.tasks import is_staying
 from qpruner.cluster.tune.job import METRIC, TIME, SearchJob, params_to_plan, smaller_batch
-from qpruner.config.schema import RunConfig
+from qpruner.config.schema import RunConfig, TrainingConfig
 from qpruner.errors import CorruptFile, StorageError, TakenOver, TrainingDiverged, first_line
 from qpruner.models.memory import (
     PeakMemory,
@@ -118,7 +118,7 @@ class _RecordedTrial:
         plan = self._plan
         start = trial_records.checkpoint_of(search.trials, self._record)
         try:
-            check_free_memory(search.layouts[plan.cut], plan)
+            check_free_memory(search.layouts[plan.cut], plan, search.config.training)
             job = TrialJob(
                 config=self._config(),
                 materials=search.materials,
@@ -282,13 +282,13 @@ class _RecordedTrial:
         }
 
 
-def check_free_memory(layout: Layout, plan: PrecisionPlan) -> None:
+def check_free_memory(layout: Layout, plan: PrecisionPlan, training: TrainingConfig) -> None:
     """Raise a `MemoryError` if this device has too little free memory for a plan.
 
-    The tensors of the plan and Adam's moments must fit. Activations come on top, so that a trial
-    may still run out of memory later.
+    The tensors of the plan and the optimizer's averages must fit. Activations come on top, so that
+    a trial may still run out of memory later.
     """
-    needed = layout.plan_bytes(plan) + 2 * layout.trained_bytes
+    needed = layout.plan_bytes(plan) + layout.trained_bytes // 4 * training.moment_bytes
     free = free_bytes()
     if free < needed:
         raise MemoryError(
