@@ -39,7 +39,7 @@ from qpruner.runs.records import Recorded, digest_of
 from qpruner.runs.run_dir import BANK_CACHE
 from qpruner.runs.storage import OnPiece
 
-VERSION = 5  # version of the entries: raise it when the same inputs give different tensors
+VERSION = 6  # version of the entries: raise it when the same inputs give different tensors
 GRAMS = "grams"  # subfolder with the Gram matrices of layers' inputs, a file for each block
 FEW_WEIGHTS = 10_000_000
 """A model with fewer weights is packed without Ray, which would take longer to start."""

@@ -162,7 +162,8 @@ def _round_rows(
         errors = torch.empty(end - start, rows, device=weight.device)
         for column in range(start, end):
             if column % size == 0:
-                scale, zero = format_.grid(current[column : column + size].T)
+                importance = makes_up.diagonal()[column : column + size] ** -2
+                scale, zero = format_.fit(current[column : column + size].T, importance)
                 grids[int(order[column]) // size] = (scale, zero)
             own = current[column].unsqueeze(1)
             code = format_.codes(own, scale, zero)

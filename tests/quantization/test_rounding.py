@@ -9,9 +9,10 @@ from qpruner.errors import TrainingDiverged
 from qpruner.quantization import rounding
 from qpruner.quantization.formats import GridFormat, format_of, formats
 from qpruner.quantization.formats.compressed_tensors import W3
-from qpruner.quantization.rounding import gram_root, pack, pack_together
+from qpruner.quantization.rounding import gram_root, pack, pack_together, round_together
 
 GRIDS = [packing for packing in formats().values() if isinstance(packing, GridFormat)]
+FITTED = [packing for packing in GRIDS if packing.takes_gptq]
 ROWS = 48
 COLUMNS = 256
 TOKENS = 2048
@@ -71,11 +72,39 @@ def test_layers_that_share_their_inputs_are_packed_as_each_alone(
         assert same(packed, pack(W3, layer, gram))
 
 
-@pytest.mark.parametrize("packing", GRIDS, ids=lambda packing: packing.name)
-def test_inputs_that_do_not_correlate_round_to_nearest(packing: GridFormat) -> None:
+@pytest.mark.parametrize("packing", FITTED, ids=lambda packing: packing.name)
+def test_inputs_that_do_not_correlate_round_to_the_nearest_code(packing: GridFormat) -> None:
     sizes = torch.rand(COLUMNS, generator=seeded(3)) + 0.1
     for gram in (torch.eye(COLUMNS), sizes.diag(), torch.zeros(COLUMNS, COLUMNS)):
-        assert same(pack(packing, WEIGHT, gram), packing.pack(WEIGHT))
+        [rounded] = round_together(packing, [WEIGHT], gram)
+        groups = WEIGHT.view(ROWS, -1, packing.group_size or COLUMNS)
+        nearest = packing.codes(groups, rounded.scales.unsqueeze(2), rounded.zeros.unsqueeze(2))
+        assert torch.equal(rounded.codes, nearest.flatten(1).to(torch.uint8))
+
+
+@pytest.mark.parametrize("packing", FITTED, ids=lambda packing: packing.name)
+def test_a_fitted_grid_has_smaller_errors_where_they_count(packing: GridFormat) -> None:
+    size = packing.group_size or COLUMNS
+    weight = WEIGHT.view(-1, size)
+    importance = torch.rand(size, generator=seeded(7)) ** 4
+
+    def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        values = packing.values(packing.codes(weight, scale, zero), scale, zero)
+        return ((values - weight).square() * importance).sum(dim=1)
+
+    plain = error(*packing.grid(weight))
+    fitted = error(*packing.fit(weight, importance))
+    assert (fitted <= 1.05 * plain).all(), "up to the rounding of stored scales"
+    assert fitted.sum() < 0.95 * plain.sum()
+
+
+@pytest.mark.parametrize("packing", FITTED, ids=lambda packing: packing.name)
+@pytest.mark.parametrize("value", [0.0, 0.25, -0.25])
+def test_equal_weights_are_kept(packing: GridFormat, value: float) -> None:
+    weight = torch.full((3, packing.group_size or COLUMNS), value)
+    scale, zero = packing.fit(weight, torch.ones(weight.shape[1]))
+    values = packing.values(packing.codes(weight, scale, zero), scale, zero)
+    torch.testing.assert_close(values, weight, rtol=0.01, atol=0)
 
 
 def test_without_a_gram_or_a_grid_weights_round_to_nearest() -> None:

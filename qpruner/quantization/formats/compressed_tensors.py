@@ -67,6 +67,17 @@ class Packed(ScaledFormat):
             return self._fitted(weight, scale, zero, (low + high) / 2)
         return scale, zero
 
+    def regression(
+        self,
+        weight: torch.Tensor,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        importance: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, zero = super().regression(weight, codes, scale, zero, importance)
+        return scale.bfloat16().float(), zero
+
     def store(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Tensors:
         import torch
 

@@ -21,6 +21,7 @@ Capability = tuple[int, int]  # CUDA compute capability of a GPU
 # (2026-11-29).
 WEIGHTS_PER_THREAD = 2**19
 WEIGHTS_PER_GPU = 2**24
+NARROWER = (-2, -1, 0, 1, 2)  # steps by which `GridFormat.fit` narrows a group's range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,65 @@ class GridFormat(Format):
     @abstractmethod
     def grid(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose scale and zero, float32 ``(..., 1)``, for float32 weights ``(..., group)``."""
+
+    def fit(
+        self, weight: torch.Tensor, importance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose a grid as `grid` does, but for the least sum of squared errors times `importance`.
+
+        Grids are tried that are up to two steps narrower or wider than the group's range. Each is
+        fitted to the codes that it gives, by least squares.
+
+        Args:
+            weight: Float32 ``(..., group)``.
+            importance: Float32 ``(group,)``.
+        """
+        import torch
+
+        range_scale, range_zero = self.grid(weight)
+        best = range_scale, range_zero
+        least: torch.Tensor | None = None
+        for steps in NARROWER:
+            share = 1 - steps / (self.num_codes - 1)
+            zero = self.narrowed(range_scale, range_zero, share)
+            codes = self.codes(weight, range_scale * share, zero)
+            fitted = self.regression(weight, codes, range_scale * share, zero, importance)
+            error = self.values(codes, *fitted).sub_(weight).square_().mul_(importance)
+            error = error.sum(dim=-1, keepdim=True)
+            if least is None:
+                best, least = fitted, error
+                continue
+            is_better = error < least
+            best = (
+                torch.where(is_better, fitted[0], best[0]),
+                torch.where(is_better, fitted[1], best[1]),
+            )
+            least = torch.minimum(error, least)
+        return best
+
+    def narrowed(self, scale: torch.Tensor, zero: torch.Tensor, share: float) -> torch.Tensor:
+        """Return the zero of a grid whose scale is multiplied by `share`."""
+        return zero
+
+    def regression(
+        self,
+        weight: torch.Tensor,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        importance: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fit a grid to codes by least squares, each weight times `importance`.
+
+        Scale and zero are those of the codes; what codes do not determine stays.
+        """
+        import torch
+
+        levels = codes - zero
+        weighted = levels * importance
+        square = (weighted * levels).sum(dim=-1, keepdim=True)
+        product = (weighted * weight).sum(dim=-1, keepdim=True)
+        return torch.where(square > 0, product / square, scale), zero
 
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Round float32 weights ``(..., group)`` to the nearest codes of a grid.

@@ -149,6 +149,29 @@ class Ranged(Simple):
         # GPUs divide by a plain number less exactly.
         return span / span.new_full(span.shape, self.num_codes - 1), minimum
 
+    def narrowed(self, scale: torch.Tensor, zero: torch.Tensor, share: float) -> torch.Tensor:
+        return zero + scale * ((1 - share) * (self.num_codes - 1) / 2)
+
+    def regression(
+        self,
+        weight: torch.Tensor,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        importance: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        total = importance.sum()
+        mean_code = (codes * importance).sum(dim=-1, keepdim=True) / total
+        mean_weight = (weight * importance).sum(dim=-1, keepdim=True) / total
+        levels = codes - mean_code
+        weighted = levels * importance
+        square = (weighted * levels).sum(dim=-1, keepdim=True)
+        product = (weighted * weight).sum(dim=-1, keepdim=True)
+        scale = torch.where(square > 0, product / square, scale)
+        return scale, mean_weight - scale * mean_code
+
     def codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         # As llama.cpp does, halves are rounded up.
         steps = (weight - zero).mul_(inverse_of(scale)).add_(0.5)
