@@ -67,9 +67,10 @@ def test_demo(tmp_path: Path) -> None:
     assert finalists.keys() >= set(controls)
     left_out = [name for name in controls if name not in table]
     # The winner may be a plan of the base model, which needs no pruned model beside it.
-    order = ["base", "pruned", *controls, "searched"]
+    order = ["base", "merged", "pruned", *controls, "best searched", "searched"]
     assert list(table) == [name for name in order if name in table]
-    assert {"base", "searched"} <= table.keys()
+    assert {"base", "merged", "searched"} <= table.keys()
+    assert "better than fine-tuning in 16 bits, then quantizing" in outcome["claim"]
     best = min(finalists[name]["loss"] for name in controls if name in table)
     # Only controls that lost as trials are left out.
     assert all(finalists[name]["loss"] > best for name in left_out)
@@ -92,11 +93,10 @@ def test_demo(tmp_path: Path) -> None:
     assert peak < MEMORY_LIMIT_BYTES
     rows = outcome["serve"]["rows"]
     served = {row["form"]: row for row in rows if row["name"] == "searched"}
-    assert rows[0]["name"] == "base"
-    assert rows[-1]["name"] == "searched"
-    # This is the best simple alternative.
-    assert rows[1]["name"] in table
-    assert rows[1]["name"] in controls
+    first, merged, alternative, last = [row["name"] for row in rows]
+    assert (first, merged, last) == ("base", "merged", "searched")
+    assert alternative in table
+    assert alternative in (*controls, "best searched")
     assert list(served) == ["gguf"]
     assert served["gguf"]["file_bytes"] < rows[0]["file_bytes"] / 3
     assert all((run / file).is_file() for row in served.values() for file in row["files"])
@@ -106,4 +106,4 @@ def test_demo(tmp_path: Path) -> None:
     assert max(served["gguf"]["decode_tokens_per_second"]) > min(
         rows[0]["decode_tokens_per_second"]
     )
-    assert f"llama-cli -m {run}/serve/gguf/run.gguf --lora" in text
+    assert f"llama-cli -m {run}/serve/gguf/run.gguf`" in text, "one file, without `--lora`"

@@ -88,10 +88,8 @@ class Bank(Stage[BankRecord]):
 
     def detail(self) -> str:
         rounding = ", GPTQ" if self.config.quantize.uses_grams else ""
-        return (
-            f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}, "
-            f"{self.config.lora.init} start"
-        )
+        start = f", {self.config.lora.init} start" if self._has_adapters else ""
+        return f"packing every group as {', '.join(self._levels) or 'it is'}{rounding}{start}"
 
     def run(self, scratch: Path) -> dict[str, Any]:
         context = self.context
@@ -189,7 +187,12 @@ class Bank(Stage[BankRecord]):
         means = {level: sum(of.values()) / len(of) for level, of in record.error.items() if of}
         left = ", ".join(f"{level} {mean**0.5:.3f}" for level, mean in means.items())
         size = f"{len(record.files)} entries, {record.bytes / 1e6:.0f} MB"
-        return f"{size}; relative error of the weights with adapters: {left}" if left else size
+        adapted = " with adapters" if self._has_adapters else ""
+        return f"{size}; relative error of the weights{adapted}: {left}" if left else size
+
+    @property
+    def _has_adapters(self) -> bool:
+        return self.config.training.method == "adapter"
 
     def disk_used(self) -> int:
         # After a search the entries are there that its plans need, not all that could be needed.

@@ -111,6 +111,7 @@ def _export(job: ServeJob, form: ServedForm, emit: Emit, on_progress: OnWork) ->
         name=SEARCHED,
         form=form,
         format=PLAN,
+        has_adapter=job.winner.method == "adapter" and not form.endswith("_merged"),
         files=tuple(f"serve/{form}/{name}" for name in names),
         file_bytes=done.file_bytes,
         mean_bits=_mean_bits(job, done.recoded),
@@ -184,11 +185,15 @@ def write_fine_tuned(job: FineTuneJob, folder: Path, on_progress: OnWork) -> lis
 
 
 def _in_llama_cpp(name: str, format_name: str, mean_bits: float, *files: Path) -> Served:
-    size = sum(file.stat().st_size for file in files)
-    return Served(
-        ServedRow(name=name, form="gguf", format=format_name, mean_bits=mean_bits, file_bytes=size),
-        *files,
+    row = ServedRow(
+        name=name,
+        form="gguf",
+        format=format_name,
+        has_adapter=len(files) > 1,
+        mean_bits=mean_bits,
+        file_bytes=sum(file.stat().st_size for file in files),
     )
+    return Served(row, *files)
 
 
 # ---- measurement

@@ -138,8 +138,13 @@ def _round(
     Columns with large inputs come first, as all others can make up for their errors. Groups stay
     whole: the grid of one is chosen when its first column is rounded, from weights that make up for
     earlier errors. Mean output error at 3 bits in groups of 64, 21 layers of SmolLM2-135M, other
-    text than the Gram matrices' (2026-11-29): nearest 0.0354, columns as they come 0.0202, this
-    order 0.0188; with the scales of HQQ 0.0304, 0.0167 and 0.0155.
+    text than the Gram matrices' (2026-11-29), with grids that span the range: nearest 0.0354,
+    columns as they come 0.0202, this order 0.0188.
+
+    An error of column i costs its square over the square of U's element (i, i), however later
+    columns make up for it. The grid is fitted to these costs, which saves 14 % of the output error
+    at 4 bits in groups of 32, 24 % at 3 bits and 48 % at 2 bits in groups of 64 (12 layers,
+    2026-12-07).
     """
     size = format_.group_size or len(gram)
     order, makes_up = kept(gram, ("order", size), lambda: _order_and_inverse(gram, size))

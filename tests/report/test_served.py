@@ -25,10 +25,10 @@ def row(name: str, form: Any, format: str, bits: float, decode: float, **changes
 ROWS = (
     row(BASE, "gguf", "f16", 16.0, 20.0),
     row("unpruned-uniform", "gguf", "plan", 4.0, 80.0),
-    row(SEARCHED, "gguf", "plan", 6.0, 50.0,
+    row(SEARCHED, "gguf", "plan", 6.0, 50.0, has_adapter=True,
         files=("serve/gguf/my run-adapter.gguf", "serve/gguf/my run.gguf")),
     row(SEARCHED, "gguf_merged", "plan", 6.0, 64.0, loss=2.6, files=("serve/gguf_merged/a.gguf",)),
-    row(SEARCHED, "vllm", "plan", 6.0, 2.0, prefill_tokens_per_second=(),
+    row(SEARCHED, "vllm", "plan", 6.0, 2.0, has_adapter=True, prefill_tokens_per_second=(),
         decode_tokens_per_second=(), loss=None,
         recoded={"model.embed_tokens": "bf16"}, check="loaded by transformers"),
 )  # fmt: skip
@@ -50,6 +50,13 @@ def test_every_row_shows_what_was_measured_of_its_files(results: Results) -> Non
     table = served(results, results.serve)
     assert "2 CPU threads" in table.caption
     by_form = {line[1]: line[2:] for line in table.rows}
+    assert by_form.keys() == {
+        "GGUF F16",
+        "GGUF",
+        "GGUF, adapter beside it",
+        "GGUF, adapter merged",
+        "vLLM, adapter beside it",
+    }
     assert by_form["GGUF F16"] == (
         "100.0 MB",
         "16.00",

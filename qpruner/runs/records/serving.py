@@ -6,13 +6,7 @@ from qpruner.runs.records.base import Record, Recorded
 from qpruner.runs.records.search import BASE, SEARCHED
 
 ServedForm = Literal["gguf", "gguf_merged", "vllm", "vllm_merged"]
-"""Files for llama.cpp or vLLM, with the adapter in a file of its own or merged into the weights."""
-FORM_TITLES: dict[ServedForm, str] = {
-    "gguf": "GGUF, adapter beside it",
-    "gguf_merged": "GGUF, adapter merged",
-    "vllm": "vLLM, adapter beside it",
-    "vllm_merged": "vLLM, adapter merged",
-}
+"""Files for llama.cpp or vLLM: as trained, or with the adapter merged into the weights."""
 
 
 class ServedRow(Recorded):
@@ -29,6 +23,8 @@ class ServedRow(Recorded):
     files: tuple[str, ...] = ()
     """Paths in the run folder of the final model; other files are removed once they are measured.
     """
+    has_adapter: bool = False
+    """Whether an adapter is in a file of its own."""
     file_bytes: int
     """Bytes of all files of the model and its adapter, with tokenizer and metadata."""
     mean_bits: float
@@ -47,7 +43,12 @@ class ServedRow(Recorded):
     @property
     def title(self) -> str:
         """The server and its files for people, such as `GGUF Q4_0`."""
-        return f"GGUF {self.format.upper()}" if self.name == BASE else FORM_TITLES[self.form]
+        server = "GGUF" if self.form.startswith("gguf") else "vLLM"
+        if self.name == BASE:
+            return f"{server} {self.format.upper()}"
+        if self.form.endswith("_merged"):
+            return f"{server}, adapter merged"
+        return f"{server}, adapter beside it" if self.has_adapter else server
 
 
 class ServeSetting(Recorded):
